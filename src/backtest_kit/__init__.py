@@ -1,0 +1,3 @@
+"""Backtest Kit."""
+
+__version__ = "0.1.0"

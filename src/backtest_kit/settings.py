@@ -1,0 +1,143 @@
+"""The CC_* settings: typed, ranged, from the environment or `set_config`, all errors reported together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from backtest_kit.errors import UserError
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Numbers and switches that a whole program shares. Percentages are in percent: 0.1 is 0.1 %."""
+
+    CC_AVG_PRICE_CANDLES_COUNT: int = 5
+    """Closed minutes in the volume-weighted average that is the current price. At least 1."""
+    CC_PERCENT_SLIPPAGE: float = 0.1
+    """Slippage of each fill, in percent of the price. At least 0."""
+    CC_PERCENT_FEE: float = 0.1
+    """Fee of each fill, in percent of its value. At least 0."""
+    CC_MIN_TAKEPROFIT_DISTANCE_PERCENT: float = 0.5
+    """Nearest take profit, in percent of the entry price; at least 2 x (slippage + fee), so that a take
+    profit earns something. 0 switches the rule off."""
+    CC_MIN_STOPLOSS_DISTANCE_PERCENT: float = 0.5
+    """Nearest stop loss, in percent of the entry price; below the maximum. 0 switches the rule off."""
+    CC_MAX_STOPLOSS_DISTANCE_PERCENT: float = 20.0
+    """Farthest stop loss, in percent of the entry price. 0 switches the rule off."""
+    CC_MAX_SIGNAL_LIFETIME_MINUTES: float = 1440.0
+    """Default and longest life of a position, in whole minutes; `inf` allows positions without end."""
+    CC_MAX_SIGNAL_GENERATION_SECONDS: float = 180.0
+    """How long one `get_signal` may take. Above 0."""
+    CC_GET_CANDLES_RETRY_COUNT: int = 3
+    """Attempts at one request for candles, the first included. At least 1."""
+    CC_GET_CANDLES_RETRY_DELAY_MS: int = 5000
+    """Pause between two attempts. At least 0."""
+    CC_MAX_CANDLES_PER_REQUEST: int = 1000
+    """Page size of requests to an exchange. At least 1."""
+    CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR: int = 1000
+    """A price below the typical price of its series divided by this is refused. At least 1."""
+    CC_GET_CANDLES_MIN_CANDLES_FOR_MEDIAN: int = 5
+    """Series at least this long take the median as typical price, shorter ones the mean. At least 1."""
+    CC_REPORT_SHOW_SIGNAL_NOTE: bool = False
+    """Show the note of each signal as a column of the reports."""
+    CC_ENABLE_LONG_SIGNAL: bool = True
+    """Allow long positions."""
+    CC_ENABLE_SHORT_SIGNAL: bool = True
+    """Allow short positions."""
+    CC_POSITION_ENTRY_COST: float = 100.0
+    """Cost of a position whose signal names none, in quote currency. Above 0."""
+
+
+_AT_LEAST: Final[dict[str, float]] = {
+    "CC_AVG_PRICE_CANDLES_COUNT": 1,
+    "CC_PERCENT_SLIPPAGE": 0,
+    "CC_PERCENT_FEE": 0,
+    "CC_MIN_TAKEPROFIT_DISTANCE_PERCENT": 0,
+    "CC_MIN_STOPLOSS_DISTANCE_PERCENT": 0,
+    "CC_MAX_STOPLOSS_DISTANCE_PERCENT": 0,
+    "CC_MAX_SIGNAL_LIFETIME_MINUTES": 1,
+    "CC_GET_CANDLES_RETRY_COUNT": 1,
+    "CC_GET_CANDLES_RETRY_DELAY_MS": 0,
+    "CC_MAX_CANDLES_PER_REQUEST": 1,
+    "CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR": 1,
+    "CC_GET_CANDLES_MIN_CANDLES_FOR_MEDIAN": 1,
+}
+_ABOVE_ZERO: Final = ("CC_MAX_SIGNAL_GENERATION_SECONDS", "CC_POSITION_ENTRY_COST")
+_BOOLEANS: Final = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+def with_settings(base: Settings, changes: Mapping[str, object]) -> Settings:
+    """`base` with `changes` applied, checked as a whole.
+
+    Raises:
+        UserError: unknown names, wrong types, values out of range, contradictions; all in one message.
+    """
+    problems: list[str] = []
+    values: dict[str, object] = {}
+    known = {field.name: field.type for field in msgspec.structs.fields(Settings)}
+    for name, value in changes.items():
+        if name not in known:
+            problems.append(f"{name} is no setting; the settings are {', '.join(known)}")
+            continue
+        try:
+            values[name] = _convert(value, known[name])
+        except ValueError as error:
+            problems.append(f"{name} is {value!r}: {error}")
+    settings = msgspec.structs.replace(base, **values)
+    problems += _problems(settings)
+    if problems:
+        raise UserError("; ".join(problems))
+    return settings
+
+
+def from_environment(environ: Mapping[str, str]) -> Settings:
+    """The settings with every known CC_* variable of `environ` applied; unknown variables are left alone."""
+    known = {field.name for field in msgspec.structs.fields(Settings)}
+    return with_settings(Settings(), {name: value for name, value in environ.items() if name in known})
+
+
+def _convert(value: object, kind: object) -> object:
+    if kind is bool:
+        if isinstance(value, str) and value.strip().lower() in _BOOLEANS:
+            return _BOOLEANS[value.strip().lower()]
+        if isinstance(value, bool):
+            return value
+        raise ValueError("give true or false")
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("give a number")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError("give a number") from None
+    if math.isnan(number):
+        raise ValueError("give a number")
+    if kind is int:
+        if not number.is_integer():
+            raise ValueError("give a whole number")
+        return int(number)
+    return number
+
+
+def _problems(settings: Settings) -> list[str]:
+    values: dict[str, float] = {name: getattr(settings, name) for name in (*_AT_LEAST, *_ABOVE_ZERO)}
+    lifetime = "CC_MAX_SIGNAL_LIFETIME_MINUTES"
+    problems = [f"{name} is {values[name]:g}: it must be at least {least:g}" for name, least in _AT_LEAST.items() if values[name] < least]
+    problems += [f"{name} is {values[name]:g}: it must be above 0" for name in _ABOVE_ZERO if values[name] <= 0]
+    problems += [f"{name} is {value:g}: it must be finite" for name, value in values.items() if math.isinf(value) and name != lifetime]
+    if not math.isinf(values[lifetime]) and not values[lifetime].is_integer():
+        problems.append(f"{lifetime} is {values[lifetime]:g}: it must be whole minutes, or inf")
+    round_trip = 2 * (settings.CC_PERCENT_SLIPPAGE + settings.CC_PERCENT_FEE)
+    nearest = settings.CC_MIN_TAKEPROFIT_DISTANCE_PERCENT
+    if 0 < nearest < round_trip:
+        problems.append(
+            f"CC_MIN_TAKEPROFIT_DISTANCE_PERCENT is {nearest:g}: it must be at least 2 x (slippage + fee) = {round_trip:g}, or 0"
+        )
+    least, most = settings.CC_MIN_STOPLOSS_DISTANCE_PERCENT, settings.CC_MAX_STOPLOSS_DISTANCE_PERCENT
+    if least and most and least >= most:
+        problems.append(
+            f"CC_MIN_STOPLOSS_DISTANCE_PERCENT is {least:g}: it must be below CC_MAX_STOPLOSS_DISTANCE_PERCENT = {most:g}"
+        )
+    return problems
