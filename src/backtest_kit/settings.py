@@ -66,7 +66,16 @@ _AT_LEAST: Final[dict[str, float]] = {
     "CC_GET_CANDLES_MIN_CANDLES_FOR_MEDIAN": 1,
 }
 _ABOVE_ZERO: Final = ("CC_MAX_SIGNAL_GENERATION_SECONDS", "CC_POSITION_ENTRY_COST")
-_BOOLEANS: Final = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_BOOLEANS: Final = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
 
 
 def with_settings(base: Settings, changes: Mapping[str, object]) -> Settings:
@@ -124,20 +133,30 @@ def _convert(value: object, kind: object) -> object:
 def _problems(settings: Settings) -> list[str]:
     values: dict[str, float] = {name: getattr(settings, name) for name in (*_AT_LEAST, *_ABOVE_ZERO)}
     lifetime = "CC_MAX_SIGNAL_LIFETIME_MINUTES"
-    problems = [f"{name} is {values[name]:g}: it must be at least {least:g}" for name, least in _AT_LEAST.items() if values[name] < least]
+    problems = [
+        f"{name} is {values[name]:g}: it must be at least {least:g}"
+        for name, least in _AT_LEAST.items()
+        if values[name] < least
+    ]
     problems += [f"{name} is {values[name]:g}: it must be above 0" for name in _ABOVE_ZERO if values[name] <= 0]
-    problems += [f"{name} is {value:g}: it must be finite" for name, value in values.items() if math.isinf(value) and name != lifetime]
+    problems += [
+        f"{name} is {value:g}: it must be finite"
+        for name, value in values.items()
+        if math.isinf(value) and name != lifetime
+    ]
     if not math.isinf(values[lifetime]) and not values[lifetime].is_integer():
         problems.append(f"{lifetime} is {values[lifetime]:g}: it must be whole minutes, or inf")
     round_trip = 2 * (settings.CC_PERCENT_SLIPPAGE + settings.CC_PERCENT_FEE)
     nearest = settings.CC_MIN_TAKEPROFIT_DISTANCE_PERCENT
     if 0 < nearest < round_trip:
         problems.append(
-            f"CC_MIN_TAKEPROFIT_DISTANCE_PERCENT is {nearest:g}: it must be at least 2 x (slippage + fee) = {round_trip:g}, or 0"
+            f"CC_MIN_TAKEPROFIT_DISTANCE_PERCENT is {nearest:g}: it must be 0, "
+            f"or at least 2 x (slippage + fee) = {round_trip:g}"
         )
     least, most = settings.CC_MIN_STOPLOSS_DISTANCE_PERCENT, settings.CC_MAX_STOPLOSS_DISTANCE_PERCENT
     if least and most and least >= most:
         problems.append(
-            f"CC_MIN_STOPLOSS_DISTANCE_PERCENT is {least:g}: it must be below CC_MAX_STOPLOSS_DISTANCE_PERCENT = {most:g}"
+            f"CC_MIN_STOPLOSS_DISTANCE_PERCENT is {least:g}: it must be below "
+            f"CC_MAX_STOPLOSS_DISTANCE_PERCENT = {most:g}"
         )
     return problems

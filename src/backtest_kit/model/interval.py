@@ -62,15 +62,15 @@ def to_ms(value: datetime | str | int, *, what: str = "date") -> int:
     Raises:
         UserError: the value is no date; `what` names the field.
     """
-    if isinstance(value, bool):
-        raise UserError(f"{what} is {value!r}: give a datetime, an ISO text like '2022-01-31T10:00' or epoch ms")
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, str):
         try:
             value = datetime.fromisoformat(value)
         except ValueError:
-            raise UserError(f"{what} is {value!r}: write it as ISO 8601, like '2022-01-31' or '2022-01-31T10:00'") from None
+            raise UserError(
+                f"{what} is {value!r}: write it as ISO 8601, like '2022-01-31' or '2022-01-31T10:00'"
+            ) from None
     if not isinstance(value, datetime):
         raise UserError(f"{what} is {value!r}: give a datetime, an ISO text like '2022-01-31T10:00' or epoch ms")
     if value.tzinfo is None:

@@ -78,7 +78,14 @@ _RUN = ("strategyName", "exchangeName", "frameName", "symbol", "backtest")
 CONTRACTS: Final[dict[str, Contract]] = {
     row[0]: Contract(*row)
     for row in (
-        ("candle", ("exchangeName", "symbol", "interval", "timestamp"), Kind.SERIES, _F, Delete.NEVER, Durability.CACHE),
+        (
+            "candle",
+            ("exchangeName", "symbol", "interval", "timestamp"),
+            Kind.SERIES,
+            _F,
+            Delete.NEVER,
+            Durability.CACHE,
+        ),
         ("signal", _POSITION, _S, _R, Delete.NULL_VALUE, Durability.MONEY),
         ("schedule", _POSITION, _S, _R, Delete.NULL_VALUE, Durability.MONEY),
         ("strategy", _POSITION, _S, _R, Delete.NULL_VALUE, Durability.MONEY),

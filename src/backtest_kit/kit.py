@@ -1,0 +1,1 @@
+"""Kit: all state of one program."""
