@@ -29,6 +29,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Farthest stop loss, in percent of the entry price. 0 switches the rule off."""
     CC_MAX_SIGNAL_LIFETIME_MINUTES: float = 1440.0
     """Default and longest life of a position, in whole minutes; `inf` allows positions without end."""
+    CC_SCHEDULE_AWAIT_MINUTES: int = 120
+    """How long a resting entry waits for its price, in minutes. At least 1."""
     CC_MAX_SIGNAL_GENERATION_SECONDS: float = 180.0
     """How long one `get_signal` may take. Above 0."""
     CC_GET_CANDLES_RETRY_COUNT: int = 3
@@ -59,6 +61,7 @@ _AT_LEAST: Final[dict[str, float]] = {
     "CC_MIN_STOPLOSS_DISTANCE_PERCENT": 0,
     "CC_MAX_STOPLOSS_DISTANCE_PERCENT": 0,
     "CC_MAX_SIGNAL_LIFETIME_MINUTES": 1,
+    "CC_SCHEDULE_AWAIT_MINUTES": 1,
     "CC_GET_CANDLES_RETRY_COUNT": 1,
     "CC_GET_CANDLES_RETRY_DELAY_MS": 0,
     "CC_MAX_CANDLES_PER_REQUEST": 1,

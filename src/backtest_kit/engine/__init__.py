@@ -1,0 +1,1 @@
+"""Pure decisions: validation, profit, the state machine and its replay. No I/O and no clock."""

@@ -134,3 +134,22 @@ class Trade(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     @property
     def closed_at(self) -> datetime:
         return to_datetime(self.closed_at_ms)
+
+
+class RestingEntry(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A limit order that waits for its price. `price_stop_loss` reached first cancels it."""
+
+    signal_id: str
+    symbol: str
+    strategy_name: str
+    exchange_name: str
+    frame_name: str
+    position: Direction
+    price_open: float
+    price_take_profit: float
+    price_stop_loss: float
+    minutes: float
+    """Lifetime of the position once it is open."""
+    cost: float
+    scheduled_at_ms: int
+    note: str = ""
