@@ -1,1 +1,180 @@
-"""Kit: all state of one program."""
+"""`Kit`: all state of one program. Two kits in one process never see each other."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from backtest_kit.market.sources import CandleSource
+from backtest_kit.persist.store import CandleStore
+from backtest_kit.run.backtest import BacktestRunner
+from backtest_kit.run.feeds import Feeds
+from backtest_kit.run.risk import RiskValidation
+from backtest_kit.run.schema import (
+    ExchangeSchema,
+    FrameSchema,
+    GetSignal,
+    Registry,
+    RiskSchema,
+    StrategySchema,
+    exchange_schema,
+    frame_schema,
+    risk_schema,
+    strategy_schema,
+)
+from backtest_kit.settings import Settings, from_environment, with_settings
+
+
+class Kit:
+    """Schemas, settings and storage of one program.
+
+    The functions of the package (`backtest_kit.add_strategy_schema`, ...) and `backtest_kit.Backtest`
+    act on a default kit; a library or a test makes one of its own.
+
+    Args:
+        dump: Where files are kept: candles, records, reports.
+        now_ms: The clock, in epoch milliseconds.
+    """
+
+    def __init__(
+        self, dump: str | os.PathLike[str] = "./dump", *, now_ms: Callable[[], int] | None = None
+    ) -> None:
+        self._dump = Path(dump)
+        self._registry = Registry()
+        self._now_ms = now_ms or _wall_clock_ms
+        self._settings: Settings | None = None
+        self._candles: CandleStore | None = None
+        self.backtest = BacktestRunner(
+            self._registry,
+            Feeds(self._registry, self._candle_store, self._now_ms),
+            self.get_config,
+            self._now_ms,
+            lambda: self._dump / "backtest",
+        )
+
+    @property
+    def dump(self) -> Path:
+        """Where files are kept. Set it before the first run to move it."""
+        return self._dump
+
+    @dump.setter
+    def dump(self, path: str | os.PathLike[str]) -> None:
+        self._dump = Path(path)
+        self._candles = None
+
+    def add_exchange_schema(
+        self, exchange_name: str, *, source: CandleSource, note: str = "", replace: bool = False
+    ) -> None:
+        """Register an exchange and where its candles come from: one of `backtest_kit.sources`.
+
+        Candles of a source that is not a local file are kept under the exchange's name, so one name
+        stands for one market. `replace=True` overwrites an exchange of that name.
+
+        Raises:
+            UserError: the name is taken or empty, or `source` is no source.
+        """
+        self._registry.exchanges.add(exchange_schema(exchange_name, source, note), replace=replace)
+
+    def add_frame_schema(
+        self,
+        frame_name: str,
+        *,
+        start_date: datetime | str | int,
+        end_date: datetime | str | int,
+        interval: str = "1m",
+        note: str = "",
+        replace: bool = False,
+    ) -> None:
+        """Register a stretch of time to replay, from `start_date` to `end_date`, both included.
+
+        Dates are aware datetimes, ISO texts (UTC where they name no zone) or epoch milliseconds.
+        `interval` is the grid on which decisions may fall; positions are watched every minute anyway.
+
+        Raises:
+            UserError: the name is taken or empty, the dates are no dates or in the wrong order, or the
+                interval is unknown.
+        """
+        self._registry.frames.add(frame_schema(frame_name, interval, start_date, end_date, note), replace=replace)
+
+    def add_strategy_schema(
+        self,
+        strategy_name: str,
+        *,
+        get_signal: GetSignal,
+        interval: str = "1m",
+        risk_name: str | None = None,
+        risk_names: Iterable[str] = (),
+        note: str = "",
+        replace: bool = False,
+    ) -> None:
+        """Register a strategy.
+
+        Args:
+            get_signal: `async def get_signal(ctx: Context) -> Signal | None`, or the same without async.
+                It is asked when nothing is held, once in each aligned slot of `interval`.
+            interval: 1m, 3m, 5m, 15m, 30m or 1h.
+            risk_name, risk_names: Risk profiles, all of which must allow a signal.
+
+        Raises:
+            UserError: the name is taken or empty, the interval is unknown, or `get_signal` is no function.
+        """
+        schema = strategy_schema(strategy_name, interval, get_signal, risk_name, risk_names, note)
+        self._registry.strategies.add(schema, replace=replace)
+
+    def add_risk_schema(
+        self, risk_name: str, *, validations: Sequence[RiskValidation], note: str = "", replace: bool = False
+    ) -> None:
+        """Register a risk profile: functions that are given a `RiskRequest` and return why they refuse, or None.
+
+        Raises:
+            UserError: the name is taken or empty, or a validation is no function.
+        """
+        self._registry.risks.add(risk_schema(risk_name, validations, note), replace=replace)
+
+    def list_exchange_schemas(self) -> list[ExchangeSchema]:
+        """The registered exchanges, in the order of their registration."""
+        return self._registry.exchanges.all()
+
+    def list_frame_schemas(self) -> list[FrameSchema]:
+        """The registered frames, in the order of their registration."""
+        return self._registry.frames.all()
+
+    def list_strategy_schemas(self) -> list[StrategySchema]:
+        """The registered strategies, in the order of their registration."""
+        return self._registry.strategies.all()
+
+    def list_risk_schemas(self) -> list[RiskSchema]:
+        """The registered risk profiles, in the order of their registration."""
+        return self._registry.risks.all()
+
+    def get_config(self) -> Settings:
+        """The settings in force: defaults, then CC_* environment variables, then `set_config`.
+
+        Raises:
+            UserError: an environment variable has a bad value.
+        """
+        if self._settings is None:
+            self._settings = from_environment(os.environ)
+        return self._settings
+
+    def set_config(self, **changes: object) -> None:
+        """Change settings by name, such as `set_config(CC_PERCENT_FEE=0.05)`. Running backtests keep theirs.
+
+        Raises:
+            UserError: unknown names, bad values or contradictions, all in one message; nothing changes then.
+        """
+        self._settings = with_settings(self.get_config(), changes)
+
+    def _candle_store(self) -> CandleStore:
+        if self._candles is None:
+            from backtest_kit.persist.backends.file_candles import FileCandleStore
+
+            self._candles = FileCandleStore(self._dump)
+        return self._candles
+
+
+def _wall_clock_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,82 @@
+"""`Context`: all that a strategy may know at the minute it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+
+from backtest_kit.errors import UserError
+from backtest_kit.market.history import History
+from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.event import Identity, Mode
+from backtest_kit.model.interval import to_datetime, to_ms
+
+HistoryOf = Callable[[str], Awaitable[History]]
+
+
+class Context:
+    """The world at one minute. A context that is kept still sees its own minute, never a later one."""
+
+    __slots__ = ("_history_of", "_identity", "price", "when_ms")
+
+    price: float
+    """The current price of the symbol: the volume-weighted average of the last closed minutes."""
+    when_ms: int
+    """Now, in epoch milliseconds; every candle that opened before it is closed."""
+
+    def __init__(self, identity: Identity, when_ms: int, price: float, history_of: HistoryOf) -> None:
+        self._identity = identity
+        self._history_of = history_of
+        self.when_ms = when_ms
+        self.price = price
+
+    @property
+    def symbol(self) -> str:
+        return self._identity.symbol
+
+    @property
+    def strategy_name(self) -> str:
+        return self._identity.strategy_name
+
+    @property
+    def exchange_name(self) -> str:
+        return self._identity.exchange_name
+
+    @property
+    def frame_name(self) -> str:
+        """Empty when live."""
+        return self._identity.frame_name
+
+    @property
+    def mode(self) -> Mode:
+        return self._identity.mode
+
+    @property
+    def when(self) -> datetime:
+        """Now, as an aware UTC datetime."""
+        return to_datetime(self.when_ms)
+
+    async def candles(
+        self, interval: str, limit: int, *, symbol: str | None = None, until: datetime | str | int | None = None
+    ) -> CandleSeries:
+        """The last `limit` closed candles of an interval, as numpy columns, oldest first.
+
+        Their window is aligned: `[A - limit * interval, A)` with A the start of the interval that
+        contains now, so the candle that is still forming is never among them. `until` moves the end of
+        the window back in time; `symbol` reads another market of the same exchange.
+
+        Raises:
+            LookAhead: `until` is later than now.
+            UserError: unknown interval or symbol, `limit` below 1, or no candles that far back.
+        """
+        history = await self._history_of(self._identity.symbol if symbol is None else symbol)
+        until_ms = None if until is None else to_ms(until, what="until")
+        return await history.window(interval, limit, self.when_ms, until_ms=until_ms)
+
+    def __repr__(self) -> str:
+        return f"Context({self.symbol!r}, {self.when.isoformat()}, price={self.price:g}, mode={self.mode!r})"
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if hasattr(self, name):
+            raise UserError(f"ctx.{name} is read-only: a context shows one minute as it was")
+        super().__setattr__(name, value)

@@ -1,0 +1,155 @@
+"""What a user registers: exchanges, frames, strategies and risk profiles, each under a name."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Generic, TypeVar
+
+import msgspec
+
+from backtest_kit.errors import UserError
+from backtest_kit.market.sources import CandleSource
+from backtest_kit.model.interval import FRAME_INTERVALS, MINUTE_MS, STRATEGY_INTERVALS, floor_ms, interval_ms, to_ms
+from backtest_kit.model.signal import Signal
+from backtest_kit.run.context import Context
+from backtest_kit.run.risk import RiskValidation
+
+GetSignal = Callable[[Context], Awaitable[Signal | None] | Signal | None]
+
+
+class ExchangeSchema(msgspec.Struct, frozen=True, kw_only=True):
+    """A market to trade on, and where its candles come from."""
+
+    name: str
+    source: CandleSource
+    note: str = ""
+
+
+class FrameSchema(msgspec.Struct, frozen=True, kw_only=True):
+    """A stretch of time to replay: minutes from `start_ms` to `stop_ms`, both included."""
+
+    name: str
+    interval: str = "1m"
+    start_ms: int
+    stop_ms: int
+    note: str = ""
+
+
+class StrategySchema(msgspec.Struct, frozen=True, kw_only=True):
+    """A strategy: who is asked for signals, how often, and which risk profiles must agree."""
+
+    name: str
+    interval: str
+    get_signal: GetSignal
+    risk_names: tuple[str, ...] = ()
+    note: str = ""
+
+
+class RiskSchema(msgspec.Struct, frozen=True, kw_only=True):
+    """A risk profile: validations that are asked in order; the first refusal decides."""
+
+    name: str
+    validations: tuple[RiskValidation, ...]
+    note: str = ""
+
+
+T = TypeVar("T", ExchangeSchema, FrameSchema, StrategySchema, RiskSchema)
+
+
+class Schemas(Generic[T]):
+    """The schemas of one kind by name."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._by_name: dict[str, T] = {}
+
+    def add(self, schema: T, *, replace: bool) -> None:
+        if schema.name in self._by_name and not replace:
+            raise UserError(
+                f"{self._kind} {schema.name!r} is already registered: choose another name, or pass replace=True"
+            )
+        self._by_name[schema.name] = schema
+
+    def get(self, name: str) -> T:
+        try:
+            return self._by_name[name]
+        except KeyError:
+            known = ", ".join(repr(each) for each in self._by_name) or "none"
+            raise UserError(
+                f"{self._kind} {name!r} is not registered (registered: {known}): "
+                f"call add_{self._kind}_schema({self._kind}_name={name!r}, ...) first"
+            ) from None
+
+    def all(self) -> list[T]:
+        return list(self._by_name.values())
+
+
+class Registry:
+    """All that is registered in one kit."""
+
+    def __init__(self) -> None:
+        self.exchanges: Schemas[ExchangeSchema] = Schemas("exchange")
+        self.frames: Schemas[FrameSchema] = Schemas("frame")
+        self.strategies: Schemas[StrategySchema] = Schemas("strategy")
+        self.risks: Schemas[RiskSchema] = Schemas("risk")
+
+
+def exchange_schema(exchange_name: str, source: CandleSource, note: str) -> ExchangeSchema:
+    if not isinstance(source, CandleSource):
+        raise UserError(
+            f"source of exchange {exchange_name!r} is {source!r}: give one of backtest_kit.sources, "
+            "such as sources.csv(path), sources.ccxt('binance') or sources.function(get_candles)"
+        )
+    return ExchangeSchema(name=_name("exchange_name", exchange_name), source=source, note=note)
+
+
+def frame_schema(
+    frame_name: str, interval: str, start_date: datetime | str | int, end_date: datetime | str | int, note: str
+) -> FrameSchema:
+    name = _name("frame_name", frame_name)
+    interval_ms(interval, FRAME_INTERVALS, what=f"interval of frame {name!r}")
+    start = floor_ms(to_ms(start_date, what=f"start_date of frame {name!r}"), MINUTE_MS)
+    stop = floor_ms(to_ms(end_date, what=f"end_date of frame {name!r}"), MINUTE_MS)
+    if start >= stop:
+        raise UserError(f"frame {name!r} ends at {end_date} and starts at {start_date}: end_date must be later")
+    return FrameSchema(name=name, interval=interval, start_ms=start, stop_ms=stop, note=note)
+
+
+def strategy_schema(
+    strategy_name: str,
+    interval: str,
+    get_signal: GetSignal,
+    risk_name: str | None,
+    risk_names: Iterable[str],
+    note: str,
+) -> StrategySchema:
+    name = _name("strategy_name", strategy_name)
+    interval_ms(interval, STRATEGY_INTERVALS, what=f"interval of strategy {name!r}")
+    if not callable(get_signal):
+        raise UserError(
+            f"get_signal of strategy {name!r} is {get_signal!r}: give a function of one argument, the context"
+        )
+    if isinstance(risk_names, str):
+        raise UserError(f"risk_names of strategy {name!r} is the text {risk_names!r}: give a list, or use risk_name")
+    risks = (*((risk_name,) if risk_name else ()), *risk_names)
+    return StrategySchema(
+        name=name,
+        interval=interval,
+        get_signal=get_signal,
+        risk_names=tuple(dict.fromkeys(_name("risk name", risk) for risk in risks)),
+        note=note,
+    )
+
+
+def risk_schema(risk_name: str, validations: Sequence[RiskValidation], note: str) -> RiskSchema:
+    name = _name("risk_name", risk_name)
+    if not isinstance(validations, Sequence) or not all(callable(each) for each in validations):
+        raise UserError(f"validations of risk {name!r} is {validations!r}: give a list of functions of one argument")
+    return RiskSchema(name=name, validations=tuple(validations), note=note)
+
+
+def _name(what: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{what} is {value!r}: give a text that is not empty")
+    return value
