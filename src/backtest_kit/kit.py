@@ -39,9 +39,7 @@ class Kit:
         now_ms: The clock, in epoch milliseconds.
     """
 
-    def __init__(
-        self, dump: str | os.PathLike[str] = "./dump", *, now_ms: Callable[[], int] | None = None
-    ) -> None:
+    def __init__(self, dump: str | os.PathLike[str] = "./dump", *, now_ms: Callable[[], int] | None = None) -> None:
         self._dump = Path(dump)
         self._registry = Registry()
         self._now_ms = now_ms or _wall_clock_ms

@@ -205,9 +205,7 @@ class BacktestRunner:
             show_note=job.settings.CC_REPORT_SHOW_SIGNAL_NOTE,
         )
 
-    def _job(
-        self, symbol: str, strategy_name: str, exchange_name: str, frame_name: str, fill: Fill, gaps: Gaps
-    ) -> Job:
+    def _job(self, symbol: str, strategy_name: str, exchange_name: str, frame_name: str, fill: Fill, gaps: Gaps) -> Job:
         if not isinstance(symbol, str) or not symbol:
             raise UserError(f"symbol is {symbol!r}: give a text such as 'BTCUSDT'")
         if fill not in _FILLS:

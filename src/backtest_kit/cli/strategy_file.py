@@ -1,0 +1,76 @@
+"""Load the user's strategy file, and show errors of his code as his, not as ours."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+
+from backtest_kit.errors import BacktestKitError, UserError
+
+_PACKAGE = str(Path(__file__).resolve().parents[1])
+
+
+class StrategyFailed(Exception):
+    """The user's own code raised; the message has his frames only."""
+
+
+def load_strategy_file(path: Path) -> None:
+    """Run the file, so that what it registers is in the default kit.
+
+    Raises:
+        UserError: there is no such Python file.
+        StrategyFailed: the file raised.
+    """
+    if path.is_dir() or path.suffix != ".py" or not path.exists():
+        what = "is a directory" if path.is_dir() else "is not a .py file" if path.exists() else "does not exist"
+        raise UserError(
+            f"strategy file {path} {what}: give the Python file that calls backtest_kit.add_strategy_schema"
+        )
+    spec = importlib.util.spec_from_file_location("strategy_file", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"strategy file {path} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise StrategyFailed(_explain(error, f"strategy file {path} raised")) from error
+
+
+def strategy_failure(error: Exception, path: Path) -> Exception:
+    """What to show for an error that ended a run: our errors as they are, the user's with his frames."""
+    own = _own_frames(error)
+    if isinstance(error, BacktestKitError):
+        if not own:
+            return error
+        last = own[-1]
+        return type(error)(f"{error} ({last.filename}, line {last.lineno}, in {last.name})", outcome=error.outcome)
+    return StrategyFailed(_explain(error, f"strategy file {path} raised"))
+
+
+def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """The frames of the user's code: neither ours nor the interpreter's or an installed package's."""
+    prefixes = (_PACKAGE, sys.prefix, sys.base_prefix, "<frozen")
+    working = str(Path.cwd())
+    return [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(prefixes)
+        or (
+            frame.filename.startswith(working)
+            and "site-packages" not in frame.filename
+            and not frame.filename.startswith(_PACKAGE)
+        )
+    ]
+
+
+def _explain(error: BaseException, headline: str) -> str:
+    frames = "".join(traceback.format_list(_own_frames(error)))
+    what = "".join(traceback.format_exception_only(error)).strip()
+    where = f"in your code:\n{frames}" if frames else ""
+    return f"error: {headline} {type(error).__name__}\n{where}{what}"
