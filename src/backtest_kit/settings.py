@@ -154,7 +154,7 @@ def _problems(settings: Settings) -> list[str]:
     if 0 < nearest < round_trip:
         problems.append(
             f"CC_MIN_TAKEPROFIT_DISTANCE_PERCENT is {nearest:g}: it must be 0, "
-            f"or at least 2 x (slippage + fee) = {round_trip:g}"
+            f"or at least 2 x (CC_PERCENT_SLIPPAGE + CC_PERCENT_FEE) = {round_trip:g}"
         )
     least, most = settings.CC_MIN_STOPLOSS_DISTANCE_PERCENT, settings.CC_MAX_STOPLOSS_DISTANCE_PERCENT
     if least and most and least >= most:

@@ -1,0 +1,134 @@
+"""A replay that skips and one that visits every minute are the same replay."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backtest_kit.engine.replay import Columns, coast, next_minute
+from backtest_kit.engine.step import Fill, Flat, Rules, State, admit, decision_due, step
+from backtest_kit.model.event import Event, Identity
+from backtest_kit.model.interval import MINUTE_MS
+from backtest_kit.model.position import Direction
+from backtest_kit.model.signal import Signal
+from backtest_kit.settings import Settings
+
+M = MINUTE_MS
+START = 1_704_067_200_000 + 7 * M
+IDENTITY = Identity("BTCUSDT", "trend", "binance", "jan", "backtest")
+
+
+def market(seed: int, minutes: int, sigma: float) -> Columns:
+    """Random columns with a price that lags the candles a little, as an average does."""
+    rng = np.random.default_rng(seed)
+    close = 100 * np.exp(np.cumsum(rng.normal(0, sigma, minutes)))
+    open_ = np.concatenate(([100.0], close[:-1]))
+    high = np.maximum(open_, close) * (1 + rng.exponential(sigma, minutes))
+    low = np.minimum(open_, close) * (1 - rng.exponential(sigma, minutes))
+    prices = (close + open_ + high + low) / 4
+    return Columns(START - 5 * M, prices, open_, high, low, close)
+
+
+def answer(seed: int, when_ms: int, price: float) -> Signal | None:
+    """A strategy without memory: what it answers depends on the minute alone."""
+    rng = np.random.default_rng((seed, when_ms // M))
+    if rng.random() < 0.3:
+        return None
+    position: Direction = "long" if rng.random() < 0.5 else "short"
+    sign = 1 if position == "long" else -1
+    entry = price * (1 - sign * rng.uniform(-0.004, 0.01)) if rng.random() < 0.5 else None
+    base = price if entry is None else entry
+    return Signal(
+        position,
+        price_take_profit=base * (1 + sign * rng.uniform(0.005, 0.03)),
+        price_stop_loss=base * (1 - sign * rng.uniform(0.005, 0.03)),
+        price_open=entry,
+        minutes=math.inf if rng.random() < 0.2 else int(rng.integers(1, 400)),
+    )
+
+
+def run(columns: Columns, rules: Rules, seed: int, *, skip: bool) -> tuple[list[Event], State, int]:
+    events: list[Event] = []
+    state: State = Flat()
+    when, visited = START - M, 0
+    while when < rules.stop_ms:
+        until = next_minute(state, columns, when, rules) if skip else when + M
+        if skip:
+            state = coast(state, columns, when, until, rules)
+        when = until
+        visited += 1
+        tick = columns.tick(when)
+        if not isinstance(state, Flat):
+            state, happened = step(state, tick, rules)
+        elif decision_due(state, when, rules):
+            state, happened = admit(state, answer(seed, when, tick.price), tick, rules)
+        else:
+            continue
+        events += happened
+    return events, state, visited
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    minutes=st.integers(30, 3000),
+    sigma=st.sampled_from([0.0002, 0.001, 0.004]),
+    fill=st.sampled_from(["vwap", "ohlc"]),
+    interval=st.sampled_from([1, 5, 15, 60]),
+    grid=st.sampled_from([1, 3, 60]),
+)
+def test_skipping_changes_nothing(seed: int, minutes: int, sigma: float, fill: Fill, interval: int, grid: int) -> None:
+    columns = market(seed, minutes, sigma)
+    rules = Rules(
+        identity=IDENTITY,
+        settings=Settings(),
+        fill=fill,
+        interval_ms=interval * M,
+        start_ms=START,
+        grid_ms=grid * M,
+        stop_ms=START + (minutes - 6) * M,
+    )
+    assert run(columns, rules, seed, skip=True)[:2] == run(columns, rules, seed, skip=False)[:2]
+
+
+def test_skipping_visits_few_minutes() -> None:
+    columns = market(1, 43_205, 0.0008)
+    rules = Rules(
+        identity=IDENTITY,
+        settings=Settings(),
+        interval_ms=15 * M,
+        start_ms=START,
+        stop_ms=START + 43_199 * M,
+    )
+    events, _, visited = run(columns, rules, 3, skip=True)
+    assert len(events) > 200
+    assert visited < 43_200 / 15 + 2 * len(events)
+
+
+def test_a_level_far_away_is_found() -> None:
+    minutes = 200_000
+    flat = np.full(minutes, 100.0)
+    prices = flat.copy()
+    prices[150_123] = 102.5
+    columns = Columns(START - 5 * M, prices, flat, flat, flat, flat)
+    rules = Rules(identity=IDENTITY, settings=Settings(), interval_ms=M, stop_ms=START + (minutes - 6) * M)
+    state, _ = admit(Flat(), Signal("long", 102, 99, minutes=math.inf), columns.tick(START), rules)
+    found = next_minute(state, columns, START, rules)
+    assert columns.index_at(found) == 150_123
+    state = coast(state, columns, START, found, rules)
+    _, (event,) = step(state, columns.tick(found), rules)
+    assert event.action == "closed"
+
+
+def test_a_copy_of_the_rules_changes_the_answer() -> None:
+    # Guards the property above against a replay in which nothing ever happens.
+    columns = market(5, 3000, 0.001)
+    rules = Rules(identity=IDENTITY, settings=Settings(), interval_ms=15 * M, start_ms=START, stop_ms=START + 2990 * M)
+    vwap = run(columns, rules, 9, skip=True)[0]
+    ohlc = run(columns, msgspec.structs.replace(rules, fill="ohlc"), 9, skip=True)[0]
+    assert {event.action for event in vwap} == {"opened", "closed", "scheduled", "cancelled"}
+    assert vwap != ohlc

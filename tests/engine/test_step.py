@@ -1,0 +1,263 @@
+"""The state machine, transition by transition."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+
+from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State, Tick, admit, decision_due, step
+from backtest_kit.model.event import EntryCancelled, EntryScheduled, Event, Identity, PositionClosed, PositionOpened
+from backtest_kit.model.interval import MINUTE_MS
+from backtest_kit.model.position import Position, Trade
+from backtest_kit.model.signal import Signal
+from backtest_kit.settings import Settings
+
+M = MINUTE_MS
+T = 1_704_067_200_000
+RULES = Rules(
+    identity=Identity("BTCUSDT", "trend", "binance", "jan", "backtest"), settings=Settings(), interval_ms=15 * M
+)
+OHLC = msgspec.structs.replace(RULES, fill="ohlc")
+
+
+def tick(
+    minute: int, price: float, *, open: float | None = None, high: float | None = None, low: float | None = None
+) -> Tick:
+    return Tick(T + minute * M, price, open or price, high or price, low or price, price)
+
+
+def opened(signal: Signal, price: float = 100.0, rules: Rules = RULES) -> Holding:
+    state, events = admit(Flat(), signal, tick(0, price), rules)
+    assert isinstance(state, Holding)
+    assert [type(event) for event in events] == [PositionOpened]
+    return state
+
+
+def closed(state: State, at: Tick, rules: Rules = RULES) -> Trade:
+    after, events = step(state, at, rules)
+    assert isinstance(after, Flat)
+    (event,) = events
+    assert isinstance(event, PositionClosed)
+    return event.trade
+
+
+def holds(state: State, at: Tick, rules: Rules = RULES) -> Position:
+    after, events = step(state, at, rules)
+    assert events == ()
+    assert isinstance(after, Holding)
+    return after.position
+
+
+LONG = Signal("long", 102, 99, minutes=60)
+SHORT = Signal("short", 98, 101, minutes=60)
+
+
+def test_flat_stays_flat() -> None:
+    assert step(Flat(), tick(0, 100), RULES) == (Flat(), ())
+
+
+def test_a_signal_without_a_price_opens_at_the_current_one() -> None:
+    position = opened(LONG, 100.5).position
+    assert (position.price_open, position.opened_at_ms, position.scheduled_at_ms) == (100.5, T, T)
+    assert (position.cost, position.minutes) == (100.0, 60.0)
+    assert position.peak.pnl_pct == 0
+    assert position.fall.pnl_pct == pytest.approx(-0.3996003996)
+
+
+def test_a_signal_at_a_better_price_opens_at_its_own() -> None:
+    assert opened(msgspec.structs.replace(LONG, price_open=100.5), 100).position.price_open == 100.5
+
+
+def test_defaults_come_from_the_settings() -> None:
+    position = opened(Signal("long", 102, 99)).position
+    assert (position.minutes, position.cost) == (1440, 100)
+
+
+@pytest.mark.parametrize(
+    ("signal", "price", "reason", "fill"),
+    [
+        (LONG, 102.0, "take_profit", 102),
+        (LONG, 103.7, "take_profit", 102),
+        (LONG, 99.0, "stop_loss", 99),
+        (LONG, 95.0, "stop_loss", 99),
+        (SHORT, 98.0, "take_profit", 98),
+        (SHORT, 90.0, "take_profit", 98),
+        (SHORT, 101.0, "stop_loss", 101),
+        (SHORT, 120.0, "stop_loss", 101),
+    ],
+)
+def test_vwap_fills_at_the_level(signal: Signal, price: float, reason: str, fill: float) -> None:
+    trade = closed(opened(signal), tick(1, price))
+    assert (trade.close_reason, trade.price_close, trade.closed_at_ms) == (reason, fill, T + M)
+
+
+@pytest.mark.parametrize("signal", [LONG, SHORT])
+def test_vwap_does_not_look_at_wicks(signal: Signal) -> None:
+    holds(opened(signal), tick(1, 100, high=150, low=50))
+
+
+@pytest.mark.parametrize(
+    ("signal", "candle", "reason", "fill"),
+    [
+        (LONG, {"open": 100.0, "high": 102.0, "low": 100.0}, "take_profit", 102),
+        (LONG, {"open": 103.0, "high": 104.0, "low": 102.5}, "take_profit", 103),
+        (LONG, {"open": 100.0, "high": 100.0, "low": 99.0}, "stop_loss", 99),
+        (LONG, {"open": 97.0, "high": 98.0, "low": 96.0}, "stop_loss", 97),
+        (LONG, {"open": 100.0, "high": 110.0, "low": 90.0}, "stop_loss", 99),
+        (SHORT, {"open": 100.0, "high": 100.0, "low": 98.0}, "take_profit", 98),
+        (SHORT, {"open": 97.0, "high": 97.5, "low": 96.0}, "take_profit", 97),
+        (SHORT, {"open": 100.0, "high": 101.0, "low": 100.0}, "stop_loss", 101),
+        (SHORT, {"open": 104.0, "high": 105.0, "low": 103.0}, "stop_loss", 104),
+        (SHORT, {"open": 100.0, "high": 110.0, "low": 90.0}, "stop_loss", 101),
+    ],
+)
+def test_ohlc_fills_by_wicks_stop_first_gaps_at_the_open(
+    signal: Signal, candle: dict[str, float], reason: str, fill: float
+) -> None:
+    trade = closed(opened(signal), tick(1, 100, **candle), OHLC)
+    assert (trade.close_reason, trade.price_close) == (reason, fill)
+
+
+@pytest.mark.parametrize("rules", [RULES, OHLC])
+def test_it_expires_at_the_first_minute_of_its_age_and_before_any_level(rules: Rules) -> None:
+    state = opened(LONG, rules=rules)
+    holds(state, tick(59, 100), rules)
+    trade = closed(state, tick(60, 105, high=105, low=90), rules)
+    assert (trade.close_reason, trade.price_close, trade.closed_at_ms) == ("time_expired", 105, T + 60 * M)
+
+
+def test_an_endless_position_does_not_expire() -> None:
+    holds(opened(msgspec.structs.replace(LONG, minutes=math.inf)), tick(10_000_000, 100))
+
+
+def test_the_frame_end_closes_what_no_rule_closed() -> None:
+    rules = msgspec.structs.replace(RULES, stop_ms=T + 5 * M)
+    state = opened(LONG, rules=rules)
+    holds(state, tick(4, 100.7), rules)
+    assert (closed(state, tick(5, 100.7), rules).close_reason) == "frame_end"
+    assert (closed(state, tick(5, 102.7), rules).close_reason) == "take_profit"
+
+
+def test_peak_and_fall_follow_the_price_until_the_minute_before_the_close() -> None:
+    state: State = opened(LONG)
+    for minute, price in enumerate((100.2, 101.5, 101.2, 99.5, 99.7, 101.5), start=1):
+        state, events = step(state, tick(minute, price), RULES)
+        assert events == ()
+    assert isinstance(state, Holding)
+    assert (state.position.peak.price, state.position.peak.timestamp) == (101.5, T + 2 * M)
+    assert (state.position.fall.price, state.position.fall.timestamp) == (99.5, T + 4 * M)
+    trade = closed(state, tick(7, 98))
+    assert trade.peak_pct == state.position.peak.pnl_pct == pytest.approx(1.0956, abs=1e-3)
+    assert trade.fall_pct == state.position.fall.pnl_pct == pytest.approx(-0.8986, abs=1e-3)
+
+
+def test_after_a_close_the_same_id_is_ignored() -> None:
+    signal = msgspec.structs.replace(LONG, id="once")
+    after, _ = step(opened(signal), tick(1, 105), RULES)
+    assert isinstance(after, Flat)
+    again, events = admit(after, signal, tick(15, 100), RULES)
+    assert events == ()
+    assert again == Flat(T + 15 * M, "once")
+    other, _ = admit(after, msgspec.structs.replace(LONG, id="twice"), tick(15, 100), RULES)
+    assert isinstance(other, Holding)
+
+
+def test_a_slot_is_used_up_by_any_answer() -> None:
+    assert decision_due(Flat(), T + 3 * M, RULES)
+    used, _ = admit(Flat(), None, tick(3, 100), RULES)
+    assert isinstance(used, Flat)
+    assert [minute for minute in range(4, 46) if decision_due(used, T + minute * M, RULES)] == list(range(15, 46))
+
+
+def test_decisions_fall_on_the_grid_of_the_frame_and_not_on_its_last_minute() -> None:
+    rules = msgspec.structs.replace(RULES, interval_ms=M, start_ms=T + 2 * M, grid_ms=5 * M, stop_ms=T + 22 * M)
+    assert [minute for minute in range(2, 30) if decision_due(Flat(), T + minute * M, rules)] == [2, 7, 12, 17]
+
+
+def resting(signal: Signal, price: float, rules: Rules = RULES) -> Resting:
+    state, events = admit(Flat(), signal, tick(0, price), rules)
+    assert isinstance(state, Resting)
+    assert [type(event) for event in events] == [EntryScheduled]
+    return state
+
+
+WAITING_LONG = msgspec.structs.replace(LONG, price_open=100.0)
+WAITING_SHORT = msgspec.structs.replace(SHORT, price_open=100.0)
+
+
+@pytest.mark.parametrize(
+    ("signal", "price", "candle"),
+    [(WAITING_LONG, 101.0, {"low": 100.0}), (WAITING_SHORT, 99.0, {"high": 100.0})],
+)
+def test_a_resting_entry_opens_when_the_last_minute_touched_it(
+    signal: Signal, price: float, candle: dict[str, float]
+) -> None:
+    state = resting(signal, price)
+    assert step(state, tick(29, price), RULES) == (state, ())
+    after, (event,) = step(state, tick(30, price, **candle), RULES)
+    assert isinstance(after, Holding)
+    assert isinstance(event, PositionOpened)
+    position = after.position
+    assert (position.price_open, position.opened_at_ms, position.scheduled_at_ms) == (100, T + 30 * M, T)
+    holds(after, tick(89, 100.1))
+    assert closed(after, tick(90, 100.1)).close_reason == "time_expired"
+
+
+def cancelled(state: State, at: Tick, rules: Rules = RULES) -> EntryCancelled:
+    after, (event,) = step(state, at, rules)
+    assert isinstance(event, EntryCancelled)
+    assert after == Flat(T, event.entry.signal_id)
+    return event
+
+
+@pytest.mark.parametrize(
+    ("signal", "price", "candle"),
+    [(WAITING_LONG, 101.0, {"low": 99.0}), (WAITING_SHORT, 99.0, {"high": 101.0})],
+)
+def test_a_minute_that_touches_stop_and_entry_cancels(signal: Signal, price: float, candle: dict[str, float]) -> None:
+    assert cancelled(resting(signal, price), tick(1, price, **candle)).reason == "price_reject"
+
+
+def test_a_resting_entry_times_out() -> None:
+    state = resting(WAITING_LONG, 101.0)
+    assert step(state, tick(119, 101.0), RULES) == (state, ())
+    assert cancelled(state, tick(120, 101.0, low=100)).reason == "timeout"
+
+
+def test_a_resting_entry_ends_with_the_frame() -> None:
+    rules = msgspec.structs.replace(RULES, stop_ms=T + 5 * M)
+    state = resting(WAITING_LONG, 101.0, rules)
+    assert cancelled(state, tick(5, 101.0), rules).reason == "frame_end"
+    assert cancelled(state, tick(5, 101.0, low=100), rules).reason == "frame_end"
+
+
+def test_ids_are_made_from_the_run_and_the_minute() -> None:
+    def id_of(rules: Rules, minute: int = 0) -> str:
+        state, _ = admit(Flat(), LONG, tick(minute, 100), rules)
+        assert isinstance(state, Holding)
+        return state.position.signal_id
+
+    def named(**names: Any) -> Rules:
+        return msgspec.structs.replace(RULES, identity=msgspec.structs.replace(RULES.identity, **names))
+
+    assert id_of(RULES) == id_of(RULES)
+    ids = [
+        id_of(RULES),
+        id_of(RULES, 15),
+        id_of(named(symbol="ETH/USDT:USDT-240927")),
+        id_of(named(strategy_name="other")),
+    ]
+    assert len(set(ids)) == 4
+    for each in ids:
+        assert len(each) <= 32
+        assert each.replace("-", "").isalnum()
+
+
+def test_events_say_where_they_belong() -> None:
+    _, events = admit(Flat(), LONG, tick(0, 100), RULES)
+    event: Event = events[0]
+    assert (event.symbol, event.action, event.when_ms, event.price) == ("BTCUSDT", "opened", T, 100)
+    assert event.when.isoformat() == "2024-01-01T00:00:00+00:00"
