@@ -115,7 +115,8 @@ class CandleFeed:
         closed = floor_ms(self._now_ms(), MINUTE_MS)
         if stop_ms > closed:
             raise UserError(
-                f"{symbol}: the frame ends at {iso(stop_ms)}, which is in the future: end it at {iso(closed)} or earlier"
+                f"{symbol}: the frame ends at {iso(stop_ms)}, which is in the future: "
+                f"end it at {iso(closed)} or earlier"
             )
 
     async def _collect(self, symbol: str, start_ms: int, stop_ms: int) -> CandleSeries:

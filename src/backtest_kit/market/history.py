@@ -14,6 +14,7 @@ from backtest_kit.model.candle import CandleSeries, FloatColumn
 from backtest_kit.model.interval import CANDLE_INTERVALS, DAY_MS, INTERVAL_MS, MINUTE_MS, interval_ms, iso
 
 _STEPS: Final = {name: INTERVAL_MS[name] for name in CANDLE_INTERVALS}
+_WHOLE: Final = (int, np.integer)
 
 
 class History:
@@ -117,7 +118,7 @@ class History:
             UserError: `interval` or `limit` makes no sense, or the data do not reach back far enough.
         """
         step_ms = _STEPS.get(interval) or interval_ms(interval, CANDLE_INTERVALS)
-        if not isinstance(limit, int | np.integer) or limit < 1 or limit is True:
+        if not _is_count(limit):
             raise UserError(f"limit is {limit!r}: give the number of candles, 1 or more")
         at_ms = when_ms
         if until_ms is not None:
@@ -135,10 +136,7 @@ class History:
             if start_ms < self._first_ms:
                 raise self._too_early(interval, limit, stop_ms, step_ms)
         low, high = (start_ms - self._first_ms) // MINUTE_MS, (stop_ms - self._first_ms) // MINUTE_MS
-        part = self._candles[low:high]
-        if step_ms > MINUTE_MS:
-            return resample(part, step_ms)
-        return CandleSeries(*(column.copy() for column in part.columns().values()))
+        return resample(self._candles, step_ms, slice(low, high))
 
     async def extend(self, stop_ms: int) -> None:
         """Append the minutes up to `stop_ms`, as a live run does at each step. Does nothing if they are there.
@@ -179,3 +177,7 @@ class History:
             f"{self.symbol}: {limit} x {interval} candles before {iso(stop_ms)} were asked, but its unbroken candles "
             f"begin at {iso(self._first_ms)}: start the frame at {iso(enough)} or later, or ask for fewer"
         )
+
+
+def _is_count(limit: object) -> bool:
+    return isinstance(limit, _WHOLE) and not isinstance(limit, bool) and bool(limit > 0)

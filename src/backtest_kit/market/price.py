@@ -32,25 +32,27 @@ def vwap(candles: CandleSeries, window: int) -> FloatColumn:
     return prices
 
 
-def resample(candles: CandleSeries, step_ms: int) -> CandleSeries:
-    """Candles of `step_ms` from contiguous 1m candles that begin on a step and fill whole steps.
+def resample(candles: CandleSeries, step_ms: int, rows: slice = slice(None)) -> CandleSeries:
+    """Candles of `step_ms` from the contiguous 1m candles `candles[rows]`, as new columns of their own.
 
     Raises:
-        UserError: the candles do not fill whole steps from an aligned start.
+        UserError: the candles do not begin on a step, or do not fill whole steps.
     """
+    times, volume = candles.timestamp[rows], candles.volume[rows]
     size, odd = divmod(step_ms, MINUTE_MS)
-    if odd or size < 1 or len(candles) % size or (len(candles) and candles.timestamp[0] % step_ms):
-        raise UserError(f"{candles!r} cannot be cut into candles of {step_ms} ms: give whole, aligned steps")
+    if odd or size < 1 or len(times) % size or (len(times) and times[0] % step_ms):
+        raise UserError(f"{candles[rows]!r} cannot be cut into candles of {step_ms} ms: give whole, aligned steps")
+    open_, high, low, close = candles.open[rows], candles.high[rows], candles.low[rows], candles.close[rows]
     if size == 1:
-        return candles
+        return CandleSeries(times.copy(), open_.copy(), high.copy(), low.copy(), close.copy(), volume.copy())
     shape = (-1, size)
     return CandleSeries(
-        candles.timestamp[::size].copy(),
-        candles.open[::size].copy(),
-        candles.high.reshape(shape).max(axis=1),
-        candles.low.reshape(shape).min(axis=1),
-        candles.close[size - 1 :: size].copy(),
-        candles.volume.reshape(shape).sum(axis=1),
+        times[::size].copy(),
+        open_[::size].copy(),
+        high.reshape(shape).max(axis=1),
+        low.reshape(shape).min(axis=1),
+        close[size - 1 :: size].copy(),
+        volume.reshape(shape).sum(axis=1),
     )
 
 

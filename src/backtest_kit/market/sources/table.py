@@ -100,9 +100,8 @@ class _File:
         names = self._column_names(table.column_names, found)
         if table.num_rows == 0:
             raise UserError(f"{path} has a header but no candle: give a file with rows")
-        columns = [self._times(table[names["timestamp"]])]
-        columns += [self._numbers(table[names[name]], names[name]) for name in COLUMNS[1:]]
-        self._series = CandleSeries(*columns)
+        times = self._times(table[names["timestamp"]])
+        self._series = CandleSeries(times, *(self._numbers(table[names[name]], names[name]) for name in COLUMNS[1:]))
         self._symbols: Any = np.asarray(table[found["symbol"]].to_pylist(), dtype=str) if "symbol" in found else None
         self._checked: dict[str | None, CandleSeries] = {}
 
@@ -200,15 +199,17 @@ class _File:
     def _to_ms(self, values: Any, unit: str) -> TimeColumn:
         per_second = _PER_SECOND[unit]
         if values.dtype.kind == "f":
-            return np.rint(values * (1000 / per_second)).astype(np.int64)
+            milliseconds: TimeColumn = np.rint(values * (1000 / per_second)).astype(np.int64)
+            return milliseconds
         whole: TimeColumn = values.astype(np.int64)
         if per_second <= 1000:
             return whole * (1000 // per_second)
-        milliseconds, rest = np.divmod(whole, per_second // 1000)
+        per_ms = per_second // 1000
+        rest = whole % per_ms
         if rest.any():
             at = int(np.argmax(rest != 0))
             raise UserError(f"{self._path}, {self._row(at)}: timestamp {whole[at]} ({unit}) is no whole millisecond")
-        return milliseconds
+        return whole // per_ms
 
     def _parse_time(self, at: int, text: Any) -> int:
         try:
