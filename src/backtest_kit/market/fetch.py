@@ -1,0 +1,258 @@
+"""`CandleFeed`: the one way in for candles, from the cache and from the source."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Final, Literal, NamedTuple
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from backtest_kit.errors import RetryLater, UserError
+from backtest_kit.market.integrity import Gaps, check_candles, fill_gaps, find_gaps
+from backtest_kit.market.sources.base import CandleSource
+from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso
+from backtest_kit.persist.store import CandleStore, SeriesKey
+from backtest_kit.settings import Settings
+
+GapRule = Literal["error", "fill"]
+
+_STORE_BATCH: Final = 20_000
+"""Fetched candles that are stored together: a long download that is killed loses no more than these."""
+_PUBLISHING_MS: Final = 5 * MINUTE_MS
+"""How late an exchange may be with a candle before it counts as missing."""
+
+_log = logging.getLogger("backtest_kit")
+
+
+class Loaded(NamedTuple):
+    """Contiguous 1m candles, and how many of them were filled in."""
+
+    candles: CandleSeries
+    filled: int
+
+
+class CandleFeed:
+    """Brings in the 1m candles of one exchange: read from the store, fetched where missing, checked, stored.
+
+    `now_ms` is the clock that decides which candles are closed; only those are stored or returned.
+    """
+
+    def __init__(
+        self,
+        exchange_name: str,
+        source: CandleSource,
+        store: CandleStore | None,
+        settings: Settings,
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._exchange_name = exchange_name
+        self._source = source
+        self._store = store if source.cached else None
+        self._settings = settings
+        self._now_ms = now_ms
+        # Weak: a lock lives while someone holds or awaits it, so none outlives its event loop.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def load(
+        self, symbol: str, start_ms: int, stop_ms: int, *, gaps: GapRule = "error", lead_ms: int = 0
+    ) -> Loaded:
+        """Every minute of `[start_ms - lead_ms, stop_ms)`.
+
+        `lead_ms` is what a frame needs before its start; messages speak of the frame. With
+        gaps="fill", minutes missing inside become flat candles of volume 0 and are counted.
+
+        Raises:
+            UserError: the range is no whole minutes or reaches into the future, its head or tail is
+                outside the source's data, minutes are missing and gaps is "error", or a candle is
+                refused by `check_candles`.
+            RetryLater: the source does not answer, or has not published the last minutes yet.
+        """
+        self._check_range(symbol, start_ms, stop_ms, gaps)
+        first_ms = start_ms - lead_ms
+        candles = await self._collect(symbol, first_ms, stop_ms)
+        missing = find_gaps(candles, first_ms, stop_ms)
+        if not missing:
+            return Loaded(candles, 0)
+        if missing.start_ms[0] == first_ms or missing.stop_ms[-1] == stop_ms:
+            await self._refuse_edges(symbol, start_ms, stop_ms, lead_ms, candles, missing)
+        if gaps == "error":
+            raise UserError(
+                f"{missing.describe(symbol)}: choose another frame, or fill them with flat candles "
+                f'(gaps="fill", on the command line --gaps fill)'
+            )
+        return Loaded(fill_gaps(candles, first_ms, stop_ms), missing.total)
+
+    async def available(self, symbol: str, start_ms: int, stop_ms: int, *, gaps: GapRule = "error") -> CandleSeries:
+        """The longest unbroken run of candles in `[start_ms, stop_ms)` that ends at `stop_ms`; may be empty.
+
+        With gaps="fill" missing minutes break nothing, and the run begins at the first candle there is.
+        Raises as `load`, but never for candles that are absent.
+        """
+        start_ms = max(start_ms, 0)
+        if stop_ms <= start_ms:
+            return CandleSeries.empty()
+        self._check_range(symbol, start_ms, stop_ms, gaps)
+        candles = await self._collect(symbol, start_ms, stop_ms)
+        missing = find_gaps(candles, start_ms, stop_ms)
+        if not missing or not len(candles):
+            return candles
+        if gaps == "fill":
+            return fill_gaps(candles, int(candles.timestamp[0]), stop_ms)
+        return candles.between(int(missing.stop_ms[-1]), stop_ms)
+
+    def _check_range(self, symbol: str, start_ms: int, stop_ms: int, gaps: GapRule) -> None:
+        if gaps not in ("error", "fill"):
+            raise UserError(f"gaps is {gaps!r}: use 'error' or 'fill'")
+        for name, when in (("start", start_ms), ("end", stop_ms)):
+            if when % MINUTE_MS:
+                raise UserError(f"the {name} of the {symbol} candles is {iso(when)}: give a whole minute")
+        if stop_ms <= start_ms:
+            raise UserError(f"{symbol}: the frame ends at {iso(stop_ms)}, not after its start {iso(start_ms)}")
+        closed = floor_ms(self._now_ms(), MINUTE_MS)
+        if stop_ms > closed:
+            raise UserError(
+                f"{symbol}: the frame ends at {iso(stop_ms)}, which is in the future: "
+                f"end it at {iso(closed)} or earlier"
+            )
+
+    async def _collect(self, symbol: str, start_ms: int, stop_ms: int) -> CandleSeries:
+        """What store and source have in the range: checked and ascending, with the gaps that remain."""
+        lock = self._locks.setdefault(symbol, asyncio.Lock())
+        async with lock:
+            series = SeriesKey(self._source.series_name or self._exchange_name, symbol, "1m")
+            known = await self._store.read(series, start_ms, stop_ms) if self._store else CandleSeries.empty()
+            parts = [known]
+            missing = find_gaps(known, start_ms, stop_ms)
+            for low, high in zip(missing.start_ms.tolist(), missing.stop_ms.tolist(), strict=True):
+                parts += await self._download(series, low, high)
+        candles = _merge(parts)
+        check_candles(candles, symbol=symbol, settings=self._settings)
+        return candles
+
+    async def _download(self, series: SeriesKey, start_ms: int, stop_ms: int) -> list[CandleSeries]:
+        """The source's candles of one range, stored as they come."""
+        parts: list[CandleSeries] = []
+        stored = 0
+        try:
+            async for page in self._pages(series.symbol, start_ms, stop_ms):
+                parts.append(page)
+                if sum(map(len, parts[stored:])) >= _STORE_BATCH:
+                    await self._keep(series, parts[stored:])
+                    stored = len(parts)
+        finally:
+            # Also when a later page fails: the next attempt goes on from here.
+            await self._keep(series, parts[stored:])
+        return parts
+
+    async def _pages(self, symbol: str, start_ms: int, stop_ms: int) -> AsyncIterator[CandleSeries]:
+        page_ms = (self._source.page_limit or self._settings.CC_MAX_CANDLES_PER_REQUEST) * MINUTE_MS
+        bounds_known = False
+        while start_ms < stop_ms:
+            page_stop = min(start_ms + page_ms, stop_ms)
+            page = await self._request(symbol, start_ms, page_stop)
+            if len(page):
+                yield page
+                # A short page may be a gap, or an exchange with smaller pages: ask on from its last candle.
+                start_ms = int(page.timestamp[-1]) + MINUTE_MS
+                continue
+            start_ms = page_stop
+            if not bounds_known and start_ms < stop_ms:
+                # Years before a listing would otherwise be asked for page by page.
+                bounds = await self._source.range(symbol)
+                bounds_known = True
+                if bounds is not None:
+                    start_ms, stop_ms = max(start_ms, bounds[0]), min(stop_ms, bounds[1])
+
+    async def _request(self, symbol: str, start_ms: int, stop_ms: int) -> CandleSeries:
+        attempts = self._settings.CC_GET_CANDLES_RETRY_COUNT
+        for attempt in range(1, attempts + 1):
+            try:
+                page = await self._source.fetch(symbol, "1m", start_ms, stop_ms)
+                break
+            except UserError:
+                raise
+            except Exception as error:
+                if attempt == attempts:
+                    raise RetryLater(
+                        f"{self._exchange_name}: the candles of {symbol} from {iso(start_ms)} could not be fetched "
+                        f"in {attempts} attempts: {error}"
+                    ) from error
+            await asyncio.sleep(self._settings.CC_GET_CANDLES_RETRY_DELAY_MS / 1000)
+        if not isinstance(page, CandleSeries):
+            raise UserError(f"{type(self._source).__name__}.fetch returned {type(page).__name__}, not a CandleSeries")
+        page = page.take((page.timestamp >= start_ms) & (page.timestamp < stop_ms))
+        check_candles(page, symbol=symbol, settings=self._settings)
+        return page
+
+    async def _keep(self, series: SeriesKey, parts: list[CandleSeries]) -> None:
+        if self._store is None or not parts:
+            return
+        candles = CandleSeries.concat(parts)
+        closed = candles.between(0, floor_ms(self._now_ms(), MINUTE_MS))
+        try:
+            if len(closed):
+                await self._store.write(series, closed)
+        except Exception as error:
+            # The candles are in hand; a cache that cannot keep them costs the next run a download.
+            _log.warning(
+                "%d candles of %s/%s/%s could not be cached: %s",
+                len(closed), series.exchange_name, series.symbol, series.interval, error,
+                extra={"series": series, "error": error},
+            )  # fmt: skip
+
+    async def _refuse_edges(
+        self, symbol: str, start_ms: int, stop_ms: int, lead_ms: int, candles: CandleSeries, missing: Gaps
+    ) -> None:
+        """Raise for a head or tail without candles, naming a frame that would work."""
+        first_ms = start_ms - lead_ms
+        no_head, no_tail = missing.start_ms[0] == first_ms, missing.stop_ms[-1] == stop_ms
+        bounds = await self._source.range(symbol)
+        reaches = bounds is None or bounds[1] >= stop_ms
+        late = int(missing.start_ms[-1])
+        if no_tail and reaches and self._now_ms() - late < _PUBLISHING_MS:
+            raise RetryLater(f"{symbol}: {self._exchange_name} has not published the candle of {iso(late)} yet")
+        asked = f"frame outside the data: {symbol} was asked from {iso(start_ms)} to {iso(stop_ms)}"
+        if lead_ms:
+            asked += f" (and {lead_ms // MINUTE_MS} minutes before it, for the first price)"
+        found = (int(candles.timestamp[0]), int(candles.timestamp[-1]) + MINUTE_MS) if len(candles) else None
+        have = _reach(bounds, found, first_ms if no_head else None, stop_ms if no_tail else None)
+        if have is None:
+            raise UserError(f"{asked}, and {self._exchange_name} has no candle there: choose another frame or symbol")
+        low, high = have[0] + lead_ms, have[1]
+        if low >= high:
+            raise UserError(f"{asked}, but {self._exchange_name} has only {iso(have[0])} to {iso(high)}: get more data")
+        start, stop = max(low, start_ms), min(high, stop_ms)
+        start, stop = (start, stop) if start < stop else (low, high)
+        raise UserError(
+            f"{asked}, but {self._exchange_name} has {iso(have[0])} to {iso(have[1])}: "
+            f"use start_date={iso(start)!r}, end_date={iso(stop)!r}"
+        )
+
+
+def _merge(parts: list[CandleSeries]) -> CandleSeries:
+    filled = [part for part in parts if len(part)]
+    candles = CandleSeries.concat(filled)
+    return candles if len(filled) < 2 else candles.take(np.argsort(candles.timestamp, kind="stable"))
+
+
+def _reach(
+    bounds: tuple[int, int] | None, found: tuple[int, int] | None, no_head: int | None, no_tail: int | None
+) -> tuple[int, int] | None:
+    """The data's true ends: what the source says, corrected by what it did not deliver."""
+    if found is None:
+        # Nothing came from inside the bounds, so they help only where they lie elsewhere.
+        if bounds is None or (
+            no_head is not None and no_tail is not None and bounds[0] < no_tail and no_head < bounds[1]
+        ):
+            return None
+        return bounds
+    low, high = bounds or found
+    if no_head is not None and low <= no_head:
+        low = found[0]
+    if no_tail is not None and high >= no_tail:
+        high = found[1]
+    return low, high

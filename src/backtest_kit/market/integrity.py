@@ -1,0 +1,189 @@
+"""Whether candles can be traded on: their values, their order, and the minutes that are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backtest_kit.errors import UserError
+from backtest_kit.model.candle import COLUMNS, PRICE_COLUMNS, CandleSeries, FloatColumn, TimeColumn
+from backtest_kit.model.interval import MINUTE_MS, iso
+from backtest_kit.settings import Settings
+
+_WAY_OUT: Final = "correct the source, or choose a frame without it"
+_PLACES_SHOWN: Final = 3
+
+_Fault = tuple[NDArray[np.bool_], str, str]
+"""The rows at fault, the column to show, and the rule they break."""
+
+
+class Gaps(NamedTuple):
+    """The missing minutes of a range: range i of them is `[start_ms[i], stop_ms[i])`, oldest first."""
+
+    start_ms: TimeColumn
+    stop_ms: TimeColumn
+
+    @property
+    def total(self) -> int:
+        """How many minutes are missing."""
+        return int((self.stop_ms - self.start_ms).sum()) // MINUTE_MS
+
+    def __bool__(self) -> bool:
+        return len(self.start_ms) > 0
+
+    def describe(self, symbol: str) -> str:
+        """`3 minutes of BTCUSDT are missing in 2 places: ...`, with the first places and their lengths."""
+        count = len(self.start_ms)
+        places = [
+            _place(int(start), int(stop))
+            for start, stop in zip(self.start_ms[:_PLACES_SHOWN], self.stop_ms[:_PLACES_SHOWN], strict=True)
+        ]
+        if count > _PLACES_SHOWN:
+            places.append("...")
+        where = "in 1 place" if count == 1 else f"in {count:,} places"
+        is_are = "is" if self.total == 1 else "are"
+        return f"{_minutes(self.total)} of {symbol} {is_are} missing {where}: {', '.join(places)}"
+
+
+def check_candles(candles: CandleSeries, *, symbol: str, settings: Settings, step_ms: int = MINUTE_MS) -> None:
+    """Refuse candles that no market can have made. Gaps are not looked at: see `find_gaps`.
+
+    An open or close outside of `[low, high]` is tolerated on purpose: several exchanges publish such
+    candles, and the price of a step is made of high, low and close.
+
+    Raises:
+        UserError: a value is not finite, a price is not above 0, a volume is below 0, high is below low,
+            a price is below the typical price of the series divided by
+            CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR, or as `check_order`.
+    """
+    check_order(candles, what=symbol, step_ms=step_ms)
+    if not len(candles) or _plausible(candles, settings):
+        return
+    for wrong, column, rule in _faults(candles, settings):
+        if wrong.any():
+            _refuse(candles, symbol, wrong, column, rule)
+
+
+def check_order(candles: CandleSeries, *, what: str, step_ms: int = MINUTE_MS) -> None:
+    """Refuse timestamps that are not whole steps, ascending and unique. `what` names the candles.
+
+    Raises:
+        UserError: naming the first offender.
+    """
+    times = candles.timestamp
+    steps, odd = np.divmod(times, step_ms)
+    if odd.any():
+        at = int(np.argmax(odd != 0))
+        raise UserError(
+            f"{what}: {np.count_nonzero(odd):,} of {len(times):,} candles do not open on a whole "
+            f"{step_ms // 1000} s step, the first at {iso(int(times[at]))}: {_WAY_OUT}"
+        )
+    ahead = np.diff(steps) > 0
+    if ahead.all():
+        return
+    at = int(np.argmin(ahead)) + 1
+    before, here = int(times[at - 1]), int(times[at])
+    fault = "appears twice" if here == before else f"comes after the candle of {iso(before)}"
+    raise UserError(
+        f"{what}: candles must be oldest first and unique, but {iso(here)} {fault} "
+        f"({np.count_nonzero(~ahead):,} such places): sort them and drop the duplicates"
+    )
+
+
+def find_gaps(candles: CandleSeries, start_ms: int, stop_ms: int) -> Gaps:
+    """The minutes of `[start_ms, stop_ms)` that ordered 1m candles lack, as contiguous ranges."""
+    if stop_ms <= start_ms:
+        nothing = np.empty(0, dtype=np.int64)
+        return Gaps(nothing, nothing)
+    times = candles.between(start_ms, stop_ms).timestamp
+    edges = np.concatenate(([start_ms - MINUTE_MS], times, [stop_ms]))
+    broken = np.diff(edges) > MINUTE_MS
+    return Gaps(edges[:-1][broken] + MINUTE_MS, edges[1:][broken])
+
+
+def fill_gaps(candles: CandleSeries, start_ms: int, stop_ms: int) -> CandleSeries:
+    """Every minute of `[start_ms, stop_ms)`: the missing ones flat at the previous close, with volume 0.
+
+    The previous close may come from a candle before `start_ms`.
+
+    Raises:
+        UserError: there is no previous close for the first minute.
+    """
+    times = np.arange(start_ms, stop_ms, MINUTE_MS, dtype=np.int64)
+    source = np.searchsorted(candles.timestamp, times, side="right") - 1
+    if len(times) and (source[0] < 0 or not len(candles)):
+        first = iso(int(candles.timestamp[0])) if len(candles) else "never"
+        raise UserError(
+            f"{iso(start_ms)} cannot be filled: the first candle is {first}, so there is no close before it"
+        )
+    present = candles.timestamp[source] == times
+    close = candles.close[source]
+    open_, high, low = (
+        np.where(present, column[source], close) for column in (candles.open, candles.high, candles.low)
+    )
+    return CandleSeries(times, open_, high, low, close, np.where(present, candles.volume[source], 0.0))
+
+
+def _plausible(candles: CandleSeries, settings: Settings) -> bool:
+    """One cheap pass that good candles clear; whatever fails it is looked at rule by rule."""
+    prices = [getattr(candles, name) for name in PRICE_COLUMNS]
+    lowest = np.min([column.min() for column in prices])
+    highest = np.max([column.max() for column in prices])
+    factor = settings.CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR
+    return bool(
+        # NaN fails every comparison. The typical price is never above the highest, so the bound is safe.
+        lowest > 0
+        and highest < np.inf
+        and lowest >= highest / factor
+        and candles.volume.min() >= 0
+        and candles.volume.max() < np.inf
+        and (candles.high >= candles.low).all()
+    )
+
+
+def _faults(candles: CandleSeries, settings: Settings) -> Iterator[_Fault]:
+    for name in COLUMNS[1:]:
+        yield ~np.isfinite(getattr(candles, name)), name, "every value must be finite"
+    for name in PRICE_COLUMNS:
+        yield getattr(candles, name) <= 0, name, "prices must be above 0"
+    yield candles.volume < 0, "volume", "volumes must not be negative"
+    yield candles.high < candles.low, "high", "high must not be below low"
+    typical = _typical_price(candles, settings.CC_GET_CANDLES_MIN_CANDLES_FOR_MEDIAN)
+    least = typical / settings.CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR
+    for name in PRICE_COLUMNS:
+        rule = f"no price may be below {least:g}, the typical {typical:g} divided by the threshold factor"
+        yield getattr(candles, name) < least, name, rule
+
+
+def _typical_price(candles: CandleSeries, least_for_median: int) -> float:
+    """The upper median of all prices; the mean where candles are too few for a median."""
+    prices: FloatColumn = np.concatenate([getattr(candles, name) for name in PRICE_COLUMNS])
+    if len(candles) < least_for_median:
+        return float(prices.mean())
+    middle = len(prices) // 2
+    return float(np.partition(prices, middle)[middle])
+
+
+def _refuse(candles: CandleSeries, symbol: str, wrong: NDArray[np.bool_], column: str, rule: str) -> None:
+    at = int(np.argmax(wrong))
+    count = int(np.count_nonzero(wrong))
+    others = "" if count == 1 else f" and in {count - 1:,} more candles"
+    beside = f" (low {candles.low[at]:g})" if column == "high" else ""
+    raise UserError(
+        f"{symbol}: {column} is {getattr(candles, column)[at]:g}{beside} at {iso(int(candles.timestamp[at]))}"
+        f"{others}, but {rule}: {_WAY_OUT}"
+    )
+
+
+def _place(start_ms: int, stop_ms: int) -> str:
+    length = (stop_ms - start_ms) // MINUTE_MS
+    if length == 1:
+        return f"{iso(start_ms)} (1 minute)"
+    return f"{iso(start_ms)} .. {iso(stop_ms - MINUTE_MS)} ({_minutes(length)})"
+
+
+def _minutes(count: int) -> str:
+    return "1 minute" if count == 1 else f"{count:,} minutes"

@@ -1,0 +1,53 @@
+"""`CandleSource`: where candles come from."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from typing import ClassVar, Final
+
+from backtest_kit.model.candle import CandleSeries
+
+ANY_RANGE: Final = sys.maxsize
+"""A `page_limit` that never limits: the source answers any range in one call."""
+
+
+class CandleSource(ABC):
+    """Where candles come from: an exchange, a file, a formula.
+
+    A source may be used from one event loop after another. It need not check what it returns, nor
+    retry: the feed above it does both.
+    """
+
+    cached: ClassVar[bool] = True
+    """Whether fetched candles are kept in the candle store; False where they are at hand anyway."""
+
+    page_limit: ClassVar[int | None] = None
+    """Candles that one `fetch` is asked for at most. None leaves it to CC_MAX_CANDLES_PER_REQUEST."""
+
+    series_name: str | None = None
+    """The name under which candles are cached, instead of the exchange's. For sources whose candles
+    depend on parameters: no two sets of parameters may share a cache."""
+
+    @abstractmethod
+    async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
+        """The closed candles that open in `[start_ms, stop_ms)`, ascending and none from outside.
+
+        May be fewer than fit: the caller asks on from the last one, and takes an empty answer as
+        "nothing there".
+
+        Raises:
+            UserError: the request can never be answered (unknown symbol, no such file).
+            RetryLater: it may be answered later.
+        """
+
+    async def range(self, symbol: str) -> tuple[int, int] | None:
+        """The first open time and the end (last open + 1 minute) of what there is, in epoch ms.
+
+        None where that is unknown. Raises as `fetch`.
+        """
+        return None
+
+    async def close(self) -> None:
+        """Let go of connections. Idempotent; a closed source may be used again."""
+        return

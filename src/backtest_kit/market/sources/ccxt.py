@@ -1,0 +1,128 @@
+"""Candles from an exchange, through the ccxt library."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import importlib
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from backtest_kit.errors import RetryLater, UserError
+from backtest_kit.market.sources.base import CandleSource
+from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.interval import MINUTE_MS, floor_ms, interval_ms
+
+T = TypeVar("T")
+
+
+def ccxt(exchange: Any, **options: Any) -> CandleSource:
+    """Candles from a ccxt exchange: its id (`"binance"`) with options for its constructor, or a client.
+
+    A client is an instance of a class of `ccxt.async_support`; it stays the caller's to close. One
+    made here is opened by the first request and closed by `close()`. Symbols are written as ccxt does
+    (`BTC/USDT`) or as the exchange does (`BTCUSDT`).
+
+    Raises:
+        UserError: options come with a client that is already made. Unknown exchanges and a missing
+            ccxt package are reported by the first request.
+    """
+    if isinstance(exchange, str):
+        return CcxtSource(exchange, options=options)
+    if options:
+        raise UserError(f"options {', '.join(options)} come with a ccxt client that is already made: set them on it")
+    return CcxtSource(str(getattr(exchange, "id", "exchange")), client=exchange)
+
+
+class CcxtSource(CandleSource):
+    def __init__(self, exchange_id: str, *, options: dict[str, Any] | None = None, client: Any = None) -> None:
+        self._id = exchange_id
+        self._options = options or {}
+        self._given = client
+        self._own: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
+        step_ms = interval_ms(interval)
+        client = self._client()
+        market = await self._market(client, symbol)
+        if interval not in (client.timeframes or {}):
+            raise UserError(
+                f"{self._id} has no {interval} candles; it has {', '.join(client.timeframes or {'none': 0})}"
+            )
+        limit = (stop_ms - start_ms) // step_ms
+        rows = await self._call(lambda: client.fetch_ohlcv(market, interval, since=start_ms, limit=limit))
+        # Exchanges add the candle that is still open, and some answer with more than was asked.
+        stop_ms = min(stop_ms, int(client.milliseconds()) - step_ms + 1)
+        return CandleSeries.from_rows([row[:6] for row in rows if start_ms <= row[0] < stop_ms])
+
+    async def range(self, symbol: str) -> tuple[int, int] | None:
+        client = self._client()
+        market = await self._market(client, symbol)
+        try:
+            first = await self._call(lambda: client.fetch_ohlcv(market, "1m", since=0, limit=1))
+        except UserError:
+            return None  # some exchanges refuse such an old date: their first candle stays unknown
+        if not first:
+            return None
+        return int(first[0][0]), floor_ms(int(client.milliseconds()), MINUTE_MS)
+
+    async def close(self) -> None:
+        client, self._own = self._own, None
+        if client is not None and self._loop is asyncio.get_running_loop():
+            await client.close()
+
+    def _client(self) -> Any:
+        if self._given is not None:
+            return self._given
+        loop = asyncio.get_running_loop()
+        # A client holds the connections of its loop: a run in another loop needs another client.
+        if self._own is None or self._loop is not loop:
+            self._own, self._loop = _open_client(self._id, self._options), loop
+        return self._own
+
+    async def _market(self, client: Any, symbol: str) -> str:
+        markets: dict[str, Any] = await self._call(client.load_markets)
+        if symbol in markets:
+            return symbol
+        # One id may name several markets: BTCUSDT is a spot pair and a perpetual of Binance.
+        same_id: list[dict[str, Any]] = (client.markets_by_id or {}).get(symbol, [])
+        if same_id:
+            kind = (client.options or {}).get("defaultType", "spot")
+            return str(next((each for each in same_id if each.get("type") == kind), same_id[0])["symbol"])
+        known = {*markets, *(client.markets_by_id or {})}
+        near = difflib.get_close_matches(symbol.upper(), sorted(known), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {len(markets):,} others"
+        raise UserError(f"{self._id} has no market {symbol!r}: {hint}")
+
+    async def _call(self, request: Callable[[], Awaitable[T]]) -> T:
+        errors = _library()
+        try:
+            return await request()
+        except errors.NetworkError as error:
+            raise RetryLater(f"{self._id} did not answer: {_said(error)}") from error
+        except errors.BaseError as error:
+            raise UserError(f"{self._id} refused the request: {_said(error)}") from error
+
+
+def _open_client(exchange_id: str, options: dict[str, Any]) -> Any:
+    library = _library()
+    if exchange_id not in library.exchanges:
+        near = difflib.get_close_matches(exchange_id, library.exchanges, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see `ccxt.exchanges`"
+        raise UserError(f"ccxt knows no exchange {exchange_id!r}: {hint}")
+    return getattr(library, exchange_id)({"enableRateLimit": True, **options})
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("ccxt.async_support")
+    except ImportError:
+        raise UserError("candles from an exchange need ccxt: pip install 'backtest-kit[ccxt]'") from None
+
+
+def _said(error: Exception) -> str:
+    """The kind and text of an error, without query strings: those of signed requests are nobody's business."""
+    text = re.sub(r"\?\S+", "?...", str(error))
+    return f"{type(error).__name__}: {text:.300}"

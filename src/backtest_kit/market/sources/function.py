@@ -1,0 +1,68 @@
+"""Candles from a function of the user's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from backtest_kit.errors import UserError
+from backtest_kit.market.sources.base import CandleSource
+from backtest_kit.model.candle import COLUMNS, CandleSeries
+from backtest_kit.model.interval import interval_ms
+
+Rows = CandleSeries | Sequence[Mapping[str, Any]] | Sequence[Sequence[float]]
+GetCandles = Callable[[str, str, int, int], Awaitable[Rows]]
+
+
+def function(get_candles: GetCandles) -> CandleSource:
+    """Candles from `async def get_candles(symbol, interval, since_ms, limit)`.
+
+    It returns the `limit` closed candles from `since_ms` on, or as many of them as there are: a
+    `CandleSeries`, or rows that are dicts with timestamp, open, high, low, close and volume, or
+    sequences in that order. Timestamps are open times in epoch ms. Whatever it returns outside of
+    the asked range is dropped.
+
+    Raises:
+        UserError: `get_candles` is not callable.
+    """
+    if not callable(get_candles):
+        raise UserError(f"get_candles is {get_candles!r}: give an async function")
+    return FunctionSource(get_candles)
+
+
+class FunctionSource(CandleSource):
+    def __init__(self, get_candles: GetCandles) -> None:
+        self._get_candles = get_candles
+        self._name = getattr(get_candles, "__qualname__", repr(get_candles))
+
+    async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
+        limit = (stop_ms - start_ms) // interval_ms(interval)
+        pending = self._get_candles(symbol, interval, start_ms, limit)
+        if not inspect.isawaitable(pending):
+            raise UserError(f"{self._name}() returned {type(pending).__name__}: write it as `async def`")
+        candles = self._series(await pending)
+        return candles.take((candles.timestamp >= start_ms) & (candles.timestamp < stop_ms))
+
+    def _series(self, rows: Any) -> CandleSeries:
+        if isinstance(rows, CandleSeries):
+            return rows
+        if not isinstance(rows, list | tuple):
+            raise UserError(
+                f"{self._name}() returned {type(rows).__name__}: return a CandleSeries or a list of rows "
+                f"with {', '.join(COLUMNS)}"
+            )
+        try:
+            return CandleSeries.from_rows([self._row(row) for row in rows])
+        except (UserError, ValueError) as error:
+            raise UserError(f"{self._name}() returned rows that are no candles: {error}") from None
+
+    def _row(self, row: Any) -> Sequence[float]:
+        if isinstance(row, Mapping):
+            missing = [name for name in COLUMNS if name not in row]
+            if missing:
+                raise UserError(f"a row lacks {', '.join(missing)}; it has {', '.join(map(str, row))}")
+            return [row[name] for name in COLUMNS]
+        if isinstance(row, list | tuple) and len(row) == len(COLUMNS):
+            return row
+        raise UserError(f"a row is {row!r:.80}: give a dict, or a sequence of {', '.join(COLUMNS)}")
