@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from backtest_kit.market.fetch import CandleFeed
+from backtest_kit.market.sources import CandleSource
 from backtest_kit.persist.store import CandleStore
 from backtest_kit.run.schema import Registry
 from backtest_kit.settings import Settings
@@ -27,7 +28,7 @@ class Feeds:
         self._registry = registry
         self._store = store
         self._now_ms = now_ms
-        self._open: dict[tuple[str, Settings], CandleFeed] = {}
+        self._open: dict[tuple[str, Settings], tuple[CandleSource, CandleFeed]] = {}
         self._users = 0
 
     @asynccontextmanager
@@ -35,15 +36,15 @@ class Feeds:
         """The feed of an exchange, for as long as the block runs."""
         source = self._registry.exchanges.get(exchange_name).source
         key = (exchange_name, settings)
-        feed = self._open.get(key)
-        if feed is None or feed.source is not source:
-            feed = self._open[key] = CandleFeed(exchange_name, source, self._store(), settings, self._now_ms)
+        if key not in self._open or self._open[key][0] is not source:
+            self._open[key] = source, CandleFeed(exchange_name, source, self._store(), settings, self._now_ms)
+        feed = self._open[key][1]
         self._users += 1
         try:
             yield feed
         finally:
             self._users -= 1
             if self._users == 0:
-                feeds, self._open = list(self._open.values()), {}
-                for each in feeds:
-                    await each.source.close()
+                opened, self._open = self._open, {}
+                for source, _ in opened.values():
+                    await source.close()

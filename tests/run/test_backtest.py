@@ -1,0 +1,313 @@
+"""Backtests as a user runs them: results, handles, options, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import backtest_kit as bk
+from backtest_kit.model.interval import MINUTE_MS, to_ms
+
+MakeKit = Callable[..., bk.Kit]
+WHERE: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "demo", "frame_name": "week"}
+START, STOP = to_ms("2024-06-01"), to_ms("2024-06-08")
+
+
+def test_a_backtest_is_the_same_every_time(make_kit: MakeKit) -> None:
+    first = make_kit().backtest.run_sync("BTCUSDT", **WHERE)
+    again = make_kit().backtest.run_sync("BTCUSDT", **WHERE)
+    assert len(first.trades) > 10
+    assert first.trades == again.trades
+    assert first.trades != make_kit(seed=8).backtest.run_sync("BTCUSDT", **WHERE).trades
+
+
+def test_trades_follow_each_other(make_kit: MakeKit) -> None:
+    trades = make_kit().backtest.run_sync("BTCUSDT", **WHERE).trades
+    assert trades[0].opened_at_ms == START
+    for before, after in zip(trades, trades[1:], strict=False):
+        assert before.opened_at_ms < before.closed_at_ms < after.opened_at_ms
+    assert all(trade.closed_at_ms <= STOP for trade in trades)
+    assert all(trade.fall_pct <= trade.peak_pct for trade in trades)
+    assert len({trade.signal_id for trade in trades}) == len(trades)
+
+
+def test_what_is_open_at_the_last_minute_closes_there(make_kit: MakeKit) -> None:
+    async def hold(ctx: bk.Context) -> bk.Signal:
+        return bk.Signal.bracket("long", price=ctx.price, take_profit_pct=80, stop_loss_pct=15)
+
+    kit = make_kit(hold)
+    kit.set_config(CC_MAX_SIGNAL_LIFETIME_MINUTES="inf")
+    (trade,) = kit.backtest.run_sync("BTCUSDT", **WHERE).trades
+    assert (trade.opened_at_ms, trade.closed_at_ms, trade.close_reason) == (START, STOP, "frame_end")
+
+
+async def test_run_yields_events_in_order(make_kit: MakeKit) -> None:
+    events = [event async for event in make_kit().backtest.run("BTCUSDT", **WHERE)]
+    assert [event.action for event in events] == ["opened", "closed"] * (len(events) // 2)
+    assert [event.when_ms for event in events] == sorted(event.when_ms for event in events)
+    opened, closed = events[:2]
+    assert isinstance(opened, bk.PositionOpened)
+    assert isinstance(closed, bk.PositionClosed)
+    assert closed.trade.signal_id == opened.position.signal_id
+
+
+async def test_run_can_be_left_early(make_kit: MakeKit) -> None:
+    async for event in make_kit().backtest.run("BTCUSDT", **WHERE):
+        assert event.action == "opened"
+        break
+
+
+async def test_nine_symbols_in_one_process(make_kit: MakeKit) -> None:
+    kit = make_kit()
+    symbols = [f"COIN{n}USDT" for n in range(9)]
+    handles = [kit.backtest.background(symbol, **WHERE) for symbol in symbols]
+    results = bk.Results(await asyncio.gather(*handles))
+    assert [result.symbol for result in results] == symbols
+    assert all(handle.done() and handle.progress == 1 for handle in handles)
+    alone = await make_kit().backtest.background(symbols[3], **WHERE)
+    assert alone.trades == results[3].trades
+    table = str(results)
+    assert all(symbol in table for symbol in symbols)
+    assert len(results.to_pandas()) == len(results.trades) == sum(len(result.trades) for result in results)
+
+
+async def test_stop_opens_nothing_more_and_ends_what_is_open(make_kit: MakeKit) -> None:
+    kit = make_kit()
+    asked: list[int] = []
+
+    async def get_signal(ctx: bk.Context) -> bk.Signal:
+        asked.append(ctx.when_ms)
+        if len(asked) == 3:
+            handle.stop()
+        return bk.Signal.bracket("long", price=ctx.price, take_profit_pct=1, stop_loss_pct=1, minutes=600)
+
+    kit.add_strategy_schema("trend", interval="15m", get_signal=get_signal, replace=True)
+    handle = kit.backtest.background("BTCUSDT", **WHERE)
+    result = await handle
+    assert len(asked) == len(result.trades) == 3
+    assert handle.done()
+
+
+async def test_a_replay_lets_other_tasks_run(make_kit: MakeKit) -> None:
+    handle = make_kit(interval="1m").backtest.background("BTCUSDT", **WHERE)
+    seen = set()
+    while not handle.done():
+        seen.add(handle.progress)
+        await asyncio.sleep(0)
+    await handle
+    assert len(seen) > 2
+
+
+async def test_a_cancelled_backtest_leaves_nothing_behind(make_kit: MakeKit) -> None:
+    kit = make_kit(interval="1m")
+    task = asyncio.ensure_future(asyncio.wait_for(kit.backtest.background("BTCUSDT", **WHERE), 0.005))
+    with pytest.raises(TimeoutError):
+        await task
+    assert (await kit.backtest.background("ETHUSDT", **WHERE)).trades
+
+
+def test_a_strategy_may_be_a_plain_function(make_kit: MakeKit) -> None:
+    def get_signal(ctx: bk.Context) -> bk.Signal | None:
+        return (
+            None if ctx.price < 0 else bk.Signal.bracket("short", price=ctx.price, take_profit_pct=1, stop_loss_pct=1)
+        )
+
+    assert make_kit(get_signal).backtest.run_sync("BTCUSDT", **WHERE).trades[0].position == "short"
+
+
+async def test_run_sync_works_where_a_loop_is_running(make_kit: MakeKit) -> None:
+    kit = make_kit()
+    assert (
+        kit.backtest.run_sync("BTCUSDT", **WHERE).trades == (await kit.backtest.background("BTCUSDT", **WHERE)).trades
+    )
+
+
+def test_background_without_a_loop_says_so(make_kit: MakeKit) -> None:
+    with pytest.raises(bk.UserError, match="needs a running event loop"):
+        make_kit().backtest.background("BTCUSDT", **WHERE)
+
+
+def test_the_strategy_s_own_error_comes_through(make_kit: MakeKit) -> None:
+    async def broken(ctx: bk.Context) -> None:
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine") as raised:
+        make_kit(broken).backtest.run_sync("BTCUSDT", **WHERE)
+    assert any(frame.name == "broken" for frame in traceback.extract_tb(raised.tb))
+
+
+@pytest.mark.parametrize("answer", [42, "long", {"position": "long"}, True])
+def test_a_wrong_answer_is_named(make_kit: MakeKit, answer: object) -> None:
+    with pytest.raises(bk.UserError, match=r"get_signal of strategy 'trend' returned .* at 2024-06-01T00:00Z"):
+        make_kit(lambda ctx: answer).backtest.run_sync("BTCUSDT", **WHERE)
+
+
+def test_a_bad_signal_is_refused_with_all_it_breaks(make_kit: MakeKit) -> None:
+    inverted = bk.Signal("long", price_take_profit=1, price_stop_loss=10**9, minutes=-1)
+    with pytest.raises(bk.UserError) as refused:
+        make_kit(lambda ctx: inverted).backtest.run_sync("BTCUSDT", **WHERE)
+    for part in ("takes profit above", "stops below", "minutes is -1"):
+        assert part in str(refused.value)
+
+
+def test_a_strategy_that_takes_too_long_is_stopped(make_kit: MakeKit) -> None:
+    async def slow(ctx: bk.Context) -> None:
+        await asyncio.sleep(30)
+
+    kit = make_kit(slow)
+    kit.set_config(CC_MAX_SIGNAL_GENERATION_SECONDS=0.01)
+    with pytest.raises(bk.UserError, match=r"longer than 0.01 s for BTCUSDT at 2024-06-01T00:00Z"):
+        kit.backtest.run_sync("BTCUSDT", **WHERE)
+
+
+def test_a_timeout_of_the_strategy_itself_is_its_own(make_kit: MakeKit) -> None:
+    async def slow(ctx: bk.Context) -> None:
+        raise TimeoutError("mine")
+
+    with pytest.raises(TimeoutError, match="mine"):
+        make_kit(slow).backtest.run_sync("BTCUSDT", **WHERE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategy_name": "tredn"}, r"strategy 'tredn' is not registered \(registered: 'trend'\)"),
+        ({"exchange_name": "binance"}, r"exchange 'binance' is not registered \(registered: 'demo'\)"),
+        ({"frame_name": "june"}, r"frame 'june' is not registered \(registered: 'day', 'week'\)"),
+        ({"fill": "best"}, "fill is 'best': use one of vwap, ohlc"),
+        ({"gaps": "ignore"}, "gaps is 'ignore': use one of error, fill"),
+    ],
+)
+def test_names_and_options_are_checked(make_kit: MakeKit, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(bk.UserError, match=message):
+        make_kit().backtest.run_sync("BTCUSDT", **{**WHERE, **changes})
+
+
+@pytest.mark.parametrize("symbol", ["", None, 7])
+def test_the_symbol_is_a_text(make_kit: MakeKit, symbol: Any) -> None:
+    with pytest.raises(bk.UserError, match="symbol is "):
+        make_kit().backtest.run_sync(symbol, **WHERE)
+
+
+def test_a_frame_stops_at_now(make_kit: MakeKit) -> None:
+    kit = make_kit()
+    now = bk.Kit(kit.dump, now_ms=lambda: to_ms("2024-06-03T12:00:30"))
+    now.add_exchange_schema("demo", source=bk.sources.synthetic())
+    now.add_frame_schema("week", start_date="2024-06-01", end_date="2024-06-08")
+    now.add_frame_schema("later", start_date="2024-06-04", end_date="2024-06-08")
+    now.add_strategy_schema("trend", interval="15m", get_signal=lambda ctx: None)
+    assert now.backtest.run_sync("BTCUSDT", **WHERE).stop_ms == to_ms("2024-06-03T12:00")
+    with pytest.raises(bk.UserError, match="yet to come"):
+        now.backtest.run_sync("BTCUSDT", **{**WHERE, "frame_name": "later"})
+
+
+def test_the_fill_model_changes_what_is_touched(make_kit: MakeKit) -> None:
+    vwap = make_kit().backtest.run_sync("BTCUSDT", **WHERE)
+    ohlc = make_kit().backtest.run_sync("BTCUSDT", **WHERE, fill="ohlc")
+    assert vwap.trades[0].opened_at_ms == ohlc.trades[0].opened_at_ms
+    assert vwap.trades[0].closed_at_ms > ohlc.trades[0].closed_at_ms
+
+
+def test_settings_reach_the_engine_and_running_tests_keep_theirs(make_kit: MakeKit) -> None:
+    kit = make_kit()
+    dear = kit.backtest.run_sync("BTCUSDT", **WHERE)
+    kit.set_config(CC_PERCENT_FEE=0, CC_PERCENT_SLIPPAGE=0)
+    free = kit.backtest.run_sync("BTCUSDT", **WHERE)
+    for expensive, cheap in zip(dear.trades, free.trades, strict=True):
+        assert cheap.pnl_pct - expensive.pnl_pct == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_context_shows_its_minute_and_cannot_be_changed(make_kit: MakeKit) -> None:
+    seen: list[bk.Context] = []
+    kit = make_kit(lambda ctx: seen.append(ctx))
+    kit.backtest.run_sync("BTCUSDT", **WHERE)
+    context = seen[4]
+    assert context.when_ms == START + 60 * MINUTE_MS
+    assert context.when.isoformat() == "2024-06-01T01:00:00+00:00"
+    names = (context.symbol, context.strategy_name, context.exchange_name, context.frame_name, context.mode)
+    assert names == ("BTCUSDT", "trend", "demo", "week", "backtest")
+    assert "BTCUSDT" in repr(context)
+    with pytest.raises(bk.UserError, match=r"ctx.price is read-only"):
+        context.price = 5
+
+
+def test_a_strategy_cannot_read_its_future(make_kit: MakeKit) -> None:
+    async def peek(ctx: bk.Context) -> None:
+        closed = await ctx.candles("5m", 3, until=ctx.when_ms - 3_600_000)
+        assert closed.timestamp[-1] + 300_000 <= ctx.when_ms - 3_600_000
+        await ctx.candles("1m", 5, until=ctx.when_ms + MINUTE_MS)
+
+    with pytest.raises(bk.LookAhead, match="2024-06-01T00:01Z were asked at 2024-06-01T00:00Z"):
+        make_kit(peek).backtest.run_sync("BTCUSDT", **WHERE)
+
+
+def test_a_strategy_reads_other_symbols_at_its_own_minute(make_kit: MakeKit) -> None:
+    seen: list[tuple[int, int]] = []
+
+    async def watch(ctx: bk.Context) -> None:
+        other = await ctx.candles("1h", 24, symbol="ETHUSDT")
+        seen.append((ctx.when_ms, int(other.timestamp[-1])))
+
+    make_kit(watch).backtest.run_sync("BTCUSDT", **WHERE)
+    assert all(last == when - when % 3_600_000 - 3_600_000 for when, last in seen)
+    assert len(seen) == 7 * 96
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda ctx: ctx.candles("7m", 5), "interval is '7m'"),
+        (lambda ctx: ctx.candles("12h", 5), "interval is '12h'"),
+        (lambda ctx: ctx.candles("1m", 0), "limit is 0"),
+        (lambda ctx: ctx.candles("1m", 5, until="soon"), "until is 'soon'"),
+    ],
+)
+def test_bad_questions_are_answered_with_the_way_out(make_kit: MakeKit, ask: Any, message: str) -> None:
+    with pytest.raises(bk.UserError, match=message):
+        make_kit(ask).backtest.run_sync("BTCUSDT", **WHERE)
+
+
+class TestRisk:
+    def test_a_refused_signal_is_not_acted_on_and_uses_up_its_slot(self, make_kit: MakeKit) -> None:
+        kit = make_kit(risk_name="mornings")
+        kit.add_risk_schema(
+            "mornings", validations=[lambda request: "too late" if request.when_ms % 86_400_000 >= 43_200_000 else None]
+        )
+
+        async def collect() -> list[bk.Event]:
+            return [event async for event in kit.backtest.run("BTCUSDT", **WHERE)]
+
+        events = asyncio.run(collect())
+        rejected = [event for event in events if isinstance(event, bk.RiskRejected)]
+        assert rejected
+        assert {(event.reason, event.risk_name) for event in rejected} == {("too late", "mornings")}
+        assert all(event.when_ms % 86_400_000 >= 43_200_000 for event in rejected)
+        assert len({event.when_ms // 900_000 for event in rejected}) == len(rejected)
+        opened = [event for event in events if event.action == "opened"]
+        assert all(event.when_ms % 86_400_000 < 43_200_000 for event in opened)
+
+    def test_all_profiles_must_agree_and_may_be_async(self, make_kit: MakeKit) -> None:
+        requests: list[bk.RiskRequest] = []
+
+        async def reward_over_risk(request: bk.RiskRequest) -> str | None:
+            requests.append(request)
+            reward = request.signal.price_take_profit - request.price_open
+            return "not worth it" if reward < 2 * (request.price_open - request.signal.price_stop_loss) else ""
+
+        kit = make_kit(risk_name="one", risk_names=["two", "one"])
+        kit.add_risk_schema("one", validations=[lambda request: None])
+        kit.add_risk_schema("two", validations=[lambda request: "", reward_over_risk])
+        assert kit.backtest.run_sync("BTCUSDT", **WHERE).trades == ()
+        assert requests[0].identity.symbol == "BTCUSDT"
+
+    def test_an_unknown_profile_and_a_wrong_answer_are_named(self, make_kit: MakeKit) -> None:
+        kit = make_kit(risk_name="nowhere")
+        with pytest.raises(bk.UserError, match="risk 'nowhere' is not registered"):
+            kit.backtest.run_sync("BTCUSDT", **WHERE)
+        kit.add_risk_schema("nowhere", validations=[lambda request: False])  # type: ignore[list-item,return-value]
+        with pytest.raises(bk.UserError, match="a validation of risk 'nowhere' returned False"):
+            kit.backtest.run_sync("BTCUSDT", **WHERE)
