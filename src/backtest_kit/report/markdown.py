@@ -1,0 +1,66 @@
+"""A report as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from backtest_kit.report.tables import (
+    Table,
+    heading,
+    reason_table,
+    remarks,
+    statistic_lines,
+    summary_table,
+    trade_columns,
+)
+
+if TYPE_CHECKING:
+    from backtest_kit.report.result import Results
+
+MAX_PRINTED_TRADES: Final = 250
+"""The newest trades that are printed; the statistics are of all of them."""
+
+
+def render_markdown(results: Results) -> str:
+    title, where = heading(results)
+    lines = [f"# {_escaped(title)}", "", _escaped(where), "", *_table(summary_table(results)), ""]
+    for remark in remarks(results):
+        lines += [f"{_escaped(remark)}.", ""]
+    lines += ["## Statistics", ""]
+    lines += [f"- **{label}:** {text}" for label, text in statistic_lines(results)]
+    lines += ["", "## By close reason", "", *_table(reason_table(results.trades)), "", "## Trades", ""]
+    lines += _trades(results)
+    return "\n".join(lines) + "\n"
+
+
+def _trades(results: Results) -> list[str]:
+    columns = trade_columns(results)
+    printed = results.trades[-MAX_PRINTED_TRADES:]
+    left_out = len(results.trades) - len(printed)
+    lines = []
+    if left_out:
+        noun = "trade is" if left_out == 1 else "trades are"
+        lines += [f"{left_out} earlier {noun} not printed; the statistics count all {len(results.trades)}.", ""]
+    rows = [[column.text(trade) for column in columns] for trade in printed]
+    return lines + _grid([column.label for column in columns], [column.numeric for column in columns], rows)
+
+
+def _table(table: Table) -> list[str]:
+    total = [[f"**{_escaped(cell)}**" for cell in table.total]] if table.total else []
+    numeric = [False] + [True] * (len(table.header) - 1)
+    return _grid(table.header, numeric, table.rows) + [_row(cells) for cells in total]
+
+
+def _grid(header: Sequence[str], numeric: Sequence[bool], rows: Iterable[Sequence[str]]) -> list[str]:
+    rule = _row(["---:" if right else "---" for right in numeric])
+    return [_row(header), rule, *(_row([_escaped(cell) for cell in row]) for row in rows)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _escaped(text: str) -> str:
+    flat = " ".join(text.splitlines())
+    return flat.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,215 @@
+"""`BacktestResult` and `Results`: what a finished backtest hands back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+from urllib.parse import quote
+
+import msgspec
+
+from backtest_kit.errors import UserError
+from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.position import Trade
+from backtest_kit.persist.atomic import write_atomic
+from backtest_kit.report import frames
+from backtest_kit.report.html import render_html
+from backtest_kit.report.markdown import render_markdown
+from backtest_kit.report.statistics import Statistics, statistics_of
+from backtest_kit.report.tables import heading, signed_percent, summary_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from backtest_kit.report.frames import PandasFrame, PolarsFrame
+
+_LONGEST_NAME = 150
+
+
+class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True):
+    """One strategy on one market over one frame."""
+
+    symbol: str
+    strategy_name: str
+    exchange_name: str
+    frame_name: str
+    start_ms: int
+    """Start of the frame."""
+    stop_ms: int
+    """End of the frame, exclusive."""
+    trades: tuple[Trade, ...]
+    """Closed positions, oldest first."""
+    chart: CandleSeries
+    """The candles of the frame, coarse enough to draw."""
+    gaps_filled: int = 0
+    """Missing minutes that were filled with flat candles."""
+    report_path: Path = Path("dump/backtest")
+    """Where reports go that are saved without a path."""
+    show_note: bool = False
+    """Whether reports show the note of each position."""
+
+    @cached_property
+    def stats(self) -> Statistics:
+        """Statistics of all trades."""
+        return statistics_of(self.trades)
+
+    def to_pandas(self) -> PandasFrame:
+        """As `Results.to_pandas`, oldest position first."""
+        return frames.to_pandas(self.trades)
+
+    def to_polars(self) -> PolarsFrame:
+        """As `Results.to_polars`, oldest position first."""
+        return frames.to_polars(self.trades)
+
+    def to_markdown(self) -> str:
+        """As `Results.to_markdown`."""
+        return Results((self,)).to_markdown()
+
+    def save_markdown(self, path: str | Path | None = None) -> Path:
+        """As `Results.save_markdown`."""
+        return Results((self,)).save_markdown(path)
+
+    def save_html(self, path: str | Path | None = None) -> Path:
+        """As `Results.save_html`."""
+        return Results((self,)).save_html(path)
+
+    def __str__(self) -> str:
+        return str(Results((self,)))
+
+    def __repr__(self) -> str:
+        return f"BacktestResult({self.strategy_name!r} on {self.symbol!r}: {_in_short(self.stats)})"
+
+
+class Results(Sequence[BacktestResult]):
+    """Several results read together, such as one strategy on nine markets."""
+
+    def __init__(self, results: Iterable[BacktestResult] = ()) -> None:
+        self._results = tuple(results)
+
+    @cached_property
+    def trades(self) -> tuple[Trade, ...]:
+        """Closed positions of all results, in order of close."""
+        together = (trade for result in self._results for trade in result.trades)
+        return tuple(sorted(together, key=lambda trade: trade.closed_at_ms))
+
+    @cached_property
+    def stats(self) -> Statistics:
+        """Statistics of all trades as one series in order of close, no mean of means."""
+        return statistics_of(self.trades)
+
+    def to_pandas(self) -> PandasFrame:
+        """A pandas frame with a row per closed position, in order of close.
+
+        Columns: signal_id, symbol, position, opened_at, closed_at, price_open, price_close,
+        close_reason, cost, pnl_pct, pnl_cost, peak_pct, fall_pct. Times are aware, in UTC.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return frames.to_pandas(self.trades)
+
+    def to_polars(self) -> PolarsFrame:
+        """A polars frame with the rows and columns of `to_pandas`.
+
+        Raises:
+            UserError: polars is not installed.
+        """
+        return frames.to_polars(self.trades)
+
+    def to_markdown(self) -> str:
+        """The report as Markdown: the newest 250 trades, statistics of all."""
+        return render_markdown(self)
+
+    def save_markdown(self, path: str | Path | None = None) -> Path:
+        """Write the Markdown report and return where. Blocks on the disk.
+
+        Without a path it is `{report_path}/{strategy_name}.md`.
+
+        Raises:
+            UserError: the path is a directory, or is needed because the results are of several strategies.
+            OutOfSpace, RetryLater: it could not be written; what was there before is untouched.
+        """
+        return self._save(self.to_markdown(), path, ".md")
+
+    def save_html(self, path: str | Path | None = None) -> Path:
+        """Write one self-contained page with charts and return where. Blocks on the disk.
+
+        Without a path it is `{report_path}/{strategy_name}.html`.
+
+        Raises:
+            UserError: as `save_markdown`.
+            OutOfSpace, RetryLater: as `save_markdown`.
+        """
+        return self._save(render_html(self), path, ".html")
+
+    def table(self) -> Table:
+        """One row per result, best Sharpe ratio first, and a total, for a rich console."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        content = summary_table(self)
+        table = Table(title=Text(", ".join(heading(self))), title_justify="left", box=box.SIMPLE_HEAD, show_footer=True)
+        for column, label in enumerate(content.header):
+            footer = Text(content.total[column] if content.total else "")
+            table.add_column(Text(label), footer, justify="right" if column else "left")
+        for row in content.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        return table
+
+    def __str__(self) -> str:
+        from rich import box
+        from rich.console import Console
+
+        table = self.table()
+        # A terminal or a redirected file may know no box-drawing characters.
+        table.box = box.ASCII2
+        console = Console(file=StringIO(), width=120, color_system=None, force_terminal=False, legacy_windows=False)
+        with console.capture() as captured:
+            console.print(table)
+        return captured.get().rstrip("\n")
+
+    def __repr__(self) -> str:
+        return f"Results({len(self)} results: {_in_short(self.stats)})"
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    @overload
+    def __getitem__(self, index: int) -> BacktestResult: ...
+    @overload
+    def __getitem__(self, index: slice) -> Results: ...
+    def __getitem__(self, index: int | slice) -> BacktestResult | Results:
+        return Results(self._results[index]) if isinstance(index, slice) else self._results[index]
+
+    def _save(self, text: str, path: str | Path | None, suffix: str) -> Path:
+        target = self._default_path(suffix) if path is None else Path(path)
+        if target.is_dir():
+            raise UserError(f"{target} is a directory: give the name of a file, such as {target / f'report{suffix}'}")
+        write_atomic(target, text.encode(errors="backslashreplace"))
+        return target
+
+    def _default_path(self, suffix: str) -> Path:
+        names = sorted({result.strategy_name for result in self._results})
+        if len(names) != 1:
+            raise UserError(
+                f"the results are of {len(names)} strategies ({', '.join(names) or 'no results'}): "
+                "say where to save them with path="
+            )
+        return self._results[0].report_path / f"{_file_name(names[0])}{suffix}"
+
+
+def _in_short(stats: Statistics) -> str:
+    return f"{stats.total_count} trades, {signed_percent(stats.total_pnl)}"
+
+
+def _file_name(name: str) -> str:
+    """A file name for any text: it never leaves its directory, and two texts never share one."""
+    escaped = quote(name, safe=" ", errors="surrogatepass")
+    if len(escaped) > _LONGEST_NAME:
+        return f"{escaped[:_LONGEST_NAME]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:12]}"
+    return escaped.replace(".", "%2E", 1) if escaped.startswith(".") else escaped or "%"
