@@ -57,6 +57,8 @@ def same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, float):
         return math.copysign(1, one) == math.copysign(1, other) and (one == other or (one != one and other != other))
+    if isinstance(one, datetime):
+        return one.isoformat() == other.isoformat()  # == is False for a local time that a clock change repeats
     return bool(one == other)
 
 
@@ -65,7 +67,7 @@ def record(value: Any = None, **changes: Any) -> Record:
     return Record(**{**fields, **changes})
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(values)
 def test_every_value_comes_back_through_plain_json(value: Any) -> None:
     plain = encode(value)
@@ -73,7 +75,7 @@ def test_every_value_comes_back_through_plain_json(value: Any) -> None:
     assert same(decode(json.loads(text)), value)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(values)
 def test_every_record_comes_back(value: Any) -> None:
     stored = record(encode(value))
