@@ -31,18 +31,27 @@ Expect = Literal["any", "absent"] | int
 
 
 class Capability(Enum):
-    """What a store promises beyond reading back what it was given. Declared, and verified both ways."""
+    """What a store promises beyond reading back what it was given. Declared, and verified both ways.
+
+    A store that does not declare a capability refuses what needs it, so that nobody relies on a promise
+    that was never made: that is the second half of each line below.
+    """
 
     DURABLE = "durable"
-    """A money write that returned survives the process and the host."""
+    """A money write that returned survives the process and the host. Otherwise a second object over the
+    same place starts empty."""
     SHARED = "shared"
-    """Several processes may have the same store open and see each other's writes."""
+    """Several processes may have the same store open and see each other's writes. Otherwise two open
+    objects see nothing of each other."""
     COMPARE_AND_SET = "compare-and-set"
-    """`Write.expect` is honoured, across processes where SHARED."""
+    """`Write.expect` is honoured, across processes where SHARED. Otherwise `UserError` for every
+    expectation but `ANY`."""
     ATOMIC_BATCH = "atomic-batch"
-    """`batch` is all or nothing, also when the process is killed inside it."""
+    """`batch` is all or nothing, also when the process is killed inside it. Otherwise `UserError` for a
+    batch of more than one write."""
     ORDERED_SCAN = "ordered-scan"
-    """`scan` is in order of writing, and `newest_first` its exact reverse."""
+    """`scan` is in order of writing, and `newest_first` its exact reverse. Otherwise `scan` raises
+    `UserError`, unless the store keeps nothing at all."""
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -127,7 +136,7 @@ class Store(Protocol):
         """Do one write and return the record as it now stands.
 
         Under `WriteRule.FIRST_WINS` a write to a key that has a record changes nothing and returns
-        that record.
+        that record; `write.expect` is judged before that.
 
         Raises:
             Conflict: `write.expect` does not hold.

@@ -1,0 +1,150 @@
+"""`MemoryStore`: the reference semantics of a store, in dictionaries of one process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from itertools import islice
+from typing import Final
+
+import numpy as np
+
+from backtest_kit.model.candle import CandleSeries
+from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.keys import check_key
+from backtest_kit.persist.store import Capability, Key, KeyPart, Plain, Record, SeriesKey, Write
+from backtest_kit.persist.writing import check_batch, decide
+
+
+class MemoryCandleStore:
+    """Candles in one sorted series per market and interval."""
+
+    def __init__(self) -> None:
+        self._series: dict[SeriesKey, CandleSeries] = {}
+
+    async def read(self, series: SeriesKey, start_ms: int, stop_ms: int) -> CandleSeries:
+        return self._series.get(series, CandleSeries.empty()).between(start_ms, stop_ms)
+
+    async def write(self, series: SeriesKey, candles: CandleSeries) -> int:
+        stored = self._series.get(series, CandleSeries.empty())
+        merged, added = merge(stored, candles)
+        if added:
+            self._series[series] = merged
+        return added
+
+
+def merge(stored: CandleSeries, offered: CandleSeries) -> tuple[CandleSeries, int]:
+    """`stored` with the rows of `offered` that it lacks, ascending, and how many those were.
+
+    The result shares no memory with `offered`: its caller may go on using the arrays.
+    """
+    new = offered.take(~np.isin(offered.timestamp, stored.timestamp))
+    if not len(new):
+        return stored, 0
+    merged = CandleSeries.concat((stored, new))
+    return merged.take(np.argsort(merged.timestamp, kind="stable")), len(new)
+
+
+class _Table:
+    """The records of one contract, each dictionary in order of the last write."""
+
+    __slots__ = ("groups", "records")
+
+    def __init__(self) -> None:
+        self.records: dict[Key, Record] = {}
+        self.groups: dict[KeyPart, dict[Key, None]] = {}
+
+    def set(self, record: Record) -> None:
+        self.records.pop(record.key, None)
+        self.records[record.key] = record
+        group = self.groups.setdefault(record.key[0], {})
+        group.pop(record.key, None)
+        group[record.key] = None
+
+    def keys(self, prefix: Key, newest_first: bool) -> Iterator[Key]:
+        keys = self.groups.get(prefix[0], {}) if prefix else self.records
+        width = len(prefix)
+        return (key for key in (reversed(keys) if newest_first else iter(keys)) if key[:width] == prefix)
+
+
+class MemoryStore:
+    """Nothing outlives the object; what was written cannot be changed from outside."""
+
+    capabilities: Final = frozenset(
+        (Capability.COMPARE_AND_SET, Capability.ATOMIC_BATCH, Capability.ORDERED_SCAN),
+    )
+
+    def __init__(self) -> None:
+        self.candles = MemoryCandleStore()
+        self._tables: dict[str, _Table] = {}
+        self._namespaces: dict[str, MemoryStore] = {}
+
+    async def open(self) -> None:
+        """There is nothing to open."""
+
+    async def close(self) -> None:
+        """There is nothing to let go of: the records stay for as long as the object does."""
+
+    async def get(self, contract: Contract, key: Key) -> Record | None:
+        record = self._table(contract).records.get(check_key(contract, key))
+        return None if record is None else _copy_record(record)
+
+    async def put(self, write: Write) -> Record:
+        record, changed = self._decide(write)
+        if changed:
+            self._table(write.contract).set(_copy_record(record))
+        return _copy_record(record)
+
+    async def batch(self, writes: Sequence[Write]) -> None:
+        check_batch(writes)
+        for write, (record, changed) in [(write, self._decide(write)) for write in writes]:
+            if changed:
+                self._table(write.contract).set(_copy_record(record))
+
+    async def scan(
+        self,
+        contract: Contract,
+        prefix: Key = (),
+        *,
+        limit: int | None = None,
+        newest_first: bool = False,
+        include_removed: bool = False,
+    ) -> AsyncIterator[Record]:
+        table = self._table(contract)
+        prefix = check_key(contract, prefix, prefix=True)
+        records = (table.records[key] for key in table.keys(prefix, newest_first))
+        wanted = (record for record in records if include_removed or not record.removed)
+        for record in list(islice(wanted, limit)):
+            yield _copy_record(record)
+
+    def within(self, namespace: str) -> MemoryStore:
+        if not namespace:
+            return self
+        return self._namespaces.setdefault(namespace, MemoryStore())
+
+    def _table(self, contract: Contract) -> _Table:
+        return self._tables.setdefault(contract.name, _Table())
+
+    def _decide(self, write: Write) -> tuple[Record, bool]:
+        current = self._table(write.contract).records.get(check_key(write.contract, write.key))
+        return decide(write, current)
+
+
+def _copy_record(record: Record) -> Record:
+    return Record(
+        record.key,
+        copy_plain(record.value),
+        record.rev,
+        record.when,
+        record.written_at,
+        record.removed,
+        record.schema_version,
+    )
+
+
+def copy_plain(value: Plain) -> Plain:
+    """A copy that shares nothing that can change."""
+    if isinstance(value, dict):
+        return {name: copy_plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [copy_plain(item) for item in value]
+    return value

@@ -1,0 +1,332 @@
+"""Values as plain JSON trees and back, and the envelope around every stored record.
+
+`encode` and `decode` are one codec for all backends. What JSON has no word for becomes an object with a
+single key that begins with `@`; a user's own object of that shape is wrapped, so nothing is mistaken for
+a tag. The keys of a user's objects are never changed.
+
+`seal` and `unseal` are the text form of a record, which a person can read in an editor. Its last line is
+a CRC-32 of every byte before it, so no byte of a record, its key or its revision changes unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from base64 import b64decode, b64encode
+from collections.abc import Callable
+from datetime import UTC, datetime
+from enum import Enum
+from numbers import Integral
+from typing import Any, Final, NoReturn
+
+import msgspec
+
+from backtest_kit.errors import Damaged, UserError
+from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.store import Key, Plain, Record
+
+SCHEMA_VERSION: Final = 1
+"""Version of the envelope that this program writes, and the newest that it reads."""
+MAX_DEPTH: Final = 100
+"""How deep the objects and lists of a value may lie in each other."""
+
+_TAG: Final = "@"
+_WRAPPED: Final = "@object"
+_INT_LIMIT: Final = 1 << 63
+
+
+class NewerSchema(Damaged):
+    """The record is sound, but was written by a newer version of this program. It is left where it is."""
+
+
+def encode(value: object, path: str = "value") -> Plain:
+    """`value` as a plain JSON tree, from which `decode` makes an equal value.
+
+    Takes dicts with str keys, lists and tuples (which come back as lists), str, int of any size, float,
+    bool, None, bytes, datetimes (a naive one is taken as UTC and comes back aware), enums (as their value)
+    and msgspec structs (as the dict that they encode to, under their own renaming).
+
+    Raises:
+        UserError: something else is inside, or the nesting is deeper than `MAX_DEPTH`. The message names
+            the place, beginning with `path`.
+    """
+    return _encode(value, path, 0)
+
+
+def decode(plain: Plain) -> Any:
+    """The value that `encode` made `plain` of.
+
+    Raises:
+        Damaged: a tag is unknown or its content is not what `encode` writes.
+    """
+    if isinstance(plain, list):
+        return [decode(item) for item in plain]
+    if not isinstance(plain, dict):
+        return plain
+    if len(plain) == 1:
+        (tag,) = plain
+        if tag.startswith(_TAG):
+            return _decode_tag(tag, plain[tag])
+    return {name: decode(item) for name, item in plain.items()}
+
+
+def seal(contract: Contract, record: Record) -> bytes:
+    """The text form of a record: indented JSON that ends with the checksum of all before it.
+
+    Raises:
+        UserError: the value is not a plain JSON tree.
+    """
+    body = msgspec.json.format(_dump(_envelope(contract, record)), indent=2)
+    head = body[: -len(b"\n}")] + b",\n"
+    return head + _checksum_line(head)
+
+
+def unseal(contract: Contract, key: Key | None, data: bytes) -> Record:
+    """The record in `data`, which must be one of `contract` under `key` (any key, if None).
+
+    Raises:
+        Damaged: the bytes are not what `seal` wrote for that contract and key; the message says in what.
+        NewerSchema: they are, but of a newer version.
+    """
+    mark = data.rfind(b'  "checksum"')
+    if mark < 0 or data[mark:] != _checksum_line(data[:mark]):
+        raise Damaged("the checksum does not match: the file was cut, changed on the disk or edited by hand")
+    return _open_envelope(contract, key, parse(data))
+
+
+def seal_line(contract: Contract, record: Record) -> bytes:
+    """One line of a feed: the checksum in 8 hex digits, a space, the record as compact JSON, a newline."""
+    body = _dump(_envelope(contract, record))
+    return b"%08x %b\n" % (zlib.crc32(body), body)
+
+
+def unseal_line(contract: Contract, line: bytes) -> Record:
+    """The record in one line of a feed, with or without its newline.
+
+    Raises:
+        Damaged, NewerSchema: as `unseal`.
+    """
+    body = line[9:].rstrip(b"\n")
+    if line[:9] != b"%08x " % zlib.crc32(body):
+        raise Damaged("the checksum of the line does not match: it was torn, changed on the disk or edited by hand")
+    return _open_envelope(contract, None, parse(body))
+
+
+def reseal(contract: Contract, key: Key, data: bytes) -> Record:
+    """The record in `data` whatever its checksum says: for an operator who edited it by hand.
+
+    Raises:
+        Damaged: it is not a record of `contract` under `key`.
+    """
+    return _open_envelope(contract, key, parse(data))
+
+
+def parse(data: bytes) -> Any:
+    """Strict JSON: UTF-8, no duplicate names, no `NaN` or `Infinity`.
+
+    Raises:
+        Damaged: `data` is not that.
+    """
+    try:
+        return _DECODER.decode(data.decode())
+    except RecursionError:
+        raise Damaged("the JSON is nested too deep") from None
+    except ValueError as error:
+        raise Damaged(f"it is not JSON: {error}") from None
+
+
+def _encode(value: object, path: str, depth: int) -> Plain:
+    if value is None or value is True or value is False:
+        return value
+    kind = type(value)
+    encoder = _ENCODERS.get(kind)
+    if encoder is None:
+        encoder = next((_ENCODERS[base] for base in _BASES if isinstance(value, base)), None)
+    if encoder is None:
+        raise UserError(
+            f"{path} is a {kind.__name__}, which cannot be stored: "
+            "use dicts, lists, text, numbers, datetimes, bytes or structs"
+        )
+    if depth > MAX_DEPTH:
+        raise UserError(f"{path[:120]} is nested more than {MAX_DEPTH} deep, or contains itself")
+    return encoder(value, path, depth)
+
+
+def _encode_text(value: Any, path: str, depth: int) -> Plain:
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path} is {value[:40]!r}, which is not valid Unicode text") from None
+    return str(value)
+
+
+def _encode_int(value: Any, path: str, depth: int) -> Plain:
+    number = int(value)
+    # Hexadecimal, because Python refuses to turn more than 4300 decimal digits into a number.
+    return number if -_INT_LIMIT <= number < _INT_LIMIT else {"@int": hex(number)}
+
+
+def _encode_float(value: Any, path: str, depth: int) -> Plain:
+    number = float(value)
+    return number if math.isfinite(number) else {"@float": repr(number)}
+
+
+def _encode_datetime(value: Any, path: str, depth: int) -> Plain:
+    return {"@datetime": (value if value.tzinfo else value.replace(tzinfo=UTC)).isoformat()}
+
+
+def _encode_bytes(value: Any, path: str, depth: int) -> Plain:
+    return {"@bytes": b64encode(value).decode()}
+
+
+def _encode_list(value: Any, path: str, depth: int) -> Plain:
+    return [_encode(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
+
+
+def _encode_dict(value: Any, path: str, depth: int) -> Plain:
+    plain: dict[str, Plain] = {}
+    for name, item in value.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path} has the key {name!r}: keys are text, write {str(name)!r}")
+        plain[str(_encode_text(name, f"a key of {path}", depth))] = _encode(item, f"{path}.{name}", depth + 1)
+    if len(plain) == 1 and next(iter(plain)).startswith(_TAG):
+        return {_WRAPPED: plain}
+    return plain
+
+
+def _encode_struct(value: Any, path: str, depth: int) -> Plain:
+    kind = type(value)
+    config = kind.__struct_config__
+    fields = {config.tag_field: config.tag} if config.tag is not None else {}
+    for name, renamed in zip(kind.__struct_fields__, kind.__struct_encode_fields__, strict=True):
+        item = getattr(value, name)
+        if item is not msgspec.UNSET:
+            fields[renamed] = item
+    return _encode_dict(fields, path, depth)
+
+
+def _encode_enum(value: Any, path: str, depth: int) -> Plain:
+    return _encode(value.value, path, depth)
+
+
+_ENCODERS: Final[dict[type, Callable[[Any, str, int], Plain]]] = {
+    Enum: _encode_enum,
+    str: _encode_text,
+    Integral: _encode_int,
+    float: _encode_float,
+    dict: _encode_dict,
+    list: _encode_list,
+    tuple: _encode_list,
+    datetime: _encode_datetime,
+    bytes: _encode_bytes,
+    bytearray: _encode_bytes,
+    msgspec.Struct: _encode_struct,
+    int: _encode_int,
+}
+_BASES: Final = tuple(_ENCODERS)
+
+
+def _decode_tag(tag: str, content: Plain) -> Any:
+    if tag == _WRAPPED and isinstance(content, dict):
+        return {name: decode(item) for name, item in content.items()}
+    decoder = _DECODERS.get(tag)
+    if decoder is None or not isinstance(content, str):
+        raise Damaged(f"a value has the tag {tag!r} around {str(content)[:40]!r}, which this version does not know")
+    try:
+        return decoder(content)
+    except ValueError as error:
+        raise Damaged(f"a value has the tag {tag!r} around {content[:40]!r}: {error}") from None
+
+
+def _decode_float(content: str) -> float:
+    number = float(content)
+    if math.isfinite(number):
+        raise ValueError("a finite number needs no tag")
+    return number
+
+
+_DECODERS: Final[dict[str, Callable[[str], Any]]] = {
+    "@int": lambda content: int(content, 16),
+    "@float": _decode_float,
+    "@datetime": datetime.fromisoformat,
+    "@bytes": lambda content: b64decode(content, validate=True),
+}
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name occurs twice in one object")
+    return fields
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
+
+
+def _dump(fields: dict[str, object]) -> bytes:
+    try:
+        return _ENCODER.encode(fields).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the value is not a plain JSON tree, encode it first: {error}") from None
+
+
+def _checksum_line(head: bytes) -> bytes:
+    return b'  "checksum": "%08x"\n}\n' % zlib.crc32(head)
+
+
+def _envelope(contract: Contract, record: Record) -> dict[str, object]:
+    return {
+        "contract": contract.name,
+        "key": dict(zip(contract.key_fields, record.key, strict=True)),
+        "rev": record.rev,
+        "when": record.when,
+        "writtenAt": record.written_at,
+        "removed": record.removed,
+        "schemaVersion": record.schema_version,
+        "value": record.value,
+    }
+
+
+class _Envelope(msgspec.Struct, rename="camel"):
+    contract: str
+    key: dict[str, str | int | bool]
+    rev: int
+    when: int | None
+    written_at: int
+    removed: bool
+    schema_version: int
+    value: Any
+
+
+def _open_envelope(contract: Contract, key: Key | None, fields: Any) -> Record:
+    version = fields.get("schemaVersion") if isinstance(fields, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise NewerSchema(
+            f"it was written by a newer version of this program (schema {version}, this one reads up to "
+            f"{SCHEMA_VERSION}): upgrade, the record is untouched"
+        )
+    try:
+        envelope = msgspec.convert(fields, _Envelope)
+    except msgspec.ValidationError as error:
+        raise Damaged(f"it has no envelope: {error}") from None
+    found = tuple(envelope.key.values())
+    if envelope.contract != contract.name or tuple(envelope.key) != contract.key_fields:
+        raise Damaged(f"it is a record of {envelope.contract}, found where one of {contract.name} belongs")
+    if key is not None and found != key:
+        raise Damaged(f"it is the record of {found}, found where that of {key} belongs")
+    return Record(
+        key=found,
+        value=envelope.value,
+        rev=envelope.rev,
+        when=envelope.when,
+        written_at=envelope.written_at,
+        removed=envelope.removed,
+        schema_version=envelope.schema_version,
+    )
