@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from backtest_kit import default_kit, sources
 from backtest_kit.cli.strategy_file import load_strategy_file, strategy_failure
@@ -20,7 +22,8 @@ from backtest_kit.model.interval import iso
 from backtest_kit.report import Results
 from backtest_kit.run.backtest import BacktestHandle, Gaps
 
-_REDRAW_S = 0.1
+_REDRAW_S: Final = 0.1
+_WIDTH_IN_FILES: Final = 120
 
 
 def run_backtest(
@@ -135,32 +138,34 @@ def _frame(asked: str | None, source: CandleSource, symbol: str, strategy_file: 
 
 def _show(results: Results, trades_shown: int) -> None:
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH_IN_FILES)
     if trades_shown and results.trades:
         console.print(_trades_table(results, trades_shown))
     console.print(results.table())
-    for line in results.remarks():
-        console.print(line, highlight=False)
-    console.print(f"Report: {results.save_markdown()}", highlight=False, soft_wrap=True)
-    console.print(f"Charts: {results.save_html()}", highlight=False, soft_wrap=True)
+    for remark in results.remarks():
+        console.print(f"{remark}.", highlight=False)
+    markdown, page = results.save_markdown(), results.save_html()
+    console.print(f"Report: {markdown}\nCharts: {page}", highlight=False, soft_wrap=True)
 
 
 def _trades_table(results: Results, shown: int) -> Table:
     trades = results.trades
-    title = "Trades" if len(trades) <= shown else f"The last {shown} of {len(trades)} trades"
-    table = Table(title=title, title_justify="left")
-    for heading in ("Symbol", "Position", "Opened", "Closed", "Open price", "Close price", "Reason"):
-        table.add_column(heading)
-    table.add_column("PnL %", justify="right")
+    title = f"{len(trades)} trades" if len(trades) <= shown else f"The last {shown} of {len(trades)} trades"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in ("Symbol", "Side", "Opened", "Closed", "Reason"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("Open", "Close", "PnL %"):
+        table.add_column(heading, no_wrap=True, justify="right")
     for trade in trades[-shown:]:
-        colour = "green" if trade.pnl_pct > 0 else "red"
         table.add_row(
-            trade.symbol,
+            Text(trade.symbol),
             trade.position,
-            iso(trade.opened_at_ms),
-            iso(trade.closed_at_ms),
-            f"{trade.price_open:.8g}",
-            f"{trade.price_close:.8g}",
+            f"{trade.opened_at:%m-%d %H:%M}",
+            f"{trade.closed_at:%m-%d %H:%M}",
             trade.close_reason,
-            f"[{colour}]{trade.pnl_pct:+.2f}[/]",
+            f"{trade.price_open:.6g}",
+            f"{trade.price_close:.6g}",
+            Text(f"{trade.pnl_pct:+.2f}", style="green" if trade.pnl_pct > 0 else "red"),
         )
     return table

@@ -20,7 +20,7 @@ from backtest_kit.report import frames
 from backtest_kit.report.html import render_html
 from backtest_kit.report.markdown import render_markdown
 from backtest_kit.report.statistics import Statistics, statistics_of
-from backtest_kit.report.tables import heading, signed_percent, summary_table
+from backtest_kit.report.tables import heading, remarks, signed_percent, summary_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +40,7 @@ class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=T
     start_ms: int
     """Start of the frame."""
     stop_ms: int
-    """End of the frame, exclusive."""
+    """Last minute of the frame."""
     trades: tuple[Trade, ...]
     """Closed positions, oldest first."""
     chart: CandleSeries
@@ -145,6 +145,10 @@ class Results(Sequence[BacktestResult]):
             OutOfSpace, RetryLater: as `save_markdown`.
         """
         return self._save(render_html(self), path, ".html")
+
+    def remarks(self) -> list[str]:
+        """What to know before the figures are trusted, a sentence each: positions cut off, minutes filled."""
+        return remarks(self)
 
     def table(self) -> Table:
         """One row per result, best Sharpe ratio first, and a total, for a rich console."""
