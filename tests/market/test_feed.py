@@ -71,7 +71,8 @@ async def test_a_source_that_answers_in_smaller_pages_is_asked_on(make_candles: 
 
     class Short(CandleSource):
         async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
-            return (await source.fetch(symbol, interval, start_ms, stop_ms))[:30]
+            page: CandleSeries = await source.fetch(symbol, interval, start_ms, stop_ms)
+            return page[:30]
 
     assert (await feed_of(Short()).load("BTCUSDT", START, minutes(100))).candles == source.held
     assert len(source.asked) == 4

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,8 @@ def test_open_and_close_outside_the_range_are_tolerated(make_candles: Make) -> N
 
 @pytest.mark.parametrize("column", COLUMNS[1:5])
 def test_a_price_far_below_the_typical_one_is_refused(make_candles: Make, column: str) -> None:
-    candles = CandleSeries(make_candles(10).timestamp, *[np.full(10, 1000.0)] * 4, np.ones(10))
+    price = np.full(10, 1000.0)
+    candles = CandleSeries(make_candles(10).timestamp, price, price, price, price, np.ones(10))
     # high may not go below low, so the whole candle of `high` moves.
     moved = ("low", "high") if column == "high" else (column,)
     for name in moved:
@@ -145,7 +147,7 @@ def test_gaps_are_exactly_the_minutes_that_are_not_there(present: set[int], low:
     assert missing == [minute for minute in range(low, high) if minute not in present]
     assert gaps.total == len(missing)
     assert bool(gaps) == bool(missing)
-    assert all(stop < start for (_, stop), (start, _) in zip(ranges, ranges[1:], strict=False)), "ranges are maximal"
+    assert all(stop < start for (_, stop), (start, _) in pairwise(ranges)), "ranges are maximal"
 
 
 @given(st.sets(st.integers(0, 29), min_size=1), st.integers(0, 35), st.integers(0, 10))
