@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backtest_kit.errors import UserError
@@ -25,6 +25,7 @@ def market(seed: int = 7, sigma: float = 0.0008) -> SyntheticSource:
     return SyntheticSource(seed, 50_000.0, sigma)
 
 
+@settings(max_examples=40)
 @given(
     start=st.integers(0, 3000),
     cuts=st.lists(st.integers(0, 4000), min_size=2, max_size=6).map(sorted),
