@@ -171,9 +171,8 @@ def _refuse(candles: CandleSeries, symbol: str, wrong: NDArray[np.bool_], column
     at = int(np.argmax(wrong))
     count = int(np.count_nonzero(wrong))
     others = "" if count == 1 else f" and in {count - 1:,} more candles"
-    beside = f" (low {candles.low[at]:g})" if column == "high" else ""
     raise UserError(
-        f"{symbol}: {column} is {getattr(candles, column)[at]:g}{beside} at {iso(int(candles.timestamp[at]))}"
+        f"{symbol}: {column} is {getattr(candles, column)[at]:g} at {iso(int(candles.timestamp[at]))}"
         f"{others}, but {rule}: {_WAY_OUT}"
     )
 

@@ -165,8 +165,9 @@ class _File:
         try:
             numbers: FloatColumn = column.cast(pa.float64(), safe=False).to_numpy()
         except pa.ArrowException:
-            at, text = next((at, text) for at, text in enumerate(column.to_pylist()) if not _is_number(text))
-            raise UserError(f"{self._path}, {self._row(at)}: {name!r} is {text!r:.60}: give a number") from None
+            texts = column.to_pylist()
+            at = _first_odd(texts)
+            raise UserError(f"{self._path}, {self._row(at)}: {name!r} is {texts[at]!r:.60}: give a number") from None
         return numbers
 
     def _times(self, column: Any) -> TimeColumn:
@@ -184,7 +185,11 @@ class _File:
         if pa.types.is_integer(kind) or pa.types.is_floating(kind):
             values = column.to_numpy()
             return self._to_ms(values, self._epoch_unit(values))
-        return np.array([self._parse_time(at, text) for at, text in enumerate(column.to_pylist())], dtype=np.int64)
+        texts = column.to_pylist()
+        if _is_number(texts[0]):
+            # Either every text is an epoch, or one that is none made texts of them all: name that one.
+            return self._times(pa.chunked_array([self._numbers(column, "timestamp")]))
+        return np.array([self._parse_time(at, text) for at, text in enumerate(texts)], dtype=np.int64)
 
     def _epoch_unit(self, values: Any) -> str:
         low, high = values.min(), values.max()
@@ -247,6 +252,10 @@ def _read_parquet(path: Path) -> tuple[_Table, str, int]:
 
 def _plain(name: str) -> str:
     return name.strip().lower().replace(" ", "_")
+
+
+def _first_odd(texts: Sequence[Any]) -> int:
+    return next((at for at, text in enumerate(texts) if not _is_number(text)), 0)
 
 
 def _is_number(text: Any) -> bool:

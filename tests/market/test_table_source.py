@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import asyncio
+import gzip
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+from backtest_kit.errors import UserError
+from backtest_kit.market import sources
+from backtest_kit.market.sources import CandleSource
+from backtest_kit.market.sources import table as table_module
+from backtest_kit.model.candle import COLUMNS, CandleSeries
+from backtest_kit.model.interval import MINUTE_MS
+
+START = 1_640_995_200_000
+HEADER = "timestamp,open,high,low,close,volume"
+Make = Callable[..., CandleSeries]
+
+
+def text_of(candles: CandleSeries, header: str = HEADER, time: Callable[[int], object] = int) -> str:
+    rows = zip(*(candles.columns()[name].tolist() for name in COLUMNS), strict=True)
+    return "\n".join([header, *(",".join([str(time(row[0])), *map(repr, row[1:])]) for row in rows)]) + "\n"
+
+
+async def everything(source: CandleSource, symbol: str = "BTCUSDT") -> CandleSeries:
+    bounds = await source.range(symbol)
+    assert bounds is not None
+    return await source.fetch(symbol, "1m", *bounds)
+
+
+async def refusal(source: CandleSource, symbol: str = "BTCUSDT") -> str:
+    with pytest.raises(UserError) as caught:
+        await source.fetch(symbol, "1m", START, START + MINUTE_MS)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".csv.zst"])
+async def test_a_csv_file_is_read_compressed_or_not(make_candles: Make, tmp_path: Path, suffix: str) -> None:
+    held = make_candles(50)
+    path = tmp_path / f"candles{suffix}"
+    with pa.output_stream(str(path), compression="detect") as stream:
+        stream.write(text_of(held).encode())
+    source = sources.csv(path)
+    assert await everything(source) == held
+    assert await source.range("X") == (START, START + 50 * MINUTE_MS)
+    part = await source.fetch("X", "1m", START + 5 * MINUTE_MS, START + 9 * MINUTE_MS)
+    assert part == held[5:9]
+    assert len(await source.fetch("X", "1m", 0, START)) == 0
+
+
+async def test_a_parquet_file_is_read(make_candles: Make, tmp_path: Path) -> None:
+    held = make_candles(50)
+    columns: dict[str, Any] = dict(held.columns())
+    columns["timestamp"] = pa.array(held.timestamp * 1000, pa.timestamp("us", "Europe/Berlin"))
+    pa.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    assert await everything(sources.parquet(str(tmp_path / "x.parquet"))) == held
+
+
+async def test_texts_and_decimals_of_a_parquet_file_are_numbers_too(make_candles: Make, tmp_path: Path) -> None:
+    held = make_candles(50)
+    columns: dict[str, Any] = dict(held.columns())
+    columns["timestamp"] = pa.array([str(at) for at in held.timestamp.tolist()])
+    columns["open"] = pa.array([repr(price) for price in held.open.tolist()])
+    columns["volume"] = pa.array(np.round(held.volume, 3)).cast(pa.decimal128(12, 3))
+    pa.parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    read = await everything(sources.parquet(tmp_path / "x.parquet"))
+    assert np.array_equal(read.timestamp, held.timestamp)
+    assert np.array_equal(read.open, held.open)
+    assert read.volume == pytest.approx(np.round(held.volume, 3), rel=1e-15)
+    columns["open"] = pa.array(held.timestamp, pa.timestamp("ms"))
+    pa.parquet.write_table(pa.table(columns), tmp_path / "y.parquet")
+    assert "y.parquet, row 1: 'open' is datetime" in await refusal(sources.parquet(tmp_path / "y.parquet"))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Date,Open,High,Low,Close,Volume",
+        " open_time ,o,h,l,c,v",
+        "\ufeffTime,OPEN,HIGH,LOW,CLOSE,VOL",
+        "Open Time,open,high,low,close,base volume",
+    ],
+)
+async def test_columns_go_by_many_names(make_candles: Make, tmp_path: Path, header: str) -> None:
+    held = make_candles(5)
+    (tmp_path / "x.csv").write_text(text_of(held, header), encoding="utf-8")
+    assert await everything(sources.csv(tmp_path / "x.csv")) == held
+
+
+@pytest.mark.parametrize(
+    "time",
+    [
+        lambda ms: ms // 1000,
+        lambda ms: ms / 1000,
+        lambda ms: ms * 1000,
+        lambda ms: ms * 1_000_000,
+        lambda ms: datetime.fromtimestamp(ms / 1000, UTC).isoformat(),
+        lambda ms: datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S"),
+        lambda ms: datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%MZ"),
+        lambda ms: datetime.fromtimestamp(ms / 1000 + 7200, UTC).strftime("%Y-%m-%dT%H:%M:%S.000+02:00"),
+    ],
+    ids=["s", "float s", "us", "ns", "iso", "iso naive", "iso minutes", "iso other zone"],
+)
+async def test_times_are_understood(make_candles: Make, tmp_path: Path, time: Callable[[int], object]) -> None:
+    held = make_candles(5)
+    (tmp_path / "x.csv").write_text(text_of(held, time=time))
+    assert await everything(sources.csv(tmp_path / "x.csv")) == held
+
+
+async def test_a_day_column_that_hides_the_minutes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(f"{HEADER}\n2022-01-01,1,1,1,1,1\n2022-01-01,1,1,1,1,1\n")
+    assert "2022-01-01T00:00Z appears twice" in await refusal(sources.csv(tmp_path / "x.csv"))
+
+
+async def test_a_binance_download_needs_no_header(make_candles: Make, tmp_path: Path) -> None:
+    held = make_candles(5)
+    lines = text_of(held).splitlines()[1:]
+    (tmp_path / "x.csv").write_text("\n".join(f"{line},1641000000000,1,2,3,4,0" for line in lines))
+    assert await everything(sources.csv(tmp_path / "x.csv")) == held
+    (tmp_path / "y.csv").write_text("\n".join(lines))
+    assert "y.csv cannot be read as candles: it has no header line" in await refusal(sources.csv(tmp_path / "y.csv"))
+
+
+async def test_a_symbol_column_picks_the_rows(make_candles: Make, tmp_path: Path) -> None:
+    one, two = make_candles(5), make_candles(7, seed=2)
+    body = [HEADER + ",Symbol"]
+    for name, held in (("BTCUSDT", one), ("ETHUSDT", two)):
+        body += [f"{line},{name}" for line in text_of(held).splitlines()[1:]]
+    (tmp_path / "x.csv").write_text("\n".join(body))
+    source = sources.csv(tmp_path / "x.csv")
+    assert await everything(source, "BTCUSDT") == one
+    assert await everything(source, "ETHUSDT") == two
+    assert "has no candle of XRPUSDT: its symbol column holds BTCUSDT, ETHUSDT" in await refusal(source, "XRPUSDT")
+
+
+async def test_a_pattern_serves_a_file_per_symbol(make_candles: Make, tmp_path: Path) -> None:
+    for seed, name in enumerate(("BTCUSDT", "ETHUSDT")):
+        (tmp_path / f"{name}.csv").write_text(text_of(make_candles(5, seed=seed)))
+    source = sources.csv(f"{tmp_path}/{{symbol}}.csv")
+    assert await everything(source, "BTCUSDT") == make_candles(5, seed=0)
+    assert await everything(source, "ETHUSDT") == make_candles(5, seed=1)
+    assert "XRPUSDT.csv does not exist" in await refusal(source, "XRPUSDT")
+
+
+async def test_a_file_is_parsed_once(make_candles: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.csv").write_text(text_of(make_candles(50)))
+    reads: list[Path] = []
+    read = table_module._read_csv
+
+    def counted(path: Path) -> tuple[Any, str, int]:
+        reads.append(path)
+        return read(path)
+
+    monkeypatch.setattr(table_module, "_read_csv", counted)
+    source = sources.csv(tmp_path / "x.csv")
+    await asyncio.gather(*(source.fetch("X", "1m", START, START + MINUTE_MS) for _ in range(8)))
+    assert len(reads) == 1
+
+
+async def test_a_file_that_was_corrected_is_read_again(make_candles: Make, tmp_path: Path) -> None:
+    source = sources.csv(tmp_path / "x.csv")
+    assert "does not exist" in await refusal(source)
+    (tmp_path / "x.csv").write_text(text_of(make_candles(5)))
+    assert await everything(source) == make_candles(5)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "x.csv is empty"),
+        (HEADER.encode() + b"\n", "has a header but no candle"),
+        (b"date,price\n2022-01-01,5\n", "lacks open, high, low, close, volume"),
+        (b"date,price\n2022-01-01,5\n", "this one has 'date', 'price'"),
+        (f"{HEADER}\n{START},1,1,1,1,1\n{START + MINUTE_MS},1,high,1,1,1\n".encode(), "line 3: 'high' is 'high'"),
+        (f"{HEADER}\n{START},1,1,1,1,1\n{START + MINUTE_MS},1,1,1,,1\n".encode(), "line 3: 'close' is empty"),
+        (f"{HEADER}\n{START},1,1,1,1,1\nyesterday,1,1,1,1,1\n".encode(), "line 3: 'timestamp' is 'yesterday'"),
+        (f"{HEADER}\n2022-01-01T00:00Z,1,1,1,1,1\n{START},1,1,1,1,1\n".encode(), "line 3: the timestamp is '1640"),
+        (f"{HEADER}\n{START},1,1,1,1,1\n,1,1,1,1,1\n".encode(), "line 3: the timestamp is empty"),
+        (f"{HEADER}\n{START},1,1,1,1,1\n{START}000,1,1,1,1,1\n".encode(), "are not epochs of one unit"),
+        (f"{HEADER}\n12,1,1,1,1,1\n".encode(), "are not epochs of one unit"),
+        (f"{HEADER}\n{START}001,1,1,1,1,1\n".encode(), "line 2: timestamp 1640995200000001 (us) is no whole milli"),
+        (f"{HEADER}\n{START + 1},1,1,1,1,1\n".encode(), "do not open on a whole 60 s step"),
+        (f"{HEADER}\n{START},1,1,1\n".encode(), "cannot be read as candles"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xfe" * 20, "cannot be read as candles"),
+    ],
+)
+async def test_a_file_that_is_no_candle_file_says_why(tmp_path: Path, body: bytes, said: str) -> None:
+    (tmp_path / "x.csv").write_bytes(body)
+    message = await refusal(sources.csv(tmp_path / "x.csv"))
+    assert said in message
+    assert str(tmp_path / "x.csv") in message
+
+
+async def test_candles_out_of_order_are_named(make_candles: Make, tmp_path: Path) -> None:
+    held = make_candles(5)
+    (tmp_path / "x.csv").write_text(text_of(held.take(np.array([0, 2, 1]))))
+    message = await refusal(sources.csv(tmp_path / "x.csv"))
+    assert "x.csv: candles must be oldest first" in message
+    assert "2022-01-01T00:01Z comes after the candle of 2022-01-01T00:02Z" in message
+
+
+async def test_longer_candles_are_called_what_they_are(make_candles: Make, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(text_of(make_candles(600).take(np.arange(0, 600, 60))))
+    assert "x.csv holds 1h candles: give 1m candles" in await refusal(sources.csv(tmp_path / "x.csv"))
+    (tmp_path / "y.csv").write_text(text_of(make_candles(600).take(np.array([0, 60, 61, 180]))))
+    assert len(await everything(sources.csv(tmp_path / "y.csv"))) == 4
+
+
+async def test_damaged_missing_and_impossible_paths(make_candles: Make, tmp_path: Path) -> None:
+    whole = gzip.compress(text_of(make_candles(500)).encode())
+    (tmp_path / "x.csv.gz").write_bytes(whole[: len(whole) // 2])
+    assert "x.csv.gz cannot be read as candles" in await refusal(sources.csv(tmp_path / "x.csv.gz"))
+    (tmp_path / "y.csv.gz").write_bytes(b"not gzip at all")
+    assert "y.csv.gz cannot be read as candles" in await refusal(sources.csv(tmp_path / "y.csv.gz"))
+    (tmp_path / "z.parquet").write_text(text_of(make_candles(5)))
+    assert "z.parquet cannot be read as candles" in await refusal(sources.parquet(tmp_path / "z.parquet"))
+    assert "is a directory" in await refusal(sources.csv(tmp_path))
+    assert "does not exist" in await refusal(sources.csv(tmp_path / "no" / "such.csv"))
+
+
+async def test_a_file_has_minutes_only(make_candles: Make, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(text_of(make_candles(5)))
+    with pytest.raises(UserError, match="interval of a candle file is '1h': use one of 1m"):
+        await sources.csv(tmp_path / "x.csv").fetch("X", "1h", START, START + 60 * MINUTE_MS)
