@@ -93,7 +93,7 @@ async def test_stop_opens_nothing_more_and_ends_what_is_open(make_kit: MakeKit) 
 
 
 async def test_a_replay_lets_other_tasks_run(make_kit: MakeKit) -> None:
-    handle = make_kit(interval="1m").backtest.background("BTCUSDT", **WHERE)
+    handle = make_kit(lambda ctx: None, interval="1m").backtest.background("BTCUSDT", **WHERE)
     seen = set()
     while not handle.done():
         seen.add(handle.progress)

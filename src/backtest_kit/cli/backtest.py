@@ -45,13 +45,14 @@ def run_backtest(
     load_strategy_file(strategy_file)
     strategy = _pick("strategy", strategy_name, [each.name for each in kit.list_strategy_schemas()], strategy_file)
     exchanges = [each.name for each in kit.list_exchange_schemas()]
+    source: CandleSource | None
     if candles is not None:
         exchange = _pick("exchange", exchange_name, exchanges, strategy_file) if exchanges else "file"
         source = _file_source(candles)
         kit.add_exchange_schema(exchange, source=source, replace=True)
     else:
         exchange = _pick("exchange", exchange_name, exchanges, strategy_file)
-        source = next(each.source for each in kit.list_exchange_schemas() if each.name == exchange)
+        source = next((each.source for each in kit.list_exchange_schemas() if each.name == exchange), None)
     frame_name = _frame(frame, source, symbols[0], strategy_file)
 
     async def run_all() -> Results:
@@ -116,14 +117,14 @@ def _file_source(candles: str) -> CandleSource:
     return sources.csv(candles)
 
 
-def _frame(asked: str | None, source: CandleSource, symbol: str, strategy_file: Path) -> str:
+def _frame(asked: str | None, source: CandleSource | None, symbol: str, strategy_file: Path) -> str:
     """The name of the frame to replay; a range of dates is registered under its own text."""
     kit = default_kit
     registered = [each.name for each in kit.list_frame_schemas()]
     if asked is None and len(registered) == 1:
         return registered[0]
     if asked is None:
-        there = asyncio.run(source.range(symbol))
+        there = asyncio.run(source.range(symbol)) if source else None
         example = "2022-01-01..2022-02-01" if there is None else "..".join(iso(each) for each in there)
         known = f"choose with --frame {' or '.join(registered)}, or give" if registered else "give"
         raise UserError(
@@ -145,8 +146,16 @@ def _show(results: Results, trades_shown: int) -> None:
     console.print(results.table())
     for remark in results.remarks():
         console.print(f"{remark}.", highlight=False)
+    console.print(_origin(results), highlight=False)
     markdown, page = results.save_markdown(), results.save_html()
     console.print(f"Report: {markdown}\nCharts: {page}", highlight=False, soft_wrap=True)
+
+
+def _origin(results: Results) -> str:
+    used, fetched = sum(each.candles_used for each in results), sum(each.candles_fetched for each in results)
+    if not fetched:
+        return f"Candles: all {used:,} from the cache."
+    return f"Candles: {used:,}, {fetched:,} of them from the source."
 
 
 def _trades_table(results: Results, shown: int) -> Table:

@@ -29,10 +29,13 @@ _log = logging.getLogger("backtest_kit")
 
 
 class Loaded(NamedTuple):
-    """Contiguous 1m candles, and how many of them were filled in."""
+    """Contiguous 1m candles, and where they came from; what was neither filled nor fetched was cached."""
 
     candles: CandleSeries
     filled: int
+    """Minutes that no source had."""
+    fetched: int
+    """Candles that the source was asked for."""
 
 
 class CandleFeed:
@@ -73,10 +76,10 @@ class CandleFeed:
         """
         self._check_range(symbol, start_ms, stop_ms, gaps)
         first_ms = start_ms - lead_ms
-        candles = await self._collect(symbol, first_ms, stop_ms)
+        candles, fetched = await self._collect(symbol, first_ms, stop_ms)
         missing = find_gaps(candles, first_ms, stop_ms)
         if not missing:
-            return Loaded(candles, 0)
+            return Loaded(candles, 0, fetched)
         if missing.start_ms[0] == first_ms or missing.stop_ms[-1] == stop_ms:
             await self._refuse_edges(symbol, start_ms, stop_ms, lead_ms, candles, missing)
         if gaps == "error":
@@ -84,9 +87,9 @@ class CandleFeed:
                 f"{missing.describe(symbol)}: choose another frame, or fill them with flat candles "
                 f'(gaps="fill", on the command line --gaps fill)'
             )
-        return Loaded(fill_gaps(candles, first_ms, stop_ms), missing.total)
+        return Loaded(fill_gaps(candles, first_ms, stop_ms), missing.total, fetched)
 
-    async def available(self, symbol: str, start_ms: int, stop_ms: int, *, gaps: GapRule = "error") -> CandleSeries:
+    async def available(self, symbol: str, start_ms: int, stop_ms: int, *, gaps: GapRule = "error") -> Loaded:
         """The longest unbroken run of candles in `[start_ms, stop_ms)` that ends at `stop_ms`; may be empty.
 
         With gaps="fill" missing minutes break nothing, and the run begins at the first candle there is.
@@ -94,15 +97,16 @@ class CandleFeed:
         """
         start_ms = max(start_ms, 0)
         if stop_ms <= start_ms:
-            return CandleSeries.empty()
+            return Loaded(CandleSeries.empty(), 0, 0)
         self._check_range(symbol, start_ms, stop_ms, gaps)
-        candles = await self._collect(symbol, start_ms, stop_ms)
+        candles, fetched = await self._collect(symbol, start_ms, stop_ms)
         missing = find_gaps(candles, start_ms, stop_ms)
         if not missing or not len(candles):
-            return candles
+            return Loaded(candles, 0, fetched)
         if gaps == "fill":
-            return fill_gaps(candles, int(candles.timestamp[0]), stop_ms)
-        return candles.between(int(missing.stop_ms[-1]), stop_ms)
+            whole = fill_gaps(candles, int(candles.timestamp[0]), stop_ms)
+            return Loaded(whole, len(whole) - len(candles), fetched)
+        return Loaded(candles.between(int(missing.stop_ms[-1]), stop_ms), 0, fetched)
 
     def _check_range(self, symbol: str, start_ms: int, stop_ms: int, gaps: GapRule) -> None:
         if gaps not in ("error", "fill"):
@@ -119,8 +123,11 @@ class CandleFeed:
                 f"end it at {iso(closed)} or earlier"
             )
 
-    async def _collect(self, symbol: str, start_ms: int, stop_ms: int) -> CandleSeries:
-        """What store and source have in the range: checked and ascending, with the gaps that remain."""
+    async def _collect(self, symbol: str, start_ms: int, stop_ms: int) -> tuple[CandleSeries, int]:
+        """What store and source have in the range: checked and ascending, with the gaps that remain.
+
+        And how many of them the source delivered.
+        """
         lock = self._locks.setdefault(symbol, asyncio.Lock())
         async with lock:
             series = SeriesKey(self._source.series_name or self._exchange_name, symbol, "1m")
@@ -131,7 +138,7 @@ class CandleFeed:
                 parts += await self._download(series, low, high)
         candles = _merge(parts)
         check_candles(candles, symbol=symbol, settings=self._settings)
-        return candles
+        return candles, sum(map(len, parts[1:]))
 
     async def _download(self, series: SeriesKey, start_ms: int, stop_ms: int) -> list[CandleSeries]:
         """The source's candles of one range, stored as they come."""

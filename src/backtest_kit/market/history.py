@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from backtest_kit.errors import LookAhead, UserError
-from backtest_kit.market.fetch import CandleFeed, GapRule
+from backtest_kit.market.fetch import CandleFeed, GapRule, Loaded
 from backtest_kit.market.price import resample, vwap
 from backtest_kit.model.candle import CandleSeries, FloatColumn
 from backtest_kit.model.interval import CANDLE_INTERVALS, DAY_MS, INTERVAL_MS, MINUTE_MS, interval_ms, iso
@@ -29,19 +29,19 @@ class History:
     Columns already taken stay as they are; take columns and their index with no `await` in between.
     """
 
-    def __init__(
-        self, feed: CandleFeed, symbol: str, candles: CandleSeries, filled: int, *, gaps: GapRule, price_window: int
-    ) -> None:
+    def __init__(self, feed: CandleFeed, symbol: str, loaded: Loaded, *, gaps: GapRule, price_window: int) -> None:
         """Take contiguous candles; `load` is the usual way."""
         self.symbol: Final = symbol
-        self.filled = filled
+        self.filled = loaded.filled
         """Minutes that no source had, and that were filled flat."""
+        self.fetched = loaded.fetched
+        """Candles that the source was asked for; the others were cached."""
         self._feed = feed
         self._gaps: Final[GapRule] = gaps
         self._price_window: Final = price_window
         self._moving = asyncio.Lock()
         self._begins = False
-        self._set(candles)
+        self._set(loaded.candles)
 
     @classmethod
     async def load(
@@ -53,7 +53,7 @@ class History:
             UserError, RetryLater: as `CandleFeed.load`.
         """
         loaded = await feed.load(symbol, start_ms, stop_ms, gaps=gaps, lead_ms=price_window * MINUTE_MS)
-        return cls(feed, symbol, loaded.candles, loaded.filled, gaps=gaps, price_window=price_window)
+        return cls(feed, symbol, loaded, gaps=gaps, price_window=price_window)
 
     @property
     def candles(self) -> CandleSeries:
@@ -147,7 +147,7 @@ class History:
         async with self._moving:
             if stop_ms > self._stop_ms:
                 loaded = await self._feed.load(self.symbol, self._stop_ms, stop_ms, gaps=self._gaps)
-                self.filled += loaded.filled
+                self._count(loaded)
                 self._set(CandleSeries.concat((self._candles, loaded.candles)))
 
     async def _prepend(self, start_ms: int) -> None:
@@ -160,9 +160,14 @@ class History:
             span_ms = max(self._first_ms - start_ms, DAY_MS)
             low_ms = max(self._first_ms - span_ms, 0)
             older = await self._feed.available(self.symbol, low_ms, self._first_ms, gaps=self._gaps)
-            self._begins = not len(older) or int(older.timestamp[0]) > low_ms
-            if len(older):
-                self._set(CandleSeries.concat((older, self._candles)))
+            self._count(older)
+            self._begins = not len(older.candles) or int(older.candles.timestamp[0]) > low_ms
+            if len(older.candles):
+                self._set(CandleSeries.concat((older.candles, self._candles)))
+
+    def _count(self, loaded: Loaded) -> None:
+        self.filled += loaded.filled
+        self.fetched += loaded.fetched
 
     def _set(self, candles: CandleSeries) -> None:
         self._candles = candles

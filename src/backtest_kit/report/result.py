@@ -47,6 +47,10 @@ class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=T
     """The candles of the frame, coarse enough to draw."""
     gaps_filled: int = 0
     """Missing minutes that were filled with flat candles."""
+    candles_used: int = 0
+    """Minutes that were read, history before the frame included."""
+    candles_fetched: int = 0
+    """Those of them that came from the source; the others were in the cache."""
     report_path: Path = Path("dump/backtest")
     """Where reports go that are saved without a path."""
     show_note: bool = False

@@ -55,13 +55,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class Control:
     """What a running backtest and its handle tell each other."""
 
-    __slots__ = ("gaps_filled", "history", "stopping", "when_ms")
+    __slots__ = ("histories", "stopping", "when_ms")
 
     def __init__(self, start_ms: int) -> None:
         self.stopping = False
         self.when_ms = start_ms
-        self.gaps_filled = 0
-        self.history: History | None = None
+        self.histories: dict[str, History] = {}
+        """What has been read so far, by symbol."""
 
 
 class BacktestHandle:
@@ -189,8 +189,8 @@ class BacktestRunner:
             async for event in replay(job, feed, control):
                 if isinstance(event, PositionClosed):
                     trades.append(event.trade)
-        frame, history = job.frame, control.history
-        candles = CandleSeries.empty() if history is None else history.candles.between(frame.start_ms, frame.stop_ms)
+        frame, histories = job.frame, control.histories
+        candles = histories[job.identity.symbol].candles.between(frame.start_ms, frame.stop_ms)
         return BacktestResult(
             symbol=job.identity.symbol,
             strategy_name=job.identity.strategy_name,
@@ -200,7 +200,9 @@ class BacktestRunner:
             stop_ms=frame.stop_ms,
             trades=tuple(trades),
             chart=_chart(candles),
-            gaps_filled=control.gaps_filled,
+            gaps_filled=sum(each.filled for each in histories.values()),
+            candles_used=sum(len(each.candles) for each in histories.values()),
+            candles_fetched=sum(each.fetched for each in histories.values()),
             report_path=self._report_path(),
             show_note=job.settings.CC_REPORT_SHOW_SIGNAL_NOTE,
         )
@@ -243,7 +245,7 @@ class BacktestRunner:
 async def replay(job: Job, feed: CandleFeed, control: Control) -> AsyncIterator[Event]:
     """Walk through the frame from event to event."""
     rules, frame, symbol = job.rules, job.frame, job.identity.symbol
-    histories: dict[str, History] = {}
+    histories = control.histories
 
     async def history_of(name: str) -> History:
         if name not in histories:
@@ -255,10 +257,9 @@ async def replay(job: Job, feed: CandleFeed, control: Control) -> AsyncIterator[
                 gaps=job.gaps,
                 price_window=job.settings.CC_AVG_PRICE_CANDLES_COUNT,
             )
-            control.gaps_filled += histories[name].filled
         return histories[name]
 
-    history = control.history = await history_of(symbol)
+    history = await history_of(symbol)
     state: State = Flat()
     when_ms = frame.start_ms - MINUTE_MS
     turn_ends = time.perf_counter() + _LONGEST_TURN_S
