@@ -53,7 +53,9 @@ def test_names_are_texts(kit: bk.Kit, name: Any) -> None:
 
 
 def test_a_source_is_one_of_ours(kit: bk.Kit) -> None:
-    with pytest.raises(bk.UserError, match="source of exchange 'demo' is 'binance': give one of backtest_kit.sources"):
+    with pytest.raises(
+        bk.UserError, match=r"source of exchange 'demo' is 'binance': give one of backtest_kit\.sources"
+    ):
         kit.add_exchange_schema("demo", source="binance")  # type: ignore[arg-type]
 
 

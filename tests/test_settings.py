@@ -24,7 +24,7 @@ def test_the_environment_is_read_by_name_and_type() -> None:
         }
     )
     assert settings.CC_PERCENT_FEE == 0.05
-    assert settings.CC_MAX_SIGNAL_LIFETIME_MINUTES == math.inf
+    assert math.inf == settings.CC_MAX_SIGNAL_LIFETIME_MINUTES
     assert settings.CC_ENABLE_SHORT_SIGNAL is False
     assert settings.CC_MAX_CANDLES_PER_REQUEST == 500
 

@@ -368,12 +368,12 @@ async def test_years_before_a_listing_are_not_asked_for_page_by_page(make_candle
 async def test_available_is_the_unbroken_end(make_candles: Make, source_of: Any) -> None:
     whole = make_candles(60)
     feed = feed_of(source_of(whole.take(np.r_[10:20, 25:60])))
-    assert await feed.available("BTCUSDT", START, minutes(60)) == whole[25:]
-    assert await feed.available("BTCUSDT", minutes(30), minutes(40)) == whole[30:40]
-    assert await feed.available("BTCUSDT", START, minutes(20)) == whole[10:20]
-    assert len(await feed.available("BTCUSDT", START, minutes(24))) == 0
-    assert len(await feed.available("BTCUSDT", START - DAY_MS, START)) == 0
-    filled = await feed.available("BTCUSDT", START, minutes(60), gaps="fill")
+    assert (await feed.available("BTCUSDT", START, minutes(60))).candles == whole[25:]
+    assert (await feed.available("BTCUSDT", minutes(30), minutes(40))).candles == whole[30:40]
+    assert (await feed.available("BTCUSDT", START, minutes(20))).candles == whole[10:20]
+    assert len((await feed.available("BTCUSDT", START, minutes(24))).candles) == 0
+    assert len((await feed.available("BTCUSDT", START - DAY_MS, START)).candles) == 0
+    filled, _, _ = await feed.available("BTCUSDT", START, minutes(60), gaps="fill")
     assert filled.timestamp[0] == minutes(10)
     assert len(filled) == 50
 

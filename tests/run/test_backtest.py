@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def test_a_backtest_is_the_same_every_time(make_kit: MakeKit) -> None:
 def test_trades_follow_each_other(make_kit: MakeKit) -> None:
     trades = make_kit().backtest.run_sync("BTCUSDT", **WHERE).trades
     assert trades[0].opened_at_ms == START
-    for before, after in zip(trades, trades[1:], strict=False):
+    for before, after in pairwise(trades):
         assert before.opened_at_ms < before.closed_at_ms < after.opened_at_ms
     assert all(trade.closed_at_ms <= STOP for trade in trades)
     assert all(trade.fall_pct <= trade.peak_pct for trade in trades)

@@ -21,7 +21,6 @@ from backtest_kit.market.price import resample
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.event import Event, Identity, PositionClosed, RiskRejected
 from backtest_kit.model.interval import CANDLE_INTERVALS, DAY_MS, INTERVAL_MS, MINUTE_MS, floor_ms, interval_ms, iso
-from backtest_kit.model.position import Trade
 from backtest_kit.model.signal import Signal
 from backtest_kit.report.result import BacktestResult
 from backtest_kit.run.blocking import run_blocking
@@ -184,11 +183,8 @@ class BacktestRunner:
         return run_blocking(lambda: self._collect(job, Control(job.frame.start_ms)))
 
     async def _collect(self, job: Job, control: Control) -> BacktestResult:
-        trades: list[Trade] = []
         async with self._feeds.use(job.identity.exchange_name, job.settings) as feed:
-            async for event in replay(job, feed, control):
-                if isinstance(event, PositionClosed):
-                    trades.append(event.trade)
+            trades = [event.trade async for event in replay(job, feed, control) if isinstance(event, PositionClosed)]
         frame, histories = job.frame, control.histories
         candles = histories[job.identity.symbol].candles.between(frame.start_ms, frame.stop_ms)
         return BacktestResult(
