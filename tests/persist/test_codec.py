@@ -58,7 +58,7 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, float):
         return math.copysign(1, one) == math.copysign(1, other) and (one == other or (one != one and other != other))
     if isinstance(one, datetime):
-        return one.isoformat() == other.isoformat()  # == is False for a local time that a clock change repeats
+        return bool(one.isoformat() == other.isoformat())  # == is False for a local time that a clock change repeats
     return bool(one == other)
 
 

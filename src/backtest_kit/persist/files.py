@@ -1,0 +1,369 @@
+"""The one place that touches the disk: how bytes get there so that they stay, and locks between processes.
+
+A durable replacement is: a temporary file in the same directory, written whole, fsync, rename, fsync of
+the directory. A failed fsync is never tried again on the same file, because the kernel may have dropped
+the pages and would report success: the temporary file is thrown away and the write fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import os
+import random
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from backtest_kit.errors import BacktestKitError, Outcome, OutOfSpace, RetryLater, UserError
+from backtest_kit.persist.testing.crashpoints import crashpoint
+
+TEMP_PREFIX: Final = ".tmp-"
+STALE_TEMP_SECONDS: Final = 120
+"""A temporary file older than this is nobody's write in flight."""
+LOCK_TIMEOUT_SECONDS: Final = 10.0
+
+_CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_READ: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_APPEND: Final = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
+
+
+class OsCalls(Protocol):
+    """The calls that a `Disk` makes. The `os` module is one; a shim that fails on purpose is another."""
+
+    open: Any
+    read: Any
+    write: Any
+    fsync: Any
+    close: Any
+    replace: Any
+    unlink: Any
+    mkdir: Any
+    stat: Any
+    fstat: Any
+    scandir: Any
+    ftruncate: Any
+    utime: Any
+    posix_fallocate: Any
+
+
+def disk_error(error: OSError, doing: str, path: object, outcome: Outcome = Outcome.NOT_DONE) -> BacktestKitError:
+    """The error of the house for a failed call, to be raised from it."""
+    reason = error.strerror or str(error)
+    if error.errno in _SPACE:
+        return OutOfSpace(f"cannot {doing} {path}: {reason}; free some space, then write again", outcome=outcome)
+    return RetryLater(f"cannot {doing} {path}: {reason}; nothing else was changed, try again", outcome=outcome)
+
+
+class Disk:
+    """Reading and durable writing over a set of OS calls. Methods block and raise `OSError`."""
+
+    def __init__(self, calls: OsCalls = os) -> None:
+        self._os = calls
+        self._serial = itertools.count()
+
+    def read(self, path: str) -> bytes:
+        fd = self._open(path, _READ)
+        try:
+            return self._read_all(fd)
+        finally:
+            self._os.close(fd)
+
+    def read_at(self, path: str, offset: int, length: int | None = None) -> bytes:
+        """`length` bytes (all that follow, if None) from `offset`."""
+        fd = self._open(path, _READ)
+        try:
+            os.lseek(fd, offset, os.SEEK_SET)
+            return self._read_all(fd) if length is None else self._read_exactly(fd, length)
+        finally:
+            self._os.close(fd)
+
+    def open_for_reading(self, path: str) -> int:
+        return self._open(path, _READ)
+
+    def open_for_append(self, path: str) -> int:
+        return self._open(path, _APPEND)
+
+    def close(self, fd: int) -> None:
+        self._os.close(fd)
+
+    def fsync(self, fd: int) -> None:
+        self._os.fsync(fd)
+
+    def write_temp(
+        self, directory: str, data: bytes, *, sync: bool, mtime_ns: int | None = None, preallocate: bool = False
+    ) -> str:
+        """Write `data` to a new temporary file in `directory` and return its path; nothing is left on failure."""
+        path = f"{directory}/{TEMP_PREFIX}{os.getpid()}-{next(self._serial)}-{random.randrange(1 << 32):08x}"  # noqa: S311
+        fd = self._open(path, _CREATE)
+        crashpoint("file.after_create")
+        try:
+            try:
+                if preallocate and data and hasattr(self._os, "posix_fallocate"):
+                    # Without this ext4 flushes a file that is renamed over another one. Only for data that
+                    # a journal has already made durable: elsewhere that flush is a welcome second belt.
+                    self._os.posix_fallocate(fd, 0, len(data))
+                self.write_all(fd, data)
+                crashpoint("file.after_write")
+                if mtime_ns is not None:
+                    self._os.utime(fd, ns=(mtime_ns, mtime_ns))
+                if sync:
+                    self._os.fsync(fd)
+                    crashpoint("file.after_fsync")
+            finally:
+                self._os.close(fd)
+        except BaseException:
+            self.discard(path)
+            raise
+        return path
+
+    def rename(self, temp: str, path: str) -> None:
+        """Put a temporary file in its place; it is gone if that fails."""
+        try:
+            self._os.replace(temp, path)
+        except BaseException:
+            self.discard(temp)
+            raise
+        crashpoint("file.after_rename")
+
+    def move(self, source: str, target: str) -> None:
+        self._os.replace(source, target)
+
+    def write_all(self, fd: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._os.write(fd, view) :]
+            except InterruptedError:
+                continue
+
+    def truncate(self, fd: int, size: int) -> None:
+        self._os.ftruncate(fd, size)
+
+    def discard(self, path: str) -> None:
+        """Remove a file that holds nothing of value, if it can be done."""
+        with contextlib.suppress(OSError):
+            self._os.unlink(path)
+
+    def remove(self, path: str) -> None:
+        self._os.unlink(path)
+
+    def sync_file(self, path: str) -> None:
+        """Make durable what was written to `path` under any descriptor; a file that is gone needs nothing."""
+        with contextlib.suppress(FileNotFoundError):
+            fd = self._open(path, _READ)
+            try:
+                self._os.fsync(fd)
+            finally:
+                self._os.close(fd)
+
+    def sync_directory(self, path: str) -> None:
+        if sys.platform != "win32":  # Windows has no such call and orders its directory entries itself
+            self.sync_file(path)
+            crashpoint("file.after_directory_fsync")
+
+    def make_directories(self, path: str, *, sync: bool) -> None:
+        """Make `path` and what is missing above it, each level durable in its parent if `sync`."""
+        try:
+            self._os.mkdir(path)
+        except FileExistsError:
+            return
+        except FileNotFoundError:
+            parent = str(Path(path).parent)
+            self.make_directories(parent, sync=sync)
+            self.make_directories(path, sync=sync)
+            return
+        crashpoint("file.after_mkdir")
+        if sync:
+            self.sync_directory(str(Path(path).parent))
+
+    def stat(self, path: str) -> os.stat_result:
+        result: os.stat_result = self._os.stat(path)
+        return result
+
+    def fstat(self, fd: int) -> os.stat_result:
+        result: os.stat_result = self._os.fstat(fd)
+        return result
+
+    def touch(self, path: str, mtime_ns: int) -> None:
+        self._os.utime(path, ns=(mtime_ns, mtime_ns))
+
+    def exists(self, path: str) -> bool:
+        try:
+            self._os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def entries(self, directory: str) -> list[os.DirEntry[str]]:
+        """What lies in a directory, none if it does not exist; temporary files are never listed."""
+        try:
+            with self._os.scandir(directory) as found:
+                return [entry for entry in found if not entry.name.startswith(TEMP_PREFIX)]
+        except FileNotFoundError:
+            return []
+
+    def sweep(self, root: str, now: float) -> None:
+        """Remove the temporary files under `root` that no writer can still be at work on."""
+        pending = [root]
+        while pending:
+            with contextlib.suppress(FileNotFoundError), self._os.scandir(pending.pop()) as found:
+                for entry in found:
+                    if entry.name.startswith(TEMP_PREFIX):
+                        with contextlib.suppress(FileNotFoundError):
+                            if now - entry.stat(follow_symlinks=False).st_mtime > STALE_TEMP_SECONDS:
+                                self._os.unlink(entry.path)
+                    elif entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+
+    def _open(self, path: str, flags: int) -> int:
+        while True:
+            try:
+                return int(self._os.open(path, flags, 0o666))
+            except InterruptedError:
+                continue
+
+    def _read_all(self, fd: int) -> bytes:
+        return self._read_exactly(fd, self._os.fstat(fd).st_size)
+
+    def _read_exactly(self, fd: int, length: int) -> bytes:
+        parts: list[bytes] = []
+        while length > 0:
+            try:
+                part = self._os.read(fd, length)
+            except InterruptedError:
+                continue
+            if not part:
+                break
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)
+
+
+class LockSet:
+    """Locks by name that hold between threads and between processes, on a fixed set of lock files.
+
+    Two names may share a file: they then wait for each other, no more. The files stay open, because the
+    lock of a process goes away with it however it ends.
+    """
+
+    def __init__(self, directory: str, disk: Disk, *, count: int = 64) -> None:
+        self._directory = directory
+        self._disk = disk
+        self._count = count
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._guard = threading.Lock()
+        self._threads = [threading.Lock() for _ in range(self._count)]
+        self._files: dict[int, int] = {}
+
+    @contextlib.contextmanager
+    def hold(self, names: Iterable[str], timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
+        """Hold the locks of all `names`. Always taken in one order, so that holders cannot wait in a ring.
+
+        Raises:
+            RetryLater: another process kept one of them for `timeout` seconds.
+        """
+        if os.getpid() != self._pid:
+            self._reset()  # a forked child shares the open files, and so the locks, of its parent
+        deadline = time.monotonic() + timeout
+        with contextlib.ExitStack() as held:
+            for shard in sorted({self._shard(name) for name in names}):
+                if not self._threads[shard].acquire(timeout=max(0.0, deadline - time.monotonic())):
+                    raise self._timed_out(shard, timeout)
+                held.callback(self._threads[shard].release)
+                fd = self._file(shard)
+                while not _try_lock(fd):
+                    if time.monotonic() > deadline:
+                        raise self._timed_out(shard, timeout)
+                    time.sleep(random.uniform(0.0002, 0.002))  # noqa: S311
+                held.callback(_unlock, fd)
+            yield
+
+    def close(self) -> None:
+        with self._guard:
+            for fd in self._files.values():
+                self._disk.close(fd)
+            self._files.clear()
+
+    def _shard(self, name: str) -> int:
+        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest()) % self._count
+
+    def _file(self, shard: int) -> int:
+        with self._guard:
+            fd = self._files.get(shard)
+            if fd is None:
+                path = f"{self._directory}/{shard:02d}.lock"
+                try:
+                    fd = self._files[shard] = self._disk.open_for_append(path)
+                except FileNotFoundError:
+                    self._disk.make_directories(self._directory, sync=False)
+                    fd = self._files[shard] = self._disk.open_for_append(path)
+        return fd
+
+    def _timed_out(self, shard: int, timeout: float) -> RetryLater:
+        return RetryLater(
+            f"another process has held {self._directory}/{shard:02d}.lock for {timeout:g} s: "
+            "see which one (lsof) and whether it is stopped, then try again"
+        )
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(fd: int) -> bool:
+        try:
+            os.lseek(fd, 0, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+    def _unlock(fd: int) -> None:
+        os.lseek(fd, 0, os.SEEK_SET)
+        msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
+
+else:
+    import fcntl
+
+    def _try_lock(fd: int) -> bool:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _unlock(fd: int) -> None:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+try_lock = _try_lock
+
+
+def absolute_root(root: str | os.PathLike[str]) -> str:
+    """The absolute path of a store's root.
+
+    Raises:
+        UserError: it, or something above it, is a file.
+    """
+    path = Path(root).expanduser().absolute()
+    for level in (path, *path.parents):
+        try:
+            mode = level.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise UserError(f"the store's root {path} cannot be used: {error.strerror}") from error
+        if not stat.S_ISDIR(mode):
+            raise UserError(f"the store's root {path} cannot be used: {level} is a file, name a directory")
+        break
+    return str(path)

@@ -1,0 +1,150 @@
+"""Where bytes that cannot be trusted are kept, untouched, until an operator decides.
+
+A damaged file `signal/a/b/C.json` is moved to `quarantine/signal/a/b/C.json` with the reason beside it in
+`C.json.reason`. As long as it lies there its key is blocked, for every process and after every restart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from backtest_kit.errors import Damaged, UserError
+from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.files import Disk, disk_error
+from backtest_kit.persist.testing.crashpoints import crashpoint
+
+DIRECTORY: Final = "quarantine"
+REASON_SUFFIX: Final = ".reason"
+
+
+class Quarantined(msgspec.Struct, frozen=True, rename="camel"):
+    """What is known of one thing in quarantine."""
+
+    path: str
+    """Where it was found, relative to the root; its name in every operation on the quarantine."""
+    contract: str
+    key: list[Any]
+    """As much of the key as was known from the place; the whole of it for a record file."""
+    reason: str
+    found_at: int
+    """Wall clock, epoch ms."""
+    blocks: bool = True
+    """False for evidence that is only kept: its key has a sound record."""
+
+
+class Quarantine:
+    """The quarantine of one root. Methods block; the caller holds the lock of the path."""
+
+    def __init__(self, root: str, disk: Disk) -> None:
+        self._root = root
+        self._disk = disk
+
+    def refuse_blocked(self, path: str) -> None:
+        """Do nothing if `path` is free.
+
+        Raises:
+            Damaged: what lay there is in quarantine.
+        """
+        place = self.place(path)
+        try:
+            blocked = self._disk.exists(place)
+        except OSError as error:
+            raise disk_error(error, "look up", place) from error
+        if blocked:
+            found = self.reason(path)
+            if found is None or found.blocks:
+                raise self._blocked(path, "its bytes are in quarantine" if found is None else found.reason)
+
+    def take(self, contract: Contract, key: Sequence[object], path: str, reason: str) -> Damaged:
+        """Move what lies at `path` into quarantine and return the error to raise."""
+        place = self.place(path)
+        try:
+            self._keep_reason(Quarantined(path, contract.name, list(key), reason, _now_ms()))
+            self._disk.move(f"{self._root}/{path}", place)
+            crashpoint("quarantine.after_move")
+            self._disk.sync_directory(place.rpartition("/")[0])
+            self._disk.sync_directory(f"{self._root}/{path}".rpartition("/")[0])
+        except OSError as error:
+            # It stays where it is: it is refused at each read, which blocks the key as well.
+            return Damaged(f"{self._root}/{path}: {reason}; it could not be moved to {place}: {error.strerror}")
+        return self._blocked(path, reason)
+
+    def keep(self, contract: Contract, key: Sequence[object], path: str, data: bytes, reason: str) -> Damaged:
+        """Keep a copy of `data`, which was found at `path` and was or will be replaced there. Blocks nothing."""
+        place = self.place(path)
+        self._keep_reason(Quarantined(path, contract.name, list(key), reason, _now_ms(), blocks=False))
+        directory = place.rpartition("/")[0]
+        self._disk.rename(self._disk.write_temp(directory, data, sync=True), place)
+        self._disk.sync_directory(directory)
+        return Damaged(f"{self._root}/{path}: {reason}; the bytes are kept in {place}")
+
+    def list(self) -> list[Quarantined]:
+        """Everything in quarantine, by path."""
+        found = []
+        pending = [f"{self._root}/{DIRECTORY}"]
+        while pending:
+            for entry in self._disk.entries(pending.pop()):
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                elif not entry.name.endswith(REASON_SUFFIX):
+                    path = entry.path.removeprefix(f"{self._root}/{DIRECTORY}/")
+                    unknown = Quarantined(path, path.partition("/")[0], [], "no reason was recorded", 0)
+                    found.append(self.reason(path) or unknown)
+        return sorted(found, key=lambda item: item.path)
+
+    def names(self, directory: str) -> set[str]:
+        """What lies in quarantine for the directory `directory` of the root, by file name."""
+        entries = self._disk.entries(self.place(directory))
+        return {entry.name for entry in entries if not entry.name.endswith(REASON_SUFFIX)}
+
+    def find(self, path: str) -> Quarantined:
+        """What is known of the thing called `path`.
+
+        Raises:
+            UserError: nothing in quarantine is called so.
+        """
+        for item in self.list():
+            if item.path == path:
+                return item
+        raise UserError(f"nothing in quarantine is called {path!r}: see `backtest-kit store quarantine list`")
+
+    def read(self, path: str) -> bytes:
+        return self._disk.read(self.place(path))
+
+    def release(self, path: str) -> None:
+        """Forget what lies at `path`: the key is free again."""
+        place = self.place(path)
+        self._disk.remove(place)
+        self._disk.discard(place + REASON_SUFFIX)
+        self._disk.sync_directory(place.rpartition("/")[0])
+
+    def place(self, path: str) -> str:
+        return f"{self._root}/{DIRECTORY}/{path}"
+
+    def reason(self, path: str) -> Quarantined | None:
+        try:
+            return msgspec.json.decode(self._disk.read(self.place(path) + REASON_SUFFIX), type=Quarantined)
+        except (OSError, msgspec.MsgspecError, ValueError):
+            return None  # only the bytes beside it decide whether the key is blocked
+
+    def _keep_reason(self, item: Quarantined) -> None:
+        place = self.place(item.path)
+        directory = place.rpartition("/")[0]
+        self._disk.make_directories(directory, sync=True)
+        text = msgspec.json.format(msgspec.json.encode(item), indent=2) + b"\n"
+        self._disk.rename(self._disk.write_temp(directory, text, sync=True), place + REASON_SUFFIX)
+        crashpoint("quarantine.after_reason")
+
+    def _blocked(self, path: str, reason: str) -> Damaged:
+        return Damaged(
+            f"{self._root}/{path}: {reason}. The bytes are in {self.place(path)} and the key is blocked: mend the file "
+            f"there and run `backtest-kit store quarantine restore {path}`, or give it up with `... drop {path}`"
+        )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

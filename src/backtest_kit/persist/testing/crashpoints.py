@@ -1,0 +1,71 @@
+"""Named places at which a process may be told to die, to prove that nothing is lost there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Final
+
+VARIABLE: Final = "BACKTEST_KIT_CRASH"
+"""`name` or `name:3` in the environment kills the process when it passes that point (the third time)."""
+
+CRASHPOINTS: Final = (
+    "file.after_mkdir",
+    "file.after_create",
+    "file.after_write",
+    "file.after_fsync",
+    "file.after_rename",
+    "file.after_directory_fsync",
+    "file.after_acknowledge",
+    "journal.after_append",
+    "journal.after_fsync",
+    "journal.between_renames",
+    "journal.after_apply",
+    "journal.after_checkpoint",
+    "feed.after_append",
+    "feed.after_seal",
+    "feed.after_compaction",
+    "quarantine.after_reason",
+    "quarantine.after_move",
+)
+"""Every point there is."""
+
+
+class _Armed:
+    """What the environment asks for; read once, so that an unarmed point costs one comparison."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.left = 0
+        self.passed: dict[str, int] | None = None
+        self.arm(os.environ.get(VARIABLE, ""))
+
+    def arm(self, order: str) -> None:
+        name, _, count = order.partition(":")
+        if name and name not in CRASHPOINTS:
+            raise ValueError(f"{VARIABLE} names {name!r}: use one of {', '.join(CRASHPOINTS)}")
+        self.name, self.left = name, int(count or 1)
+
+
+_armed: Final = _Armed()
+
+
+def crashpoint(name: str) -> None:
+    """Die here by SIGKILL if this is the point and the time that was asked for; otherwise do nothing."""
+    if _armed.passed is not None:
+        _armed.passed[name] = _armed.passed.get(name, 0) + 1
+    if name == _armed.name:
+        _armed.left -= 1
+        if _armed.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(order: str) -> None:
+    """As if `order` had been in the environment; an empty one disarms. For a child that was forked."""
+    _armed.arm(order)
+
+
+def record() -> dict[str, int]:
+    """Count from now on how often each point is passed, in the dict that is returned."""
+    _armed.passed = {}
+    return _armed.passed
