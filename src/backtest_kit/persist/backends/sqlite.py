@@ -7,19 +7,19 @@ not check; the other columns only serve to find it.
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from backtest_kit.errors import Damaged
+from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.sqlite_threads import Database
 from backtest_kit.persist.codec import NewerSchema, seal, unseal
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.keys import check_key, escape, path_of
-from backtest_kit.persist.store import CandleStore, Capability, Key, Record, Write
-from backtest_kit.persist.writing import check_batch, decide
+from backtest_kit.persist.store import Capability, Key, Record, Write
+from backtest_kit.persist.writing import check_batch, decide, now_ms
 
 _CHUNK: Final = 256
 """Records that a listing reads at a time."""
@@ -43,17 +43,11 @@ class SqliteStore:
     def __init__(self, path: str | Path, *, busy_timeout: float = 10.0) -> None:
         self._database = Database(Path(path).absolute(), busy_timeout)
         self._namespace = ""
-        self._candles: CandleStore | None = None
+        self.candles = FileCandleStore(f"{self.path}.candles")
 
     @property
     def path(self) -> Path:
         return self._database.path
-
-    @property
-    def candles(self) -> CandleStore:
-        if self._candles is None:
-            self._candles = _candle_store(self.path, self._namespace)
-        return self._candles
 
     async def open(self) -> None:
         await self._database.open()
@@ -111,7 +105,7 @@ class SqliteStore:
         inner = SqliteStore.__new__(SqliteStore)
         inner._database = self._database
         inner._namespace = f"{self._namespace}{escape(namespace, 'namespace')}/"
-        inner._candles = None
+        inner.candles = FileCandleStore(f"{self.path}.candles/@{inner._namespace.rstrip('/')}")
         return inner
 
     def _name(self, contract: Contract, key: Key) -> _Name:
@@ -202,16 +196,9 @@ def _apply(writes: Sequence[tuple[Write, _Name]], connection: sqlite3.Connection
 
 
 def _keep_copy(suspect: _Suspect, connection: sqlite3.Connection) -> int:
-    now = time.time_ns() // 1_000_000
-    connection.execute(_QUARANTINE, (now, *suspect.name, str(suspect.error), suspect.data))
+    connection.execute(_QUARANTINE, (now_ms(), *suspect.name, str(suspect.error), suspect.data))
     (number,) = connection.execute(
         "SELECT id FROM quarantine WHERE namespace = ? AND contract = ? AND key = ? AND record = ?",
         (*suspect.name, suspect.data),
     ).fetchone()
     return int(number)
-
-
-def _candle_store(path: Path, namespace: str) -> CandleStore:
-    from backtest_kit.persist.backends.memory import MemoryCandleStore
-
-    return MemoryCandleStore()
