@@ -49,7 +49,6 @@ _CARDS: Final = (
     "Profit factor",
     "Max drawdown",
     "Expectancy",
-    "Average duration (min)",
 )
 _FIRST_COLUMNS: Final = (
     "Symbol",

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import html.parser
+import importlib.util
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backtest_kit.errors import UserError
+from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.interval import DAY_MS
+from backtest_kit.model.position import Trade
+from backtest_kit.report import BacktestResult, Results, equity_curve
+from backtest_kit.report.html import render_html
+
+START = 1_640_995_200_000
+HOSTILE = "</script><script>alert(1)</script><!--<script>{{data}}&\u2028\"'"
+MakeTrade = Callable[..., Trade]
+MakeResult = Callable[..., BacktestResult]
+Month = Callable[[str, int, int], BacktestResult]
+
+
+class Page(html.parser.HTMLParser):
+    """Every tag of a page with its attributes, and the text of every script."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] == "script":
+            self.scripts[-1] += data
+
+    @property
+    def data(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(self.scripts[0])
+        return content
+
+
+def test_three_months_fit_in_two_megabytes_and_load_nothing(month: Month) -> None:
+    text = render_html(Results([month("BTCUSDT", 1, 300), month("ETHUSDT", 2, 300), month("SOLUSDT", 3, 300)]))
+    assert len(text.encode()) < 2_000_000
+    page = Page(text)
+    loads = [(tag, name, value) for tag, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
+    assert loads == [("a", "href", "https://www.tradingview.com/")]
+    assert not [tag for tag, _ in page.tags if tag in ("link", "img", "iframe", "object", "embed", "base")]
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert len(page.data["trades"]) == 900
+    assert "TradingView" in text
+
+
+def test_hostile_names_stay_data(make_trade: MakeTrade, make_result: MakeResult) -> None:
+    trade = make_trade(symbol=HOSTILE, note=HOSTILE, signal_id=HOSTILE)
+    result = make_result(HOSTILE, [trade], strategy_name=HOSTILE, frame_name=HOSTILE, show_note=True)
+    page = Page(render_html(Results([result])))
+    assert [tag for tag, _ in page.tags].count("script") == 3
+    assert not any(script.startswith("alert") for script in page.scripts)
+    labels = [label for label, _ in page.data["columns"]]
+    assert page.data["trades"][0][labels.index("Note")] == HOSTILE
+    assert page.data["title"] == f"Backtest: {HOSTILE}"
+
+
+def test_lone_surrogates_and_numbers_that_are_none_still_make_a_page(
+    tmp_path: Path, make_trade: MakeTrade, make_result: MakeResult
+) -> None:
+    odd = make_trade(symbol="\ud800", pnl_pct=math.nan, price_close=math.inf, peak_pct=math.nan, fall_pct=math.inf)
+    chart = CandleSeries(
+        [START, START, START + DAY_MS], [1, 1, math.nan], [1, 1, 1e300], [1, 1, 1], [1, 1, 1], [0, 0, 0]
+    )
+    result = make_result("\ud800", [odd], chart=chart, strategy_name="\ud800", report_path=tmp_path)
+    data = Page(result.save_html().read_text(encoding="utf-8")).data
+    assert data["markets"][0]["candles"] == [[START // 1000, 1, 1, 1, 1]]
+    assert data["markets"][0]["trades"] == []
+    assert result.save_markdown().is_file()
+
+
+def test_the_equity_chart_is_the_equity_curve_on_an_even_grid(month: Month) -> None:
+    result = month("BTCUSDT", 1, 300)
+    drawn = Page(render_html(Results([result]))).data["equity"]
+    curve = equity_curve(
+        pnl_pct=[trade.pnl_pct for trade in result.trades],
+        opened_at_ms=[trade.opened_at_ms for trade in result.trades],
+        closed_at_ms=[trade.closed_at_ms for trade in result.trades],
+        fall_pct=[trade.fall_pct for trade in result.trades],
+    )
+    assert 900 <= len(drawn["equity"]) <= 1001
+    assert drawn["equity"][0] == 0
+    assert drawn["equity"][-1] == pytest.approx((curve.equity[-1] - 1) * 100, abs=1e-3)
+    assert min(value for value in drawn["drawdown"] if value is not None) == pytest.approx(
+        -(result.stats.max_drawdown or 0), abs=1e-3
+    )
+    for place, value in enumerate(drawn["equity"][1:-1], 1):
+        moment = (drawn["start"] + place * drawn["step"]) * 1000
+        closed = np.searchsorted(curve.closed_at_ms, moment, side="right")
+        if value is not None:
+            assert value == pytest.approx((curve.equity[closed - 1] - 1) * 100, abs=1e-3)
+
+
+def test_marks_sit_on_candles(month: Month) -> None:
+    result = month("BTCUSDT", 1, 50)
+    market = Page(render_html(Results([result]))).data["markets"][0]
+    times = [candle[0] for candle in market["candles"]]
+    assert len(times) == 1440
+    for mark, trade in zip(market["trades"], result.trades, strict=True):
+        assert {mark["from"], mark["to"]} <= set(times)
+        assert 0 <= trade.opened_at_ms // 1000 - mark["from"] < 1800
+        assert mark["outcome"] == ("gain" if trade.pnl_pct > 0 else "loss")
+
+
+def test_without_the_chart_library_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, make_result: MakeResult
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install lwcharts"):
+        render_html(Results([make_result()]))
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("case", ["three markets", "hostile", "no trades"])
+def test_a_browser_draws_the_page(
+    tmp_path: Path, month: Month, make_trade: MakeTrade, make_result: MakeResult, case: str
+) -> None:
+    hostile = make_result(HOSTILE, [make_trade(symbol=HOSTILE, note=HOSTILE)], strategy_name=HOSTILE, show_note=True)
+    results, charts = {
+        "three markets": (Results([month("BTCUSDT", 1, 300), month("ETHUSDT", 2, 30), month("SOLUSDT", 3, 3)]), 4),
+        "hostile": (Results([hostile]), 2),
+        "no trades": (Results([make_result(chart=CandleSeries.empty())]), 1),
+    }[case]
+    page = results.save_html(tmp_path / "page.html")
+    dom = _dom(page, tmp_path / "profile")
+    body = re.search(r"<body[^>]*>", dom)
+    assert body is not None
+    assert 'data-ready="1"' in body[0]
+    assert "data-error" not in body[0]
+    boxes = dom.count('class="tv-lightweight-charts"')
+    assert boxes == charts
+    assert dom.count("<canvas") >= 6 * charts
+    rows = re.search(r'id="trades".*?<tbody>(.*?)</tbody>', dom, flags=re.DOTALL)
+    assert rows is not None
+    assert rows[1].count("<tr>") == min(250, len(results.trades))
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_a_page_that_breaks_says_so(tmp_path: Path, make_result: MakeResult) -> None:
+    text = render_html(Results([make_result()])).replace('"markets":[', '"markets":[null,')
+    page = tmp_path / "page.html"
+    page.write_text(text, encoding="utf-8")
+    dom = _dom(page, tmp_path / "profile")
+    assert "data-error=" in dom
+    assert 'data-ready="1"' not in dom
+    injected = text.replace("</body>", "<script>document.title = 'owned'</script></body>")
+    page.write_text(injected, encoding="utf-8")
+    assert "<title>owned</title>" not in _dom(page, tmp_path / "profile")
+
+
+def _dom(page: Path, profile: Path) -> str:
+    assert CHROMIUM is not None
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom"
+    )
+    done = subprocess.run(
+        [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", page.as_uri()],
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stdout.decode()
