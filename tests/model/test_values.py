@@ -96,7 +96,7 @@ def test_bad_columns_are_refused() -> None:
 @pytest.mark.parametrize(("position", "take", "stop"), [("long", 204, 198), ("short", 196, 202)])
 def test_a_bracket_puts_both_levels_at_their_distance(position: Any, take: float, stop: float) -> None:
     signal = Signal.bracket(position, price=200, take_profit_pct=2, stop_loss_pct=1, minutes=60, note="n")
-    assert (signal.price_take_profit, signal.price_stop_loss) == (pytest.approx(take), pytest.approx(stop))
+    assert [signal.price_take_profit, signal.price_stop_loss] == pytest.approx([take, stop])
     assert (signal.price_open, signal.minutes, signal.note) == (None, 60, "n")
 
 

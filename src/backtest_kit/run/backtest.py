@@ -27,7 +27,7 @@ from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.context import Context
 from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.risk import RiskRequest, first_refusal
-from backtest_kit.run.schema import FrameSchema, Registry, RiskSchema, StrategySchema
+from backtest_kit.run.schema import FrameSchema, Registry, RiskSchema, StrategySchema, check_name
 from backtest_kit.settings import Settings
 
 Gaps = Literal["error", "fill"]
@@ -204,8 +204,7 @@ class BacktestRunner:
         )
 
     def _job(self, symbol: str, strategy_name: str, exchange_name: str, frame_name: str, fill: Fill, gaps: Gaps) -> Job:
-        if not isinstance(symbol, str) or not symbol:
-            raise UserError(f"symbol is {symbol!r}: give a text such as 'BTCUSDT'")
+        check_name("symbol", symbol)
         if fill not in _FILLS:
             raise UserError(f"fill is {fill!r}: use one of {', '.join(_FILLS)}")
         if gaps not in _GAPS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
 from typing import Generic, TypeVar
 
@@ -101,13 +101,13 @@ def exchange_schema(exchange_name: str, source: CandleSource, note: str) -> Exch
             f"source of exchange {exchange_name!r} is {source!r}: give one of backtest_kit.sources, "
             "such as sources.csv(path), sources.ccxt('binance') or sources.function(get_candles)"
         )
-    return ExchangeSchema(name=_name("exchange_name", exchange_name), source=source, note=note)
+    return ExchangeSchema(name=check_name("exchange_name", exchange_name), source=source, note=note)
 
 
 def frame_schema(
     frame_name: str, interval: str, start_date: datetime | str | int, end_date: datetime | str | int, note: str
 ) -> FrameSchema:
-    name = _name("frame_name", frame_name)
+    name = check_name("frame_name", frame_name)
     interval_ms(interval, FRAME_INTERVALS, what=f"interval of frame {name!r}")
     start = floor_ms(to_ms(start_date, what=f"start_date of frame {name!r}"), MINUTE_MS)
     stop = floor_ms(to_ms(end_date, what=f"end_date of frame {name!r}"), MINUTE_MS)
@@ -124,7 +124,7 @@ def strategy_schema(
     risk_names: Iterable[str],
     note: str,
 ) -> StrategySchema:
-    name = _name("strategy_name", strategy_name)
+    name = check_name("strategy_name", strategy_name)
     interval_ms(interval, STRATEGY_INTERVALS, what=f"interval of strategy {name!r}")
     if not callable(get_signal):
         raise UserError(
@@ -137,19 +137,20 @@ def strategy_schema(
         name=name,
         interval=interval,
         get_signal=get_signal,
-        risk_names=tuple(dict.fromkeys(_name("risk name", risk) for risk in risks)),
+        risk_names=tuple(dict.fromkeys(check_name("risk name", risk) for risk in risks)),
         note=note,
     )
 
 
-def risk_schema(risk_name: str, validations: Sequence[RiskValidation], note: str) -> RiskSchema:
-    name = _name("risk_name", risk_name)
-    if not isinstance(validations, Sequence) or not all(callable(each) for each in validations):
-        raise UserError(f"validations of risk {name!r} is {validations!r}: give a list of functions of one argument")
+def risk_schema(risk_name: str, validations: Iterable[RiskValidation], note: str) -> RiskSchema:
+    name = check_name("risk_name", risk_name)
+    given: object = validations
+    if not isinstance(given, list | tuple) or not all(callable(each) for each in given):
+        raise UserError(f"validations of risk {name!r} is {given!r}: give a list of functions of one argument")
     return RiskSchema(name=name, validations=tuple(validations), note=note)
 
 
-def _name(what: str, value: object) -> str:
+def check_name(what: str, value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{what} is {value!r}: give a text that is not empty")
     return value
