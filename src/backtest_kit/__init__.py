@@ -20,95 +20,10 @@ print(result)
 
 from __future__ import annotations
 
-from backtest_kit.errors import (
-    BacktestKitError,
-    Conflict,
-    Damaged,
-    LookAhead,
-    Outcome,
-    OutOfSpace,
-    RetryLater,
-    UserError,
-)
-from backtest_kit.kit import Kit
-from backtest_kit.market import sources
-from backtest_kit.model.candle import CandleSeries
-from backtest_kit.model.event import (
-    EntryCancelled,
-    EntryScheduled,
-    Event,
-    Identity,
-    PositionClosed,
-    PositionOpened,
-    RiskRejected,
-)
-from backtest_kit.model.position import Entry, Position, Reduction, RestingEntry, Trade
-from backtest_kit.model.signal import Signal
-from backtest_kit.report import BacktestResult, Results, Statistics
-from backtest_kit.run.backtest import BacktestHandle
-from backtest_kit.run.context import Context
-from backtest_kit.run.risk import RiskRequest
-from backtest_kit.settings import Settings
+import lazy_loader
 
 __version__ = "0.1.0"
 
-default_kit = Kit()
-"""The kit that the functions below act on."""
-
-add_exchange_schema = default_kit.add_exchange_schema
-add_frame_schema = default_kit.add_frame_schema
-add_risk_schema = default_kit.add_risk_schema
-add_strategy_schema = default_kit.add_strategy_schema
-list_exchange_schemas = default_kit.list_exchange_schemas
-list_frame_schemas = default_kit.list_frame_schemas
-list_risk_schemas = default_kit.list_risk_schemas
-list_strategy_schemas = default_kit.list_strategy_schemas
-get_config = default_kit.get_config
-set_config = default_kit.set_config
-Backtest = default_kit.backtest
-
-__all__ = [
-    "Backtest",
-    "BacktestHandle",
-    "BacktestKitError",
-    "BacktestResult",
-    "CandleSeries",
-    "Conflict",
-    "Context",
-    "Damaged",
-    "Entry",
-    "EntryCancelled",
-    "EntryScheduled",
-    "Event",
-    "Identity",
-    "Kit",
-    "LookAhead",
-    "OutOfSpace",
-    "Outcome",
-    "Position",
-    "PositionClosed",
-    "PositionOpened",
-    "Reduction",
-    "RestingEntry",
-    "Results",
-    "RetryLater",
-    "RiskRejected",
-    "RiskRequest",
-    "Settings",
-    "Signal",
-    "Statistics",
-    "Trade",
-    "UserError",
-    "add_exchange_schema",
-    "add_frame_schema",
-    "add_risk_schema",
-    "add_strategy_schema",
-    "default_kit",
-    "get_config",
-    "list_exchange_schemas",
-    "list_frame_schemas",
-    "list_risk_schemas",
-    "list_strategy_schemas",
-    "set_config",
-    "sources",
-]
+# A name is imported when it is first used: a command that only prints its help, or a tool that only
+# reads a store, does not wait for the engine. The names themselves stand in __init__.pyi.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from backtest_kit.engine.pnl import closed_pct, effective_price, profit, remaining_cost
 from backtest_kit.errors import BacktestKitError

@@ -6,8 +6,7 @@ import math
 
 import msgspec
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from backtest_kit.engine.replay import Columns, coast, next_minute
 from backtest_kit.engine.step import Fill, Flat, Rules, State, admit, decision_due, step

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from backtest_kit.errors import UserError
 from backtest_kit.market.integrity import check_candles, fill_gaps, find_gaps

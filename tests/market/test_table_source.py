@@ -15,8 +15,7 @@ import pytest
 
 from backtest_kit.errors import UserError
 from backtest_kit.market import sources
-from backtest_kit.market.sources import CandleSource
-from backtest_kit.market.sources import table as table_module
+from backtest_kit.market.sources import CandleSource, table as table_module
 from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
 

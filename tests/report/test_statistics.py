@@ -6,8 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from backtest_kit.errors import UserError
 from backtest_kit.model.interval import DAY_MS, MINUTE_MS

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from backtest_kit.errors import UserError
 from backtest_kit.model.candle import COLUMNS, PRICE_COLUMNS, CandleSeries, FloatColumn, TimeColumn
@@ -16,7 +15,10 @@ from backtest_kit.settings import Settings
 _WAY_OUT: Final = "correct the source, or choose a frame without it"
 _PLACES_SHOWN: Final = 3
 
-_Fault = tuple[NDArray[np.bool_], str, str]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_Fault: TypeAlias = "tuple[NDArray[np.bool_], str, str]"
 """The rows at fault, the column to show, and the rule they break."""
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from backtest_kit.errors import UserError
 
-FloatColumn = NDArray[np.float64]
-TimeColumn = NDArray[np.int64]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FloatColumn: TypeAlias = "NDArray[np.float64]"
+TimeColumn: TypeAlias = "NDArray[np.int64]"
 
 COLUMNS: Final = ("timestamp", "open", "high", "low", "close", "volume")
 PRICE_COLUMNS: Final = ("open", "high", "low", "close")

@@ -1,0 +1,19 @@
+"""The default kit, and its methods as functions of the package."""
+
+from __future__ import annotations
+
+from backtest_kit.kit import Kit
+
+default_kit = Kit()
+
+add_exchange_schema = default_kit.add_exchange_schema
+add_frame_schema = default_kit.add_frame_schema
+add_risk_schema = default_kit.add_risk_schema
+add_strategy_schema = default_kit.add_strategy_schema
+list_exchange_schemas = default_kit.list_exchange_schemas
+list_frame_schemas = default_kit.list_frame_schemas
+list_risk_schemas = default_kit.list_risk_schemas
+list_strategy_schemas = default_kit.list_strategy_schemas
+get_config = default_kit.get_config
+set_config = default_kit.set_config
+Backtest = default_kit.backtest
