@@ -40,7 +40,9 @@ def compare(name: str, base: list[str], ours: list[str], limit_ms: float) -> Non
     above_ms = statistics.median(ours - base for base, ours in pairs) * 1000
     verdict = "ok" if above_ms <= limit_ms else "ABOVE THE LIMIT"
     print(
-        f"{name:28} base {base_ms:6.0f} ms  ours {ours_ms:6.0f} ms  above {above_ms:5.0f} ms  (limit {limit_ms:.0f})  {verdict}"
+        print(
+            f"{name:20} base {base_ms:.0f} ms, ours {ours_ms:.0f} ms: {above_ms:.0f} above (limit {limit_ms:.0f}) {verdict}"
+        )
     )
 
 

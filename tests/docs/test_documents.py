@@ -1,0 +1,50 @@
+"""What the documents show is run: every Python block of every page, and the names they promise."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE), 1)
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_python_block_runs(block: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_the_command_line_of_an_example_runs(example: Path, tmp_path: Path) -> None:
+    found = re.search(r"^ +backtest-kit (.+)$", example.read_text(), re.MULTILINE)
+    assert found, f"{example.name} does not say how to run it"
+    command = [str(Path(sys.executable).with_name("backtest-kit")), *found[1].split(), "--dump", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Charts: " in done.stdout
+
+
+def test_the_package_s_docstring_runs(tmp_path: Path) -> None:
+    import backtest_kit
+
+    block = re.search(r"```python\n(.*?)```", backtest_kit.__doc__ or "", re.DOTALL)
+    assert block
+    done = subprocess.run([sys.executable, "-c", block[1]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "BTCUSDT" in done.stdout
