@@ -131,7 +131,7 @@ def test_without_the_chart_library_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, make_result: MakeResult
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install lwcharts"):
+    with pytest.raises(UserError, match=r"pip install --upgrade 'lwcharts>=0\.3'"):
         render_html(Results([make_result()]))
 
 

@@ -69,7 +69,7 @@ def render_html(results: Results) -> str:
     """The page.
 
     Raises:
-        UserError: lwcharts, which brings the chart library, is not installed.
+        UserError: lwcharts is not installed, whose chart library the page takes in.
     """
     page = importlib.resources.files("backtest_kit.report").joinpath("page.html").read_text(encoding="utf-8")
     library = _chart_library()
@@ -105,7 +105,7 @@ def _chart_library() -> str:
         if file.is_file():
             script = file.read_text(encoding="utf-8")
             return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
-    raise UserError("the charts of the page come with lwcharts, which is not installed: pip install lwcharts")
+    raise UserError(f"lwcharts is not installed, or brings no {_LIBRARY}: pip install --upgrade 'lwcharts>=0.3'")
 
 
 def _content(results: Results) -> dict[str, Any]:
