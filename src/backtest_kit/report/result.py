@@ -17,7 +17,6 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.atomic import write_atomic
 from backtest_kit.report import frames
-from backtest_kit.report.html import render_html
 from backtest_kit.report.markdown import render_markdown
 from backtest_kit.report.statistics import Statistics, statistics_of
 from backtest_kit.report.tables import heading, signed_percent, summary_table
@@ -144,6 +143,8 @@ class Results(Sequence[BacktestResult]):
             UserError: as `save_markdown`.
             OutOfSpace, RetryLater: as `save_markdown`.
         """
+        from backtest_kit.report.html import render_html
+
         return self._save(render_html(self), path, ".html")
 
     def table(self) -> Table:
