@@ -106,14 +106,17 @@ def test_the_equity_chart_is_the_equity_curve_on_an_even_grid(month: Month) -> N
     assert 900 <= len(drawn["equity"]) <= 1001
     assert drawn["equity"][0] == 0
     assert drawn["equity"][-1] == pytest.approx((curve.equity[-1] - 1) * 100, abs=1e-3)
-    assert min(value for value in drawn["drawdown"] if value is not None) == pytest.approx(
-        -(result.stats.max_drawdown or 0), abs=1e-3
-    )
-    for place, value in enumerate(drawn["equity"][1:-1], 1):
+    assert min(drawn["drawdown"]) == pytest.approx(-(result.stats.max_drawdown or 0), abs=1e-3)
+    peak = 1.0
+    for place, (value, fall) in enumerate(zip(drawn["equity"], drawn["drawdown"], strict=True)):
         moment = (drawn["start"] + place * drawn["step"]) * 1000
-        closed = np.searchsorted(curve.closed_at_ms, moment, side="right")
-        if value is not None:
-            assert value == pytest.approx((curve.equity[closed - 1] - 1) * 100, abs=1e-3)
+        closed = int(np.searchsorted(curve.closed_at_ms, moment, side="right"))
+        before = int(np.searchsorted(curve.closed_at_ms, moment - drawn["step"] * 1000, side="right"))
+        equity = curve.equity[closed - 1] if closed else 1.0
+        peak = max([peak, *curve.equity[before:closed]])
+        deepest = max([(peak - equity) / peak * 100, *curve.drawdown_pct[before:closed]])
+        assert value == pytest.approx((equity - 1) * 100, abs=1e-3)
+        assert fall == pytest.approx(-deepest, abs=1e-3)
 
 
 def test_marks_sit_on_candles(month: Month) -> None:
@@ -131,7 +134,7 @@ def test_without_the_chart_library_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, make_result: MakeResult
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install lwcharts"):
+    with pytest.raises(UserError, match=r"pip install --upgrade 'lwcharts>=0\.3'"):
         render_html(Results([make_result()]))
 
 

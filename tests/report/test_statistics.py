@@ -154,6 +154,12 @@ def test_a_loss_of_nothing_is_no_denominator(loss: float, known: bool) -> None:
     assert (stats.profit_factor is not None) is known
 
 
+@pytest.mark.parametrize(("loss", "known"), [(-3.1e-9, False), (-3.2e-9, True)])
+def test_a_downside_of_nothing_gives_no_sortino(loss: float, known: bool) -> None:
+    # One loss among ten: the downside is abs(loss) / sqrt(10).
+    assert (compute_statistics(**columns([1.0] * 9 + [loss])).sortino_ratio is not None) is known
+
+
 def test_without_wins_the_average_win_counts_as_zero() -> None:
     stats = compute_statistics(**columns([-1.0, -2.0] * 5))
     assert stats.certainty_ratio == 0
@@ -269,6 +275,13 @@ def test_trend_needs_fit_and_slope(per_day: float, every_days: float, noise: flo
     if not noise:
         assert stats.trend_strength == pytest.approx(per_day * 100)
         assert stats.trend_confidence == pytest.approx(1.0 if per_day else 0.0)
+
+
+@pytest.mark.parametrize("price", [0.1, 3.0, 7e-6, 41_234.5])
+def test_a_price_that_never_moves_has_no_trend(price: float) -> None:
+    stats = compute_statistics(**columns([1.0] * 11), close_price=[price] * 11)
+    assert (stats.trend, stats.trend_confidence) == ("sideways", 0)
+    assert (stats.buyer_pressure, stats.pressure_imbalance, stats.median_step_size) == (None, None, 0)
 
 
 def test_no_time_no_trend() -> None:

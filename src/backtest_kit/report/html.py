@@ -69,7 +69,7 @@ def render_html(results: Results) -> str:
     """The page.
 
     Raises:
-        UserError: lwcharts, which brings the chart library, is not installed.
+        UserError: lwcharts is not installed, whose chart library the page takes in.
     """
     page = importlib.resources.files("backtest_kit.report").joinpath("page.html").read_text(encoding="utf-8")
     library = _chart_library()
@@ -105,7 +105,7 @@ def _chart_library() -> str:
         if file.is_file():
             script = file.read_text(encoding="utf-8")
             return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
-    raise UserError("the charts of the page come with lwcharts, which is not installed: pip install lwcharts")
+    raise UserError(f"lwcharts is not installed, or brings no {_LIBRARY}: pip install --upgrade 'lwcharts>=0.3'")
 
 
 def _content(results: Results) -> dict[str, Any]:
@@ -139,9 +139,9 @@ def _table(table: Table) -> dict[str, Any]:
 
 
 def _equity(results: Results) -> dict[str, Any] | None:
-    """Equity and drawdown in percent on an even grid of times; None where nothing closed before a point.
+    """Equity and drawdown in percent at even times; a point shows the deepest drawdown since the one before.
 
-    The chart spaces its points evenly whatever their times, so only an even grid shows time as time.
+    The chart spaces its points evenly whatever their times, so only even times are drawn to scale.
     """
     curve = equity_of(results.trades)
     if not len(curve.equity):
@@ -149,23 +149,23 @@ def _equity(results: Results) -> dict[str, Any] | None:
     start = min(*(result.start_ms for result in results), int(curve.closed_at_ms[0]))
     stop = max(*(result.stop_ms for result in results), int(curve.closed_at_ms[-1]))
     step = max(1, -(-(stop - start) // (_EQUITY_POINTS * MINUTE_MS))) * MINUTE_MS
-    cell = -(-(curve.closed_at_ms - start) // step)
-    firsts = np.flatnonzero(np.diff(cell, prepend=-1))
-    lasts = np.append(firsts[1:], len(cell)) - 1
     points = -(-(stop - start) // step) + 1
-    equity: list[float | None] = [None] * points
-    drawdown: list[float | None] = [None] * points
-    equity[0] = drawdown[0] = 0.0
-    deepest = np.maximum.reduceat(curve.drawdown_pct, firsts)
-    for place, last, deep in zip(cell[firsts], lasts, deepest, strict=True):
-        equity[place] = _drawn((curve.equity[last] - 1) * 100)
-        drawdown[place] = _drawn(-deep)
-    equity[-1] = _drawn((curve.equity[-1] - 1) * 100)
-    return {"start": start // 1000, "step": step // 1000, "equity": equity, "drawdown": drawdown}
+    closed = np.searchsorted(curve.closed_at_ms, start + np.arange(points) * step, side="right")
+    equity = np.concatenate(([1.0], curve.equity))
+    peak = np.maximum.accumulate(equity)
+    with np.errstate(all="ignore"):
+        drawdown = ((peak - equity) / peak * 100)[closed]
+        np.maximum.at(drawdown, -(-(curve.closed_at_ms - start) // step), curve.drawdown_pct)
+    return {
+        "start": start // 1000,
+        "step": step // 1000,
+        "equity": [_drawn((value - 1) * 100) for value in equity[closed].tolist()],
+        "drawdown": [_drawn(-value) for value in drawdown.tolist()],
+    }
 
 
 def _drawn(value: float) -> float | None:
-    return round(float(value), 4) + 0.0 if abs(value) < _LARGEST_DRAWN else None
+    return round(value, 4) + 0.0 if abs(value) < _LARGEST_DRAWN else None
 
 
 def _market(name: str, result: BacktestResult) -> dict[str, Any]:

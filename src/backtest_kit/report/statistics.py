@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -13,6 +13,7 @@ from backtest_kit.errors import UserError
 from backtest_kit.model.candle import FloatColumn, TimeColumn
 from backtest_kit.model.interval import DAY_MS, MINUTE_MS
 from backtest_kit.model.position import Trade
+from backtest_kit.report.price_profile import Trend, finite, price_profile
 
 MIN_TRADES: Final = 10
 """Fewer trades say nothing of spread: every ratio is N/A."""
@@ -23,10 +24,6 @@ MAX_YEARLY_PCT: Final = 100.0
 RATIO_CAP: Final = 1000.0
 EPSILON: Final = 1e-9
 """A denominator up to this is no denominator."""
-MIN_TREND_FIT: Final = 0.30
-MIN_TREND_STEPS: Final = 0.25
-
-Trend = Literal["bullish", "bearish", "sideways", "neutral"]
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,7 +164,12 @@ def compute_statistics(
     """
     rows = _valid_rows(pnl_pct, opened_at_ms, closed_at_ms, peak_pct, fall_pct, close_price)
     with np.errstate(all="ignore"):
-        numbers = {**_profits(rows), **_streaks(rows.pnl), **_durations(rows), **_price_profile(rows)}
+        numbers = {
+            **_profits(rows),
+            **_streaks(rows.pnl),
+            **_durations(rows),
+            **price_profile(rows.closed_at_ms, rows.close_price),
+        }
         numbers |= _ratios(rows, numbers)
     return Statistics(**numbers)
 
@@ -254,16 +256,16 @@ def _profits(rows: _Rows) -> dict[str, Any]:
         "loss_count": len(losses),
         "win_rate": len(wins) / decisive * 100 if decisive else 0.0,
         "avg_pnl": _mean(pnl),
-        "total_pnl": _finite(pnl.sum()) if len(pnl) else None,
-        "median_pnl": _finite(np.median(pnl)) if len(pnl) else None,
-        "std_dev": _finite(pnl.std(ddof=1)) if len(pnl) >= MIN_TRADES else None,
+        "total_pnl": finite(pnl.sum()) if len(pnl) else None,
+        "median_pnl": finite(np.median(pnl)) if len(pnl) else None,
+        "std_dev": finite(pnl.std(ddof=1)) if len(pnl) >= MIN_TRADES else None,
         "avg_win": _mean(wins),
         "avg_loss": _mean(losses),
-        "profit_factor": _finite(wins.sum() / lost) if len(wins) and lost > EPSILON else None,
+        "profit_factor": finite(wins.sum() / lost) if len(wins) and lost > EPSILON else None,
         "avg_peak_pnl": _mean(peak),
         "avg_fall_pnl": _mean(fall),
-        "peak_profit_pnl": _finite(peak.max()) if len(peak) else None,
-        "max_drawdown_pnl": _finite(fall.min()) if len(fall) else None,
+        "peak_profit_pnl": finite(peak.max()) if len(peak) else None,
+        "max_drawdown_pnl": finite(fall.min()) if len(fall) else None,
     }
 
 
@@ -271,18 +273,18 @@ def _ratios(rows: _Rows, known: dict[str, Any]) -> dict[str, Any]:
     n, average, deviation = len(rows.pnl), known["avg_pnl"], known["std_dev"]
     enough = n >= MIN_TRADES
     curve = _equity(rows)
-    final = _finite(curve.equity[-1]) if n else None
-    drawdown = _finite(curve.drawdown_pct.max()) if n else None
+    final = finite(curve.equity[-1]) if n else None
+    drawdown = finite(curve.drawdown_pct.max()) if n else None
     span = (rows.closed_at_ms.max() - rows.opened_at_ms.min()) / DAY_MS if n else None
     per_year = _trades_per_year(n, span)
     sharpe = average / deviation if average is not None and deviation is not None and deviation > EPSILON else None
     yearly = _yearly(final, per_year, n)
     gain = (final - 1) * 100 if final and enough else None
     return {
-        "span_days": _finite(span),
+        "span_days": finite(span),
         "trades_per_year": per_year,
-        "sharpe_ratio": _finite(sharpe),
-        "annualized_sharpe_ratio": _finite(sharpe * math.sqrt(per_year)) if sharpe is not None and per_year else None,
+        "sharpe_ratio": finite(sharpe),
+        "annualized_sharpe_ratio": finite(sharpe * math.sqrt(per_year)) if sharpe is not None and per_year else None,
         "equity_final": final,
         "max_drawdown": drawdown,
         "expected_yearly_returns": yearly,
@@ -301,11 +303,11 @@ def _win_against_loss(pnl: FloatColumn, known: dict[str, Any]) -> dict[str, Any]
     average_loss = known["avg_loss"] if losses else 0.0
     if known["avg_pnl"] is None or average_win is None or average_loss is None:
         return _NO_WIN_AGAINST_LOSS
-    downside = _finite(np.sqrt(np.square(pnl[pnl < 0]).sum() / n))
+    downside = finite(np.sqrt(np.square(pnl[pnl < 0]).sum() / n))
     return {
-        "certainty_ratio": _finite(average_win / abs(average_loss)) if abs(average_loss) > EPSILON else None,
-        "expectancy": _finite(wins / n * average_win + losses / n * average_loss),
-        "sortino_ratio": _finite(known["avg_pnl"] / downside) if downside is not None and downside > EPSILON else None,
+        "certainty_ratio": finite(average_win / abs(average_loss)) if abs(average_loss) > EPSILON else None,
+        "expectancy": finite(wins / n * average_win + losses / n * average_loss),
+        "sortino_ratio": finite(known["avg_pnl"] / downside) if downside is not None and downside > EPSILON else None,
     }
 
 
@@ -346,70 +348,11 @@ def _durations(rows: _Rows) -> dict[str, Any]:
     }
 
 
-_NO_PROFILE: Final = {
-    "median_step_size": None,
-    "buyer_pressure": None,
-    "seller_pressure": None,
-    "buyer_strength": None,
-    "seller_strength": None,
-    "pressure_imbalance": None,
-    "trend_strength": None,
-    "trend_confidence": None,
-    "trend": None,
-}
-
-
-def _price_profile(rows: _Rows) -> dict[str, Any]:
-    rows = rows.take(np.isfinite(rows.close_price) & (rows.close_price > 0))
-    if len(rows.pnl) < MIN_TRADES:
-        return _NO_PROFILE
-    rows = rows.take(np.argsort(rows.closed_at_ms, kind="stable"))
-    steps = np.diff(rows.close_price) / rows.close_price[:-1]
-    up, down = steps[steps > 0], -steps[steps < 0]
-    pressure = _finite(len(up) / (len(up) + len(down))) if len(up) + len(down) else None
-    strength = _finite(up.sum() / (up.sum() + down.sum())) if len(up) + len(down) else None
-    median_step = _finite(np.median(np.abs(steps)) * 100)
-    return {
-        "median_step_size": median_step,
-        "buyer_pressure": pressure,
-        "seller_pressure": None if pressure is None else 1 - pressure,
-        "buyer_strength": strength,
-        "seller_strength": None if strength is None else 1 - strength,
-        "pressure_imbalance": None if strength is None else 2 * strength - 1,
-        **_trend((rows.closed_at_ms - rows.closed_at_ms[0]) / DAY_MS, np.log(rows.close_price), median_step),
-    }
-
-
-def _trend(days: FloatColumn, log_price: FloatColumn, median_step: float | None) -> dict[str, Any]:
-    x, y = days - days.mean(), log_price - log_price.mean()
-    spread, height, joint = float(x @ x), float(y @ y), float(x @ y)
-    if spread <= 0:
-        return {"trend_strength": None, "trend_confidence": None, "trend": None}
-    slope = _finite(joint / spread * 100)
-    # A price that never moved leaves rounding noise in `height`, which any line would seem to explain.
-    moved = height > EPSILON**2 * len(y)
-    fit = min(1.0, max(0.0, joint * joint / (spread * height))) if moved else 0.0
-    trend: Trend | None
-    if fit < MIN_TREND_FIT:
-        trend = "sideways"
-    elif slope is None or median_step is None:
-        trend = None
-    elif abs(slope) < MIN_TREND_STEPS * median_step:
-        trend = "neutral"
-    else:
-        trend = "bullish" if slope > 0 else "bearish"
-    return {"trend_strength": slope, "trend_confidence": _finite(fit), "trend": trend}
-
-
 def _capped(numerator: float | None, drawdown: float | None) -> float | None:
     if numerator is None or drawdown is None or drawdown <= 0:
         return None
-    return _finite(min(RATIO_CAP, max(-RATIO_CAP, numerator / drawdown)))
+    return finite(min(RATIO_CAP, max(-RATIO_CAP, numerator / drawdown)))
 
 
 def _mean(values: FloatColumn) -> float | None:
-    return _finite(values.mean()) if len(values) else None
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
+    return finite(values.mean()) if len(values) else None
