@@ -97,7 +97,7 @@ class _Shared:
         if (entity.contract, entity.namespace, tuple(entity.key)) != (contract.name, namespace, key):
             raise Damaged(
                 f"{self.name} returned for {entity_id!r} the {entity.contract} of {entity.key}: "
-                "read_value must tell its entities apart"
+                "read_value must tell its entities apart, and one object serve one contract"
             )
         return entity
 
