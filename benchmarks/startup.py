@@ -39,11 +39,8 @@ def compare(name: str, base: list[str], ours: list[str], limit_ms: float) -> Non
     base_ms, ours_ms = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
     above_ms = statistics.median(ours - base for base, ours in pairs) * 1000
     verdict = "ok" if above_ms <= limit_ms else "ABOVE THE LIMIT"
-    print(
-        print(
-            f"{name:20} base {base_ms:.0f} ms, ours {ours_ms:.0f} ms: {above_ms:.0f} above (limit {limit_ms:.0f}) {verdict}"
-        )
-    )
+    figures = f"base {base_ms:.0f} ms, ours {ours_ms:.0f} ms: {above_ms:.0f} ms above (limit {limit_ms:.0f})"
+    print(f"{name:20} {figures} {verdict}")
 
 
 def main() -> None:

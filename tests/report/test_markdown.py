@@ -18,23 +18,23 @@ GOLDEN_TABLES = """\
 
 binance, jan-2022 (2022-01-01T00:00Z to 2022-01-31T00:00Z)
 
-| Symbol | Trades | Win rate | Total PnL % | PnL (USD) | Sharpe | Max drawdown | Profit factor | Avg duration | Frame-end closes |
+| Symbol | Trades | Win rate % | Total PnL % | PnL (USD) | Sharpe | Max DD % | Profit factor | Avg min | Frame end |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| BTCUSDT | 2 | 50.00 % | +0.85 | +0.20 | N/A | -1.05 % | 2.308 | 67.5 min | 1 |
-| **Total** | **2** | **50.00 %** | **+0.85** | **+0.20** | **N/A** | **-1.05 %** | **2.308** | **67.5 min** | **1** |
+| BTCUSDT | 2 | 50.00 | +0.85 | +0.20 | N/A | -1.05 | 2.308 | 67.5 | 1 |
+| **Total** | **2** | **50.00** | **+0.85** | **+0.20** | **N/A** | **-1.05** | **2.308** | **67.5** | **1** |
 
 1 position was still open at the end of the frame (close reason frame_end): -0.65 %.
 
 1 missing minute of BTCUSDT was filled with flat candles of no volume.
 
-"""  # noqa: E501
+"""
 GOLDEN_REST = """\
 ## By close reason
 
-| Close reason | Count | Win rate | Avg PnL % | Total PnL % | PnL (USD) |
+| Close reason | Count | Win rate % | Avg PnL % | Total PnL % | PnL (USD) |
 | --- | ---: | ---: | ---: | ---: | ---: |
-| take_profit | 1 | 100.00 % | +1.50 | +1.50 | +1.50 |
-| frame_end | 1 | 0.00 % | -0.65 | -0.65 | -1.30 |
+| take_profit | 1 | 100.00 | +1.50 | +1.50 | +1.50 |
+| frame_end | 1 | 0.00 | -0.65 | -0.65 | -1.30 |
 
 ## Trades
 

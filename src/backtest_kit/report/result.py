@@ -162,10 +162,17 @@ class Results(Sequence[BacktestResult]):
         from rich.text import Text
 
         content = summary_table(self)
-        table = Table(title=Text(", ".join(heading(self))), title_justify="left", box=box.SIMPLE_HEAD, show_footer=True)
+        table = Table(
+            title=Text("\n".join(heading(self))),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_footer=True,
+            collapse_padding=True,
+            pad_edge=False,
+        )
         for column, label in enumerate(content.header):
             footer = Text(content.total[column] if content.total else "")
-            table.add_column(Text(label), footer, justify="right" if column else "left")
+            table.add_column(Text(label), footer, justify="right" if column else "left", no_wrap=not column)
         for row in content.rows:
             table.add_row(*(Text(cell) for cell in row))
         return table

@@ -149,14 +149,14 @@ def summary_table(results: Results) -> Table:
     header = (
         "Symbol",
         "Trades",
-        "Win rate",
+        "Win rate %",
         "Total PnL %",
         "PnL (USD)",
         "Sharpe",
-        "Max drawdown",
+        "Max DD %",
         "Profit factor",
-        "Avg duration",
-        "Frame-end closes",
+        "Avg min",
+        "Frame end",
     )
     ranked = sorted(results, key=lambda result: _unknown_last(result.stats.sharpe_ratio))
     names = result_names(results)
@@ -183,17 +183,16 @@ def _unknown_last(sharpe: float | None) -> tuple[bool, float]:
 
 
 def _summary_row(name: str, stats: Statistics, trades: Sequence[Trade]) -> tuple[str, ...]:
-    duration = minutes(stats.avg_duration)
     return (
         name,
         str(stats.total_count),
-        percent(stats.win_rate),
+        _number(stats.win_rate, 2),
         _number(stats.total_pnl, 2, signed=True),
         money(math.fsum(trade.pnl_cost for trade in trades)),
         ratio(stats.sharpe_ratio),
-        _negated_percent(stats.max_drawdown),
+        _number(None if stats.max_drawdown is None else -stats.max_drawdown, 2),
         ratio(stats.profit_factor),
-        duration if duration == NOT_AVAILABLE else f"{duration} min",
+        minutes(stats.avg_duration),
         str(sum(trade.close_reason == "frame_end" for trade in trades)),
     )
 
@@ -210,13 +209,13 @@ def reason_table(trades: Sequence[Trade]) -> Table:
             (
                 reason,
                 str(len(members)),
-                percent(stats.win_rate),
+                _number(stats.win_rate, 2),
                 _number(stats.avg_pnl, 2, signed=True),
                 _number(stats.total_pnl, 2, signed=True),
                 money(math.fsum(trade.pnl_cost for trade in members)),
             )
         )
-    return Table(("Close reason", "Count", "Win rate", "Avg PnL %", "Total PnL %", "PnL (USD)"), rows)
+    return Table(("Close reason", "Count", "Win rate %", "Avg PnL %", "Total PnL %", "PnL (USD)"), rows)
 
 
 def remarks(results: Results) -> list[str]:
