@@ -49,6 +49,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Allow long positions."""
     CC_ENABLE_SHORT_SIGNAL: bool = True
     """Allow short positions."""
+    CC_ENABLE_DCA_EVERYWHERE: bool = False
+    """Allow adding to a position at any price, not only at a better one than every entry so far."""
+    CC_ENABLE_TRAILING_EVERYWHERE: bool = False
+    """Allow moving a stop or a take profit away from the price, not only towards it."""
+    CC_BREAKEVEN_THRESHOLD: float = 0.2
+    """Profit beyond the round trip of costs at which a stop may go to breakeven, in percent. At least 0."""
     CC_POSITION_ENTRY_COST: float = 100.0
     """Cost of a position whose signal names none, in quote currency. Above 0."""
 
@@ -61,6 +67,7 @@ _AT_LEAST: Final[dict[str, float]] = {
     "CC_MIN_STOPLOSS_DISTANCE_PERCENT": 0,
     "CC_MAX_STOPLOSS_DISTANCE_PERCENT": 0,
     "CC_MAX_SIGNAL_LIFETIME_MINUTES": 1,
+    "CC_BREAKEVEN_THRESHOLD": 0,
     "CC_SCHEDULE_AWAIT_MINUTES": 1,
     "CC_GET_CANDLES_RETRY_COUNT": 1,
     "CC_GET_CANDLES_RETRY_DELAY_MS": 0,

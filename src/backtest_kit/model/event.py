@@ -12,7 +12,8 @@ from backtest_kit.model.position import Position, RestingEntry, Trade
 from backtest_kit.model.signal import Signal
 
 Mode = Literal["backtest", "paper", "live"]
-CancelReason = Literal["timeout", "price_reject", "frame_end"]
+CancelReason = Literal["timeout", "price_reject", "frame_end", "user"]
+Change = Literal["reduced", "added", "stop_moved", "take_moved", "breakeven"]
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -70,6 +71,84 @@ class PositionClosed(Event, frozen=True, kw_only=True):
 
     action: ClassVar[str] = "closed"
     trade: Trade
+
+
+class PositionChanged(Event, frozen=True, kw_only=True):
+    """A command changed an open position; `position` is how it is now."""
+
+    action: ClassVar[str] = "changed"
+    position: Position
+    change: Change
+
+
+class PositionActive(Event, frozen=True, kw_only=True):
+    """One more minute in which a position stays open."""
+
+    action: ClassVar[str] = "active"
+    position: Position
+
+
+class EntryWaiting(Event, frozen=True, kw_only=True):
+    """One more minute in which a resting entry was not reached."""
+
+    action: ClassVar[str] = "waiting"
+    entry: RestingEntry
+
+
+class LevelReached(Event, frozen=True, kw_only=True):
+    """A position has come another tenth of the way to its take profit, or to its stop loss.
+
+    Each level is reported once in the life of a position; a jump over several reports all of them.
+    """
+
+    action: ClassVar[str] = "level"
+    position: Position
+    side: Literal["profit", "loss"]
+    level: int
+    """10, 20, ... 100: percent of the way from the effective entry price."""
+
+
+class BreakevenReached(Event, frozen=True, kw_only=True):
+    """For the first time, a stop at the entry price would not lose: the price has earned the costs."""
+
+    action: ClassVar[str] = "breakeven"
+    position: Position
+
+
+class PeakReached(Event, frozen=True, kw_only=True):
+    """A position is better off than ever before; `position.peak` has the figures."""
+
+    action: ClassVar[str] = "peak"
+    position: Position
+
+
+class FallReached(Event, frozen=True, kw_only=True):
+    """A position is worse off than ever before; `position.fall` has the figures."""
+
+    action: ClassVar[str] = "fall"
+    position: Position
+
+
+class Progress(Event, frozen=True, kw_only=True):
+    """How far a run has come: at most one for each percent."""
+
+    action: ClassVar[str] = "progress"
+    fraction: float
+    """0 to 1."""
+
+
+class RunFailed(Event, frozen=True, kw_only=True):
+    """A run ended by an error; whoever awaits the run gets the error itself."""
+
+    action: ClassVar[str] = "failed"
+    error: Exception
+
+
+class RunDone(Event, frozen=True, kw_only=True):
+    """A run came to its end, or was stopped."""
+
+    action: ClassVar[str] = "done"
+    trades: tuple[Trade, ...]
 
 
 class RiskRejected(Event, frozen=True, kw_only=True):

@@ -67,6 +67,11 @@ class Position(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     moved_stop_loss: float | None = None
     peak: Extreme
     fall: Extreme
+    profit_level: int = 0
+    """Tenths of the way to the take profit that were reached so far: 0, 10, ... 100."""
+    loss_level: int = 0
+    """Tenths of the way to the stop loss that were reached so far: 0, 10, ... 100."""
+    breakeven_reached: bool = False
     note: str = ""
 
     @property
