@@ -10,12 +10,25 @@ from __future__ import annotations
 import math
 from typing import Final, NamedTuple
 
+import msgspec
 import numpy as np
 
-from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State, Tick, decision_due, watch
+from backtest_kit.engine.pnl import effective_price
+from backtest_kit.engine.position import LEVEL_STEP, breakeven_pct, watch
+from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State, Tick, Wanted, decision_due
 from backtest_kit.model.candle import FloatColumn
+from backtest_kit.model.event import (
+    BreakevenReached,
+    EntryWaiting,
+    FallReached,
+    LevelReached,
+    PeakReached,
+    PositionActive,
+)
 from backtest_kit.model.interval import MINUTE_MS, floor_ms
+from backtest_kit.model.position import Position
 
+_HAIR: Final = 1e-12
 # A level is usually near: look at a few hundred minutes first, at more and more while it is not.
 _FIRST_LOOK: Final = 256
 _LONGEST_LOOK: Final = 16_384
@@ -47,33 +60,73 @@ class Columns(NamedTuple):
         )
 
 
-def next_minute(state: State, columns: Columns, when_ms: int, rules: Rules) -> int:
-    """The first minute after `when_ms` at which a step or a decision can change anything.
+def next_minute(state: State, columns: Columns, when_ms: int, rules: Rules, wanted: Wanted = frozenset()) -> int:
+    """The first minute after `when_ms` at which a step or a decision can change or report anything.
 
-    Never later than the frame's last minute; that one is always visited.
+    Never later than the frame's last minute; that one is always visited. It may be a minute too early
+    by the last bit of a float, never too late.
     """
     stop_ms = int(rules.stop_ms)
     after = when_ms + MINUTE_MS
     if isinstance(state, Flat):
         return min(_next_decision(state, after, rules), stop_ms)
     if isinstance(state, Resting):
+        if state.order or EntryWaiting in wanted:
+            return after
         deadline: float = state.entry.scheduled_at_ms + rules.settings.CC_SCHEDULE_AWAIT_MINUTES * MINUTE_MS
-        low, high = columns.low, columns.high
         # The stop lies beyond the entry, so whatever touches it touches the entry too.
-        above, below = (
-            (math.inf, state.entry.price_open)
-            if state.entry.position == "long"
-            else (state.entry.price_open, -math.inf)
-        )
+        long = state.entry.position == "long"
+        above, below = (math.inf, state.entry.price_open) if long else (state.entry.price_open, -math.inf)
+        scans = [(columns.low, columns.high, below, above)]
     else:
-        position = state.position
-        deadline = min(position.expires_at_ms, stop_ms)
-        low, high = (columns.prices, columns.prices) if rules.fill == "vwap" else (columns.low, columns.high)
-        take, stop = position.take_profit, position.stop_loss
-        above, below = (take, stop) if position.position == "long" else (stop, take)
-    end = max(after, int(min(deadline, stop_ms)))
-    first, last = columns.index_at(after), columns.index_at(end)
-    return after + (_first_touch(low, high, below, above, first, last) - first) * MINUTE_MS
+        if state.closing is not None or PositionActive in wanted:
+            return after
+        deadline = min(state.position.expires_at_ms, stop_ms)
+        scans = _scans(state.position, columns, rules, wanted)
+    last = columns.index_at(max(after, int(min(deadline, stop_ms))))
+    first = columns.index_at(after)
+    for low, high, below, above in scans:
+        last = _first_touch(low, high, below, above, first, last)
+    return after + (last - first) * MINUTE_MS
+
+
+def _scans(
+    position: Position, columns: Columns, rules: Rules, wanted: Wanted
+) -> list[tuple[FloatColumn, FloatColumn, float, float]]:
+    """Which columns to scan for a position, below and above which prices."""
+    long = position.position == "long"
+    take, stop = position.take_profit, position.stop_loss
+    levels = (stop, take) if long else (take, stop)
+    reports = _report_prices(position, rules, wanted)
+    if rules.fill == "vwap":
+        below, above = max(levels[0], reports[0]), min(levels[1], reports[1])
+        return [(columns.prices, columns.prices, below, above)]
+    scans = [(columns.low, columns.high, *levels)]
+    if reports != (-math.inf, math.inf):
+        scans.append((columns.prices, columns.prices, *reports))
+    return scans
+
+
+def _report_prices(position: Position, rules: Rules, wanted: Wanted) -> tuple[float, float]:
+    """Below and above which prices a step has something to report that is wanted."""
+    entry = effective_price(position.entries, position.reductions)
+    sign = 1.0 if position.position == "long" else -1.0
+    to_take, to_stop = sign * (position.take_profit - entry), sign * (entry - position.stop_loss)
+    gains, losses = [math.inf], [math.inf]
+    if PeakReached in wanted:
+        gains.append(max(0.0, sign * (position.peak.price - entry)))
+    if FallReached in wanted:
+        losses.append(max(0.0, sign * (entry - position.fall.price)))
+    if BreakevenReached in wanted and not position.breakeven_reached:
+        gains.append(entry * breakeven_pct(rules.settings) / 100)
+    if LevelReached in wanted:
+        if position.profit_level < 100:
+            gains.append(max(0.0, to_take * (position.profit_level + LEVEL_STEP) / 100))
+        if position.loss_level < 100:
+            losses.append(max(0.0, to_stop * (position.loss_level + LEVEL_STEP) / 100))
+    # A hair early is harmless, a hair late would miss the minute.
+    gain, loss = min(gains) * (1 - _HAIR) - entry * _HAIR, min(losses) * (1 - _HAIR) - entry * _HAIR
+    return (entry - loss, entry + gain) if sign > 0 else (entry - gain, entry + loss)
 
 
 def coast(state: State, columns: Columns, when_ms: int, until_ms: int, rules: Rules) -> State:
@@ -87,7 +140,7 @@ def coast(state: State, columns: Columns, when_ms: int, until_ms: int, rules: Ru
     position = state.position
     for c in sorted({int(window.argmax()), int(window.argmin())}):
         position = watch(position, float(window[c]), when_ms + (c + 1) * MINUTE_MS, rules.settings)
-    return Holding(position, state.last_slot_ms) if position is not state.position else state
+    return msgspec.structs.replace(state, position=position) if position is not state.position else state
 
 
 def _next_decision(state: Flat, after: int, rules: Rules) -> int:

@@ -12,24 +12,32 @@ from that transition is decided at t + 1 minute at the earliest.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from typing import Literal
+from collections.abc import Iterator
+from typing import Final, Literal
 
 import msgspec
 
-from backtest_kit.engine.pnl import effective_price, profit
+from backtest_kit.engine.pnl import profit
+from backtest_kit.engine.position import LEVEL_STEP, close_trade, make_signal_id, watch
 from backtest_kit.engine.validation import enters_now
 from backtest_kit.model.event import (
+    BreakevenReached,
+    CancelReason,
     EntryCancelled,
     EntryScheduled,
+    EntryWaiting,
     Event,
+    FallReached,
     Identity,
+    LevelReached,
+    PeakReached,
+    PositionActive,
     PositionClosed,
     PositionOpened,
 )
-from backtest_kit.model.interval import MINUTE_MS, floor_ms, to_datetime
-from backtest_kit.model.position import CloseReason, Entry, Extreme, Position, RestingEntry, Trade
+from backtest_kit.model.interval import MINUTE_MS, floor_ms
+from backtest_kit.model.position import CloseReason, Entry, Extreme, Position, RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.settings import Settings
 
@@ -79,6 +87,8 @@ class Resting(msgspec.Struct, frozen=True):
 
     entry: RestingEntry
     last_slot_ms: int
+    order: Literal["", "cancel", "activate"] = ""
+    """A command that the next step carries out."""
 
 
 class Holding(msgspec.Struct, frozen=True):
@@ -86,9 +96,15 @@ class Holding(msgspec.Struct, frozen=True):
 
     position: Position
     last_slot_ms: int
+    closing: str | None = None
+    """The note of a command to close, which the next step carries out; None where there is none."""
 
 
 State = Flat | Resting | Holding
+Wanted = frozenset[type[Event]]
+"""The events that somebody listens to, of those that are only made when asked for."""
+
+_NOTHING: Final[Wanted] = frozenset()
 
 
 def decision_due(state: Flat, when_ms: int, rules: Rules) -> bool:
@@ -100,13 +116,22 @@ def decision_due(state: Flat, when_ms: int, rules: Rules) -> bool:
     )
 
 
-def step(state: State, tick: Tick, rules: Rules) -> tuple[State, tuple[Event, ...]]:
-    """What time and price do to the state at one minute. Deciding is not part of it: see `admit`."""
+def step(state: State, tick: Tick, rules: Rules, wanted: Wanted = _NOTHING) -> tuple[State, tuple[Event, ...]]:
+    """What time, price and waiting commands do to the state at one minute. Deciding is `admit`'s part.
+
+    Events that end or begin something are always made; those of a minute that changes nothing for
+    good (active, waiting, peak, fall, level, breakeven) only where `wanted` has their type.
+    """
     if isinstance(state, Holding):
-        return _step_holding(state, tick, rules)
+        return _step_holding(state, tick, rules, wanted)
     if isinstance(state, Resting):
-        return _step_resting(state, tick, rules)
+        return _step_resting(state, tick, rules, wanted)
     return state, ()
+
+
+def activates(state: Resting, tick: Tick, rules: Rules) -> bool:
+    """Whether a step at this minute would open the resting entry."""
+    return _cancel_reason(state, tick, rules) is None and _enters(state, tick)
 
 
 def admit(state: Flat, signal: Signal | None, tick: Tick, rules: Rules) -> tuple[State, tuple[Event, ...]]:
@@ -137,17 +162,6 @@ def admit(state: Flat, signal: Signal | None, tick: Tick, rules: Rules) -> tuple
     )
 
 
-def make_signal_id(identity: Identity, when_ms: int) -> str:
-    """The id of a signal that brings none: the same run makes the same ids, and a venue takes it as order id.
-
-    At most 32 characters out of letters, digits and dashes.
-    """
-    scope = "\0".join((identity.symbol, identity.strategy_name, identity.exchange_name))
-    digest = hashlib.blake2b(scope.encode(), digest_size=4).hexdigest()
-    symbol = "".join(letter for letter in identity.symbol[:10] if letter.isascii() and letter.isalnum())
-    return f"{symbol}-{to_datetime(when_ms):%Y%m%d%H%M}-{digest}"
-
-
 def _open(entry: RestingEntry, slot: int, tick: Tick, rules: Rules) -> tuple[State, tuple[Event, ...]]:
     entries = (Entry(entry.price_open, entry.cost, tick.when_ms),)
     pct, cost = profit(entry.position, entries, (), entry.price_open, rules.settings)
@@ -174,41 +188,99 @@ def _open(entry: RestingEntry, slot: int, tick: Tick, rules: Rules) -> tuple[Sta
     )
 
 
-def _step_resting(state: Resting, tick: Tick, rules: Rules) -> tuple[State, tuple[Event, ...]]:
+def _step_resting(state: Resting, tick: Tick, rules: Rules, wanted: Wanted) -> tuple[State, tuple[Event, ...]]:
+    entry, identity = state.entry, rules.identity
+    reason = _cancel_reason(state, tick, rules)
+    if reason is not None:
+        cancelled = EntryCancelled(
+            identity=identity, when_ms=tick.when_ms, price=tick.price, entry=entry, reason=reason
+        )
+        return Flat(state.last_slot_ms, entry.signal_id), (cancelled,)
+    if _enters(state, tick):
+        if state.order == "activate":
+            # Nobody sells below the market: an entry that does not wait for its price takes today's.
+            entry = msgspec.structs.replace(entry, price_open=tick.price)
+        return _open(entry, state.last_slot_ms, tick, rules)
+    if EntryWaiting in wanted:
+        return state, (EntryWaiting(identity=identity, when_ms=tick.when_ms, price=tick.price, entry=entry),)
+    return state, ()
+
+
+def _cancel_reason(state: Resting, tick: Tick, rules: Rules) -> CancelReason | None:
     entry = state.entry
-    long = entry.position == "long"
-    reason: Literal["timeout", "price_reject", "frame_end"] | None = None
+    if state.order == "cancel":
+        return "user"
+    if tick.when_ms >= rules.stop_ms:
+        return "frame_end"
+    if state.order == "activate":
+        return None if _between_levels(entry, tick.price) else "price_reject"
     if tick.when_ms - entry.scheduled_at_ms >= rules.settings.CC_SCHEDULE_AWAIT_MINUTES * MINUTE_MS:
-        reason = "timeout"
-    elif tick.low <= entry.price_stop_loss if long else tick.high >= entry.price_stop_loss:
-        reason = "price_reject"
-    elif tick.low <= entry.price_open if long else tick.high >= entry.price_open:
-        if tick.when_ms < rules.stop_ms:
-            return _open(entry, state.last_slot_ms, tick, rules)
-        reason = "frame_end"
-    elif tick.when_ms >= rules.stop_ms:
-        reason = "frame_end"
-    if reason is None:
-        return state, ()
-    cancelled = EntryCancelled(
-        identity=rules.identity, when_ms=tick.when_ms, price=tick.price, entry=entry, reason=reason
-    )
-    return Flat(state.last_slot_ms, entry.signal_id), (cancelled,)
+        return "timeout"
+    stopped = tick.low <= entry.price_stop_loss if entry.position == "long" else tick.high >= entry.price_stop_loss
+    return "price_reject" if stopped else None
 
 
-def _step_holding(state: Holding, tick: Tick, rules: Rules) -> tuple[State, tuple[Event, ...]]:
+def _enters(state: Resting, tick: Tick) -> bool:
+    entry = state.entry
+    touched = tick.low <= entry.price_open if entry.position == "long" else tick.high >= entry.price_open
+    return touched or state.order == "activate"
+
+
+def _between_levels(entry: RestingEntry, price: float) -> bool:
+    sign = 1.0 if entry.position == "long" else -1.0
+    return sign * entry.price_stop_loss < sign * price < sign * entry.price_take_profit
+
+
+def _step_holding(state: Holding, tick: Tick, rules: Rules, wanted: Wanted) -> tuple[State, tuple[Event, ...]]:
     position = state.position
-    fill = _level_fill(position, tick, rules.fill)
-    if tick.when_ms >= position.expires_at_ms:
-        fill = "time_expired", tick.price
-    elif fill is None and tick.when_ms >= rules.stop_ms:
-        fill = "frame_end", tick.price
-    if fill is None:
-        return Holding(watch(position, tick.price, tick.when_ms, rules.settings), state.last_slot_ms), ()
-    reason, price = fill
-    trade = close_trade(position, reason, price, tick.when_ms, rules.settings)
-    closed = PositionClosed(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, trade=trade)
-    return Flat(state.last_slot_ms, position.signal_id), (closed,)
+    fill = _fill(state, tick, rules)
+    if fill is not None:
+        reason, price = fill
+        trade = close_trade(position, reason, price, tick.when_ms, rules.settings, state.closing or "")
+        closed = PositionClosed(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, trade=trade)
+        return Flat(state.last_slot_ms, position.signal_id), (closed,)
+    watched = watch(position, tick.price, tick.when_ms, rules.settings)
+    events = tuple(_progress(position, watched, tick, rules.identity, wanted)) if wanted else ()
+    return Holding(watched, state.last_slot_ms), events
+
+
+def _fill(state: Holding, tick: Tick, rules: Rules) -> tuple[CloseReason, float] | None:
+    """Why and at what price the position closes at this minute."""
+    if state.closing is not None:
+        return "closed", tick.price
+    if tick.when_ms >= state.position.expires_at_ms:
+        return "time_expired", tick.price
+    touched = _level_fill(state.position, tick, rules.fill)
+    if touched is None and tick.when_ms >= rules.stop_ms:
+        return "frame_end", tick.price
+    return touched
+
+
+def _progress(before: Position, position: Position, tick: Tick, identity: Identity, wanted: Wanted) -> Iterator[Event]:
+    """What one more open minute has brought, of what is wanted."""
+    if PeakReached in wanted and position.peak is not before.peak:
+        yield PeakReached(identity=identity, when_ms=tick.when_ms, price=tick.price, position=position)
+    if FallReached in wanted and position.fall is not before.fall:
+        yield FallReached(identity=identity, when_ms=tick.when_ms, price=tick.price, position=position)
+    if PositionActive in wanted:
+        yield PositionActive(identity=identity, when_ms=tick.when_ms, price=tick.price, position=position)
+    if BreakevenReached in wanted and position.breakeven_reached and not before.breakeven_reached:
+        yield BreakevenReached(identity=identity, when_ms=tick.when_ms, price=tick.price, position=position)
+    if LevelReached in wanted:
+        sides: tuple[tuple[Literal["profit", "loss"], int, int], ...] = (
+            ("profit", before.profit_level, position.profit_level),
+            ("loss", before.loss_level, position.loss_level),
+        )
+        for side, old, new in sides:
+            for level in range(old + LEVEL_STEP, new + LEVEL_STEP, LEVEL_STEP):
+                yield LevelReached(
+                    identity=identity,
+                    when_ms=tick.when_ms,
+                    price=tick.price,
+                    position=position,
+                    side=side,
+                    level=level,
+                )
 
 
 def _level_fill(position: Position, tick: Tick, fill: Fill) -> tuple[CloseReason, float] | None:
@@ -227,48 +299,3 @@ def _level_fill(position: Position, tick: Tick, fill: Fill) -> tuple[CloseReason
     if tick.high >= take if long else tick.low <= take:
         return "take_profit", max(take, tick.open) if long else min(take, tick.open)
     return None
-
-
-def watch(position: Position, price: float, when_ms: int, settings: Settings) -> Position:
-    """The position with its peak and fall brought up to `price`."""
-    entry = effective_price(position.entries, position.reductions)
-    sign = 1.0 if position.position == "long" else -1.0
-    if sign * price > sign * entry and sign * price > sign * position.peak.price:
-        pct, cost = profit(position.position, position.entries, position.reductions, price, settings)
-        return msgspec.structs.replace(position, peak=Extreme(price, when_ms, pct, cost))
-    if sign * price < sign * entry and sign * price < sign * position.fall.price:
-        pct, cost = profit(position.position, position.entries, position.reductions, price, settings)
-        return msgspec.structs.replace(position, fall=Extreme(price, when_ms, pct, cost))
-    return position
-
-
-def close_trade(position: Position, reason: CloseReason, price: float, when_ms: int, settings: Settings) -> Trade:
-    """The trade that a position becomes when all that is left of it is closed at `price`."""
-    pct, cost = profit(position.position, position.entries, position.reductions, price, settings)
-    return Trade(
-        signal_id=position.signal_id,
-        symbol=position.symbol,
-        strategy_name=position.strategy_name,
-        exchange_name=position.exchange_name,
-        frame_name=position.frame_name,
-        position=position.position,
-        scheduled_at_ms=position.scheduled_at_ms,
-        opened_at_ms=position.opened_at_ms,
-        closed_at_ms=when_ms,
-        price_open=effective_price(position.entries, position.reductions),
-        price_close=price,
-        price_take_profit=position.take_profit,
-        price_stop_loss=position.stop_loss,
-        original_price_open=position.price_open,
-        original_price_take_profit=position.price_take_profit,
-        original_price_stop_loss=position.price_stop_loss,
-        close_reason=reason,
-        cost=position.cost,
-        pnl_pct=pct,
-        pnl_cost=cost,
-        peak_pct=position.peak.pnl_pct,
-        fall_pct=position.fall.pnl_pct,
-        entries=position.entries,
-        reductions=position.reductions,
-        note=position.note,
-    )

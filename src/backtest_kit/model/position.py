@@ -131,6 +131,8 @@ class Trade(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     entries: tuple[Entry, ...]
     reductions: tuple[Reduction, ...] = ()
     note: str = ""
+    close_note: str = ""
+    """What was said with the command that closed it."""
 
     @property
     def opened_at(self) -> datetime:
