@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from backtest_kit.events import EventBus
 from backtest_kit.market.sources import CandleSource
 from backtest_kit.persist.store import CandleStore
 from backtest_kit.run.backtest import BacktestRunner
+from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.risk import RiskValidation
 from backtest_kit.run.schema import (
     ExchangeSchema,
     FrameSchema,
     GetSignal,
+    Manage,
     Registry,
     RiskSchema,
     StrategySchema,
@@ -42,12 +45,16 @@ class Kit:
     def __init__(self, dump: str | os.PathLike[str] = "./dump", *, now_ms: Callable[[], int] | None = None) -> None:
         self._dump = Path(dump)
         self._registry = Registry()
+        self._bus = EventBus()
+        self._cron = Cron()
         self._now_ms = now_ms or _wall_clock_ms
         self._settings: Settings | None = None
         self._candles: CandleStore | None = None
         self.backtest = BacktestRunner(
             self._registry,
             Feeds(self._registry, self._candle_store, self._now_ms),
+            self._bus,
+            self._cron,
             self.get_config,
             self._now_ms,
             lambda: self._dump / "backtest",
@@ -102,6 +109,7 @@ class Kit:
         strategy_name: str,
         *,
         get_signal: GetSignal,
+        manage: Manage | None = None,
         interval: str = "1m",
         risk_name: str | None = None,
         risk_names: Iterable[str] = (),
@@ -113,13 +121,16 @@ class Kit:
         Args:
             get_signal: `async def get_signal(ctx: Context) -> Signal | None`, or the same without async.
                 It is asked when nothing is held, once in each aligned slot of `interval`.
+            manage: `async def manage(ctx: Context) -> None`, or the same without async. It is called at every
+                minute in which a position is open (`ctx.position`) or an entry rests (`ctx.entry`), and gives
+                its commands there.
             interval: 1m, 3m, 5m, 15m, 30m or 1h.
             risk_name, risk_names: Risk profiles, all of which must allow a signal.
 
         Raises:
             UserError: the name is taken or empty, the interval is unknown, or `get_signal` is no function.
         """
-        schema = strategy_schema(strategy_name, interval, get_signal, risk_name, risk_names, note)
+        schema = strategy_schema(strategy_name, interval, get_signal, manage, risk_name, risk_names, note)
         self._registry.strategies.add(schema, replace=replace)
 
     def add_risk_schema(

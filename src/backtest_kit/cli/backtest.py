@@ -20,7 +20,8 @@ from backtest_kit.errors import UserError
 from backtest_kit.market.sources import CandleSource
 from backtest_kit.model.interval import iso
 from backtest_kit.report import Results
-from backtest_kit.run.backtest import BacktestHandle, Gaps
+from backtest_kit.run.backtest import BacktestHandle
+from backtest_kit.run.replay import Gaps
 
 _REDRAW_S: Final = 0.1
 _WIDTH_IN_FILES: Final = 120

@@ -16,7 +16,6 @@ import msgspec
 from backtest_kit.engine.pnl import closed_pct, effective_price, remaining_cost
 from backtest_kit.engine.position import breakeven_pct
 from backtest_kit.errors import UserError
-from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Entry, Position, Reduction
 from backtest_kit.settings import Settings
 
@@ -154,11 +153,6 @@ def breakeven(position: Position, price: float, settings: Settings) -> Position:
     if sign * price < sign * needed:
         raise Refused(f"the price {price:g} has not reached {needed:g}, {breakeven_pct(settings):g} % from the entry")
     return msgspec.structs.replace(position, moved_stop_loss=entry)
-
-
-def minutes_open(position: Position, when_ms: int) -> int:
-    """Whole minutes since it was opened."""
-    return (when_ms - position.opened_at_ms) // MINUTE_MS
 
 
 def _sign(position: Position) -> float:

@@ -32,8 +32,6 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     action: ClassVar[str] = ""
     identity: Identity
     when_ms: int
-    price: float
-    """The current price of the symbol at that minute."""
 
     @property
     def when(self) -> datetime:
@@ -44,14 +42,21 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         return self.identity.symbol
 
 
-class EntryScheduled(Event, frozen=True, kw_only=True):
+class MarketEvent(Event, frozen=True, kw_only=True):
+    """Base of the events of a minute of a market."""
+
+    price: float
+    """The current price of the symbol at that minute."""
+
+
+class EntryScheduled(MarketEvent, frozen=True, kw_only=True):
     """A resting entry was placed."""
 
     action: ClassVar[str] = "scheduled"
     entry: RestingEntry
 
 
-class EntryCancelled(Event, frozen=True, kw_only=True):
+class EntryCancelled(MarketEvent, frozen=True, kw_only=True):
     """A resting entry was given up before it was reached."""
 
     action: ClassVar[str] = "cancelled"
@@ -59,21 +64,21 @@ class EntryCancelled(Event, frozen=True, kw_only=True):
     reason: CancelReason
 
 
-class PositionOpened(Event, frozen=True, kw_only=True):
+class PositionOpened(MarketEvent, frozen=True, kw_only=True):
     """A position was opened, at once or by a resting entry that was reached."""
 
     action: ClassVar[str] = "opened"
     position: Position
 
 
-class PositionClosed(Event, frozen=True, kw_only=True):
+class PositionClosed(MarketEvent, frozen=True, kw_only=True):
     """A position was closed."""
 
     action: ClassVar[str] = "closed"
     trade: Trade
 
 
-class PositionChanged(Event, frozen=True, kw_only=True):
+class PositionChanged(MarketEvent, frozen=True, kw_only=True):
     """A command changed an open position; `position` is how it is now."""
 
     action: ClassVar[str] = "changed"
@@ -81,21 +86,21 @@ class PositionChanged(Event, frozen=True, kw_only=True):
     change: Change
 
 
-class PositionActive(Event, frozen=True, kw_only=True):
+class PositionActive(MarketEvent, frozen=True, kw_only=True):
     """One more minute in which a position stays open."""
 
     action: ClassVar[str] = "active"
     position: Position
 
 
-class EntryWaiting(Event, frozen=True, kw_only=True):
+class EntryWaiting(MarketEvent, frozen=True, kw_only=True):
     """One more minute in which a resting entry was not reached."""
 
     action: ClassVar[str] = "waiting"
     entry: RestingEntry
 
 
-class LevelReached(Event, frozen=True, kw_only=True):
+class LevelReached(MarketEvent, frozen=True, kw_only=True):
     """A position has come another tenth of the way to its take profit, or to its stop loss.
 
     Each level is reported once in the life of a position; a jump over several reports all of them.
@@ -108,21 +113,21 @@ class LevelReached(Event, frozen=True, kw_only=True):
     """10, 20, ... 100: percent of the way from the effective entry price."""
 
 
-class BreakevenReached(Event, frozen=True, kw_only=True):
+class BreakevenReached(MarketEvent, frozen=True, kw_only=True):
     """For the first time, a stop at the entry price would not lose: the price has earned the costs."""
 
     action: ClassVar[str] = "breakeven"
     position: Position
 
 
-class PeakReached(Event, frozen=True, kw_only=True):
+class PeakReached(MarketEvent, frozen=True, kw_only=True):
     """A position is better off than ever before; `position.peak` has the figures."""
 
     action: ClassVar[str] = "peak"
     position: Position
 
 
-class FallReached(Event, frozen=True, kw_only=True):
+class FallReached(MarketEvent, frozen=True, kw_only=True):
     """A position is worse off than ever before; `position.fall` has the figures."""
 
     action: ClassVar[str] = "fall"
@@ -151,7 +156,7 @@ class RunDone(Event, frozen=True, kw_only=True):
     trades: tuple[Trade, ...]
 
 
-class RiskRejected(Event, frozen=True, kw_only=True):
+class RiskRejected(MarketEvent, frozen=True, kw_only=True):
     """A risk profile refused a signal."""
 
     action: ClassVar[str] = "rejected"

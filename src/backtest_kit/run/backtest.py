@@ -3,64 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-import time
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 
-from backtest_kit.engine.replay import Columns, coast, next_minute
-from backtest_kit.engine.step import Fill, Flat, Rules, State, Tick, admit, decision_due, step
-from backtest_kit.engine.validation import check_signal
+from backtest_kit.engine.step import Fill, Rules
 from backtest_kit.errors import UserError
-from backtest_kit.market.fetch import CandleFeed
-from backtest_kit.market.history import History
+from backtest_kit.events import EventBus
 from backtest_kit.market.price import resample
 from backtest_kit.model.candle import CandleSeries
-from backtest_kit.model.event import Event, Identity, PositionClosed, RiskRejected
+from backtest_kit.model.event import Event, Identity, RunDone, RunFailed
 from backtest_kit.model.interval import CANDLE_INTERVALS, DAY_MS, INTERVAL_MS, MINUTE_MS, floor_ms, interval_ms, iso
-from backtest_kit.model.signal import Signal
 from backtest_kit.report.result import BacktestResult
 from backtest_kit.run.blocking import run_blocking
-from backtest_kit.run.context import Context
+from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
-from backtest_kit.run.risk import RiskRequest, first_refusal
-from backtest_kit.run.schema import FrameSchema, Registry, RiskSchema, StrategySchema, check_name
+from backtest_kit.run.replay import Control, Gaps, Job, Replay
+from backtest_kit.run.risk import RiskBook, RiskSeat
+from backtest_kit.run.schema import Registry, check_name
 from backtest_kit.settings import Settings
-
-Gaps = Literal["error", "fill"]
 
 _FILLS: Final = ("vwap", "ohlc")
 _GAPS: Final = ("error", "fill")
 _CHART_BARS: Final = 1500
-# A replay rarely waits for anything: without a pause of its own it would starve every other task.
-_LONGEST_TURN_S: Final = 0.01
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One backtest, resolved: every name looked up, every option checked."""
-
-    identity: Identity
-    strategy: StrategySchema
-    risks: tuple[RiskSchema, ...]
-    frame: FrameSchema
-    settings: Settings
-    rules: Rules
-    gaps: Gaps
-
-
-class Control:
-    """What a running backtest and its handle tell each other."""
-
-    __slots__ = ("histories", "stopping", "when_ms")
-
-    def __init__(self, start_ms: int) -> None:
-        self.stopping = False
-        self.when_ms = start_ms
-        self.histories: dict[str, History] = {}
-        """What has been read so far, by symbol."""
 
 
 class BacktestHandle:
@@ -93,8 +61,16 @@ class BacktestHandle:
         return self._task.done()
 
     def stop(self) -> None:
-        """Open nothing more; what is open or resting is carried to its end. The result has what was done."""
+        """Open nothing more: a resting entry is cancelled, an open position is carried to its end."""
         self._control.stopping = True
+
+    def pause(self) -> None:
+        """Ask the strategy for nothing until `resume`; what is open or resting goes on."""
+        self._control.paused = True
+
+    def resume(self) -> None:
+        """Ask the strategy again."""
+        self._control.paused = False
 
     def __repr__(self) -> str:
         return f"BacktestHandle({self._job.identity.strategy_name!r}, {self.symbol!r}, {self.progress:.0%})"
@@ -107,12 +83,17 @@ class BacktestRunner:
         self,
         registry: Registry,
         feeds: Feeds,
+        bus: EventBus,
+        cron: Cron,
         settings: Callable[[], Settings],
         now_ms: Callable[[], int],
         report_path: Callable[[], Path],
     ) -> None:
         self._registry = registry
         self._feeds = feeds
+        self._bus = bus
+        self._cron = cron
+        self._risks = RiskBook()
         self._settings = settings
         self._now_ms = now_ms
         self._report_path = report_path
@@ -138,8 +119,8 @@ class BacktestRunner:
             Exception: whatever the strategy raises, with its own traceback.
         """
         job = self._job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
-        async with self._feeds.use(exchange_name, job.settings) as feed:
-            async for event in replay(job, feed, Control(job.frame.start_ms)):
+        async with aclosing(self._replay(job, Control(job.frame.start_ms), self._seat(job))) as events:
+            async for event in events:
                 yield event
 
     def background(
@@ -164,8 +145,11 @@ class BacktestRunner:
             raise UserError(
                 "Backtest.background needs a running event loop: call it inside an async function, or use run_sync"
             ) from None
-        control = Control(job.frame.start_ms)
-        task = loop.create_task(self._collect(job, control), name=f"backtest {strategy_name} {symbol}")
+        control, seat = Control(job.frame.start_ms), self._seat(job)
+        task = loop.create_task(self._collect(job, control, seat), name=f"backtest {strategy_name} {symbol}")
+        if seat is not None:
+            # A task that is cancelled before its first step never reaches its own clean-up.
+            task.add_done_callback(lambda _: seat.leave())
         return BacktestHandle(job, control, task)
 
     def run_sync(
@@ -180,11 +164,32 @@ class BacktestRunner:
     ) -> BacktestResult:
         """Run a backtest to its end and return its result. Arguments and errors as for `run`."""
         job = self._job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
-        return run_blocking(lambda: self._collect(job, Control(job.frame.start_ms)))
+        return run_blocking(lambda: self._collect(job, Control(job.frame.start_ms), self._seat(job)))
 
-    async def _collect(self, job: Job, control: Control) -> BacktestResult:
-        async with self._feeds.use(job.identity.exchange_name, job.settings) as feed:
-            trades = [event.trade async for event in replay(job, feed, control) if isinstance(event, PositionClosed)]
+    async def _replay(self, job: Job, control: Control, seat: RiskSeat | None) -> AsyncGenerator[Event, None]:
+        """The events of a run, and to its listeners also how it ended."""
+        try:
+            async with self._feeds.use(job.identity.exchange_name, job.settings) as feed:
+                replay = Replay(job, control, feed, self._bus, self._cron, seat)
+                async with aclosing(replay.events()) as events:
+                    async for event in events:
+                        yield event
+                await self._bus.emit(
+                    RunDone(identity=job.identity, when_ms=control.when_ms, trades=tuple(control.trades))
+                )
+        except Exception as error:
+            await self._bus.emit(RunFailed(identity=job.identity, when_ms=control.when_ms, error=error))
+            raise
+        finally:
+            if seat is not None:
+                seat.leave()
+
+    def _seat(self, job: Job) -> RiskSeat | None:
+        return self._risks.join(job.identity, job.risks, job.frame.start_ms) if job.risks else None
+
+    async def _collect(self, job: Job, control: Control, seat: RiskSeat | None) -> BacktestResult:
+        async for _ in self._replay(job, control, seat):
+            pass
         frame, histories = job.frame, control.histories
         candles = histories[job.identity.symbol].candles.between(frame.start_ms, frame.stop_ms)
         return BacktestResult(
@@ -194,7 +199,7 @@ class BacktestRunner:
             frame_name=job.identity.frame_name,
             start_ms=frame.start_ms,
             stop_ms=frame.stop_ms,
-            trades=tuple(trades),
+            trades=tuple(control.trades),
             chart=_chart(candles),
             gaps_filled=sum(each.filled for each in histories.values()),
             candles_used=sum(len(each.candles) for each in histories.values()),
@@ -235,102 +240,6 @@ class BacktestRunner:
             ),
             gaps=gaps,
         )
-
-
-async def replay(job: Job, feed: CandleFeed, control: Control) -> AsyncIterator[Event]:
-    """Walk through the frame from event to event."""
-    rules, frame, symbol = job.rules, job.frame, job.identity.symbol
-    histories = control.histories
-
-    async def history_of(name: str) -> History:
-        if name not in histories:
-            histories[name] = await History.load(
-                feed,
-                name,
-                frame.start_ms,
-                frame.stop_ms,
-                gaps=job.gaps,
-                price_window=job.settings.CC_AVG_PRICE_CANDLES_COUNT,
-            )
-        return histories[name]
-
-    history = await history_of(symbol)
-    state: State = Flat()
-    when_ms = frame.start_ms - MINUTE_MS
-    turn_ends = time.perf_counter() + _LONGEST_TURN_S
-    while when_ms < frame.stop_ms:
-        if control.stopping and isinstance(state, Flat):
-            return
-        columns = _columns(history)
-        until_ms = next_minute(state, columns, when_ms, rules)
-        state = coast(state, columns, when_ms, until_ms, rules)
-        control.when_ms = when_ms = until_ms
-        tick = columns.tick(when_ms)
-        events: tuple[Event, ...] = ()
-        if not isinstance(state, Flat):
-            state, events = step(state, tick, rules)
-        elif decision_due(state, when_ms, rules):
-            signal, rejected = await decide(job, tick, history_of)
-            state, events = admit(state, signal, tick, rules)
-            events = (*rejected, *events)
-        for event in events:
-            yield event
-        if time.perf_counter() >= turn_ends:
-            await asyncio.sleep(0)
-            turn_ends = time.perf_counter() + _LONGEST_TURN_S
-
-
-async def decide(
-    job: Job, tick: Tick, history_of: Callable[[str], Any]
-) -> tuple[Signal | None, tuple[RiskRejected, ...]]:
-    """Ask the strategy, check its answer and ask the risk profiles about it."""
-    identity, settings = job.identity, job.settings
-    signal = await _ask(job, Context(identity, tick.when_ms, tick.price, history_of))
-    if signal is None:
-        return None, ()
-    check_signal(signal, identity, tick.price, tick.when_ms, settings)
-    request = RiskRequest(identity=identity, signal=signal, price=tick.price, when_ms=tick.when_ms)
-    for risk in job.risks:
-        reason = await first_refusal(risk, request)
-        if reason:
-            rejected = RiskRejected(
-                identity=identity,
-                when_ms=tick.when_ms,
-                price=tick.price,
-                signal=signal,
-                risk_name=risk.name,
-                reason=reason,
-            )
-            return None, (rejected,)
-    return signal, ()
-
-
-async def _ask(job: Job, context: Context) -> Signal | None:
-    seconds = job.settings.CC_MAX_SIGNAL_GENERATION_SECONDS
-    answer: object = job.strategy.get_signal(context)
-    if inspect.isawaitable(answer):
-        deadline = asyncio.timeout(seconds)
-        try:
-            async with deadline:
-                answer = await answer
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            raise UserError(
-                f"get_signal of strategy {job.strategy.name!r} took longer than {seconds:g} s for "
-                f"{context.symbol} at {iso(context.when_ms)}: raise CC_MAX_SIGNAL_GENERATION_SECONDS or do less"
-            ) from None
-    if answer is None or isinstance(answer, Signal):
-        return answer
-    raise UserError(
-        f"get_signal of strategy {job.strategy.name!r} returned {answer!r} for {context.symbol} at "
-        f"{iso(context.when_ms)}: return a backtest_kit.Signal or None"
-    )
-
-
-def _columns(history: History) -> Columns:
-    candles = history.candles
-    return Columns(history.first_ms, history.prices, candles.open, candles.high, candles.low, candles.close)
 
 
 def _chart(candles: CandleSeries) -> CandleSeries:

@@ -10,6 +10,7 @@ from backtest_kit.market.history import History
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.event import Identity, Mode
 from backtest_kit.model.interval import to_datetime, to_ms
+from backtest_kit.run.desk import Desk, EntryView, PositionView
 
 HistoryOf = Callable[[str], Awaitable[History]]
 
@@ -17,18 +18,24 @@ HistoryOf = Callable[[str], Awaitable[History]]
 class Context:
     """The world at one minute. A context that is kept still sees its own minute, never a later one."""
 
-    __slots__ = ("_history_of", "_identity", "price", "when_ms")
+    __slots__ = ("_history_of", "_identity", "entry", "position", "price", "when_ms")
 
     price: float
     """The current price of the symbol: the volume-weighted average of the last closed minutes."""
     when_ms: int
     """Now, in epoch milliseconds; every candle that opened before it is closed."""
+    position: PositionView | None
+    """The open position and its commands, or None."""
+    entry: EntryView | None
+    """The resting entry and its commands, or None."""
 
-    def __init__(self, identity: Identity, when_ms: int, price: float, history_of: HistoryOf) -> None:
+    def __init__(self, identity: Identity, desk: Desk, history_of: HistoryOf) -> None:
         self._identity = identity
         self._history_of = history_of
-        self.when_ms = when_ms
-        self.price = price
+        self.when_ms = desk.tick.when_ms
+        self.price = desk.tick.price
+        self.position = desk.position()
+        self.entry = desk.entry()
 
     @property
     def symbol(self) -> str:

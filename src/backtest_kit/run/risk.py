@@ -1,29 +1,50 @@
-"""Risk profiles: functions that may refuse a signal before it is acted on."""
+"""Risk profiles: who holds what under each of them, and whether one more position is allowed."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from backtest_kit.errors import UserError
 from backtest_kit.model.event import Identity
+from backtest_kit.model.position import Direction, Position, RestingEntry
 from backtest_kit.model.signal import Signal
+from backtest_kit.run.lockstep import Lockstep
 
 if TYPE_CHECKING:
     from backtest_kit.run.schema import RiskSchema
 
 
+class ActivePosition(msgspec.Struct, frozen=True, kw_only=True):
+    """A position, or a resting entry with its place reserved, that counts under a risk profile."""
+
+    strategy_name: str
+    exchange_name: str
+    frame_name: str
+    symbol: str
+    position: Direction
+    price_open: float
+    price_take_profit: float
+    price_stop_loss: float
+    minutes: float
+    cost: float
+    opened_at_ms: int
+    """When it was opened, or placed while it rests."""
+
+
 class RiskRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a validation judges."""
+    """What a validation judges: one signal, and all that is held beside it under the same profile."""
 
     identity: Identity
     signal: Signal
     price: float
     """The current price."""
     when_ms: int
+    positions: tuple[ActivePosition, ...]
+    """Of all strategies and symbols that share the profile on this exchange and frame; never its own."""
 
     @property
     def price_open(self) -> float:
@@ -34,21 +55,125 @@ class RiskRequest(msgspec.Struct, frozen=True, kw_only=True):
 RiskValidation = Callable[[RiskRequest], Awaitable[str | None] | str | None]
 """Returns why the signal is refused, or None (or an empty text) to allow it; may be async."""
 
+_Scope = tuple[str, str, str]
+_Owner = tuple[str, str]
 
-async def first_refusal(risk: RiskSchema, request: RiskRequest) -> str | None:
-    """The reason of the first validation that refuses, or None if all of them allow.
 
-    Raises:
-        UserError: a validation returned something else than a text or None.
+class RiskGroup:
+    """The runs on one exchange and frame that have risk profiles, and what they hold."""
+
+    def __init__(self) -> None:
+        self.lockstep = Lockstep()
+        self._held: dict[str, dict[_Owner, ActivePosition]] = {}
+
+    def positions(self, risk_name: str, but: _Owner) -> tuple[ActivePosition, ...]:
+        return tuple(each for owner, each in self._held.get(risk_name, {}).items() if owner != but)
+
+    def hold(self, risk_names: Iterable[str], owner: _Owner, position: ActivePosition) -> None:
+        for name in risk_names:
+            self._held.setdefault(name, {})[owner] = position
+
+    def release(self, risk_names: Iterable[str], owner: _Owner) -> None:
+        for name in risk_names:
+            self._held.get(name, {}).pop(owner, None)
+
+
+class RiskBook:
+    """The risk groups of a kit. A group lives as long as a run is in it."""
+
+    def __init__(self) -> None:
+        self._groups: dict[_Scope, RiskGroup] = {}
+
+    def join(self, identity: Identity, risks: Sequence[RiskSchema], start_ms: int) -> RiskSeat:
+        """Take a seat before the first minute, so that no other run goes ahead of this one."""
+        scope = (identity.exchange_name, identity.frame_name, identity.mode)
+        group = self._groups.setdefault(scope, RiskGroup())
+        return RiskSeat(self, scope, group, identity, risks, group.lockstep.join(start_ms))
+
+    def close_group(self, scope: _Scope, group: RiskGroup) -> None:
+        if not len(group.lockstep) and self._groups.get(scope) is group:
+            del self._groups[scope]
+
+
+class RiskSeat:
+    """One run's place in its risk group.
+
+    A check and the reservation that follows it are one step: between `turn` and the next `turn` of
+    this seat no other run of the group acts.
     """
-    for validation in risk.validations:
-        answer = validation(request)
-        if inspect.isawaitable(answer):
-            answer = await answer
-        if answer is not None and not isinstance(answer, str):
-            raise UserError(
-                f"a validation of risk {risk.name!r} returned {answer!r}: return the reason of a refusal, or None"
+
+    def __init__(
+        self,
+        book: RiskBook,
+        scope: _Scope,
+        group: RiskGroup,
+        identity: Identity,
+        risks: Sequence[RiskSchema],
+        member: int,
+    ) -> None:
+        self._book = book
+        self._scope = scope
+        self._group = group
+        self._identity = identity
+        self._risks = risks
+        self._names = [risk.name for risk in risks]
+        self._owner: _Owner = (identity.strategy_name, identity.symbol)
+        self._member = member
+
+    async def turn(self, when_ms: int) -> None:
+        """Wait until every other run of the group is past `when_ms`, or behind this one in line."""
+        await self._group.lockstep.turn(self._member, when_ms)
+
+    async def refusal(self, signal: Signal, price: float, when_ms: int) -> tuple[str, str] | None:
+        """(profile, reason) of the first validation that refuses, or None if all profiles allow.
+
+        Raises:
+            UserError: a validation returned something else than a text or None.
+        """
+        for risk in self._risks:
+            request = RiskRequest(
+                identity=self._identity,
+                signal=signal,
+                price=price,
+                when_ms=when_ms,
+                positions=self._group.positions(risk.name, self._owner),
             )
-        if answer:
-            return answer
-    return None
+            for validation in risk.validations:
+                answer = validation(request)
+                if inspect.isawaitable(answer):
+                    answer = await answer
+                if answer is not None and not isinstance(answer, str):
+                    raise UserError(
+                        f"a validation of risk {risk.name!r} returned {answer!r}: "
+                        "return the reason of a refusal, or None"
+                    )
+                if answer:
+                    return risk.name, answer
+        return None
+
+    def hold(self, held: Position | RestingEntry) -> None:
+        """Count a position or a resting entry under every profile of the run."""
+        position = ActivePosition(
+            strategy_name=held.strategy_name,
+            exchange_name=held.exchange_name,
+            frame_name=held.frame_name,
+            symbol=held.symbol,
+            position=held.position,
+            price_open=held.price_open,
+            price_take_profit=held.price_take_profit,
+            price_stop_loss=held.price_stop_loss,
+            minutes=held.minutes,
+            cost=held.cost,
+            opened_at_ms=held.opened_at_ms if isinstance(held, Position) else held.scheduled_at_ms,
+        )
+        self._group.hold(self._names, self._owner, position)
+
+    def release(self) -> None:
+        """Count nothing of this run any more."""
+        self._group.release(self._names, self._owner)
+
+    def leave(self) -> None:
+        """Give the seat up. Idempotent."""
+        self.release()
+        self._group.lockstep.leave(self._member)
+        self._book.close_group(self._scope, self._group)

@@ -16,6 +16,7 @@ from backtest_kit.run.context import Context
 from backtest_kit.run.risk import RiskValidation
 
 GetSignal = Callable[[Context], Awaitable[Signal | None] | Signal | None]
+Manage = Callable[[Context], Awaitable[None] | None]
 
 
 class ExchangeSchema(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +43,7 @@ class StrategySchema(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     interval: str
     get_signal: GetSignal
+    manage: Manage | None = None
     risk_names: tuple[str, ...] = ()
     note: str = ""
 
@@ -120,6 +122,7 @@ def strategy_schema(
     strategy_name: str,
     interval: str,
     get_signal: GetSignal,
+    manage: Manage | None,
     risk_name: str | None,
     risk_names: Iterable[str],
     note: str,
@@ -130,6 +133,8 @@ def strategy_schema(
         raise UserError(
             f"get_signal of strategy {name!r} is {get_signal!r}: give a function of one argument, the context"
         )
+    if manage is not None and not callable(manage):
+        raise UserError(f"manage of strategy {name!r} is {manage!r}: give a function of one argument, the context")
     if isinstance(risk_names, str):
         raise UserError(f"risk_names of strategy {name!r} is the text {risk_names!r}: give a list, or use risk_name")
     risks = (*((risk_name,) if risk_name else ()), *risk_names)
@@ -137,6 +142,7 @@ def strategy_schema(
         name=name,
         interval=interval,
         get_signal=get_signal,
+        manage=manage,
         risk_names=tuple(dict.fromkeys(check_name("risk name", risk) for risk in risks)),
         note=note,
     )

@@ -1,0 +1,65 @@
+"""Runs that share something take turns in the order of their own, virtual, time."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from itertools import count
+
+
+class Lockstep:
+    """Members act at a minute only when no other member is still to act at an earlier one.
+
+    Among members at the same minute the one that joined first acts first, so that what they share
+    looks the same in every run, however fast each of them is.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = count()
+        self._floor: dict[int, int] = {}
+        """The earliest minute at which each member may still act."""
+        self._heap: list[tuple[int, int]] = []
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+
+    def join(self, when_ms: int) -> int:
+        """Become a member that will not act before `when_ms`; returns its number."""
+        member = next(self._numbers)
+        self._set(member, when_ms)
+        return member
+
+    async def turn(self, member: int, when_ms: int) -> None:
+        """Wait until it is the member's turn to act at `when_ms`; it stays so until the next call."""
+        self._set(member, when_ms)
+        self._wake_first()
+        while self._first() != member:
+            waiting = self._waiting[member] = asyncio.get_running_loop().create_future()
+            try:
+                await waiting
+            finally:
+                self._waiting.pop(member, None)
+
+    def leave(self, member: int) -> None:
+        """Act no more. Idempotent."""
+        if self._floor.pop(member, None) is not None:
+            self._wake_first()
+
+    def __len__(self) -> int:
+        return len(self._floor)
+
+    def _set(self, member: int, when_ms: int) -> None:
+        self._floor[member] = when_ms
+        heapq.heappush(self._heap, (when_ms, member))
+
+    def _first(self) -> int | None:
+        while self._heap:
+            when_ms, member = self._heap[0]
+            if self._floor.get(member) == when_ms:
+                return member
+            heapq.heappop(self._heap)
+        return None
+
+    def _wake_first(self) -> None:
+        first = self._first()
+        waiting = self._waiting.get(first) if first is not None else None
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)

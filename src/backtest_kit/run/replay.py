@@ -1,0 +1,303 @@
+"""One replay: walk through a frame from event to event, ask the strategy, tell who listens."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from typing import Final, Literal
+
+import msgspec
+
+from backtest_kit.engine.replay import Columns, coast, next_minute
+from backtest_kit.engine.step import Flat, Resting, Rules, Wanted, activates, admit, decision_due, step
+from backtest_kit.engine.validation import check_signal
+from backtest_kit.errors import UserError
+from backtest_kit.events import EventBus
+from backtest_kit.market.fetch import CandleFeed
+from backtest_kit.market.history import History
+from backtest_kit.model.event import (
+    BreakevenReached,
+    EntryCancelled,
+    EntryScheduled,
+    EntryWaiting,
+    Event,
+    FallReached,
+    Identity,
+    LevelReached,
+    PeakReached,
+    PositionActive,
+    PositionClosed,
+    PositionOpened,
+    Progress,
+    RiskRejected,
+)
+from backtest_kit.model.interval import MINUTE_MS, iso
+from backtest_kit.model.position import RestingEntry, Trade
+from backtest_kit.model.signal import Signal
+from backtest_kit.run.context import Context
+from backtest_kit.run.cron import Cron
+from backtest_kit.run.desk import Desk
+from backtest_kit.run.risk import RiskSeat
+from backtest_kit.run.schema import FrameSchema, RiskSchema, StrategySchema
+from backtest_kit.settings import Settings
+
+Gaps = Literal["error", "fill"]
+
+_ON_DEMAND: Final = (
+    PositionActive,
+    EntryWaiting,
+    LevelReached,
+    BreakevenReached,
+    PeakReached,
+    FallReached,
+    Progress,
+)
+"""Events that are only made where somebody listens: each of them stops the skip-ahead more often."""
+# A replay rarely waits for anything: without a pause of its own it would starve every other task.
+_LONGEST_TURN_S: Final = 0.01
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One backtest, resolved: every name looked up, every option checked."""
+
+    identity: Identity
+    strategy: StrategySchema
+    risks: tuple[RiskSchema, ...]
+    frame: FrameSchema
+    settings: Settings
+    rules: Rules
+    gaps: Gaps
+
+
+class Control:
+    """What a running backtest and its handle tell each other."""
+
+    __slots__ = ("histories", "paused", "stopping", "trades", "when_ms")
+
+    def __init__(self, start_ms: int) -> None:
+        self.stopping = False
+        self.paused = False
+        self.when_ms = start_ms
+        self.histories: dict[str, History] = {}
+        """What has been read so far, by symbol."""
+        self.trades: list[Trade] = []
+
+
+class Replay:
+    """A replay in progress. `events` walks through it, once."""
+
+    def __init__(
+        self, job: Job, control: Control, feed: CandleFeed, bus: EventBus, cron: Cron, seat: RiskSeat | None
+    ) -> None:
+        self._job = job
+        self._control = control
+        self._feed = feed
+        self._bus = bus
+        self._cron = cron
+        self._seat = seat
+        self._desk = Desk(job.rules)
+        self._scope = (job.identity.frame_name, job.identity.mode)
+        self._wanted: Wanted = frozenset()
+        self._bus_version = -1
+        self._percent = -1
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Every event of a position's life, as it happens; handlers have been told before it is yielded."""
+        frame, rules, symbol = self._job.frame, self._job.rules, self._job.identity.symbol
+        desk, control, cron = self._desk, self._control, self._cron
+        history = await self._history_of(symbol)
+        cron.begin(self._scope)
+        try:
+            when_ms = frame.start_ms - MINUTE_MS
+            turn_ends = time.perf_counter() + _LONGEST_TURN_S
+            while when_ms < frame.stop_ms:
+                if control.stopping and self._wind_up():
+                    return
+                wanted = self._look_who_listens()
+                columns = _columns(history)
+                until_ms = next_minute(desk.state, columns, when_ms, rules, wanted)
+                boundary_ms = cron.next_boundary(when_ms, symbol)
+                if boundary_ms is not None:
+                    until_ms = min(until_ms, boundary_ms)
+                desk.state = coast(desk.state, columns, when_ms, until_ms, rules)
+                desk.tick = columns.tick(until_ms)
+                control.when_ms = when_ms = until_ms
+                if self._seat is not None:
+                    await self._seat.turn(when_ms)
+                if when_ms == boundary_ms:
+                    await cron.fire(when_ms, self._scope, symbol, self._context())
+                async for event in self._minute(wanted):
+                    yield event
+                if time.perf_counter() >= turn_ends:
+                    await asyncio.sleep(0)
+                    turn_ends = time.perf_counter() + _LONGEST_TURN_S
+        finally:
+            cron.end(self._scope)
+
+    async def _minute(self, wanted: Wanted) -> AsyncIterator[Event]:
+        """Act at the minute that the desk shows."""
+        desk, rules = self._desk, self._job.rules
+        happened: Iterable[Event] = ()
+        if not isinstance(desk.state, Flat):
+            await self._check_activation()
+            desk.state, happened = step(desk.state, desk.tick, rules, wanted)
+        elif not self._control.paused and decision_due(desk.state, desk.tick.when_ms, rules):
+            signal, rejected = await self._decide()
+            desk.state, admitted = admit(desk.state, signal, desk.tick, rules)
+            happened = (*rejected, *admitted)
+        for event in happened:
+            async for each in self._tell(event):
+                yield each
+        if self._job.strategy.manage is not None and not isinstance(desk.state, Flat):
+            answer = self._job.strategy.manage(self._context())
+            if inspect.isawaitable(answer):
+                await answer
+            async for each in self._tell_commands():
+                yield each
+        if Progress in wanted:
+            await self._tell_progress()
+
+    async def _tell(self, event: Event) -> AsyncIterator[Event]:
+        """Count an event, hand it to its listeners, and go on with what their commands have caused."""
+        self._account(event)
+        await self._bus.emit(event, self._context())
+        if not isinstance(event, _ON_DEMAND):
+            yield event
+        async for each in self._tell_commands():
+            yield each
+
+    async def _tell_commands(self) -> AsyncIterator[Event]:
+        for caused in self._desk.take_events():
+            async for each in self._tell(caused):
+                yield each
+
+    def _account(self, event: Event) -> None:
+        if isinstance(event, PositionClosed):
+            self._control.trades.append(event.trade)
+        if self._seat is None:
+            return
+        if isinstance(event, PositionOpened):
+            self._seat.hold(event.position)
+        elif isinstance(event, EntryScheduled):
+            self._seat.hold(event.entry)
+        elif isinstance(event, PositionClosed | EntryCancelled):
+            self._seat.release()
+
+    async def _tell_progress(self) -> None:
+        frame, when_ms = self._job.frame, self._desk.tick.when_ms
+        fraction = (when_ms - frame.start_ms) / (frame.stop_ms - frame.start_ms)
+        if int(fraction * 100) > self._percent:
+            self._percent = int(fraction * 100)
+            progress = Progress(identity=self._job.identity, when_ms=when_ms, fraction=fraction)
+            await self._bus.emit(progress, self._context())
+
+    def _wind_up(self) -> bool:
+        """Told to stop: true if nothing is held; a resting entry is given up, a position goes on to its end."""
+        desk = self._desk
+        if isinstance(desk.state, Resting):
+            desk.state = msgspec.structs.replace(desk.state, order="cancel")
+        return isinstance(desk.state, Flat)
+
+    def _look_who_listens(self) -> Wanted:
+        if self._bus_version != self._bus.version:
+            self._bus_version = self._bus.version
+            identity = self._job.identity
+            wanted = {
+                kind
+                for kind in _ON_DEMAND
+                if self._bus.wanted(kind, symbol=identity.symbol, strategy_name=identity.strategy_name)
+            }
+            if self._job.strategy.manage is not None:
+                wanted |= {PositionActive, EntryWaiting}
+            self._wanted = frozenset(wanted)
+        return self._wanted
+
+    async def _check_activation(self) -> None:
+        """A resting entry that is reached asks its risk profiles once more: the world has moved on since."""
+        desk = self._desk
+        if self._seat is None or not isinstance(desk.state, Resting):
+            return
+        if activates(desk.state, desk.tick, self._job.rules):
+            entry = desk.state.entry
+            refusal = await self._seat.refusal(_as_signal(entry), desk.tick.price, desk.tick.when_ms)
+            if refusal is not None:
+                desk.state = msgspec.structs.replace(desk.state, order="cancel")
+
+    async def _decide(self) -> tuple[Signal | None, tuple[RiskRejected, ...]]:
+        """Ask the strategy, check its answer and ask the risk profiles about it."""
+        identity, tick = self._job.identity, self._desk.tick
+        signal = await self._ask()
+        if signal is None:
+            return None, ()
+        check_signal(signal, identity, tick.price, tick.when_ms, self._job.settings)
+        refusal = None if self._seat is None else await self._seat.refusal(signal, tick.price, tick.when_ms)
+        if refusal is None:
+            return signal, ()
+        rejected = RiskRejected(
+            identity=identity,
+            when_ms=tick.when_ms,
+            price=tick.price,
+            signal=signal,
+            risk_name=refusal[0],
+            reason=refusal[1],
+        )
+        return None, (rejected,)
+
+    async def _ask(self) -> Signal | None:
+        strategy, context = self._job.strategy, self._context()
+        seconds = self._job.settings.CC_MAX_SIGNAL_GENERATION_SECONDS
+        answer: object = strategy.get_signal(context)
+        if inspect.isawaitable(answer):
+            deadline = asyncio.timeout(seconds)
+            try:
+                async with deadline:
+                    answer = await answer
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+                raise UserError(
+                    f"get_signal of strategy {strategy.name!r} took longer than {seconds:g} s for "
+                    f"{context.symbol} at {iso(context.when_ms)}: raise CC_MAX_SIGNAL_GENERATION_SECONDS or do less"
+                ) from None
+        if answer is None or isinstance(answer, Signal):
+            return answer
+        raise UserError(
+            f"get_signal of strategy {strategy.name!r} returned {answer!r} for {context.symbol} at "
+            f"{iso(context.when_ms)}: return a backtest_kit.Signal or None"
+        )
+
+    def _context(self) -> Context:
+        return Context(self._job.identity, self._desk, self._history_of)
+
+    async def _history_of(self, symbol: str) -> History:
+        histories, frame = self._control.histories, self._job.frame
+        if symbol not in histories:
+            histories[symbol] = await History.load(
+                self._feed,
+                symbol,
+                frame.start_ms,
+                frame.stop_ms,
+                gaps=self._job.gaps,
+                price_window=self._job.settings.CC_AVG_PRICE_CANDLES_COUNT,
+            )
+        return histories[symbol]
+
+
+def _as_signal(entry: RestingEntry) -> Signal:
+    return Signal(
+        position=entry.position,
+        price_take_profit=entry.price_take_profit,
+        price_stop_loss=entry.price_stop_loss,
+        price_open=entry.price_open,
+        minutes=entry.minutes,
+        cost=entry.cost,
+        note=entry.note,
+        id=entry.signal_id,
+    )
+
+
+def _columns(history: History) -> Columns:
+    candles = history.candles
+    return Columns(history.first_ms, history.prices, candles.open, candles.high, candles.low, candles.close)
