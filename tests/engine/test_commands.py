@@ -7,8 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from backtest_kit.engine import commands
 from backtest_kit.engine.commands import Refused
@@ -240,4 +239,5 @@ def test_money_is_conserved_over_any_sequence_of_commands(
         expected, rel=1e-9, abs=1e-9 * cost_in
     )
     trade = close_trade(position, "closed", last, 99, SETTINGS, "by hand")
-    assert (trade.pnl_cost, trade.close_note) == (pytest.approx(expected, rel=1e-9, abs=1e-9 * cost_in), "by hand")
+    assert trade.pnl_cost == pytest.approx(expected, rel=1e-9, abs=1e-9 * cost_in)
+    assert trade.close_note == "by hand"

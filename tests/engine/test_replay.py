@@ -8,16 +8,28 @@ import msgspec
 import numpy as np
 from hypothesis import given, settings, strategies as st
 
+from backtest_kit.engine import commands
 from backtest_kit.engine.replay import Columns, coast, next_minute
-from backtest_kit.engine.step import Fill, Flat, Rules, State, admit, decision_due, step
-from backtest_kit.model.event import Event, Identity
+from backtest_kit.engine.step import Fill, Flat, Holding, Resting, Rules, State, Wanted, admit, decision_due, step
+from backtest_kit.model.event import (
+    BreakevenReached,
+    EntryWaiting,
+    Event,
+    FallReached,
+    Identity,
+    LevelReached,
+    MarketEvent,
+    PeakReached,
+    PositionActive,
+)
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Direction
 from backtest_kit.model.signal import Signal
-from backtest_kit.settings import Settings
+from backtest_kit.settings import Settings, with_settings
 
 M = MINUTE_MS
 START = 1_704_067_200_000 + 7 * M
+SETTINGS = with_settings(Settings(), {"CC_MAX_SIGNAL_LIFETIME_MINUTES": "inf"})
 IDENTITY = Identity("BTCUSDT", "trend", "binance", "jan", "backtest")
 
 
@@ -50,24 +62,55 @@ def answer(seed: int, when_ms: int, price: float) -> Signal | None:
     )
 
 
-def run(columns: Columns, rules: Rules, seed: int, *, skip: bool) -> tuple[list[Event], State, int]:
+def command(seed: int, state: State, event: Event) -> State:
+    """A handler without memory: what it does depends on the minute and the event alone."""
+    rng = np.random.default_rng((seed, event.when_ms // M, len(event.action)))
+    what = rng.choice(["", "close", "reduce", "add", "stop", "take", "cancel", "activate"])
+    if isinstance(state, Resting) and what in ("cancel", "activate") and not state.order:
+        return msgspec.structs.replace(state, order=what)
+    if not isinstance(state, Holding) or not isinstance(event, MarketEvent) or state.closing is not None:
+        return state
+    position, price, when = state.position, event.price, event.when_ms
+    if what == "close":
+        return msgspec.structs.replace(state, closing="")
+    to = price * (1 + rng.uniform(-0.01, 0.01))
+    try:
+        if what == "reduce":
+            position = commands.reduce(position, price, when, percent=float(rng.uniform(5, 60)))
+        elif what == "add":
+            position = commands.add(position, price, when, 50, SETTINGS)
+        elif what == "stop":
+            position = commands.move_stop(position, price, to, SETTINGS)
+        elif what == "take":
+            position = commands.move_take(position, price, to, SETTINGS)
+    except commands.Refused:
+        return state
+    return msgspec.structs.replace(state, position=position)
+
+
+def run(
+    columns: Columns, rules: Rules, seed: int, *, skip: bool, wanted: Wanted = frozenset()
+) -> tuple[list[Event], State, int]:
     events: list[Event] = []
     state: State = Flat()
     when, visited = START - M, 0
     while when < rules.stop_ms:
-        until = next_minute(state, columns, when, rules) if skip else when + M
+        until = next_minute(state, columns, when, rules, wanted) if skip else when + M
         if skip:
             state = coast(state, columns, when, until, rules)
         when = until
         visited += 1
         tick = columns.tick(when)
         if not isinstance(state, Flat):
-            state, happened = step(state, tick, rules)
+            state, happened = step(state, tick, rules, wanted)
         elif decision_due(state, when, rules):
             state, happened = admit(state, answer(seed, when, tick.price), tick, rules)
         else:
             continue
         events += happened
+        if wanted:
+            for event in happened:
+                state = command(seed, state, event)
     return events, state, visited
 
 
@@ -79,19 +122,27 @@ def run(columns: Columns, rules: Rules, seed: int, *, skip: bool) -> tuple[list[
     fill=st.sampled_from(["vwap", "ohlc"]),
     interval=st.sampled_from([1, 5, 15, 60]),
     grid=st.sampled_from([1, 3, 60]),
+    wanted=st.frozensets(
+        st.sampled_from([PositionActive, EntryWaiting, PeakReached, FallReached, LevelReached, BreakevenReached])
+    ),
 )
-def test_skipping_changes_nothing(seed: int, minutes: int, sigma: float, fill: Fill, interval: int, grid: int) -> None:
+def test_skipping_changes_nothing(
+    seed: int, minutes: int, sigma: float, fill: Fill, interval: int, grid: int, wanted: Wanted
+) -> None:
+    """Whatever is listened to, and whatever the listeners then command."""
     columns = market(seed, minutes, sigma)
     rules = Rules(
         identity=IDENTITY,
-        settings=Settings(),
+        settings=SETTINGS,
         fill=fill,
         interval_ms=interval * M,
         start_ms=START,
         grid_ms=grid * M,
         stop_ms=START + (minutes - 6) * M,
     )
-    assert run(columns, rules, seed, skip=True)[:2] == run(columns, rules, seed, skip=False)[:2]
+    skipped = run(columns, rules, seed, skip=True, wanted=wanted)
+    visited = run(columns, rules, seed, skip=False, wanted=wanted)
+    assert skipped[:2] == visited[:2]
 
 
 def test_skipping_visits_few_minutes() -> None:

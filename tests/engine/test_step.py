@@ -8,8 +8,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State, Tick, admit, decision_due, step
-from backtest_kit.model.event import EntryCancelled, EntryScheduled, Event, Identity, PositionClosed, PositionOpened
+from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State, Tick, activates, admit, decision_due, step
+from backtest_kit.model.event import (
+    BreakevenReached,
+    EntryCancelled,
+    EntryScheduled,
+    EntryWaiting,
+    Event,
+    FallReached,
+    Identity,
+    LevelReached,
+    PeakReached,
+    PositionActive,
+    PositionClosed,
+    PositionOpened,
+)
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Position, Trade
 from backtest_kit.model.signal import Signal
@@ -234,6 +247,86 @@ def test_a_resting_entry_ends_with_the_frame() -> None:
     assert cancelled(state, tick(5, 101.0, low=100), rules).reason == "frame_end"
 
 
+ALL = frozenset({PositionActive, EntryWaiting, PeakReached, FallReached, LevelReached, BreakevenReached})
+
+
+def happened(state: State, at: Tick, wanted: frozenset[type[Event]] = ALL) -> tuple[State, list[str]]:
+    after, events = step(state, at, RULES, wanted)
+    names = [f"{event.side} {event.level}" if isinstance(event, LevelReached) else event.action for event in events]
+    return after, names
+
+
+@pytest.mark.parametrize(
+    ("signal", "prices"),
+    [
+        (Signal("long", 110, 90), (100.0, 100.5, 100.61, 103.1, 102.0, 98.9, 99.0, 97.0, 109.9)),
+        (Signal("short", 90, 110), (100.0, 99.5, 99.39, 96.9, 98.0, 101.1, 101.0, 103.0, 90.1)),
+    ],
+)
+def test_a_minute_reports_what_it_brought_in_a_fixed_order(signal: Signal, prices: tuple[float, ...]) -> None:
+    state: State = opened(signal)
+    told = []
+    for minute, price in enumerate(prices, start=1):
+        state, names = happened(state, tick(minute, price))
+        told.append(names)
+    assert told == [
+        ["active"],
+        ["peak", "active"],
+        ["peak", "active", "breakeven"],
+        ["peak", "active", "profit 10", "profit 20", "profit 30"],
+        ["active"],
+        ["fall", "active", "loss 10"],
+        ["active"],
+        ["fall", "active", "loss 20", "loss 30"],
+        ["peak", "active", "profit 40", "profit 50", "profit 60", "profit 70", "profit 80", "profit 90"],
+    ]
+
+
+def test_nothing_is_reported_that_nobody_wants_but_all_is_remembered() -> None:
+    state, names = happened(opened(Signal("long", 110, 90)), tick(1, 105.0), frozenset())
+    assert names == []
+    assert isinstance(state, Holding)
+    assert (state.position.profit_level, state.position.breakeven_reached) == (50, True)
+    assert happened(state, tick(2, 105.5), frozenset({LevelReached, BreakevenReached}))[1] == []
+
+
+def test_a_command_to_close_comes_before_everything_else() -> None:
+    state = msgspec.structs.replace(opened(LONG), closing="enough")
+    trade = closed(state, tick(60, 105))
+    assert (trade.close_reason, trade.price_close, trade.close_note) == ("closed", 105, "enough")
+
+
+def test_moved_levels_are_the_ones_in_force() -> None:
+    state = opened(Signal("long", 110, 90))
+    moved = msgspec.structs.replace(state.position, moved_stop_loss=99.0, moved_take_profit=104.0)
+    state = msgspec.structs.replace(state, position=moved)
+    holds(state, tick(1, 99.1))
+    stopped, taken = closed(state, tick(1, 98.0)), closed(state, tick(1, 105.0))
+    assert (stopped.price_close, stopped.price_stop_loss, stopped.original_price_stop_loss) == (99, 99, 90)
+    assert (taken.price_close, taken.price_take_profit, taken.original_price_take_profit) == (104, 104, 110)
+
+
+def test_commands_to_a_resting_entry_are_carried_out_at_the_next_minute() -> None:
+    state = resting(WAITING_LONG, 101.0)
+    assert cancelled(msgspec.structs.replace(state, order="cancel"), tick(1, 100.0, low=99)).reason == "user"
+    after, (event,) = step(msgspec.structs.replace(state, order="activate"), tick(1, 101.5), RULES)
+    assert isinstance(event, PositionOpened)
+    assert isinstance(after, Holding)
+    assert (after.position.price_open, after.position.opened_at_ms) == (101.5, T + M)
+    beyond = msgspec.structs.replace(state, order="activate")
+    assert cancelled(beyond, tick(1, 102.5)).reason == "price_reject"
+
+
+def test_waiting_is_reported_where_it_is_wanted() -> None:
+    state = resting(WAITING_LONG, 101.0)
+    assert happened(state, tick(1, 101.0)) == (state, ["waiting"])
+    assert happened(state, tick(1, 101.0), frozenset()) == (state, [])
+    assert activates(state, tick(1, 101.0, low=100), RULES)
+    assert not activates(state, tick(1, 101.0), RULES)
+    assert not activates(state, tick(1, 101.0, low=98), RULES)
+    assert not activates(state, tick(120, 101.0, low=100), RULES)
+
+
 def test_ids_are_made_from_the_run_and_the_minute() -> None:
     def id_of(rules: Rules, minute: int = 0) -> str:
         state, _ = admit(Flat(), LONG, tick(minute, 100), rules)
@@ -258,6 +351,7 @@ def test_ids_are_made_from_the_run_and_the_minute() -> None:
 
 def test_events_say_where_they_belong() -> None:
     _, events = admit(Flat(), LONG, tick(0, 100), RULES)
-    event: Event = events[0]
+    (event,) = events
+    assert isinstance(event, PositionOpened)
     assert (event.symbol, event.action, event.when_ms, event.price) == ("BTCUSDT", "opened", T, 100)
     assert event.when.isoformat() == "2024-01-01T00:00:00+00:00"

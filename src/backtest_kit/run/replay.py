@@ -98,7 +98,6 @@ class Replay:
         self._cron = cron
         self._seat = seat
         self._desk = Desk(job.rules)
-        self._scope = (job.identity.frame_name, job.identity.mode)
         self._wanted: Wanted = frozenset()
         self._bus_version = -1
         self._percent = -1
@@ -108,7 +107,7 @@ class Replay:
         frame, rules, symbol = self._job.frame, self._job.rules, self._job.identity.symbol
         desk, control, cron = self._desk, self._control, self._cron
         history = await self._history_of(symbol)
-        cron.begin(self._scope)
+        cron.begin(self._job.identity)
         try:
             when_ms = frame.start_ms - MINUTE_MS
             turn_ends = time.perf_counter() + _LONGEST_TURN_S
@@ -127,14 +126,14 @@ class Replay:
                 if self._seat is not None:
                     await self._seat.turn(when_ms)
                 if when_ms == boundary_ms:
-                    await cron.fire(when_ms, self._scope, symbol, self._context())
+                    await cron.fire(when_ms, self._job.identity, self._context())
                 async for event in self._minute(wanted):
                     yield event
                 if time.perf_counter() >= turn_ends:
                     await asyncio.sleep(0)
                     turn_ends = time.perf_counter() + _LONGEST_TURN_S
         finally:
-            cron.end(self._scope)
+            cron.end(self._job.identity)
 
     async def _minute(self, wanted: Wanted) -> AsyncIterator[Event]:
         """Act at the minute that the desk shows."""
