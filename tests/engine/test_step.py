@@ -247,7 +247,7 @@ def test_a_resting_entry_ends_with_the_frame() -> None:
     assert cancelled(state, tick(5, 101.0, low=100), rules).reason == "frame_end"
 
 
-ALL = frozenset({PositionActive, EntryWaiting, PeakReached, FallReached, LevelReached, BreakevenReached})
+ALL: frozenset[type[Event]] = frozenset({PositionActive, EntryWaiting, PeakReached, FallReached, LevelReached, BreakevenReached})
 
 
 def happened(state: State, at: Tick, wanted: frozenset[type[Event]] = ALL) -> tuple[State, list[str]]:

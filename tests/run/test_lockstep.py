@@ -43,10 +43,9 @@ def test_all_acts_are_in_order_of_time_then_of_joining(plans: list[list[int]], s
 async def test_a_member_that_is_cancelled_holds_nobody_up() -> None:
     lockstep = Lockstep()
     first, second, third = (lockstep.join(0) for _ in range(3))
-    await lockstep.turn(first, 5)
     waiting = asyncio.create_task(lockstep.turn(second, 6))
     late = asyncio.create_task(lockstep.turn(third, 7))
-    await asyncio.sleep(0)
+    await asyncio.wait_for(lockstep.turn(first, 5), 1)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting

@@ -8,9 +8,14 @@ from typing import Annotated
 
 import typer
 
-from backtest_kit.errors import BacktestKitError, Conflict, UserError
+from backtest_kit.errors import BacktestKitError, Conflict, LookAhead, UserError
 
-EXIT_BY_ERROR: tuple[tuple[type[BacktestKitError], int], ...] = ((UserError, 2), (Conflict, 3), (BacktestKitError, 1))
+EXIT_BY_ERROR: tuple[tuple[type[BacktestKitError], int], ...] = (
+    (UserError, 2),
+    (LookAhead, 2),
+    (Conflict, 3),
+    (BacktestKitError, 1),
+)
 
 app = typer.Typer(
     name="backtest-kit",

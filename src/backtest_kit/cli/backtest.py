@@ -18,7 +18,7 @@ from backtest_kit.cli.strategy_file import load_strategy_file, strategy_failure
 from backtest_kit.engine.step import Fill
 from backtest_kit.errors import UserError
 from backtest_kit.market.sources import CandleSource
-from backtest_kit.model.interval import iso
+from backtest_kit.model.interval import MINUTE_MS, iso
 from backtest_kit.report import Results
 from backtest_kit.run.backtest import BacktestHandle
 from backtest_kit.run.replay import Gaps
@@ -43,12 +43,15 @@ def run_backtest(
     """Load the file, replay every symbol, print the outcome and write the reports."""
     kit = default_kit
     kit.dump = dump
+    _make_dump(dump)
     load_strategy_file(strategy_file)
     strategy = _pick("strategy", strategy_name, [each.name for each in kit.list_strategy_schemas()], strategy_file)
     exchanges = [each.name for each in kit.list_exchange_schemas()]
     source: CandleSource | None
     if candles is not None:
         exchange = _pick("exchange", exchange_name, exchanges, strategy_file) if exchanges else "file"
+        if exchanges and exchange not in exchanges:
+            raise UserError(f"exchange {exchange!r} is not registered (registered: {', '.join(exchanges)})")
         source = _file_source(candles)
         kit.add_exchange_schema(exchange, source=source, replace=True)
     else:
@@ -72,9 +75,17 @@ def run_backtest(
 
     try:
         results = asyncio.run(run_all())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise strategy_failure(error, strategy_file) from error
     _show(results, trades_shown)
+
+
+def _make_dump(dump: Path) -> None:
+    """Find out before the work, not after it, that its reports have no place."""
+    try:
+        (dump / "backtest").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--dump {dump} cannot be written to ({error.strerror}): name another directory") from None
 
 
 async def _watch(handles: Sequence[BacktestHandle]) -> Results:
@@ -126,7 +137,8 @@ def _frame(asked: str | None, source: CandleSource | None, symbol: str, strategy
         return registered[0]
     if asked is None:
         there = asyncio.run(source.range(symbol)) if source else None
-        example = "2022-01-01..2022-02-01" if there is None else "..".join(iso(each) for each in there)
+        lead_ms = kit.get_config().CC_AVG_PRICE_CANDLES_COUNT * MINUTE_MS
+        example = "2022-01-01..2022-02-01" if there is None else f"{iso(there[0] + lead_ms)}..{iso(there[1])}"
         known = f"choose with --frame {' or '.join(registered)}, or give" if registered else "give"
         raise UserError(
             f"which frame? Strategy file {strategy_file} registers {len(registered)}: "
@@ -135,6 +147,9 @@ def _frame(asked: str | None, source: CandleSource | None, symbol: str, strategy
     if ".." in asked and asked not in registered:
         start, _, end = asked.partition("..")
         kit.add_frame_schema(asked, start_date=start, end_date=end)
+    elif asked not in registered:
+        known = f"{', '.join(registered)}, or " if registered else ""
+        raise UserError(f"frame {asked!r} is not registered: give {known}two dates such as 2022-01-01..2022-02-01")
     return asked
 
 
@@ -154,25 +169,26 @@ def _show(results: Results, trades_shown: int) -> None:
 
 def _origin(results: Results) -> str:
     used, fetched = sum(each.candles_used for each in results), sum(each.candles_fetched for each in results)
-    if not fetched:
-        return f"Candles: all {used:,} from the cache."
-    return f"Candles: {used:,}, {fetched:,} of them from the source."
+    if fetched in (0, used):
+        return f"Candles: all {used:,} from the {'source' if fetched else 'cache'}."
+    return f"Candles: {used:,}, {fetched:,} of them from the source and the others from the cache."
 
 
 def _trades_table(results: Results, shown: int) -> Table:
     trades = results.trades
     title = f"{len(trades)} trades" if len(trades) <= shown else f"The last {shown} of {len(trades)} trades"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for heading in ("Symbol", "Side", "Opened", "Closed", "Reason"):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("Symbol", "Side", "Opened", "Held", "Reason"):
         table.add_column(heading, no_wrap=True)
     for heading in ("Open", "Close", "PnL %"):
         table.add_column(heading, no_wrap=True, justify="right")
     for trade in trades[-shown:]:
+        hours, minutes = divmod((trade.closed_at_ms - trade.opened_at_ms) // MINUTE_MS, 60)
         table.add_row(
             Text(trade.symbol),
             trade.position,
-            f"{trade.opened_at:%m-%d %H:%M}",
-            f"{trade.closed_at:%m-%d %H:%M}",
+            f"{trade.opened_at:%Y-%m-%d %H:%M}",
+            f"{hours}h{minutes:02}",
             trade.close_reason,
             f"{trade.price_open:.6g}",
             f"{trade.price_close:.6g}",

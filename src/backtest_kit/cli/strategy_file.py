@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from pathlib import Path
 
@@ -42,35 +43,37 @@ def load_strategy_file(path: Path) -> None:
         raise StrategyFailed(_explain(error, f"strategy file {path} raised")) from error
 
 
-def strategy_failure(error: Exception, path: Path) -> Exception:
+def strategy_failure(error: BaseException, path: Path) -> Exception:
     """What to show for an error that ended a run: our errors as they are, the user's with his frames."""
+    if not isinstance(error, BacktestKitError):
+        return StrategyFailed(_explain(error, f"strategy file {path} raised"))
+    if error.__cause__ is not None and _own_frames(error.__cause__):
+        return StrategyFailed(f"error: {error}\n{_told(error.__cause__)}")
     own = _own_frames(error)
-    if isinstance(error, BacktestKitError):
-        if not own:
-            return error
-        last = own[-1]
-        return type(error)(f"{error} ({last.filename}, line {last.lineno}, in {last.name})", outcome=error.outcome)
-    return StrategyFailed(_explain(error, f"strategy file {path} raised"))
+    if not own:
+        return error
+    last = own[-1]
+    return type(error)(f"{error} ({last.filename}, line {last.lineno}, in {last.name})", outcome=error.outcome)
 
 
 def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
     """The frames of the user's code: neither ours nor the interpreter's or an installed package's."""
-    prefixes = (_PACKAGE, sys.prefix, sys.base_prefix, "<frozen")
-    working = str(Path.cwd())
-    return [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(prefixes)
-        or (
-            frame.filename.startswith(working)
-            and "site-packages" not in frame.filename
-            and not frame.filename.startswith(_PACKAGE)
-        )
-    ]
+    paths = sysconfig.get_paths()
+    others = ("<frozen", _PACKAGE, *(paths[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib")))
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
 
 
 def _explain(error: BaseException, headline: str) -> str:
+    return f"error: {headline} {type(error).__name__}\n{_told(error)}"
+
+
+def _told(error: BaseException) -> str:
+    """The error with the user's frames, and before it what it was raised from or while handling."""
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    parts = [f"{_told(before)}\n\nand then:\n"] if before is not None else []
     frames = "".join(traceback.format_list(_own_frames(error)))
-    what = "".join(traceback.format_exception_only(error)).strip()
-    where = f"in your code:\n{frames}" if frames else ""
-    return f"error: {headline} {type(error).__name__}\n{where}{what}"
+    parts.append(f"in your code:\n{frames}" if frames else "")
+    parts += traceback.format_exception_only(error)
+    if isinstance(error, BaseExceptionGroup):
+        parts += [f"\n{_told(each)}" for each in error.exceptions]
+    return "".join(parts).rstrip()

@@ -22,6 +22,10 @@ GapRule = Literal["error", "fill"]
 
 _STORE_BATCH: Final = 20_000
 """Fetched candles that are stored together: a long download that is killed loses no more than these."""
+_NO_USE_RETRYING: Final = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, SyntaxError, TypeError),
+)
+"""Errors of the source's code: another attempt would meet them again."""
 _PUBLISHING_MS: Final = 5 * MINUTE_MS
 """How late an exchange may be with a candle before it counts as missing."""
 
@@ -180,13 +184,13 @@ class CandleFeed:
             try:
                 page = await self._source.fetch(symbol, "1m", start_ms, stop_ms)
                 break
-            except UserError:
+            except (UserError, *_NO_USE_RETRYING):
                 raise
             except Exception as error:
                 if attempt == attempts:
                     raise RetryLater(
                         f"{self._exchange_name}: the candles of {symbol} from {iso(start_ms)} could not be fetched "
-                        f"in {attempts} attempts: {error}"
+                        f"in {attempts} attempts: {type(error).__name__}: {error}"
                     ) from error
             await asyncio.sleep(self._settings.CC_GET_CANDLES_RETRY_DELAY_MS / 1000)
         if not isinstance(page, CandleSeries):

@@ -25,7 +25,8 @@ class Signal(msgspec.Struct, frozen=True, rename="camel"):
     """In quote currency; None takes CC_POSITION_ENTRY_COST."""
     note: str = ""
     id: str | None = None
-    """Name of the position to be; None makes one from strategy, symbol and time."""
+    """Name of the position to be; None makes one from strategy, symbol and time. A signal with the id of the
+    position before it is ignored: one idea is not acted on twice."""
 
     @classmethod
     def bracket(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -44,10 +44,12 @@ class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=T
     """Closed positions, oldest first."""
     chart: CandleSeries
     """The candles of the frame, coarse enough to draw."""
-    gaps_filled: int = 0
-    """Missing minutes that were filled with flat candles."""
+    gaps_filled: Mapping[str, int] = msgspec.field(default_factory=dict)
+    """Missing minutes that were filled with flat candles, by symbol; other symbols that were read included."""
     candles_used: int = 0
     """Minutes that were read, history before the frame included."""
+    stopped: bool = False
+    """Whether it was told to stop before the frame's end; `stop_ms` is then the minute it came to."""
     candles_fetched: int = 0
     """Those of them that came from the source; the others were in the cache."""
     report_path: Path = Path("dump/backtest")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import combinations, groupby
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from backtest_kit.model.interval import MINUTE_MS, iso
@@ -228,10 +228,23 @@ def remarks(results: Results) -> list[str]:
         sentences.append(f"{subject} still open at the end of the frame (close reason frame_end): {total}")
     names = result_names(results)
     for result in results:
-        if result.gaps_filled:
-            subject = "1 missing minute" if result.gaps_filled == 1 else f"{result.gaps_filled} missing minutes"
-            verb = "was" if result.gaps_filled == 1 else "were"
-            sentences.append(f"{subject} of {names[id(result)]} {verb} filled with flat candles of no volume")
+        for symbol, count in sorted(result.gaps_filled.items()):
+            asker = "" if symbol == result.symbol else f", read by {names[id(result)]},"
+            subject = "1 missing minute" if count == 1 else f"{count:,} missing minutes"
+            share = count / max(1, result.candles_used) * 100
+            verb = "was" if count == 1 else "were"
+            sentences.append(
+                f"{subject} of {symbol}{asker} {verb} filled with flat candles of no volume ({share:.2g} % of all)"
+            )
+        if result.stopped:
+            sentences.append(f"{names[id(result)]} was stopped at {iso(result.stop_ms)}")
+    for first, second in combinations(results, 2):
+        if first.symbol != second.symbol and len(first.chart) and first.chart == second.chart:
+            sentences.append(f"{names[id(first)]} and {names[id(second)]} traded the very same candles")
+    if len(results) > 1:
+        sentences.append(
+            "The drawdown of the total takes each trade with the whole account, one after the other in order of close"
+        )
     return sentences
 
 

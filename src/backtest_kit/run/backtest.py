@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -17,7 +17,6 @@ from backtest_kit.market.price import resample
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.event import Event, Identity, RunDone, RunFailed
 from backtest_kit.model.interval import CANDLE_INTERVALS, DAY_MS, INTERVAL_MS, MINUTE_MS, floor_ms, interval_ms, iso
-from backtest_kit.report.result import BacktestResult
 from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
@@ -25,6 +24,9 @@ from backtest_kit.run.replay import Control, Gaps, Job, Replay
 from backtest_kit.run.risk import RiskBook, RiskSeat
 from backtest_kit.run.schema import Registry, check_name
 from backtest_kit.settings import Settings
+
+if TYPE_CHECKING:
+    from backtest_kit.report.result import BacktestResult
 
 _FILLS: Final = ("vwap", "ohlc")
 _GAPS: Final = ("error", "fill")
@@ -190,6 +192,8 @@ class BacktestRunner:
     async def _collect(self, job: Job, control: Control, seat: RiskSeat | None) -> BacktestResult:
         async for _ in self._replay(job, control, seat):
             pass
+        from backtest_kit.report.result import BacktestResult
+
         frame, histories = job.frame, control.histories
         candles = histories[job.identity.symbol].candles.between(frame.start_ms, frame.stop_ms)
         return BacktestResult(
@@ -198,10 +202,11 @@ class BacktestRunner:
             exchange_name=job.identity.exchange_name,
             frame_name=job.identity.frame_name,
             start_ms=frame.start_ms,
-            stop_ms=frame.stop_ms,
+            stop_ms=control.when_ms,
             trades=tuple(control.trades),
             chart=_chart(candles),
-            gaps_filled=sum(each.filled for each in histories.values()),
+            gaps_filled={name: each.filled for name, each in histories.items() if each.filled},
+            stopped=control.when_ms < frame.stop_ms,
             candles_used=sum(len(each.candles) for each in histories.values()),
             candles_fetched=sum(each.fetched for each in histories.values()),
             report_path=self._report_path(),

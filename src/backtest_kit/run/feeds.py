@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -13,10 +14,10 @@ from backtest_kit.settings import Settings
 
 
 class Feeds:
-    """One feed per exchange, shared by all runs so that no minute is fetched twice.
+    """One feed per exchange and event loop, shared by the runs on it so that no minute is fetched twice.
 
-    The last run to leave closes the sources: their connections belong to the event loop they were
-    opened on, and the next run may be on another.
+    The last run to leave a loop closes what the sources have opened there: a connection belongs to the
+    event loop it was opened on.
     """
 
     def __init__(
@@ -28,23 +29,31 @@ class Feeds:
         self._registry = registry
         self._store = store
         self._now_ms = now_ms
-        self._open: dict[tuple[str, Settings], tuple[CandleSource, CandleFeed]] = {}
-        self._users = 0
+        self._loops: dict[asyncio.AbstractEventLoop, _OnLoop] = {}
 
     @asynccontextmanager
     async def use(self, exchange_name: str, settings: Settings) -> AsyncIterator[CandleFeed]:
         """The feed of an exchange, for as long as the block runs."""
+        loop = asyncio.get_running_loop()
         source = self._registry.exchanges.get(exchange_name).source
-        key = (exchange_name, settings)
-        if key not in self._open or self._open[key][0] is not source:
-            self._open[key] = source, CandleFeed(exchange_name, source, self._store(), settings, self._now_ms)
-        feed = self._open[key][1]
-        self._users += 1
+        here = self._loops.setdefault(loop, _OnLoop())
+        key = (exchange_name, source, settings)
+        if key not in here.feeds:
+            here.feeds[key] = CandleFeed(exchange_name, source, self._store(), settings, self._now_ms)
+        here.users += 1
         try:
-            yield feed
+            yield here.feeds[key]
         finally:
-            self._users -= 1
-            if self._users == 0:
-                opened, self._open = self._open, {}
-                for source, _ in opened.values():
-                    await source.close()
+            here.users -= 1
+            if not here.users:
+                del self._loops[loop]
+                for each in {source for _, source, _ in here.feeds}:
+                    await each.close()
+
+
+class _OnLoop:
+    """The feeds of one event loop, and how many runs use them."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.feeds: dict[tuple[str, CandleSource, Settings], CandleFeed] = {}

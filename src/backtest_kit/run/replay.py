@@ -101,6 +101,7 @@ class Replay:
         self._wanted: Wanted = frozenset()
         self._bus_version = -1
         self._percent = -1
+        self._loading = asyncio.Lock()
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Every event of a position's life, as it happens; handlers have been told before it is yielded."""
@@ -144,6 +145,8 @@ class Replay:
             desk.state, happened = step(desk.state, desk.tick, rules, wanted)
         elif not self._control.paused and decision_due(desk.state, desk.tick.when_ms, rules):
             signal, rejected = await self._decide()
+            if self._control.stopping:
+                signal = None
             desk.state, admitted = admit(desk.state, signal, desk.tick, rules)
             happened = (*rejected, *admitted)
         for event in happened:
@@ -247,25 +250,30 @@ class Replay:
     async def _ask(self) -> Signal | None:
         strategy, context = self._job.strategy, self._context()
         seconds = self._job.settings.CC_MAX_SIGNAL_GENERATION_SECONDS
-        answer: object = strategy.get_signal(context)
-        if inspect.isawaitable(answer):
-            deadline = asyncio.timeout(seconds)
-            try:
+        asked = f"get_signal of strategy {strategy.name!r} for {context.symbol} at {iso(context.when_ms)}"
+        deadline = asyncio.timeout(seconds)
+        try:
+            answer: object = strategy.get_signal(context)
+            if inspect.isawaitable(answer):
                 async with deadline:
                     answer = await answer
-            except TimeoutError:
-                if not deadline.expired():
-                    raise
-                raise UserError(
-                    f"get_signal of strategy {strategy.name!r} took longer than {seconds:g} s for "
-                    f"{context.symbol} at {iso(context.when_ms)}: raise CC_MAX_SIGNAL_GENERATION_SECONDS or do less"
-                ) from None
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise UserError(
+                f"{asked} took longer than {seconds:g} s: raise CC_MAX_SIGNAL_GENERATION_SECONDS or do less"
+            ) from None
+        except (StopIteration, StopAsyncIteration, SystemExit) as error:
+            # Raised out of a coroutine, these would end loops and processes that are not the strategy's.
+            raise UserError(f"{asked} raised {type(error).__name__}") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise UserError(f"{asked} raised CancelledError, and nobody had cancelled it") from error
         if answer is None or isinstance(answer, Signal):
             return answer
-        raise UserError(
-            f"get_signal of strategy {strategy.name!r} returned {answer!r} for {context.symbol} at "
-            f"{iso(context.when_ms)}: return a backtest_kit.Signal or None"
-        )
+        raise UserError(f"{asked} returned {answer!r}: return a backtest_kit.Signal or None")
 
     def _context(self) -> Context:
         return Context(self._job.identity, self._desk, self._history_of)
@@ -273,14 +281,17 @@ class Replay:
     async def _history_of(self, symbol: str) -> History:
         histories, frame = self._control.histories, self._job.frame
         if symbol not in histories:
-            histories[symbol] = await History.load(
-                self._feed,
-                symbol,
-                frame.start_ms,
-                frame.stop_ms,
-                gaps=self._job.gaps,
-                price_window=self._job.settings.CC_AVG_PRICE_CANDLES_COUNT,
-            )
+            async with self._loading:
+                # Another reader may have loaded it while this one waited.
+                if symbol not in histories:
+                    histories[symbol] = await History.load(
+                        self._feed,
+                        symbol,
+                        frame.start_ms,
+                        frame.stop_ms,
+                        gaps=self._job.gaps,
+                        price_window=self._job.settings.CC_AVG_PRICE_CANDLES_COUNT,
+                    )
         return histories[symbol]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
 from typing import Generic, TypeVar
@@ -129,12 +130,9 @@ def strategy_schema(
 ) -> StrategySchema:
     name = check_name("strategy_name", strategy_name)
     interval_ms(interval, STRATEGY_INTERVALS, what=f"interval of strategy {name!r}")
-    if not callable(get_signal):
-        raise UserError(
-            f"get_signal of strategy {name!r} is {get_signal!r}: give a function of one argument, the context"
-        )
-    if manage is not None and not callable(manage):
-        raise UserError(f"manage of strategy {name!r} is {manage!r}: give a function of one argument, the context")
+    _check_takes_context(f"get_signal of strategy {name!r}", get_signal)
+    if manage is not None:
+        _check_takes_context(f"manage of strategy {name!r}", manage)
     if isinstance(risk_names, str):
         raise UserError(f"risk_names of strategy {name!r} is the text {risk_names!r}: give a list, or use risk_name")
     risks = (*((risk_name,) if risk_name else ()), *risk_names)
@@ -154,6 +152,17 @@ def risk_schema(risk_name: str, validations: Iterable[RiskValidation], note: str
     if not isinstance(given, list | tuple) or not all(callable(each) for each in given):
         raise UserError(f"validations of risk {name!r} is {given!r}: give a list of functions of one argument")
     return RiskSchema(name=name, validations=tuple(validations), note=note)
+
+
+def _check_takes_context(what: str, function: object) -> None:
+    if not callable(function):
+        raise UserError(f"{what} is {function!r}: give a function of one argument, the context")
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError as error:
+        raise UserError(f"{what} cannot be called with one argument, the context: {error}") from None
+    except ValueError:
+        return  # a builtin without a signature: only calling it will tell
 
 
 def check_name(what: str, value: object) -> str:

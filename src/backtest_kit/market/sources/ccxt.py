@@ -8,6 +8,7 @@ import importlib
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.market.sources.base import CandleSource
@@ -40,8 +41,7 @@ class CcxtSource(CandleSource):
         self._id = exchange_id
         self._options = options or {}
         self._given = client
-        self._own: Any = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._own: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
 
     async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
         step_ms = interval_ms(interval)
@@ -69,8 +69,8 @@ class CcxtSource(CandleSource):
         return int(first[0][0]), floor_ms(int(client.milliseconds()), MINUTE_MS)
 
     async def close(self) -> None:
-        client, self._own = self._own, None
-        if client is not None and self._loop is asyncio.get_running_loop():
+        client = self._own.pop(asyncio.get_running_loop(), None)
+        if client is not None:
             await client.close()
 
     def _client(self) -> Any:
@@ -78,9 +78,9 @@ class CcxtSource(CandleSource):
             return self._given
         loop = asyncio.get_running_loop()
         # A client holds the connections of its loop: a run in another loop needs another client.
-        if self._own is None or self._loop is not loop:
-            self._own, self._loop = _open_client(self._id, self._options), loop
-        return self._own
+        if loop not in self._own:
+            self._own[loop] = _open_client(self._id, self._options)
+        return self._own[loop]
 
     async def _market(self, client: Any, symbol: str) -> str:
         markets: dict[str, Any] = await self._call(client.load_markets)

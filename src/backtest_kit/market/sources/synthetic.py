@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from numbers import Real
 from typing import Final
 from zlib import crc32
 
@@ -37,6 +38,11 @@ def synthetic(seed: int = 7, *, start_price: float = _START_PRICE, sigma: float 
     Raises:
         UserError: `seed` is negative, `start_price` not above 0, or `sigma` not within 0 .. 0.005.
     """
+    given: tuple[object, ...] = (seed, start_price, sigma)
+    if not all(isinstance(each, Real) for each in given) or int(seed) != seed:
+        raise UserError(
+            f"synthetic({seed!r}, start_price={start_price!r}, sigma={sigma!r}): give numbers, and a whole seed"
+        )
     if seed < 0:
         raise UserError(f"seed is {seed}: give a whole number, 0 or above")
     if not 0 < start_price < math.inf:

@@ -96,7 +96,11 @@ class _File:
     def __init__(self, path: Path, read: Callable[[Path], tuple[_Table, str, int]]) -> None:
         self._path = path
         table, self._row_word, self._first_row = self._load(read)
-        found = {_plain(name): name for name in reversed(table.column_names)}
+        plain = [_plain(name) for name in table.column_names]
+        twice = sorted({name for name in plain if plain.count(name) > 1})
+        if twice:
+            raise UserError(f"{path} has more than one column {', '.join(twice)}: keep one of each")
+        found = dict(zip(plain, table.column_names, strict=True))
         names = self._column_names(table.column_names, found)
         if table.num_rows == 0:
             raise UserError(f"{path} has a header but no candle: give a file with rows")
