@@ -1,0 +1,198 @@
+"""Work at the boundaries of candles, in the time of the runs: once per boundary, however many symbols run."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Iterable
+from contextvars import ContextVar
+from datetime import datetime
+from typing import Final
+
+import msgspec
+
+from backtest_kit.errors import UserError
+from backtest_kit.events import Handler, Listener, as_listener
+from backtest_kit.model.event import Identity, Mode
+from backtest_kit.model.interval import floor_ms, interval_ms, iso, to_datetime
+from backtest_kit.run.schema import check_name
+
+
+class CronTick(msgspec.Struct, frozen=True, kw_only=True):
+    """A boundary that was reached."""
+
+    name: str
+    when_ms: int
+    """The boundary: now, in the time of the run."""
+    interval: str
+    identity: Identity
+    """The run that reached it first."""
+
+    @property
+    def when(self) -> datetime:
+        return to_datetime(self.when_ms)
+
+    @property
+    def symbol(self) -> str:
+        return self.identity.symbol
+
+
+class _Job(msgspec.Struct, frozen=True, eq=False, kw_only=True):
+    name: str
+    interval: str
+    step_ms: int
+    listener: Listener[CronTick]
+    symbols: frozenset[str] | None
+
+    def concerns(self, symbol: str) -> bool:
+        return self.symbols is None or symbol in self.symbols
+
+
+class _Round:
+    """One job at one boundary, under way."""
+
+    __slots__ = ("done", "error", "when_ms")
+
+    def __init__(self, when_ms: int) -> None:
+        self.when_ms = when_ms
+        self.done = asyncio.Event()
+        self.error: Exception | None = None
+
+
+class _Progress:
+    """How far one job has come, for one scope and, if it is a job by symbol, one symbol."""
+
+    __slots__ = ("last_ms", "under_way")
+
+    def __init__(self) -> None:
+        self.last_ms: int | None = None
+        self.under_way: _Round | None = None
+
+
+class _Scope:
+    """The runs that replay one frame at the same time, or all that trade live."""
+
+    __slots__ = ("progress", "runs")
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.progress: dict[tuple[_Job, str | None], _Progress] = {}
+
+
+_FIRING: Final[ContextVar[tuple[_Round, ...]]] = ContextVar("backtest_kit_cron_firing", default=())
+
+
+class Cron:
+    """Jobs that runs perform at aligned boundaries of their own time.
+
+    Runs of the same frame and mode share a scope. In it, a job is performed once for each boundary by the run that
+    is first to reach it, and boundaries only grow: a run that is behind passes them by. A job with `symbols` does so
+    for each of these symbols apart. When the last run of a scope has ended, the next one starts anew.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, _Job] = {}
+        self._scopes: dict[tuple[str, Mode], _Scope] = {}
+
+    def add(
+        self, name: str, *, interval: str, handler: Handler[CronTick], symbols: Iterable[str] | None = None
+    ) -> None:
+        """Register a job.
+
+        Args:
+            interval: 1m to 1d; boundaries are aligned to UTC.
+            handler: A function of `(tick)` or `(tick, ctx)`, sync or async. Its error is raised to the runs that
+                reached the boundary and stops a backtest; the boundary counts as not performed.
+            symbols: Perform it for each of these symbols, instead of once for all symbols together.
+
+        Raises:
+            UserError: the name is taken or empty, the interval is unknown, or an argument is wrong.
+        """
+        if check_name("name of a cron job", name) in self._jobs:
+            raise UserError(f"cron job {name!r} is already registered: choose another name, or remove it first")
+        step_ms = interval_ms(interval, what=f"interval of cron job {name!r}")
+        if isinstance(symbols, str):
+            raise UserError(f"symbols of cron job {name!r} is the text {symbols!r}: give a list")
+        chosen = None if symbols is None else frozenset(check_name("symbol", each) for each in symbols)
+        if chosen is not None and not chosen:
+            raise UserError(f"symbols of cron job {name!r} is empty: name some, or leave it out for all together")
+        self._jobs[name] = _Job(
+            name=name,
+            interval=interval,
+            step_ms=step_ms,
+            listener=as_listener(handler, given="tick"),
+            symbols=chosen,
+        )
+
+    def remove(self, name: str) -> None:
+        """Forget a job. Added again, it starts anew.
+
+        Raises:
+            UserError: there is no such job.
+        """
+        if self._jobs.pop(name, None) is None:
+            known = ", ".join(repr(each) for each in self._jobs) or "none"
+            raise UserError(f"cron job {name!r} is not registered (registered: {known})")
+
+    def begin(self, identity: Identity) -> None:
+        """A run of this identity begins. Each call is paired with one of `end`."""
+        self._scopes.setdefault((identity.frame_name, identity.mode), _Scope()).runs += 1
+
+    def end(self, identity: Identity) -> None:
+        """A run of this identity has ended, in whatever way."""
+        key = identity.frame_name, identity.mode
+        self._scopes[key].runs -= 1
+        if not self._scopes[key].runs:
+            del self._scopes[key]
+
+    def next_boundary(self, when_ms: int, symbol: str) -> int | None:
+        """The first boundary after `when_ms` of any job that concerns `symbol`: a minute that a run must visit."""
+        steps = [job.step_ms for job in self._jobs.values() if job.concerns(symbol)]
+        return min((floor_ms(when_ms, step_ms) + step_ms for step_ms in steps), default=None)
+
+    async def fire(self, when_ms: int, identity: Identity, ctx: object = None) -> None:
+        """Perform the jobs whose boundary is `when_ms` and that no run of the scope has performed yet, in their order.
+
+        Of several runs at one boundary, the first performs the job and the others wait for it and share its error.
+
+        Raises:
+            UserError: the run was started by the very job that it would wait for.
+            Exception: what a handler raises; the jobs after it are not performed by this run.
+        """
+        for job in tuple(self._jobs.values()):
+            if when_ms % job.step_ms == 0 and job.concerns(identity.symbol):
+                scope = self._scopes[identity.frame_name, identity.mode]
+                symbol = None if job.symbols is None else identity.symbol
+                progress = scope.progress.setdefault((job, symbol), _Progress())
+                await _perform(job, progress, when_ms, identity, ctx)
+
+
+async def _perform(job: _Job, progress: _Progress, when_ms: int, identity: Identity, ctx: object) -> None:
+    """Perform the job at this boundary unless it was, after what is under way of it."""
+    while (current := progress.under_way) is not None and current.when_ms <= when_ms:
+        if current in _FIRING.get():
+            raise UserError(
+                f"cron job {job.name!r} would wait for itself: a run that its handler started has come to "
+                f"{iso(when_ms)} of the same frame. Give that run a frame of its own, or start it outside of the job"
+            )
+        await current.done.wait()
+        if current.when_ms == when_ms and current.error is not None:
+            raise current.error
+    if current is not None or (progress.last_ms is not None and when_ms <= progress.last_ms):
+        return
+    current = progress.under_way = _Round(when_ms)
+    token = _FIRING.set((*_FIRING.get(), current))
+    try:
+        tick = CronTick(name=job.name, when_ms=when_ms, interval=job.interval, identity=identity)
+        answer = job.listener(tick, ctx)
+        if inspect.isawaitable(answer):
+            await answer
+        progress.last_ms = when_ms
+    except Exception as error:
+        current.error = error
+        raise
+    finally:
+        # Also when cancelled: the boundary is then free, and one of those who wait performs it.
+        _FIRING.reset(token)
+        progress.under_way = None
+        current.done.set()

@@ -1,0 +1,408 @@
+"""Handlers: what they get, in which order, and who waits."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from backtest_kit.errors import UserError
+from backtest_kit.events import EventBus
+from backtest_kit.model.event import Event, Identity, Progress, RunDone, RunFailed
+
+MakeEvent = Callable[..., Progress]
+IDENTITY = Identity("BTCUSDT", "trend", "demo", "day", "backtest")
+DONE = RunDone(identity=IDENTITY, when_ms=0, price=1.0, trades=())
+FAILED = RunFailed(identity=IDENTITY, when_ms=0, price=1.0, error=ValueError("x"))
+
+
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_a_handler_gets_the_kinds_it_asked_for(progress: MakeEvent) -> None:
+    bus = EventBus()
+    one: list[Event] = []
+    two: list[Event] = []
+    all_of_them: list[Event] = []
+    bus.on(RunDone, one.append)
+    bus.on((RunDone, Progress), two.append)
+    bus.on(Event, all_of_them.append)
+    moved = progress()
+    for event in (moved, DONE, FAILED):
+        await bus.emit(event)
+    assert one == [DONE]
+    assert two == [moved, DONE]
+    assert all_of_them == [moved, DONE, FAILED]
+
+
+async def test_filters_by_symbol_and_strategy(progress: MakeEvent) -> None:
+    bus = EventBus()
+    seen: list[tuple[str, str]] = []
+    bus.on(Progress, lambda event: seen.append(("symbol", event.symbol)), symbol="A")
+    bus.on(Progress, lambda event: seen.append(("strategy", event.symbol)), strategy_name="trend")
+    bus.on(Progress, lambda event: seen.append(("both", event.symbol)), symbol="A", strategy_name="trend")
+    await bus.emit(progress(symbol="A"))
+    await bus.emit(progress(symbol="B"))
+    await bus.emit(progress(symbol="A", strategy_name="other"))
+    assert seen == [("symbol", "A"), ("strategy", "A"), ("both", "A"), ("strategy", "B"), ("symbol", "A")]
+
+
+async def test_each_handler_is_awaited_before_the_next(progress: MakeEvent) -> None:
+    bus = EventBus()
+    log: list[str] = []
+
+    async def slow(event: Progress) -> None:
+        log.append("slow begins")
+        await turns(5)
+        log.append("slow ends")
+
+    bus.on(Progress, slow)
+    bus.on(Progress, lambda event: log.append("quick"))
+    await bus.emit(progress())
+    log.append("the run goes on")
+    assert log == ["slow begins", "slow ends", "quick", "the run goes on"]
+
+
+class Callee:
+    def __init__(self, log: list[Any]) -> None:
+        self.log = log
+
+    async def __call__(self, event: Progress, ctx: object) -> None:
+        self.log.append((event.fraction, ctx))
+
+    def method(self, event: Progress, ctx: object = "unset") -> None:
+        self.log.append((event.fraction, ctx))
+
+
+async def test_the_context_goes_to_those_who_take_it(progress: MakeEvent) -> None:
+    bus = EventBus()
+    log: list[Any] = []
+    callee = Callee(log)
+
+    def bound(extra: str, event: Progress, ctx: object) -> None:
+        log.append((extra, event.fraction, ctx))
+
+    bus.on(Progress, lambda event: log.append(event.fraction))
+    bus.on(Progress, lambda event, ctx: log.append((event.fraction, ctx)))
+    bus.on(Progress, callee)
+    bus.on(Progress, callee.method)
+    bus.on(Progress, functools.partial(bound, "partial"))
+    bus.on(Progress, lambda event, kept="mine": log.append((event.fraction, kept)))
+    bus.on(Progress, lambda *given: log.append(len(given)))
+    await bus.emit(progress(1), "ctx")
+    assert log == [1, (1, "ctx"), (1, "ctx"), (1, "ctx"), ("partial", 1, "ctx"), (1, "mine"), 1]
+
+
+async def test_a_builtin_that_hides_its_signature_is_given_the_event(progress: MakeEvent) -> None:
+    bus = EventBus()
+    counts: dict[Event, int] = {}
+    event = progress()
+    bus.on(Progress, functools.partial(counts.setdefault, event))
+    bus.on(Progress, type)  # has no signature to look at
+    await bus.emit(event)
+    assert list(counts) == [event]
+
+
+async def generator(event: Event) -> Any:
+    yield event
+
+
+def no_arguments() -> None: ...
+
+
+def too_many(event: Event, ctx: object, more: object) -> None: ...
+
+
+def by_keyword(event: Event, *, more: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("handler", "message"),
+    [
+        ("print", r"'print' is no function: give a function of \(event\) or \(event, ctx\)"),
+        (generator, "generator has a yield"),
+        (no_arguments, r"no_arguments takes \(\)"),
+        (too_many, "too_many takes .*more"),
+        (by_keyword, "by_keyword takes .*more"),
+    ],
+)
+def test_a_wrong_handler_is_refused_by_name(handler: Any, message: str) -> None:
+    bus = EventBus()
+    with pytest.raises(UserError, match=message):
+        bus.on(Event, handler)
+    assert not bus.wanted(RunDone, symbol="A", strategy_name="trend")
+
+
+@pytest.mark.parametrize(
+    ("kind", "filters", "message"),
+    [
+        ("done", {}, "kind is 'done'"),
+        (DONE, {}, "kind is RunDone"),
+        (int, {}, "kind is <class 'int'>"),
+        ((), {}, "no kind of event is given"),
+        (RunDone, {"symbol": ["A"]}, r"symbol is \['A'\]"),
+        (RunDone, {"strategy_name": 5}, "strategy_name is 5"),
+    ],
+)
+def test_wrong_kinds_and_filters_are_refused(kind: Any, filters: dict[str, Any], message: str) -> None:
+    bus = EventBus()
+    with pytest.raises(UserError, match=message):
+        bus.on(kind, print, **filters)
+    with pytest.raises(UserError, match=message):
+        bus.events(*(kind if isinstance(kind, tuple) else (kind,)), **filters)
+
+
+async def test_unsubscribing_twice_is_once() -> None:
+    bus = EventBus()
+    seen: list[Event] = []
+    off = bus.on(RunDone, seen.append)
+    bus.on(RunDone, lambda event: None)
+    off()
+    version = bus.version
+    off()
+    assert bus.version == version
+    await bus.emit(DONE)
+    assert seen == []
+
+
+async def test_changes_during_an_emission_take_effect_with_the_next(progress: MakeEvent) -> None:
+    bus = EventBus()
+    log: list[str] = []
+
+    def change(event: Progress) -> None:
+        off_second()
+        bus.on(Progress, lambda event: log.append(f"late {event.fraction:g}"))
+        off_change()
+
+    off_change = bus.on(Progress, change)
+    off_second = bus.on(Progress, lambda event: log.append(f"second {event.fraction:g}"))
+    await bus.emit(progress(1))
+    await bus.emit(progress(2))
+    assert log == ["second 1", "late 2"]
+
+
+async def test_once_is_once_for_concurrent_runs(progress: MakeEvent) -> None:
+    bus = EventBus()
+    seen: list[float] = []
+
+    async def first(event: Progress) -> None:
+        seen.append(event.fraction)
+        await turns(3)
+
+    async def slow(event: Progress) -> None:
+        await turns(2)
+
+    bus.on(Progress, slow)
+    bus.on(Progress, first, once=True, symbol="A")
+    await bus.emit(progress(0, symbol="B"))
+    await asyncio.gather(*(bus.emit(progress(number, symbol="A")) for number in range(1, 10)))
+    assert seen == [1]
+
+
+async def test_one_event_at_a_time_first_come_first_served(progress: MakeEvent) -> None:
+    bus = EventBus()
+    log: list[tuple[str, float]] = []
+
+    async def slow(event: Progress) -> None:
+        log.append(("begin", event.fraction))
+        await turns(3)
+        log.append(("end", event.fraction))
+
+    bus.on(Progress, slow)
+    await asyncio.gather(*(bus.emit(progress(number)) for number in range(9)))
+    assert log == [(what, number) for number in range(9) for what in ("begin", "end")]
+
+
+async def test_an_error_is_raised_to_the_run_and_stops_the_event(progress: MakeEvent) -> None:
+    bus = EventBus()
+    seen: list[float] = []
+
+    async def fails(event: Progress) -> None:
+        await turns(1)
+        if event.fraction == 1:
+            raise ZeroDivisionError("of the user")
+
+    bus.on(Progress, fails)
+    bus.on(Progress, lambda event: seen.append(event.fraction))
+    outcomes = await asyncio.gather(*(bus.emit(progress(n)) for n in range(3)), return_exceptions=True)
+    assert [type(each) for each in outcomes] == [type(None), ZeroDivisionError, type(None)]
+    assert seen == [0, 2]
+
+
+async def test_wanted_follows_the_subscriptions() -> None:
+    bus = EventBus()
+
+    def wanted(kind: type[Event], symbol: str = "A", strategy_name: str = "trend") -> bool:
+        return bus.wanted(kind, symbol=symbol, strategy_name=strategy_name)
+
+    versions = [bus.version]
+    assert not wanted(RunDone)
+    off = bus.on(RunDone, print, symbol="A", strategy_name="trend")
+    versions.append(bus.version)
+    assert wanted(RunDone)
+    assert not wanted(RunDone, symbol="B")
+    assert not wanted(RunDone, strategy_name="other")
+    assert not wanted(Progress)
+    stream = bus.events(Event)
+    versions.append(bus.version)
+    assert wanted(Progress, "B")
+    await stream.aclose()
+    versions.append(bus.version)
+    assert not wanted(Progress, "B")
+    off()
+    versions.append(bus.version)
+    assert not wanted(RunDone)
+    bus.on(RunDone, lambda event: None, once=True)
+    versions.append(bus.version)
+    await bus.emit(DONE)
+    versions.append(bus.version)
+    assert not wanted(RunDone)
+    assert len(set(versions)) == len(versions)
+
+
+async def test_close_ends_handlers_and_the_bus_can_be_used_again() -> None:
+    bus = EventBus()
+    seen: list[str] = []
+    bus.on(RunDone, lambda event: seen.append("before"))
+    bus.close()
+    await bus.emit(DONE)
+    bus.on(RunDone, lambda event: seen.append("after"))
+    await bus.emit(DONE)
+    assert seen == ["after"]
+
+
+@pytest.mark.parametrize("in_a_task", [False, True], ids=["same task", "awaited task"])
+async def test_a_handler_that_leads_to_an_event_for_itself_is_refused(progress: MakeEvent, in_a_task: bool) -> None:
+    bus = EventBus()
+
+    async def echo(event: Progress) -> None:
+        if event.fraction < 3:
+            nested = bus.emit(progress(event.fraction + 1))
+            await (asyncio.create_task(nested) if in_a_task else nested)
+
+    bus.on(Progress, echo)
+    async with asyncio.timeout(5):
+        with pytest.raises(UserError, match=r"echo would wait for itself: a Progress of trend BTCUSDT"):
+            await bus.emit(progress(1))
+        await bus.emit(progress(3))  # the handler is free again
+
+
+async def test_a_handler_may_lead_to_events_for_others(progress: MakeEvent) -> None:
+    bus = EventBus()
+    seen: list[str] = []
+
+    async def next_run(event: RunDone) -> None:
+        await bus.emit(progress(1))
+        seen.append("done")
+
+    bus.on(RunDone, next_run)
+    bus.on(Event, lambda event: seen.append(event.action))
+    await bus.emit(DONE)
+    assert seen == ["progress", "done", "done"]
+
+
+async def test_two_handlers_that_wait_for_each_other_are_refused(progress: MakeEvent) -> None:
+    bus = EventBus()
+
+    async def left(event: Progress) -> None:
+        await turns(2)
+        if event.fraction:
+            await bus.emit(progress(0, symbol="right"))
+
+    async def right(event: Progress) -> None:
+        await turns(2)
+        if event.fraction:
+            await bus.emit(progress(0, symbol="left"))
+
+    bus.on(Progress, left, symbol="left")
+    bus.on(Progress, right, symbol="right")
+    async with asyncio.timeout(5):
+        outcomes = await asyncio.gather(
+            bus.emit(progress(1, symbol="left")), bus.emit(progress(1, symbol="right")), return_exceptions=True
+        )
+    assert sorted(type(each).__name__ for each in outcomes) == ["NoneType", "UserError"]
+
+
+async def test_a_task_that_outlives_its_handler_may_emit_to_it(progress: MakeEvent) -> None:
+    bus = EventBus()
+    started: list[asyncio.Task[None]] = []
+    seen: list[float] = []
+
+    async def later() -> None:
+        await bus.emit(progress(2))
+
+    def starts(event: Progress) -> None:
+        seen.append(event.fraction)
+        if event.fraction == 1:
+            started.append(asyncio.create_task(later()))
+
+    bus.on(Progress, starts)
+    await bus.emit(progress(1))
+    await started[0]
+    assert seen == [1, 2]
+
+
+@pytest.mark.parametrize("after", range(12))
+async def test_a_run_cancelled_at_any_await_leaves_the_bus_in_order(progress: MakeEvent, after: int) -> None:
+    bus = EventBus()
+    seen: list[float] = []
+
+    async def slow(event: Progress) -> None:
+        await turns(2)
+        seen.append(event.fraction)
+        await turns(1)
+
+    bus.on(Progress, slow)
+    bus.on(Progress, slow)
+    runs = [asyncio.create_task(bus.emit(progress(number))) for number in range(3)]
+    await turns(after)
+    runs[1].cancel()
+    outcomes = await asyncio.gather(*runs, return_exceptions=True)
+    assert outcomes[0] is outcomes[2] is None
+    async with asyncio.timeout(5):
+        await bus.emit(progress(3))
+    for number in (0, 2, 3):
+        assert seen.count(number) == 2
+    assert seen.count(1) == 2 if outcomes[1] is None else isinstance(outcomes[1], asyncio.CancelledError)
+
+
+def test_a_bus_serves_one_event_loop_after_another(progress: MakeEvent) -> None:
+    bus = EventBus()
+    seen: list[float] = []
+
+    async def slow(event: Progress) -> None:
+        await turns(2)
+        seen.append(event.fraction)
+
+    async def contended(first: int) -> None:
+        await asyncio.gather(*(bus.emit(progress(first + n)) for n in range(3)))
+
+    bus.on(Progress, slow)
+    for first in (0, 3, 6):
+        asyncio.run(contended(first))
+    assert seen == list(range(9))
+
+
+def test_a_blocking_run_inside_a_handler_has_turns_of_its_own(progress: MakeEvent) -> None:
+    bus = EventBus()
+    seen: list[float] = []
+
+    async def handler(event: Progress) -> None:
+        if event.fraction == 1:
+            await asyncio.to_thread(asyncio.run, inner())
+        seen.append(event.fraction)
+
+    async def inner() -> None:
+        await asyncio.gather(*(bus.emit(progress(n, symbol="INNER")) for n in (2, 3)))
+
+    async def outer() -> None:
+        await asyncio.wait_for(bus.emit(progress(1)), 5)
+
+    bus.on(Progress, handler)
+    asyncio.run(outer())
+    assert seen == [2, 3, 1]
