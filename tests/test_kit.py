@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +112,27 @@ def test_the_dump_can_be_moved(tmp_path: Path) -> None:
     kit = bk.Kit(tmp_path / "a")
     kit.dump = tmp_path / "b"
     assert kit.dump == tmp_path / "b"
+
+
+@pytest.mark.parametrize("name", [*bk.__all__, "__version__"])
+def test_every_public_name_can_be_the_first_one_used(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import backtest_kit as bk; bk.{name}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_engine_loads_nothing_that_it_does_not_need() -> None:
+    optional = ("pyarrow", "pandas", "polars", "ccxt", "rich", "typer", "aiosqlite", "sqlite3", "lwcharts", "filelock")
+    code = f"import sys, backtest_kit as bk; bk.Backtest; print([name for name in {optional} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_strategy_takes_the_context(kit: bk.Kit) -> None:
+    with pytest.raises(bk.UserError, match="get_signal of strategy 'x' cannot be called with one argument"):
+        kit.add_strategy_schema("x", get_signal=lambda: None)  # type: ignore[arg-type,misc]
+    with pytest.raises(bk.UserError, match="manage of strategy 'x' cannot be called with one argument"):
+        kit.add_strategy_schema("x", get_signal=lambda ctx: None, manage=lambda a, b: None)  # type: ignore[arg-type,misc]
+    with pytest.raises(bk.UserError, match="manage of strategy 'x' is 3"):
+        kit.add_strategy_schema("x", get_signal=lambda ctx: None, manage=3)  # type: ignore[arg-type]

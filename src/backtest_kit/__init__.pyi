@@ -4,12 +4,15 @@ from .default import (
     add_frame_schema as add_frame_schema,
     add_risk_schema as add_risk_schema,
     add_strategy_schema as add_strategy_schema,
+    cron as cron,
     default_kit as default_kit,
     get_config as get_config,
     list_exchange_schemas as list_exchange_schemas,
     list_frame_schemas as list_frame_schemas,
     list_risk_schemas as list_risk_schemas,
     list_strategy_schemas as list_strategy_schemas,
+    on as on,
+    remove_cron as remove_cron,
     set_config as set_config,
 )
 from .errors import (
@@ -32,13 +35,24 @@ from .model.candle import (
     CandleSeries as CandleSeries,
 )
 from .model.event import (
+    BreakevenReached as BreakevenReached,
     EntryCancelled as EntryCancelled,
     EntryScheduled as EntryScheduled,
+    EntryWaiting as EntryWaiting,
     Event as Event,
+    FallReached as FallReached,
     Identity as Identity,
+    LevelReached as LevelReached,
+    MarketEvent as MarketEvent,
+    PeakReached as PeakReached,
+    PositionActive as PositionActive,
+    PositionChanged as PositionChanged,
     PositionClosed as PositionClosed,
     PositionOpened as PositionOpened,
+    Progress as Progress,
     RiskRejected as RiskRejected,
+    RunDone as RunDone,
+    RunFailed as RunFailed,
 )
 from .model.position import (
     Entry as Entry,
@@ -63,7 +77,16 @@ from .run.backtest import (
 from .run.context import (
     Context as Context,
 )
+from .run.cron import (
+    CronTick as CronTick,
+)
+from .run.desk import (
+    CommandOutcome as CommandOutcome,
+    EntryView as EntryView,
+    PositionView as PositionView,
+)
 from .run.risk import (
+    ActivePosition as ActivePosition,
     RiskRequest as RiskRequest,
 )
 from .settings import (

@@ -16,4 +16,7 @@ list_risk_schemas = default_kit.list_risk_schemas
 list_strategy_schemas = default_kit.list_strategy_schemas
 get_config = default_kit.get_config
 set_config = default_kit.set_config
+on = default_kit.on
+cron = default_kit.cron
+remove_cron = default_kit.remove_cron
 Backtest = default_kit.backtest

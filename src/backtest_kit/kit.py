@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
-from backtest_kit.events import EventBus
+from backtest_kit.events import EventBus, EventStream, Handler
 from backtest_kit.market.sources import CandleSource
+from backtest_kit.model.event import Event
 from backtest_kit.persist.store import CandleStore
 from backtest_kit.run.backtest import BacktestRunner
-from backtest_kit.run.cron import Cron
+from backtest_kit.run.cron import Cron, CronTick
 from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.risk import RiskValidation
 from backtest_kit.run.schema import (
@@ -29,6 +31,8 @@ from backtest_kit.run.schema import (
     strategy_schema,
 )
 from backtest_kit.settings import Settings, from_environment, with_settings
+
+E = TypeVar("E", bound=Event)
 
 
 class Kit:
@@ -176,6 +180,38 @@ class Kit:
             UserError: unknown names, bad values or contradictions, all in one message; nothing changes then.
         """
         self._settings = with_settings(self.get_config(), changes)
+
+    def on(
+        self,
+        kind: type[E] | tuple[type[E], ...],
+        handler: Handler[E],
+        *,
+        symbol: str | None = None,
+        strategy_name: str | None = None,
+        once: bool = False,
+    ) -> Callable[[], None]:
+        """Call `handler` for every event of a kind, and return a function that ends it. See `EventBus.on`.
+
+        The handler takes the event, or the event and the context of its minute; it may be async. Commands
+        that it gives (`await ctx.position.close()`) take effect before the run goes on.
+        """
+        return self._bus.on(kind, handler, symbol=symbol, strategy_name=strategy_name, once=once)
+
+    def events(
+        self, *kinds: type[E], symbol: str | None = None, strategy_name: str | None = None, limit: int = 1000
+    ) -> EventStream[E]:
+        """Events as an async iterator; it begins at this call. See `EventBus.events`."""
+        return self._bus.events(*kinds, symbol=symbol, strategy_name=strategy_name, limit=limit)
+
+    def cron(
+        self, name: str, *, interval: str, handler: Handler[CronTick], symbols: Iterable[str] | None = None
+    ) -> None:
+        """Call `handler` at every boundary of an interval, in the time of the runs. See `Cron.add`."""
+        self._cron.add(name, interval=interval, handler=handler, symbols=symbols)
+
+    def remove_cron(self, name: str) -> None:
+        """Forget a cron job. See `Cron.remove`."""
+        self._cron.remove(name)
 
     def _candle_store(self) -> CandleStore:
         if self._candles is None:

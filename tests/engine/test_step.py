@@ -154,7 +154,7 @@ def test_the_frame_end_closes_what_no_rule_closed() -> None:
     assert (closed(state, tick(5, 102.7), rules).close_reason) == "take_profit"
 
 
-def test_peak_and_fall_follow_the_price_until_the_minute_before_the_close() -> None:
+def test_peak_and_fall_follow_the_price_up_to_the_fill_of_the_close() -> None:
     state: State = opened(LONG)
     for minute, price in enumerate((100.2, 101.5, 101.2, 99.5, 99.7, 101.5), start=1):
         state, events = step(state, tick(minute, price), RULES)
@@ -164,7 +164,10 @@ def test_peak_and_fall_follow_the_price_until_the_minute_before_the_close() -> N
     assert (state.position.fall.price, state.position.fall.timestamp) == (99.5, T + 4 * M)
     trade = closed(state, tick(7, 98))
     assert trade.peak_pct == state.position.peak.pnl_pct == pytest.approx(1.0956, abs=1e-3)
-    assert trade.fall_pct == state.position.fall.pnl_pct == pytest.approx(-0.8986, abs=1e-3)
+    assert trade.fall_pct == trade.pnl_pct == pytest.approx(-1.3966, abs=1e-3)
+    trade = closed(state, tick(7, 105))
+    assert trade.peak_pct == trade.pnl_pct == pytest.approx(1.5944, abs=1e-3)
+    assert trade.fall_pct == state.position.fall.pnl_pct == pytest.approx(-0.8981, abs=1e-3)
 
 
 def test_after_a_close_the_same_id_is_ignored() -> None:
@@ -247,7 +250,9 @@ def test_a_resting_entry_ends_with_the_frame() -> None:
     assert cancelled(state, tick(5, 101.0, low=100), rules).reason == "frame_end"
 
 
-ALL: frozenset[type[Event]] = frozenset({PositionActive, EntryWaiting, PeakReached, FallReached, LevelReached, BreakevenReached})
+ALL: frozenset[type[Event]] = frozenset(
+    {PositionActive, EntryWaiting, PeakReached, FallReached, LevelReached, BreakevenReached}
+)
 
 
 def happened(state: State, at: Tick, wanted: frozenset[type[Event]] = ALL) -> tuple[State, list[str]]:

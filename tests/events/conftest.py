@@ -15,6 +15,6 @@ MakeEvent = Callable[..., Progress]
 def progress() -> MakeEvent:
     def make(number: float = 0, *, symbol: str = "BTCUSDT", strategy_name: str = "trend") -> Progress:
         identity = Identity(symbol, strategy_name, "demo", "day", "backtest")
-        return Progress(identity=identity, when_ms=60_000, price=100.0, fraction=number)
+        return Progress(identity=identity, when_ms=60_000, fraction=number)
 
     return make

@@ -15,8 +15,8 @@ from backtest_kit.model.event import Event, Identity, Progress, RunDone, RunFail
 
 MakeEvent = Callable[..., Progress]
 IDENTITY = Identity("BTCUSDT", "trend", "demo", "day", "backtest")
-DONE = RunDone(identity=IDENTITY, when_ms=0, price=1.0, trades=())
-FAILED = RunFailed(identity=IDENTITY, when_ms=0, price=1.0, error=ValueError("x"))
+DONE = RunDone(identity=IDENTITY, when_ms=0, trades=())
+FAILED = RunFailed(identity=IDENTITY, when_ms=0, error=ValueError("x"))
 
 
 async def turns(count: int) -> None:

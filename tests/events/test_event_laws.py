@@ -50,9 +50,9 @@ RUNS = st.lists(
 def events_of(run: int, symbol: str, strategy_name: str, kinds: list[bool]) -> list[Event]:
     identity = Identity(symbol, strategy_name, f"run {run}", "day", "backtest")
     return [
-        Progress(identity=identity, when_ms=n, price=1.0, fraction=n)
+        Progress(identity=identity, when_ms=n, fraction=n)
         if is_progress
-        else RunDone(identity=identity, when_ms=n, price=1.0, trades=())
+        else RunDone(identity=identity, when_ms=n, trades=())
         for n, is_progress in enumerate(kinds)
     ]
 

@@ -15,7 +15,7 @@ from backtest_kit.events import EventBus, EventStream, _Queue
 from backtest_kit.model.event import Event, Identity, Progress, RunDone
 
 MakeEvent = Callable[..., Progress]
-DONE = RunDone(identity=Identity("BTCUSDT", "trend", "demo", "day", "backtest"), when_ms=0, price=1.0, trades=())
+DONE = RunDone(identity=Identity("BTCUSDT", "trend", "demo", "day", "backtest"), when_ms=0, trades=())
 
 
 async def turns(count: int = 5) -> None:

@@ -98,7 +98,7 @@ async def test_a_failing_source_is_asked_again_and_then_given_up(make_candles: M
     last = OSError("the third")
     source.failures = [RetryLater("busy"), OSError("reset"), last]
     with pytest.raises(
-        RetryLater, match="BTCUSDT from 2022-01-01T00:00Z could not be fetched in 3 attempts: the third"
+        RetryLater, match="BTCUSDT from 2022-01-01T00:00Z could not be fetched in 3 attempts: OSError: the third"
     ) as caught:
         await feed.load("BTCUSDT", START, minutes(10))
     assert caught.value.__cause__ is last

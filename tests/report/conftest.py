@@ -106,6 +106,6 @@ def month(make_trade: MakeTrade, make_result: MakeResult) -> Callable[[str, int,
                     note=f"note {number}",
                 )
             )
-        return make_result(symbol, trades, chart=chart, gaps_filled=3 if seed == 2 else 0)
+        return make_result(symbol, trades, chart=chart, gaps_filled={symbol: 3} if seed == 2 else {})
 
     return make

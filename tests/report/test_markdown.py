@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import DAY_MS, MINUTE_MS
 from backtest_kit.model.position import Entry, Reduction, Trade
 from backtest_kit.report import BacktestResult, Results
@@ -25,7 +26,7 @@ binance, jan-2022 (2022-01-01T00:00Z to 2022-01-31T00:00Z)
 
 1 position was still open at the end of the frame (close reason frame_end): -0.65 %.
 
-1 missing minute of BTCUSDT was filled with flat candles of no volume.
+1 missing minute of BTCUSDT was filled with flat candles of no volume (0.5 % of all).
 
 """
 GOLDEN_REST = """\
@@ -63,7 +64,7 @@ def golden_result(make_trade: MakeTrade, make_result: MakeResult) -> BacktestRes
         entries=(Entry(0.5, 100.0, START), Entry(0.5, 100.0, START)),
         reductions=(Reduction(50.0, 0.1, 100.0, 1, START),),
     )
-    return make_result("BTCUSDT", [make_trade(), second], gaps_filled=1)
+    return make_result("BTCUSDT", [make_trade(), second], gaps_filled={"BTCUSDT": 1}, candles_used=200)
 
 
 def test_the_whole_report(make_trade: MakeTrade, make_result: MakeResult) -> None:
@@ -100,10 +101,26 @@ def test_no_trades_read_as_such(make_result: MakeResult) -> None:
 
 def test_open_positions_and_gaps_are_counted_apart(make_trade: MakeTrade, make_result: MakeResult) -> None:
     trades = [make_trade(close_reason="frame_end", pnl_pct=pnl) for pnl in (0.5, -0.19)]
-    text = Results([make_result("BTCUSDT", trades, gaps_filled=7), make_result("ETHUSDT")]).to_markdown()
+    gappy = make_result("BTCUSDT", trades, gaps_filled={"BTCUSDT": 7}, candles_used=70)
+    text = Results([gappy, make_result("ETHUSDT")]).to_markdown()
     assert "2 positions were still open at the end of the frame (close reason frame_end): +0.31 %." in text
-    assert "7 missing minutes of BTCUSDT were filled with flat candles of no volume." in text
+    assert "7 missing minutes of BTCUSDT were filled with flat candles of no volume (10 % of all)." in text
     assert "of ETHUSDT" not in text
+    assert "The drawdown of the total takes each trade with the whole account" in text
+
+
+def test_what_else_a_reader_must_know(make_result: MakeResult) -> None:
+    chart = CandleSeries([0], [1], [1], [1], [1], [1])
+    one = make_result("BTCUSDT", chart=chart, gaps_filled={"ETHUSDT": 1200}, candles_used=2400, stopped=True)
+    other = make_result("ETHUSDT", chart=chart)
+    text = Results([one, other]).to_markdown()
+    assert "1,200 missing minutes of ETHUSDT, read by BTCUSDT, were filled with flat candles" in text
+    assert "BTCUSDT was stopped at 2022-01-31T00:00Z" in text
+    assert "BTCUSDT and ETHUSDT traded the very same candles" in text
+
+
+def test_no_common_price_of_two_markets(make_trade: MakeTrade, make_result: MakeResult) -> None:
+    text = Results([make_result("BTCUSDT", [make_trade()]), make_result("ETHUSDT")]).to_markdown()
     assert "**Trend" not in text  # two markets have no common price
 
 

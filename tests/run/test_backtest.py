@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -89,8 +90,35 @@ async def test_stop_opens_nothing_more_and_ends_what_is_open(make_kit: MakeKit) 
     kit.add_strategy_schema("trend", interval="15m", get_signal=get_signal, replace=True)
     handle = kit.backtest.background("BTCUSDT", **WHERE)
     result = await handle
-    assert len(asked) == len(result.trades) == 3
+    assert (len(asked), len(result.trades)) == (3, 2)
     assert handle.done()
+    assert result.stopped
+    assert result.stop_ms == asked[-1] < STOP
+
+
+async def test_stop_carries_an_open_position_to_its_end_and_cancels_a_resting_entry(make_kit: MakeKit) -> None:
+    kit = make_kit()
+    handle = kit.backtest.background("BTCUSDT", **WHERE)
+    kit.on(bk.PositionOpened, lambda event: handle.stop())
+    (trade,) = (await handle).trades
+    assert trade.close_reason in ("take_profit", "stop_loss", "time_expired")
+
+    resting = make_kit(lambda ctx: bk.Signal("long", ctx.price, ctx.price * 0.9, price_open=ctx.price * 0.95))
+    waiting = resting.backtest.background("BTCUSDT", **WHERE)
+    cancelled: list[bk.EntryCancelled] = []
+    resting.on(bk.EntryScheduled, lambda event: waiting.stop())
+    resting.on(bk.EntryCancelled, cancelled.append)
+    assert (await waiting).trades == ()
+    assert [(event.reason, event.when_ms) for event in cancelled] == [("user", START + MINUTE_MS)]
+
+
+async def test_a_paused_strategy_is_not_asked(make_kit: MakeKit) -> None:
+    asked: list[int] = []
+    kit = make_kit(lambda ctx: asked.append(ctx.when_ms))
+    handle = kit.backtest.background("BTCUSDT", **WHERE)
+    kit.cron("noon", interval="12h", handler=lambda tick: handle.pause() if tick.when.hour else handle.resume())
+    await handle
+    assert {when % 86_400_000 // 3_600_000 for when in asked} == set(range(12))
 
 
 async def test_a_replay_lets_other_tasks_run(make_kit: MakeKit) -> None:
@@ -143,7 +171,9 @@ def test_the_strategy_s_own_error_comes_through(make_kit: MakeKit) -> None:
 
 @pytest.mark.parametrize("answer", [42, "long", {"position": "long"}, True])
 def test_a_wrong_answer_is_named(make_kit: MakeKit, answer: object) -> None:
-    with pytest.raises(bk.UserError, match=r"get_signal of strategy 'trend' returned .* at 2024-06-01T00:00Z"):
+    with pytest.raises(
+        bk.UserError, match=r"get_signal of strategy 'trend' for BTCUSDT at 2024-06-01T00:00Z returned "
+    ):
         make_kit(lambda ctx: answer).backtest.run_sync("BTCUSDT", **WHERE)
 
 
@@ -161,7 +191,7 @@ def test_a_strategy_that_takes_too_long_is_stopped(make_kit: MakeKit) -> None:
 
     kit = make_kit(slow)
     kit.set_config(CC_MAX_SIGNAL_GENERATION_SECONDS=0.01)
-    with pytest.raises(bk.UserError, match=r"longer than 0.01 s for BTCUSDT at 2024-06-01T00:00Z"):
+    with pytest.raises(bk.UserError, match=r"for BTCUSDT at 2024-06-01T00:00Z took longer than 0\.01 s"):
         kit.backtest.run_sync("BTCUSDT", **WHERE)
 
 
@@ -312,3 +342,49 @@ class TestRisk:
         kit.add_risk_schema("nowhere", validations=[lambda request: False])  # type: ignore[list-item,return-value]
         with pytest.raises(bk.UserError, match="a validation of risk 'nowhere' returned False"):
             kit.backtest.run_sync("BTCUSDT", **WHERE)
+
+
+class TestLoops:
+    """Several event loops at once: a notebook's and the one of `run_sync`, or one in each thread."""
+
+    async def test_run_sync_beside_a_backtest_that_is_loading(self, make_kit: MakeKit) -> None:
+        kit = make_kit()
+        handle = kit.backtest.background("BTCUSDT", **WHERE)
+        await asyncio.sleep(0)
+        assert kit.backtest.run_sync("BTCUSDT", **WHERE).trades == (await handle).trades
+
+    def test_run_sync_in_many_threads(self, make_kit: MakeKit) -> None:
+        kit = make_kit()
+        with ThreadPoolExecutor(8) as threads:
+            runs = [threads.submit(kit.backtest.run_sync, "BTCUSDT", **WHERE) for _ in range(8)]
+            results = [run.result(timeout=60) for run in runs]
+        assert len({result.trades for result in results}) == 1
+
+    async def test_the_source_is_closed_by_the_last_run_of_its_loop(self, make_kit: MakeKit) -> None:
+        closed: list[int] = []
+
+        class Source(type(bk.sources.synthetic())):  # type: ignore[misc]
+            async def close(self) -> None:
+                closed.append(len(asyncio.all_tasks()))
+
+        kit = make_kit()
+        kit.add_exchange_schema("demo", source=Source(7, 50_000.0, 0.0008), replace=True)
+        await asyncio.gather(*(kit.backtest.background(f"COIN{n}", **WHERE) for n in range(3)))
+        assert len(closed) == 1
+        await kit.backtest.background("COIN0", **WHERE)
+        assert len(closed) == 2
+
+
+class TestErrorsThatWouldEndMoreThanTheRun:
+    @pytest.mark.parametrize("error", [StopIteration, StopAsyncIteration, SystemExit, asyncio.CancelledError])
+    @pytest.mark.parametrize("is_async", [True, False])
+    async def test_they_are_the_strategy_s(self, make_kit: MakeKit, error: type[BaseException], is_async: bool) -> None:
+        def plain(ctx: bk.Context) -> None:
+            raise error
+
+        async def awaited(ctx: bk.Context) -> None:
+            raise error
+
+        with pytest.raises((bk.UserError, RuntimeError)) as raised:
+            await make_kit(awaited if is_async else plain).backtest.background("BTCUSDT", **WHERE)
+        assert isinstance(raised.value.__cause__, error)

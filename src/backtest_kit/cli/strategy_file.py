@@ -60,7 +60,11 @@ def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
     """The frames of the user's code: neither ours nor the interpreter's or an installed package's."""
     paths = sysconfig.get_paths()
     others = ("<frozen", _PACKAGE, *(paths[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib")))
-    return [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
+    return [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(others) and Path(frame.filename).is_file()
+    ]
 
 
 def _explain(error: BaseException, headline: str) -> str:

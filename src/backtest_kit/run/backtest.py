@@ -33,6 +33,27 @@ _GAPS: Final = ("error", "fill")
 _CHART_BARS: Final = 1500
 
 
+class _Announced:
+    """A run that is known to those it shares something with, before its first minute and until it ends.
+
+    Runs that are started together see each other from the start, however fast the first of them is.
+    """
+
+    def __init__(self, identity: Identity, cron: Cron, seat: RiskSeat | None) -> None:
+        self.seat = seat
+        self._identity = identity
+        self._cron: Cron | None = cron
+        cron.begin(identity)
+
+    def take_back(self) -> None:
+        """The run has ended, in whatever way. Idempotent."""
+        cron, self._cron = self._cron, None
+        if cron is not None:
+            cron.end(self._identity)
+        if self.seat is not None:
+            self.seat.leave()
+
+
 class BacktestHandle:
     """A backtest that runs in the background. `await` it for its result."""
 
@@ -121,7 +142,7 @@ class BacktestRunner:
             Exception: whatever the strategy raises, with its own traceback.
         """
         job = self._job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
-        async with aclosing(self._replay(job, Control(job.frame.start_ms), self._seat(job))) as events:
+        async with aclosing(self._replay(job, Control(job.frame.start_ms), self._announce(job))) as events:
             async for event in events:
                 yield event
 
@@ -147,11 +168,10 @@ class BacktestRunner:
             raise UserError(
                 "Backtest.background needs a running event loop: call it inside an async function, or use run_sync"
             ) from None
-        control, seat = Control(job.frame.start_ms), self._seat(job)
-        task = loop.create_task(self._collect(job, control, seat), name=f"backtest {strategy_name} {symbol}")
-        if seat is not None:
-            # A task that is cancelled before its first step never reaches its own clean-up.
-            task.add_done_callback(lambda _: seat.leave())
+        control, announced = Control(job.frame.start_ms), self._announce(job)
+        task = loop.create_task(self._collect(job, control, announced), name=f"backtest {strategy_name} {symbol}")
+        # A task that is cancelled before its first step never reaches its own clean-up.
+        task.add_done_callback(lambda _: announced.take_back())
         return BacktestHandle(job, control, task)
 
     def run_sync(
@@ -166,13 +186,13 @@ class BacktestRunner:
     ) -> BacktestResult:
         """Run a backtest to its end and return its result. Arguments and errors as for `run`."""
         job = self._job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
-        return run_blocking(lambda: self._collect(job, Control(job.frame.start_ms), self._seat(job)))
+        return run_blocking(lambda: self._collect(job, Control(job.frame.start_ms), self._announce(job)))
 
-    async def _replay(self, job: Job, control: Control, seat: RiskSeat | None) -> AsyncGenerator[Event, None]:
+    async def _replay(self, job: Job, control: Control, announced: _Announced) -> AsyncGenerator[Event, None]:
         """The events of a run, and to its listeners also how it ended."""
         try:
             async with self._feeds.use(job.identity.exchange_name, job.settings) as feed:
-                replay = Replay(job, control, feed, self._bus, self._cron, seat)
+                replay = Replay(job, control, feed, self._bus, self._cron, announced.seat)
                 async with aclosing(replay.events()) as events:
                     async for event in events:
                         yield event
@@ -183,14 +203,14 @@ class BacktestRunner:
             await self._bus.emit(RunFailed(identity=job.identity, when_ms=control.when_ms, error=error))
             raise
         finally:
-            if seat is not None:
-                seat.leave()
+            announced.take_back()
 
-    def _seat(self, job: Job) -> RiskSeat | None:
-        return self._risks.join(job.identity, job.risks, job.frame.start_ms) if job.risks else None
+    def _announce(self, job: Job) -> _Announced:
+        seat = self._risks.join(job.identity, job.risks, job.frame.start_ms) if job.risks else None
+        return _Announced(job.identity, self._cron, seat)
 
-    async def _collect(self, job: Job, control: Control, seat: RiskSeat | None) -> BacktestResult:
-        async for _ in self._replay(job, control, seat):
+    async def _collect(self, job: Job, control: Control, announced: _Announced) -> BacktestResult:
+        async for _ in self._replay(job, control, announced):
             pass
         from backtest_kit.report.result import BacktestResult
 

@@ -108,33 +108,29 @@ class Replay:
         frame, rules, symbol = self._job.frame, self._job.rules, self._job.identity.symbol
         desk, control, cron = self._desk, self._control, self._cron
         history = await self._history_of(symbol)
-        cron.begin(self._job.identity)
-        try:
-            when_ms = frame.start_ms - MINUTE_MS
-            turn_ends = time.perf_counter() + _LONGEST_TURN_S
-            while when_ms < frame.stop_ms:
-                if control.stopping and self._wind_up():
-                    return
-                wanted = self._look_who_listens()
-                columns = _columns(history)
-                until_ms = next_minute(desk.state, columns, when_ms, rules, wanted)
-                boundary_ms = cron.next_boundary(when_ms, symbol)
-                if boundary_ms is not None:
-                    until_ms = min(until_ms, boundary_ms)
-                desk.state = coast(desk.state, columns, when_ms, until_ms, rules)
-                desk.tick = columns.tick(until_ms)
-                control.when_ms = when_ms = until_ms
-                if self._seat is not None:
-                    await self._seat.turn(when_ms)
-                if when_ms == boundary_ms:
-                    await cron.fire(when_ms, self._job.identity, self._context())
-                async for event in self._minute(wanted):
-                    yield event
-                if time.perf_counter() >= turn_ends:
-                    await asyncio.sleep(0)
-                    turn_ends = time.perf_counter() + _LONGEST_TURN_S
-        finally:
-            cron.end(self._job.identity)
+        when_ms = frame.start_ms - MINUTE_MS
+        turn_ends = time.perf_counter() + _LONGEST_TURN_S
+        while when_ms < frame.stop_ms:
+            if control.stopping and self._wind_up():
+                return
+            wanted = self._look_who_listens()
+            columns = _columns(history)
+            until_ms = next_minute(desk.state, columns, when_ms, rules, wanted)
+            boundary_ms = cron.next_boundary(when_ms, symbol)
+            if boundary_ms is not None:
+                until_ms = min(until_ms, boundary_ms)
+            desk.state = coast(desk.state, columns, when_ms, until_ms, rules)
+            desk.tick = columns.tick(until_ms)
+            control.when_ms = when_ms = until_ms
+            if self._seat is not None:
+                await self._seat.turn(when_ms)
+            if when_ms == boundary_ms:
+                await cron.fire(when_ms, self._job.identity, self._context())
+            async for event in self._minute(wanted):
+                yield event
+            if time.perf_counter() >= turn_ends:
+                await asyncio.sleep(0)
+                turn_ends = time.perf_counter() + _LONGEST_TURN_S
 
     async def _minute(self, wanted: Wanted) -> AsyncIterator[Event]:
         """Act at the minute that the desk shows."""
