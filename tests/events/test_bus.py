@@ -347,6 +347,30 @@ async def test_a_knot_is_seen_although_another_event_of_the_handler_came_through
             await bus.emit(progress(0, symbol="both"))
 
 
+async def test_waiting_for_a_handler_that_waits_no_more_is_no_knot(progress: MakeEvent) -> None:
+    bus = EventBus()
+    log: list[str] = []
+
+    async def busy(event: Progress) -> None:
+        if event.fraction:
+            await bus.emit(progress(0, symbol="other"))
+            await turns(9)
+        log.append(f"busy {event.fraction:g}")
+
+    async def other(event: Progress) -> None:
+        if event.fraction:
+            await bus.emit(progress(0, symbol="busy"))
+        log.append(f"other {event.fraction:g}")
+
+    for handler in (busy, other):
+        bus.on(Progress, handler, symbol=handler.__name__)
+    first = asyncio.create_task(bus.emit(progress(1, symbol="busy")))
+    await turns(3)
+    await asyncio.wait_for(bus.emit(progress(1, symbol="other")), 5)
+    await first
+    assert log == ["other 0", "busy 1", "busy 0", "other 1"]
+
+
 async def test_runs_that_start_each_other_do_not_pile_up(progress: MakeEvent) -> None:
     bus = EventBus()
     over = asyncio.Event()

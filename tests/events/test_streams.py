@@ -181,8 +181,11 @@ async def test_a_stream_that_another_thread_lets_go_of_frees_the_run(progress: M
         kept.clear()
 
     collector = threading.Thread(target=let_go_while_the_loop_sleeps)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
     collector.start()
     await asyncio.wait_for(run, 5)
+    assert loop.time() - started < 4  # woken, not found when the timeout came
     collector.join()
 
 
@@ -224,6 +227,8 @@ async def anext_all(stream: EventStream[Progress]) -> list[float]:
 
 async def test_a_reader_cancelled_as_an_event_comes_does_not_take_it(progress: MakeEvent) -> None:
     bus = EventBus()
+    wrong: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: wrong.append(context))
     stream = bus.events(Progress)
     reader = asyncio.create_task(read_one(stream))
     await turns()
@@ -231,6 +236,7 @@ async def test_a_reader_cancelled_as_an_event_comes_does_not_take_it(progress: M
     reader.cancel()
     await asyncio.wait([reader])
     assert await read_one(stream) == 1
+    assert wrong == []
 
 
 async def test_two_readers_share_what_comes(progress: MakeEvent) -> None:
