@@ -61,11 +61,12 @@ def handler_name(handler: object) -> str:
 class _Delivery:
     """One event on its way to one handler."""
 
-    __slots__ = ("inside", "waits_for")
+    __slots__ = ("inside", "over", "waits_for")
 
     def __init__(self, inside: _Delivery | None) -> None:
         self.inside = inside
         """The delivery whose handler this event came about in."""
+        self.over = False
         self.waits_for: _Turn | None = None
         """Where an event that came about in its handler is now."""
 
@@ -128,6 +129,8 @@ class _Subscription:
         loop = asyncio.get_running_loop()
         turn = self.turns.get(loop) or self.turns.setdefault(loop, _Turn())
         inside = _INSIDE.get()
+        while inside is not None and inside.over:
+            inside = inside.inside
         delivery = _Delivery(inside)
         if inside is not None:
             self._refuse_deadlock(turn, inside, event)
@@ -135,13 +138,14 @@ class _Subscription:
         try:
             async with turn.lock:
                 turn.holder = delivery
-                token = _INSIDE.set(delivery)
+                # Not reset afterwards: tasks that the handler started have a copy, so `over` must tell anyway.
+                _INSIDE.set(delivery)
                 try:
                     answer = self.listener(event, ctx)
                     if inspect.isawaitable(answer):
                         await answer
                 finally:
-                    _INSIDE.reset(token)
+                    delivery.over = True
                     turn.holder = None
         finally:
             if inside is not None:
@@ -316,7 +320,8 @@ class _Queue(Generic[E]):
                 self._waiters.discard(waiter)
 
     def _wake(self) -> None:
-        for waiter in tuple(self._waiters):
+        while self._waiters:
+            waiter = self._waiters.pop()
             with suppress(RuntimeError):  # its loop is closed: nobody waits there any more
                 waiter.get_loop().call_soon_threadsafe(_resolve, waiter)
 

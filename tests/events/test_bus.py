@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -326,6 +327,70 @@ async def test_two_handlers_that_wait_for_each_other_are_refused(progress: MakeE
             bus.emit(progress(1, symbol="left")), bus.emit(progress(1, symbol="right")), return_exceptions=True
         )
     assert sorted(type(each).__name__ for each in outcomes) == ["NoneType", "UserError"]
+
+
+async def test_a_knot_is_seen_although_another_event_of_the_handler_came_through(progress: MakeEvent) -> None:
+    bus = EventBus()
+
+    async def both(event: Progress) -> None:
+        await asyncio.gather(bus.emit(progress(1, symbol="back")), bus.emit(progress(1, symbol="quick")))
+
+    async def back(event: Progress) -> None:
+        await turns(5)
+        await bus.emit(progress(1, symbol="both"))
+
+    for handler in (both, back):
+        bus.on(Progress, handler, symbol=handler.__name__)
+    bus.on(Progress, lambda event: None, symbol="quick")
+    async with asyncio.timeout(5):
+        with pytest.raises(UserError, match="both would wait for itself"):
+            await bus.emit(progress(0, symbol="both"))
+
+
+async def test_waiting_for_a_handler_that_waits_no_more_is_no_knot(progress: MakeEvent) -> None:
+    bus = EventBus()
+    log: list[str] = []
+
+    async def busy(event: Progress) -> None:
+        if event.fraction:
+            await bus.emit(progress(0, symbol="other"))
+            await turns(9)
+        log.append(f"busy {event.fraction:g}")
+
+    async def other(event: Progress) -> None:
+        if event.fraction:
+            await bus.emit(progress(0, symbol="busy"))
+        log.append(f"other {event.fraction:g}")
+
+    for handler in (busy, other):
+        bus.on(Progress, handler, symbol=handler.__name__)
+    first = asyncio.create_task(bus.emit(progress(1, symbol="busy")))
+    await turns(3)
+    await asyncio.wait_for(bus.emit(progress(1, symbol="other")), 5)
+    await first
+    assert log == ["other 0", "busy 1", "busy 0", "other 1"]
+
+
+async def test_runs_that_start_each_other_do_not_pile_up(progress: MakeEvent) -> None:
+    bus = EventBus()
+    over = asyncio.Event()
+
+    def starts_the_next(event: Progress) -> None:
+        if event.fraction < 100:
+            latest[:] = [asyncio.create_task(bus.emit(progress(event.fraction + 1)))]
+        else:
+            over.set()
+
+    def deliveries() -> int:
+        gc.collect()
+        return sum(type(each).__name__ == "_Delivery" for each in gc.get_objects())
+
+    latest: list[asyncio.Task[None]] = []
+    bus.on(Progress, starts_the_next)
+    before = deliveries()
+    await bus.emit(progress(0))
+    await asyncio.wait_for(over.wait(), 5)
+    assert deliveries() <= before + 2
 
 
 async def test_a_task_that_outlives_its_handler_may_emit_to_it(progress: MakeEvent) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -79,12 +80,12 @@ async def test_streams_are_independent_and_filtered(progress: MakeEvent) -> None
         await anext(every)
 
 
-async def leave_by_break(stream: EventStream[Progress]) -> None:
+async def leave_by_break(stream: EventStream[Progress], kept: list[BaseException]) -> None:
     async for _ in stream:
         break
 
 
-async def leave_by_error(stream: EventStream[Progress]) -> None:
+async def leave_by_error(stream: EventStream[Progress], kept: list[BaseException]) -> None:
     async def read() -> None:
         async for _ in stream:
             raise ZeroDivisionError
@@ -93,18 +94,18 @@ async def leave_by_error(stream: EventStream[Progress]) -> None:
         await read()
 
 
-async def leave_by_with(stream: EventStream[Progress]) -> None:
+async def leave_by_with(stream: EventStream[Progress], kept: list[BaseException]) -> None:
     async with stream as same:
         await anext(same)
 
 
-async def leave_by_aclose(stream: EventStream[Progress]) -> None:
+async def leave_by_aclose(stream: EventStream[Progress], kept: list[BaseException]) -> None:
     await anext(stream)
     await stream.aclose()
     await stream.aclose()
 
 
-async def leave_by_cancelled_wait(stream: EventStream[Progress]) -> None:
+async def leave_by_cancelled_wait(stream: EventStream[Progress], kept: list[BaseException]) -> None:
     async def read() -> None:
         async for _ in stream:
             pass
@@ -113,10 +114,13 @@ async def leave_by_cancelled_wait(stream: EventStream[Progress]) -> None:
     reader = asyncio.create_task(read())
     await turns(50)
     reader.cancel()
-    await asyncio.wait([reader])
+    try:
+        await reader
+    except asyncio.CancelledError as error:
+        kept.append(error)
 
 
-async def leave_by_cancelled_body(stream: EventStream[Progress]) -> None:
+async def leave_by_cancelled_body(stream: EventStream[Progress], kept: list[BaseException]) -> None:
     async def read() -> None:
         async for _ in stream:
             await asyncio.Event().wait()
@@ -144,7 +148,8 @@ async def test_leaving_a_stream_ends_it_and_frees_the_run(leave: Callable[..., A
     run = asyncio.create_task(emit_many(bus, progress, 9))
     await turns()
     assert not run.done()
-    await leave(stream)
+    kept: list[BaseException] = []
+    await leave(stream, kept)
     assert not listens(bus)
     await asyncio.wait_for(run, 5)
     assert [event async for event in stream] == []  # kept by a name, and ended all the same
@@ -170,9 +175,17 @@ async def test_a_stream_that_another_thread_lets_go_of_frees_the_run(progress: M
     kept = [bus.events(Progress, limit=1)]
     run = asyncio.create_task(emit_many(bus, progress, 9))
     await turns()
-    collector = threading.Thread(target=kept.clear)
+
+    def let_go_while_the_loop_sleeps() -> None:
+        time.sleep(0.05)
+        kept.clear()
+
+    collector = threading.Thread(target=let_go_while_the_loop_sleeps)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
     collector.start()
     await asyncio.wait_for(run, 5)
+    assert loop.time() - started < 4  # woken, not found when the timeout came
     collector.join()
 
 
@@ -210,6 +223,20 @@ async def test_a_run_cancelled_at_any_await_of_a_full_stream(progress: MakeEvent
 
 async def anext_all(stream: EventStream[Progress]) -> list[float]:
     return [event.fraction async for event in stream]
+
+
+async def test_a_reader_cancelled_as_an_event_comes_does_not_take_it(progress: MakeEvent) -> None:
+    bus = EventBus()
+    wrong: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: wrong.append(context))
+    stream = bus.events(Progress)
+    reader = asyncio.create_task(read_one(stream))
+    await turns()
+    await bus.emit(progress(1))
+    reader.cancel()
+    await asyncio.wait([reader])
+    assert await read_one(stream) == 1
+    assert wrong == []
 
 
 async def test_two_readers_share_what_comes(progress: MakeEvent) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -305,6 +306,25 @@ async def test_a_job_that_starts_a_run_of_its_own_frame_is_refused(in_a_task: bo
     async with asyncio.timeout(5):
         with pytest.raises(UserError, match=r"cron job 'nested' would wait for itself: .* 2024-06-01T00:00Z"):
             await cron.fire(START, run_of("A"))
+
+
+async def test_runs_that_jobs_start_do_not_pile_up() -> None:
+    cron = Cron()
+    over = asyncio.Event()
+
+    def starts_the_next(tick: CronTick) -> None:
+        if tick.when_ms < START + 100 * HOUR:
+            latest[:] = [asyncio.create_task(cron.fire(tick.when_ms + HOUR, tick.identity))]
+        else:
+            over.set()
+
+    latest: list[asyncio.Task[None]] = []
+    cron.add("hourly", interval="1h", handler=starts_the_next)
+    cron.begin(run_of("A"))
+    await cron.fire(START, run_of("A"))
+    await asyncio.wait_for(over.wait(), 5)
+    gc.collect()
+    assert sum(type(each).__name__ == "_Round" for each in gc.get_objects()) <= 2
 
 
 @pytest.mark.parametrize(

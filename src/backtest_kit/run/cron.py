@@ -181,7 +181,7 @@ async def _perform(job: _Job, progress: _Progress, when_ms: int, identity: Ident
     if current is not None or (progress.last_ms is not None and when_ms <= progress.last_ms):
         return
     current = progress.under_way = _Round(when_ms)
-    token = _FIRING.set((*_FIRING.get(), current))
+    _FIRING.set((*(each for each in _FIRING.get() if not each.done.is_set()), current))
     try:
         tick = CronTick(name=job.name, when_ms=when_ms, interval=job.interval, identity=identity)
         answer = job.listener(tick, ctx)
@@ -193,6 +193,5 @@ async def _perform(job: _Job, progress: _Progress, when_ms: int, identity: Ident
         raise
     finally:
         # Also when cancelled: the boundary is then free, and one of those who wait performs it.
-        _FIRING.reset(token)
         progress.under_way = None
         current.done.set()
