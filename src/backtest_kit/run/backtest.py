@@ -87,6 +87,10 @@ class BacktestHandle:
         """Open nothing more: a resting entry is cancelled, an open position is carried to its end."""
         self._control.stopping = True
 
+    def cancel(self) -> None:
+        """End it at once and leave what is open as it is; whoever awaits it gets `asyncio.CancelledError`."""
+        self._task.cancel()
+
     def pause(self) -> None:
         """Ask the strategy for nothing until `resume`; what is open or resting goes on."""
         self._control.paused = True

@@ -15,9 +15,15 @@ def run_blocking(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
     Where a loop already runs in this thread (a notebook), the new one gets a thread of its own.
     """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _loop_is_running():
         return asyncio.run(main())
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="backtest-kit") as thread:
         return thread.submit(lambda: asyncio.run(main())).result()
+
+
+def _loop_is_running() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
