@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from backtest_kit.errors import UserError
 from backtest_kit.model.event import Identity
+from backtest_kit.model.interval import to_datetime
 from backtest_kit.model.position import Direction, Position, RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.run.lockstep import Lockstep
@@ -45,6 +47,10 @@ class RiskRequest(msgspec.Struct, frozen=True, kw_only=True):
     when_ms: int
     positions: tuple[ActivePosition, ...]
     """Of all strategies and symbols that share the profile on this exchange and frame; never its own."""
+
+    @property
+    def when(self) -> datetime:
+        return to_datetime(self.when_ms)
 
     @property
     def price_open(self) -> float:
