@@ -174,7 +174,7 @@ class Database:
         await self.write(lambda connection: None)
 
     async def close(self) -> None:
-        self._writer.check_process()
+        self._check_process()
         await self._reader.close()
         await self._writer.close()
         self._opened = False
@@ -184,17 +184,21 @@ class Database:
 
         With `durable`, the transaction is on the disk before this returns.
         """
-        self._writer.check_process()
+        self._check_process()
         result: T = await self._writer.run(Job(work, durable=durable))
         return result
 
     async def read(self, work: Work[T]) -> T:
         """Do `work`, which only selects."""
+        self._check_process()
         if not self._opened:
             await self.open()
-        self._reader.check_process()
         result: T = await self._reader.run(Job(work))
         return result
+
+    def _check_process(self) -> None:
+        self._writer.check_process()
+        self._reader.check_process()
 
     def _commit(self, connection: sqlite3.Connection, jobs: list[Job]) -> None:
         try:
@@ -249,13 +253,22 @@ class Database:
         except OSError as error:
             raise UserError(f"{self.path} cannot be a database: {error.strerror}: give another path") from error
         connection = self._connect()
-        try:
-            self._prepare(connection)
-        except BaseException as error:
-            connection.close()
-            if isinstance(error, sqlite3.Error):
-                raise self._explain(error) from error
-            raise
+        deadline = time.monotonic() + self._busy_timeout
+        while True:
+            try:
+                self._prepare(connection)
+                break
+            except BaseException as error:
+                _roll_back(connection)
+                # SQLite does not wait by itself while another process switches a new file to WAL.
+                if isinstance(error, sqlite3.Error):
+                    if _code(error) == sqlite3.SQLITE_BUSY and time.monotonic() < deadline:
+                        time.sleep(0.01)
+                        continue
+                    connection.close()
+                    raise self._explain(error) from error
+                connection.close()
+                raise
         self._opened = True
         return connection
 
@@ -271,33 +284,22 @@ class Database:
             raise self._explain(error) from error
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
+        connection.execute("BEGIN")
         self._check_owner(connection)
-        deadline = time.monotonic() + self._busy_timeout
-        while True:
-            try:
-                (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-                break
-            except sqlite3.OperationalError as error:
-                # SQLite does not wait by itself while another process is switching to WAL.
-                if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+        connection.execute("COMMIT")
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise UserError(f"{self.path} is on a file system without shared memory for WAL: use a local disk")
         connection.execute("BEGIN IMMEDIATE")
-        try:
-            if self._check_owner(connection):
-                for statement in _SCHEMA:
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            connection.execute("COMMIT")
-        except BaseException:
-            _roll_back(connection)
-            raise
+        if self._check_owner(connection):
+            for statement in _SCHEMA:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute("COMMIT")
 
     def _check_owner(self, connection: sqlite3.Connection) -> bool:
-        """True if the file is empty and the schema must be made."""
+        """True if the file is empty and the schema must be made. To be asked inside a transaction."""
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
