@@ -9,20 +9,27 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
-from backtest_kit.errors import Damaged
+import msgspec
+
+from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.sqlite_threads import Database
-from backtest_kit.persist.codec import NewerSchema, seal, unseal
-from backtest_kit.persist.contracts import Contract, Durability
-from backtest_kit.persist.keys import check_key, escape, path_of
+from backtest_kit.persist.codec import NewerSchema, parse, reseal, seal, unseal
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability
+from backtest_kit.persist.keys import check_key, escape, path_of, unescape
+from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Capability, Key, Record, Write
+from backtest_kit.persist.upkeep import Entry
 from backtest_kit.persist.writing import check_batch, decide, now_ms
 
 _CHUNK: Final = 256
 """Records that a listing reads at a time."""
+
+_CONTRACTS: Final = {**CONTRACTS, LEASE.name: LEASE}
 
 _SELECT: Final = "SELECT removed, CAST(record AS BLOB) FROM records WHERE namespace = ? AND contract = ? AND key = ?"
 _REPLACE: Final = "INSERT OR REPLACE INTO records (namespace, contract, key, removed, record) VALUES (?, ?, ?, ?, ?)"
@@ -108,6 +115,33 @@ class SqliteStore:
         inner.candles = FileCandleStore(f"{self.path}.candles/@{inner._namespace.rstrip('/')}")
         return inner
 
+    async def audit(self, *, deep: bool = False) -> AsyncIterator[Entry]:
+        last = 0
+        while rows := await self._database.read(partial(_audit_rows, last)):
+            for _, entry in rows:
+                yield entry
+            last = rows[-1][0]
+        if deep:
+            for problem in await self._database.read(_integrity):
+                yield Entry("", "database", self.path.name, 0, fault=problem)
+
+    async def namespaces(self) -> list[tuple[str, ...]]:
+        found = await self._database.read(
+            lambda connection: connection.execute(
+                "SELECT DISTINCT namespace FROM records WHERE namespace > ''"
+            ).fetchall()
+        )
+        return [tuple(str(unescape(name, "namespace") or name) for name in text.split("/")[:-1]) for (text,) in found]
+
+    async def quarantined(self) -> list[Quarantined]:
+        return await self._database.read(_list_quarantine)
+
+    async def restore(self, path: str) -> None:
+        await self._database.write(partial(_restore, _find(path)))
+
+    async def drop(self, path: str) -> None:
+        await self._database.write(partial(_drop, _find(path)))
+
     def _name(self, contract: Contract, key: Key) -> _Name:
         return self._namespace, contract.name, "/".join(path_of(contract, key))
 
@@ -124,10 +158,11 @@ class SqliteStore:
         where = f"{self.path}: {suspect.name[1]} {suspect.name[2]}"
         if isinstance(suspect.error, NewerSchema):
             return NewerSchema(f"{where}: {suspect.error}")
-        number = await self._database.write(partial(_keep_copy, suspect))
+        await self._database.write(partial(_keep_copy, suspect))
+        path = _path(suspect.name)
         return Damaged(
-            f"{where}: {suspect.error}. A copy is number {number} in quarantine and the key is blocked: "
-            f"`backtest-kit store quarantine restore {number}` accepts it as it is, `drop {number}` removes it"
+            f"{where}: {suspect.error}. A copy is in quarantine and the key is blocked: "
+            f"`backtest-kit store quarantine restore {path}` accepts it as it is, `... drop {path}` gives it up"
         )
 
 
@@ -195,10 +230,80 @@ def _apply(writes: Sequence[tuple[Write, _Name]], connection: sqlite3.Connection
     return [record for _, _, record, _ in decisions]
 
 
-def _keep_copy(suspect: _Suspect, connection: sqlite3.Connection) -> int:
+def _keep_copy(suspect: _Suspect, connection: sqlite3.Connection) -> None:
     connection.execute(_QUARANTINE, (now_ms(), *suspect.name, str(suspect.error), suspect.data))
-    (number,) = connection.execute(
-        "SELECT id FROM quarantine WHERE namespace = ? AND contract = ? AND key = ? AND record = ?",
-        (*suspect.name, suspect.data),
-    ).fetchone()
-    return int(number)
+
+
+def _audit_rows(after: int, connection: sqlite3.Connection) -> list[tuple[int, Entry]]:
+    rows = connection.execute(
+        "SELECT seq, namespace, contract, key, removed, length(record) FROM records WHERE seq > ? ORDER BY seq LIMIT ?",
+        (after, _CHUNK),
+    )
+    entries = []
+    for seq, namespace, contract, key, removed, size in rows.fetchall():
+        fault = None
+        row = _CONTRACTS.get(contract)
+        if row is None:
+            fault = f"no contract of this version is called {contract!r}"
+        else:
+            found = _read(row, (namespace, contract, key), None, connection)
+            fault = str(found.error) if isinstance(found, _Suspect) else None
+        entries.append((seq, Entry(namespace, contract, key, size or 0, bool(removed), fault)))
+    return entries
+
+
+def _integrity(connection: sqlite3.Connection) -> list[str]:
+    return [text for (text,) in connection.execute("PRAGMA integrity_check") if text != "ok"]
+
+
+def _path(name: _Name) -> str:
+    """A row's name in the operations on the quarantine, in the form that files have theirs."""
+    namespace, contract, key = name
+    spaces = "".join(f"@{part}/" for part in namespace.split("/")[:-1])
+    return f"{spaces}{contract}/{key}"
+
+
+def _find(path: str) -> _Name:
+    parts = path.split("/")
+    depth = sum(1 for _ in takewhile(lambda part: part.startswith("@"), parts))
+    namespace = "".join(f"{part[1:]}/" for part in parts[:depth])
+    return namespace, "".join(parts[depth : depth + 1]), "/".join(parts[depth + 1 :])
+
+
+def _list_quarantine(connection: sqlite3.Connection) -> list[Quarantined]:
+    rows = connection.execute(
+        "SELECT namespace, contract, key, reason, max(found_at) FROM quarantine GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+    )
+    return [
+        Quarantined(_path((namespace, contract, key)), contract, key.split("/"), reason, found_at)
+        for namespace, contract, key, reason, found_at in rows
+    ]
+
+
+def _held(name: _Name, connection: sqlite3.Connection) -> bytes:
+    """The bytes of the row that is in quarantine."""
+    where = "WHERE namespace = ? AND contract = ? AND key = ?"
+    if not connection.execute(f"SELECT 1 FROM quarantine {where}", name).fetchone():  # noqa: S608
+        raise UserError(f"nothing in quarantine is called {_path(name)!r}: see `backtest-kit store quarantine list`")
+    (data,) = connection.execute(f"SELECT CAST(record AS BLOB) FROM records {where}", name).fetchone() or (b"",)  # noqa: S608
+    return bytes(data or b"")
+
+
+def _restore(name: _Name, connection: sqlite3.Connection) -> None:
+    data = _held(name, connection)
+    contract = _CONTRACTS[name[1]]
+    fields = parse(data)
+    key = tuple(fields["key"].values()) if isinstance(fields, dict) and isinstance(fields.get("key"), dict) else ()
+    record = reseal(contract, key, data)
+    if "/".join(path_of(contract, check_key(contract, record.key))) != name[2]:
+        raise Damaged(f"it is the record of {record.key}: drop {_path(name)}, and write it under its own key")
+    # Nobody who knew the record before the damage may take it for the one he read.
+    record = msgspec.structs.replace(record, rev=record.rev + 1)
+    connection.execute(_REPLACE, (*name, record.removed, seal(contract, record)))
+    connection.execute("DELETE FROM quarantine WHERE namespace = ? AND contract = ? AND key = ?", name)
+
+
+def _drop(name: _Name, connection: sqlite3.Connection) -> None:
+    _held(name, connection)
+    for table in ("records", "quarantine"):
+        connection.execute(f"DELETE FROM {table} WHERE namespace = ? AND contract = ? AND key = ?", name)  # noqa: S608
