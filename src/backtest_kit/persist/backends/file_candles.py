@@ -45,17 +45,19 @@ _Signature = tuple[int, int, int]
 
 
 class FileCandleStore:
-    """Candles under `root`. Safe for any number of tasks, threads and processes at once."""
+    """Candles in the directory `prefix` of `root`. Safe for any number of tasks, threads and processes at once."""
 
     def __init__(
         self,
         root: str | os.PathLike[str],
         *,
+        prefix: str = "",
         disk: Disk | None = None,
         locks: LockSet | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
         self._root = absolute_root(root)
+        self._prefix = prefix
         self._disk = disk or Disk()
         self._locks = locks or LockSet(f"{self._root}/.backtest-kit/locks", self._disk)
         self._quarantine = quarantine or Quarantine(self._root, self._disk)
@@ -80,7 +82,7 @@ class FileCandleStore:
 
     def _directory(self, series: SeriesKey) -> str:
         key = check_key(CONTRACT, (series.exchange_name, series.symbol, series.interval), prefix=True)
-        return "/".join((CONTRACT.name, *path_of(CONTRACT, key)))
+        return self._prefix + "/".join((CONTRACT.name, *path_of(CONTRACT, key)))
 
     def _read(self, series: SeriesKey, directory: str, start_ms: int, stop_ms: int) -> CandleSeries:
         parts = []
