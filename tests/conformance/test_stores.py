@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
-from backtest_kit.persist.store import Store
+from backtest_kit.persist.backends.sqlite import SqliteStore
+from backtest_kit.persist.contracts import CONTRACTS, Contract
+from backtest_kit.persist.store import CandleStore, Key, Record, Store, Write
 from backtest_kit.persist.testing import StoreConformance
+from backtest_kit.persist.wrapper import AdapterStore
 
 
 class TestMemoryStore(StoreConformance):
@@ -20,3 +26,79 @@ class TestDummyStore(StoreConformance):
 
     def make_store(self, place: Path) -> Store:
         return DummyStore()
+
+
+class TestSqliteStore(StoreConformance):
+    def make_store(self, place: Path) -> Store:
+        return SqliteStore(place / "bot.db")
+
+    def obstruct(self, place: Path) -> Callable[[], None]:
+        (place / "bot.db").mkdir()
+        return (place / "bot.db").rmdir
+
+
+class Unlisted:
+    """The adapter of the reference document."""
+
+    def __init__(self) -> None:
+        self._store: dict[str, Any] = {}
+
+    async def read_value(self, entity_id: str) -> Any:
+        return self._store.get(entity_id)
+
+    async def write_value(self, entity_id: str, entity: Any) -> None:
+        self._store[entity_id] = entity
+
+
+class Listed(Unlisted):
+    def list_values(self) -> list[Any]:
+        return list(self._store.values())
+
+
+class OneAdapterEach:
+    """A store of all contracts over one adapter per contract, which is how a program binds them."""
+
+    def __init__(self, adapter: type) -> None:
+        self._stores = {row.name: AdapterStore(row, adapter) for row in CONTRACTS.values()}
+        self.capabilities = self._stores["signal"].capabilities
+
+    @property
+    def candles(self) -> CandleStore:
+        return self._stores["candle"].candles
+
+    async def open(self) -> None:
+        await asyncio.gather(*(store.open() for store in self._stores.values()))
+
+    async def close(self) -> None:
+        await asyncio.gather(*(store.close() for store in self._stores.values()))
+
+    async def get(self, contract: Contract, key: Key) -> Record | None:
+        return await self._stores[contract.name].get(contract, key)
+
+    async def put(self, write: Write) -> Record:
+        return await self._stores[write.contract.name].put(write)
+
+    async def batch(self, writes: Sequence[Write]) -> None:
+        for name in {write.contract.name for write in writes}:
+            await self._stores[name].batch([write for write in writes if write.contract.name == name])
+
+    def scan(self, contract: Contract, prefix: Key = (), **options: Any) -> AsyncIterator[Record]:
+        return self._stores[contract.name].scan(contract, prefix, **options)
+
+    def within(self, namespace: str) -> Store:
+        if not namespace:
+            return self
+        inner = OneAdapterEach.__new__(OneAdapterEach)
+        inner._stores = {name: store.within(namespace) for name, store in self._stores.items()}
+        inner.capabilities = self.capabilities
+        return inner
+
+
+class TestAdapterStore(StoreConformance):
+    def make_store(self, place: Path) -> Store:
+        return OneAdapterEach(Listed)
+
+
+class TestAdapterStoreWithoutListing(StoreConformance):
+    def make_store(self, place: Path) -> Store:
+        return OneAdapterEach(Unlisted)

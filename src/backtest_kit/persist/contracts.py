@@ -105,6 +105,11 @@ CONTRACTS: Final[dict[str, Contract]] = {
 }
 """Every contract by name, in the order in which a migration moves them."""
 
+LEASE: Final = Contract("lease", _POSITION, _S, _R, Delete.NEVER, Durability.MONEY)
+"""Which process trades a position, see `persist.lease`. No contract of the user's: it says something about a
+process, not about a strategy, so it is never exported, migrated or bound by itself, but it must lie in the
+store whose writes it guards."""
+
 
 def contract(name: str) -> Contract:
     """The row called `name`.

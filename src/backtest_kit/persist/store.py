@@ -108,8 +108,11 @@ class CandleStore(Protocol):
 class Store(Protocol):
     """A backend for the records of every contract but `candle`, which has `candles`."""
 
-    capabilities: frozenset[Capability]
-    candles: CandleStore
+    @property
+    def capabilities(self) -> frozenset[Capability]: ...
+
+    @property
+    def candles(self) -> CandleStore: ...
 
     async def open(self) -> None:
         """Make ready. Idempotent; every concurrent caller waits for the same opening.

@@ -10,6 +10,11 @@ from backtest_kit.persist.contracts import WriteRule
 from backtest_kit.persist.store import ABSENT, ANY, Record, Write
 
 
+def now_ms() -> int:
+    """The wall clock, as `Record.written_at` has it."""
+    return time.time_ns() // 1_000_000
+
+
 def decide(write: Write, current: Record | None) -> tuple[Record, bool]:
     """The record that stands after `write` on a key that holds `current`, and whether it must be stored.
 
@@ -31,7 +36,7 @@ def decide(write: Write, current: Record | None) -> tuple[Record, bool]:
         value=write.value,
         rev=(rev or 0) + 1,
         when=write.when,
-        written_at=time.time_ns() // 1_000_000,
+        written_at=now_ms(),
         removed=write.removed,
     )
     return record, True

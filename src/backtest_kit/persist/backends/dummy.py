@@ -63,8 +63,9 @@ class DummyStore:
         include_removed: bool = False,
     ) -> AsyncIterator[Record]:
         check_key(contract, prefix, prefix=True)
-        for nothing in ():
-            yield nothing
+        nothing: tuple[Record, ...] = ()
+        for record in nothing:
+            yield record
 
     def within(self, namespace: str) -> DummyStore:
         return self

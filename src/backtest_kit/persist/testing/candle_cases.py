@@ -77,7 +77,9 @@ class CandleCases(Harness):
             await store.candles.write(BTC, candles(first, 20))
         found = await store.candles.read(BTC, *ALWAYS)
         if self.expect_kept(len(found)):
-            minutes = sorted({minute for first in (60_000, 0, 30_000, 29_990, 90_000) for minute in range(first, first + 20)})
+            minutes = sorted(
+                {minute for first in (60_000, 0, 30_000, 29_990, 90_000) for minute in range(first, first + 20)}
+            )
             assert ((found.timestamp - START) // MINUTE).tolist() == minutes
 
     async def test_candles_across_the_end_of_a_month_and_a_year(self, store: Store) -> None:

@@ -201,11 +201,17 @@ class ChangeCases(Harness):
         if await self.refuses_batches(store) or await self.refuses_expectations(store):
             return
         await store.put(memory_write("0", "before"))
-        writes = [Write(MEMORY, ("signal-1", "notes", str(n)), "after", expect=99 if n == bad else "any") for n in (0, 1, 2)]
+        writes = [
+            Write(MEMORY, ("signal-1", "notes", str(n)), "after", expect=99 if n == bad else "any") for n in (0, 1, 2)
+        ]
         with pytest.raises(Conflict):
             await store.batch(writes)
         found = [await store.get(MEMORY, write.key) for write in writes]
-        assert [None if record is None else (record.value, record.rev) for record in found] == [("before", 1), None, None]
+        assert [None if record is None else (record.value, record.rev) for record in found] == [
+            ("before", 1),
+            None,
+            None,
+        ]
 
     async def test_batch_honours_expectations(self, store: Store) -> None:
         if await self.refuses_batches(store) or await self.refuses_expectations(store):

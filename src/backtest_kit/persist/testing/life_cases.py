@@ -39,7 +39,9 @@ class LifeCases(Harness):
 
     async def test_first_access_from_many_tasks(self, place: Path) -> None:
         store = self.make_store(place)
-        assert await asyncio.gather(*(store.get(MEMORY, ("a", "b", str(number))) for number in range(20))) == [None] * 20
+        assert (
+            await asyncio.gather(*(store.get(MEMORY, ("a", "b", str(number))) for number in range(20))) == [None] * 20
+        )
         await store.close()
 
     async def test_first_writes_from_many_tasks(self, place: Path) -> None:

@@ -85,7 +85,19 @@ class ScanCases(Harness):
         keys: list[Key] = [("a", "a", "1"), ("ab", "a", "2"), ("a", "ab", "3"), ("", "a", "4"), ("A", "a", "5")]
         keys += [("a/a", "a", "6"), ("a", "", "7"), ("a%", "a", "8"), ("a_", "a", "9")]
         await put_all(store, (Write(MEMORY, key, None) for key in keys))
-        for prefix in [(), ("a",), ("ab",), ("",), ("A",), ("a", "a"), ("a", ""), ("a", "ab"), ("b",), ("a%",), keys[0]]:
+        for prefix in [
+            (),
+            ("a",),
+            ("ab",),
+            ("",),
+            ("A",),
+            ("a", "a"),
+            ("a", ""),
+            ("a", "ab"),
+            ("b",),
+            ("a%",),
+            keys[0],
+        ]:
             expected = [key for key in keys if key[: len(prefix)] == prefix]
             assert [record.key for record in await collect(store.scan(MEMORY, prefix))] == expected
             found = await collect(store.scan(MEMORY, prefix, newest_first=True, limit=2))

@@ -31,7 +31,7 @@ VALUES: dict[str, Plain] = {
     "third": 1 / 3,
     "empty text": "",
     "unicode": "\u00e9 e\u0301 \U0001f680 \u0634 \u2028 \ufeff",
-    "control characters": "\0\x01\n\r\t\x7f\"\\/",
+    "control characters": '\0\x01\n\r\t\x7f"\\/',
     "1 MiB text": "x" * (1 << 20),
     "empty list": [],
     "empty dict": {},

@@ -1,0 +1,219 @@
+"""The front doors: one object per contract, for binding a store and for reading and writing by name.
+
+The values that pass here are the caller's own: encoded once on the way in, decoded once on the way out.
+This is also the one place that keeps the future out of a read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from backtest_kit.errors import Conflict, UserError
+from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.interval import to_ms
+from backtest_kit.persist.codec import decode, encode
+from backtest_kit.persist.contracts import CONTRACTS, Contract, Delete, Kind
+from backtest_kit.persist.keys import check_key
+from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, KeyPart, Record, SeriesKey, Store, Write
+from backtest_kit.persist.urls import store_at
+from backtest_kit.persist.wrapper import AdapterStore
+
+if TYPE_CHECKING:
+    from backtest_kit.persist.binding import Mode, Persistence
+
+When = datetime | str | int
+"""A simulation time: an aware datetime, an ISO 8601 text or epoch ms."""
+
+
+def adapter_name(row: Contract) -> str:
+    """`PersistSignalAdapter`: what the front door of a contract is called in public."""
+    return f"Persist{row.name.capitalize()}Adapter"
+
+
+def snake(field: str) -> str:
+    """`strategyName` as Python writes it."""
+    return re.sub(r"(?<!^)([A-Z])", r"_\1", field).lower()
+
+
+class _Door:
+    """What the front door of every contract can do: choose where it leads."""
+
+    def __init__(self, persistence: Persistence, row: Contract) -> None:
+        self._persistence = persistence
+        self._contract = row
+        self._fields: Final = {snake(field): field for field in row.key_fields}
+
+    def use_store(self, store: Store, *, mode: Mode | None = None) -> None:
+        """Keep this contract in `store`, in one mode or in all."""
+        self._persistence.bind(self._contract.name, store, mode=mode)
+
+    def use_file(self, *, mode: Mode | None = None) -> None:
+        """Keep this contract in the files of the program."""
+        self.use_store(self._persistence.file_store(), mode=mode)
+
+    def use_memory(self, *, mode: Mode | None = None) -> None:
+        """Keep this contract in a memory of its own, for as long as the program runs."""
+        self.use_store(store_at("memory:"), mode=mode)
+
+    def use_dummy(self, *, mode: Mode | None = None) -> None:
+        """Accept and forget what is written to this contract."""
+        self.use_store(store_at("dummy:"), mode=mode)
+
+    def use_adapter(self, adapter: object, *, mode: Mode | None = None) -> None:
+        """Keep this contract in an object with `read_value` and `write_value`, see `persist.wrapper`.
+
+        A class, or a function that returns the object, is called once, here; an object is used as it is.
+        The same method is called `use_persist_signal_adapter` on the door of `signal`, and so on.
+
+        Raises:
+            UserError: it has no such methods.
+        """
+        self.use_store(AdapterStore(self._contract, adapter), mode=mode)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        row = self.__dict__.get("_contract")
+        if row is None or name != f"use_persist_{row.name}_adapter":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.use_adapter
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), f"use_persist_{self._contract.name}_adapter"]
+
+    def __repr__(self) -> str:
+        return f"<{adapter_name(self._contract)}({', '.join(self._fields)})>"
+
+    def _key(self, parts: dict[str, KeyPart], *, prefix: bool = False) -> Key:
+        """The key that keyword arguments name."""
+        names = list(self._fields)
+        given = names[: len(parts)] if prefix else names
+        if set(parts) != set(given):
+            kind = "a listing takes the first of" if prefix else "the key has"
+            raise UserError(
+                f"{adapter_name(self._contract)} got {', '.join(parts) or 'no key'}: {kind} {', '.join(names)}"
+            )
+        return check_key(self._contract, [parts[name] for name in given], prefix=prefix)
+
+
+class ContractAdapter(_Door):
+    """The front door of a contract: `await PersistSignalAdapter.read(symbol=..., strategy_name=..., ...)`.
+
+    The key is given by name, its fields in Python spelling. `mode` is "live", "paper" or "backtest", and
+    `run` the id of a backtest's run. With `when`, a moment of simulation, a record that was written later
+    than that moment is not there.
+    """
+
+    async def read(
+        self, *, when: When | None = None, mode: Mode = "live", run: str | None = None, **key: KeyPart
+    ) -> Any:
+        """The value under a key, or None if there is none, it was removed, or it is later than `when`.
+
+        Raises:
+            UserError: the key has missing, unknown or ill-typed fields; the message lists them.
+            Damaged, RetryLater: as `Store.get`.
+        """
+        record = await self._store(mode, run).get(self._contract, self._key(key))
+        return None if record is None or record.removed or _later(record, when) else decode(record.value)
+
+    async def write(
+        self, value: object, *, when: When | None = None, mode: Mode = "live", run: str | None = None, **key: KeyPart
+    ) -> None:
+        """Keep `value` under a key; `when` is the simulation time that it belongs to.
+
+        Raises:
+            UserError: the key is wrong, or something in `value` cannot be stored; the message names it.
+            Damaged, OutOfSpace, RetryLater: as `Store.put`.
+        """
+        write = Write(self._contract, self._key(key), encode(value), when=None if when is None else to_ms(when))
+        await self._store(mode, run).put(write)
+
+    async def remove(self, *, mode: Mode = "live", run: str | None = None, **key: KeyPart) -> bool:
+        """Remove what is under a key, and return whether there was something.
+
+        A position contract then has the value None; a bucket keeps the record, marked as removed.
+
+        Raises:
+            UserError: the key is wrong, or records of this contract are never removed.
+        """
+        if self._contract.delete is Delete.NEVER:
+            raise UserError(f"records of {self._contract.name} are never removed: write an empty value instead")
+        store, name = self._store(mode, run), self._key(key)
+        soft = self._contract.delete is Delete.SOFT
+        while True:
+            record = await store.get(self._contract, name)
+            if record is None or record.removed or (record.value is None and not soft):
+                return False
+            checked = Capability.COMPARE_AND_SET in store.capabilities
+            write = Write(
+                self._contract,
+                name,
+                record.value if soft else None,
+                when=record.when,
+                expect=record.rev if checked else ANY,
+                removed=soft,
+            )
+            try:
+                await store.put(write)
+            except Conflict:
+                continue
+            return True
+
+    async def list(
+        self, *, when: When | None = None, mode: Mode = "live", run: str | None = None, **prefix: KeyPart
+    ) -> AsyncIterator[tuple[dict[str, KeyPart], Any]]:
+        """Key and value of every record whose key begins with the given fields, newest first.
+
+        Removed records, and those later than `when`, are passed over.
+
+        Raises:
+            UserError: the fields are not the first ones of the key.
+            Damaged, RetryLater: as `Store.scan`.
+        """
+        records = self._store(mode, run).scan(self._contract, self._key(prefix, prefix=True), newest_first=True)
+        async for record in records:
+            if not _later(record, when):
+                yield dict(zip(self._fields, record.key, strict=True)), decode(record.value)
+
+    def _store(self, mode: Mode, run: str | None) -> Store:
+        return self._persistence.store_for(self._contract, mode, run)
+
+
+class CandleAdapter(_Door):
+    """The front door of the candles. They are the same in every mode."""
+
+    async def read_candles(
+        self,
+        start: When,
+        stop: When,
+        *,
+        exchange_name: str,
+        symbol: str,
+        interval: str,
+        mode: Mode = "live",
+    ) -> CandleSeries:
+        """The stored candles that open in `[start, stop)`, ascending; what is absent is left out."""
+        series = SeriesKey(exchange_name, symbol, interval)
+        return await self._candles(mode).read(series, to_ms(start, what="start"), to_ms(stop, what="stop"))
+
+    async def write_candles(
+        self, candles: CandleSeries, *, exchange_name: str, symbol: str, interval: str, mode: Mode = "live"
+    ) -> int:
+        """Store closed candles, ascending; return how many were new. What is there already stays."""
+        return await self._candles(mode).write(SeriesKey(exchange_name, symbol, interval), candles)
+
+    def _candles(self, mode: Mode) -> CandleStore:
+        return self._persistence.store_for(self._contract, mode).candles
+
+
+def _later(record: Record, when: When | None) -> bool:
+    return when is not None and record.when is not None and record.when > to_ms(when, what="when")
+
+
+def front_doors(persistence: Persistence) -> dict[str, ContractAdapter | CandleAdapter]:
+    """Every front door of `persistence` under its public name: `PersistSignalAdapter` and so on."""
+    doors: dict[str, ContractAdapter | CandleAdapter] = {}
+    for row in CONTRACTS.values():
+        doors[adapter_name(row)] = persistence.candle if row.kind is Kind.SERIES else persistence.adapters[row.name]
+    return doors

@@ -1,0 +1,343 @@
+"""Threads that own an SQLite connection each, and the two connections of a store.
+
+Writes that wait while a commit is under way go into the next transaction together: one sync to the disk
+serves them all, and each has an outcome of its own. Reads have a connection to themselves, and in WAL
+mode neither side waits for the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from backtest_kit.errors import BacktestKitError, Damaged, Outcome, OutOfSpace, RetryLater, UserError
+
+T = TypeVar("T")
+Work = Callable[[sqlite3.Connection], T]
+
+SCHEMA_VERSION: Final = 1
+APPLICATION_ID: Final = 0x42_4B_50_79
+"""`BKPy` in the header of the file: it is ours, whatever it is called."""
+
+_SCHEMA: Final = (
+    """CREATE TABLE records (
+        seq INTEGER PRIMARY KEY,
+        namespace TEXT NOT NULL,
+        contract TEXT NOT NULL,
+        key TEXT NOT NULL,
+        removed INTEGER NOT NULL,
+        record BLOB NOT NULL,
+        UNIQUE (namespace, contract, key)
+    )""",
+    "CREATE INDEX records_in_order ON records (namespace, contract, seq)",
+    """CREATE TABLE quarantine (
+        id INTEGER PRIMARY KEY,
+        found_at INTEGER NOT NULL,
+        namespace TEXT NOT NULL,
+        contract TEXT NOT NULL,
+        key TEXT NOT NULL,
+        reason TEXT NOT NULL,
+        record BLOB NOT NULL,
+        UNIQUE (namespace, contract, key, record)
+    )""",
+)
+_WAYS_OUT: Final = "restore a copy of the file, or move it away to begin with an empty one; it was not changed"
+
+
+class Job:
+    """Work for a thread, and the task that waits for it. No work means: close the connection."""
+
+    __slots__ = ("durable", "error", "future", "loop", "result", "work")
+
+    def __init__(self, work: Work[Any] | None, *, durable: bool = True) -> None:
+        self.work = work
+        self.durable = durable
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[Any] = self.loop.create_future()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def perform(self, connection: sqlite3.Connection) -> Any:
+        return None if self.work is None else self.work(connection)
+
+    def settle(self) -> None:
+        if self.future.done():
+            return
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(self.result)
+
+
+class ConnectionThread:
+    """One thread, one connection. The thread starts with the first job and ends with `close`."""
+
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[], sqlite3.Connection],
+        serve: Callable[[sqlite3.Connection, list[Job]], None],
+    ) -> None:
+        self._name = name
+        self._connect = connect
+        self._serve = serve
+        self._jobs: deque[Job] = deque()
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._pid = 0
+
+    async def run(self, job: Job) -> Any:
+        with self._wake:
+            if self._thread is None:
+                self._pid = os.getpid()
+                self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
+                self._thread.start()
+            self._jobs.append(job)
+            self._wake.notify()
+        return await job.future
+
+    async def close(self) -> None:
+        """Serve what is waiting, then close the connection. A job that comes later opens it again."""
+        if self._thread is not None:
+            await self.run(Job(None))
+
+    def check_process(self) -> None:
+        """Raise `UserError` in a child that was forked while the connection was open."""
+        if self._pid not in (0, os.getpid()):
+            raise UserError(
+                f"{self._name} was opened by process {self._pid} and is used in its fork {os.getpid()}: "
+                "make a store of its own after the fork"
+            )
+
+    def _main(self) -> None:
+        connection: sqlite3.Connection | None = None
+        running = True
+        while running:
+            with self._wake:
+                while not self._jobs:
+                    self._wake.wait()
+                jobs = list(self._jobs)
+                self._jobs.clear()
+            tasks = [job for job in jobs if job.work is not None]
+            try:
+                if tasks and connection is None:
+                    connection = self._connect()
+                if tasks and connection is not None:
+                    self._serve(connection, tasks)
+            except BaseException as error:  # whoever waits must hear of it, whatever it is
+                for job in tasks:
+                    job.error = job.error or error
+            if len(tasks) < len(jobs):
+                if connection is not None:
+                    connection.close()
+                    connection = None
+                with self._wake:
+                    running = bool(self._jobs)
+                    if not running:
+                        self._thread, self._pid = None, 0
+            _settle(jobs)
+
+
+def _settle(jobs: list[Job]) -> None:
+    """Wake the waiting tasks, with one call into each loop."""
+    for loop in {job.loop for job in jobs}:
+        try:
+            loop.call_soon_threadsafe(_settle_here, [job for job in jobs if job.loop is loop])
+        except RuntimeError:
+            # The loop was closed meanwhile: nobody waits there any more.
+            continue
+
+
+def _settle_here(jobs: list[Job]) -> None:
+    for job in jobs:
+        job.settle()
+
+
+class Database:
+    """An SQLite file with one connection that writes and one that reads."""
+
+    def __init__(self, path: Path, busy_timeout: float) -> None:
+        self.path = path
+        self._busy_timeout = busy_timeout
+        self._writer = ConnectionThread(f"SQLite store {path} (writer)", self._open, self._commit)
+        self._reader = ConnectionThread(f"SQLite store {path} (reader)", self._open_reader, self._answer)
+        self._opened = False
+
+    async def open(self) -> None:
+        await self.write(lambda connection: None)
+
+    async def close(self) -> None:
+        self._check_process()
+        await self._reader.close()
+        await self._writer.close()
+        self._opened = False
+
+    async def write(self, work: Work[T], *, durable: bool = True) -> T:
+        """Do `work` in a transaction, perhaps with that of others. It changes nothing before it raises.
+
+        With `durable`, the transaction is on the disk before this returns.
+        """
+        self._check_process()
+        result: T = await self._writer.run(Job(work, durable=durable))
+        return result
+
+    async def read(self, work: Work[T]) -> T:
+        """Do `work`, which only selects."""
+        self._check_process()
+        if not self._opened:
+            await self.open()
+        result: T = await self._reader.run(Job(work))
+        return result
+
+    def _check_process(self) -> None:
+        self._writer.check_process()
+        self._reader.check_process()
+
+    def _commit(self, connection: sqlite3.Connection, jobs: list[Job]) -> None:
+        try:
+            self._transact(connection, jobs)
+        except sqlite3.Error as error:
+            if len(jobs) == 1 or _code(error) == sqlite3.SQLITE_BUSY:
+                for job in jobs:
+                    job.error = self._explain(error)
+                return
+            # One value too large, say, must not fail the others: each alone has its own outcome.
+            for job in jobs:
+                job.error = None
+                self._commit(connection, [job])
+
+    def _transact(self, connection: sqlite3.Connection, jobs: list[Job]) -> None:
+        durable = any(job.durable for job in jobs)
+        connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for job in jobs:
+                try:
+                    job.result = job.perform(connection)
+                except BacktestKitError as error:
+                    job.error = error
+        except BaseException:
+            _roll_back(connection)
+            raise
+        try:
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            _roll_back(connection)
+            if _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
+                raise
+            # The end of the transaction may have reached the log before the sync failed.
+            for job in jobs:
+                job.error = job.error or self._explain(error, Outcome.UNKNOWN)
+
+    def _answer(self, connection: sqlite3.Connection, jobs: list[Job]) -> None:
+        for job in jobs:
+            try:
+                job.result = job.perform(connection)
+            except sqlite3.Error as error:
+                job.error = self._explain(error)
+            except Exception as error:
+                job.error = error
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_dir():
+                raise UserError(f"{self.path} is a directory: give the SQLite store the path of a file")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be a database: {error.strerror}: give another path") from error
+        connection = self._connect()
+        deadline = time.monotonic() + self._busy_timeout
+        while True:
+            try:
+                self._prepare(connection)
+                break
+            except BaseException as error:
+                _roll_back(connection)
+                # SQLite does not wait by itself while another process switches a new file to WAL.
+                if isinstance(error, sqlite3.Error):
+                    if _code(error) == sqlite3.SQLITE_BUSY and time.monotonic() < deadline:
+                        time.sleep(0.01)
+                        continue
+                    connection.close()
+                    raise self._explain(error) from error
+                connection.close()
+                raise
+        self._opened = True
+        return connection
+
+    def _open_reader(self) -> sqlite3.Connection:
+        connection = self._connect()
+        connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    def _connect(self) -> sqlite3.Connection:
+        try:
+            return sqlite3.connect(self.path, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        connection.execute("BEGIN")
+        self._check_owner(connection)
+        connection.execute("COMMIT")
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise UserError(f"{self.path} is on a file system without shared memory for WAL: use a local disk")
+        connection.execute("BEGIN IMMEDIATE")
+        if self._check_owner(connection):
+            for statement in _SCHEMA:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute("COMMIT")
+
+    def _check_owner(self, connection: sqlite3.Connection) -> bool:
+        """True if the file is empty and the schema must be made. To be asked inside a transaction."""
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if not application and not tables:
+            return True
+        if application != APPLICATION_ID:
+            raise UserError(f"{self.path} is an SQLite database of another program: give another path")
+        if version > SCHEMA_VERSION:
+            raise Damaged(
+                f"{self.path} was written by a newer version of this program (schema {version}, this one reads "
+                f"up to {SCHEMA_VERSION}): upgrade, or give another path; it was not changed"
+            )
+        return False
+
+    def _explain(self, error: sqlite3.Error, outcome: Outcome | None = None) -> Exception:
+        code = _code(error)
+        if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+            return Damaged(f"{self.path} is not a sound SQLite database ({error}): {_WAYS_OUT}", outcome=outcome)
+        if code == sqlite3.SQLITE_FULL:
+            return OutOfSpace(f"no space left for {self.path}: free some; what is stored is intact", outcome=outcome)
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return RetryLater(
+                f"{self.path} was locked by another process for more than {self._busy_timeout:g} s: try again",
+                outcome=outcome,
+            )
+        if code == sqlite3.SQLITE_TOOBIG or isinstance(error, sqlite3.DataError):
+            return UserError(f"a value is too large for {self.path}: {error}")
+        if isinstance(error, sqlite3.OperationalError):
+            return RetryLater(f"{self.path} could not be used ({error}): check the disk and try again", outcome=outcome)
+        return error
+
+
+def _code(error: sqlite3.Error) -> int | None:
+    """The primary result code: extended codes say in their higher bits where it came from."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
+
+
+def _roll_back(connection: sqlite3.Connection) -> None:
+    if connection.in_transaction:
+        connection.execute("ROLLBACK")

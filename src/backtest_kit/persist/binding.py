@@ -1,0 +1,188 @@
+"""`Persistence`: which store keeps which contract in which mode, for one program."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Final, Literal, get_args
+
+from backtest_kit.errors import UserError
+from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
+from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, contract
+from backtest_kit.persist.store import Capability, Store, Write
+from backtest_kit.persist.urls import store_at
+
+Mode = Literal["live", "paper", "backtest"]
+MODES: Final[tuple[Mode, ...]] = get_args(Mode)
+EVERY: Final = "*"
+"""Stands for all contracts in `bind`."""
+
+
+class Home(Enum):
+    """Where a contract is kept if nobody said otherwise."""
+
+    BOUND = "bound store"
+    FILE = "file"
+    MEMORY = "process memory"
+
+
+_BACKTEST: Final[dict[str, Home]] = {
+    **dict.fromkeys(("signal", "schedule", "strategy", "risk", "partial", "breakeven"), Home.MEMORY),
+    **dict.fromkeys(("storage", "recent", "notification"), Home.MEMORY),
+    **dict.fromkeys(("session", "memory", "state"), Home.FILE),
+}
+
+
+def home_of(contract_name: str, mode: Mode) -> Home:
+    """The default profile. A contract that it does not name lives in the bound store."""
+    if contract_name == "log":
+        return Home.FILE
+    return _BACKTEST.get(contract_name, Home.BOUND) if mode == "backtest" else Home.BOUND
+
+
+class Persistence:
+    """The bindings of one program, the stores behind them, and the front door of each contract.
+
+    A binding of a contract by name comes first, one for its mode before one for all modes; then
+    `bind("*", store, mode=...)`, which takes every contract of that mode; then the default profile, in
+    which `bind("*", store)` says what the bound store is. Without any binding that is the store at the
+    address in `CC_STORE`, or else the files of `./dump`.
+
+    Modes never see each other's records: paper has the namespace `paper`, and backtests have `backtest`
+    or, with a run id, `backtest-<run>`. Caches (candle, measure) are the same for all of them.
+    """
+
+    candle: CandleAdapter
+
+    def __init__(
+        self,
+        *,
+        files: Callable[[], Store] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """`files` makes the file store, when it is first needed; by default the one at `./dump`.
+
+        Raises:
+            UserError: `CC_STORE` in `environ` is no address of a store.
+        """
+        self._makers: dict[Home, Callable[[], Store]] = {
+            Home.FILE: files or (lambda: store_at("file:./dump")),
+            Home.MEMORY: lambda: store_at("memory:"),
+        }
+        self._homes: dict[Home, Store] = {}
+        self._bindings: dict[tuple[str, Mode | None], Store] = {}
+        self._namespaces: dict[tuple[int, str], Store] = {}
+        self._used: dict[int, Store] = {}
+        address = (environ or {}).get("CC_STORE")
+        if address:
+            self._homes[Home.BOUND] = store_at(address)
+        self.candle = CandleAdapter(self, CONTRACTS["candle"])
+        self.adapters: dict[str, ContractAdapter] = {
+            name: ContractAdapter(self, row) for name, row in CONTRACTS.items() if name != "candle"
+        }
+
+    def __getattr__(self, name: str) -> ContractAdapter:
+        """`persistence.signal` and so on: the front door of the contract called `name`."""
+        adapters: dict[str, ContractAdapter] = self.__dict__.get("adapters", {})
+        if name not in adapters:
+            raise AttributeError(f"Persistence has no {name!r}; the contracts are {', '.join(CONTRACTS)}")
+        return adapters[name]
+
+    def bind(self, contract_name: str, store: Store, *, mode: Mode | None = None) -> None:
+        """Keep a contract, or all of them (`"*"`), in `store`; in one mode, or in all.
+
+        It takes effect at the next read or write. The store is closed with this object.
+
+        Raises:
+            UserError: there is no such contract or mode.
+        """
+        if contract_name != EVERY:
+            contract(contract_name)
+        if mode is not None:
+            check_mode(mode)
+        if contract_name == EVERY and mode is None:
+            self._homes[Home.BOUND] = store
+        else:
+            self._bindings[contract_name, mode] = store
+
+    def store_for(self, row: Contract, mode: Mode, run: str | None = None) -> Store:
+        """The store that keeps `row` in `mode`, in the namespace of that mode and run."""
+        check_mode(mode)
+        store = self._bound(row, mode)
+        self._used[id(store)] = store
+        namespace = _namespace(row, mode, run)
+        if not namespace:
+            return store
+        # One object per namespace, because a store may keep the order of writes in it.
+        key = (id(store), namespace)
+        if key not in self._namespaces:
+            self._namespaces[key] = store.within(namespace)
+        return self._namespaces[key]
+
+    def file_store(self) -> Store:
+        """The file store of this program, whatever is bound."""
+        return self._home(Home.FILE)
+
+    async def open(self, mode: Mode = "live") -> None:
+        """Open every store that `mode` uses, so that what is wrong with one shows before the first trade.
+
+        Raises:
+            What `Store.open` of any of them raises.
+        """
+        stores = {id(store): store for store in (self._bound(row, mode) for row in CONTRACTS.values())}
+        self._used |= stores
+        await asyncio.gather(*(store.open() for store in stores.values()))
+
+    async def close(self) -> None:
+        """Flush and close every store that was used or bound, each once, also if one of them fails."""
+        stores = {id(store): store for store in (*self._homes.values(), *self._bindings.values())} | self._used
+        self._used.clear()
+        self._namespaces.clear()
+        results = await asyncio.gather(*(store.close() for store in stores.values()), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def batch(self, writes: Sequence[Write], *, mode: Mode, run: str | None = None) -> None:
+        """Do `writes`, whose order is one in which a crash between any two of them can be recovered from.
+
+        All or nothing where one store with atomic batches keeps them all. Otherwise one after the other,
+        and the first that fails ends it.
+
+        Raises:
+            As `Store.batch`; with several stores, the writes before the failed one have been done.
+        """
+        stores = [self.store_for(write.contract, mode, run) for write in writes]
+        if len({id(store) for store in stores}) == 1 and Capability.ATOMIC_BATCH in stores[0].capabilities:
+            await stores[0].batch(writes)
+            return
+        for store, write in zip(stores, writes, strict=True):
+            await store.put(write)
+
+    def _bound(self, row: Contract, mode: Mode) -> Store:
+        for key in ((row.name, mode), (row.name, None), (EVERY, mode)):
+            if key in self._bindings:
+                return self._bindings[key]
+        return self._home(home_of(row.name, mode))
+
+    def _home(self, home: Home) -> Store:
+        if home is Home.BOUND and home not in self._homes:
+            home = Home.FILE
+        if home not in self._homes:
+            self._homes[home] = self._makers[home]()
+        return self._homes[home]
+
+
+def check_mode(mode: str) -> None:
+    """Raise `UserError` if there is no such mode."""
+    if mode not in MODES:
+        raise UserError(f"mode is {mode!r}: use one of {', '.join(MODES)}")
+
+
+def _namespace(row: Contract, mode: Mode, run: str | None) -> str:
+    if mode == "live" or row.durability is Durability.CACHE:
+        return ""
+    if mode == "paper":
+        return "paper"
+    return f"backtest-{run}" if run else "backtest"
