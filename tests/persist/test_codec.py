@@ -19,7 +19,10 @@ from backtest_kit.persist.codec import (
     MAX_DEPTH,
     NewerSchema,
     decode,
+    dump_record,
     encode,
+    open_envelope,
+    parse,
     reseal,
     seal,
     seal_line,
@@ -80,7 +83,10 @@ def test_every_value_comes_back_through_plain_json(value: Any) -> None:
 def test_every_record_comes_back(value: Any) -> None:
     stored = record(encode(value))
     assert unseal(SIGNAL, KEY, seal(SIGNAL, stored)) == stored
-    assert unseal_line(SIGNAL, seal_line(SIGNAL, stored)) == stored
+    dumped = dump_record(SIGNAL, stored)
+    assert unseal_line(seal_line(dumped)) == dumped
+    assert seal_line(dumped).count(b"\n") == 1
+    assert open_envelope(SIGNAL, KEY, parse(dumped)) == stored
 
 
 def test_nan_comes_back() -> None:
@@ -187,6 +193,15 @@ def test_every_single_bit_counts() -> None:
         changed[place // 8] ^= 1 << place % 8
         with pytest.raises(Damaged):
             unseal(SIGNAL, KEY, bytes(changed))
+
+
+def test_every_single_bit_of_a_line_counts() -> None:
+    line = seal_line(dump_record(SIGNAL, record({"price": 1.5})))
+    for place in range(len(line) * 8 - 8):
+        changed = bytearray(line)
+        changed[place // 8] ^= 1 << place % 8
+        with pytest.raises(Damaged):
+            unseal_line(bytes(changed))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 10, 50, 200])

@@ -71,14 +71,45 @@ def decode(plain: Plain) -> Any:
     return {name: decode(item) for name, item in plain.items()}
 
 
+def dump_value(value: Plain) -> bytes:
+    """A plain JSON tree as compact text: a copy that no later change of `value` reaches.
+
+    Raises:
+        UserError: it is not a plain JSON tree.
+    """
+    try:
+        return _ENCODER.encode(value).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the value is not a plain JSON tree, encode it first: {error}") from None
+
+
+def dump_record(contract: Contract, record: Record, value: bytes | None = None) -> bytes:
+    """A record with its envelope as compact JSON; `value` is that of the record if it is written out already."""
+    fields = {
+        "contract": contract.name,
+        "key": dict(zip(contract.key_fields, record.key, strict=True)),
+        "rev": record.rev,
+        "when": record.when,
+        "writtenAt": record.written_at,
+        "removed": record.removed,
+        "schemaVersion": record.schema_version,
+    }
+    text = dump_value(record.value) if value is None else value
+    return _ENCODER.encode(fields)[:-1].encode() + b',"value":' + text + b"}"
+
+
 def seal(contract: Contract, record: Record) -> bytes:
     """The text form of a record: indented JSON that ends with the checksum of all before it.
 
     Raises:
         UserError: the value is not a plain JSON tree.
     """
-    body = msgspec.json.format(_dump(_envelope(contract, record)), indent=2)
-    head = body[: -len(b"\n}")] + b",\n"
+    return seal_text(dump_record(contract, record))
+
+
+def seal_text(dumped: bytes) -> bytes:
+    """The text form of what `dump_record` returned."""
+    head = msgspec.json.format(dumped, indent=2)[: -len(b"\n}")] + b",\n"
     return head + _checksum_line(head)
 
 
@@ -92,25 +123,24 @@ def unseal(contract: Contract, key: Key | None, data: bytes) -> Record:
     mark = data.rfind(b'  "checksum"')
     if mark < 0 or data[mark:] != _checksum_line(data[:mark]):
         raise Damaged("the checksum does not match: the file was cut, changed on the disk or edited by hand")
-    return _open_envelope(contract, key, parse(data))
+    return open_envelope(contract, key, parse(data))
 
 
-def seal_line(contract: Contract, record: Record) -> bytes:
-    """One line of a feed: the checksum in 8 hex digits, a space, the record as compact JSON, a newline."""
-    body = _dump(_envelope(contract, record))
-    return b"%08x %b\n" % (zlib.crc32(body), body)
+def seal_line(dumped: bytes) -> bytes:
+    """`dumped` as a line of its own: its checksum in 8 hex digits, a space, the text, a newline."""
+    return b"%08x %b\n" % (zlib.crc32(dumped), dumped)
 
 
-def unseal_line(contract: Contract, line: bytes) -> Record:
-    """The record in one line of a feed, with or without its newline.
+def unseal_line(line: bytes) -> bytes:
+    """What `seal_line` made a line of, given with or without its newline.
 
     Raises:
-        Damaged, NewerSchema: as `unseal`.
+        Damaged: the line is not whole.
     """
-    body = line[9:].rstrip(b"\n")
-    if line[:9] != b"%08x " % zlib.crc32(body):
+    dumped = line[9:].rstrip(b"\n")
+    if line[:9] != b"%08x " % zlib.crc32(dumped):
         raise Damaged("the checksum of the line does not match: it was torn, changed on the disk or edited by hand")
-    return _open_envelope(contract, None, parse(body))
+    return dumped
 
 
 def reseal(contract: Contract, key: Key, data: bytes) -> Record:
@@ -119,7 +149,7 @@ def reseal(contract: Contract, key: Key, data: bytes) -> Record:
     Raises:
         Damaged: it is not a record of `contract` under `key`.
     """
-    return _open_envelope(contract, key, parse(data))
+    return open_envelope(contract, key, parse(data))
 
 
 def parse(data: bytes) -> Any:
@@ -270,28 +300,8 @@ _DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_re
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 
 
-def _dump(fields: dict[str, object]) -> bytes:
-    try:
-        return _ENCODER.encode(fields).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"the value is not a plain JSON tree, encode it first: {error}") from None
-
-
 def _checksum_line(head: bytes) -> bytes:
     return b'  "checksum": "%08x"\n}\n' % zlib.crc32(head)
-
-
-def _envelope(contract: Contract, record: Record) -> dict[str, object]:
-    return {
-        "contract": contract.name,
-        "key": dict(zip(contract.key_fields, record.key, strict=True)),
-        "rev": record.rev,
-        "when": record.when,
-        "writtenAt": record.written_at,
-        "removed": record.removed,
-        "schemaVersion": record.schema_version,
-        "value": record.value,
-    }
 
 
 class _Envelope(msgspec.Struct, rename="camel"):
@@ -305,7 +315,8 @@ class _Envelope(msgspec.Struct, rename="camel"):
     value: Any
 
 
-def _open_envelope(contract: Contract, key: Key | None, fields: Any) -> Record:
+def open_envelope(contract: Contract, key: Key | None, fields: Any) -> Record:
+    """The record in parsed JSON. Raises as `unseal`, but knows of no checksum."""
     version = fields.get("schemaVersion") if isinstance(fields, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise NewerSchema(

@@ -73,14 +73,16 @@ class Quarantine:
             return Damaged(f"{self._root}/{path}: {reason}; it could not be moved to {place}: {error.strerror}")
         return self._blocked(path, reason)
 
-    def keep(self, contract: Contract, key: Sequence[object], path: str, data: bytes, reason: str) -> Damaged:
-        """Keep a copy of `data`, which was found at `path` and was or will be replaced there. Blocks nothing."""
+    def keep(
+        self, contract: Contract, key: Sequence[object], path: str, data: bytes, reason: str, *, blocks: bool
+    ) -> Damaged:
+        """Keep `data`, a part of a file that is about to be replaced, under the name `path`; return the error."""
         place = self.place(path)
-        self._keep_reason(Quarantined(path, contract.name, list(key), reason, _now_ms(), blocks=False))
         directory = place.rpartition("/")[0]
+        self._keep_reason(Quarantined(path, contract.name, list(key), reason, _now_ms(), blocks))
         self._disk.rename(self._disk.write_temp(directory, data, sync=True), place)
         self._disk.sync_directory(directory)
-        return Damaged(f"{self._root}/{path}: {reason}; the bytes are kept in {place}")
+        return self._blocked(path, reason)
 
     def list(self) -> list[Quarantined]:
         """Everything in quarantine, by path."""

@@ -45,17 +45,19 @@ _Signature = tuple[int, int, int]
 
 
 class FileCandleStore:
-    """Candles under `root`. Safe for any number of tasks, threads and processes at once."""
+    """Candles in the directory `prefix` of `root`. Safe for any number of tasks, threads and processes at once."""
 
     def __init__(
         self,
         root: str | os.PathLike[str],
         *,
+        prefix: str = "",
         disk: Disk | None = None,
         locks: LockSet | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
         self._root = absolute_root(root)
+        self._prefix = prefix
         self._disk = disk or Disk()
         self._locks = locks or LockSet(f"{self._root}/.backtest-kit/locks", self._disk)
         self._quarantine = quarantine or Quarantine(self._root, self._disk)
@@ -80,7 +82,7 @@ class FileCandleStore:
 
     def _directory(self, series: SeriesKey) -> str:
         key = check_key(CONTRACT, (series.exchange_name, series.symbol, series.interval), prefix=True)
-        return "/".join((CONTRACT.name, *path_of(CONTRACT, key)))
+        return self._prefix + "/".join((CONTRACT.name, *path_of(CONTRACT, key)))
 
     def _read(self, series: SeriesKey, directory: str, start_ms: int, stop_ms: int) -> CandleSeries:
         parts = []
@@ -206,9 +208,14 @@ def _pack(series: SeriesKey, candles: CandleSeries) -> bytes:
         [pa.field(name, pa.int64() if name == "timestamp" else pa.float64(), nullable=False) for name in COLUMNS],
         metadata={_METADATA: json.dumps(about)},
     )
+    # From buffers, because turning numpy arrays into Arrow ones makes pyarrow import pandas.
+    columns = [
+        pa.Array.from_buffers(field.type, len(candles), [None, pa.py_buffer(np.ascontiguousarray(column))])
+        for field, column in zip(schema, candles.columns().values(), strict=True)
+    ]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(pa.record_batch(list(candles.columns().values()), schema=schema))
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
     data = bytearray(sink.getvalue().to_pybytes())
     checksum = b"%08x" % zlib.crc32(data)
     for place in _checksum_places(data):
@@ -251,9 +258,14 @@ def _unpack(series: SeriesKey, data: Any) -> CandleSeries:
                 )
             found = about["contract"], *about["series"]
             batch: pa.RecordBatch = reader.get_batch(0)
-            columns = [batch.column(name).to_numpy(zero_copy_only=True) for name in COLUMNS]
+            columns = [_column(batch.column(name)) for name in COLUMNS]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise Damaged(f"it is no candle file of this program: {error}") from None
     if found != (CONTRACT.name, series.exchange_name, series.symbol, series.interval):
         raise Damaged(f"it has {'/'.join(map(str, found))}, found where candles of {series} belong")
     return CandleSeries(*columns)
+
+
+def _column(array: Any) -> Any:
+    """A view of an Arrow column. By its buffer, because `to_numpy` makes pyarrow import pandas."""
+    return np.frombuffer(array.buffers()[1], dtype=str(array.type).replace("double", "float64"), count=len(array))
