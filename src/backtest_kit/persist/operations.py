@@ -11,11 +11,12 @@ from typing import Final
 import msgspec
 
 from backtest_kit.errors import Damaged, UserError
+from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
 from backtest_kit.persist.keys import check_key, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import Capability, Key, KeyPart, Record, Store
-from backtest_kit.persist.upkeep import Entry, Upkeep
+from backtest_kit.persist.store import Key, KeyPart, Record, Store
+from backtest_kit.persist.upkeep import Finding, Upkeep
 
 RECORD_CONTRACTS: Final = (*(row for row in CONTRACTS.values() if row.kind is not Kind.SERIES), LEASE)
 
@@ -23,26 +24,15 @@ RECORD_CONTRACTS: Final = (*(row for row in CONTRACTS.values() if row.kind is no
 class Usage(msgspec.Struct, frozen=True):
     """What one contract takes in one namespace."""
 
-    namespace: str
+    namespace: tuple[str, ...]
     contract: str
     records: int
+    """Removed ones included."""
     removed: int
     size: int
-    """Bytes of the records, without what the backend adds."""
-
-
-class CheckReport(msgspec.Struct, frozen=True):
-    """What a check has found."""
-
-    checked: int
-    faults: list[Entry]
-    """Everything that is not as it should be, each with `fault` in plain words."""
-    quarantined: list[Quarantined]
-    """What earlier reads have put aside, and nobody has decided about."""
-
-    @property
-    def sound(self) -> bool:
-        return not self.faults and not self.quarantined
+    """Bytes of the values as JSON, without what the backend adds."""
+    fault: str | None = None
+    """Why not everything was counted."""
 
 
 def key_from_text(contract: Contract, text: str, *, prefix: bool = False) -> Key:
@@ -88,27 +78,32 @@ async def get(store: Store, contract: Contract, key: Key) -> Record | None:
 
 
 async def du(store: Store) -> list[Usage]:
-    """What every contract takes, by namespace. Damaged records count with their size."""
-    totals: dict[tuple[str, str], list[int]] = {}
-    async for entry in _audit(store, deep=False):
-        total = totals.setdefault((entry.namespace, entry.contract), [0, 0, 0])
-        total[0] += 1
-        total[1] += entry.removed
-        total[2] += entry.size
-    return [Usage(namespace, contract, *total) for (namespace, contract), total in sorted(totals.items())]
+    """What every contract takes, by namespace. Contracts without records are left out."""
+    found = []
+    for namespace, space in await spaces(store):
+        for contract in RECORD_CONTRACTS:
+            usage = await _usage(namespace, space, contract)
+            if usage.records or usage.fault:
+                found.append(usage)
+    return found
 
 
-async def check(store: Store, *, deep: bool = False) -> CheckReport:
-    """Verify every record in every namespace, and with `deep` the backend's own structures and all candles.
+async def check(store: Store, *, deep: bool = False) -> list[Finding]:
+    """Everything that is wrong with a store, each in plain words; nothing, if it is sound. Changes nothing.
 
-    Changes nothing, not even by putting aside what it finds.
+    Every record in every namespace is read and verified; with `deep`, so are all candles and the
+    backend's own structures. Of a store that is no `Upkeep`, only the given namespace is read.
     """
-    checked, faults = 0, []
-    async for entry in _audit(store, deep=deep):
-        checked += 1
-        if entry.fault is not None:
-            faults.append(entry)
-    return CheckReport(checked, faults, await quarantine_list(store) if isinstance(store, Upkeep) else [])
+    if isinstance(store, Upkeep):
+        return await store.check(deep=deep)
+    found = []
+    for contract in RECORD_CONTRACTS:
+        try:
+            async for _ in store.scan(contract, include_removed=True):
+                pass
+        except Damaged as error:
+            found.append(Finding(contract.name, str(error)))
+    return found
 
 
 async def quarantine_list(store: Store) -> list[Quarantined]:
@@ -120,33 +115,41 @@ async def quarantine_list(store: Store) -> list[Quarantined]:
     return await _upkeep(store).quarantined()
 
 
-async def quarantine_restore(store: Store, path: str) -> None:
-    """Accept what is in quarantine under `path` as it is now. Raises as `Upkeep.restore`."""
-    await _upkeep(store).restore(path)
+async def quarantine_restore(store: Store, path: str) -> Record | None:
+    """Put what is in quarantine under `path` back as it is now. Returns and raises as `Upkeep.restore`."""
+    return await _upkeep(store).restore(path)
 
 
-async def quarantine_drop(store: Store, path: str) -> None:
+async def quarantine_drop(store: Store, path: str) -> Quarantined:
     """Give up what is in quarantine under `path`. Raises as `Upkeep.drop`."""
-    await _upkeep(store).drop(path)
+    return await _upkeep(store).drop(path)
+
+
+async def spaces(store: Store) -> list[tuple[tuple[str, ...], Store]]:
+    """The store itself and, where it knows them, every namespace in it that is not empty."""
+    found: list[tuple[tuple[str, ...], Store]] = [((), store)]
+    for path in sorted(await store.namespaces()) if isinstance(store, Upkeep) else ():
+        space = store
+        for name in path:
+            space = space.within(name)
+        found.append((path, space))
+    return found
+
+
+async def _usage(namespace: tuple[str, ...], store: Store, contract: Contract) -> Usage:
+    records = removed = size = 0
+    fault = None
+    try:
+        async for record in store.scan(contract, include_removed=True):
+            records += 1
+            removed += record.removed
+            size += len(dump_value(record.value))
+    except Damaged as error:
+        fault = str(error)
+    return Usage(namespace, contract.name, records, removed, size, fault)
 
 
 def _upkeep(store: Store) -> Upkeep:
     if not isinstance(store, Upkeep):
         raise UserError(f"{type(store).__name__} has no quarantine: only file and SQLite stores keep what is damaged")
     return store
-
-
-async def _audit(store: Store, *, deep: bool) -> AsyncIterator[Entry]:
-    if isinstance(store, Upkeep):
-        async for entry in store.audit(deep=deep):
-            yield entry
-        return
-    if Capability.ORDERED_SCAN not in store.capabilities:
-        raise UserError(f"{type(store).__name__} cannot be listed, so it cannot be checked")
-    for contract in RECORD_CONTRACTS:
-        try:
-            async for record in store.scan(contract, include_removed=True):
-                size = len(msgspec.json.encode(record.value))
-                yield Entry("", contract.name, text_of(contract, record.key), size, record.removed)
-        except Damaged as error:
-            yield Entry("", contract.name, "?", 0, fault=str(error))

@@ -1,42 +1,34 @@
 """What a backend can tell an operator beyond its records. Optional: a store is complete without it.
 
-`SqliteStore` and `FileStore` implement `Upkeep`, and their candle stores `ListsSeries`.
+`FileStore` and `SqliteStore` implement `Upkeep`, and their candle stores `ListsSeries`.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Protocol, runtime_checkable
 
 import msgspec
 
 from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import SeriesKey
+from backtest_kit.persist.store import Record, SeriesKey
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """One stored thing as an inspection finds it."""
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that is wrong with a store, in plain words."""
 
-    namespace: str
-    """As the backend writes it; empty for live."""
-    contract: str
-    name: str
-    """Its key as text, or as much of one as can be told."""
-    size: int
-    """Bytes that it takes, without what the backend adds."""
-    removed: bool = False
-    fault: str | None = None
-    """What is wrong with it, in plain words."""
+    path: str
+    """Where it is: relative to the root of the files, or as the quarantine names it."""
+    problem: str
 
 
 @runtime_checkable
 class Upkeep(Protocol):
-    """A store that can be inspected and mended by hand."""
+    """A store that can be inspected and mended. Every method sees all namespaces."""
 
-    def audit(self, *, deep: bool = False) -> AsyncIterator[Entry]:
-        """Everything in the backend, in every namespace, verified by reading it. Changes nothing.
+    async def check(self, *, deep: bool = False) -> list[Finding]:
+        """Everything that is wrong, by path, after reading every record. Changes nothing.
 
-        With `deep`, the structures of the backend and every candle file are verified as well.
+        With `deep`, every candle is read as well, and the backend's own structures are verified.
         """
         ...
 
@@ -48,20 +40,21 @@ class Upkeep(Protocol):
         """What is in quarantine, by path."""
         ...
 
-    async def restore(self, path: str) -> None:
-        """Accept what is under `path` as it is now, perhaps mended by hand, and free its key.
+    async def restore(self, path: str) -> Record | None:
+        """Put what is in quarantine under `path` back as it is now, perhaps mended by hand, and free its key.
+
+        Returns the record, or None for candles.
 
         Raises:
-            UserError: nothing in quarantine is called so.
-            Damaged: it cannot be read even so; nothing has changed.
+            UserError: nothing is called so, it cannot be put back, or it is still damaged.
         """
         ...
 
-    async def drop(self, path: str) -> None:
-        """Give up what is under `path`, copies included, and free its key.
+    async def drop(self, path: str) -> Quarantined:
+        """Give up what is in quarantine under `path`, which frees its key.
 
         Raises:
-            UserError: nothing in quarantine is called so.
+            UserError: nothing is called so.
         """
         ...
 
