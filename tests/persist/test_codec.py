@@ -259,6 +259,8 @@ def test_only_plain_trees_are_sealed(value: Any) -> None:
 
 def test_an_operator_can_accept_a_hand_edit() -> None:
     edited = seal(SIGNAL, record({"price": 1})).replace(b'"price": 1', b'"price": 2')
-    assert reseal(SIGNAL, KEY, edited).value == {"price": 2}
+    with pytest.raises(Damaged, match="by hand"):
+        unseal(SIGNAL, KEY, edited)
+    assert reseal(SIGNAL, edited).value == {"price": 2}
     with pytest.raises(Damaged):
-        reseal(SIGNAL, ("a", "b", "c"), edited)
+        reseal(CONTRACTS["schedule"], edited)

@@ -225,6 +225,12 @@ class Disk:
         except FileNotFoundError:
             return []
 
+    @contextlib.contextmanager
+    def listing(self, directory: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        """Everything that lies in a directory, temporary files too."""
+        with self._os.scandir(directory) as found:
+            yield found
+
     def sweep(self, root: str, now: float) -> None:
         """Remove the temporary files under `root` that no writer can still be at work on."""
         pending = [root]

@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Sequence
-from typing import Final, NamedTuple
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Final, NamedTuple, TypeVar
 
 from backtest_kit.errors import BacktestKitError
+from backtest_kit.persist.backends import file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.file_commit import Change, Committer, Request
 from backtest_kit.persist.backends.file_feed import Feed, Place
+from backtest_kit.persist.backends.file_operations import Finding
 from backtest_kit.persist.backends.file_root import SUFFIX, Root, record_path
 from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import Contract, Kind
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, path_of
+from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import CandleStore, Capability, Key, Record, Write
 from backtest_kit.persist.writing import check_batch
+
+_T = TypeVar("_T")
 
 _FIRST_CHUNK: Final = 32
 _LARGEST_CHUNK: Final = 1024
@@ -110,6 +115,37 @@ class FileStore:
                             return
             position += size
             size = min(2 * size, _LARGEST_CHUNK)
+
+    async def check(self, *, deep: bool = True) -> list[Finding]:
+        """Everything that is wrong with the root, also in other namespaces. Changes nothing."""
+        return await asyncio.to_thread(file_operations.check, self.root, deep=deep)
+
+    async def quarantined(self) -> list[Quarantined]:
+        """What is in quarantine, also in other namespaces, by path."""
+        return await asyncio.to_thread(self.root.quarantine.list)
+
+    async def restore(self, path: str) -> Record | None:
+        """Put what is in quarantine under `path` back, with what an operator mended there.
+
+        Raises:
+            UserError: nothing is called so, or it is still damaged.
+        """
+        return await asyncio.to_thread(self._operate, file_operations.restore, path)
+
+    async def drop(self, path: str) -> Quarantined:
+        """Give up what is in quarantine under `path`, which frees its key.
+
+        Raises:
+            UserError: nothing is called so.
+        """
+        return await asyncio.to_thread(self._operate, file_operations.drop, path)
+
+    def _operate(self, operation: Callable[[Root, str], _T], path: str) -> _T:
+        self.root.open()
+        try:
+            return operation(self.root, path)
+        except OSError as error:
+            raise disk_error(error, "change", self.root.quarantine.place(path)) from error
 
     def _make_candles(self) -> FileCandleStore:
         root = self.root

@@ -228,7 +228,12 @@ def _checksum_places(data: Any) -> list[int]:
     return sorted({data.find(_MARK) + len(_MARK), data.rfind(_MARK) + len(_MARK)})
 
 
-def _verify(data: Any) -> None:
+def verify(data: Any) -> None:
+    """Do nothing if the bytes of a candle file are those that were written.
+
+    Raises:
+        Damaged: they are not.
+    """
     places = _checksum_places(data)
     if len(places) != 2 or places[0] < len(_MARK):
         raise Damaged("it is no candle file of this program, or its beginning or end is missing")
@@ -247,7 +252,7 @@ def _unpack(series: SeriesKey, data: Any) -> CandleSeries:
     """The candles in the bytes of a file; the columns are views of `data`."""
     import pyarrow as pa
 
-    _verify(data)
+    verify(data)
     try:
         with pa.ipc.open_file(pa.py_buffer(data)) as reader:
             about = json.loads(reader.schema.metadata[_METADATA])

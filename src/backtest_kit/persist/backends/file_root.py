@@ -18,7 +18,7 @@ from backtest_kit.errors import Damaged, Outcome, UserError
 from backtest_kit.persist.backends.file_feed import Feed
 from backtest_kit.persist.backends.file_sync import Syncer
 from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema, dump_value, open_envelope, seal_text, unseal
-from backtest_kit.persist.contracts import Contract, Kind, contract
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
 from backtest_kit.persist.files import Disk, LockSet, absolute_root, disk_error, require_directory
 from backtest_kit.persist.journal import Journal
 from backtest_kit.persist.keys import path_of, unescape
@@ -29,6 +29,7 @@ SUFFIX: Final = ".json"
 OWN_DIRECTORY: Final = ".backtest-kit"
 """What the store keeps for itself below its root: marker, locks, journal, clock. No contract is called so."""
 
+_ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
 _GROUP_PATIENCE: Final = 0.25
 _PATIENCE: Final = 2.0
 _RECOVERY_PATIENCE: Final = 60.0
@@ -319,7 +320,7 @@ class Root:
             self._journal.finished()
 
     def _redo(self, change: dict[str, Any]) -> None:
-        row = contract(change["record"]["contract"])
+        row = _ROWS[change["record"]["contract"]]
         record = open_envelope(row, None, change["record"])
         item = Promised(row, record, dump_value(change["record"]), change["tick"])
         try:
