@@ -16,7 +16,7 @@ from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
 from backtest_kit.persist.keys import check_key, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Key, KeyPart, Record, Store
-from backtest_kit.persist.upkeep import Finding, Upkeep
+from backtest_kit.persist.upkeep import Finding, ListsNamespaces, Upkeep
 
 RECORD_CONTRACTS: Final = (*(row for row in CONTRACTS.values() if row.kind is not Kind.SERIES), LEASE)
 
@@ -128,7 +128,7 @@ async def quarantine_drop(store: Store, path: str) -> Quarantined:
 async def spaces(store: Store) -> list[tuple[tuple[str, ...], Store]]:
     """The store itself and, where it knows them, every namespace in it that is not empty."""
     found: list[tuple[tuple[str, ...], Store]] = [((), store)]
-    for path in sorted(await store.namespaces()) if isinstance(store, Upkeep) else ():
+    for path in sorted(await store.namespaces()) if isinstance(store, ListsNamespaces) else ():
         space = store
         for name in path:
             space = space.within(name)

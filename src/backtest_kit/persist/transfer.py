@@ -12,23 +12,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import msgspec
+import numpy as np
 
-from backtest_kit.errors import BacktestKitError, Conflict, Damaged, UserError
+from backtest_kit.errors import BacktestKitError, Damaged, UserError
 from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.persist.codec import dump_value, parse
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Kind
+from backtest_kit.persist.files import Disk
 from backtest_kit.persist.keys import check_key
 from backtest_kit.persist.operations import spaces, text_of
-from backtest_kit.persist.store import ABSENT, ANY, Capability, Record, SeriesKey, Store, Write
+from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Record, SeriesKey, Store, Write
 from backtest_kit.persist.upkeep import ListsSeries
 
 FORMAT: Final = "backtest-kit store"
@@ -110,21 +112,19 @@ async def import_store(store: Store, file: str | os.PathLike[str]) -> Counts:
     problems: list[str] = []
     foot: dict[str, Any] | None = None
     records = rows = 0
-    async for number, line in _lines(source, problems):
-        if isinstance(line, dict):
-            foot = line
-            continue
-        if line.columns is None:
-            records += 1
+    async with aclosing(_lines(source, problems)) as lines:
+        async for number, line in lines:
+            if isinstance(line, dict):
+                foot = line
+                continue
+            records += line.columns is None
+            rows += 0 if line.columns is None else len(line.columns["timestamp"])
             if await _is_other(store, line):
                 problems.append(f"line {number}: {_name(line)} is there with another content")
-        else:
-            rows += len(line.columns["timestamp"])
-        if len(problems) > _MOST_PROBLEMS:
-            break
-    else:
-        if foot != {"end": True, "records": records, "candles": rows} and not problems:
-            problems.append(f"it ends after {records} records and {rows} candles, and its foot does not say so: it was cut")
+            if len(problems) > _MOST_PROBLEMS:
+                break
+    if foot != {"end": True, "records": records, "candles": rows} and not problems:
+        problems.append(f"it ends after {records} records and {rows} candles, and no foot says so: it was cut")
     if problems:
         listed = "; ".join(problems[:_MOST_PROBLEMS]) + ("; and more" if len(problems) > _MOST_PROBLEMS else "")
         raise UserError(f"{source} was not imported, nothing was written: {listed}")
@@ -168,15 +168,16 @@ def _seal(fields: dict[str, Any]) -> bytes:
     return body + _DIGEST + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
 
 
-def _finish(output: Any, lines: list[bytes], part: Path, target: Path) -> None:
+def _finish(output: BinaryIO, lines: list[bytes], part: Path, target: Path) -> None:
     output.writelines(lines)
     output.flush()
     os.fsync(output.fileno())
-    # A link, unlike a rename, never replaces what somebody else put there meanwhile.
-    os.link(part, target)
+    disk = Disk()
+    disk.rename(str(part), str(target))
+    disk.sync_directory(str(target.parent))
 
 
-async def _lines(source: Path, problems: list[str]) -> AsyncIterator[tuple[int, _Line | dict[str, Any]]]:
+async def _lines(source: Path, problems: list[str]) -> AsyncGenerator[tuple[int, _Line | dict[str, Any]]]:
     """Every sound line after the head with its number, and the foot as a dict. The others go into `problems`."""
     try:
         file = await asyncio.to_thread(source.open, "rb")
@@ -185,7 +186,8 @@ async def _lines(source: Path, problems: list[str]) -> AsyncIterator[tuple[int, 
     try:
         number = 0
         while chunk := await asyncio.to_thread(lambda: list(islice(file, _CHUNK))):
-            for number, data in enumerate(chunk, number + 1):  # noqa: B020
+            for data in chunk:
+                number += 1
                 try:
                     line = _open(number, data)
                 except BacktestKitError as error:
@@ -212,7 +214,9 @@ def _open(number: int, data: bytes) -> _Line | dict[str, Any] | None:
         if fields.get("format") != FORMAT:
             raise Damaged("this is no export of a store")
         if fields.get("version", VERSION + 1) > VERSION:
-            raise Damaged(f"it was written by a newer version of this program (format {fields.get('version')}): upgrade")
+            raise Damaged(
+                f"it was written by a newer version of this program (format {fields.get('version')}): upgrade"
+            )
         return None
     try:
         line = msgspec.convert(fields, _Line)
@@ -241,18 +245,19 @@ async def _write_all(store: Store, source: Path) -> Counts:
                 records, waiting = records + len(waiting), []
             space = here
             if line.columns is not None:
-                series = SeriesKey(*(str(part) for part in line.key))
-                rows += await here.candles.write(series, CandleSeries(*line.columns.values()))
+                rows += await here.candles.write(_series(line), CandleSeries(*line.columns.values()))
                 continue
             row, key = CONTRACTS[line.contract], tuple(line.key)
             if await here.get(row, key) is not None:
                 present += 1
                 continue
-            expect = ABSENT if Capability.COMPARE_AND_SET in here.capabilities else ANY
+            expect: Expect = ABSENT if Capability.COMPARE_AND_SET in here.capabilities else ANY
             waiting.append(Write(row, key, line.value, when=line.when, expect=expect, removed=line.removed))
         await _put(space, waiting)
     except BacktestKitError as error:
-        note = f"{error}; {records} records and {rows} candles of {source} were imported before: import it again to go on"
+        note = (
+            f"{error}; {records} records and {rows} candles of {source} were imported before: import it again to go on"
+        )
         raise type(error)(note, outcome=error.outcome) from error
     return Counts(records + len(waiting), rows, present)
 
@@ -266,12 +271,24 @@ async def _put(store: Store, writes: list[Write]) -> None:
 
 
 async def _is_other(store: Store, line: _Line) -> bool:
-    """Whether the store has a record under the key of `line` that is not the same."""
-    record = await _space(store, line).get(CONTRACTS[line.contract], tuple(line.key))
+    """Whether the store has something under the key of `line` that is not the same."""
+    space = _space(store, line)
+    if line.columns is not None:
+        offered = CandleSeries(*line.columns.values())
+        if not len(offered):
+            return False
+        here = await space.candles.read(_series(line), int(offered.timestamp[0]), int(offered.timestamp[-1]) + 1)
+        common = np.isin(offered.timestamp, here.timestamp)
+        return offered.take(common) != here.take(np.isin(here.timestamp, offered.timestamp))
+    record = await space.get(CONTRACTS[line.contract], tuple(line.key))
     if record is None:
         return False
-    here = dump_value([record.value, record.when, record.removed])
-    return here != dump_value([line.value, line.when, line.removed])
+    there = dump_value([record.value, record.when, record.removed])
+    return there != dump_value([line.value, line.when, line.removed])
+
+
+def _series(line: _Line) -> SeriesKey:
+    return SeriesKey(*(str(part) for part in line.key))
 
 
 def _space(store: Store, line: _Line) -> Store:
@@ -281,4 +298,6 @@ def _space(store: Store, line: _Line) -> Store:
 
 
 def _name(line: _Line) -> str:
-    return "/".join((*(f"@{name}" for name in line.namespace), line.contract, text_of(CONTRACTS[line.contract], tuple(line.key))))
+    return "/".join(
+        (*(f"@{name}" for name in line.namespace), line.contract, text_of(CONTRACTS[line.contract], tuple(line.key)))
+    )

@@ -1,6 +1,6 @@
 """What a backend can tell an operator beyond its records. Optional: a store is complete without it.
 
-`FileStore` and `SqliteStore` implement `Upkeep`, and their candle stores `ListsSeries`.
+File and SQLite stores implement all of it, the memory store what lists.
 """
 
 from __future__ import annotations
@@ -32,10 +32,6 @@ class Upkeep(Protocol):
         """
         ...
 
-    async def namespaces(self) -> list[tuple[str, ...]]:
-        """Every namespace that has something in it, as the names that lead there through `within`."""
-        ...
-
     async def quarantined(self) -> list[Quarantined]:
         """What is in quarantine, by path."""
         ...
@@ -56,6 +52,15 @@ class Upkeep(Protocol):
         Raises:
             UserError: nothing is called so.
         """
+        ...
+
+
+@runtime_checkable
+class ListsNamespaces(Protocol):
+    """A store that knows its namespaces."""
+
+    async def namespaces(self) -> list[tuple[str, ...]]:
+        """Every namespace below this one that has something in it, as the names that lead there."""
         ...
 
 

@@ -6,25 +6,31 @@ not check; the other columns only serve to find it.
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
 from backtest_kit.errors import Damaged, UserError
+from backtest_kit.persist.backends import file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
+from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.sqlite_threads import Database
-from backtest_kit.persist.codec import NewerSchema, parse, reseal, seal, unseal
+from backtest_kit.persist.codec import NewerSchema, reseal, seal, unseal
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability
+from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Capability, Key, Record, Write
-from backtest_kit.persist.upkeep import Entry
+from backtest_kit.persist.upkeep import Finding
 from backtest_kit.persist.writing import check_batch, decide, now_ms
+
+T = TypeVar("T")
 
 _CHUNK: Final = 256
 """Records that a listing reads at a time."""
@@ -50,7 +56,8 @@ class SqliteStore:
     def __init__(self, path: str | Path, *, busy_timeout: float = 10.0) -> None:
         self._database = Database(Path(path).absolute(), busy_timeout)
         self._namespace = ""
-        self.candles = FileCandleStore(f"{self.path}.candles")
+        self._files = _CandleFiles(self.path)
+        self.candles = self._files.store("")
 
     @property
     def path(self) -> Path:
@@ -62,6 +69,7 @@ class SqliteStore:
     async def close(self) -> None:
         if not self._namespace:
             await self._database.close()
+            await asyncio.to_thread(self._files.close)
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
         name = self._name(contract, check_key(contract, key))
@@ -112,35 +120,44 @@ class SqliteStore:
         inner = SqliteStore.__new__(SqliteStore)
         inner._database = self._database
         inner._namespace = f"{self._namespace}{escape(namespace, 'namespace')}/"
-        inner.candles = FileCandleStore(f"{self.path}.candles/@{inner._namespace.rstrip('/')}")
+        inner._files = self._files
+        inner.candles = self._files.store(inner._namespace)
         return inner
 
-    async def audit(self, *, deep: bool = False) -> AsyncIterator[Entry]:
-        last = 0
-        while rows := await self._database.read(partial(_audit_rows, last)):
-            for _, entry in rows:
-                yield entry
-            last = rows[-1][0]
-        if deep:
-            for problem in await self._database.read(_integrity):
-                yield Entry("", "database", self.path.name, 0, fault=problem)
-
     async def namespaces(self) -> list[tuple[str, ...]]:
-        found = await self._database.read(
-            lambda connection: connection.execute(
-                "SELECT DISTINCT namespace FROM records WHERE namespace > ''"
-            ).fetchall()
-        )
-        return [tuple(str(unescape(name, "namespace") or name) for name in text.split("/")[:-1]) for (text,) in found]
+        depth = self._namespace.count("/")
+        found = await self._database.read(partial(_list_namespaces, self._namespace))
+        paths = [[str(unescape(name, "namespace") or name) for name in text.split("/")[depth:-1]] for text in found]
+        return [tuple(path) for path in paths]
+
+    async def check(self, *, deep: bool = False) -> list[Finding]:
+        found = [
+            Finding(item.path, f"in quarantine, its key is blocked: {item.reason}")
+            for item in await self._database.read(_list_quarantine)
+        ]
+        known, last = {finding.path for finding in found}, 0
+        while chunk := await self._database.read(partial(_check_rows, last)):
+            found += [finding for _, finding in chunk if finding is not None and finding.path not in known]
+            last = chunk[-1][0]
+        if deep:
+            found += await self._database.read(_check_integrity)
+        if await asyncio.to_thread(self._files.exists):
+            found += await asyncio.to_thread(file_operations.check, self._files.root, deep=deep)
+        return sorted(found, key=lambda finding: finding.path)
 
     async def quarantined(self) -> list[Quarantined]:
-        return await self._database.read(_list_quarantine)
+        files = await asyncio.to_thread(self._files.root.quarantine.list)
+        return sorted([*await self._database.read(_list_quarantine), *files], key=lambda item: item.path)
 
-    async def restore(self, path: str) -> None:
-        await self._database.write(partial(_restore, _find(path)))
+    async def restore(self, path: str) -> Record | None:
+        if _is_candles(path):
+            return await asyncio.to_thread(self._files.operate, file_operations.restore, path)
+        return await self._database.write(partial(_restore, path))
 
-    async def drop(self, path: str) -> None:
-        await self._database.write(partial(_drop, _find(path)))
+    async def drop(self, path: str) -> Quarantined:
+        if _is_candles(path):
+            return await asyncio.to_thread(self._files.operate, file_operations.drop, path)
+        return await self._database.write(partial(_drop, path))
 
     def _name(self, contract: Contract, key: Key) -> _Name:
         return self._namespace, contract.name, "/".join(path_of(contract, key))
@@ -234,40 +251,44 @@ def _keep_copy(suspect: _Suspect, connection: sqlite3.Connection) -> None:
     connection.execute(_QUARANTINE, (now_ms(), *suspect.name, str(suspect.error), suspect.data))
 
 
-def _audit_rows(after: int, connection: sqlite3.Connection) -> list[tuple[int, Entry]]:
+def _check_rows(after: int, connection: sqlite3.Connection) -> list[tuple[int, Finding | None]]:
     rows = connection.execute(
-        "SELECT seq, namespace, contract, key, removed, length(record) FROM records WHERE seq > ? ORDER BY seq LIMIT ?",
-        (after, _CHUNK),
+        "SELECT seq, namespace, contract, key FROM records WHERE seq > ? ORDER BY seq LIMIT ?", (after, _CHUNK)
     )
-    entries = []
-    for seq, namespace, contract, key, removed, size in rows.fetchall():
-        fault = None
-        row = _CONTRACTS.get(contract)
-        if row is None:
-            fault = f"no contract of this version is called {contract!r}"
-        else:
-            found = _read(row, (namespace, contract, key), None, connection)
-            fault = str(found.error) if isinstance(found, _Suspect) else None
-        entries.append((seq, Entry(namespace, contract, key, size or 0, bool(removed), fault)))
-    return entries
+    return [(seq, _check_row(name, connection)) for seq, *name in rows.fetchall()]
 
 
-def _integrity(connection: sqlite3.Connection) -> list[str]:
-    return [text for (text,) in connection.execute("PRAGMA integrity_check") if text != "ok"]
+def _check_row(name: Sequence[str], connection: sqlite3.Connection) -> Finding | None:
+    namespace, contract, key = name
+    row = _CONTRACTS.get(contract)
+    if row is None:
+        return Finding(_path((namespace, contract, key)), f"no contract of this version is called {contract!r}")
+    found = _read(row, (namespace, contract, key), None, connection)
+    return Finding(_path(found.name), str(found.error)) if isinstance(found, _Suspect) else None
+
+
+def _check_integrity(connection: sqlite3.Connection) -> list[Finding]:
+    rows = connection.execute("PRAGMA integrity_check").fetchall()
+    return [Finding("the database", text) for (text,) in rows if text != "ok"]
+
+
+def _list_namespaces(above: str, connection: sqlite3.Connection) -> list[str]:
+    rows = connection.execute("SELECT DISTINCT namespace FROM records WHERE namespace > ?", (above,)).fetchall()
+    return [namespace for (namespace,) in rows if namespace.startswith(above)]
 
 
 def _path(name: _Name) -> str:
     """A row's name in the operations on the quarantine, in the form that files have theirs."""
     namespace, contract, key = name
-    spaces = "".join(f"@{part}/" for part in namespace.split("/")[:-1])
-    return f"{spaces}{contract}/{key}"
+    return f"{_directory(namespace)}{contract}/{key}"
 
 
-def _find(path: str) -> _Name:
-    parts = path.split("/")
-    depth = sum(1 for _ in takewhile(lambda part: part.startswith("@"), parts))
-    namespace = "".join(f"{part[1:]}/" for part in parts[:depth])
-    return namespace, "".join(parts[depth : depth + 1]), "/".join(parts[depth + 1 :])
+def _directory(namespace: str) -> str:
+    return "".join(f"@{part}/" for part in namespace.split("/")[:-1])
+
+
+def _is_candles(path: str) -> bool:
+    return next((part for part in path.split("/") if not part.startswith("@")), "") == "candle"
 
 
 def _list_quarantine(connection: sqlite3.Connection) -> list[Quarantined]:
@@ -280,30 +301,62 @@ def _list_quarantine(connection: sqlite3.Connection) -> list[Quarantined]:
     ]
 
 
-def _held(name: _Name, connection: sqlite3.Connection) -> bytes:
-    """The bytes of the row that is in quarantine."""
-    where = "WHERE namespace = ? AND contract = ? AND key = ?"
-    if not connection.execute(f"SELECT 1 FROM quarantine {where}", name).fetchone():  # noqa: S608
-        raise UserError(f"nothing in quarantine is called {_path(name)!r}: see `backtest-kit store quarantine list`")
-    (data,) = connection.execute(f"SELECT CAST(record AS BLOB) FROM records {where}", name).fetchone() or (b"",)  # noqa: S608
-    return bytes(data or b"")
+def _find(path: str, connection: sqlite3.Connection) -> tuple[_Name, Quarantined]:
+    parts = path.split("/")
+    depth = sum(1 for _ in takewhile(lambda part: part.startswith("@"), parts))
+    for item in _list_quarantine(connection):
+        if item.path == path:
+            namespace = "".join(f"{part[1:]}/" for part in parts[:depth])
+            return (namespace, item.contract, "/".join(parts[depth + 1 :])), item
+    raise UserError(f"nothing in quarantine is called {path!r}: see `backtest-kit store quarantine list`")
 
 
-def _restore(name: _Name, connection: sqlite3.Connection) -> None:
-    data = _held(name, connection)
+def _restore(path: str, connection: sqlite3.Connection) -> Record:
+    name, _ = _find(path, connection)
     contract = _CONTRACTS[name[1]]
-    fields = parse(data)
-    key = tuple(fields["key"].values()) if isinstance(fields, dict) and isinstance(fields.get("key"), dict) else ()
-    record = reseal(contract, key, data)
-    if "/".join(path_of(contract, check_key(contract, record.key))) != name[2]:
-        raise Damaged(f"it is the record of {record.key}: drop {_path(name)}, and write it under its own key")
-    # Nobody who knew the record before the damage may take it for the one he read.
+    row = connection.execute(_SELECT, name).fetchone()
+    try:
+        record = reseal(contract, b"" if row is None else row[1] or b"")
+        if "/".join(path_of(contract, check_key(contract, record.key))) != name[2]:
+            raise Damaged(f"it is the record of {record.key}")
+    except Damaged as error:
+        raise UserError(f"{path} is still damaged: {error}; mend its row in `records`, or drop it") from None
+    # Nobody who knew the record before the damage may take it for the one that he read.
     record = msgspec.structs.replace(record, rev=record.rev + 1)
     connection.execute(_REPLACE, (*name, record.removed, seal(contract, record)))
     connection.execute("DELETE FROM quarantine WHERE namespace = ? AND contract = ? AND key = ?", name)
+    return record
 
 
-def _drop(name: _Name, connection: sqlite3.Connection) -> None:
-    _held(name, connection)
+def _drop(path: str, connection: sqlite3.Connection) -> Quarantined:
+    name, item = _find(path, connection)
     for table in ("records", "quarantine"):
         connection.execute(f"DELETE FROM {table} WHERE namespace = ? AND contract = ? AND key = ?", name)  # noqa: S608
+    return item
+
+
+class _CandleFiles:
+    """The directory of the candles beside the database, and what an operator does there."""
+
+    def __init__(self, path: Path) -> None:
+        self.root = Root(f"{path}.candles", Disk())
+
+    def exists(self) -> bool:
+        return self.root.disk.exists(self.root.path)
+
+    def store(self, namespace: str) -> FileCandleStore:
+        root = self.root
+        return FileCandleStore(
+            root.path, prefix=_directory(namespace), disk=root.disk, locks=root.locks, quarantine=root.quarantine
+        )
+
+    def close(self) -> None:
+        self.root.close()
+        self.root.locks.close()
+
+    def operate(self, operation: Callable[[Root, str], T], path: str) -> T:
+        self.root.open()
+        try:
+            return operation(self.root, path)
+        except OSError as error:
+            raise disk_error(error, "change", self.root.quarantine.place(path)) from error
