@@ -149,9 +149,11 @@ class Committer:
                 if money > 1 or whole:
                     self._commit_through_journal(group, ticks)
                 else:
+                    self._commit_lines([request for request in group if _is_line(request)], ticks)
                     for request in group:
-                        with _failing(request):
-                            self._commit_alone(request, ticks)
+                        if not _is_line(request):
+                            with _failing(request):
+                                self._commit_alone(request, ticks)
         except (BacktestKitError, OSError) as error:
             outcome = error.outcome if isinstance(error, BacktestKitError) else Outcome.NOT_DONE
             if len(group) == 1 or outcome is Outcome.UNKNOWN:
@@ -169,15 +171,27 @@ class Committer:
             if staged is None:
                 continue
             contract = change.write.contract
-            if contract.kind is Kind.FEED:
-                self._append(staged)
-            elif contract.durability is Durability.MONEY:
+            if contract.durability is Durability.MONEY:
                 self._root.write_durably(change.path, seal_text(staged.dumped), staged.tick)
                 crashpoint("file.after_acknowledge")
             else:
                 self._root.write(change.path, seal_text(staged.dumped), staged.tick)
                 if contract.durability is Durability.RECORD:
                     self._root.sync_soon(change.path)
+
+    def _commit_lines(self, group: list[Request], ticks: Iterator[int]) -> None:
+        """Carry out requests of one line each, with one append to each feed."""
+        feeds: dict[str, list[Request]] = {}
+        for request in group:
+            feeds.setdefault(request.changes[0].path, []).append(request)
+        for requests in feeds.values():
+            accepted, _ = self._decide_all(requests, ticks)
+            lines = [item for items in accepted for item in items]
+            try:
+                self._append(lines)
+            except OSError as error:
+                for request in requests:
+                    request.error = request.error or disk_error(error, "append to", request.changes[0].path)
 
     def _commit_through_journal(self, group: list[Request], ticks: Iterator[int]) -> None:
         accepted, staged = self._decide_all(group, ticks)
@@ -195,8 +209,8 @@ class Committer:
                 for path, temp in temps:
                     self._root.put_in_place(temp, path)
                     crashpoint("journal.between_renames")
-                for item in lines:
-                    self._append(item)
+                for path in {item.change.path for item in lines}:
+                    self._append([item for item in lines if item.change.path == path])
                 crashpoint("journal.after_apply")
         except BaseException:
             self._root.discard(temp for _, temp in temps)
@@ -233,11 +247,14 @@ class Committer:
             return None, record
         return _Staged(change, record, dump_record(write.contract, record, change.value), next(ticks)), record
 
-    def _append(self, item: _Staged) -> None:
-        feed = self._root.feed(item.change.write.contract, item.change.path)
-        if feed.append([(item.tick, item.dumped)]):
+    def _append(self, lines: list[_Staged]) -> None:
+        """Append to the one feed of `lines`."""
+        if not lines:
+            return
+        feed = self._root.feed(lines[0].change.write.contract, lines[0].change.path)
+        if feed.append([(item.tick, item.dumped) for item in lines]):
             self._root.run_later(feed.compact)
-        self._root.sync_soon(f"{item.change.path}/{feed.tail_name}")
+        self._root.sync_soon(f"{feed.path}/{feed.tail_name}")
 
 
 def _entry(items: list[_Staged]) -> bytes:
@@ -249,6 +266,10 @@ def _entry(items: list[_Staged]) -> bytes:
 
 def _is_money(request: Request) -> bool:
     return any(change.write.contract.durability is Durability.MONEY for change in request.changes)
+
+
+def _is_line(request: Request) -> bool:
+    return len(request.changes) == 1 and request.changes[0].write.contract.kind is Kind.FEED
 
 
 @contextlib.contextmanager

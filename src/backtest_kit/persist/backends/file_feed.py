@@ -183,11 +183,14 @@ class Feed:
     def catch_up(self) -> None:
         """As `refresh`, for a caller that holds the lock of the feed."""
         with self._guard:
-            if not self._loaded or self._tail_size() < self._tail.size:
+            if not self._loaded:
                 self._load()
             while not self._is_current():
+                if self._tail_size() < self._tail.size:
+                    self._load()  # somebody has cut what was there
+                    return
                 self._take_in_tail()
-                if self._disk.exists(f"{self._root}/{self.path}/{self._tail.number + 1:08d}{SUFFIX}"):
+                if self._disk.exists(self._following()):
                     self._seal()
 
     def append(self, lines: Sequence[tuple[int, bytes]]) -> bool:
@@ -254,8 +257,13 @@ class Feed:
     # -- what is in memory ---------------------------------------------------------------------------
 
     def _is_current(self) -> bool:
-        following = f"{self._root}/{self.path}/{self._tail.number + 1:08d}{SUFFIX}"
-        return self._tail_size() == self._tail.size and not self._disk.exists(following)
+        if self._tail_size() != self._tail.size:
+            return False
+        # Only a full segment has one that follows it.
+        return self._tail.size < SEGMENT_BYTES or not self._disk.exists(self._following())
+
+    def _following(self) -> str:
+        return f"{self._root}/{self.path}/{self._tail.number + 1:08d}{SUFFIX}"
 
     def _tail_size(self) -> int:
         try:

@@ -9,7 +9,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -70,6 +69,7 @@ class Root:
         self._last_tick = 0
         self._feeds: dict[str, Feed] = {}
         self._anchored: set[str] = set()
+        self._noted: set[str] = set()
         self._promised: dict[Target, Promised] = {}
         self._syncer = Syncer(disk, self._journal)
 
@@ -96,6 +96,7 @@ class Root:
                 return
             self._opened = False
             self._anchored.clear()
+            self._noted.clear()
             self._feeds.clear()
             syncer, self._syncer = self._syncer, Syncer(self.disk, self._journal)
             try:
@@ -284,8 +285,11 @@ class Root:
         """Make a file durable within the delay of a record, and the directories above it, if they may be new."""
         file = f"{self.path}/{path}"
         directory = file.rpartition("/")[0]
-        above = [] if directory in self._anchored else self._levels(directory)
-        self._syncer.note([file, directory, *above])
+        if directory in self._anchored or directory in self._noted:
+            self._syncer.note([file, directory])
+        else:
+            self._noted.add(directory)
+            self._syncer.note([file, directory, *self._levels(directory)])
 
     def run_later(self, job: Callable[[], None]) -> None:
         self._syncer.run_later(job)
@@ -305,7 +309,7 @@ class Root:
 
     def _levels(self, directory: str) -> list[str]:
         """The directories from the root to the one above `directory`."""
-        parts = Path(directory).relative_to(self.path).parts
+        parts = directory.removeprefix(self.path).strip("/").split("/")
         return ["/".join((self.path, *parts[:count])) for count in range(len(parts))]
 
     # -- recovery ------------------------------------------------------------------------------------
