@@ -251,7 +251,9 @@ class Database:
             if self.path.is_dir():
                 raise UserError(f"{self.path} is a directory: give the SQLite store the path of a file")
         except OSError as error:
-            raise UserError(f"{self.path} cannot be a database: {error.strerror}: give another path") from error
+            in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = "a directory of its path is a file" if in_the_way else error.strerror
+            raise UserError(f"{self.path} cannot be made: {reason}; give another path") from error
         connection = self._connect()
         deadline = time.monotonic() + self._busy_timeout
         while True:
