@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -21,8 +21,17 @@ from backtest_kit.persist.backends import file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.sqlite_threads import Database
-from backtest_kit.persist.codec import NewerSchema, reseal, seal, unseal
-from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability
+from backtest_kit.persist.codec import (
+    NewerSchema,
+    dump_record,
+    dump_value,
+    reseal,
+    seal,
+    seal_text,
+    unseal,
+    unseal_head,
+)
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability, WriteRule
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
@@ -38,7 +47,14 @@ _CHUNK: Final = 256
 _CONTRACTS: Final = {**CONTRACTS, LEASE.name: LEASE}
 
 _SELECT: Final = "SELECT removed, CAST(record AS BLOB) FROM records WHERE namespace = ? AND contract = ? AND key = ?"
-_REPLACE: Final = "INSERT OR REPLACE INTO records (namespace, contract, key, removed, record) VALUES (?, ?, ?, ?, ?)"
+_WRITE: Final = """
+    INSERT INTO records (namespace, contract, key, removed, record, seq)
+    VALUES (?1, ?2, ?3, ?4, ?5,
+        (SELECT coalesce(max(seq), 0) + 1 FROM records WHERE namespace = ?1 AND contract = ?2))
+    ON CONFLICT (namespace, contract, key)
+    DO UPDATE SET removed = excluded.removed, record = excluded.record, seq = excluded.seq
+"""
+"""In place, where there is a row: replacing it would touch more pages, and every page is synced."""
 _QUARANTINE: Final = (
     "INSERT OR IGNORE INTO quarantine (found_at, namespace, contract, key, reason, record) VALUES (?, ?, ?, ?, ?, ?)"
 )
@@ -163,9 +179,13 @@ class SqliteStore:
         return self._namespace, contract.name, "/".join(path_of(contract, key))
 
     async def _write(self, writes: Sequence[Write]) -> list[Record]:
-        named = [(write, self._name(write.contract, check_key(write.contract, write.key))) for write in writes]
+        # The values are written out here and now: nobody can change them while they wait for their turn.
+        changes = [
+            _Change(write, self._name(write.contract, check_key(write.contract, write.key)), dump_value(write.value))
+            for write in writes
+        ]
         durable = any(write.contract.durability is not Durability.CACHE for write in writes)
-        done = await self._database.write(partial(_apply, named), durable=durable)
+        done = await self._database.write(partial(_apply, changes), durable=durable)
         if isinstance(done, _Suspect):
             raise await self._quarantine(done)
         return done
@@ -196,19 +216,33 @@ class _Suspect:
         self.error = error
 
 
-def _read(contract: Contract, name: _Name, key: Key | None, connection: sqlite3.Connection) -> Record | _Suspect | None:
+class _Change(NamedTuple):
+    """A write on its way to the database."""
+
+    write: Write
+    name: _Name
+    value: bytes
+
+
+def _read(
+    contract: Contract,
+    name: _Name,
+    key: Key | None,
+    connection: sqlite3.Connection,
+    open_sealed: Callable[[Contract, Key | None, bytes], Record] = unseal,
+) -> Record | _Suspect | None:
     row = connection.execute(_SELECT, name).fetchone()
     if row is None:
         return None
     removed, data = row
     try:
-        record = unseal(contract, key, data)
+        record = open_sealed(contract, key, data or b"")
         if key is None and "/".join(path_of(contract, record.key)) != name[2]:
             raise Damaged(f"it is the record of {record.key}")
         if removed != record.removed:
             raise Damaged("its row and its record differ in whether it was removed")
     except Damaged as error:
-        return _Suspect(name, data, error)
+        return _Suspect(name, data or b"", error)
     return record
 
 
@@ -231,20 +265,21 @@ def _list_names(
     return [(namespace, contract, key) for (key,) in rows]
 
 
-def _apply(writes: Sequence[tuple[Write, _Name]], connection: sqlite3.Connection) -> list[Record] | _Suspect:
+def _apply(changes: Sequence[_Change], connection: sqlite3.Connection) -> list[Record] | _Suspect:
     """Judge every write before the first is done, so that a refused one has changed nothing."""
-    decisions = []
-    for write, name in writes:
-        current = _read(write.contract, name, write.key, connection)
+    records, rows = [], []
+    for write, name, value in changes:
+        first_wins = write.contract.write_rule is WriteRule.FIRST_WINS
+        current = _read(write.contract, name, write.key, connection, unseal if first_wins else unseal_head)
         if isinstance(current, _Suspect):
             return current
-        decisions.append((write, name, *decide(write, current)))
-    rows = [
-        (*name, record.removed, seal(write.contract, record)) for write, name, record, changed in decisions if changed
-    ]
+        record, changed = decide(write, current)
+        records.append(record)
+        if changed:
+            rows.append((*name, record.removed, seal_text(dump_record(write.contract, record, value))))
     for row in rows:
-        connection.execute(_REPLACE, row)
-    return [record for _, _, record, _ in decisions]
+        connection.execute(_WRITE, row)
+    return records
 
 
 def _keep_copy(suspect: _Suspect, connection: sqlite3.Connection) -> None:
@@ -253,9 +288,9 @@ def _keep_copy(suspect: _Suspect, connection: sqlite3.Connection) -> None:
 
 def _check_rows(after: int, connection: sqlite3.Connection) -> list[tuple[int, Finding | None]]:
     rows = connection.execute(
-        "SELECT seq, namespace, contract, key FROM records WHERE seq > ? ORDER BY seq LIMIT ?", (after, _CHUNK)
+        "SELECT id, namespace, contract, key FROM records WHERE id > ? ORDER BY id LIMIT ?", (after, _CHUNK)
     )
-    return [(seq, _check_row(name, connection)) for seq, *name in rows.fetchall()]
+    return [(number, _check_row(name, connection)) for number, *name in rows.fetchall()]
 
 
 def _check_row(name: Sequence[str], connection: sqlite3.Connection) -> Finding | None:
@@ -323,7 +358,7 @@ def _restore(path: str, connection: sqlite3.Connection) -> Record:
         raise UserError(f"{path} is still damaged: {error}; mend its row in `records`, or drop it") from None
     # Nobody who knew the record before the damage may take it for the one that he read.
     record = msgspec.structs.replace(record, rev=record.rev + 1)
-    connection.execute(_REPLACE, (*name, record.removed, seal(contract, record)))
+    connection.execute(_WRITE, (*name, record.removed, seal(contract, record)))
     connection.execute("DELETE FROM quarantine WHERE namespace = ? AND contract = ? AND key = ?", name)
     return record
 
