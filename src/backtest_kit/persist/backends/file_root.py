@@ -94,15 +94,14 @@ class Root:
     def close(self) -> None:
         """Make everything durable and let go. The next call opens again."""
         with self._guard:
-            if not self._opened:
-                return
-            self._opened = False
-            self._anchored.clear()
-            self._noted.clear()
-            self._feeds.clear()
             syncer, self._syncer = self._syncer, Syncer(self.disk, self._journal)
             try:
-                syncer.close()
+                if self._opened:
+                    self._opened = False
+                    self._anchored.clear()
+                    self._noted.clear()
+                    self._feeds.clear()
+                    syncer.close()
             finally:
                 self._journal.close()
                 self.locks.close()

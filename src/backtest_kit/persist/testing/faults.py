@@ -42,11 +42,14 @@ class Fault(msgspec.Struct):
 class FaultFS:
     """Behaves like the `os` module until told otherwise.
 
-    `calls` counts every call by name, `opened` are the descriptors that are open now, and `retried` are
-    the paths on whose descriptor an fsync was tried again after it had failed.
+    `calls` counts every call by name and `history` has them in order with their path, `opened` are the
+    descriptors that are open now, and `retried` are the paths on whose descriptor an fsync was tried again
+    after it had failed. Without `sync` an fsync does nothing, for tests that have no use for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, sync: bool = True) -> None:
+        self._sync = sync
+        self.history: list[tuple[str, str]] = []
         self.calls: Counter[str] = Counter()
         self.opened: dict[int, str] = {}
         self.retried: list[str] = []
@@ -76,7 +79,10 @@ class FaultFS:
         def perform(*args: Any, **named: Any) -> Any:
             self.calls[call] += 1
             path = self.opened.get(args[0], "") if isinstance(args[0], int) else str(args[0])
+            self.history.append((call, path))
             self._fail(call, path, args[0])
+            if call == "fsync" and not self._sync:
+                return None
             if call == "write" and self.write_limit is not None:
                 args = (args[0], args[1][: self.write_limit])
             result = real(*args, **named)
