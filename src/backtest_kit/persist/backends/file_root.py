@@ -61,6 +61,8 @@ class Root:
         self.quarantine = Quarantine(self.path, disk)
         own = f"{self.path}/{OWN_DIRECTORY}"
         self.locks = LockSet(f"{own}/locks", disk)
+        # Of its own, because the lock of a record is taken under it.
+        self._recovery_lock = LockSet(f"{own}/recovery", disk, count=1)
         self._journal = Journal(f"{own}/journal", disk)
         self._clock = f"{own}/clock"
         self._guard = threading.RLock()
@@ -92,18 +94,18 @@ class Root:
     def close(self) -> None:
         """Make everything durable and let go. The next call opens again."""
         with self._guard:
-            if not self._opened:
-                return
-            self._opened = False
-            self._anchored.clear()
-            self._noted.clear()
-            self._feeds.clear()
             syncer, self._syncer = self._syncer, Syncer(self.disk, self._journal)
             try:
-                syncer.close()
+                if self._opened:
+                    self._opened = False
+                    self._anchored.clear()
+                    self._noted.clear()
+                    self._feeds.clear()
+                    syncer.close()
             finally:
                 self._journal.close()
                 self.locks.close()
+                self._recovery_lock.close()
 
     def _recover(self) -> None:
         require_directory(self.path)
@@ -111,7 +113,7 @@ class Root:
             for directory in (f"{self.path}/{OWN_DIRECTORY}/journal", f"{self.path}/{OWN_DIRECTORY}/locks"):
                 self.disk.make_directories(directory, sync=True)
             # Whoever comes second waits until the first one has recovered.
-            with self.locks.hold(("recovery",), _RECOVERY_PATIENCE):
+            with self._recovery_lock.hold(("",), _RECOVERY_PATIENCE):
                 self._check_marker()
                 self._check_clock()
                 self._journal.replay(self._redo)

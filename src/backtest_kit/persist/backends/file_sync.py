@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from backtest_kit.errors import BacktestKitError, Outcome, RetryLater
-from backtest_kit.persist.files import Disk, disk_error
+from backtest_kit.errors import BacktestKitError, Outcome, OutOfSpace, RetryLater
+from backtest_kit.persist.files import Disk
 from backtest_kit.persist.journal import Journal
 
 RECORD_DELAY_SECONDS: Final = 0.025
@@ -101,7 +102,9 @@ class Syncer:
             try:
                 self._disk.sync_file(path)
             except OSError as error:
-                self._failed(disk_error(error, "make durable", path, Outcome.UNKNOWN))
+                kind = OutOfSpace if error.errno == errno.ENOSPC else RetryLater
+                message = f"cannot sync {path}: {error.strerror}; what was last written there may not outlive this host"
+                self._failed(kind(f"{message}: write it again", outcome=Outcome.UNKNOWN))
         for job in [*jobs, *([self._journal.checkpoint] if checkpoint else [])]:
             try:
                 job()
