@@ -120,10 +120,26 @@ def unseal(contract: Contract, key: Key | None, data: bytes) -> Record:
         Damaged: the bytes are not what `seal` wrote for that contract and key; the message says in what.
         NewerSchema: they are, but of a newer version.
     """
-    mark = data.rfind(b'  "checksum"')
-    if mark < 0 or data[mark:] != _checksum_line(data[:mark]):
-        raise Damaged("the checksum does not match: the file was cut, changed on the disk or edited by hand")
+    _verify_checksum(data)
     return open_envelope(contract, key, parse(data))
+
+
+def unseal_head(contract: Contract, key: Key | None, data: bytes) -> Record:
+    """As `unseal`, at a fraction of the cost, with None for the value: enough to decide about a write.
+
+    Raises:
+        Damaged, NewerSchema: as `unseal`.
+    """
+    _verify_checksum(data)
+    # The fields of the envelope stand at two spaces, and text has no raw newline: this is the first of its kind.
+    head, _, _ = data.partition(b',\n  "value": ')
+    try:
+        envelope = _ENVELOPE.decode(head + b',"value":null}')
+    except msgspec.MsgspecError:
+        return unseal(contract, key, data)
+    if envelope.schema_version > SCHEMA_VERSION:
+        return unseal(contract, key, data)
+    return _identified(contract, key, envelope)
 
 
 def seal_line(dumped: bytes) -> bytes:
@@ -143,13 +159,13 @@ def unseal_line(line: bytes) -> bytes:
     return dumped
 
 
-def reseal(contract: Contract, key: Key, data: bytes) -> Record:
+def reseal(contract: Contract, data: bytes) -> Record:
     """The record in `data` whatever its checksum says: for an operator who edited it by hand.
 
     Raises:
-        Damaged: it is not a record of `contract` under `key`.
+        Damaged: it is not a record of `contract`.
     """
-    return open_envelope(contract, key, parse(data))
+    return open_envelope(contract, None, parse(data))
 
 
 def parse(data: bytes) -> Any:
@@ -300,6 +316,12 @@ _DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_re
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 
 
+def _verify_checksum(data: bytes) -> None:
+    mark = data.rfind(b'  "checksum"')
+    if mark < 0 or data[mark:] != _checksum_line(data[:mark]):
+        raise Damaged("the checksum does not match: the file was cut, changed on the disk or edited by hand")
+
+
 def _checksum_line(head: bytes) -> bytes:
     return b'  "checksum": "%08x"\n}\n' % zlib.crc32(head)
 
@@ -315,6 +337,9 @@ class _Envelope(msgspec.Struct, rename="camel"):
     value: Any
 
 
+_ENVELOPE: Final = msgspec.json.Decoder(_Envelope)
+
+
 def open_envelope(contract: Contract, key: Key | None, fields: Any) -> Record:
     """The record in parsed JSON. Raises as `unseal`, but knows of no checksum."""
     version = fields.get("schemaVersion") if isinstance(fields, dict) else None
@@ -327,6 +352,10 @@ def open_envelope(contract: Contract, key: Key | None, fields: Any) -> Record:
         envelope = msgspec.convert(fields, _Envelope)
     except msgspec.ValidationError as error:
         raise Damaged(f"it has no envelope: {error}") from None
+    return _identified(contract, key, envelope)
+
+
+def _identified(contract: Contract, key: Key | None, envelope: _Envelope) -> Record:
     found = tuple(envelope.key.values())
     if envelope.contract != contract.name or tuple(envelope.key) != contract.key_fields:
         raise Damaged(f"it is a record of {envelope.contract}, found where one of {contract.name} belongs")

@@ -32,6 +32,7 @@ LOCK_TIMEOUT_SECONDS: Final = 10.0
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _READ: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _APPEND: Final = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_UPDATE: Final = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 
@@ -72,16 +73,23 @@ class Disk:
     def read(self, path: str) -> bytes:
         fd = self._open(path, _READ)
         try:
-            return self._read_all(fd)
+            return self._read_exactly(fd, self._os.fstat(fd).st_size)
         finally:
             self._os.close(fd)
 
-    def read_at(self, path: str, offset: int, length: int | None = None) -> bytes:
-        """`length` bytes (all that follow, if None) from `offset`."""
+    def read_from(self, path: str, offset: int) -> bytes:
+        """All that follows `offset`."""
         fd = self._open(path, _READ)
         try:
-            os.lseek(fd, offset, os.SEEK_SET)
-            return self._read_all(fd) if length is None else self._read_exactly(fd, length)
+            return self._read_span(fd, offset, max(0, self._os.fstat(fd).st_size - offset))
+        finally:
+            self._os.close(fd)
+
+    def read_spans(self, path: str, spans: Iterable[tuple[int, int]]) -> list[bytes]:
+        """The bytes of each (offset, length)."""
+        fd = self._open(path, _READ)
+        try:
+            return [self._read_span(fd, offset, length) for offset, length in spans]
         finally:
             self._os.close(fd)
 
@@ -90,6 +98,9 @@ class Disk:
 
     def open_for_append(self, path: str) -> int:
         return self._open(path, _APPEND)
+
+    def open_for_update(self, path: str) -> int:
+        return self._open(path, _UPDATE)
 
     def close(self, fd: int) -> None:
         self._os.close(fd)
@@ -143,6 +154,10 @@ class Disk:
                 view = view[self._os.write(fd, view) :]
             except InterruptedError:
                 continue
+
+    def overwrite(self, fd: int, offset: int, data: bytes) -> None:
+        os.lseek(fd, offset, os.SEEK_SET)
+        self.write_all(fd, data)
 
     def truncate(self, fd: int, size: int) -> None:
         self._os.ftruncate(fd, size)
@@ -210,6 +225,12 @@ class Disk:
         except FileNotFoundError:
             return []
 
+    @contextlib.contextmanager
+    def listing(self, directory: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        """Everything that lies in a directory, temporary files too."""
+        with self._os.scandir(directory) as found:
+            yield found
+
     def sweep(self, root: str, now: float) -> None:
         """Remove the temporary files under `root` that no writer can still be at work on."""
         pending = [root]
@@ -230,8 +251,9 @@ class Disk:
             except InterruptedError:
                 continue
 
-    def _read_all(self, fd: int) -> bytes:
-        return self._read_exactly(fd, self._os.fstat(fd).st_size)
+    def _read_span(self, fd: int, offset: int, length: int) -> bytes:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return self._read_exactly(fd, length)
 
     def _read_exactly(self, fd: int, length: int) -> bytes:
         parts: list[bytes] = []
@@ -290,10 +312,13 @@ class LockSet:
             yield
 
     def close(self) -> None:
+        """Close the files of those locks that nobody holds."""
         with self._guard:
-            for fd in self._files.values():
-                self._disk.close(fd)
-            self._files.clear()
+            for shard, fd in list(self._files.items()):
+                if self._threads[shard].acquire(blocking=False):
+                    self._disk.close(fd)
+                    del self._files[shard]
+                    self._threads[shard].release()
 
     def _shard(self, name: str) -> int:
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest()) % self._count
@@ -350,20 +375,23 @@ try_lock = _try_lock
 
 
 def absolute_root(root: str | os.PathLike[str]) -> str:
-    """The absolute path of a store's root.
+    """The absolute path of a store's root, which a later change of the working directory does not move."""
+    return str(Path(root).expanduser().absolute())
+
+
+def require_directory(root: str) -> None:
+    """Do nothing if `root` is a directory or can become one.
 
     Raises:
         UserError: it, or something above it, is a file.
     """
-    path = Path(root).expanduser().absolute()
-    for level in (path, *path.parents):
+    for level in (Path(root), *Path(root).parents):
         try:
             mode = level.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise UserError(f"the store's root {path} cannot be used: {error.strerror}") from error
+            raise UserError(f"the store's root {root} cannot be used: {error.strerror}") from error
         if not stat.S_ISDIR(mode):
-            raise UserError(f"the store's root {path} cannot be used: {level} is a file, name a directory")
-        break
-    return str(path)
+            raise UserError(f"the store's root {root} cannot be used: {level} is a file, name a directory")
+        return

@@ -73,14 +73,16 @@ class Quarantine:
             return Damaged(f"{self._root}/{path}: {reason}; it could not be moved to {place}: {error.strerror}")
         return self._blocked(path, reason)
 
-    def keep(self, contract: Contract, key: Sequence[object], path: str, data: bytes, reason: str) -> Damaged:
-        """Keep a copy of `data`, which was found at `path` and was or will be replaced there. Blocks nothing."""
+    def keep(
+        self, contract: Contract, key: Sequence[object], path: str, data: bytes, reason: str, *, blocks: bool
+    ) -> Damaged:
+        """Keep `data`, a part of a file that is about to be replaced, under the name `path`; return the error."""
         place = self.place(path)
-        self._keep_reason(Quarantined(path, contract.name, list(key), reason, _now_ms(), blocks=False))
         directory = place.rpartition("/")[0]
+        self._keep_reason(Quarantined(path, contract.name, list(key), reason, _now_ms(), blocks))
         self._disk.rename(self._disk.write_temp(directory, data, sync=True), place)
         self._disk.sync_directory(directory)
-        return Damaged(f"{self._root}/{path}: {reason}; the bytes are kept in {place}")
+        return self._blocked(path, reason)
 
     def list(self) -> list[Quarantined]:
         """Everything in quarantine, by path."""
@@ -119,6 +121,14 @@ class Quarantine:
         """Forget what lies at `path`: the key is free again."""
         place = self.place(path)
         self._disk.remove(place)
+        self._disk.discard(place + REASON_SUFFIX)
+        self._disk.sync_directory(place.rpartition("/")[0])
+
+    def put_back(self, path: str) -> None:
+        """Move what lies at `path` back to where it was found."""
+        place, target = self.place(path), f"{self._root}/{path}"
+        self._disk.move(place, target)
+        self._disk.sync_directory(target.rpartition("/")[0])
         self._disk.discard(place + REASON_SUFFIX)
         self._disk.sync_directory(place.rpartition("/")[0])
 

@@ -17,6 +17,7 @@ import zlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import numpy as np
 
 from backtest_kit.errors import Damaged, UserError
@@ -26,7 +27,7 @@ from backtest_kit.persist.backends.memory import merge
 from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.files import Disk, LockSet, absolute_root, disk_error
-from backtest_kit.persist.keys import check_key, path_of
+from backtest_kit.persist.keys import check_key, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantine
 from backtest_kit.persist.store import SeriesKey
 
@@ -45,17 +46,19 @@ _Signature = tuple[int, int, int]
 
 
 class FileCandleStore:
-    """Candles under `root`. Safe for any number of tasks, threads and processes at once."""
+    """Candles in the directory `prefix` of `root`. Safe for any number of tasks, threads and processes at once."""
 
     def __init__(
         self,
         root: str | os.PathLike[str],
         *,
+        prefix: str = "",
         disk: Disk | None = None,
         locks: LockSet | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
         self._root = absolute_root(root)
+        self._prefix = prefix
         self._disk = disk or Disk()
         self._locks = locks or LockSet(f"{self._root}/.backtest-kit/locks", self._disk)
         self._quarantine = quarantine or Quarantine(self._root, self._disk)
@@ -78,9 +81,38 @@ class FileCandleStore:
             raise UserError(f"candles of {series.symbol} are not ascending at {iso(at)}: sort them and drop duplicates")
         return await asyncio.to_thread(self._write, series, directory, candles)
 
+    async def series(self) -> list[SeriesKey]:
+        return await asyncio.to_thread(self._list_series)
+
+    def _list_series(self) -> list[SeriesKey]:
+        directories: list[tuple[str, ...]] = [()]
+        top = f"{self._root}/{self._prefix}{CONTRACT.name}"
+        for _ in range(3):
+            directories = [
+                (*above, entry.name)
+                for above in directories
+                for entry in self._disk.entries("/".join((top, *above)))
+                if entry.is_dir()
+            ]
+        found = []
+        for names in directories:
+            parts = [unescape(name, field) for name, field in zip(names, CONTRACT.key_fields, strict=False)]
+            if all(isinstance(part, str) for part in parts):
+                found.append(SeriesKey(*map(str, parts)))
+            else:
+                found.append(self._named_inside("/".join((top, *names))))
+        return sorted(found, key=msgspec.structs.astuple)
+
+    def _named_inside(self, directory: str) -> SeriesKey:
+        """The series of a directory whose name was cut, from one of its files."""
+        for entry in self._disk.entries(directory):
+            if entry.name.endswith(SUFFIX):
+                return _series_in(self._disk.read(entry.path))
+        raise Damaged(f"{directory} has candles of a series whose name cannot be told: remove the directory")
+
     def _directory(self, series: SeriesKey) -> str:
         key = check_key(CONTRACT, (series.exchange_name, series.symbol, series.interval), prefix=True)
-        return "/".join((CONTRACT.name, *path_of(CONTRACT, key)))
+        return self._prefix + "/".join((CONTRACT.name, *path_of(CONTRACT, key)))
 
     def _read(self, series: SeriesKey, directory: str, start_ms: int, stop_ms: int) -> CandleSeries:
         parts = []
@@ -226,7 +258,12 @@ def _checksum_places(data: Any) -> list[int]:
     return sorted({data.find(_MARK) + len(_MARK), data.rfind(_MARK) + len(_MARK)})
 
 
-def _verify(data: Any) -> None:
+def verify(data: Any) -> None:
+    """Do nothing if the bytes of a candle file are those that were written.
+
+    Raises:
+        Damaged: they are not.
+    """
     places = _checksum_places(data)
     if len(places) != 2 or places[0] < len(_MARK):
         raise Damaged("it is no candle file of this program, or its beginning or end is missing")
@@ -245,7 +282,7 @@ def _unpack(series: SeriesKey, data: Any) -> CandleSeries:
     """The candles in the bytes of a file; the columns are views of `data`."""
     import pyarrow as pa
 
-    _verify(data)
+    verify(data)
     try:
         with pa.ipc.open_file(pa.py_buffer(data)) as reader:
             about = json.loads(reader.schema.metadata[_METADATA])
@@ -262,6 +299,15 @@ def _unpack(series: SeriesKey, data: Any) -> CandleSeries:
     if found != (CONTRACT.name, series.exchange_name, series.symbol, series.interval):
         raise Damaged(f"it has {'/'.join(map(str, found))}, found where candles of {series} belong")
     return CandleSeries(*columns)
+
+
+def _series_in(data: bytes) -> SeriesKey:
+    """The series that a candle file says it belongs to."""
+    import pyarrow as pa
+
+    verify(data)
+    with pa.ipc.open_file(pa.py_buffer(data)) as reader:
+        return SeriesKey(*json.loads(reader.schema.metadata[_METADATA])["series"])
 
 
 def _column(array: Any) -> Any:

@@ -28,10 +28,11 @@ APPLICATION_ID: Final = 0x42_4B_50_79
 
 _SCHEMA: Final = (
     """CREATE TABLE records (
-        seq INTEGER PRIMARY KEY,
+        id INTEGER PRIMARY KEY,
         namespace TEXT NOT NULL,
         contract TEXT NOT NULL,
         key TEXT NOT NULL,
+        seq INTEGER NOT NULL,
         removed INTEGER NOT NULL,
         record BLOB NOT NULL,
         UNIQUE (namespace, contract, key)
@@ -169,12 +170,14 @@ class Database:
         self._writer = ConnectionThread(f"SQLite store {path} (writer)", self._open, self._commit)
         self._reader = ConnectionThread(f"SQLite store {path} (reader)", self._open_reader, self._answer)
         self._opened = False
+        self._synced: bool | None = None
+        """What the writing connection is set to; unknown when it is new."""
 
     async def open(self) -> None:
         await self.write(lambda connection: None)
 
     async def close(self) -> None:
-        self._writer.check_process()
+        self._check_process()
         await self._reader.close()
         await self._writer.close()
         self._opened = False
@@ -184,17 +187,21 @@ class Database:
 
         With `durable`, the transaction is on the disk before this returns.
         """
-        self._writer.check_process()
+        self._check_process()
         result: T = await self._writer.run(Job(work, durable=durable))
         return result
 
     async def read(self, work: Work[T]) -> T:
         """Do `work`, which only selects."""
+        self._check_process()
         if not self._opened:
             await self.open()
-        self._reader.check_process()
         result: T = await self._reader.run(Job(work))
         return result
+
+    def _check_process(self) -> None:
+        self._writer.check_process()
+        self._reader.check_process()
 
     def _commit(self, connection: sqlite3.Connection, jobs: list[Job]) -> None:
         try:
@@ -211,7 +218,9 @@ class Database:
 
     def _transact(self, connection: sqlite3.Connection, jobs: list[Job]) -> None:
         durable = any(job.durable for job in jobs)
-        connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        if durable != self._synced:
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._synced = durable
         connection.execute("BEGIN IMMEDIATE")
         try:
             for job in jobs:
@@ -247,16 +256,28 @@ class Database:
             if self.path.is_dir():
                 raise UserError(f"{self.path} is a directory: give the SQLite store the path of a file")
         except OSError as error:
-            raise UserError(f"{self.path} cannot be a database: {error.strerror}: give another path") from error
+            in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = "a directory of its path is a file" if in_the_way else error.strerror
+            raise UserError(f"{self.path} cannot be made: {reason}; give another path") from error
         connection = self._connect()
-        try:
-            self._prepare(connection)
-        except BaseException as error:
-            connection.close()
-            if isinstance(error, sqlite3.Error):
-                raise self._explain(error) from error
-            raise
+        deadline = time.monotonic() + self._busy_timeout
+        while True:
+            try:
+                self._prepare(connection)
+                break
+            except BaseException as error:
+                _roll_back(connection)
+                # SQLite does not wait by itself while another process switches a new file to WAL.
+                if isinstance(error, sqlite3.Error):
+                    if _code(error) == sqlite3.SQLITE_BUSY and time.monotonic() < deadline:
+                        time.sleep(0.01)
+                        continue
+                    connection.close()
+                    raise self._explain(error) from error
+                connection.close()
+                raise
         self._opened = True
+        self._synced = None
         return connection
 
     def _open_reader(self) -> sqlite3.Connection:
@@ -271,33 +292,22 @@ class Database:
             raise self._explain(error) from error
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
+        connection.execute("BEGIN")
         self._check_owner(connection)
-        deadline = time.monotonic() + self._busy_timeout
-        while True:
-            try:
-                (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-                break
-            except sqlite3.OperationalError as error:
-                # SQLite does not wait by itself while another process is switching to WAL.
-                if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+        connection.execute("COMMIT")
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise UserError(f"{self.path} is on a file system without shared memory for WAL: use a local disk")
         connection.execute("BEGIN IMMEDIATE")
-        try:
-            if self._check_owner(connection):
-                for statement in _SCHEMA:
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            connection.execute("COMMIT")
-        except BaseException:
-            _roll_back(connection)
-            raise
+        if self._check_owner(connection):
+            for statement in _SCHEMA:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute("COMMIT")
 
     def _check_owner(self, connection: sqlite3.Connection) -> bool:
-        """True if the file is empty and the schema must be made."""
+        """True if the file is empty and the schema must be made. To be asked inside a transaction."""
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()

@@ -1,0 +1,232 @@
+"""`FileStore`: every record a file that an editor opens, feeds as files of lines, candles as Arrow files."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Final, NamedTuple, TypeVar
+
+from backtest_kit.errors import BacktestKitError
+from backtest_kit.persist.backends import file_operations
+from backtest_kit.persist.backends.file_candles import FileCandleStore
+from backtest_kit.persist.backends.file_commit import Change, Committer, Request
+from backtest_kit.persist.backends.file_feed import Feed, Place
+from backtest_kit.persist.backends.file_root import SUFFIX, Root, record_path
+from backtest_kit.persist.codec import dump_value
+from backtest_kit.persist.contracts import Contract, Kind
+from backtest_kit.persist.files import Disk, disk_error
+from backtest_kit.persist.keys import check_key, escape, path_of, unescape
+from backtest_kit.persist.quarantine import Quarantined
+from backtest_kit.persist.store import CandleStore, Capability, Key, Record, Write
+from backtest_kit.persist.upkeep import Finding
+from backtest_kit.persist.writing import check_batch
+
+_T = TypeVar("_T")
+
+_FIRST_CHUNK: Final = 32
+_LARGEST_CHUNK: Final = 1024
+
+
+class _Found(NamedTuple):
+    """Something that a scan is to read."""
+
+    tick: int
+    path: str
+    feed: Feed | None = None
+    place: Place | None = None
+
+
+class FileStore:
+    """Records under `root`, which several processes may have open at once.
+
+    `disk` is where tests put one that fails.
+    """
+
+    capabilities: frozenset[Capability] = frozenset(Capability)
+    candles: CandleStore
+
+    def __init__(self, root: str | os.PathLike[str] = "dump", *, disk: Disk | None = None) -> None:
+        self.root = Root(root, disk or Disk())
+        self._committer = Committer(self.root)
+        self._parent: FileStore | None = None
+        self._prefix = ""
+        self.candles = self._make_candles()
+
+    def within(self, namespace: str) -> FileStore:
+        if not namespace:
+            return self
+        store = FileStore.__new__(FileStore)
+        store.root, store._committer, store._parent = self.root, self._committer, self
+        # No contract begins with @, so no record of a namespace lies where one of its parent would.
+        store._prefix = f"{self._prefix}@{escape(namespace, 'namespace')}/"
+        store.candles = store._make_candles()
+        return store
+
+    async def open(self) -> None:
+        await asyncio.to_thread(self.root.open)
+
+    async def close(self) -> None:
+        if self._parent is None:
+            await asyncio.to_thread(self._close)
+
+    async def get(self, contract: Contract, key: Key) -> Record | None:
+        path = record_path(self._prefix, contract, key := check_key(contract, key))
+        return await asyncio.to_thread(self._get, contract, key, path)
+
+    async def put(self, write: Write) -> Record:
+        (record,) = await self._submit([write])
+        return record
+
+    async def batch(self, writes: Sequence[Write]) -> None:
+        check_batch(writes)
+        if writes:
+            await self._submit(writes)
+
+    async def scan(
+        self,
+        contract: Contract,
+        prefix: Key = (),
+        *,
+        limit: int | None = None,
+        newest_first: bool = False,
+        include_removed: bool = False,
+    ) -> AsyncIterator[Record]:
+        prefix = check_key(contract, prefix, prefix=True)
+        if len(prefix) == len(contract.key_fields):
+            only = await self.get(contract, prefix) if limit != 0 else None
+            if only is not None and (include_removed or not only.removed):
+                yield only
+            return
+        found = await asyncio.to_thread(self._list, contract, prefix)
+        found.sort(key=lambda item: item.tick, reverse=newest_first)
+        position, size, left = 0, _FIRST_CHUNK, limit
+        while position < len(found) and left != 0:
+            chunk = found[position : position + size]
+            for record in await asyncio.to_thread(self._read_chunk, contract, chunk):
+                if isinstance(record, BacktestKitError):
+                    raise record
+                if include_removed or not record.removed:
+                    yield record
+                    if left is not None:
+                        left -= 1
+                        if left == 0:
+                            return
+            position += size
+            size = min(2 * size, _LARGEST_CHUNK)
+
+    async def namespaces(self) -> list[tuple[str, ...]]:
+        return await asyncio.to_thread(self._namespaces, self._prefix)
+
+    async def check(self, *, deep: bool = False) -> list[Finding]:
+        return await asyncio.to_thread(file_operations.check, self.root, deep=deep)
+
+    async def quarantined(self) -> list[Quarantined]:
+        return await asyncio.to_thread(self.root.quarantine.list)
+
+    async def restore(self, path: str) -> Record | None:
+        return await asyncio.to_thread(self._operate, file_operations.restore, path)
+
+    async def drop(self, path: str) -> Quarantined:
+        return await asyncio.to_thread(self._operate, file_operations.drop, path)
+
+    def _operate(self, operation: Callable[[Root, str], _T], path: str) -> _T:
+        self.root.open()
+        try:
+            return operation(self.root, path)
+        except OSError as error:
+            raise disk_error(error, "change", self.root.quarantine.place(path)) from error
+
+    def _namespaces(self, prefix: str) -> list[tuple[str, ...]]:
+        self.root.open()
+        found: list[tuple[str, ...]] = []
+        for entry in self.root.disk.entries(f"{self.root.path}/{prefix}"):
+            if entry.name.startswith("@") and entry.is_dir():
+                name = str(unescape(entry.name[1:], "namespace") or entry.name[1:])
+                below = self._namespaces(f"{prefix}{entry.name}/")
+                found += [(name,), *((name, *path) for path in below)]
+        return found
+
+    def _make_candles(self) -> FileCandleStore:
+        root = self.root
+        return FileCandleStore(
+            root.path, prefix=self._prefix, disk=root.disk, locks=root.locks, quarantine=root.quarantine
+        )
+
+    def _close(self) -> None:
+        self._committer.close()
+        self.root.close()
+
+    def _get(self, contract: Contract, key: Key, path: str) -> Record | None:
+        self.root.open()
+        return self.root.load(contract, key, path)
+
+    async def _submit(self, writes: Sequence[Write]) -> list[Record]:
+        changes = []
+        for write in writes:
+            path = record_path(self._prefix, write.contract, check_key(write.contract, write.key))
+            changes.append(Change(write, path, dump_value(write.value)))
+        request = Request(changes)
+        self._committer.submit(request)
+        return await request.future
+
+    # -- listing -------------------------------------------------------------------------------------
+
+    def _list(self, contract: Contract, prefix: Key) -> list[_Found]:
+        self.root.open()
+        directory = self._prefix + "/".join((contract.name, *path_of(contract, prefix)))
+        levels = len(contract.key_fields) - len(prefix) - 1
+        try:
+            if contract.kind is not Kind.FEED:
+                return [
+                    _Found(entry.stat().st_mtime_ns, f"{below}/{entry.name}")
+                    for below in self._below(directory, levels)
+                    for entry in self.root.disk.entries(f"{self.root.path}/{below}")
+                    if entry.name.endswith(SUFFIX)
+                ]
+            found = []
+            for path in self._below(directory, levels):
+                if self.root.disk.exists(f"{self.root.path}/{path}"):
+                    feed = self.root.feed(contract, path)
+                    found += [_Found(place.tick, path, feed, place) for place in feed.places()]
+        except OSError as error:
+            raise disk_error(error, "list", f"{self.root.path}/{directory}") from error
+        return found
+
+    def _below(self, directory: str, levels: int) -> list[str]:
+        """The directories `levels` below `directory`."""
+        directories = [directory]
+        for _ in range(levels):
+            directories = [
+                f"{above}/{entry.name}"
+                for above in directories
+                for entry in self.root.disk.entries(f"{self.root.path}/{above}")
+                if entry.is_dir()
+            ]
+        return directories
+
+    def _read_chunk(self, contract: Contract, chunk: list[_Found]) -> list[Record | BacktestKitError]:
+        """The records of `chunk` that are still there, in its order; where one cannot be had, the reason."""
+        records: list[Record | BacktestKitError] = []
+        for feed, group in itertools.groupby(chunk, key=lambda item: item.feed):
+            items = list(group)
+            if feed is None:
+                records += filter(None, (self._load(contract, item.path) for item in items))
+                continue
+            places = [item.place for item in items if item.place is not None]
+            try:
+                records += feed.read(places)
+            except BacktestKitError:
+                for place in places:
+                    try:
+                        records += feed.read([place])
+                    except BacktestKitError as error:
+                        records.append(error)
+        return records
+
+    def _load(self, contract: Contract, path: str) -> Record | BacktestKitError | None:
+        try:
+            return self.root.load(contract, None, path)
+        except BacktestKitError as error:
+            return error

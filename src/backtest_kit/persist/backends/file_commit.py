@@ -1,0 +1,298 @@
+"""`Committer`: the one thread of a file store that writes.
+
+Requests wait in a queue and are taken as a group. A lone money write follows the durable protocol: its
+file and its directory are synced before the caller hears of it. Several money writes at once, and every
+batch, go through the journal instead: one sync makes all of them durable, and their files are renamed
+into place without one. Reading is done from anywhere and needs no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+from backtest_kit.errors import BacktestKitError, Outcome
+from backtest_kit.persist.backends.file_root import Promised, Root
+from backtest_kit.persist.codec import dump_record, dump_value, seal_text
+from backtest_kit.persist.contracts import Durability, Kind
+from backtest_kit.persist.files import disk_error
+from backtest_kit.persist.store import Key, Record, Write
+from backtest_kit.persist.testing.crashpoints import crashpoint
+from backtest_kit.persist.writing import decide
+
+GROUP_LIMIT: Final = 128
+LINGER_SECONDS: Final = 0.0004
+"""How long a group waits for those who wrote in the last one: far less than the sync it saves them."""
+
+
+class Change(NamedTuple):
+    """One write, ready to be decided on."""
+
+    write: Write
+    path: str
+    """The file of a slot or bucket record, or the directory of a feed."""
+    value: bytes
+
+    @property
+    def target(self) -> tuple[str, Key]:
+        return self.path, self.write.key if self.write.contract.kind is Kind.FEED else ()
+
+
+class Request:
+    """What one caller asked for: all of `changes` or none."""
+
+    def __init__(self, changes: Sequence[Change]) -> None:
+        self.changes = changes
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[list[Record]] = self.loop.create_future()
+        self.records: list[Record] = []
+        self.error: BaseException | None = None
+
+    def settle(self) -> None:
+        if self.future.done():
+            return  # cancelled meanwhile: the write took place all the same
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(self.records)
+
+
+class _Staged(NamedTuple):
+    """A record that was decided on and is not stored yet."""
+
+    change: Change
+    record: Record
+    dumped: bytes
+    tick: int
+
+
+class Committer:
+    """Takes requests in the order of `submit` and carries them out."""
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._queue: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._guard = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._last_size = 1
+
+    def submit(self, request: Request) -> None:
+        with self._guard:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="backtest-kit-write", daemon=True)
+                self._thread.start()
+            self._queue.put(request)
+
+    def close(self) -> None:
+        """Carry out what was submitted and end the thread."""
+        with self._guard:
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                self._queue.put(None)
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            group, closing = self._take()
+            if group:
+                self._last_size = len(group)
+                try:
+                    self._root.open()
+                    self._commit(group)
+                except BacktestKitError as error:
+                    for request in group:
+                        request.error = request.error or error
+                except OSError as error:
+                    for request in group:
+                        request.error = request.error or disk_error(error, "write below", self._root.path)
+                except BaseException as error:  # the callers wait: whatever it is, it is theirs to see
+                    for request in group:
+                        request.error = request.error or error
+                _answer(group)
+            if closing:
+                return
+
+    def _take(self) -> tuple[list[Request], bool]:
+        group: list[Request] = []
+        deadline = 0.0
+        while len(group) < GROUP_LIMIT:
+            try:
+                if not group:
+                    request = self._queue.get()
+                elif len(group) < self._last_size:
+                    deadline = deadline or time.monotonic() + LINGER_SECONDS
+                    request = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
+                else:
+                    request = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if request is None:
+                return group, True
+            if not request.future.cancelled():
+                group.append(request)
+        return group, False
+
+    # -- a group -------------------------------------------------------------------------------------
+
+    def _commit(self, group: list[Request]) -> None:
+        money = sum(1 for request in group if _is_money(request))
+        whole = any(len(request.changes) > 1 for request in group)
+        try:
+            paths = {change.path for request in group for change in request.changes}
+            with self._root.locked(paths, patient=len(group) == 1) as ticks:
+                if money > 1 or whole:
+                    self._commit_through_journal(group, ticks)
+                else:
+                    self._commit_lines([request for request in group if _is_line(request)], ticks)
+                    for request in group:
+                        if not _is_line(request):
+                            with _failing(request):
+                                self._commit_alone(request, ticks)
+        except (BacktestKitError, OSError) as error:
+            outcome = error.outcome if isinstance(error, BacktestKitError) else Outcome.NOT_DONE
+            if len(group) == 1 or outcome is Outcome.UNKNOWN:
+                raise
+            for request in group:  # whatever it was, it shall not fail those whom it does not concern
+                request.error, request.records = None, []
+                with _failing(request):
+                    self._commit([request])
+
+    def _commit_alone(self, request: Request, ticks: Iterator[int]) -> None:
+        """Carry out a request of one change without the journal."""
+        for change in request.changes:
+            staged, record = self._decide(change, {}, ticks)
+            request.records.append(record)
+            if staged is None:
+                continue
+            contract = change.write.contract
+            if contract.durability is Durability.MONEY:
+                self._root.write_durably(change.path, seal_text(staged.dumped), staged.tick)
+                crashpoint("file.after_acknowledge")
+            else:
+                self._root.write(change.path, seal_text(staged.dumped), staged.tick)
+                if contract.durability is Durability.RECORD:
+                    self._root.sync_soon(change.path)
+
+    def _commit_lines(self, group: list[Request], ticks: Iterator[int]) -> None:
+        """Carry out requests of one line each, with one append to each feed."""
+        feeds: dict[str, list[Request]] = {}
+        for request in group:
+            feeds.setdefault(request.changes[0].path, []).append(request)
+        for requests in feeds.values():
+            accepted, _ = self._decide_all(requests, ticks)
+            lines = [item for items in accepted for item in items]
+            try:
+                self._append(lines)
+            except OSError as error:
+                for request in requests:
+                    request.error = request.error or disk_error(error, "append to", request.changes[0].path)
+
+    def _commit_through_journal(self, group: list[Request], ticks: Iterator[int]) -> None:
+        accepted, staged = self._decide_all(group, ticks)
+        if not staged:
+            return
+        slots = [item for item in staged.values() if item.change.write.contract.kind is not Kind.FEED]
+        lines = [item for item in staged.values() if item.change.write.contract.kind is Kind.FEED]
+        temps = self._root.write_temps([(item.change.path, seal_text(item.dumped), item.tick) for item in slots])
+        try:
+            promised = {
+                item.change.target: Promised(item.change.write.contract, item.record, item.dumped, item.tick)
+                for item in staged.values()
+            }
+            with self._root.journal([_entry(items) for items in accepted], promised):
+                for path, temp in temps:
+                    self._root.put_in_place(temp, path)
+                    crashpoint("journal.between_renames")
+                for path in {item.change.path for item in lines}:
+                    self._append([item for item in lines if item.change.path == path])
+                crashpoint("journal.after_apply")
+        except BaseException:
+            self._root.discard(temp for _, temp in temps)
+            raise
+
+    def _decide_all(
+        self, group: list[Request], ticks: Iterator[int]
+    ) -> tuple[list[list[_Staged]], dict[tuple[str, Key], _Staged]]:
+        """What each request that holds changes, and the last state of every record that they change."""
+        accepted: list[list[_Staged]] = []
+        staged: dict[tuple[str, Key], _Staged] = {}
+        for request in group:
+            with _failing(request):
+                records, items = [], []
+                for change in request.changes:
+                    item, record = self._decide(change, staged, ticks)
+                    records.append(record)
+                    if item is not None:
+                        items.append(item)
+                request.records = records
+                if items:
+                    accepted.append(items)
+                    staged.update({item.change.target: item for item in items})
+        return accepted, staged
+
+    def _decide(
+        self, change: Change, staged: dict[tuple[str, Key], _Staged], ticks: Iterator[int]
+    ) -> tuple[_Staged | None, Record]:
+        write = change.write
+        earlier = staged.get(change.target)
+        current = earlier.record if earlier else self._root.load(write.contract, write.key, change.path, locked=True)
+        record, changed = decide(write, current)
+        if not changed:
+            return None, record
+        return _Staged(change, record, dump_record(write.contract, record, change.value), next(ticks)), record
+
+    def _append(self, lines: list[_Staged]) -> None:
+        """Append to the one feed of `lines`."""
+        if not lines:
+            return
+        feed = self._root.feed(lines[0].change.write.contract, lines[0].change.path)
+        if feed.append([(item.tick, item.dumped) for item in lines]):
+            self._root.run_later(feed.compact)
+        self._root.sync_soon(f"{feed.path}/{feed.tail_name}")
+
+
+def _entry(items: list[_Staged]) -> bytes:
+    changes = b",".join(
+        b'{"path":%b,"tick":%d,"record":%b}' % (dump_value(item.change.path), item.tick, item.dumped) for item in items
+    )
+    return b'{"changes":[%b]}' % changes
+
+
+def _is_money(request: Request) -> bool:
+    return any(change.write.contract.durability is Durability.MONEY for change in request.changes)
+
+
+def _is_line(request: Request) -> bool:
+    return len(request.changes) == 1 and request.changes[0].write.contract.kind is Kind.FEED
+
+
+@contextlib.contextmanager
+def _failing(request: Request) -> Iterator[None]:
+    """What fails in the body fails this request, and no other."""
+    try:
+        yield
+    except BacktestKitError as error:
+        request.error = error
+    except OSError as error:
+        request.error = disk_error(error, "write", ", ".join(change.path for change in request.changes))
+
+
+def _answer(group: list[Request]) -> None:
+    """Wake the callers: one call for all that wait in one loop."""
+    waiting: dict[Any, list[Request]] = {}
+    for request in group:
+        waiting.setdefault(request.loop, []).append(request)
+    for loop, requests in waiting.items():
+        with contextlib.suppress(RuntimeError):  # the loop is closed, nobody waits
+            loop.call_soon_threadsafe(_settle, requests)
+
+
+def _settle(requests: list[Request]) -> None:
+    for request in requests:
+        request.settle()

@@ -1,0 +1,163 @@
+"""What an operator does with a root: check all of it, and decide about what is in quarantine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+from backtest_kit.errors import Damaged, UserError
+from backtest_kit.persist.backends.file_candles import SUFFIX as CANDLE_SUFFIX
+from backtest_kit.persist.backends.file_candles import verify as verify_candles
+from backtest_kit.persist.backends.file_feed import SUFFIX as FEED_SUFFIX
+from backtest_kit.persist.backends.file_root import OWN_DIRECTORY, Root, unseal_at
+from backtest_kit.persist.backends.file_root import SUFFIX as RECORD_SUFFIX
+from backtest_kit.persist.codec import dump_record, open_envelope, parse, reseal, seal, unseal_line
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
+from backtest_kit.persist.files import STALE_TEMP_SECONDS, TEMP_PREFIX
+from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE
+from backtest_kit.persist.quarantine import Quarantined
+from backtest_kit.persist.store import Record
+from backtest_kit.persist.upkeep import Finding
+
+_ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
+
+
+def check(root: Root, *, deep: bool) -> list[Finding]:
+    """Everything that is wrong, by path. Reads every record and, if `deep`, every candle. Changes nothing."""
+    found = [
+        Finding(f"{QUARANTINE}/{item.path}", f"in quarantine{', its key is blocked' * item.blocks}: {item.reason}")
+        for item in root.quarantine.list()
+    ]
+    pending = [""]
+    while pending:
+        directory = pending.pop()
+        with root.disk.listing(f"{root.path}/{directory}") as entries:
+            for entry in entries:
+                path = f"{directory}{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    if path not in (QUARANTINE, OWN_DIRECTORY):
+                        pending.append(f"{path}/")
+                elif entry.name.startswith(TEMP_PREFIX):
+                    if time.time() - entry.stat().st_mtime > STALE_TEMP_SECONDS:
+                        found.append(Finding(path, "a write that a killed process left: removed at the next opening"))
+                elif deep or not path.endswith(CANDLE_SUFFIX):
+                    found += _check_file(root, path)
+    return sorted(found, key=lambda finding: finding.path)
+
+
+def restore(root: Root, path: str) -> Record | None:
+    """Put what is in quarantine under `path` back, as it is now: an operator may have mended it there.
+
+    A record that was edited by hand counts as a new revision; candles are put back only as they were written.
+
+    Raises:
+        UserError: nothing is called so, it cannot be put back, or it is still damaged.
+    """
+    item = root.quarantine.find(path)
+    row = _row_of(path)
+    if row is None or path.endswith(".torn"):
+        raise UserError(f"{path} is only kept as evidence and has no place of its own: drop it when you have seen it")
+    with root.locked((_lock_of(path, row),), patient=True) as ticks:
+        data = root.quarantine.read(path)
+        try:
+            if row.kind is Kind.SERIES:
+                verify_candles(data)
+                root.quarantine.put_back(path)
+                return None
+            record = _mended(row, path, data)
+        except Damaged as error:
+            raise UserError(
+                f"{root.quarantine.place(path)} is still damaged: {error}; mend it there, or drop it"
+            ) from None
+        if row.kind is Kind.FEED:
+            # Appended before the copy in quarantine goes: a crash between the two leaves both.
+            feed = root.feed(row, path.rpartition("/")[0])
+            feed.append([(next(ticks), dump_record(row, record))])
+            root.disk.sync_file(f"{root.path}/{feed.path}/{feed.tail_name}")
+            root.quarantine.release(path)
+            feed.forget()
+            return record
+        if item.blocks:
+            root.write_durably(path, seal(row, record), next(ticks))
+        root.quarantine.release(path)
+        return record
+
+
+def drop(root: Root, path: str) -> Quarantined:
+    """Give up what is in quarantine under `path`: its key is free and, unless it was written since, absent.
+
+    Raises:
+        UserError: nothing is called so.
+    """
+    item = root.quarantine.find(path)
+    root.checkpoint()  # else a journal could bring an older revision back
+    row = _row_of(path)
+    with root.locked((_lock_of(path, row),), patient=True):
+        root.quarantine.release(path)
+        if row is not None and row.kind is Kind.FEED:
+            root.feed(row, path.rpartition("/")[0]).forget()
+    return item
+
+
+def _check_file(root: Root, path: str) -> Iterator[Finding]:
+    row = _row_of(path)
+    if row is None:
+        return
+    try:
+        data = root.disk.read(f"{root.path}/{path}")
+        if row.kind is Kind.SERIES and path.endswith(CANDLE_SUFFIX):
+            verify_candles(data)
+        elif row.kind is Kind.FEED and path.endswith(FEED_SUFFIX):
+            yield from _check_lines(row, path, data)
+        elif path.endswith(RECORD_SUFFIX):
+            unseal_at(row, None, path, data)
+    except FileNotFoundError:
+        return  # replaced or merged while this went on
+    except (Damaged, OSError) as error:
+        yield Finding(path, str(error))
+
+
+def _check_lines(row: Contract, path: str, data: bytes) -> Iterator[Finding]:
+    offset = 0
+    for line in data.split(b"\n"):
+        if not line.isspace() and line:
+            try:
+                open_envelope(row, None, parse(unseal_line(line)))
+            except Damaged as error:
+                torn = offset + len(line) == len(data)
+                problem = "the write of the last line was cut short: removed at the next use" if torn else str(error)
+                yield Finding(f"{path} at byte {offset}", problem)
+        offset += len(line) + 1
+
+
+def _row_of(path: str) -> Contract | None:
+    """The contract whose directory `path` is in, namespaces left aside."""
+    names = path.split("/")
+    while names and names[0].startswith("@"):
+        names = names[1:]
+    return _ROWS.get(names[0]) if names else None
+
+
+def _lock_of(path: str, row: Contract | None) -> str:
+    return path.rpartition("/")[0] if row is not None and row.kind is Kind.FEED else path
+
+
+def _mended(row: Contract, path: str, data: bytes) -> Record:
+    if row.kind is Kind.FEED:
+        try:
+            return open_envelope(row, None, parse(unseal_line(data)))
+        except Damaged:
+            return _next_revision(open_envelope(row, None, parse(data[data.find(b"{") :])))
+    try:
+        return unseal_at(row, None, path, data)
+    except Damaged:
+        record = reseal(row, data)
+        unseal_at(row, None, path, seal(row, record))
+        return _next_revision(record)
+
+
+def _next_revision(record: Record) -> Record:
+    return msgspec.structs.replace(record, rev=record.rev + 1)

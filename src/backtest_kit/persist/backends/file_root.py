@@ -1,0 +1,392 @@
+"""`Root`: the directory of a file store, its opening and recovery, and one record in and out of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from backtest_kit.errors import Damaged, Outcome, UserError
+from backtest_kit.persist.backends.file_feed import Feed
+from backtest_kit.persist.backends.file_sync import Syncer
+from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema, dump_value, open_envelope, seal_text, unseal
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
+from backtest_kit.persist.files import Disk, LockSet, absolute_root, disk_error, require_directory
+from backtest_kit.persist.journal import Journal
+from backtest_kit.persist.keys import path_of, unescape
+from backtest_kit.persist.quarantine import Quarantine
+from backtest_kit.persist.store import Key, Record
+
+SUFFIX: Final = ".json"
+OWN_DIRECTORY: Final = ".backtest-kit"
+"""What the store keeps for itself below its root: marker, locks, journal, clock. No contract is called so."""
+
+_ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
+_GROUP_PATIENCE: Final = 0.25
+_PATIENCE: Final = 2.0
+_RECOVERY_PATIENCE: Final = 60.0
+
+_log = logging.getLogger(__name__)
+
+Target = tuple[str, Key]
+
+
+class Promised(NamedTuple):
+    """A change that is durable in the journal."""
+
+    contract: Contract
+    record: Record
+    dumped: bytes
+    tick: int
+
+
+class _Marker(msgspec.Struct, rename="camel"):
+    schema_version: int
+    created_at: int
+
+
+class Root:
+    """Methods block. Paths are relative to the root, with `/`; `locked` says that the caller holds their locks."""
+
+    def __init__(self, path: str | os.PathLike[str], disk: Disk) -> None:
+        self.path = absolute_root(path)
+        self.disk = disk
+        self.quarantine = Quarantine(self.path, disk)
+        own = f"{self.path}/{OWN_DIRECTORY}"
+        self.locks = LockSet(f"{own}/locks", disk)
+        # Of its own, because the lock of a record is taken under it.
+        self._recovery_lock = LockSet(f"{own}/recovery", disk, count=1)
+        self._journal = Journal(f"{own}/journal", disk)
+        self._clock = f"{own}/clock"
+        self._guard = threading.RLock()
+        self._opened = False
+        self._pid = os.getpid()
+        self._last_tick = 0
+        self._feeds: dict[str, Feed] = {}
+        self._anchored: set[str] = set()
+        self._noted: set[str] = set()
+        self._promised: dict[Target, Promised] = {}
+        self._syncer = Syncer(disk, self._journal)
+
+    # -- life ----------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Make ready and recover what a killed process left. Idempotent.
+
+        Raises:
+            UserError: the root cannot be used, or was opened by the process that this one was forked from.
+            NewerSchema: a newer version of this program wrote it.
+        """
+        if os.getpid() != self._pid:
+            raise UserError(f"the store {self.path} was made before this process was forked: make it in the child")
+        with self._guard:
+            if not self._opened:
+                self._recover()
+                self._opened = True
+
+    def close(self) -> None:
+        """Make everything durable and let go. The next call opens again."""
+        with self._guard:
+            syncer, self._syncer = self._syncer, Syncer(self.disk, self._journal)
+            try:
+                if self._opened:
+                    self._opened = False
+                    self._anchored.clear()
+                    self._noted.clear()
+                    self._feeds.clear()
+                    syncer.close()
+            finally:
+                self._journal.close()
+                self.locks.close()
+                self._recovery_lock.close()
+
+    def _recover(self) -> None:
+        require_directory(self.path)
+        try:
+            for directory in (f"{self.path}/{OWN_DIRECTORY}/journal", f"{self.path}/{OWN_DIRECTORY}/locks"):
+                self.disk.make_directories(directory, sync=True)
+            # Whoever comes second waits until the first one has recovered.
+            with self._recovery_lock.hold(("",), _RECOVERY_PATIENCE):
+                self._check_marker()
+                self._check_clock()
+                self._journal.replay(self._redo)
+                self.disk.sweep(self.path, time.time())
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                message = f"the store's root {self.path} is not writable: {error.strerror}; give it to this user"
+                raise UserError(message) from error
+            raise disk_error(error, "open the store", self.path) from error
+
+    def _check_marker(self) -> None:
+        path = f"{self.path}/{OWN_DIRECTORY}/root{SUFFIX}"
+        try:
+            marker = msgspec.json.decode(self.disk.read(path), type=_Marker)
+        except FileNotFoundError:
+            self._replace(path, msgspec.json.encode(_Marker(SCHEMA_VERSION, time.time_ns() // 1_000_000)) + b"\n")
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise Damaged(f"{path}: {error}; if this is a store of this program, remove that file") from None
+        else:
+            if marker.schema_version > SCHEMA_VERSION:
+                raise NewerSchema(
+                    f"the store {self.path} was written by a newer version of this program (schema "
+                    f"{marker.schema_version}, this one reads up to {SCHEMA_VERSION}): upgrade, nothing was touched"
+                )
+
+    def _check_clock(self) -> None:
+        if not self.disk.exists(self._clock):
+            self._replace(self._clock, b"")
+
+    def _replace(self, path: str, data: bytes) -> None:
+        directory = path.rpartition("/")[0]
+        self.disk.rename(self.disk.write_temp(directory, data, sync=True), path)
+        self.disk.sync_directory(directory)
+
+    # -- locks and time ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def locked(self, paths: Iterable[str], *, patient: bool) -> Iterator[Iterator[int]]:
+        """Hold the locks of `paths`; the ticks it yields are later than that of every earlier write to one of them."""
+        self._finish()
+        with self.locks.hold(paths, _PATIENCE if patient else _GROUP_PATIENCE):
+            before = self._last_tick = max(self._last_tick, self.disk.stat(self._clock).st_mtime_ns)
+            try:
+                yield self._ticks()
+            finally:
+                if self._last_tick != before:
+                    with contextlib.suppress(OSError):  # only a clock that was set back would tell
+                        self.disk.touch(self._clock, self._last_tick)
+
+    def _ticks(self) -> Iterator[int]:
+        while True:
+            self._last_tick = max(self._last_tick + 1, time.time_ns())
+            yield self._last_tick
+
+    # -- reading -------------------------------------------------------------------------------------
+
+    def load(self, row: Contract, key: Key | None, path: str, *, locked: bool = False) -> Record | None:
+        """The record at `path`, which belongs to `key`, or to whatever key has that path.
+
+        Raises:
+            Damaged, RetryLater: as `Store.get`.
+        """
+        if row.kind is Kind.FEED and key is not None:
+            return self._load_line(row, key, path, locked=locked)
+        promised = self._promised.get((path, ()))
+        if promised is not None:
+            return promised.record
+        try:
+            data = self.disk.read(f"{self.path}/{path}")
+        except (FileNotFoundError, NotADirectoryError):
+            self.quarantine.refuse_blocked(path)
+            return None
+        except IsADirectoryError:
+            data = b""
+        except OSError as error:
+            raise disk_error(error, "read", f"{self.path}/{path}") from error
+        try:
+            return unseal_at(row, key, path, data)
+        except NewerSchema as error:
+            raise NewerSchema(f"{self.path}/{path}: {error}") from None
+        except Damaged as error:
+            if locked:
+                raise self.quarantine.take(row, key or _key_of(row, path), path, str(error)) from None
+        with self.locks.hold((path,)):
+            return self.load(row, key, path, locked=True)
+
+    def _load_line(self, row: Contract, key: Key, path: str, *, locked: bool) -> Record | None:
+        promised = self._promised.get((path, key))
+        if promised is not None:
+            return promised.record
+        try:
+            return self.feed(row, path).find(key, locked=locked)
+        except OSError as error:
+            raise disk_error(error, "read", f"{self.path}/{path}") from error
+
+    def feed(self, row: Contract, path: str) -> Feed:
+        with self._guard:
+            if path not in self._feeds:
+                self._feeds[path] = Feed(self.path, path, row, self.disk, self.locks, self.quarantine)
+            return self._feeds[path]
+
+    # -- writing: the caller holds the locks ---------------------------------------------------------
+
+    def write_durably(self, path: str, data: bytes, tick: int) -> None:
+        """Replace `path`; it is on the disk when this returns.
+
+        Raises:
+            OSError: nothing has changed.
+            RetryLater, OutOfSpace: with an unknown outcome, it may have changed.
+        """
+        target = f"{self.path}/{path}"
+        directory = target.rpartition("/")[0]
+        self._anchor(directory)
+        self.disk.rename(self.disk.write_temp(directory, data, sync=True, mtime_ns=tick), target)
+        try:
+            self.disk.sync_directory(directory)
+        except OSError as error:
+            raise disk_error(error, "make durable", target, Outcome.UNKNOWN) from error
+
+    def write(self, path: str, data: bytes, tick: int) -> None:
+        """Replace `path`; it survives the process, not the host."""
+        target = f"{self.path}/{path}"
+        directory = target.rpartition("/")[0]
+        try:
+            temp = self.disk.write_temp(directory, data, sync=False, mtime_ns=tick)
+        except FileNotFoundError:
+            self.disk.make_directories(directory, sync=False)
+            temp = self.disk.write_temp(directory, data, sync=False, mtime_ns=tick)
+        self.disk.rename(temp, target)
+
+    def write_temps(self, files: Sequence[tuple[str, bytes, int]]) -> list[tuple[str, str]]:
+        """Lay ready the (path, data, tick) of `files`; return the path and the temporary file of each."""
+        temps: list[tuple[str, str]] = []
+        try:
+            for path, data, tick in files:
+                directory = f"{self.path}/{path}".rpartition("/")[0]
+                self._anchor(directory)
+                temp = self.disk.write_temp(directory, data, sync=False, mtime_ns=tick, preallocate=True)
+                temps.append((path, temp))
+        except BaseException:
+            self.discard(temp for _, temp in temps)
+            raise
+        return temps
+
+    def put_in_place(self, temp: str, path: str) -> None:
+        self.disk.rename(temp, f"{self.path}/{path}")
+
+    def discard(self, temps: Iterable[str]) -> None:
+        for temp in temps:
+            self.disk.discard(temp)
+
+    @contextlib.contextmanager
+    def journal(self, entries: Sequence[bytes], promised: Mapping[Target, Promised]) -> Iterator[None]:
+        """Make `entries` durable, let the body carry them out, and see to it that the files follow.
+
+        If the body fails the promise stands: reads answer with it, and the next write carries it out first.
+        """
+        files = [f"{self.path}/{path}" for path, key in promised if not key]
+        changed = [*files, *{file.rpartition("/")[0] for file in files}]
+        with self._journal.request(entries, changed):
+            self._promised.update(promised)
+            try:
+                yield
+            except OSError as error:
+                raise disk_error(error, "carry out what is in the journal of", self.path, Outcome.UNKNOWN) from error
+            finally:
+                self._syncer.note_journal()
+            self._promised.clear()
+
+    def sync_soon(self, path: str) -> None:
+        """Make a file durable within the delay of a record, and the directories above it, if they may be new."""
+        file = f"{self.path}/{path}"
+        directory = file.rpartition("/")[0]
+        if directory in self._anchored or directory in self._noted:
+            self._syncer.note([file, directory])
+        else:
+            self._noted.add(directory)
+            self._syncer.note([file, directory, *self._levels(directory)])
+
+    def run_later(self, job: Callable[[], None]) -> None:
+        self._syncer.run_later(job)
+
+    def checkpoint(self) -> None:
+        """Empty the journal of this process."""
+        self._journal.checkpoint()
+
+    def _anchor(self, directory: str) -> None:
+        """Make a directory, and durable in those above it. Once per process: another one may not have come to it."""
+        if directory in self._anchored and self.disk.exists(directory):
+            return
+        self.disk.make_directories(directory, sync=False)
+        for level in self._levels(directory):
+            self.disk.sync_directory(level)
+        self._anchored.add(directory)
+
+    def _levels(self, directory: str) -> list[str]:
+        """The directories from the root to the one above `directory`."""
+        parts = directory.removeprefix(self.path).strip("/").split("/")
+        return ["/".join((self.path, *parts[:count])) for count in range(len(parts))]
+
+    # -- recovery ------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Carry out what the journal has and a failing disk has not let through."""
+        for (path, _), item in list(self._promised.items()):
+            with self.locks.hold((path,), _PATIENCE):
+                self._apply(path, item)
+        if self._promised:
+            self._promised.clear()
+            self._journal.finished()
+
+    def _redo(self, change: dict[str, Any]) -> None:
+        row = _ROWS[change["record"]["contract"]]
+        record = open_envelope(row, None, change["record"])
+        item = Promised(row, record, dump_value(change["record"]), change["tick"])
+        try:
+            with self.locks.hold((change["path"],)):
+                self._apply(change["path"], item)
+        except Damaged as error:
+            _log.error("not recovered from the journal, the operator decides: %s", error)
+
+    def _apply(self, path: str, item: Promised) -> None:
+        if item.contract.kind is Kind.FEED:
+            feed = self.feed(item.contract, path)
+            current = feed.find(item.record.key, locked=True)
+            if current is None or current.rev < item.record.rev:
+                feed.append([(item.tick, item.dumped)])
+                self.disk.sync_file(f"{self.path}/{path}/{feed.tail_name}")
+            return
+        rev = self._rev_beneath(path, item)
+        if rev <= item.record.rev:  # written again if it is the same, for nobody knows whether it was synced
+            self.write_durably(path, seal_text(item.dumped), item.tick)
+
+    def _rev_beneath(self, path: str, item: Promised) -> int:
+        try:
+            data = self.disk.read(f"{self.path}/{path}")
+        except FileNotFoundError:
+            self.quarantine.refuse_blocked(path)
+            return 0
+        try:
+            return unseal(item.contract, item.record.key, data).rev
+        except NewerSchema:
+            raise
+        except Damaged as error:
+            # Torn because the host went down before it was synced: the journal has the whole of it.
+            reason = f"{error} (the journal had the record, which is in its place)"
+            self.quarantine.keep(item.contract, item.record.key, path, data, reason, blocks=False)
+            return 0
+
+
+def unseal_at(row: Contract, key: Key | None, path: str, data: bytes) -> Record:
+    """The record in the bytes of the file at `path`. Raises as `unseal`, also if it belongs under another path."""
+    record = unseal(row, key, data)
+    if key is None:
+        own = record_path("", row, record.key)
+        if path != own and not path.endswith(f"/{own}"):
+            raise Damaged(f"it is the record of {record.key}, found under another name")
+    return record
+
+
+def record_path(prefix: str, row: Contract, key: Key) -> str:
+    """Where a record lies: the file of a slot or bucket record, the directory of the feed of a line."""
+    names = path_of(row, key)
+    if row.kind is Kind.FEED:
+        return prefix + "/".join((row.name, *names[:-1]))
+    return prefix + "/".join((row.name, *names)) + SUFFIX
+
+
+def _key_of(row: Contract, path: str) -> list[object]:
+    """As much of a key as can be read from a path: the names themselves, where they were cut."""
+    names = path.removesuffix(SUFFIX).split("/")[-len(row.key_fields) :]
+    found: list[object] = []
+    for name, field in zip(names, row.key_fields, strict=False):
+        part = unescape(name, field)
+        found.append(name if part is None else part)
+    return found

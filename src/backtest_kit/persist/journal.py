@@ -1,0 +1,164 @@
+"""A write-ahead journal: what makes several changes of files one change.
+
+An entry is one line with a checksum: everything that one atomic request is about to change, with the
+revisions that the records will have. Once it is on the disk the request has happened, whatever becomes
+of the process: whoever opens the root next does again what was not finished. Doing an entry twice changes
+nothing, because a record that is as new as the entry or newer stays.
+
+Every process has a journal file of its own, locked for as long as it lives; a file whose lock is free
+belongs to nobody and is replayed by the first one to open the root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final
+
+from backtest_kit.errors import Damaged, Outcome
+from backtest_kit.persist.codec import parse, seal_line, unseal_line
+from backtest_kit.persist.files import Disk, disk_error, try_lock
+from backtest_kit.persist.testing.crashpoints import crashpoint
+
+SUFFIX: Final = ".journal"
+
+
+class _File:
+    """One journal file of this process, and what must be on the disk before it can go."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self.fd = fd
+        self.size = 0
+        self.changed: dict[str, None] = {}
+
+
+class Journal:
+    """The journal of one store of one process. Methods block; failures of the disk are the errors of the house."""
+
+    def __init__(self, directory: str, disk: Disk) -> None:
+        self._directory = directory
+        self._disk = disk
+        self._guard = threading.RLock()
+        self._current: _File | None = None
+        self._retired: list[_File] = []
+        self._unfinished: list[_File] = []
+        self._serial = 0
+
+    @contextlib.contextmanager
+    def request(self, entries: Sequence[bytes], changed: Iterable[str]) -> Iterator[None]:
+        """Make `entries` durable, then let the caller carry them out in the body.
+
+        If the body fails its entries stay, for `finished` or for the next one to open the root.
+        `changed` are the files and directories that the body writes without syncing them.
+        """
+        with self._guard:
+            file = self._append(entries)
+            file.changed.update(dict.fromkeys(changed))
+            try:
+                yield
+            except BaseException:
+                self._unfinished.append(file)
+                self._current = None
+                raise
+
+    def finished(self) -> None:
+        """What a body did not carry out has been carried out since, and durably."""
+        with self._guard:
+            self._retired += self._unfinished
+            self._unfinished = []
+
+    def checkpoint(self) -> None:
+        """Sync what the entries changed, then forget the entries."""
+        with self._guard:
+            files, self._retired = self._retired, []
+            if self._current is not None:
+                files.append(self._current)
+                self._current = None
+        for number, file in enumerate(files):
+            try:
+                for path in file.changed:
+                    self._disk.sync_file(path)
+            except OSError as error:
+                # The entries stay, and are done again from the start when the root is opened next.
+                with self._guard:
+                    self._retired[:0] = files[number:]
+                raise disk_error(error, "sync what is in the journal", file.path, Outcome.UNKNOWN) from error
+            self._disk.discard(file.path)
+            self._disk.close(file.fd)
+            crashpoint("journal.after_checkpoint")
+
+    def close(self) -> None:
+        """Let go of the files; those that a failed checkpoint left are replayed by the next one to open the root."""
+        with self._guard:
+            for file in (*self._retired, *self._unfinished, *filter(None, (self._current,))):
+                self._disk.close(file.fd)
+            self._retired, self._unfinished, self._current = [], [], None
+
+    def replay(self, redo: Callable[[dict[str, Any]], None]) -> int:
+        """Hand every change in the files that nobody owns to `redo`, which makes it durable; return their number."""
+        done = 0
+        for entry in sorted(self._disk.entries(self._directory), key=lambda entry: entry.name):
+            if not entry.name.endswith(SUFFIX):
+                continue
+            fd = self._disk.open_for_append(entry.path)
+            try:
+                if not try_lock(fd):
+                    continue
+                for change in _changes(self._disk.read(entry.path)):
+                    redo(change)
+                    done += 1
+                self._disk.remove(entry.path)
+            finally:
+                self._disk.close(fd)
+        return done
+
+    def _append(self, entries: Sequence[bytes]) -> _File:
+        data = b"".join(map(seal_line, entries))
+        try:
+            file = self._current or self._start()
+        except OSError as error:
+            raise disk_error(error, "start a journal in", self._directory) from error
+        outcome = Outcome.NOT_DONE
+        try:
+            self._disk.write_all(file.fd, data)
+            crashpoint("journal.after_append")
+            outcome = Outcome.UNKNOWN
+            self._disk.fsync(file.fd)
+            crashpoint("journal.after_fsync")
+        except OSError as error:
+            # Never written to again: what a failed sync left of it is for the disk to know.
+            with contextlib.suppress(OSError):
+                self._disk.truncate(file.fd, file.size)
+            self._retired.append(file)
+            self._current = None
+            raise disk_error(error, "write to the journal", file.path, outcome) from error
+        file.size += len(data)
+        return file
+
+    def _start(self) -> _File:
+        self._serial += 1
+        path = f"{self._directory}/{time.time_ns():020d}-{os.getpid()}-{self._serial}{SUFFIX}"
+        fd = self._disk.open_for_append(path)
+        try:
+            try_lock(fd)
+            self._disk.sync_directory(self._directory)
+        except BaseException:
+            self._disk.close(fd)
+            self._disk.discard(path)
+            raise
+        self._current = _File(path, fd)
+        return self._current
+
+
+def _changes(data: bytes) -> Iterator[dict[str, Any]]:
+    """The changes of all whole entries; what follows the first line that is not whole was never acknowledged."""
+    for line in data.split(b"\n")[:-1]:
+        try:
+            entry = parse(unseal_line(line))
+        except Damaged:
+            return
+        yield from entry["changes"]

@@ -1,0 +1,298 @@
+"""Who trades a position: one process at a time, by compare-and-set in the store itself.
+
+A lease is a record that its owner rewrites every third of its `ttl`. Nobody's wall clock decides anything:
+
+- A lease has lapsed for a process that has seen the same revision for a whole `ttl` of its own monotonic
+  clock. If the revision moves meanwhile, the owner lives, and `acquire` gives up at once.
+- An owner on the same machine whose process is gone needs no waiting: a bot that was killed restarts at once.
+- The owner takes a lease for lost when a whole `ttl` of its own clock has passed since it began the last
+  renewal that went through.
+
+None of this can stop an owner that was paused and does not know it. The store does: who takes a lease over
+without its having been released rewrites every money record of the position, absent ones included, before
+`acquire` returns. What the old owner still writes expects the old revision and is refused with `Conflict`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from backtest_kit.errors import Conflict, Damaged, RetryLater, UserError
+from backtest_kit.model.interval import iso
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability
+from backtest_kit.persist.store import ABSENT, Capability, Key, Record, Store, Write
+from backtest_kit.persist.writing import now_ms
+
+DEFAULT_TTL: Final = 15.0
+"""Seconds after which a lease that nobody renews has lapsed."""
+
+StoreOf = Callable[[Contract], Store]
+"""Which store keeps a contract: `lambda row: persistence.store_for(row, "live")`."""
+
+_GUARDED: Final = tuple(
+    row
+    for row in CONTRACTS.values()
+    if row.durability is Durability.MONEY and row.key_fields[: len(LEASE.key_fields)] == LEASE.key_fields
+)
+"""Every money contract that belongs to one position. Risk is shared by positions, and compares anyway."""
+
+
+class Holder(msgspec.Struct, frozen=True, rename="camel"):
+    """What is stored of an owner."""
+
+    owner: str
+    """Random, so that no two acquisitions are ever the same."""
+    pid: int
+    host: str
+    since: int
+    """Wall clock of the acquisition, epoch ms, for people."""
+    ttl_ms: int
+    machine: str
+    """Boot and process namespace: where equal and not empty, `pid` names a process that can be looked for."""
+    started: str
+    """When the process started, in the words of its kernel: tells it from a later one of the same pid."""
+    released: bool = False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {iso(self.since // 1000 * 1000)}"
+
+
+class Lease:
+    """A position that this process may trade. Made by `acquire`."""
+
+    def __init__(self, store: Store, record: Record, holder: Holder, renewed_at: float, clock: Clock) -> None:
+        self.scope: Final = record.key
+        self.holder: Final = holder
+        self._store = store
+        self._rev = record.rev
+        self._renewed_at = renewed_at
+        self._clock = clock
+
+    @property
+    def token(self) -> int:
+        """Revision of the lease: grows with every renewal and every owner."""
+        return self._rev
+
+    @property
+    def held(self) -> bool:
+        """Whether the owner may still think so: false once a whole `ttl` has passed without a renewal."""
+        return self._clock.now() < self._renewed_at + self.holder.ttl_ms / 1000
+
+    async def renew(self) -> None:
+        """Prolong the lease by another `ttl`.
+
+        Raises:
+            Conflict: another process has it; stop trading the position.
+            RetryLater: the store could not be asked; the lease is good for as long as `held` says.
+        """
+        started = self._clock.now()
+        await self._rewrite(self.holder)
+        self._renewed_at = started
+
+    async def keep(self) -> None:
+        """Renew for ever: run it beside the trading, and stop that when this raises.
+
+        Raises:
+            Conflict: another process has the lease, or it could not be renewed in time.
+        """
+        while True:
+            await self._clock.sleep(self.holder.ttl_ms / 3000)
+            try:
+                await self.renew()
+            except RetryLater as error:
+                if not self.held:
+                    raise Conflict(
+                        f"the lease of {_name(self.scope)} could not be renewed for {self.holder.ttl_ms / 1000:g} s "
+                        f"({error}): stop trading it, another process may have it"
+                    ) from error
+
+    async def release(self) -> None:
+        """Give the lease back, so that the next owner need not wait. One that is lost already stays lost."""
+        self._renewed_at = -math.inf
+        try:
+            await self._rewrite(msgspec.structs.replace(self.holder, released=True))
+        except Conflict:
+            return
+
+    async def _rewrite(self, holder: Holder) -> None:
+        if os.getpid() != self.holder.pid:
+            raise Conflict(f"the lease of {_name(self.scope)} belongs to {self.holder}, not to its forks")
+        while True:
+            try:
+                self._rev = (await self._store.put(_write(self.scope, holder, self._rev))).rev
+                return
+            except Conflict:
+                found = await self._store.get(LEASE, self.scope)
+                if found is None or _holder(found).owner != self.holder.owner:
+                    self._renewed_at = -math.inf
+                    raise await _refusal(self._store, self.scope) from None
+                # An earlier renewal whose outcome was unknown did go through.
+                self._rev = found.rev
+
+
+class Clock:
+    """The monotonic clock of this process."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+async def acquire(store_of: StoreOf, scope: Key, *, ttl: float = DEFAULT_TTL, clock: Clock | None = None) -> Lease:
+    """The lease of the position `scope`: strategy, exchange, symbol.
+
+    Returns at once if the position is free, was released, or its owner died on this machine. Otherwise it
+    watches the lease for at most the `ttl` that its owner chose.
+
+    Raises:
+        Conflict: another process owns it; the message names its pid, host and since when.
+        UserError: the store has no compare-and-set.
+        Damaged, OutOfSpace, RetryLater: as `Store.put`.
+    """
+    clock = clock or Clock()
+    store = _comparing(store_of, LEASE)
+    found = await store.get(LEASE, scope)
+    if found is not None and not _holder(found).released:
+        found = await _wait(store, found, clock)
+    holder = Holder(
+        owner=secrets.token_hex(16),
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        since=now_ms(),
+        ttl_ms=round(ttl * 1000),
+        machine=_machine(),
+        started=_state_of(os.getpid())[1],
+    )
+    started = clock.now()
+    try:
+        record = await store.put(_write(scope, holder, ABSENT if found is None else found.rev))
+    except Conflict:
+        raise await _refusal(store, scope) from None
+    if found is not None and not _holder(found).released:
+        await _fence(store_of, scope)
+    return Lease(store, record, holder, started, clock)
+
+
+async def _wait(store: Store, found: Record, clock: Clock) -> Record:
+    """The record of a lease that is free to take now."""
+    holder = _holder(found)
+    until = clock.now() + holder.ttl_ms / 1000
+    while not _is_gone(holder) and (left := until - clock.now()) > 0:
+        await clock.sleep(min(left, holder.ttl_ms / 10_000))
+        now = await store.get(LEASE, found.key)
+        if now is None or now.rev != found.rev:
+            if now is not None and _holder(now).released:
+                return now
+            raise await _refusal(store, found.key)
+    return found
+
+
+async def _fence(store_of: StoreOf, scope: Key) -> None:
+    """Move on the revision of every money record of `scope`.
+
+    A record per signal that the old owner makes afterwards is not caught, but means nothing: it belongs to
+    a signal that it can no longer write.
+    """
+    for row in _GUARDED:
+        store = _comparing(store_of, row)
+        keys = [scope]
+        if row.key_fields != LEASE.key_fields:
+            listable = Capability.ORDERED_SCAN in store.capabilities
+            records = store.scan(row, scope, include_removed=True) if listable else None
+            keys = [] if records is None else [record.key async for record in records]
+        for key in keys:
+            await _move_on(store, row, key)
+
+
+async def _move_on(store: Store, row: Contract, key: Key) -> None:
+    while True:
+        found = await store.get(row, key)
+        if found is None:
+            write = Write(row, key, None, expect=ABSENT)
+        else:
+            write = Write(row, key, found.value, when=found.when, expect=found.rev, removed=found.removed)
+        try:
+            await store.put(write)
+            return
+        except Conflict:
+            continue
+
+
+def _comparing(store_of: StoreOf, row: Contract) -> Store:
+    store = store_of(row)
+    if Capability.COMPARE_AND_SET not in store.capabilities:
+        raise UserError(
+            f"the store of {row.name} has no compare-and-set, so it cannot keep two processes apart: "
+            "bind another one for live trading"
+        )
+    return store
+
+
+def _write(scope: Key, holder: Holder, expect: int | str) -> Write:
+    return Write(LEASE, scope, msgspec.to_builtins(holder), expect=ABSENT if isinstance(expect, str) else expect)
+
+
+def _holder(record: Record) -> Holder:
+    try:
+        return msgspec.convert(record.value, Holder)
+    except msgspec.ValidationError as error:
+        raise Damaged(f"the lease of {_name(record.key)} is not one of this program: {error}") from None
+
+
+async def _refusal(store: Store, scope: Key) -> Conflict:
+    found = await store.get(LEASE, scope)
+    holder = None if found is None else _holder(found)
+    if holder is None or holder.released:
+        return Conflict(f"{_name(scope)} was taken by another process meanwhile: try again")
+    return Conflict(
+        f"{_name(scope)} is traded by {holder}: stop that process; "
+        f"if it is dead, its lease lapses {holder.ttl_ms / 1000:g} s after its last renewal"
+    )
+
+
+def _name(scope: Key) -> str:
+    strategy, exchange, symbol = scope
+    return f"{symbol} on {exchange} by {strategy}"
+
+
+def _is_gone(holder: Holder) -> bool:
+    """Whether the owner is a process of this machine that has ended."""
+    if not holder.machine or holder.machine != _machine():
+        return False
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    state, started = _state_of(holder.pid)
+    return bool(state) and (state in "ZX" or started != holder.started)
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _state_of(pid: int) -> tuple[str, str]:
+    """State letter and start time of a process; both empty where the kernel does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
