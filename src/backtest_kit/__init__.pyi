@@ -64,6 +64,39 @@ from .model.position import (
 from .model.signal import (
     Signal as Signal,
 )
+from .persist.backends.dummy import (
+    DummyStore as DummyStore,
+)
+from .persist.backends.file import (
+    FileStore as FileStore,
+)
+from .persist.backends.memory import (
+    MemoryStore as MemoryStore,
+)
+from .persist.backends.sqlite import (
+    SqliteStore as SqliteStore,
+)
+from .persist.binding import (
+    Persistence as Persistence,
+)
+from .persist_adapters import (
+    PersistCandleAdapter as PersistCandleAdapter,
+    PersistSignalAdapter as PersistSignalAdapter,
+    PersistScheduleAdapter as PersistScheduleAdapter,
+    PersistStrategyAdapter as PersistStrategyAdapter,
+    PersistRiskAdapter as PersistRiskAdapter,
+    PersistPartialAdapter as PersistPartialAdapter,
+    PersistBreakevenAdapter as PersistBreakevenAdapter,
+    PersistStorageAdapter as PersistStorageAdapter,
+    PersistNotificationAdapter as PersistNotificationAdapter,
+    PersistLogAdapter as PersistLogAdapter,
+    PersistMeasureAdapter as PersistMeasureAdapter,
+    PersistIntervalAdapter as PersistIntervalAdapter,
+    PersistMemoryAdapter as PersistMemoryAdapter,
+    PersistRecentAdapter as PersistRecentAdapter,
+    PersistStateAdapter as PersistStateAdapter,
+    PersistSessionAdapter as PersistSessionAdapter,
+)
 from .report.result import (
     BacktestResult as BacktestResult,
     Results as Results,

@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from backtest_kit.errors import UserError
 from backtest_kit.events import EventBus, EventStream, Handler
 from backtest_kit.market.sources import CandleSource
 from backtest_kit.model.event import Event
-from backtest_kit.persist.store import CandleStore
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.store import CandleStore, Store
+from backtest_kit.persist.urls import store_at
 from backtest_kit.run.backtest import BacktestRunner
 from backtest_kit.run.cron import Cron, CronTick
 from backtest_kit.run.feeds import Feeds
@@ -31,6 +34,9 @@ from backtest_kit.run.schema import (
     strategy_schema,
 )
 from backtest_kit.settings import Settings, from_environment, with_settings
+
+if TYPE_CHECKING:
+    from backtest_kit.persist.binding import Persistence
 
 E = TypeVar("E", bound=Event)
 
@@ -53,7 +59,8 @@ class Kit:
         self._cron = Cron()
         self._now_ms = now_ms or _wall_clock_ms
         self._settings: Settings | None = None
-        self._candles: CandleStore | None = None
+        self._persistence: Persistence | None = None
+        self._files_in_use = False
         self.backtest = BacktestRunner(
             self._registry,
             Feeds(self._registry, self._candle_store, self._now_ms),
@@ -66,13 +73,35 @@ class Kit:
 
     @property
     def dump(self) -> Path:
-        """Where files are kept. Set it before the first run to move it."""
+        """Where files are kept. Set it before anything is bound or run to move it."""
         return self._dump
+
+    @property
+    def persistence(self) -> Persistence:
+        """Which store keeps what: `kit.persistence.bind("*", store)`, and a front door for each contract.
+
+        Without a binding it is the store at the address in the environment variable CC_STORE, such as
+        `sqlite:bot.db`, or else the files under `dump`.
+
+        Raises:
+            UserError: CC_STORE is no address of a store.
+        """
+        if self._persistence is None:
+            from backtest_kit.persist.binding import Persistence
+
+            self._persistence = Persistence(files=self._file_store, environ=os.environ)
+        return self._persistence
+
+    async def close(self) -> None:
+        """Flush and close every store that was used."""
+        if self._persistence is not None:
+            await self._persistence.close()
 
     @dump.setter
     def dump(self, path: str | os.PathLike[str]) -> None:
+        if self._files_in_use:
+            raise UserError(f"files are already kept in {self._dump}: set dump to {path} before the first run")
         self._dump = Path(path)
-        self._candles = None
 
     def add_exchange_schema(
         self, exchange_name: str, *, source: CandleSource, note: str = "", replace: bool = False
@@ -212,13 +241,12 @@ class Kit:
     def remove_cron(self, name: str) -> None:
         """Forget a cron job. See `Cron.remove`."""
         self._cron.remove(name)
+    def _file_store(self) -> Store:
+        self._files_in_use = True
+        return store_at(f"file:{self._dump}")
 
     def _candle_store(self) -> CandleStore:
-        if self._candles is None:
-            from backtest_kit.persist.backends.file_candles import FileCandleStore
-
-            self._candles = FileCandleStore(self._dump)
-        return self._candles
+        return self.persistence.store_for(CONTRACTS["candle"], "backtest").candles
 
 
 def _wall_clock_ms() -> int:

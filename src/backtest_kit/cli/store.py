@@ -1,0 +1,139 @@
+"""`backtest-kit store`: look at what is kept, check it, move it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from backtest_kit.errors import UserError
+from backtest_kit.model.interval import iso
+from backtest_kit.persist import operations, transfer
+from backtest_kit.persist.contracts import contract
+from backtest_kit.persist.store import Record, Store
+from backtest_kit.persist.urls import store_at
+
+T = TypeVar("T")
+
+
+def run_ls(url: str, namespace: str, contract_name: str, prefix: str, limit: int, removed: bool) -> None:
+    row = contract(contract_name)
+    key = operations.key_from_text(row, prefix, prefix=True)
+
+    async def read(store: Store) -> list[Record]:
+        found = operations.ls(store.within(namespace), row, key, limit=limit, include_removed=removed)
+        return [record async for record in found]
+
+    table = _table("Key", "Rev", "When", "Value")
+    for record in _with_store(url, read):
+        value = json.dumps(record.value, ensure_ascii=False)
+        table.add_row(
+            operations.text_of(row, record.key),
+            str(record.rev),
+            "-" if record.when is None else iso(record.when),
+            Text(f"removed: {value}" if record.removed else value, overflow="ellipsis", no_wrap=True),
+        )
+    _console().print(table)
+
+
+def run_get(url: str, namespace: str, contract_name: str, key_text: str) -> None:
+    row = contract(contract_name)
+    key = operations.key_from_text(row, key_text)
+    record = _with_store(url, lambda store: operations.get(store.within(namespace), row, key))
+    if record is None:
+        raise UserError(f"{contract_name} has no record {key_text!r}: see backtest-kit store ls {contract_name}")
+    shown = {
+        "key": dict(zip(row.key_fields, record.key, strict=True)),
+        "rev": record.rev,
+        "when": None if record.when is None else iso(record.when),
+        "writtenAt": iso(record.written_at),
+        "removed": record.removed,
+        "value": record.value,
+    }
+    _console().print_json(json.dumps(shown, ensure_ascii=False))
+
+
+def run_du(url: str) -> None:
+    table = _table("Namespace", "Contract", "Records", "Removed", "Bytes", "Fault")
+    for usage in _with_store(url, operations.du):
+        table.add_row(
+            "/".join(usage.namespace) or "(live)",
+            usage.contract,
+            f"{usage.records:,}",
+            f"{usage.removed:,}",
+            f"{usage.size:,}",
+            usage.fault or "",
+        )
+    _console().print(table)
+
+
+def run_check(url: str, deep: bool) -> int:
+    """Print what is wrong; the exit code is 1 if anything is."""
+    findings = _with_store(url, lambda store: operations.check(store, deep=deep))
+    console = _console()
+    for finding in findings:
+        console.print(Text(f"{finding.path}: {finding.problem}"), soft_wrap=True)
+    many = "1 problem" if len(findings) == 1 else f"{len(findings):,} problems"
+    console.print(f"{url}: {many} found." if findings else f"{url}: every record is sound.", highlight=False)
+    return 1 if findings else 0
+
+
+def run_quarantine_list(url: str) -> None:
+    table = _table("Path", "Contract", "Key", "Found", "Reason")
+    for each in _with_store(url, operations.quarantine_list):
+        key = "/".join(map(str, each.key)) if each.key else "-"
+        table.add_row(each.path, each.contract or "-", key, iso(each.found_at), each.reason)
+    _console().print(table)
+
+
+def run_quarantine_restore(url: str, path: str) -> None:
+    _with_store(url, lambda store: operations.quarantine_restore(store, path))
+    _console().print(f"{path} is back in its place.", highlight=False)
+
+
+def run_quarantine_drop(url: str, path: str) -> None:
+    _with_store(url, lambda store: operations.quarantine_drop(store, path))
+    _console().print(f"{path} is given up, and its key is free.", highlight=False)
+
+
+def run_export(url: str, file: Path) -> None:
+    counts = _with_store(url, lambda store: transfer.export_store(store, file))
+    _console().print(f"{file}: {counts.records:,} records and {counts.candles:,} candles.", highlight=False)
+
+
+def run_import(url: str, file: Path) -> None:
+    counts = _with_store(url, lambda store: transfer.import_store(store, file))
+    there = f"; {counts.present:,} were there already" if counts.present else ""
+    _console().print(f"{url}: {counts.records:,} records and {counts.candles:,} candles{there}.", highlight=False)
+
+
+def _with_store(url: str, use: Callable[[Store], Awaitable[T]]) -> T:
+    async def main() -> T:
+        store = store_at(url)
+        try:
+            return await use(store)
+        finally:
+            await store.close()
+
+    if url.startswith(("file:", "sqlite:")) and not Path(url.partition(":")[2]).exists():
+        raise UserError(f"the store {url} does not exist: name one with --store file:DIR or --store sqlite:FILE")
+    return asyncio.run(main())
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
