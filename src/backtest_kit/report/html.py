@@ -22,16 +22,14 @@ from backtest_kit.report.statistics import equity_of
 from backtest_kit.report.tables import (
     Table,
     heading,
-    price,
-    price_decimals,
     reason_table,
     remarks,
     result_names,
-    signed_percent,
     statistic_lines,
     summary_table,
     trade_columns,
 )
+from backtest_kit.report.wording import price, price_decimals, signed_percent
 
 if TYPE_CHECKING:
     from backtest_kit.report.result import BacktestResult, Results

@@ -19,17 +19,18 @@ from backtest_kit.persist.atomic import write_atomic
 from backtest_kit.report import frames
 from backtest_kit.report.markdown import render_markdown
 from backtest_kit.report.statistics import Statistics, statistics_of
-from backtest_kit.report.tables import heading, remarks, signed_percent, summary_table
+from backtest_kit.report.tables import by_sharpe, heading, remarks, summary_table
+from backtest_kit.report.wording import signed_percent
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from backtest_kit.report.frames import PandasFrame, PolarsFrame
+    from backtest_kit.report.frames import Frame, PandasFrame, PolarsFrame
 
 _LONGEST_NAME = 150
 
 
-class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True):
+class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True, rename="camel"):
     """One strategy on one market over one frame."""
 
     symbol: str
@@ -62,11 +63,11 @@ class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=T
 
     def to_pandas(self) -> PandasFrame:
         """As `Results.to_pandas`, oldest position first."""
-        return frames.to_pandas(self.trades)
+        return frames.trades_frame(self.trades).to_pandas()
 
     def to_polars(self) -> PolarsFrame:
         """As `Results.to_polars`, oldest position first."""
-        return frames.to_polars(self.trades)
+        return frames.trades_frame(self.trades).to_polars()
 
     def to_markdown(self) -> str:
         """As `Results.to_markdown`."""
@@ -79,6 +80,10 @@ class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=T
     def save_html(self, path: str | Path | None = None) -> Path:
         """As `Results.save_html`."""
         return Results((self,)).save_html(path)
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """As `Results.save`."""
+        return Results((self,)).save(path)
 
     def __str__(self) -> str:
         return str(Results((self,)))
@@ -113,7 +118,7 @@ class Results(Sequence[BacktestResult]):
         Raises:
             UserError: pandas is not installed.
         """
-        return frames.to_pandas(self.trades)
+        return frames.trades_frame(self.trades).to_pandas()
 
     def to_polars(self) -> PolarsFrame:
         """A polars frame with the rows and columns of `to_pandas`.
@@ -121,7 +126,7 @@ class Results(Sequence[BacktestResult]):
         Raises:
             UserError: polars is not installed.
         """
-        return frames.to_polars(self.trades)
+        return frames.trades_frame(self.trades).to_polars()
 
     def to_markdown(self) -> str:
         """The report as Markdown: the newest 250 trades, statistics of all."""
@@ -150,6 +155,46 @@ class Results(Sequence[BacktestResult]):
         from backtest_kit.report.html import render_html
 
         return self._save(render_html(self), path, ".html")
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write the results themselves as one JSON file, for `load`, and return where. Blocks on the disk.
+
+        Without a path it is `{report_path}/{strategy_name}.json`.
+
+        Raises:
+            UserError: as `save_markdown`.
+            OutOfSpace, RetryLater: as `save_markdown`.
+        """
+        from backtest_kit.report.saved import dump_results
+
+        return self._save(dump_results(self), path, ".json")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """The results that `save` wrote. Blocks on the disk.
+
+        Raises:
+            UserError: there is no such file, or it holds something else.
+            Damaged: the file was cut, changed, or is of a newer version. It stays as it is.
+            RetryLater: it could not be read.
+        """
+        from backtest_kit.report.saved import load_results
+
+        return cls(load_results(Path(path)))
+
+    def statistics_frame(self) -> Frame:
+        """Every statistic of every result, for `.to_pandas()` or `.to_polars()`: the numbers of the heat map.
+
+        Columns: symbol, strategy_name, then the fields of `Statistics`; the best Sharpe ratio first, N/A is null.
+        """
+        rows = by_sharpe(self)
+        return frames.Frame(
+            {
+                "symbol": (frames.TEXT, [result.symbol for result in rows]),
+                "strategy_name": (frames.TEXT, [result.strategy_name for result in rows]),
+                **frames.statistics_columns([result.stats for result in rows]),
+            }
+        )
 
     def remarks(self) -> list[str]:
         """What to know before the figures are trusted, a sentence each: positions cut off, minutes filled."""
@@ -202,12 +247,8 @@ class Results(Sequence[BacktestResult]):
     def __getitem__(self, index: int | slice) -> BacktestResult | Results:
         return Results(self._results[index]) if isinstance(index, slice) else self._results[index]
 
-    def _save(self, text: str, path: str | Path | None, suffix: str) -> Path:
-        target = self._default_path(suffix) if path is None else Path(path)
-        if target.is_dir():
-            raise UserError(f"{target} is a directory: give the name of a file, such as {target / f'report{suffix}'}")
-        write_atomic(target, text.encode(errors="backslashreplace"))
-        return target
+    def _save(self, content: str | bytes, path: str | Path | None, suffix: str) -> Path:
+        return write_report(self._default_path(suffix) if path is None else Path(path), content, suffix)
 
     def _default_path(self, suffix: str) -> Path:
         names = sorted({result.strategy_name for result in self._results})
@@ -216,14 +257,27 @@ class Results(Sequence[BacktestResult]):
                 f"the results are of {len(names)} strategies ({', '.join(names) or 'no results'}): "
                 "say where to save them with path="
             )
-        return self._results[0].report_path / f"{_file_name(names[0])}{suffix}"
+        return self._results[0].report_path / f"{file_name(names[0])}{suffix}"
+
+
+def write_report(path: Path, content: str | bytes, suffix: str) -> Path:
+    """Write a report and return where.
+
+    Raises:
+        UserError: the path is a directory.
+        OutOfSpace, RetryLater: it could not be written; what was there before is untouched.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: give the name of a file, such as {path / f'report{suffix}'}")
+    write_atomic(path, content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+    return path
 
 
 def _in_short(stats: Statistics) -> str:
     return f"{stats.total_count} trades, {signed_percent(stats.total_pnl)}"
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
     """A file name for any text: it never leaves its directory, and two texts never share one."""
     escaped = quote(name, safe=" ", errors="surrogatepass")
     if len(escaped) > _LONGEST_NAME:
