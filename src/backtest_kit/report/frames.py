@@ -97,10 +97,10 @@ def trades_frame(trades: Sequence[Trade]) -> Frame:
     )
 
 
-def statistics_columns(rows: Sequence[Statistics]) -> dict[str, tuple[str, Sequence[Any]]]:
-    """A column per statistic, under the name of its field; N/A is null."""
+def statistics_columns(rows: Sequence[Statistics | None]) -> dict[str, tuple[str, Sequence[Any]]]:
+    """A column per statistic, under the name of its field; N/A is null, and so is all of a row that is None."""
     return {
-        name: (TEXT if name == "trend" else FLOAT, [getattr(stats, name) for stats in rows])
+        name: (TEXT if name == "trend" else FLOAT, [getattr(stats, name, None) for stats in rows])
         for name in (field.name for field in msgspec.structs.fields(Statistics))
     }
 

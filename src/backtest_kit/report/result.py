@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 from urllib.parse import quote
@@ -202,37 +201,14 @@ class Results(Sequence[BacktestResult]):
 
     def table(self) -> Table:
         """One row per result, best Sharpe ratio first, and a total, for a rich console."""
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
+        from backtest_kit.report.console import rich_table
 
-        content = summary_table(self)
-        table = Table(
-            title=Text("\n".join(heading(self))),
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            show_footer=True,
-            collapse_padding=True,
-            pad_edge=False,
-        )
-        for column, label in enumerate(content.header):
-            footer = Text(content.total[column] if content.total else "")
-            table.add_column(Text(label), footer, justify="right" if column else "left", no_wrap=not column)
-        for row in content.rows:
-            table.add_row(*(Text(cell) for cell in row))
-        return table
+        return rich_table(summary_table(self), heading(self))
 
     def __str__(self) -> str:
-        from rich import box
-        from rich.console import Console
+        from backtest_kit.report.console import plain_text
 
-        table = self.table()
-        # A terminal or a redirected file may know no box-drawing characters.
-        table.box = box.ASCII2
-        console = Console(file=StringIO(), width=120, color_system=None, force_terminal=False, legacy_windows=False)
-        with console.capture() as captured:
-            console.print(table)
-        return captured.get().rstrip("\n")
+        return plain_text(self.table())
 
     def __repr__(self) -> str:
         return f"Results({len(self)} results: {_in_short(self.stats)})"

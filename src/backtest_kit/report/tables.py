@@ -120,6 +120,12 @@ def remarks(results: Results) -> list[str]:
         subject = "1 position was" if len(unfinished) == 1 else f"{len(unfinished)} positions were"
         total = signed_percent(math.fsum(trade.pnl_pct for trade in unfinished))
         sentences.append(f"{subject} still open at the end of the frame (close reason frame_end): {total}")
+    return sentences + gap_remarks(results)
+
+
+def gap_remarks(results: Results) -> list[str]:
+    """A sentence for each result with minutes that were filled."""
+    sentences = []
     names = result_names(results)
     for result in results:
         if result.gaps_filled:
