@@ -148,7 +148,7 @@ def _show(results: Results, trades_shown: int) -> None:
         console.print(f"{remark}.", highlight=False)
     console.print(_origin(results), highlight=False)
     markdown, page = results.save_markdown(), results.save_html()
-    console.print(f"Report: {markdown}\nCharts: {page}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {markdown}\nCharts: {page}\nResults: {results.save()}", highlight=False, soft_wrap=True)
 
 
 def _origin(results: Results) -> str:

@@ -17,7 +17,7 @@ from backtest_kit.errors import BacktestKitError, LookAhead, UserError
 from backtest_kit.market.fetch import CandleFeed
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.report.comparison import Comparison, Contender, Failure, metric_line
-from backtest_kit.report.result import BacktestResult, Results
+from backtest_kit.report.result import Results
 from backtest_kit.run.backtest import BacktestHandle, BacktestRunner, Gaps, Job
 from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.schema import GetSignal, Schemas, StrategySchema, strategy_schema
@@ -223,31 +223,31 @@ def _reporter(on_progress: Callable[[WalkProgress], None] | None, name: str, num
 
 async def _contend(schema: StrategySchema, handles: Sequence[BacktestHandle], report: _Report) -> Contender:
     """Wait for one strategy on all its symbols; the first of them to fail ends the others."""
-    runs = [asyncio.ensure_future(_result(handle)) for handle in handles]
-    everything = asyncio.gather(*runs)
-    results, failure = Results(), None
+    runs = {handle._task: handle.symbol for handle in handles}
     try:
-        while not everything.done():
+        running = set(runs)
+        while running and not any(run.exception() for run in runs if run.done()):
             report(sum(handle.progress for handle in handles) / len(handles))
-            await asyncio.wait([everything], timeout=_REPORT_EVERY_S)
-        results = Results(everything.result())
-    except Exception as error:
-        symbol = next((handle.symbol for handle, run in zip(handles, runs, strict=True) if _raised(run) is error), None)
-        # An error that is not of a run comes from the progress callback; one of ours is no fault of the strategy.
-        if symbol is None or (isinstance(error, BacktestKitError) and not isinstance(error, UserError | LookAhead)):
-            raise
-        failure = Failure(symbol, error)
+            _, running = await asyncio.wait(running, timeout=_REPORT_EVERY_S, return_when=asyncio.FIRST_EXCEPTION)
+        failure = _failure({symbol: run.exception() for run, symbol in runs.items() if run.done()})
     finally:
         for run in runs:
             run.cancel()
         await asyncio.wait(runs)
-    parameters = schema.parameters if isinstance(schema, ParameterSet) else {}
-    return Contender(strategy_name=schema.name, results=results, parameters=parameters, failure=failure)
+    return Contender(
+        strategy_name=schema.name,
+        results=Results(() if failure else [run.result() for run in runs]),
+        parameters=schema.parameters if isinstance(schema, ParameterSet) else {},
+        failure=failure,
+    )
 
 
-async def _result(handle: BacktestHandle) -> BacktestResult:
-    return await handle
-
-
-def _raised(run: asyncio.Future[BacktestResult]) -> BaseException | None:
-    return run.exception() if run.done() and not run.cancelled() else None
+def _failure(raised: Mapping[str, BaseException | None]) -> Failure | None:
+    """What a strategy raised, if it did. What is none of its doing, such as a full disk, is raised again."""
+    failure = None
+    for symbol, error in raised.items():
+        if isinstance(error, BacktestKitError) and not isinstance(error, UserError | LookAhead):
+            raise error
+        if isinstance(error, Exception):
+            failure = failure or Failure(symbol, error)
+    return failure

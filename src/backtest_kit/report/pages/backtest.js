@@ -116,7 +116,7 @@ const drawMarket = market => {
   const legendFor = event => {
     const bar = event && event.time !== undefined ? event.seriesData.get(series) : undefined;
     if (!bar) {
-      legend.replaceChildren(make("div", "Arrow: entry, up for long, down for short; a small one was added. Square: a part closed. Dot: exit. Green earned, red lost. A trade under the cursor shows its levels; dotted, as they were set."));
+      legend.replaceChildren(make("div", "Arrow: entry, up for long, down for short; a small one was added. Square: a part closed. Dot: exit. Green earned, red lost. A trade under the cursor shows its levels; dashed, as they were set."));
       return;
     }
     const number = value => value.toFixed(market.decimals);
@@ -131,9 +131,9 @@ const drawMarket = market => {
   legendFor();
 
   // Take profit and stop loss at the close, as they were set, and the effective entry, over the life of one trade.
-  const levels = [["gain", 2], ["loss", 2], ["gain", 1], ["loss", 1], ["accent", 0]].map(([name, lineStyle]) => {
+  const levels = [["gain", 0, 2], ["loss", 0, 2], ["gain", 2, 1], ["loss", 2, 1], ["accent", 3, 1]].map(([name, lineStyle, lineWidth]) => {
     const line = chart.addSeries(LineSeries, {
-      lineStyle, lineWidth: 1, priceLineVisible: false, lastValueVisible: false, crosshairMarkerVisible: false,
+      lineStyle, lineWidth, priceLineVisible: false, lastValueVisible: false, crosshairMarkerVisible: false,
       autoscaleInfoProvider: () => null,
     });
     const paintLine = () => line.applyOptions({color: color(name)});
