@@ -1,5 +1,6 @@
 from .default import (
     Backtest as Backtest,
+    Walker as Walker,
     add_exchange_schema as add_exchange_schema,
     add_frame_schema as add_frame_schema,
     add_risk_schema as add_risk_schema,
@@ -11,6 +12,9 @@ from .default import (
     list_risk_schemas as list_risk_schemas,
     list_strategy_schemas as list_strategy_schemas,
     set_config as set_config,
+)
+from .engine import (
+    sizing as sizing,
 )
 from .errors import (
     BacktestKitError as BacktestKitError,
@@ -50,6 +54,10 @@ from .model.position import (
 from .model.signal import (
     Signal as Signal,
 )
+from .report.comparison import (
+    Comparison as Comparison,
+    Contender as Contender,
+)
 from .report.result import (
     BacktestResult as BacktestResult,
     Results as Results,
@@ -65,6 +73,10 @@ from .run.context import (
 )
 from .run.risk import (
     RiskRequest as RiskRequest,
+)
+from .run.walker import (
+    ParameterSet as ParameterSet,
+    WalkProgress as WalkProgress,
 )
 from .settings import (
     Settings as Settings,

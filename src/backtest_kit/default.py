@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from backtest_kit.kit import Kit
+from backtest_kit.run import walker
 
 default_kit = Kit()
 
@@ -17,3 +18,4 @@ list_strategy_schemas = default_kit.list_strategy_schemas
 get_config = default_kit.get_config
 set_config = default_kit.set_config
 Backtest = default_kit.backtest
+Walker = walker.Walker(default_kit.backtest, lambda: default_kit.dump / "walker")
