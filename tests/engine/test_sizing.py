@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -151,3 +153,9 @@ def test_atr_needs_a_candle_before_its_period() -> None:
         sizing.atr(candles([(11, 10, 10.5)] * 14))
     with pytest.raises(UserError, match="period is 0: give 1 or more"):
         sizing.atr(candles([(11, 10, 10.5)] * 14), 0)
+
+
+def test_it_is_a_name_of_the_package() -> None:
+    code = "import backtest_kit; print(backtest_kit.sizing.__name__)"  # first of all names, in a fresh process
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "backtest_kit.engine.sizing"

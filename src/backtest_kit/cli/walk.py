@@ -10,7 +10,7 @@ from typing import cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from backtest_kit import default_kit
+from backtest_kit import Walker, default_kit
 from backtest_kit.cli.backtest import _WIDTH_IN_FILES, _file_source, _frame, _pick
 from backtest_kit.cli.options import separated
 from backtest_kit.cli.strategy_file import load_strategy_file, strategy_failure
@@ -18,7 +18,7 @@ from backtest_kit.engine.step import Fill
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.report.comparison import Comparison
 from backtest_kit.run.backtest import Gaps
-from backtest_kit.run.walker import Walker, WalkProgress
+from backtest_kit.run.walker import WalkProgress
 
 
 def run_walk(
@@ -69,11 +69,10 @@ def run_walk(
         # The bar counts strategies: the fraction of the one that runs moves it on between two of them.
         bars.update(bar, description=progress.strategy_name, completed=progress.number - 1 + progress.fraction)
 
-    walker = Walker(kit.backtest, lambda: kit.dump / "walker")
     try:
         with bars:
             comparison = asyncio.run(
-                walker.run(
+                Walker.run(
                     symbols,
                     strategies=names,
                     exchange_name=exchange,
