@@ -1,6 +1,6 @@
 """Listen to a run: milestones of each position, a daily job on the time of the replay, what risk refused.
 
-    backtest-kit backtest examples/events.py --symbol BTCUSDT,ETHUSDT
+backtest-kit backtest examples/events.py --symbol BTCUSDT,ETHUSDT
 """
 
 import backtest_kit as bk

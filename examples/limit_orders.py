@@ -1,6 +1,6 @@
 """Resting entries: wait below the market for a dip, give up when the market runs away.
 
-    backtest-kit backtest examples/limit_orders.py --symbol BTCUSDT
+backtest-kit backtest examples/limit_orders.py --symbol BTCUSDT
 """
 
 import backtest_kit as bk

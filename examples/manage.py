@@ -1,6 +1,6 @@
 """Manage an open position: take half at the first target, go to breakeven, trail the rest, add on the way down.
 
-    backtest-kit backtest examples/manage.py --symbol BTCUSDT,ETHUSDT
+backtest-kit backtest examples/manage.py --symbol BTCUSDT,ETHUSDT
 """
 
 import backtest_kit as bk

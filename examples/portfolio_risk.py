@@ -1,6 +1,6 @@
 """A risk profile that all symbols share, and positions sized by the distance of their stop.
 
-    backtest-kit backtest examples/portfolio_risk.py --symbol BTCUSDT,ETHUSDT,SOLUSDT,ADAUSDT,XRPUSDT
+backtest-kit backtest examples/portfolio_risk.py --symbol BTCUSDT,ETHUSDT,SOLUSDT,ADAUSDT,XRPUSDT
 """
 
 import backtest_kit as bk

@@ -1,5 +1,6 @@
 from .default import (
     Backtest as Backtest,
+    Walker as Walker,
     add_exchange_schema as add_exchange_schema,
     add_frame_schema as add_frame_schema,
     add_risk_schema as add_risk_schema,
@@ -14,6 +15,9 @@ from .default import (
     on as on,
     remove_cron as remove_cron,
     set_config as set_config,
+)
+from .engine import (
+    sizing as sizing,
 )
 from .errors import (
     BacktestKitError as BacktestKitError,
@@ -80,22 +84,26 @@ from .persist.binding import (
     Persistence as Persistence,
 )
 from .persist_adapters import (
-    PersistCandleAdapter as PersistCandleAdapter,
-    PersistSignalAdapter as PersistSignalAdapter,
-    PersistScheduleAdapter as PersistScheduleAdapter,
-    PersistStrategyAdapter as PersistStrategyAdapter,
-    PersistRiskAdapter as PersistRiskAdapter,
-    PersistPartialAdapter as PersistPartialAdapter,
     PersistBreakevenAdapter as PersistBreakevenAdapter,
-    PersistStorageAdapter as PersistStorageAdapter,
-    PersistNotificationAdapter as PersistNotificationAdapter,
+    PersistCandleAdapter as PersistCandleAdapter,
+    PersistIntervalAdapter as PersistIntervalAdapter,
     PersistLogAdapter as PersistLogAdapter,
     PersistMeasureAdapter as PersistMeasureAdapter,
-    PersistIntervalAdapter as PersistIntervalAdapter,
     PersistMemoryAdapter as PersistMemoryAdapter,
+    PersistNotificationAdapter as PersistNotificationAdapter,
+    PersistPartialAdapter as PersistPartialAdapter,
     PersistRecentAdapter as PersistRecentAdapter,
-    PersistStateAdapter as PersistStateAdapter,
+    PersistRiskAdapter as PersistRiskAdapter,
+    PersistScheduleAdapter as PersistScheduleAdapter,
     PersistSessionAdapter as PersistSessionAdapter,
+    PersistSignalAdapter as PersistSignalAdapter,
+    PersistStateAdapter as PersistStateAdapter,
+    PersistStorageAdapter as PersistStorageAdapter,
+    PersistStrategyAdapter as PersistStrategyAdapter,
+)
+from .report.comparison import (
+    Comparison as Comparison,
+    Contender as Contender,
 )
 from .report.result import (
     BacktestResult as BacktestResult,
@@ -121,6 +129,10 @@ from .run.desk import (
 from .run.risk import (
     ActivePosition as ActivePosition,
     RiskRequest as RiskRequest,
+)
+from .run.walker import (
+    ParameterSet as ParameterSet,
+    WalkProgress as WalkProgress,
 )
 from .settings import (
     Settings as Settings,

@@ -20,3 +20,4 @@ on = default_kit.on
 cron = default_kit.cron
 remove_cron = default_kit.remove_cron
 Backtest = default_kit.backtest
+Walker = default_kit.walker

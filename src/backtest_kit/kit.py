@@ -33,6 +33,7 @@ from backtest_kit.run.schema import (
     risk_schema,
     strategy_schema,
 )
+from backtest_kit.run.walker import Walker
 from backtest_kit.settings import Settings, from_environment, with_settings
 
 if TYPE_CHECKING:
@@ -71,10 +72,18 @@ class Kit:
             lambda: self._dump / "backtest",
         )
 
+        self.walker = Walker(self.backtest, lambda: self._dump / "walker")
+
     @property
     def dump(self) -> Path:
         """Where files are kept. Set it before anything is bound or run to move it."""
         return self._dump
+
+    @dump.setter
+    def dump(self, path: str | os.PathLike[str]) -> None:
+        if self._files_in_use:
+            raise UserError(f"files are already kept in {self._dump}: set dump to {path} before the first run")
+        self._dump = Path(path)
 
     @property
     def persistence(self) -> Persistence:
@@ -96,12 +105,6 @@ class Kit:
         """Flush and close every store that was used."""
         if self._persistence is not None:
             await self._persistence.close()
-
-    @dump.setter
-    def dump(self, path: str | os.PathLike[str]) -> None:
-        if self._files_in_use:
-            raise UserError(f"files are already kept in {self._dump}: set dump to {path} before the first run")
-        self._dump = Path(path)
 
     def add_exchange_schema(
         self, exchange_name: str, *, source: CandleSource, note: str = "", replace: bool = False
@@ -241,6 +244,7 @@ class Kit:
     def remove_cron(self, name: str) -> None:
         """Forget a cron job. See `Cron.remove`."""
         self._cron.remove(name)
+
     def _file_store(self) -> Store:
         self._files_in_use = True
         return store_at(f"file:{self._dump}")

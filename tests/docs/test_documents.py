@@ -11,16 +11,29 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [
-    pytest.param(block, id=f"{page.stem}-{number}")
+
+
+def programs(page: Path) -> list[str]:
+    """The Python of a page: a block that begins with an import is a program, the others go on with the one before."""
+    found: list[str] = []
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        if block.startswith(("import ", "from ")) or not found:
+            found.append(block)
+        else:
+            found[-1] += block
+    return found
+
+
+PROGRAMS = [
+    pytest.param(program, id=f"{page.stem}-{number}")
     for page in PAGES
-    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE), 1)
+    for number, program in enumerate(programs(page), 1)
 ]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_a_python_block_runs(block: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_python_of_a_page_runs(program: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -32,7 +45,7 @@ def test_links_between_files_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_the_command_line_of_an_example_runs(example: Path, tmp_path: Path) -> None:
-    found = re.search(r"^ +backtest-kit (.+)$", example.read_text(), re.MULTILINE)
+    found = re.search(r"^ *backtest-kit (.+)$", example.read_text(), re.MULTILINE)
     assert found, f"{example.name} does not say how to run it"
     command = [str(Path(sys.executable).with_name("backtest-kit")), *found[1].split(), "--dump", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

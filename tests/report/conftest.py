@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,3 +112,26 @@ def month(make_trade: MakeTrade, make_result: MakeResult) -> Callable[[str, int,
         return make_result(symbol, trades, chart=chart, gaps_filled={symbol: 3} if seed == 2 else {})
 
     return make
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[[Path], str]:
+    """What a headless Chromium makes of a page: its document once the scripts have run."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom"
+    )
+
+    def dom(page: Path) -> str:
+        done = subprocess.run(
+            [chromium, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()],
+            capture_output=True,
+            timeout=60,
+            check=True,
+        )
+        return done.stdout.decode()
+
+    return dom

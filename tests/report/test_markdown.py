@@ -8,7 +8,7 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import DAY_MS, MINUTE_MS
 from backtest_kit.model.position import Entry, Reduction, Trade
 from backtest_kit.report import BacktestResult, Results
-from backtest_kit.report.tables import price, signed_percent
+from backtest_kit.report.wording import price, signed_percent
 
 START = 1_640_995_200_000
 MakeTrade = Callable[..., Trade]
@@ -39,10 +39,10 @@ GOLDEN_REST = """\
 
 ## Trades
 
-| Signal ID | Symbol | Position | Open Price | Close Price | Take Profit | Stop Loss | Original TP | Original SL | Original Entry | DCA Entries | Partial Closes | PNL (net) | PNL (USD) | Partial Executed % | Partial Closes (list) | Close Reason | Duration (min) | Open Time | Close Time | Peak PNL | Max DD PNL |
-| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- | ---: | --- | --- | ---: | ---: |
-| s-1 | BTCUSDT | long | 100.00 | 102.00 | 102.00 | 99.00 | 102.00 | 99.00 | 100.00 | 1 | 0 | +1.50 % | +1.50 | 0.00 |  | take_profit | 90.0 | 2022-01-01T01:00Z | 2022-01-01T02:30Z | +1.80 % | -0.40 % |
-| s-2 | BTCUSDT | short | 0.5000 | 0.050000 | 0.00500000 | 99.00 | 102.00 | 99.00 | 100.00 | 2 | 1 | -0.65 % | -1.30 | 25.00 | 50.00 % @ 0.1000 | frame_end | 45.0 | 2022-01-01T03:15Z | 2022-01-01T04:00Z | +0.10 % | -1.05 % |
+| Signal ID | Symbol | Position | Open Price | Close Price | Take Profit | Stop Loss | Original TP | Original SL | Original Entry | DCA Entries | Partial Closes | PNL (net) | PNL (USD) | Partial Executed % | Entries (list) | Partial Closes (list) | Close Reason | Duration (min) | Open Time | Close Time | Peak PNL | Max DD PNL |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- | --- | ---: | --- | --- | ---: | ---: |
+| s-1 | BTCUSDT | long | 100.00 | 102.00 | 102.00 | 99.00 | 102.00 | 99.00 | 100.00 | 1 | 0 | +1.50 % | +1.50 | 0.00 |  |  | take_profit | 90.0 | 2022-01-01T01:00Z | 2022-01-01T02:30Z | +1.80 % | -0.40 % |
+| s-2 | BTCUSDT | short | 0.5000 | 0.050000 | 0.00500000 | 99.00 | 102.00 | 99.00 | 100.00 | 2 | 1 | -0.65 % | -1.30 | 25.00 | 100.00 @ 0.5000; 100.00 @ 0.5000 | 50.00 % @ 0.1000 | frame_end | 45.0 | 2022-01-01T03:15Z | 2022-01-01T04:00Z | +0.10 % | -1.05 % |
 """  # noqa: E501
 
 

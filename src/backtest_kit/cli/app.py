@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from backtest_kit.cli import options
 from backtest_kit.errors import BacktestKitError, Conflict, LookAhead, UserError
 
 EXIT_BY_ERROR: tuple[tuple[type[BacktestKitError], int], ...] = (
@@ -70,63 +71,29 @@ def root(
     "  backtest-kit backtest trend.py --symbol BTCUSDT,ETHUSDT --candles 'data/{symbol}.parquet' --gaps fill"
 )
 def backtest(
-    strategy_file: Annotated[
-        Path, typer.Argument(metavar="STRATEGY.py", help="Your Python file; it calls backtest_kit.add_strategy_schema.")
-    ],
-    symbol: Annotated[
-        list[str], typer.Option("--symbol", "-s", help="What to trade; several by commas, or give the option again.")
-    ],
-    frame: Annotated[
-        str | None,
-        typer.Option(
-            "--frame",
-            "-f",
-            metavar="NAME|START..END",
-            help="A frame that the file registers, or two dates such as 2022-01-01..2022-02-01. "
-            "Default: the only frame of the file.",
-        ),
-    ] = None,
-    candles: Annotated[
-        str | None,
-        typer.Option(
-            "--candles",
-            "-c",
-            metavar="FILE",
-            help="Take 1-minute candles from a .csv, .csv.gz or .parquet file instead of the exchange of the "
-            "strategy file; '{symbol}' in the name stands for the symbol.",
-        ),
-    ] = None,
-    gaps: Annotated[
-        str, typer.Option("--gaps", metavar="error|fill", help="Missing minutes: refuse, or fill with flat candles.")
-    ] = "error",
-    fill: Annotated[
-        str,
-        typer.Option(
-            "--fill", metavar="vwap|ohlc", help="Touch levels by the average price, or by the wicks (stop first)."
-        ),
-    ] = "vwap",
-    dump: Annotated[
-        Path, typer.Option("--dump", "-d", metavar="DIR", help="Where candles are cached and reports are written.")
-    ] = Path("dump"),
+    strategy_file: options.StrategyFile,
+    symbol: options.Symbols,
+    frame: options.Frame = None,
+    candles: options.Candles = None,
+    gaps: options.GapRule = "error",
+    fill: options.FillModel = "vwap",
+    dump: options.Dump = Path("dump"),
     strategy: Annotated[
         str | None, typer.Option("--strategy", metavar="NAME", help="Which strategy, if the file registers several.")
     ] = None,
-    exchange: Annotated[
-        str | None, typer.Option("--exchange", metavar="NAME", help="Which exchange, if the file registers several.")
-    ] = None,
-    trades: Annotated[
-        int, typer.Option("--trades", min=0, metavar="N", help="How many of the last trades to print.")
-    ] = 20,
+    exchange: options.Exchange = None,
+    trades: options.Trades = 20,
 ) -> None:
     """Replay a strategy over candles and report what it would have earned.
 
-    Prints a table, writes DIR/backtest/{strategy}.md and a self-contained .html with charts.
+    Prints a table, writes DIR/backtest/{strategy}.md, a self-contained .html with charts, and the results as
+    .json, which `backtest-kit report` shows again.
     """
     from backtest_kit.cli.backtest import run_backtest
 
     run_backtest(
         strategy_file,
-        [each.strip() for given in symbol for each in given.split(",")],
+        options.separated(symbol),
         frame=frame,
         candles=candles,
         gaps=gaps,
@@ -136,3 +103,175 @@ def backtest(
         exchange_name=exchange,
         trades_shown=trades,
     )
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  backtest-kit walk examples/walk.py --symbol BTCUSDT,ETHUSDT\n\n"
+    "  backtest-kit walk mine.py --symbol BTCUSDT --metric max_drawdown --strategies fast,slow"
+)
+def walk(
+    strategy_file: options.StrategyFile,
+    symbol: options.Symbols,
+    metric: Annotated[
+        str, typer.Option("--metric", "-m", metavar="NAME", help="The statistic to rank by, such as total_pnl.")
+    ] = "sharpe_ratio",
+    strategies: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--strategies",
+            metavar="NAMES",
+            help="Only these; several by commas, or give the option again. Default: all of the file.",
+        ),
+    ] = None,
+    frame: options.Frame = None,
+    candles: options.Candles = None,
+    gaps: options.GapRule = "error",
+    fill: options.FillModel = "vwap",
+    dump: options.Dump = Path("dump"),
+    exchange: options.Exchange = None,
+) -> None:
+    """Replay all strategies of a file over the same candles and rank them.
+
+    Prints the ranking, writes DIR/walker/{frame} {metric}.md and a self-contained .html with charts.
+    """
+    from backtest_kit.cli.walk import run_walk
+
+    run_walk(
+        strategy_file,
+        options.separated(symbol),
+        metric=metric,
+        strategies=strategies or [],
+        frame=frame,
+        candles=candles,
+        gaps=gaps,
+        fill=fill,
+        dump=dump,
+        exchange_name=exchange,
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  backtest-kit report dump/backtest/trend.json\n\n"
+    "  backtest-kit report 2023.json 2024.json --html both-years.html --trades 0"
+)
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="RESULTS.json...", help="What `backtest-kit backtest` wrote.")],
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a self-contained page with charts.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Write a Markdown report.")
+    ] = None,
+    trades: options.Trades = 20,
+) -> None:
+    """Show saved results again, without replaying; several files make one report."""
+    from backtest_kit.cli.report import run_report
+
+    run_report(files, html=html, markdown=markdown, trades_shown=trades)
+
+
+store_app = typer.Typer(
+    help="Look at what is kept, check it, move it.",
+    no_args_is_help=True,
+    epilog="Every verb takes --store file:DIR or --store sqlite:FILE; without it, $CC_STORE, or else file:./dump.",
+)
+quarantine_app = typer.Typer(help="What could not be read, and is kept until you decide.", no_args_is_help=True)
+store_app.add_typer(quarantine_app, name="quarantine")
+app.add_typer(store_app, name="store")
+
+
+@store_app.command(epilog="Example: backtest-kit store ls signal trend/binance")
+def ls(
+    contract: options.ContractName,
+    prefix: Annotated[str, typer.Argument(help="Only keys that begin so: components with / between them.")] = "",
+    store: options.StoreUrl = options.DEFAULT_STORE,
+    namespace: options.Namespace = "",
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many records at most.")] = 50,
+    removed: Annotated[bool, typer.Option("--removed", help="Show removed records as well.")] = False,
+) -> None:
+    """List the records of a contract, newest first."""
+    from backtest_kit.cli.store import run_ls
+
+    run_ls(store, namespace, contract, prefix, limit, removed)
+
+
+@store_app.command(epilog="Example: backtest-kit store get signal trend/binance/BTCUSDT")
+def get(
+    contract: options.ContractName,
+    key: Annotated[str, typer.Argument(help="The whole key, as `store ls` shows it.")],
+    store: options.StoreUrl = options.DEFAULT_STORE,
+    namespace: options.Namespace = "",
+) -> None:
+    """Show one record with its revision and times."""
+    from backtest_kit.cli.store import run_get
+
+    run_get(store, namespace, contract, key)
+
+
+@store_app.command()
+def du(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
+    """Show what every contract takes."""
+    from backtest_kit.cli.store import run_du
+
+    run_du(store)
+
+
+@store_app.command()
+def check(
+    store: options.StoreUrl = options.DEFAULT_STORE,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every candle and the backend's own structures too.")
+    ] = False,
+) -> None:
+    """Verify every record and explain what is wrong; ends with code 1 if anything is. Changes nothing."""
+    from backtest_kit.cli.store import run_check
+
+    raise typer.Exit(run_check(store, deep))
+
+
+@store_app.command("export", epilog="Example: backtest-kit store export backup.jsonl --store sqlite:bot.db")
+def export(
+    file: Annotated[Path, typer.Argument(help="The file to write.")],
+    store: options.StoreUrl = options.DEFAULT_STORE,
+) -> None:
+    """Write every record and candle to one file of lines that any store can import."""
+    from backtest_kit.cli.store import run_export
+
+    run_export(store, file)
+
+
+@store_app.command("import", epilog="Example: backtest-kit store import backup.jsonl --store file:./dump")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A file that `store export` wrote.")],
+    store: options.StoreUrl = options.DEFAULT_STORE,
+) -> None:
+    """Take in what `store export` wrote. The whole file is verified before anything is written."""
+    from backtest_kit.cli.store import run_import
+
+    run_import(store, file)
+
+
+@quarantine_app.command("list")
+def quarantine_list(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
+    """Show what is in quarantine, and why."""
+    from backtest_kit.cli.store import run_quarantine_list
+
+    run_quarantine_list(store)
+
+
+@quarantine_app.command("restore")
+def quarantine_restore(path: options.QuarantinePath, store: options.StoreUrl = options.DEFAULT_STORE) -> None:
+    """Put it back as it is now, perhaps mended by hand, and free its key."""
+    from backtest_kit.cli.store import run_quarantine_restore
+
+    run_quarantine_restore(store, path)
+
+
+@quarantine_app.command("drop")
+def quarantine_drop(path: options.QuarantinePath, store: options.StoreUrl = options.DEFAULT_STORE) -> None:
+    """Give it up, which frees its key."""
+    from backtest_kit.cli.store import run_quarantine_drop
+
+    run_quarantine_drop(store, path)

@@ -13,18 +13,17 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from backtest_kit import default_kit, sources
-from backtest_kit.cli.strategy_file import load_strategy_file, strategy_failure
+from backtest_kit import default_kit
+from backtest_kit.cli.choice import choose, pick
+from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
-from backtest_kit.errors import UserError
-from backtest_kit.market.sources import CandleSource
-from backtest_kit.model.interval import MINUTE_MS, iso
+from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.report import Results
 from backtest_kit.run.backtest import BacktestHandle
 from backtest_kit.run.replay import Gaps
 
 _REDRAW_S: Final = 0.1
-_WIDTH_IN_FILES: Final = 120
+WIDTH_IN_FILES: Final = 120
 
 
 def run_backtest(
@@ -42,30 +41,16 @@ def run_backtest(
 ) -> None:
     """Load the file, replay every symbol, print the outcome and write the reports."""
     kit = default_kit
-    kit.dump = dump
-    _make_dump(dump)
-    load_strategy_file(strategy_file)
-    strategy = _pick("strategy", strategy_name, [each.name for each in kit.list_strategy_schemas()], strategy_file)
-    exchanges = [each.name for each in kit.list_exchange_schemas()]
-    source: CandleSource | None
-    if candles is not None:
-        exchange = _pick("exchange", exchange_name, exchanges, strategy_file) if exchanges else "file"
-        if exchanges and exchange not in exchanges:
-            raise UserError(f"exchange {exchange!r} is not registered (registered: {', '.join(exchanges)})")
-        source = _file_source(candles)
-        kit.add_exchange_schema(exchange, source=source, replace=True)
-    else:
-        exchange = _pick("exchange", exchange_name, exchanges, strategy_file)
-        source = next((each.source for each in kit.list_exchange_schemas() if each.name == exchange), None)
-    frame_name = _frame(frame, source, symbols[0], strategy_file)
+    choice = choose(strategy_file, symbols[0], frame=frame, candles=candles, dump=dump, exchange_name=exchange_name)
+    strategy = pick("strategy", strategy_name, choice.strategies, strategy_file)
 
     async def run_all() -> Results:
         handles = [
             kit.backtest.background(
                 each,
                 strategy_name=strategy,
-                exchange_name=exchange,
-                frame_name=frame_name,
+                exchange_name=choice.exchange,
+                frame_name=choice.frame,
                 fill=cast(Fill, fill),
                 gaps=cast(Gaps, gaps),
             )
@@ -78,14 +63,6 @@ def run_backtest(
     except (Exception, SystemExit) as error:
         raise strategy_failure(error, strategy_file) from error
     _show(results, trades_shown)
-
-
-def _make_dump(dump: Path) -> None:
-    """Find out before the work, not after it, that its reports have no place."""
-    try:
-        (dump / "backtest").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--dump {dump} cannot be written to ({error.strerror}): name another directory") from None
 
 
 async def _watch(handles: Sequence[BacktestHandle]) -> Results:
@@ -110,61 +87,18 @@ async def _watch(handles: Sequence[BacktestHandle]) -> Results:
     return Results(await everything)
 
 
-def _pick(kind: str, asked: str | None, registered: Sequence[str], strategy_file: Path) -> str:
-    if asked is not None:
-        return asked
-    if len(registered) == 1:
-        return registered[0]
-    if not registered:
-        raise UserError(
-            f"strategy file {strategy_file} registers no {kind}: call backtest_kit.add_{kind}_schema in it"
-            + (", or give --candles FILE" if kind == "exchange" else "")
-        )
-    raise UserError(f"strategy file {strategy_file} registers several: choose with --{kind} {' or '.join(registered)}")
-
-
-def _file_source(candles: str) -> CandleSource:
-    if candles.endswith(".parquet"):
-        return sources.parquet(candles)
-    return sources.csv(candles)
-
-
-def _frame(asked: str | None, source: CandleSource | None, symbol: str, strategy_file: Path) -> str:
-    """The name of the frame to replay; a range of dates is registered under its own text."""
-    kit = default_kit
-    registered = [each.name for each in kit.list_frame_schemas()]
-    if asked is None and len(registered) == 1:
-        return registered[0]
-    if asked is None:
-        there = asyncio.run(source.range(symbol)) if source else None
-        lead_ms = kit.get_config().CC_AVG_PRICE_CANDLES_COUNT * MINUTE_MS
-        example = "2022-01-01..2022-02-01" if there is None else f"{iso(there[0] + lead_ms)}..{iso(there[1])}"
-        known = f"choose with --frame {' or '.join(registered)}, or give" if registered else "give"
-        raise UserError(
-            f"which frame? Strategy file {strategy_file} registers {len(registered)}: "
-            f"{known} two dates such as --frame {example}"
-        )
-    if ".." in asked and asked not in registered:
-        start, _, end = asked.partition("..")
-        kit.add_frame_schema(asked, start_date=start, end_date=end)
-    elif asked not in registered:
-        known = f"{', '.join(registered)}, or " if registered else ""
-        raise UserError(f"frame {asked!r} is not registered: give {known}two dates such as 2022-01-01..2022-02-01")
-    return asked
-
-
 def _show(results: Results, trades_shown: int) -> None:
     console = Console()
     if not console.is_terminal:
-        console = Console(width=_WIDTH_IN_FILES)
+        console = Console(width=WIDTH_IN_FILES)
     if trades_shown and results.trades:
-        console.print(_trades_table(results, trades_shown))
+        console.print(trades_table(results, trades_shown))
     console.print(results.table())
     for remark in results.remarks():
         console.print(f"{remark}.", highlight=False)
     console.print(_origin(results), highlight=False)
     markdown, page = results.save_markdown(), results.save_html()
-    console.print(f"Report: {markdown}\nCharts: {page}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {markdown}\nCharts: {page}\nResults: {results.save()}", highlight=False, soft_wrap=True)
 
 
 def _origin(results: Results) -> str:
@@ -174,7 +108,7 @@ def _origin(results: Results) -> str:
     return f"Candles: {used:,}, {fetched:,} of them from the source and the others from the cache."
 
 
-def _trades_table(results: Results, shown: int) -> Table:
+def trades_table(results: Results, shown: int) -> Table:
     trades = results.trades
     title = f"{len(trades)} trades" if len(trades) <= shown else f"The last {shown} of {len(trades)} trades"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

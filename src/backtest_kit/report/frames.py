@@ -1,15 +1,17 @@
-"""Closed positions as a data frame: the only file that knows pandas and polars."""
+"""Reports as data frames: the only file that knows pandas and polars."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+import msgspec
 import numpy as np
 
 from backtest_kit.errors import UserError
 from backtest_kit.model.position import Trade
+from backtest_kit.report.statistics import Statistics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,65 +20,89 @@ if TYPE_CHECKING:
 PandasFrame: TypeAlias = "pd.DataFrame"
 PolarsFrame: TypeAlias = "pl.DataFrame"
 
-_TEXT: Final = "text"
-_TIME: Final = "time"
-_FLOAT: Final = "float"
+TEXT: Final = "text"
+TIME: Final = "time"
+FLOAT: Final = "float"
+ANY: Final = "any"
+"""What a user put there: the type is that of the values."""
 
-COLUMNS: Final = {
-    "signal_id": _TEXT,
-    "symbol": _TEXT,
-    "position": _TEXT,
-    "opened_at": _TIME,
-    "closed_at": _TIME,
-    "price_open": _FLOAT,
-    "price_close": _FLOAT,
-    "close_reason": _TEXT,
-    "cost": _FLOAT,
-    "pnl_pct": _FLOAT,
-    "pnl_cost": _FLOAT,
-    "peak_pct": _FLOAT,
-    "fall_pct": _FLOAT,
+_OF_TRADES: Final = {
+    "signal_id": TEXT,
+    "symbol": TEXT,
+    "position": TEXT,
+    "opened_at": TIME,
+    "closed_at": TIME,
+    "price_open": FLOAT,
+    "price_close": FLOAT,
+    "close_reason": TEXT,
+    "cost": FLOAT,
+    "pnl_pct": FLOAT,
+    "pnl_cost": FLOAT,
+    "peak_pct": FLOAT,
+    "fall_pct": FLOAT,
 }
 """The columns in their order; a time is read from the trade's field of the same name with `_ms`."""
 
 
-def to_pandas(trades: Sequence[Trade]) -> PandasFrame:
-    """One row per trade; `opened_at` and `closed_at` are datetime64[ms, UTC].
+class Frame:
+    """A table of values on its way to a data frame library: the kind and the values of each column."""
 
-    Raises:
-        UserError: pandas is not installed.
-    """
-    pandas = _installed("pandas")
-    made: dict[str, Any] = {}
-    for name, kind in COLUMNS.items():
-        values = _values(trades, name, kind)
-        if kind == _TIME:
-            made[name] = pandas.Series(np.array(values, dtype="datetime64[ms]")).dt.tz_localize("UTC")
-        else:
-            made[name] = pandas.Series(values, dtype="str" if kind == _TEXT else "float64")
-    frame: PandasFrame = pandas.DataFrame(made)
-    return frame
+    def __init__(self, columns: Mapping[str, tuple[str, Sequence[Any]]]) -> None:
+        self._columns = dict(columns)
+
+    def to_pandas(self) -> PandasFrame:
+        """Times are datetime64[ms, UTC].
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        pandas = _installed("pandas")
+        made: dict[str, Any] = {}
+        for name, (kind, values) in self._columns.items():
+            if kind == TIME:
+                made[name] = pandas.Series(np.array(values, dtype="datetime64[ms]")).dt.tz_localize("UTC")
+            elif kind == ANY:
+                made[name] = pandas.Series(values, dtype=None if values else "object")
+            else:
+                made[name] = pandas.Series(values, dtype="str" if kind == TEXT else "float64")
+        frame: PandasFrame = pandas.DataFrame(made)
+        return frame
+
+    def to_polars(self) -> PolarsFrame:
+        """Times are Datetime("ms", "UTC").
+
+        Raises:
+            UserError: polars is not installed.
+        """
+        polars = _installed("polars")
+        stored = {TEXT: polars.String, TIME: polars.Int64, FLOAT: polars.Float64}
+        made = [
+            polars.Series(name, values, strict=False)
+            if kind == ANY
+            else polars.Series(name, values, dtype=stored[kind])
+            for name, (kind, values) in self._columns.items()
+        ]
+        frame: PolarsFrame = polars.DataFrame(made)
+        times = [name for name, (kind, _) in self._columns.items() if kind == TIME]
+        return frame.with_columns(polars.col(times).cast(polars.Datetime("ms", "UTC")))
 
 
-def to_polars(trades: Sequence[Trade]) -> PolarsFrame:
-    """One row per trade; `opened_at` and `closed_at` are Datetime("ms", "UTC").
-
-    Raises:
-        UserError: polars is not installed.
-    """
-    polars = _installed("polars")
-    stored = {_TEXT: polars.String, _TIME: polars.Int64, _FLOAT: polars.Float64}
-    frame: PolarsFrame = polars.DataFrame(
-        {name: _values(trades, name, kind) for name, kind in COLUMNS.items()},
-        schema={name: stored[kind] for name, kind in COLUMNS.items()},
+def trades_frame(trades: Sequence[Trade]) -> Frame:
+    """One row per trade."""
+    return Frame(
+        {
+            name: (kind, [getattr(trade, f"{name}_ms" if kind == TIME else name) for trade in trades])
+            for name, kind in _OF_TRADES.items()
+        }
     )
-    times = [name for name, kind in COLUMNS.items() if kind == _TIME]
-    return frame.with_columns(polars.col(times).cast(polars.Datetime("ms", "UTC")))
 
 
-def _values(trades: Sequence[Trade], name: str, kind: str) -> list[Any]:
-    field = f"{name}_ms" if kind == _TIME else name
-    return [getattr(trade, field) for trade in trades]
+def statistics_columns(rows: Sequence[Statistics | None]) -> dict[str, tuple[str, Sequence[Any]]]:
+    """A column per statistic, under the name of its field; N/A is null, and so is all of a row that is None."""
+    return {
+        name: (TEXT if name == "trend" else FLOAT, [getattr(stats, name, None) for stats in rows])
+        for name in (field.name for field in msgspec.structs.fields(Statistics))
+    }
 
 
 def _installed(package: str) -> ModuleType:

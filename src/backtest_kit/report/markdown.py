@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
+from backtest_kit.report.heatmap import symbol_heat_map
 from backtest_kit.report.tables import (
     Table,
     heading,
@@ -16,6 +17,7 @@ from backtest_kit.report.tables import (
 )
 
 if TYPE_CHECKING:
+    from backtest_kit.report.comparison import Comparison
     from backtest_kit.report.result import Results
 
 MAX_PRINTED_TRADES: Final = 250
@@ -27,11 +29,26 @@ def render_markdown(results: Results) -> str:
     lines = [f"# {_escaped(title)}", "", _escaped(where), "", *_table(summary_table(results)), ""]
     for remark in remarks(results):
         lines += [f"{_escaped(remark)}.", ""]
+    if len(results) > 1:
+        lines += ["## Heat map", "", *_table(symbol_heat_map(results).table), ""]
     lines += ["## Statistics", ""]
     lines += [f"- **{label}:** {text}" for label, text in statistic_lines(results)]
     lines += ["", "## By close reason", "", *_table(reason_table(results.trades)), "", "## Trades", ""]
     lines += _trades(results)
     return "\n".join(lines) + "\n"
+
+
+def render_comparison(comparison: Comparison) -> str:
+    title, where = comparison.heading()
+    lines = [f"# {_escaped(title)}", "", _escaped(where), "", *_table(comparison.ranked_table(), texts=2), ""]
+    for remark in comparison.remarks():
+        lines += [f"{_escaped(remark)}.", ""]
+    if comparison.failures():
+        lines += [*(f"- {_escaped(failure)}" for failure in comparison.failures()), ""]
+    heat = comparison.heat_map()
+    if heat.table.rows:
+        lines += ["## Statistics", "", *_table(heat.table)]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _trades(results: Results) -> list[str]:
@@ -46,9 +63,10 @@ def _trades(results: Results) -> list[str]:
     return lines + _grid([column.label for column in columns], [column.numeric for column in columns], rows)
 
 
-def _table(table: Table) -> list[str]:
+def _table(table: Table, *, texts: int = 1) -> list[str]:
+    """A table whose first columns, `texts` of them, are left-aligned."""
     total = [[f"**{_escaped(cell)}**" for cell in table.total]] if table.total else []
-    numeric = [False] + [True] * (len(table.header) - 1)
+    numeric = [column >= texts for column in range(len(table.header))]
     return _grid(table.header, numeric, table.rows) + [_row(cells) for cells in total]
 
 

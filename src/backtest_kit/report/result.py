@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 from urllib.parse import quote
@@ -19,17 +18,18 @@ from backtest_kit.persist.atomic import write_atomic
 from backtest_kit.report import frames
 from backtest_kit.report.markdown import render_markdown
 from backtest_kit.report.statistics import Statistics, statistics_of
-from backtest_kit.report.tables import heading, remarks, signed_percent, summary_table
+from backtest_kit.report.tables import by_sharpe, heading, remarks, summary_table
+from backtest_kit.report.wording import signed_percent
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from backtest_kit.report.frames import PandasFrame, PolarsFrame
+    from backtest_kit.report.frames import Frame, PandasFrame, PolarsFrame
 
 _LONGEST_NAME = 150
 
 
-class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True):
+class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True, rename="camel"):
     """One strategy on one market over one frame."""
 
     symbol: str
@@ -64,11 +64,11 @@ class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=T
 
     def to_pandas(self) -> PandasFrame:
         """As `Results.to_pandas`, oldest position first."""
-        return frames.to_pandas(self.trades)
+        return frames.trades_frame(self.trades).to_pandas()
 
     def to_polars(self) -> PolarsFrame:
         """As `Results.to_polars`, oldest position first."""
-        return frames.to_polars(self.trades)
+        return frames.trades_frame(self.trades).to_polars()
 
     def to_markdown(self) -> str:
         """As `Results.to_markdown`."""
@@ -81,6 +81,10 @@ class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=T
     def save_html(self, path: str | Path | None = None) -> Path:
         """As `Results.save_html`."""
         return Results((self,)).save_html(path)
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """As `Results.save`."""
+        return Results((self,)).save(path)
 
     def __str__(self) -> str:
         return str(Results((self,)))
@@ -115,7 +119,7 @@ class Results(Sequence[BacktestResult]):
         Raises:
             UserError: pandas is not installed.
         """
-        return frames.to_pandas(self.trades)
+        return frames.trades_frame(self.trades).to_pandas()
 
     def to_polars(self) -> PolarsFrame:
         """A polars frame with the rows and columns of `to_pandas`.
@@ -123,7 +127,7 @@ class Results(Sequence[BacktestResult]):
         Raises:
             UserError: polars is not installed.
         """
-        return frames.to_polars(self.trades)
+        return frames.trades_frame(self.trades).to_polars()
 
     def to_markdown(self) -> str:
         """The report as Markdown: the newest 250 trades, statistics of all."""
@@ -153,43 +157,60 @@ class Results(Sequence[BacktestResult]):
 
         return self._save(render_html(self), path, ".html")
 
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write the results themselves as one JSON file, for `load`, and return where. Blocks on the disk.
+
+        Without a path it is `{report_path}/{strategy_name}.json`.
+
+        Raises:
+            UserError: as `save_markdown`.
+            OutOfSpace, RetryLater: as `save_markdown`.
+        """
+        from backtest_kit.report.saved import dump_results
+
+        return self._save(dump_results(self), path, ".json")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """The results that `save` wrote. Blocks on the disk.
+
+        Raises:
+            UserError: there is no such file, or it holds something else.
+            Damaged: the file was cut, changed, or is of a newer version. It stays as it is.
+            RetryLater: it could not be read.
+        """
+        from backtest_kit.report.saved import load_results
+
+        return cls(load_results(Path(path)))
+
+    def statistics_frame(self) -> Frame:
+        """Every statistic of every result, for `.to_pandas()` or `.to_polars()`: the numbers of the heat map.
+
+        Columns: symbol, strategy_name, then the fields of `Statistics`; the best Sharpe ratio first, N/A is null.
+        """
+        rows = by_sharpe(self)
+        return frames.Frame(
+            {
+                "symbol": (frames.TEXT, [result.symbol for result in rows]),
+                "strategy_name": (frames.TEXT, [result.strategy_name for result in rows]),
+                **frames.statistics_columns([result.stats for result in rows]),
+            }
+        )
+
     def remarks(self) -> list[str]:
         """What to know before the figures are trusted, a sentence each: positions cut off, minutes filled."""
         return remarks(self)
 
     def table(self) -> Table:
         """One row per result, best Sharpe ratio first, and a total, for a rich console."""
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
+        from backtest_kit.report.console import rich_table
 
-        content = summary_table(self)
-        table = Table(
-            title=Text("\n".join(heading(self))),
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            show_footer=True,
-            collapse_padding=True,
-            pad_edge=False,
-        )
-        for column, label in enumerate(content.header):
-            footer = Text(content.total[column] if content.total else "")
-            table.add_column(Text(label), footer, justify="right" if column else "left", no_wrap=not column)
-        for row in content.rows:
-            table.add_row(*(Text(cell) for cell in row))
-        return table
+        return rich_table(summary_table(self), heading(self))
 
     def __str__(self) -> str:
-        from rich import box
-        from rich.console import Console
+        from backtest_kit.report.console import plain_text
 
-        table = self.table()
-        # A terminal or a redirected file may know no box-drawing characters.
-        table.box = box.ASCII2
-        console = Console(file=StringIO(), width=120, color_system=None, force_terminal=False, legacy_windows=False)
-        with console.capture() as captured:
-            console.print(table)
-        return captured.get().rstrip("\n")
+        return plain_text(self.table())
 
     def __repr__(self) -> str:
         return f"Results({len(self)} results: {_in_short(self.stats)})"
@@ -204,12 +225,8 @@ class Results(Sequence[BacktestResult]):
     def __getitem__(self, index: int | slice) -> BacktestResult | Results:
         return Results(self._results[index]) if isinstance(index, slice) else self._results[index]
 
-    def _save(self, text: str, path: str | Path | None, suffix: str) -> Path:
-        target = self._default_path(suffix) if path is None else Path(path)
-        if target.is_dir():
-            raise UserError(f"{target} is a directory: give the name of a file, such as {target / f'report{suffix}'}")
-        write_atomic(target, text.encode(errors="backslashreplace"))
-        return target
+    def _save(self, content: str | bytes, path: str | Path | None, suffix: str) -> Path:
+        return write_report(self._default_path(suffix) if path is None else Path(path), content, suffix)
 
     def _default_path(self, suffix: str) -> Path:
         names = sorted({result.strategy_name for result in self._results})
@@ -218,14 +235,27 @@ class Results(Sequence[BacktestResult]):
                 f"the results are of {len(names)} strategies ({', '.join(names) or 'no results'}): "
                 "say where to save them with path="
             )
-        return self._results[0].report_path / f"{_file_name(names[0])}{suffix}"
+        return self._results[0].report_path / f"{file_name(names[0])}{suffix}"
+
+
+def write_report(path: Path, content: str | bytes, suffix: str) -> Path:
+    """Write a report and return where.
+
+    Raises:
+        UserError: the path is a directory.
+        OutOfSpace, RetryLater: it could not be written; what was there before is untouched.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: give the name of a file, such as {path / f'report{suffix}'}")
+    write_atomic(path, content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+    return path
 
 
 def _in_short(stats: Statistics) -> str:
     return f"{stats.total_count} trades, {signed_percent(stats.total_pnl)}"
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
     """A file name for any text: it never leaves its directory, and two texts never share one."""
     escaped = quote(name, safe=" ", errors="surrogatepass")
     if len(escaped) > _LONGEST_NAME:

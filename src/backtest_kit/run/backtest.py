@@ -22,7 +22,7 @@ from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.replay import Control, Gaps, Job, Replay
 from backtest_kit.run.risk import RiskBook, RiskSeat
-from backtest_kit.run.schema import Registry, check_name
+from backtest_kit.run.schema import Registry, StrategySchema, check_name
 from backtest_kit.settings import Settings
 
 if TYPE_CHECKING:
@@ -57,15 +57,18 @@ class _Announced:
 class BacktestHandle:
     """A backtest that runs in the background. `await` it for its result."""
 
-    __slots__ = ("_control", "_job", "_task")
+    __slots__ = ("_control", "_job", "task")
+
+    task: asyncio.Task[BacktestResult]
+    """The task that runs it."""
 
     def __init__(self, job: Job, control: Control, task: asyncio.Task[BacktestResult]) -> None:
         self._job = job
         self._control = control
-        self._task = task
+        self.task = task
 
     def __await__(self) -> Generator[Any, None, BacktestResult]:
-        return self._task.__await__()
+        return self.task.__await__()
 
     @property
     def symbol(self) -> str:
@@ -74,14 +77,14 @@ class BacktestHandle:
     @property
     def progress(self) -> float:
         """How much of the frame is behind it, 0 to 1."""
-        if self._task.done():
+        if self.task.done():
             return 1.0
         frame = self._job.frame
         return (self._control.when_ms - frame.start_ms) / (frame.stop_ms - frame.start_ms)
 
     def done(self) -> bool:
         """Whether it has ended: by itself, stopped, or by an error."""
-        return self._task.done()
+        return self.task.done()
 
     def stop(self) -> None:
         """Open nothing more: a resting entry is cancelled, an open position is carried to its end."""
@@ -89,7 +92,7 @@ class BacktestHandle:
 
     def cancel(self) -> None:
         """End it at once and leave what is open as it is; whoever awaits it gets `asyncio.CancelledError`."""
-        self._task.cancel()
+        self.task.cancel()
 
     def pause(self) -> None:
         """Ask the strategy for nothing until `resume`; what is open or resting goes on."""
@@ -117,7 +120,7 @@ class BacktestRunner:
         report_path: Callable[[], Path],
     ) -> None:
         self._registry = registry
-        self._feeds = feeds
+        self.feeds = feeds
         self._bus = bus
         self._cron = cron
         self._risks = RiskBook()
@@ -145,7 +148,7 @@ class BacktestRunner:
             UserError: bad names, options, candles or signals.
             Exception: whatever the strategy raises, with its own traceback.
         """
-        job = self._job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
+        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
         async with aclosing(self._replay(job, Control(job.frame.start_ms), self._announce(job))) as events:
             async for event in events:
                 yield event
@@ -165,7 +168,10 @@ class BacktestRunner:
         Raises:
             UserError: bad names or options, or no event loop runs in this thread.
         """
-        job = self._job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
+        return self.start(self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps))
+
+    def start(self, job: Job) -> BacktestHandle:
+        """Start a resolved backtest on the running event loop, as `background` does."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -173,7 +179,8 @@ class BacktestRunner:
                 "Backtest.background needs a running event loop: call it inside an async function, or use run_sync"
             ) from None
         control, announced = Control(job.frame.start_ms), self._announce(job)
-        task = loop.create_task(self._collect(job, control, announced), name=f"backtest {strategy_name} {symbol}")
+        name = f"backtest {job.identity.strategy_name} {job.identity.symbol}"
+        task = loop.create_task(self._collect(job, control, announced), name=name)
         # A task that is cancelled before its first step never reaches its own clean-up.
         task.add_done_callback(lambda _: announced.take_back())
         return BacktestHandle(job, control, task)
@@ -189,13 +196,13 @@ class BacktestRunner:
         gaps: Gaps = "error",
     ) -> BacktestResult:
         """Run a backtest to its end and return its result. Arguments and errors as for `run`."""
-        job = self._job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
+        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
         return run_blocking(lambda: self._collect(job, Control(job.frame.start_ms), self._announce(job)))
 
     async def _replay(self, job: Job, control: Control, announced: _Announced) -> AsyncGenerator[Event, None]:
         """The events of a run, and to its listeners also how it ended."""
         try:
-            async with self._feeds.use(job.identity.exchange_name, job.settings) as feed:
+            async with self.feeds.use(job.identity.exchange_name, job.settings) as feed:
                 replay = Replay(job, control, feed, self._bus, self._cron, announced.seat)
                 async with aclosing(replay.events()) as events:
                     async for event in events:
@@ -237,7 +244,20 @@ class BacktestRunner:
             show_note=job.settings.CC_REPORT_SHOW_SIGNAL_NOTE,
         )
 
-    def _job(self, symbol: str, strategy_name: str, exchange_name: str, frame_name: str, fill: Fill, gaps: Gaps) -> Job:
+    def job(
+        self,
+        symbol: str,
+        strategy: str | StrategySchema,
+        exchange_name: str,
+        frame_name: str,
+        fill: Fill = "vwap",
+        gaps: Gaps = "error",
+    ) -> Job:
+        """One backtest, resolved: of a registered strategy, or of a schema that is registered nowhere.
+
+        Raises:
+            UserError: bad names or options.
+        """
         check_name("symbol", symbol)
         if fill not in _FILLS:
             raise UserError(f"fill is {fill!r}: use one of {', '.join(_FILLS)}")
@@ -245,13 +265,14 @@ class BacktestRunner:
             raise UserError(f"gaps is {gaps!r}: use one of {', '.join(_GAPS)}")
         settings = self._settings()
         self._registry.exchanges.get(exchange_name)
-        strategy = self._registry.strategies.get(strategy_name)
+        if isinstance(strategy, str):
+            strategy = self._registry.strategies.get(strategy)
         frame = self._registry.frames.get(frame_name)
         newest = floor_ms(self._now_ms(), MINUTE_MS)
         if frame.start_ms >= newest:
             raise UserError(f"frame {frame.name!r} starts at {iso(frame.start_ms)}, which is yet to come")
         frame = msgspec.structs.replace(frame, stop_ms=min(frame.stop_ms, newest))
-        identity = Identity(symbol, strategy_name, exchange_name, frame_name, "backtest")
+        identity = Identity(symbol, strategy.name, exchange_name, frame_name, "backtest")
         return Job(
             identity=identity,
             strategy=strategy,

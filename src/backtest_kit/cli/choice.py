@@ -1,0 +1,106 @@
+"""What a command runs: the user's file, and out of it an exchange and a frame."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from backtest_kit import default_kit, sources
+from backtest_kit.cli.strategy_file import load_strategy_file
+from backtest_kit.errors import UserError
+from backtest_kit.market.sources import CandleSource
+from backtest_kit.model.interval import MINUTE_MS, iso
+
+
+class Choice(NamedTuple):
+    """Names that are registered in the default kit."""
+
+    strategies: list[str]
+    exchange: str
+    frame: str
+
+
+def choose(
+    strategy_file: Path,
+    symbol: str,
+    *,
+    frame: str | None,
+    candles: str | None,
+    dump: Path,
+    exchange_name: str | None,
+) -> Choice:
+    """Load the file and settle what it leaves open.
+
+    Raises:
+        UserError: it registers too little, or too much to choose from; or `dump` cannot be written to.
+    """
+    kit = default_kit
+    _make_dump(dump)
+    kit.dump = dump
+    load_strategy_file(strategy_file)
+    strategies = [each.name for each in kit.list_strategy_schemas()]
+    if not strategies:
+        pick("strategy", None, strategies, strategy_file)
+    known = {each.name: each.source for each in kit.list_exchange_schemas()}
+    exchange = (
+        "file" if candles is not None and not known else pick("exchange", exchange_name, list(known), strategy_file)
+    )
+    if known and exchange not in known:
+        raise UserError(f"exchange {exchange!r} is not registered (registered: {', '.join(known)})")
+    if candles is not None:
+        known[exchange] = _file_source(candles)
+        kit.add_exchange_schema(exchange, source=known[exchange], replace=True)
+    return Choice(strategies, exchange, _frame(frame, known[exchange], symbol, strategy_file))
+
+
+def pick(kind: str, asked: str | None, registered: Sequence[str], strategy_file: Path) -> str:
+    if asked is not None:
+        return asked
+    if len(registered) == 1:
+        return registered[0]
+    if not registered:
+        raise UserError(
+            f"strategy file {strategy_file} registers no {kind}: call backtest_kit.add_{kind}_schema in it"
+            + (", or give --candles FILE" if kind == "exchange" else "")
+        )
+    raise UserError(f"strategy file {strategy_file} registers several: choose with --{kind} {' or '.join(registered)}")
+
+
+def _make_dump(dump: Path) -> None:
+    """Find out before the work, not after it, that its reports have no place."""
+    try:
+        (dump / "backtest").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--dump {dump} cannot be written to ({error.strerror}): name another directory") from None
+
+
+def _file_source(candles: str) -> CandleSource:
+    if candles.endswith(".parquet"):
+        return sources.parquet(candles)
+    return sources.csv(candles)
+
+
+def _frame(asked: str | None, source: CandleSource, symbol: str, strategy_file: Path) -> str:
+    """The name of the frame to replay; a range of dates is registered under its own text."""
+    kit = default_kit
+    registered = [each.name for each in kit.list_frame_schemas()]
+    if asked is None and len(registered) == 1:
+        return registered[0]
+    if asked is None:
+        there = asyncio.run(source.range(symbol))
+        lead_ms = kit.get_config().CC_AVG_PRICE_CANDLES_COUNT * MINUTE_MS
+        example = "2022-01-01..2022-02-01" if there is None else f"{iso(there[0] + lead_ms)}..{iso(there[1])}"
+        known = f"choose with --frame {' or '.join(registered)}, or give" if registered else "give"
+        raise UserError(
+            f"which frame? Strategy file {strategy_file} registers {len(registered)}: "
+            f"{known} two dates such as --frame {example}"
+        )
+    if ".." in asked and asked not in registered:
+        start, _, end = asked.partition("..")
+        kit.add_frame_schema(asked, start_date=start, end_date=end)
+    elif asked not in registered:
+        known = f"{', '.join(registered)}, or " if registered else ""
+        raise UserError(f"frame {asked!r} is not registered: give {known}two dates such as 2022-01-01..2022-02-01")
+    return asked

@@ -1,0 +1,66 @@
+"""The options that several commands share, each described once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+StrategyFile = Annotated[
+    Path, typer.Argument(metavar="STRATEGY.py", help="Your Python file; it calls backtest_kit.add_strategy_schema.")
+]
+Symbols = Annotated[
+    list[str], typer.Option("--symbol", "-s", help="What to trade; several by commas, or give the option again.")
+]
+Frame = Annotated[
+    str | None,
+    typer.Option(
+        "--frame",
+        "-f",
+        metavar="NAME|START..END",
+        help="A frame that the file registers, or two dates such as 2022-01-01..2022-02-01. "
+        "Default: the only frame of the file.",
+    ),
+]
+Candles = Annotated[
+    str | None,
+    typer.Option(
+        "--candles",
+        "-c",
+        metavar="FILE",
+        help="Take 1-minute candles from a .csv, .csv.gz or .parquet file instead of the exchange of the "
+        "strategy file; '{symbol}' in the name stands for the symbol.",
+    ),
+]
+GapRule = Annotated[
+    str, typer.Option("--gaps", metavar="error|fill", help="Missing minutes: refuse, or fill with flat candles.")
+]
+FillModel = Annotated[
+    str,
+    typer.Option(
+        "--fill", metavar="vwap|ohlc", help="Touch levels by the average price, or by the wicks (stop first)."
+    ),
+]
+Dump = Annotated[
+    Path, typer.Option("--dump", "-d", metavar="DIR", help="Where candles are cached and reports are written.")
+]
+Exchange = Annotated[
+    str | None, typer.Option("--exchange", metavar="NAME", help="Which exchange, if the file registers several.")
+]
+Trades = Annotated[int, typer.Option("--trades", min=0, metavar="N", help="How many of the last trades to print.")]
+StoreUrl = Annotated[
+    str,
+    typer.Option("--store", envvar="CC_STORE", metavar="URL", help="Which store: file:DIR or sqlite:FILE."),
+]
+DEFAULT_STORE = "file:./dump"
+Namespace = Annotated[
+    str, typer.Option("--namespace", metavar="NAME", help="Such as paper; without it, the records of live trading.")
+]
+ContractName = Annotated[str, typer.Argument(help="Such as signal, risk or log; `store du` shows which there are.")]
+QuarantinePath = Annotated[str, typer.Argument(help="The path that `store quarantine list` shows.")]
+
+
+def separated(given: list[str]) -> list[str]:
+    """The values of an option that is given several times, or once with commas, or both."""
+    return [each.strip() for text in given for each in text.split(",")]

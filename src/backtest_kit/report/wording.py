@@ -1,0 +1,139 @@
+"""How every figure is called and written, each decided once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+from backtest_kit.report.statistics import Statistics
+
+NOT_AVAILABLE: Final = "N/A"
+
+
+def price(value: float) -> str:
+    """A price with the decimals its size asks for: 2 from 1 up, 4 from 0.1, 6 from 0.01, else 8."""
+    return number(value, price_decimals(value))
+
+
+def price_decimals(value: float) -> int:
+    size = abs(value)
+    return 2 if size >= 1 or size == 0 else 4 if size >= 0.1 else 6 if size >= 0.01 else 8
+
+
+def money(value: float | None) -> str:
+    return number(value, 2, signed=True)
+
+
+def signed_percent(value: float | None) -> str:
+    return _with_unit(number(value, 2, signed=True))
+
+
+def percent(value: float | None) -> str:
+    return _with_unit(number(value, 2))
+
+
+def ratio(value: float | None) -> str:
+    return number(value, 3)
+
+
+def minutes(value: float | None) -> str:
+    return number(value, 1)
+
+
+def _negated_percent(value: float | None) -> str:
+    return percent(None if value is None else -value)
+
+
+def _share(value: float | None) -> str:
+    return percent(None if value is None else value * 100)
+
+
+def _plain(value: object) -> str:
+    return NOT_AVAILABLE if value is None else str(value)
+
+
+def number(value: float | None, decimals: int, *, signed: bool = False) -> str:
+    if value is None or not math.isfinite(value):
+        return NOT_AVAILABLE
+    rounded = round(value, decimals) + 0.0  # adding 0.0 turns -0.0 into 0.0
+    return f"{'+' if signed and rounded > 0 else ''}{rounded:.{decimals}f}"
+
+
+def _with_unit(text: str) -> str:
+    return text if text == NOT_AVAILABLE else f"{text} %"
+
+
+class Line(NamedTuple):
+    """One statistic of a report."""
+
+    label: str
+    field: str
+    text: Callable[[Any], str]
+    short: str
+    """Heading of its column in a table; it carries the unit, the cells do not."""
+    neutral: float | None = None
+    """What is neither good nor bad, where the statistic knows such a value."""
+    lower_is_better: bool = False
+
+    def of(self, stats: Statistics) -> str:
+        """The statistic with its unit."""
+        return self.text(getattr(stats, self.field))
+
+    def cell(self, stats: Statistics) -> str:
+        """The statistic without its unit."""
+        return self.of(stats).removesuffix(" %")
+
+
+STATISTIC_LINES: Final = (
+    Line("Trades", "total_count", _plain, "Trades"),
+    Line("Wins", "win_count", _plain, "Wins"),
+    Line("Losses", "loss_count", _plain, "Losses", lower_is_better=True),
+    Line("Win rate", "win_rate", percent, "Win rate %", neutral=50),
+    Line("Average PnL", "avg_pnl", signed_percent, "Avg PnL %", neutral=0),
+    Line("Total PnL", "total_pnl", signed_percent, "Total PnL %", neutral=0),
+    Line("Median PnL", "median_pnl", signed_percent, "Median PnL %", neutral=0),
+    Line("Standard deviation", "std_dev", percent, "Std dev %", lower_is_better=True),
+    Line("Sharpe ratio", "sharpe_ratio", ratio, "Sharpe", neutral=0),
+    Line("Annualized Sharpe ratio", "annualized_sharpe_ratio", ratio, "Annual Sharpe", neutral=0),
+    Line("Sortino ratio", "sortino_ratio", ratio, "Sortino", neutral=0),
+    Line("Calmar ratio", "calmar_ratio", ratio, "Calmar", neutral=0),
+    Line("Recovery factor", "recovery_factor", ratio, "Recovery", neutral=0),
+    Line("Certainty ratio", "certainty_ratio", ratio, "Certainty", neutral=1),
+    Line("Profit factor", "profit_factor", ratio, "Profit factor", neutral=1),
+    Line("Expectancy", "expectancy", signed_percent, "Expectancy %", neutral=0),
+    Line("Expected yearly returns", "expected_yearly_returns", signed_percent, "Yearly %", neutral=0),
+    Line("Equity at the end", "equity_final", ratio, "Equity", neutral=1),
+    Line("Max drawdown", "max_drawdown", _negated_percent, "Max DD %", neutral=0, lower_is_better=True),
+    Line("Span (days)", "span_days", minutes, "Days"),
+    Line("Trades per year", "trades_per_year", minutes, "Trades/year"),
+    Line("Average win", "avg_win", signed_percent, "Avg win %"),
+    Line("Average loss", "avg_loss", signed_percent, "Avg loss %"),
+    Line("Longest win streak", "max_win_streak", _plain, "Win streak"),
+    Line("Longest loss streak", "max_loss_streak", _plain, "Loss streak", lower_is_better=True),
+    Line("Average win streak PnL", "avg_consecutive_win_pnl", signed_percent, "Win streak %"),
+    Line("Average loss streak PnL", "avg_consecutive_loss_pnl", signed_percent, "Loss streak %"),
+    Line("Average peak PnL", "avg_peak_pnl", signed_percent, "Avg peak %"),
+    Line("Average fall PnL", "avg_fall_pnl", signed_percent, "Avg fall %"),
+    Line("Highest peak PnL", "peak_profit_pnl", signed_percent, "Peak %"),
+    Line("Deepest fall PnL", "max_drawdown_pnl", signed_percent, "Fall %"),
+    Line("Average duration (min)", "avg_duration", minutes, "Avg min"),
+    Line("Average win duration (min)", "avg_win_duration", minutes, "Avg win min"),
+    Line("Average loss duration (min)", "avg_loss_duration", minutes, "Avg loss min"),
+)
+"""Every statistic but the price profile, which only one market has."""
+
+PROFILE_LINES: Final = (
+    Line("Trend", "trend", _plain, "Trend"),
+    Line("Trend strength per day", "trend_strength", signed_percent, "Trend %/day", neutral=0),
+    Line("Trend confidence (R²)", "trend_confidence", ratio, "Trend R²"),
+    Line("Median step", "median_step_size", percent, "Step %"),
+    Line("Buyer pressure", "buyer_pressure", _share, "Buyers %"),
+    Line("Seller pressure", "seller_pressure", _share, "Sellers %"),
+    Line("Buyer strength", "buyer_strength", _share, "Buyer strength %"),
+    Line("Seller strength", "seller_strength", _share, "Seller strength %"),
+    Line("Pressure imbalance", "pressure_imbalance", ratio, "Imbalance", neutral=0),
+)
+
+STATISTICS: Final = {line.field: line for line in (*STATISTIC_LINES, *PROFILE_LINES)}
+"""Every statistic by the name of its field."""
