@@ -4,7 +4,9 @@
 
 The workload stands in `peers/workload.py`. Each peer is installed, once, into a virtual environment of its
 own under `benchmarks/.venvs`. Every system is one process that is warm before the first round counts; rounds
-go from system to system, three runs each, so that drift hits all alike; figures are medians. Backtest Kit is measured as a whole (candles read from
+go from system to system, three runs each, so that drift hits all alike; figures are medians.
+
+Backtest Kit is measured as a whole (candles read from
 the file cache, checked, replayed, results made) and without what it takes to load the candles.
 """
 
