@@ -33,13 +33,11 @@ class Wish:
 class Held:
     """A resting entry (`opened` is None) or a position. Levels, entries and partials may be changed while it lasts."""
 
-    side: str
+    wish: Wish
+    scheduled: int
     open: float
     take: float
     stop: float
-    minutes: float
-    id: str | None
-    scheduled: int
     entries: list[tuple[float, float]]  # (price, cost)
     opened: int | None = None
     partials: list[tuple[float, float, float, int]] = field(default_factory=list)
@@ -48,7 +46,7 @@ class Held:
     fall: tuple[float, float] = (0, 0)
 
     def __post_init__(self) -> None:
-        self.sign = 1 if self.side == "long" else -1
+        self.sign = 1 if self.wish.side == "long" else -1
 
 
 class Event(NamedTuple):
@@ -76,18 +74,6 @@ class Rules:
     patience: int = 120  # minutes that a resting entry waits
 
 
-class View:
-    """What a strategy is shown at one minute."""
-
-    def __init__(self, market: dict[int, Candle], when: int) -> None:
-        self._market, self.when, self.price = market, when, price_at(market, when)
-
-    def closes(self, minutes: int, count: int) -> list[float]:
-        """The closes of the last `count` candles of so many minutes that have closed."""
-        end = self.when - self.when % (minutes * MINUTE)
-        return [self._market[end - k * minutes * MINUTE - MINUTE].close for k in range(count - 1, -1, -1)]
-
-
 def price_at(market: dict[int, Candle], when: int) -> float:
     """The volume-weighted average of the last five closed minutes; without volume, the mean of their closes."""
     last = [market[when - k * MINUTE] for k in range(5, 0, -1)]
@@ -101,7 +87,8 @@ def price_at(market: dict[int, Candle], when: int) -> float:
 
 def effective_prices(held: Held) -> list[float]:
     """The cost-weighted harmonic mean before each partial, and last the one of now."""
-    prices, cost, quantity, taken = [], 0.0, 0.0, 0
+    prices: list[float] = []
+    cost, quantity, taken = 0.0, 0.0, 0
     for percent, _, basis, count in [*held.partials, (0.0, 0.0, 0.0, len(held.entries))]:
         for price, paid in held.entries[taken:count]:
             cost, quantity = cost + paid, quantity + paid / price
@@ -126,8 +113,16 @@ def pnl(held: Held, price: float, rules: Rules) -> tuple[float, float]:
     return percent, percent / 100 * total
 
 
-def replay(candles: Sequence[Candle], rules: Rules, decide: Callable[[View], Wish | None]) -> list[Event]:
-    """Every event of a run, minute by minute; `candles` are contiguous."""
+def closes(market: dict[int, Candle], when: int, minutes: int, count: int) -> list[float]:
+    """The closes of the last `count` candles of so many minutes that have closed by then."""
+    end = when - when % (minutes * MINUTE)
+    return [market[end - k * minutes * MINUTE - MINUTE].close for k in range(count - 1, -1, -1)]
+
+
+def replay(
+    candles: Sequence[Candle], rules: Rules, decide: Callable[[dict[int, Candle], int, float], Wish | None]
+) -> list[Event]:
+    """Every event of a run over contiguous candles; `decide` is given all of them, the minute and its price."""
     market = {candle.timestamp: candle for candle in candles}
     events: list[Event] = []
     held: Held | None = None
@@ -140,45 +135,37 @@ def replay(candles: Sequence[Candle], rules: Rules, decide: Callable[[View], Wis
             if slot == used_slot or (when - rules.start) % rules.grid or when == rules.stop:
                 continue
             used_slot = slot
-            view = View(market, when)
-            wish = decide(view)
+            price = price_at(market, when)
+            wish = decide(market, when, price)
             if wish is not None and (wish.id is None or wish.id != last_id):
-                held = _admit(wish, view, rules, events)
+                at = price if wish.open is None else wish.open
+                held = Held(wish, when, at, wish.take, wish.stop, [(at, wish.cost)])
+                now = held.sign * price <= held.sign * at
+                events.append(_open(held, when, rules) if now else Event("scheduled", when, wish.side, at))
             continue
         event = (_rest if held.opened is None else _hold)(held, market, when, rules)
         if event is not None:
             events.append(event)
             if event.kind != "opened":
-                held, last_id = None, held.id
+                last_id, held = held.wish.id, None
     return events
-
-
-def _admit(wish: Wish, view: View, rules: Rules, events: list[Event]) -> Held:
-    sign = 1 if wish.side == "long" else -1
-    at = view.price if wish.open is None else wish.open
-    held = Held(wish.side, at, wish.take, wish.stop, wish.minutes, wish.id, view.when, [(at, wish.cost)])
-    if sign * view.price <= sign * at:
-        events.append(_open(held, view.when, rules))
-    else:
-        events.append(Event("scheduled", view.when, held.side, at))
-    return held
 
 
 def _open(held: Held, when: int, rules: Rules) -> Event:
     held.opened = when
     held.peak, held.fall = (held.open, 0.0), (held.open, pnl(held, held.open, rules)[0])
-    return Event("opened", when, held.side, held.open)
+    return Event("opened", when, held.wish.side, held.open)
 
 
 def _rest(held: Held, market: dict[int, Candle], when: int, rules: Rules) -> Event | None:
     last = market[when - MINUTE]
-    reached = held.sign * (last.low if held.side == "long" else last.high)
+    reached = held.sign * (last.low if held.wish.side == "long" else last.high)
     if when - held.scheduled >= rules.patience * MINUTE:
-        return Event("cancelled", when, held.side, held.open, "timeout")
+        return Event("cancelled", when, held.wish.side, held.open, "timeout")
     if reached <= held.sign * held.stop:
-        return Event("cancelled", when, held.side, held.open, "price_reject")
+        return Event("cancelled", when, held.wish.side, held.open, "price_reject")
     if when == rules.stop:
-        return Event("cancelled", when, held.side, held.open, "frame_end")
+        return Event("cancelled", when, held.wish.side, held.open, "frame_end")
     return _open(held, when, rules) if reached <= held.sign * held.open else None
 
 
@@ -187,7 +174,7 @@ def _hold(held: Held, market: dict[int, Candle], when: int, rules: Rules) -> Eve
     price, last, sign = price_at(market, when), market[when - MINUTE], held.sign
     best, worst = (price, price) if rules.fill == "vwap" else (last.high, last.low)[::sign]
     reason, at = "", price
-    if when - held.opened >= held.minutes * MINUTE:
+    if when - held.opened >= held.wish.minutes * MINUTE:
         reason = "time_expired"
     elif sign * worst <= sign * held.stop:
         reason, at = "stop_loss", held.stop
@@ -202,7 +189,7 @@ def _hold(held: Held, market: dict[int, Candle], when: int, rules: Rules) -> Eve
     if reason:
         percent, money = pnl(held, at, rules)
         extremes = held.peak[1], held.fall[1]
-        return Event("closed", when, held.side, at, reason, percent, money, *extremes, held.opened)
+        return Event("closed", when, held.wish.side, at, reason, percent, money, *extremes, held.opened)
     entry = effective_prices(held)[-1]
     if sign * price > max(sign * entry, sign * held.peak[0]):
         held.peak = price, pnl(held, price, rules)[0]
