@@ -210,3 +210,22 @@ async def test_random_strategies_on_real_candles(tmp_path: Path, name: str, stre
     first = 100_000 + (REAL.index(name) * REAL_STRETCHES + stretch) * STRATEGIES
     seen = await compare(tmp_path, real_market(name, stretch), fill, range(first, first + STRATEGIES))
     assert {("opened", ""), ("scheduled", ""), ("closed", "time_expired")} <= seen
+
+
+@pytest.mark.parametrize(
+    ("side", "entries", "partials", "price", "percent", "money"),
+    [
+        ("long", [(100, 100)], [], 101, 0.597403596404, 0.597403596404),
+        ("short", [(100, 100)], [], 99, 0.602603603604, 0.602603603604),
+        ("long", [(100, 100)], [], 100, -0.399600399600, -0.3996004),
+        ("long", [(100, 100), (80, 100)], [], 100, 12.062949550450, 24.1258991009),
+        ("long", [(100, 100)], [(50, 110, 100, 1)], 120, 14.555459540460, 14.5554595405),
+        ("long", [(100, 100), (90, 200)], [(50, 110, 100, 1)], 100, 8.647287712288, 25.9418631369),
+        ("short", [(100, 100), (110, 100)], [(25, 95, 200, 2)], 105, 1.765176426426, 3.5303528529),
+    ],
+)
+def test_the_reference_earns_what_was_worked_out_by_hand(
+    side: str, entries: Any, partials: Any, price: float, percent: float, money: float
+) -> None:
+    held = ref.Held(ref.Wish(side, 0, 0), 0, entries[0][0], 0, 0, entries, partials=partials)
+    assert ref.pnl(held, price, ref.Rules(0, 0)) == pytest.approx((percent, money), abs=1e-9)
