@@ -66,8 +66,8 @@ def main() -> None:
     print(f"before {before:.1f} MB; candles loaded {loaded:.1f} MB; highest ever {peak_mb():.1f} MB")
     for spell in range(SPELLS):
         stop = START + (spell + 1) * (STOP - START) // SPELLS
-        highest = max(mb for when, mb in readings if when <= stop)
-        print(f"until month {spell + 1:2}: at most {highest - loaded:+.2f} MB since the candles were loaded")
+        now = [mb for when, mb in readings if when <= stop][-1]
+        print(f"after month {spell + 1:2}: {now:.1f} MB, {now - loaded:+.2f} MB since the candles were loaded")
 
 
 def peak_mb() -> float:
