@@ -204,3 +204,24 @@ async def test_a_live_run_appends_minute_by_minute(make_candles: Make, source_of
     assert grown.candles == whole.candles
     assert np.array_equal(grown.prices, whole.prices, equal_nan=True)
     assert grown.stop_ms == minutes(59)
+
+
+@pytest.mark.parametrize("price_window", [1, 2, 5, 40])
+@pytest.mark.parametrize("older", [1, 4, 100])
+@pytest.mark.parametrize("newer", [1, 4, 100])
+async def test_prices_do_not_depend_on_how_the_candles_came(
+    make_candles: Make, source_of: Any, price_window: int, older: int, newer: int
+) -> None:
+    held = make_candles(older + 60 + newer)
+    history = await History.load(
+        feed_of(source_of(held)),
+        "BTCUSDT",
+        minutes(older + price_window),
+        minutes(older + 60),
+        price_window=price_window,
+    )
+    assert len(history.candles) == 60
+    await history.extend(minutes(older + 60 + newer))
+    await history.window("1m", older + 1, minutes(older + 1))
+    assert history.candles == held
+    assert np.array_equal(history.prices, vwap(held, price_window), equal_nan=True)

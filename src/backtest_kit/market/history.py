@@ -41,7 +41,7 @@ class History:
         self._price_window: Final = price_window
         self._moving = asyncio.Lock()
         self._begins = False
-        self._set(loaded.candles)
+        self._set(loaded.candles, vwap(loaded.candles, price_window))
 
     @classmethod
     async def load(
@@ -148,7 +148,8 @@ class History:
             if stop_ms > self._stop_ms:
                 loaded = await self._feed.load(self.symbol, self._stop_ms, stop_ms, gaps=self._gaps)
                 self._count(loaded)
-                self._set(CandleSeries.concat((self._candles, loaded.candles)))
+                newer = loaded.candles
+                self._join(self._candles, self._prices, newer, vwap(newer, self._price_window))
 
     async def _prepend(self, start_ms: int) -> None:
         """Reach back to `start_ms` or as far as the data go."""
@@ -163,15 +164,25 @@ class History:
             self._count(older)
             self._begins = not len(older.candles) or int(older.candles.timestamp[0]) > low_ms
             if len(older.candles):
-                self._set(CandleSeries.concat((older.candles, self._candles)))
+                self._join(older.candles, vwap(older.candles, self._price_window), self._candles, self._prices)
 
     def _count(self, loaded: Loaded) -> None:
         self.filled += loaded.filled
         self.fetched += loaded.fetched
 
-    def _set(self, candles: CandleSeries) -> None:
+    def _join(
+        self, older: CandleSeries, older_prices: FloatColumn, newer: CandleSeries, newer_prices: FloatColumn
+    ) -> None:
+        """Put two runs of candles together; only the prices whose window spans both are still to be made."""
+        reach = self._price_window - 1
+        first = max(len(older) - reach, 0)
+        spanning = vwap(CandleSeries.concat((older[first:], newer[:reach])), self._price_window)[len(older) - first :]
+        prices = np.concatenate((older_prices, spanning, newer_prices[len(spanning) :]))
+        self._set(CandleSeries.concat((older, newer)), prices)
+
+    def _set(self, candles: CandleSeries, prices: FloatColumn) -> None:
         self._candles = candles
-        self._prices = vwap(candles, self._price_window)
+        self._prices = prices
         self._prices.flags.writeable = False
         self._first_ms = int(candles.timestamp[0])
         self._stop_ms = int(candles.timestamp[-1]) + MINUTE_MS

@@ -44,9 +44,9 @@ def resample(candles: CandleSeries, step_ms: int, rows: slice = slice(None)) -> 
         raise UserError(f"{candles[rows]!r} cannot be cut into candles of {step_ms} ms: give whole, aligned steps")
     open_, high, low, close = candles.open[rows], candles.high[rows], candles.low[rows], candles.close[rows]
     if size == 1:
-        return CandleSeries(times.copy(), open_.copy(), high.copy(), low.copy(), close.copy(), volume.copy())
+        return CandleSeries.trusted(times.copy(), open_.copy(), high.copy(), low.copy(), close.copy(), volume.copy())
     shape = (-1, size)
-    return CandleSeries(
+    return CandleSeries.trusted(
         times[::size].copy(),
         open_[::size].copy(),
         high.reshape(shape).max(axis=1),
