@@ -10,18 +10,33 @@ merged into one, `00000001-00000007.jsonl`, without it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-import msgspec
 import numpy as np
 
 from backtest_kit.errors import Damaged
-from backtest_kit.persist.codec import NewerSchema, open_envelope, parse, seal_line, unseal_line
+from backtest_kit.persist.backends.file_segments import (
+    LINE,
+    Place,
+    Row,
+    Unsound,
+    hash_of,
+    index_name,
+    join_lines,
+    key_in,
+    last_number,
+    merge,
+    merged_name,
+    read_index,
+    segment_name,
+    segments_of,
+    split_lines,
+    write_index,
+)
+from backtest_kit.persist.codec import NewerSchema, open_envelope, parse, unseal_line
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.files import Disk, LockSet
 from backtest_kit.persist.quarantine import Quarantine
@@ -30,28 +45,6 @@ from backtest_kit.persist.testing.crashpoints import crashpoint
 
 SEGMENT_BYTES: Final = 8 << 20
 """A segment that has reached this size is full. What opening a feed has to parse is at most one of it."""
-SUFFIX: Final = ".jsonl"
-INDEX_SUFFIX: Final = ".index"
-
-_MAGIC: Final = b"BKI1"
-_LINE: Final = np.dtype([("hash", "<u8"), ("tick", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("segment", "<u4")])
-
-
-class _Head(msgspec.Struct):
-    at: int
-    key: dict[str, str | int | bool]
-
-
-_HEAD: Final = msgspec.json.Decoder(_Head)
-
-
-class Place(NamedTuple):
-    """Where one line is."""
-
-    tick: int
-    segment: str
-    offset: int
-    length: int
 
 
 class _Tail:
@@ -60,14 +53,14 @@ class _Tail:
     def __init__(self, number: int) -> None:
         self.number = number
         self.size = 0
-        self.lines: list[tuple[int, int, int, int, int]] = []
+        self.lines: list[Row] = []
         self.last: dict[int, int] = {}
 
     @property
     def name(self) -> str:
-        return f"{self.number:08d}{SUFFIX}"
+        return segment_name(self.number)
 
-    def add(self, line: tuple[int, int, int, int, int]) -> None:
+    def add(self, line: Row) -> None:
         self.last[line[0]] = len(self.lines)
         self.lines.append(line)
 
@@ -78,7 +71,7 @@ class Feed:
     def __init__(
         self, root: str, path: str, contract: Contract, disk: Disk, locks: LockSet, quarantine: Quarantine
     ) -> None:
-        self._root = root
+        self._directory = f"{root}/{path}"
         self.path = path
         self.contract = contract
         self._disk = disk
@@ -91,7 +84,7 @@ class Feed:
 
     def _clear(self) -> None:
         self._names: list[str] = []
-        self._sealed: Any = np.empty(0, _LINE)
+        self._sealed: Any = np.empty(0, LINE)
         self._order: Any = None
         self._blocked: dict[Key, str] = {}
         self._tail = _Tail(1)
@@ -106,14 +99,14 @@ class Feed:
                     self.refresh()
                 with self._guard:
                     self._refuse_blocked(key)
-                    for place in self._candidates(_hash(key)):
+                    for place in self._candidates(hash_of(key)):
                         record = self._read([place])[0]
                         if record.key == key:
                             return record
                     return None
             except _Moved:
                 continue
-            except _Unsound as unsound:
+            except Unsound as unsound:
                 raise self._set_aside(unsound, locked=locked) from None
 
     def places(self) -> list[Place]:
@@ -140,7 +133,7 @@ class Feed:
             except _Moved:
                 now = {place.tick: place for place in self.places()}
                 places = [now[place.tick] for place in places if place.tick in now]
-            except _Unsound as unsound:
+            except Unsound as unsound:
                 raise self._set_aside(unsound, locked=False) from None
 
     def _read(self, places: Sequence[Place]) -> list[Record]:
@@ -149,7 +142,7 @@ class Feed:
             wanted = list(group)
             try:
                 lines = self._disk.read_spans(
-                    f"{self._root}/{self.path}/{segment}", [(place.offset, place.length) for place in wanted]
+                    f"{self._directory}/{segment}", [(place.offset, place.length) for place in wanted]
                 )
             except FileNotFoundError:
                 self.forget()
@@ -158,17 +151,16 @@ class Feed:
                 try:
                     records.append(open_envelope(self.contract, None, parse(unseal_line(line))))
                 except NewerSchema as error:
-                    raise NewerSchema(f"{self._root}/{self.path}/{segment}: {error}") from None
+                    raise NewerSchema(f"{self._directory}/{segment}: {error}") from None
                 except Damaged as error:
-                    raise _Unsound(place, line, str(error)) from None
+                    raise Unsound(segment, place.offset, line, str(error)) from None
         return records
 
-    def _set_aside(self, unsound: _Unsound, *, locked: bool) -> Damaged:
+    def _set_aside(self, unsound: Unsound, *, locked: bool) -> Damaged:
         """Deal with a line of which the index says that it is sound."""
         with contextlib.nullcontext() if locked else self._locks.hold((self.path,)), self._guard:
-            place = unsound.place
-            self._put_aside(place.segment, place.offset, unsound.line, unsound.reason)
-            self._disk.discard(f"{self._root}/{self.path}/{_index_name(place.segment)}")
+            self._put_aside(unsound)
+            self._disk.discard(f"{self._directory}/{index_name(unsound.segment)}")
             self._loaded = False
             return self._unreported.pop()
 
@@ -204,7 +196,7 @@ class Feed:
             if self._tail.size >= SEGMENT_BYTES:
                 self._seal()
                 due = 2 * int(self._newest().sum()) < len(self._sealed)
-            data = b"".join(seal_line(b'{"at":%d,%b' % (tick, dumped[1:])) for tick, dumped in lines)
+            data = join_lines(lines)
             fd = self._open_tail()
             try:
                 try:
@@ -233,17 +225,20 @@ class Feed:
                 rows = self._sealed[self._newest()].copy()
         if not names or "-" in names[-1]:
             return
-        merged, index = self._merge(names, rows)
-        target = f"{names[0][:8]}-{_last_number(names[-1]):08d}{SUFFIX}"
-        directory = f"{self._root}/{self.path}"
+        try:
+            merged, index = merge(self._disk, self._directory, names, rows)
+        except Unsound as unsound:
+            self._set_aside(unsound, locked=False)
+            return
+        target = merged_name(names)
         with self._locks.hold((self.path,)), self._guard:
             self.catch_up()
-            if self._names[: len(names)] != names or merged is None:
+            if self._names[: len(names)] != names:
                 return
-            temp = self._disk.write_temp(directory, merged, sync=True)
-            self._disk.rename(temp, f"{directory}/{target}")
-            self._write_index(target, index, len(merged))
-            self._disk.sync_directory(directory)
+            temp = self._disk.write_temp(self._directory, merged, sync=True)
+            self._disk.rename(temp, f"{self._directory}/{target}")
+            write_index(self._disk, self._directory, target, index, len(merged))
+            self._disk.sync_directory(self._directory)
             crashpoint("feed.after_compaction")
             for name in names:
                 self._remove(name)
@@ -263,11 +258,11 @@ class Feed:
         return self._tail.size < SEGMENT_BYTES or not self._disk.exists(self._following())
 
     def _following(self) -> str:
-        return f"{self._root}/{self.path}/{self._tail.number + 1:08d}{SUFFIX}"
+        return f"{self._directory}/{segment_name(self._tail.number + 1)}"
 
     def _tail_size(self) -> int:
         try:
-            return self._disk.stat(f"{self._root}/{self.path}/{self._tail.name}").st_size
+            return self._disk.stat(f"{self._directory}/{self._tail.name}").st_size
         except FileNotFoundError:
             return 0
 
@@ -297,7 +292,7 @@ class Feed:
             yield self._place(self._sealed[order[position]].item())
             position -= 1
 
-    def _place(self, row: tuple[int, int, int, int, int]) -> Place:
+    def _place(self, row: Row) -> Place:
         _, tick, offset, length, segment = row
         name = self._names[segment] if segment < len(self._names) else self._tail.name
         return Place(tick, name, offset, length)
@@ -312,60 +307,31 @@ class Feed:
     def _load(self) -> None:
         self._clear()
         self._blocked = self._blocked_keys()
-        segments = self._segments()
+        segments, leftovers = segments_of(entry.name for entry in self._disk.entries(self._directory))
+        for name in leftovers:
+            self._remove(name)
         for name in segments:
-            self._tail = _Tail(_last_number(name))
-            if name != self._tail.name or self._disk.exists(f"{self._root}/{self.path}/{_index_name(name)}"):
-                self._add_sealed(name, self._read_index(name))
-                self._tail = _Tail(self._tail.number + 1)
-            else:
+            self._tail = _Tail(last_number(name))
+            index = read_index(self._disk, self._directory, name)
+            if index is None and name == self._tail.name:
                 self._take_in_tail()
                 if name != segments[-1]:
                     self._seal()
+            else:
+                self._add_sealed(name, self._make_index(name) if index is None else index)
+                self._tail = _Tail(self._tail.number + 1)
         self._cut_torn_end()
         self._loaded = True
-
-    def _segments(self) -> list[str]:
-        """The segments in order. What a merged one covers was left by a crash before it could be removed."""
-        directory = f"{self._root}/{self.path}"
-        found = sorted(
-            (name for name in (entry.name for entry in self._disk.entries(directory)) if name.endswith(SUFFIX)),
-            key=lambda name: (name[:8], -_last_number(name), -len(name)),
-        )
-        segments: list[str] = []
-        covered = 0
-        for name in found:
-            last = _last_number(name)
-            if last <= covered:
-                self._remove(name)
-            else:
-                segments.append(name)
-                covered = last
-        return segments
 
     def _blocked_keys(self) -> dict[Key, str]:
         reasons = (self._quarantine.reason(f"{self.path}/{name}") for name in self._quarantine.names(self.path))
         return {tuple(reason.key): reason.path for reason in reasons if reason is not None and reason.blocks}
 
-    def _read_index(self, name: str) -> Any:
-        path = f"{self._root}/{self.path}/{name}"
-        size = self._disk.stat(path).st_size
-        try:
-            data = self._disk.read(f"{self._root}/{self.path}/{_index_name(name)}")
-        except FileNotFoundError:
-            data = b""
-        body = data[16:]
-        if data[:16] == _MAGIC + zlib.crc32(body).to_bytes(4, "little") + size.to_bytes(8, "little"):
-            return np.frombuffer(body, _LINE).copy()
-        index = np.array(list(self._lines(name, self._disk.read(path), 0)), _LINE)  # an index can be made again
-        self._write_index(name, index, size)
+    def _make_index(self, name: str) -> Any:
+        data = self._disk.read(f"{self._directory}/{name}")
+        index = np.array(list(self._lines(name, data, 0)), LINE)
+        write_index(self._disk, self._directory, name, index, len(data))
         return index
-
-    def _write_index(self, name: str, index: Any, size: int) -> None:
-        body = index.tobytes()
-        head = _MAGIC + zlib.crc32(body).to_bytes(4, "little") + size.to_bytes(8, "little")
-        directory = f"{self._root}/{self.path}"
-        self._disk.rename(self._disk.write_temp(directory, head + body, sync=False), f"{directory}/{_index_name(name)}")
 
     def _add_sealed(self, name: str, index: Any) -> None:
         index["segment"] = len(self._names)
@@ -374,7 +340,7 @@ class Feed:
 
     def _take_in_tail(self) -> None:
         try:
-            data = self._disk.read_from(f"{self._root}/{self.path}/{self._tail.name}", self._tail.size)
+            data = self._disk.read_from(f"{self._directory}/{self._tail.name}", self._tail.size)
         except FileNotFoundError:
             return
         whole = data.rfind(b"\n") + 1
@@ -387,121 +353,64 @@ class Feed:
         for line in self._lines(self._tail.name, data, start):
             self._tail.add(line)
 
-    def _lines(self, name: str, data: bytes, start: int) -> Iterator[tuple[int, int, int, int, int]]:
-        segment = len(self._names)
-        offset = start
-        for line in (part + b"\n" for part in data.split(b"\n")[:-1]):
-            if not line.isspace():
-                try:
-                    head = _HEAD.decode(unseal_line(line))
-                    yield _hash(tuple(head.key.values())), head.at, offset, len(line), segment
-                except (Damaged, msgspec.MsgspecError) as error:
-                    self._put_aside(name, offset, line, str(error))
-            offset += len(line)
+    def _lines(self, name: str, data: bytes, start: int) -> Iterator[Row]:
+        for row in split_lines(name, data, start, len(self._names)):
+            if isinstance(row, Unsound):
+                self._put_aside(row)
+            else:
+                yield row
 
-    def _put_aside(self, name: str, offset: int, line: bytes, reason: str) -> None:
+    def _put_aside(self, unsound: Unsound) -> None:
         """Move a damaged line into quarantine; blanks stay in its place, so that no offset changes."""
-        path = f"{self.path}/{name}.{offset}"
-        key = _key_in(line, self.contract)
-        self._unreported.append(self._quarantine.keep(self.contract, key, path, line, reason, blocks=bool(key)))
+        path = f"{self.path}/{unsound.segment}.{unsound.offset}"
+        key = key_in(unsound.line, self.contract)
+        self._unreported.append(
+            self._quarantine.keep(self.contract, key, path, unsound.line, unsound.reason, blocks=bool(key))
+        )
         if key:
             self._blocked[key] = path
-        fd = self._disk.open_for_update(f"{self._root}/{self.path}/{name}")
+        fd = self._disk.open_for_update(f"{self._directory}/{unsound.segment}")
         try:
-            self._disk.overwrite(fd, offset, b" " * (len(line) - 1) + b"\n")
+            self._disk.overwrite(fd, unsound.offset, b" " * (len(unsound.line) - 1) + b"\n")
             self._disk.fsync(fd)
         finally:
             self._disk.close(fd)
 
     def _cut_torn_end(self) -> None:
         """Cut off the end of a line whose write did not get through: it was never acknowledged as durable."""
-        path = f"{self.path}/{self._tail.name}"
+        name = self._tail.name
         try:
-            torn = self._disk.read_from(f"{self._root}/{path}", self._tail.size)
+            torn = self._disk.read_from(f"{self._directory}/{name}", self._tail.size)
         except FileNotFoundError:
             return
         if torn:
-            self._quarantine.keep(
-                self.contract,
-                (),
-                f"{path}.{self._tail.size}.torn",
-                torn,
-                "the write of the line was cut short",
-                blocks=False,
-            )
-            fd = self._disk.open_for_update(f"{self._root}/{path}")
+            path, reason = f"{self.path}/{name}.{self._tail.size}.torn", "the write of the line was cut short"
+            self._quarantine.keep(self.contract, (), path, torn, reason, blocks=False)
+            fd = self._disk.open_for_update(f"{self._directory}/{name}")
             try:
                 self._disk.truncate(fd, self._tail.size)
             finally:
                 self._disk.close(fd)
 
     def _remove(self, segment: str) -> None:
-        self._disk.discard(f"{self._root}/{self.path}/{segment}")
-        self._disk.discard(f"{self._root}/{self.path}/{_index_name(segment)}")
-
-    # -- segments ------------------------------------------------------------------------------------
+        self._disk.discard(f"{self._directory}/{segment}")
+        self._disk.discard(f"{self._directory}/{index_name(segment)}")
 
     def _open_tail(self) -> int:
-        path = f"{self._root}/{self.path}/{self._tail.name}"
+        path = f"{self._directory}/{self._tail.name}"
         try:
             return self._disk.open_for_append(path)
         except FileNotFoundError:
-            self._disk.make_directories(f"{self._root}/{self.path}", sync=True)
+            self._disk.make_directories(self._directory, sync=True)
             return self._disk.open_for_append(path)
 
     def _seal(self) -> None:
-        index = np.array(self._tail.lines, _LINE) if self._tail.lines else np.empty(0, _LINE)
-        self._write_index(self._tail.name, index, self._tail.size)
+        index = np.array(self._tail.lines, LINE) if self._tail.lines else np.empty(0, LINE)
+        write_index(self._disk, self._directory, self._tail.name, index, self._tail.size)
         crashpoint("feed.after_seal")
         self._add_sealed(self._tail.name, index)
         self._tail = _Tail(self._tail.number + 1)
 
-    def _merge(self, names: list[str], rows: Any) -> tuple[bytes | None, Any]:
-        parts: list[bytes] = []
-        size = 0
-        for number, name in enumerate(names):
-            data = self._disk.read(f"{self._root}/{self.path}/{name}")
-            for row in np.flatnonzero(rows["segment"] == number):
-                offset, length = int(rows["offset"][row]), int(rows["length"][row])
-                line = data[offset : offset + length]
-                try:
-                    unseal_line(line)
-                except Damaged:
-                    self.forget()
-                    return None, rows  # the next reader finds the line; nothing is merged over it
-                parts.append(line)
-                rows["offset"][row] = size
-                size += length
-        return b"".join(parts), rows
-
 
 class _Moved(Exception):
     """A segment is gone, because another process has merged it."""
-
-
-class _Unsound(Exception):
-    """A line is not what its index says."""
-
-    def __init__(self, place: Place, line: bytes, reason: str) -> None:
-        super().__init__(reason)
-        self.place, self.line, self.reason = place, line, reason
-
-
-def _last_number(segment: str) -> int:
-    return int(segment.removesuffix(SUFFIX)[-8:])
-
-
-def _index_name(segment: str) -> str:
-    return segment.removesuffix(SUFFIX) + INDEX_SUFFIX
-
-
-def _hash(key: Key) -> int:
-    return int.from_bytes(hashlib.blake2b(str(key[-1]).encode(), digest_size=8).digest(), "little")
-
-
-def _key_in(line: bytes, contract: Contract) -> Key:
-    """The key in a damaged line, if it can still be read; else nothing."""
-    try:
-        return open_envelope(contract, None, parse(line[9:])).key
-    except Damaged:
-        return ()

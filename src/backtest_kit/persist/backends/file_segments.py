@@ -1,0 +1,157 @@
+"""Segments of a feed: their names, their lines and the index of a full one."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+
+from backtest_kit.errors import Damaged
+from backtest_kit.persist.codec import open_envelope, parse, seal_line, unseal_line
+from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.files import Disk
+from backtest_kit.persist.store import Key
+
+SUFFIX: Final = ".jsonl"
+INDEX_SUFFIX: Final = ".index"
+LINE: Final = np.dtype([("hash", "<u8"), ("tick", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("segment", "<u4")])
+"""A row of an index; the segment is the number of its name in the feed that holds it in memory."""
+
+Row = tuple[int, int, int, int, int]
+
+_MAGIC: Final = b"BKI1"
+
+
+class _Head(msgspec.Struct):
+    at: int
+    key: dict[str, str | int | bool]
+
+
+_HEAD: Final = msgspec.json.Decoder(_Head)
+
+
+class Place(NamedTuple):
+    """Where one line is."""
+
+    tick: int
+    segment: str
+    offset: int
+    length: int
+
+
+class Unsound(Exception):
+    """A line that is not what was written."""
+
+    def __init__(self, segment: str, offset: int, line: bytes, reason: str) -> None:
+        super().__init__(reason)
+        self.segment, self.offset, self.line, self.reason = segment, offset, line, reason
+
+
+def segment_name(number: int) -> str:
+    return f"{number:08d}{SUFFIX}"
+
+
+def last_number(segment: str) -> int:
+    """The number of a segment, or of the last one that a merged segment covers."""
+    return int(segment.removesuffix(SUFFIX)[-8:])
+
+
+def merged_name(segments: list[str]) -> str:
+    return f"{segments[0][:8]}-{last_number(segments[-1]):08d}{SUFFIX}"
+
+
+def index_name(segment: str) -> str:
+    return segment.removesuffix(SUFFIX) + INDEX_SUFFIX
+
+
+def hash_of(key: Key) -> int:
+    """64 bits of the last component; the feed has the others in its path."""
+    return int.from_bytes(hashlib.blake2b(str(key[-1]).encode(), digest_size=8).digest(), "little")
+
+
+def key_in(line: bytes, contract: Contract) -> Key:
+    """The key in a damaged line, if it can still be read; else nothing."""
+    try:
+        return open_envelope(contract, None, parse(line[9:])).key
+    except Damaged:
+        return ()
+
+
+def segments_of(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The segments among `names` in order, and those that a merged one covers: a crash has left them behind."""
+    found = sorted(
+        (name for name in names if name.endswith(SUFFIX)), key=lambda name: (name[:8], -last_number(name), -len(name))
+    )
+    segments: list[str] = []
+    leftovers: list[str] = []
+    for name in found:
+        covered = bool(segments) and last_number(name) <= last_number(segments[-1])
+        (leftovers if covered else segments).append(name)
+    return segments, leftovers
+
+
+def join_lines(lines: Iterable[tuple[int, bytes]]) -> bytes:
+    """Records, dumped as JSON and each with its tick, as lines."""
+    return b"".join(seal_line(b'{"at":%d,%b' % (tick, dumped[1:])) for tick, dumped in lines)
+
+
+def split_lines(name: str, data: bytes, start: int, segment: int) -> Iterator[Row | Unsound]:
+    """A row for each line of `data`, which begins at byte `start` of the segment `name`; blank lines have none."""
+    offset = start
+    for line in (part + b"\n" for part in data.split(b"\n")[:-1]):
+        if not line.isspace():
+            try:
+                head = _HEAD.decode(unseal_line(line))
+                yield hash_of(tuple(head.key.values())), head.at, offset, len(line), segment
+            except (Damaged, msgspec.MsgspecError) as error:
+                yield Unsound(name, offset, line, str(error))
+        offset += len(line)
+
+
+def read_index(disk: Disk, directory: str, segment: str) -> Any:
+    """The index of a full segment, or None if there is none that can be trusted."""
+    try:
+        data = disk.read(f"{directory}/{index_name(segment)}")
+    except FileNotFoundError:
+        return None
+    size = disk.stat(f"{directory}/{segment}").st_size
+    body = data[16:]
+    return np.frombuffer(body, LINE).copy() if data[:16] == _index_head(segment, size, body) else None
+
+
+def write_index(disk: Disk, directory: str, segment: str, index: Any, size: int) -> None:
+    body = index.tobytes()
+    temp = disk.write_temp(directory, _index_head(segment, size, body) + body, sync=False)
+    disk.rename(temp, f"{directory}/{index_name(segment)}")
+
+
+def merge(disk: Disk, directory: str, segments: list[str], rows: Any) -> tuple[bytes, Any]:
+    """The lines at `rows` of `segments`, one after the other, and their index.
+
+    Raises:
+        Unsound: one of the lines is.
+    """
+    parts: list[bytes] = []
+    size = 0
+    for number, name in enumerate(segments):
+        data = disk.read(f"{directory}/{name}")
+        for row in np.flatnonzero(rows["segment"] == number):
+            offset, length = int(rows["offset"][row]), int(rows["length"][row])
+            line = data[offset : offset + length]
+            try:
+                unseal_line(line)
+            except Damaged as error:
+                raise Unsound(name, offset, line, str(error)) from None
+            parts.append(line)
+            rows["offset"][row] = size
+            size += length
+    return b"".join(parts), rows
+
+
+def _index_head(segment: str, size: int, body: bytes) -> bytes:
+    checksum = zlib.crc32(body, zlib.crc32(segment.encode()))
+    return _MAGIC + checksum.to_bytes(4, "little") + size.to_bytes(8, "little")

@@ -1,0 +1,118 @@
+"""Real processes, killed by SIGKILL: nothing acknowledged is lost, nothing appears that nobody wrote."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from backtest_kit.persist.testing.crashpoints import CRASHPOINTS
+from backtest_kit.persist.testing.driver import Outcome
+
+pytestmark = pytest.mark.crash
+
+HOUSEKEEPING = Path(__file__).with_name("housekeeping.py")
+STORES = {"file": "file:{place}/dump", "sqlite": "sqlite:{place}/bot.db"}
+"""Address of each store that promises to survive a kill."""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A directory for stores: in memory where there is one, because a kill leaves the page cache alone and a disk
+    would only make each of hundreds of kills slower. That syncs are made where they must be is tested elsewhere."""
+    memory = Path("/dev/shm")  # noqa: S108
+    if os.access(memory, os.W_OK):
+        with tempfile.TemporaryDirectory(prefix="backtest-kit-", dir=memory) as directory:
+            yield Path(directory)
+    else:
+        yield tmp_path
+
+
+def run(*command: str) -> Outcome:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, *command], capture_output=True, env=environment, check=False, timeout=300)
+    assert done.stdout, done.stderr.decode()
+    return msgspec.json.decode(done.stdout, type=Outcome)
+
+
+def require_sound(outcome: Outcome) -> None:
+    said = f"seed {outcome.seed}: {outcome}"
+    assert outcome.acknowledged > 0, said
+    assert (outcome.lost, outcome.phantom, outcome.unreadable, outcome.torn) == ([], [], [], []), said
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_kills_at_random_moments(place: Path, store: str) -> None:
+    seed = random.randrange(1 << 30)  # noqa: S311
+    outcome = run(
+        "-m", "backtest_kit.persist.testing.driver", "--kills", "500", "--seed", str(seed),
+        "--store", STORES[store].format(place=place),
+    )  # fmt: skip
+    require_sound(outcome)
+    assert outcome.kills == 500
+    assert outcome.recovered > 0, "no write was stored and not acknowledged: the kills come at the wrong moments"
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_kills_at_random_moments_on_the_disk(tmp_path: Path, store: str) -> None:
+    seed = random.randrange(1 << 30)  # noqa: S311
+    outcome = run(
+        "-m", "backtest_kit.persist.testing.driver", "--kills", "20", "--seed", str(seed),
+        "--store", STORES[store].format(place=tmp_path),
+    )  # fmt: skip
+    require_sound(outcome)
+
+
+def test_kills_at_every_crash_point(place: Path) -> None:
+    reached: set[str] = set()
+    for command in (("-m", "backtest_kit.persist.testing.driver", "--points"), (str(HOUSEKEEPING),)):
+        outcome = run(*command, "--store", f"file:{place}/dump")
+        require_sound(outcome)
+        assert outcome.kills > 50
+        reached |= set(outcome.points)
+    quarantine = {point for point in CRASHPOINTS if point.startswith("quarantine.")}
+    assert reached == set(CRASHPOINTS) - quarantine  # those have a test of their own
+
+
+@pytest.mark.parametrize("point", [point for point in CRASHPOINTS if point.startswith("quarantine.")])
+def test_kill_while_damage_is_put_aside(tmp_path: Path, point: str) -> None:
+    program = (
+        "import asyncio, sys\n"
+        "from backtest_kit.persist.backends.file import FileStore\n"
+        "from backtest_kit.persist.contracts import CONTRACTS\n"
+        "from backtest_kit.persist.store import Write\n"
+        "async def main():\n"
+        "    store = FileStore(sys.argv[1])\n"
+        "    try:\n"
+        "        print(await store.get(CONTRACTS['signal'], ('s', 'e', 'P')))\n"
+        "    except Exception as error:\n"
+        "        print(type(error).__name__)\n"
+        "    await store.close()\n"
+        "asyncio.run(main())\n"
+    )
+    record = tmp_path / "signal/s/e/P.json"
+    record.parent.mkdir(parents=True)
+    record.write_bytes(b"damaged")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    killed = subprocess.run(command, env={**environment, "BACKTEST_KIT_CRASH": point}, check=False, capture_output=True)
+    assert killed.returncode == -9
+    kept = tmp_path / "quarantine/signal/s/e/P.json"
+    assert [path.read_bytes() for path in (record, kept) if path.exists()] == [b"damaged"]
+    after = subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert after.stdout.strip() == b"Damaged"
+    assert [path.read_bytes() for path in (record, kept) if path.exists()] == [b"damaged"]
+
+
+def test_an_unknown_crash_point_is_refused() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "BACKTEST_KIT_CRASH": "nowhere"}
+    command = [sys.executable, "-c", "import backtest_kit.persist.testing.crashpoints"]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True)
+    assert b"file.after_rename" in done.stderr
