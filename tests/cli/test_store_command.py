@@ -1,0 +1,142 @@
+"""`backtest-kit store` as an operator uses it, on files and on SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backtest_kit.persist.binding import Persistence
+from backtest_kit.persist.urls import store_at
+
+COMMAND = [str(Path(sys.executable).with_name("backtest-kit")), "store"]
+KEY: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "binance", "symbol": "BTCUSDT"}
+
+
+def run(*arguments: str | Path, cwd: Path, code: int = 0) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CC_")}
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)], cwd=cwd, env=environment, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(params=["file:./dump", "sqlite:bot.db"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A store with a position, a resting entry, three notes and a paper position in it."""
+    monkeypatch.chdir(tmp_path)
+    address: str = request.param
+
+    async def fill() -> None:
+        persistence = Persistence(environ={"CC_STORE": address})
+        await persistence.signal.write({"id": "s-1", "minutes": float("inf")}, **KEY)
+        await persistence.signal.write({"id": "s-2"}, **KEY)
+        await persistence.schedule.write(None, **KEY)
+        await persistence.signal.write({"id": "on paper"}, mode="paper", **KEY)
+        for n in range(3):
+            note: dict[str, Any] = {"signal_id": "s-2", "bucket_name": "notes", "memory_id": str(n)}
+            await persistence.memory.write({"text": f"note {n}"}, when=1_717_200_000_000 + n, **note)
+        await persistence.memory.remove(signal_id="s-2", bucket_name="notes", memory_id="1")
+        await persistence.close()
+
+    asyncio.run(fill())
+    return address
+
+
+def test_ls_get_and_du_show_what_is_there(url: str, tmp_path: Path) -> None:
+    listed = run("ls", "signal", "--store", url, cwd=tmp_path)
+    assert "BTCUSDT" in listed
+    assert "s-2" in listed
+    assert "paper" not in listed
+    shown = json.loads(run("get", "signal", "trend/binance/BTCUSDT", "--store", url, cwd=tmp_path))
+    assert (shown["rev"], shown["value"]) == (2, {"id": "s-2"})
+    assert shown["key"] == {"strategyName": "trend", "exchangeName": "binance", "symbol": "BTCUSDT"}
+    on_paper = run("get", "signal", "trend/binance/BTCUSDT", "--store", url, "--namespace", "paper", cwd=tmp_path)
+    assert "on paper" in on_paper
+    notes = run("ls", "memory", "s-2/notes", "--store", url, cwd=tmp_path)
+    assert [f"note {n}" in notes for n in range(3)] == [True, False, True]
+    assert "note 1" in run("ls", "memory", "s-2", "--removed", "--store", url, cwd=tmp_path)
+    usage = run("du", "--store", url, cwd=tmp_path)
+    assert "memory" in usage
+    assert "paper" in usage
+
+
+def test_bad_names_are_explained(url: str, tmp_path: Path) -> None:
+    assert "no contract is called 'signals'" in run("ls", "signals", "--store", url, cwd=tmp_path, code=2)
+    assert "has no record 'trend/binance/ETHUSDT'" in run(
+        "get", "signal", "trend/binance/ETHUSDT", "--store", url, cwd=tmp_path, code=2
+    )
+    assert "components too many" in run("get", "signal", "a/b/c/d", "--store", url, cwd=tmp_path, code=2)
+    assert "does not exist" in run("du", "--store", "file:./nowhere", cwd=tmp_path, code=2)
+    assert "no known backend" in run("du", "--store", "redis:x", cwd=tmp_path, code=2)
+
+
+def test_check_finds_nothing_in_a_sound_store(url: str, tmp_path: Path) -> None:
+    assert "every record is sound" in run("check", "--store", url, cwd=tmp_path)
+    assert "every record is sound" in run("check", "--deep", "--store", url, cwd=tmp_path)
+
+
+def test_export_and_import_carry_everything_over(url: str, tmp_path: Path) -> None:
+    other = "sqlite:other.db" if url.startswith("file") else "file:./other"
+    told = run("export", "all.jsonl", "--store", url, cwd=tmp_path)
+    assert "6 records" in told
+
+    async def make() -> None:
+        store = store_at(other)
+        await store.open()
+        await store.close()
+
+    asyncio.run(make())
+    assert "6 records" in run("import", "all.jsonl", "--store", other, cwd=tmp_path)
+    again = run("import", "all.jsonl", "--store", other, cwd=tmp_path)
+    assert "were there already" in again
+    for contract in ("signal", "memory"):
+        assert run("ls", contract, "--store", other, cwd=tmp_path).count("s-2") >= 1
+    lines = (tmp_path / "all.jsonl").read_text().splitlines()
+    (tmp_path / "cut.jsonl").write_text("\n".join(lines[:-2]))
+    assert "nothing was written" in run("import", "cut.jsonl", "--store", other, cwd=tmp_path, code=2)
+
+
+def test_damage_is_found_kept_and_decided_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    async def fill() -> None:
+        persistence = Persistence()
+        for symbol in ("BTCUSDT", "ETHUSDT"):
+            await persistence.signal.write({"id": symbol}, **{**KEY, "symbol": symbol})
+        await persistence.close()
+
+    asyncio.run(fill())
+    sound = tmp_path / "dump/signal/trend/binance/BTCUSDT.json"
+    assert "BTCUSDT" in sound.read_text()
+    before = sound.read_bytes()
+    sound.write_bytes(before.replace(b'"id"', b'"ix"'))
+    found = run("check", cwd=tmp_path, code=1)
+    assert "signal/trend/binance/BTCUSDT.json" in found
+    assert "1 problem found" in found
+    assert sound.exists()
+    blocked = run("get", "signal", "trend/binance/BTCUSDT", cwd=tmp_path, code=1)
+    assert "quarantine" in blocked
+    assert not sound.exists()
+    assert "ETHUSDT" in run("get", "signal", "trend/binance/ETHUSDT", cwd=tmp_path)
+    listed = run("quarantine", "list", cwd=tmp_path)
+    assert "signal/trend/binance/BTCUSDT.json" in listed
+    assert "nothing" in run("quarantine", "drop", "signal/else.json", cwd=tmp_path, code=2)
+    run("quarantine", "drop", "signal/trend/binance/BTCUSDT.json", cwd=tmp_path)
+    assert "has no record" in run("get", "signal", "trend/binance/BTCUSDT", cwd=tmp_path, code=2)
+    run("check", cwd=tmp_path)
+
+
+def test_help_names_every_verb(tmp_path: Path) -> None:
+    page = run("--help", cwd=tmp_path)
+    for verb in ("ls", "get", "du", "check", "export", "import", "quarantine"):
+        assert verb in page
+    assert "restore" in run("quarantine", "--help", cwd=tmp_path)
