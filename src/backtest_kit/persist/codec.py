@@ -95,7 +95,7 @@ def dump_record(contract: Contract, record: Record, value: bytes | None = None) 
         "schemaVersion": record.schema_version,
     }
     text = dump_value(record.value) if value is None else value
-    return _ENCODER.encode(fields)[:-1].encode() + b',"value":' + text + b"}"
+    return msgspec.json.encode(fields)[:-1] + b',"value":' + text + b"}"
 
 
 def seal(contract: Contract, record: Record) -> bytes:
@@ -120,10 +120,19 @@ def unseal(contract: Contract, key: Key | None, data: bytes) -> Record:
         Damaged: the bytes are not what `seal` wrote for that contract and key; the message says in what.
         NewerSchema: they are, but of a newer version.
     """
-    mark = data.rfind(b'  "checksum"')
-    if mark < 0 or data[mark:] != _checksum_line(data[:mark]):
-        raise Damaged("the checksum does not match: the file was cut, changed on the disk or edited by hand")
+    _verify(data)
     return open_envelope(contract, key, parse(data))
+
+
+def unseal_head(contract: Contract, key: Key, data: bytes) -> Record:
+    """As `unseal`, but without the value, which is None: for who needs to know only what is there."""
+    _verify(data)
+    try:
+        head = _HEAD_DECODER.decode(data)
+    except msgspec.MsgspecError:
+        return unseal(contract, key, data)  # which says what is wrong
+    _refuse_newer(head.schema_version)
+    return _record_of(contract, key, head, None)
 
 
 def seal_line(dumped: bytes) -> bytes:
@@ -300,11 +309,17 @@ _DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_re
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 
 
+def _verify(data: bytes) -> None:
+    mark = data.rfind(b'  "checksum"')
+    if mark < 0 or data[mark:] != _checksum_line(data[:mark]):
+        raise Damaged("the checksum does not match: the file was cut, changed on the disk or edited by hand")
+
+
 def _checksum_line(head: bytes) -> bytes:
     return b'  "checksum": "%08x"\n}\n' % zlib.crc32(head)
 
 
-class _Envelope(msgspec.Struct, rename="camel"):
+class _Head(msgspec.Struct, rename="camel"):
     contract: str
     key: dict[str, str | int | bool]
     rev: int
@@ -312,32 +327,37 @@ class _Envelope(msgspec.Struct, rename="camel"):
     written_at: int
     removed: bool
     schema_version: int
+
+
+class _Envelope(_Head, rename="camel"):
     value: Any
+
+
+_HEAD_DECODER: Final = msgspec.json.Decoder(_Head)
 
 
 def open_envelope(contract: Contract, key: Key | None, fields: Any) -> Record:
     """The record in parsed JSON. Raises as `unseal`, but knows of no checksum."""
-    version = fields.get("schemaVersion") if isinstance(fields, dict) else None
+    _refuse_newer(fields.get("schemaVersion") if isinstance(fields, dict) else None)
+    try:
+        envelope = msgspec.convert(fields, _Envelope)
+    except msgspec.ValidationError as error:
+        raise Damaged(f"it has no envelope: {error}") from None
+    return _record_of(contract, key, envelope, envelope.value)
+
+
+def _refuse_newer(version: object) -> None:
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise NewerSchema(
             f"it was written by a newer version of this program (schema {version}, this one reads up to "
             f"{SCHEMA_VERSION}): upgrade, the record is untouched"
         )
-    try:
-        envelope = msgspec.convert(fields, _Envelope)
-    except msgspec.ValidationError as error:
-        raise Damaged(f"it has no envelope: {error}") from None
-    found = tuple(envelope.key.values())
-    if envelope.contract != contract.name or tuple(envelope.key) != contract.key_fields:
-        raise Damaged(f"it is a record of {envelope.contract}, found where one of {contract.name} belongs")
+
+
+def _record_of(contract: Contract, key: Key | None, head: _Head, value: Any) -> Record:
+    found = tuple(head.key.values())
+    if head.contract != contract.name or tuple(head.key) != contract.key_fields:
+        raise Damaged(f"it is a record of {head.contract}, found where one of {contract.name} belongs")
     if key is not None and found != key:
         raise Damaged(f"it is the record of {found}, found where that of {key} belongs")
-    return Record(
-        key=found,
-        value=envelope.value,
-        rev=envelope.rev,
-        when=envelope.when,
-        written_at=envelope.written_at,
-        removed=envelope.removed,
-        schema_version=envelope.schema_version,
-    )
+    return Record(found, value, head.rev, head.when, head.written_at, head.removed, head.schema_version)
