@@ -27,6 +27,7 @@ from backtest_kit.persist.codec import (
     seal,
     seal_line,
     unseal,
+    unseal_head,
     unseal_line,
 )
 from backtest_kit.persist.contracts import CONTRACTS
@@ -264,3 +265,14 @@ def test_an_operator_can_accept_a_hand_edit() -> None:
     assert reseal(SIGNAL, edited).value == {"price": 2}
     with pytest.raises(Damaged):
         reseal(CONTRACTS["schedule"], edited)
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, None, '\n  "value": 1', {"value": {"value": [1]}}, []])
+def test_head_of_a_record_is_that_of_the_whole(value: Any) -> None:
+    sealed = seal(SIGNAL, record(value))
+    whole, head = unseal(SIGNAL, KEY, sealed), unseal_head(SIGNAL, KEY, sealed)
+    assert head == msgspec.structs.replace(whole, value=None)
+    with pytest.raises(Damaged, match="checksum"):
+        unseal_head(SIGNAL, KEY, sealed.replace(b'"rev"', b'"rew"'))
+    with pytest.raises(Damaged, match="found where"):
+        unseal_head(SIGNAL, ("a", "b", "c"), sealed)

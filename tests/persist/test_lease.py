@@ -319,7 +319,7 @@ def hear(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-SHARED_STORES = ["sqlite:{}/bot.db"]
+SHARED_STORES = ["sqlite:{}/bot.db", "file:{}/dump"]
 
 
 @pytest.mark.parametrize("url", SHARED_STORES)

@@ -176,9 +176,16 @@ class SqliteMachine(StoreMachine):
         return store_at(f"sqlite:{self.place / 'bot.db'}")
 
 
+class FileMachine(StoreMachine):
+    def make(self) -> Store:
+        return store_at(f"file:{self.place / 'dump'}")
+
+
 OPTIONS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 TestMemoryModel = MemoryMachine.TestCase
 TestMemoryModel.settings = settings(max_examples=100, stateful_step_count=40, **OPTIONS)  # type: ignore[arg-type]
 TestSqliteModel = SqliteMachine.TestCase
 TestSqliteModel.settings = settings(max_examples=40, stateful_step_count=25, **OPTIONS)  # type: ignore[arg-type]
+TestFileModel = FileMachine.TestCase
+TestFileModel.settings = settings(max_examples=40, stateful_step_count=25, **OPTIONS)  # type: ignore[arg-type]

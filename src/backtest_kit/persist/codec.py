@@ -120,19 +120,26 @@ def unseal(contract: Contract, key: Key | None, data: bytes) -> Record:
         Damaged: the bytes are not what `seal` wrote for that contract and key; the message says in what.
         NewerSchema: they are, but of a newer version.
     """
-    _verify(data)
+    _verify_checksum(data)
     return open_envelope(contract, key, parse(data))
 
 
-def unseal_head(contract: Contract, key: Key, data: bytes) -> Record:
-    """As `unseal`, but without the value, which is None: for who needs to know only what is there."""
-    _verify(data)
+def unseal_head(contract: Contract, key: Key | None, data: bytes) -> Record:
+    """As `unseal`, at a fraction of the cost, with None for the value: enough to decide about a write.
+
+    Raises:
+        Damaged, NewerSchema: as `unseal`.
+    """
+    _verify_checksum(data)
+    # The fields of the envelope stand at two spaces, and text has no raw newline: this is the first of its kind.
+    head, _, _ = data.partition(b',\n  "value": ')
     try:
-        head = _HEAD_DECODER.decode(data)
+        envelope = _ENVELOPE.decode(head + b',"value":null}')
     except msgspec.MsgspecError:
-        return unseal(contract, key, data)  # which says what is wrong
-    _refuse_newer(head.schema_version)
-    return _record_of(contract, key, head, None)
+        return unseal(contract, key, data)
+    if envelope.schema_version > SCHEMA_VERSION:
+        return unseal(contract, key, data)
+    return _identified(contract, key, envelope)
 
 
 def seal_line(dumped: bytes) -> bytes:
@@ -309,7 +316,7 @@ _DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_re
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 
 
-def _verify(data: bytes) -> None:
+def _verify_checksum(data: bytes) -> None:
     mark = data.rfind(b'  "checksum"')
     if mark < 0 or data[mark:] != _checksum_line(data[:mark]):
         raise Damaged("the checksum does not match: the file was cut, changed on the disk or edited by hand")
@@ -319,7 +326,7 @@ def _checksum_line(head: bytes) -> bytes:
     return b'  "checksum": "%08x"\n}\n' % zlib.crc32(head)
 
 
-class _Head(msgspec.Struct, rename="camel"):
+class _Envelope(msgspec.Struct, rename="camel"):
     contract: str
     key: dict[str, str | int | bool]
     rev: int
@@ -327,37 +334,39 @@ class _Head(msgspec.Struct, rename="camel"):
     written_at: int
     removed: bool
     schema_version: int
-
-
-class _Envelope(_Head, rename="camel"):
     value: Any
 
 
-_HEAD_DECODER: Final = msgspec.json.Decoder(_Head)
+_ENVELOPE: Final = msgspec.json.Decoder(_Envelope)
 
 
 def open_envelope(contract: Contract, key: Key | None, fields: Any) -> Record:
     """The record in parsed JSON. Raises as `unseal`, but knows of no checksum."""
-    _refuse_newer(fields.get("schemaVersion") if isinstance(fields, dict) else None)
-    try:
-        envelope = msgspec.convert(fields, _Envelope)
-    except msgspec.ValidationError as error:
-        raise Damaged(f"it has no envelope: {error}") from None
-    return _record_of(contract, key, envelope, envelope.value)
-
-
-def _refuse_newer(version: object) -> None:
+    version = fields.get("schemaVersion") if isinstance(fields, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise NewerSchema(
             f"it was written by a newer version of this program (schema {version}, this one reads up to "
             f"{SCHEMA_VERSION}): upgrade, the record is untouched"
         )
+    try:
+        envelope = msgspec.convert(fields, _Envelope)
+    except msgspec.ValidationError as error:
+        raise Damaged(f"it has no envelope: {error}") from None
+    return _identified(contract, key, envelope)
 
 
-def _record_of(contract: Contract, key: Key | None, head: _Head, value: Any) -> Record:
-    found = tuple(head.key.values())
-    if head.contract != contract.name or tuple(head.key) != contract.key_fields:
-        raise Damaged(f"it is a record of {head.contract}, found where one of {contract.name} belongs")
+def _identified(contract: Contract, key: Key | None, envelope: _Envelope) -> Record:
+    found = tuple(envelope.key.values())
+    if envelope.contract != contract.name or tuple(envelope.key) != contract.key_fields:
+        raise Damaged(f"it is a record of {envelope.contract}, found where one of {contract.name} belongs")
     if key is not None and found != key:
         raise Damaged(f"it is the record of {found}, found where that of {key} belongs")
-    return Record(found, value, head.rev, head.when, head.written_at, head.removed, head.schema_version)
+    return Record(
+        key=found,
+        value=envelope.value,
+        rev=envelope.rev,
+        when=envelope.when,
+        written_at=envelope.written_at,
+        removed=envelope.removed,
+        schema_version=envelope.schema_version,
+    )

@@ -17,6 +17,7 @@ fold case, normalise Unicode or reserve names:
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Final
 from urllib.parse import unquote_to_bytes
@@ -32,6 +33,9 @@ _EMPTY: Final = "%"
 _CASE_MARK: Final = "~"
 _HASH_MARK: Final = "~~"
 _SAFE: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-+=,@().")
+_SMALL: Final = re.compile(r"[a-z0-9_\-+=,@()]{1,180}")
+_CAPITALS: Final = re.compile(r"[A-Z0-9_\-+=,@()]{1,180}")
+"""Names that stay as they are, which nearly all do."""
 _BASE_36: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 _DEVICES: Final = frozenset(
     ("con", "prn", "aux", "nul", *(f"com{n}" for n in range(10)), *(f"lpt{n}" for n in range(10)))
@@ -71,6 +75,8 @@ def escape(part: KeyPart, field: str) -> str:
         return _MODES[part]
     if isinstance(part, int):
         return str(part)
+    if (_CAPITALS if field == "symbol" else _SMALL).fullmatch(part) and part.lower() not in _DEVICES:
+        return part
     name = _mark_case(part, field, _escape_text(part))
     if len(name) <= MAX_NAME:
         return name

@@ -124,6 +124,14 @@ class Quarantine:
         self._disk.discard(place + REASON_SUFFIX)
         self._disk.sync_directory(place.rpartition("/")[0])
 
+    def put_back(self, path: str) -> None:
+        """Move what lies at `path` back to where it was found."""
+        place, target = self.place(path), f"{self._root}/{path}"
+        self._disk.move(place, target)
+        self._disk.sync_directory(target.rpartition("/")[0])
+        self._disk.discard(place + REASON_SUFFIX)
+        self._disk.sync_directory(place.rpartition("/")[0])
+
     def place(self, path: str) -> str:
         return f"{self._root}/{DIRECTORY}/{path}"
 

@@ -13,15 +13,15 @@ from backtest_kit.persist.backends import file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.file_commit import Change, Committer, Request
 from backtest_kit.persist.backends.file_feed import Feed
-from backtest_kit.persist.backends.file_operations import Finding
 from backtest_kit.persist.backends.file_root import SUFFIX, Root, record_path
 from backtest_kit.persist.backends.file_segments import Place
 from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import Contract, Kind
 from backtest_kit.persist.files import Disk, disk_error
-from backtest_kit.persist.keys import check_key, escape, path_of
+from backtest_kit.persist.keys import check_key, escape, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import CandleStore, Capability, Key, Record, Write
+from backtest_kit.persist.upkeep import Finding
 from backtest_kit.persist.writing import check_batch
 
 _T = TypeVar("_T")
@@ -117,28 +117,19 @@ class FileStore:
             position += size
             size = min(2 * size, _LARGEST_CHUNK)
 
-    async def check(self, *, deep: bool = True) -> list[Finding]:
-        """Everything that is wrong with the root, also in other namespaces. Changes nothing."""
+    async def namespaces(self) -> list[tuple[str, ...]]:
+        return await asyncio.to_thread(self._namespaces, self._prefix)
+
+    async def check(self, *, deep: bool = False) -> list[Finding]:
         return await asyncio.to_thread(file_operations.check, self.root, deep=deep)
 
     async def quarantined(self) -> list[Quarantined]:
-        """What is in quarantine, also in other namespaces, by path."""
         return await asyncio.to_thread(self.root.quarantine.list)
 
     async def restore(self, path: str) -> Record | None:
-        """Put what is in quarantine under `path` back, with what an operator mended there.
-
-        Raises:
-            UserError: nothing is called so, or it is still damaged.
-        """
         return await asyncio.to_thread(self._operate, file_operations.restore, path)
 
     async def drop(self, path: str) -> Quarantined:
-        """Give up what is in quarantine under `path`, which frees its key.
-
-        Raises:
-            UserError: nothing is called so.
-        """
         return await asyncio.to_thread(self._operate, file_operations.drop, path)
 
     def _operate(self, operation: Callable[[Root, str], _T], path: str) -> _T:
@@ -147,6 +138,16 @@ class FileStore:
             return operation(self.root, path)
         except OSError as error:
             raise disk_error(error, "change", self.root.quarantine.place(path)) from error
+
+    def _namespaces(self, prefix: str) -> list[tuple[str, ...]]:
+        self.root.open()
+        found: list[tuple[str, ...]] = []
+        for entry in self.root.disk.entries(f"{self.root.path}/{prefix}"):
+            if entry.name.startswith("@") and entry.is_dir():
+                name = str(unescape(entry.name[1:], "namespace") or entry.name[1:])
+                below = self._namespaces(f"{prefix}{entry.name}/")
+                found += [(name,), *((name, *path) for path in below)]
+        return found
 
     def _make_candles(self) -> FileCandleStore:
         root = self.root

@@ -17,6 +17,7 @@ import zlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import numpy as np
 
 from backtest_kit.errors import Damaged, UserError
@@ -26,7 +27,7 @@ from backtest_kit.persist.backends.memory import merge
 from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.files import Disk, LockSet, absolute_root, disk_error
-from backtest_kit.persist.keys import check_key, path_of
+from backtest_kit.persist.keys import check_key, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantine
 from backtest_kit.persist.store import SeriesKey
 
@@ -79,6 +80,35 @@ class FileCandleStore:
             at = int(candles.timestamp[int(np.argmax(order <= 0)) + 1])
             raise UserError(f"candles of {series.symbol} are not ascending at {iso(at)}: sort them and drop duplicates")
         return await asyncio.to_thread(self._write, series, directory, candles)
+
+    async def series(self) -> list[SeriesKey]:
+        return await asyncio.to_thread(self._list_series)
+
+    def _list_series(self) -> list[SeriesKey]:
+        directories: list[tuple[str, ...]] = [()]
+        top = f"{self._root}/{self._prefix}{CONTRACT.name}"
+        for _ in range(3):
+            directories = [
+                (*above, entry.name)
+                for above in directories
+                for entry in self._disk.entries("/".join((top, *above)))
+                if entry.is_dir()
+            ]
+        found = []
+        for names in directories:
+            parts = [unescape(name, field) for name, field in zip(names, CONTRACT.key_fields, strict=False)]
+            if all(isinstance(part, str) for part in parts):
+                found.append(SeriesKey(*map(str, parts)))
+            else:
+                found.append(self._named_inside("/".join((top, *names))))
+        return sorted(found, key=msgspec.structs.astuple)
+
+    def _named_inside(self, directory: str) -> SeriesKey:
+        """The series of a directory whose name was cut, from one of its files."""
+        for entry in self._disk.entries(directory):
+            if entry.name.endswith(SUFFIX):
+                return _series_in(self._disk.read(entry.path))
+        raise Damaged(f"{directory} has candles of a series whose name cannot be told: remove the directory")
 
     def _directory(self, series: SeriesKey) -> str:
         key = check_key(CONTRACT, (series.exchange_name, series.symbol, series.interval), prefix=True)
@@ -269,6 +299,15 @@ def _unpack(series: SeriesKey, data: Any) -> CandleSeries:
     if found != (CONTRACT.name, series.exchange_name, series.symbol, series.interval):
         raise Damaged(f"it has {'/'.join(map(str, found))}, found where candles of {series} belong")
     return CandleSeries(*columns)
+
+
+def _series_in(data: bytes) -> SeriesKey:
+    """The series that a candle file says it belongs to."""
+    import pyarrow as pa
+
+    verify(data)
+    with pa.ipc.open_file(pa.py_buffer(data)) as reader:
+        return SeriesKey(*json.loads(reader.schema.metadata[_METADATA])["series"])
 
 
 def _column(array: Any) -> Any:

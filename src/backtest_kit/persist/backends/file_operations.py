@@ -20,20 +20,13 @@ from backtest_kit.persist.files import STALE_TEMP_SECONDS, TEMP_PREFIX
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE
 from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Record
+from backtest_kit.persist.upkeep import Finding
 
 _ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
 
 
-class Finding(msgspec.Struct, frozen=True):
-    """One thing that is wrong with a root, in plain words."""
-
-    path: str
-    """Relative to the root."""
-    problem: str
-
-
-def check(root: Root, *, deep: bool = True) -> list[Finding]:
-    """Everything that is wrong, by path. Reads every byte if `deep`, else only what lies where. Changes nothing."""
+def check(root: Root, *, deep: bool) -> list[Finding]:
+    """Everything that is wrong, by path. Reads every record and, if `deep`, every candle. Changes nothing."""
     found = [
         Finding(f"{QUARANTINE}/{item.path}", f"in quarantine{', its key is blocked' * item.blocks}: {item.reason}")
         for item in root.quarantine.list()
@@ -50,7 +43,7 @@ def check(root: Root, *, deep: bool = True) -> list[Finding]:
                 elif entry.name.startswith(TEMP_PREFIX):
                     if time.time() - entry.stat().st_mtime > STALE_TEMP_SECONDS:
                         found.append(Finding(path, "a write that a killed process left: removed at the next opening"))
-                elif deep:
+                elif deep or not path.endswith(CANDLE_SUFFIX):
                     found += _check_file(root, path)
     return sorted(found, key=lambda finding: finding.path)
 
@@ -58,34 +51,34 @@ def check(root: Root, *, deep: bool = True) -> list[Finding]:
 def restore(root: Root, path: str) -> Record | None:
     """Put what is in quarantine under `path` back, as it is now: an operator may have mended it there.
 
-    A record that was edited by hand counts as a new revision. Candles are put back as they are, and are
-    checked when they are next read.
+    A record that was edited by hand counts as a new revision; candles are put back only as they were written.
 
     Raises:
-        UserError: nothing is called so, it cannot be put back, or it is still not a record of its key.
+        UserError: nothing is called so, it cannot be put back, or it is still damaged.
     """
     item = root.quarantine.find(path)
     row = _row_of(path)
     if row is None or path.endswith(".torn"):
         raise UserError(f"{path} is only kept as evidence and has no place of its own: drop it when you have seen it")
     with root.locked((_lock_of(path, row),), patient=True) as ticks:
-        if row.kind is Kind.SERIES:
-            root.disk.move(root.quarantine.place(path), f"{root.path}/{path}")
-            root.quarantine.release(path)
-            return None
         data = root.quarantine.read(path)
         try:
+            if row.kind is Kind.SERIES:
+                verify_candles(data)
+                root.quarantine.put_back(path)
+                return None
             record = _mended(row, path, data)
         except Damaged as error:
             raise UserError(
                 f"{root.quarantine.place(path)} is still damaged: {error}; mend it there, or drop it"
             ) from None
         if row.kind is Kind.FEED:
+            # Appended before the copy in quarantine goes: a crash between the two leaves both.
             feed = root.feed(row, path.rpartition("/")[0])
-            root.quarantine.release(path)
-            feed.forget()
             feed.append([(next(ticks), dump_record(row, record))])
             root.disk.sync_file(f"{root.path}/{feed.path}/{feed.tail_name}")
+            root.quarantine.release(path)
+            feed.forget()
             return record
         if item.blocks:
             root.write_durably(path, seal(row, record), next(ticks))

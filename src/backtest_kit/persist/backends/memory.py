@@ -24,6 +24,9 @@ class MemoryCandleStore:
     async def read(self, series: SeriesKey, start_ms: int, stop_ms: int) -> CandleSeries:
         return self._series.get(series, CandleSeries.empty()).between(start_ms, stop_ms)
 
+    async def series(self) -> list[SeriesKey]:
+        return list(self._series)
+
     async def write(self, series: SeriesKey, candles: CandleSeries) -> int:
         stored = self._series.get(series, CandleSeries.empty())
         merged, added = merge(stored, candles)
@@ -120,6 +123,14 @@ class MemoryStore:
         if not namespace:
             return self
         return self._namespaces.setdefault(namespace, MemoryStore())
+
+    async def namespaces(self) -> list[tuple[str, ...]]:
+        found: list[tuple[str, ...]] = []
+        for name, space in self._namespaces.items():
+            if any(table.records for table in space._tables.values()) or await space.candles.series():
+                found.append((name,))
+            found += [(name, *path) for path in await space.namespaces()]
+        return found
 
     def _table(self, contract: Contract) -> _Table:
         return self._tables.setdefault(contract.name, _Table())

@@ -6,26 +6,55 @@ not check; the other columns only serve to find it.
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, TypeVar
 
-from backtest_kit.errors import Damaged
+import msgspec
+
+from backtest_kit.errors import Damaged, UserError
+from backtest_kit.persist.backends import file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
+from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.sqlite_threads import Database
-from backtest_kit.persist.codec import NewerSchema, seal, unseal
-from backtest_kit.persist.contracts import Contract, Durability
-from backtest_kit.persist.keys import check_key, escape, path_of
+from backtest_kit.persist.codec import (
+    NewerSchema,
+    dump_record,
+    dump_value,
+    reseal,
+    seal,
+    seal_text,
+    unseal,
+    unseal_head,
+)
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability, WriteRule
+from backtest_kit.persist.files import Disk, disk_error
+from backtest_kit.persist.keys import check_key, escape, path_of, unescape
+from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Capability, Key, Record, Write
+from backtest_kit.persist.upkeep import Finding
 from backtest_kit.persist.writing import check_batch, decide, now_ms
+
+T = TypeVar("T")
 
 _CHUNK: Final = 256
 """Records that a listing reads at a time."""
 
+_CONTRACTS: Final = {**CONTRACTS, LEASE.name: LEASE}
+
 _SELECT: Final = "SELECT removed, CAST(record AS BLOB) FROM records WHERE namespace = ? AND contract = ? AND key = ?"
-_REPLACE: Final = "INSERT OR REPLACE INTO records (namespace, contract, key, removed, record) VALUES (?, ?, ?, ?, ?)"
+_WRITE: Final = """
+    INSERT INTO records (namespace, contract, key, removed, record, seq)
+    VALUES (?1, ?2, ?3, ?4, ?5,
+        (SELECT coalesce(max(seq), 0) + 1 FROM records WHERE namespace = ?1 AND contract = ?2))
+    ON CONFLICT (namespace, contract, key)
+    DO UPDATE SET removed = excluded.removed, record = excluded.record, seq = excluded.seq
+"""
+"""In place, where there is a row: replacing it would touch more pages, and every page is synced."""
 _QUARANTINE: Final = (
     "INSERT OR IGNORE INTO quarantine (found_at, namespace, contract, key, reason, record) VALUES (?, ?, ?, ?, ?, ?)"
 )
@@ -43,7 +72,8 @@ class SqliteStore:
     def __init__(self, path: str | Path, *, busy_timeout: float = 10.0) -> None:
         self._database = Database(Path(path).absolute(), busy_timeout)
         self._namespace = ""
-        self.candles = FileCandleStore(f"{self.path}.candles")
+        self._files = _CandleFiles(self.path)
+        self.candles = self._files.store("")
 
     @property
     def path(self) -> Path:
@@ -55,6 +85,7 @@ class SqliteStore:
     async def close(self) -> None:
         if not self._namespace:
             await self._database.close()
+            await asyncio.to_thread(self._files.close)
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
         name = self._name(contract, check_key(contract, key))
@@ -105,16 +136,56 @@ class SqliteStore:
         inner = SqliteStore.__new__(SqliteStore)
         inner._database = self._database
         inner._namespace = f"{self._namespace}{escape(namespace, 'namespace')}/"
-        inner.candles = FileCandleStore(f"{self.path}.candles/@{inner._namespace.rstrip('/')}")
+        inner._files = self._files
+        inner.candles = self._files.store(inner._namespace)
         return inner
+
+    async def namespaces(self) -> list[tuple[str, ...]]:
+        depth = self._namespace.count("/")
+        found = await self._database.read(partial(_list_namespaces, self._namespace))
+        paths = [[str(unescape(name, "namespace") or name) for name in text.split("/")[depth:-1]] for text in found]
+        return [tuple(path) for path in paths]
+
+    async def check(self, *, deep: bool = False) -> list[Finding]:
+        found = [
+            Finding(item.path, f"in quarantine, its key is blocked: {item.reason}")
+            for item in await self._database.read(_list_quarantine)
+        ]
+        known, last = {finding.path for finding in found}, 0
+        while chunk := await self._database.read(partial(_check_rows, last)):
+            found += [finding for _, finding in chunk if finding is not None and finding.path not in known]
+            last = chunk[-1][0]
+        if deep:
+            found += await self._database.read(_check_integrity)
+        if await asyncio.to_thread(self._files.exists):
+            found += await asyncio.to_thread(file_operations.check, self._files.root, deep=deep)
+        return sorted(found, key=lambda finding: finding.path)
+
+    async def quarantined(self) -> list[Quarantined]:
+        files = await asyncio.to_thread(self._files.root.quarantine.list)
+        return sorted([*await self._database.read(_list_quarantine), *files], key=lambda item: item.path)
+
+    async def restore(self, path: str) -> Record | None:
+        if _is_candles(path):
+            return await asyncio.to_thread(self._files.operate, file_operations.restore, path)
+        return await self._database.write(partial(_restore, path))
+
+    async def drop(self, path: str) -> Quarantined:
+        if _is_candles(path):
+            return await asyncio.to_thread(self._files.operate, file_operations.drop, path)
+        return await self._database.write(partial(_drop, path))
 
     def _name(self, contract: Contract, key: Key) -> _Name:
         return self._namespace, contract.name, "/".join(path_of(contract, key))
 
     async def _write(self, writes: Sequence[Write]) -> list[Record]:
-        named = [(write, self._name(write.contract, check_key(write.contract, write.key))) for write in writes]
+        # The values are written out here and now: nobody can change them while they wait for their turn.
+        changes = [
+            _Change(write, self._name(write.contract, check_key(write.contract, write.key)), dump_value(write.value))
+            for write in writes
+        ]
         durable = any(write.contract.durability is not Durability.CACHE for write in writes)
-        done = await self._database.write(partial(_apply, named), durable=durable)
+        done = await self._database.write(partial(_apply, changes), durable=durable)
         if isinstance(done, _Suspect):
             raise await self._quarantine(done)
         return done
@@ -124,10 +195,11 @@ class SqliteStore:
         where = f"{self.path}: {suspect.name[1]} {suspect.name[2]}"
         if isinstance(suspect.error, NewerSchema):
             return NewerSchema(f"{where}: {suspect.error}")
-        number = await self._database.write(partial(_keep_copy, suspect))
+        await self._database.write(partial(_keep_copy, suspect))
+        path = _path(suspect.name)
         return Damaged(
-            f"{where}: {suspect.error}. A copy is number {number} in quarantine and the key is blocked: "
-            f"`backtest-kit store quarantine restore {number}` accepts it as it is, `drop {number}` removes it"
+            f"{where}: {suspect.error}. A copy is in quarantine and the key is blocked: "
+            f"`backtest-kit store quarantine restore {path}` accepts it as it is, `... drop {path}` gives it up"
         )
 
 
@@ -144,19 +216,33 @@ class _Suspect:
         self.error = error
 
 
-def _read(contract: Contract, name: _Name, key: Key | None, connection: sqlite3.Connection) -> Record | _Suspect | None:
+class _Change(NamedTuple):
+    """A write on its way to the database."""
+
+    write: Write
+    name: _Name
+    value: bytes
+
+
+def _read(
+    contract: Contract,
+    name: _Name,
+    key: Key | None,
+    connection: sqlite3.Connection,
+    open_sealed: Callable[[Contract, Key | None, bytes], Record] = unseal,
+) -> Record | _Suspect | None:
     row = connection.execute(_SELECT, name).fetchone()
     if row is None:
         return None
     removed, data = row
     try:
-        record = unseal(contract, key, data)
+        record = open_sealed(contract, key, data or b"")
         if key is None and "/".join(path_of(contract, record.key)) != name[2]:
             raise Damaged(f"it is the record of {record.key}")
         if removed != record.removed:
             raise Damaged("its row and its record differ in whether it was removed")
     except Damaged as error:
-        return _Suspect(name, data, error)
+        return _Suspect(name, data or b"", error)
     return record
 
 
@@ -179,26 +265,133 @@ def _list_names(
     return [(namespace, contract, key) for (key,) in rows]
 
 
-def _apply(writes: Sequence[tuple[Write, _Name]], connection: sqlite3.Connection) -> list[Record] | _Suspect:
+def _apply(changes: Sequence[_Change], connection: sqlite3.Connection) -> list[Record] | _Suspect:
     """Judge every write before the first is done, so that a refused one has changed nothing."""
-    decisions = []
-    for write, name in writes:
-        current = _read(write.contract, name, write.key, connection)
+    records, rows = [], []
+    for write, name, value in changes:
+        first_wins = write.contract.write_rule is WriteRule.FIRST_WINS
+        current = _read(write.contract, name, write.key, connection, unseal if first_wins else unseal_head)
         if isinstance(current, _Suspect):
             return current
-        decisions.append((write, name, *decide(write, current)))
-    rows = [
-        (*name, record.removed, seal(write.contract, record)) for write, name, record, changed in decisions if changed
-    ]
+        record, changed = decide(write, current)
+        records.append(record)
+        if changed:
+            rows.append((*name, record.removed, seal_text(dump_record(write.contract, record, value))))
     for row in rows:
-        connection.execute(_REPLACE, row)
-    return [record for _, _, record, _ in decisions]
+        connection.execute(_WRITE, row)
+    return records
 
 
-def _keep_copy(suspect: _Suspect, connection: sqlite3.Connection) -> int:
+def _keep_copy(suspect: _Suspect, connection: sqlite3.Connection) -> None:
     connection.execute(_QUARANTINE, (now_ms(), *suspect.name, str(suspect.error), suspect.data))
-    (number,) = connection.execute(
-        "SELECT id FROM quarantine WHERE namespace = ? AND contract = ? AND key = ? AND record = ?",
-        (*suspect.name, suspect.data),
-    ).fetchone()
-    return int(number)
+
+
+def _check_rows(after: int, connection: sqlite3.Connection) -> list[tuple[int, Finding | None]]:
+    rows = connection.execute(
+        "SELECT id, namespace, contract, key FROM records WHERE id > ? ORDER BY id LIMIT ?", (after, _CHUNK)
+    )
+    return [(number, _check_row(name, connection)) for number, *name in rows.fetchall()]
+
+
+def _check_row(name: Sequence[str], connection: sqlite3.Connection) -> Finding | None:
+    namespace, contract, key = name
+    row = _CONTRACTS.get(contract)
+    if row is None:
+        return Finding(_path((namespace, contract, key)), f"no contract of this version is called {contract!r}")
+    found = _read(row, (namespace, contract, key), None, connection)
+    return Finding(_path(found.name), str(found.error)) if isinstance(found, _Suspect) else None
+
+
+def _check_integrity(connection: sqlite3.Connection) -> list[Finding]:
+    rows = connection.execute("PRAGMA integrity_check").fetchall()
+    return [Finding("the database", text) for (text,) in rows if text != "ok"]
+
+
+def _list_namespaces(above: str, connection: sqlite3.Connection) -> list[str]:
+    rows = connection.execute("SELECT DISTINCT namespace FROM records WHERE namespace > ?", (above,)).fetchall()
+    return [namespace for (namespace,) in rows if namespace.startswith(above)]
+
+
+def _path(name: _Name) -> str:
+    """A row's name in the operations on the quarantine, in the form that files have theirs."""
+    namespace, contract, key = name
+    return f"{_directory(namespace)}{contract}/{key}"
+
+
+def _directory(namespace: str) -> str:
+    return "".join(f"@{part}/" for part in namespace.split("/")[:-1])
+
+
+def _is_candles(path: str) -> bool:
+    return next((part for part in path.split("/") if not part.startswith("@")), "") == "candle"
+
+
+def _list_quarantine(connection: sqlite3.Connection) -> list[Quarantined]:
+    rows = connection.execute(
+        "SELECT namespace, contract, key, reason, max(found_at) FROM quarantine GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+    )
+    return [
+        Quarantined(_path((namespace, contract, key)), contract, key.split("/"), reason, found_at)
+        for namespace, contract, key, reason, found_at in rows
+    ]
+
+
+def _find(path: str, connection: sqlite3.Connection) -> tuple[_Name, Quarantined]:
+    parts = path.split("/")
+    depth = sum(1 for _ in takewhile(lambda part: part.startswith("@"), parts))
+    for item in _list_quarantine(connection):
+        if item.path == path:
+            namespace = "".join(f"{part[1:]}/" for part in parts[:depth])
+            return (namespace, item.contract, "/".join(parts[depth + 1 :])), item
+    raise UserError(f"nothing in quarantine is called {path!r}: see `backtest-kit store quarantine list`")
+
+
+def _restore(path: str, connection: sqlite3.Connection) -> Record:
+    name, _ = _find(path, connection)
+    contract = _CONTRACTS[name[1]]
+    row = connection.execute(_SELECT, name).fetchone()
+    try:
+        record = reseal(contract, b"" if row is None else row[1] or b"")
+        if "/".join(path_of(contract, check_key(contract, record.key))) != name[2]:
+            raise Damaged(f"it is the record of {record.key}")
+    except Damaged as error:
+        raise UserError(f"{path} is still damaged: {error}; mend its row in `records`, or drop it") from None
+    # Nobody who knew the record before the damage may take it for the one that he read.
+    record = msgspec.structs.replace(record, rev=record.rev + 1)
+    connection.execute(_WRITE, (*name, record.removed, seal(contract, record)))
+    connection.execute("DELETE FROM quarantine WHERE namespace = ? AND contract = ? AND key = ?", name)
+    return record
+
+
+def _drop(path: str, connection: sqlite3.Connection) -> Quarantined:
+    name, item = _find(path, connection)
+    for table in ("records", "quarantine"):
+        connection.execute(f"DELETE FROM {table} WHERE namespace = ? AND contract = ? AND key = ?", name)  # noqa: S608
+    return item
+
+
+class _CandleFiles:
+    """The directory of the candles beside the database, and what an operator does there."""
+
+    def __init__(self, path: Path) -> None:
+        self.root = Root(f"{path}.candles", Disk())
+
+    def exists(self) -> bool:
+        return self.root.disk.exists(self.root.path)
+
+    def store(self, namespace: str) -> FileCandleStore:
+        root = self.root
+        return FileCandleStore(
+            root.path, prefix=_directory(namespace), disk=root.disk, locks=root.locks, quarantine=root.quarantine
+        )
+
+    def close(self) -> None:
+        self.root.close()
+        self.root.locks.close()
+
+    def operate(self, operation: Callable[[Root, str], T], path: str) -> T:
+        self.root.open()
+        try:
+            return operation(self.root, path)
+        except OSError as error:
+            raise disk_error(error, "change", self.root.quarantine.place(path)) from error

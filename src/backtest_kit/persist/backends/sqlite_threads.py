@@ -28,10 +28,11 @@ APPLICATION_ID: Final = 0x42_4B_50_79
 
 _SCHEMA: Final = (
     """CREATE TABLE records (
-        seq INTEGER PRIMARY KEY,
+        id INTEGER PRIMARY KEY,
         namespace TEXT NOT NULL,
         contract TEXT NOT NULL,
         key TEXT NOT NULL,
+        seq INTEGER NOT NULL,
         removed INTEGER NOT NULL,
         record BLOB NOT NULL,
         UNIQUE (namespace, contract, key)
@@ -169,6 +170,8 @@ class Database:
         self._writer = ConnectionThread(f"SQLite store {path} (writer)", self._open, self._commit)
         self._reader = ConnectionThread(f"SQLite store {path} (reader)", self._open_reader, self._answer)
         self._opened = False
+        self._synced: bool | None = None
+        """What the writing connection is set to; unknown when it is new."""
 
     async def open(self) -> None:
         await self.write(lambda connection: None)
@@ -215,7 +218,9 @@ class Database:
 
     def _transact(self, connection: sqlite3.Connection, jobs: list[Job]) -> None:
         durable = any(job.durable for job in jobs)
-        connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        if durable != self._synced:
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._synced = durable
         connection.execute("BEGIN IMMEDIATE")
         try:
             for job in jobs:
@@ -251,7 +256,9 @@ class Database:
             if self.path.is_dir():
                 raise UserError(f"{self.path} is a directory: give the SQLite store the path of a file")
         except OSError as error:
-            raise UserError(f"{self.path} cannot be a database: {error.strerror}: give another path") from error
+            in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = "a directory of its path is a file" if in_the_way else error.strerror
+            raise UserError(f"{self.path} cannot be made: {reason}; give another path") from error
         connection = self._connect()
         deadline = time.monotonic() + self._busy_timeout
         while True:
@@ -270,6 +277,7 @@ class Database:
                 connection.close()
                 raise
         self._opened = True
+        self._synced = None
         return connection
 
     def _open_reader(self) -> sqlite3.Connection:

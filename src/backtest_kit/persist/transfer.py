@@ -1,0 +1,303 @@
+"""A store as one neutral file, and back: the way between any two backends.
+
+The file has a JSON object per line: a head, the records in the order in which they were written, candles
+as columns, and a foot that counts them. Each line but the foot ends with `"digest"`, the SHA-256 of the
+line up to the comma before it. Values stand there as backends have them (see `persist.codec`).
+
+What is imported has revisions and wall-clock times of its new store; keys, values, simulation times,
+removals and the order of writing are those of the old one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import msgspec
+import numpy as np
+
+from backtest_kit.errors import BacktestKitError, Damaged, UserError
+from backtest_kit.model.candle import COLUMNS, CandleSeries
+from backtest_kit.persist.codec import dump_value, parse
+from backtest_kit.persist.contracts import CONTRACTS, Contract, Kind
+from backtest_kit.persist.files import Disk
+from backtest_kit.persist.keys import check_key
+from backtest_kit.persist.operations import spaces, text_of
+from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Record, SeriesKey, Store, Write
+from backtest_kit.persist.upkeep import ListsSeries
+
+FORMAT: Final = "backtest-kit store"
+VERSION: Final = 1
+
+_DIGEST: Final = b',"digest":"'
+_CANDLES_PER_LINE: Final = 10_000
+_CHUNK: Final = 500
+_MOST_PROBLEMS: Final = 20
+_ALWAYS: Final = (-(2**62), 2**62)
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """What was written, to a file or to a store."""
+
+    records: int
+    candles: int
+    present: int = 0
+    """Of an import: records that were there already, and are the same."""
+
+
+class _Line(msgspec.Struct, rename="camel"):
+    namespace: tuple[str, ...]
+    contract: str
+    key: list[str | int | bool]
+    when: int | None = None
+    removed: bool = False
+    value: Any = None
+    columns: dict[str, list[float]] | None = None
+
+
+async def export_store(store: Store, file: str | os.PathLike[str], *, candles: bool = True) -> Counts:
+    """Write every record, in every namespace, and every candle of `store` to `file`. Leases are left out.
+
+    The file is complete or not there.
+
+    Raises:
+        UserError: `file` exists already or cannot be written, or the store cannot list what it has.
+        Damaged, RetryLater: as `Store.scan`; `check` lists everything that is damaged.
+    """
+    target = Path(file)
+    if await asyncio.to_thread(target.exists):
+        raise UserError(f"{target} exists already: give the export another name, or remove it")
+    part = target.with_name(f".tmp-{secrets.token_hex(6)}-{target.name}")
+    records = rows = 0
+    try:
+        output = await asyncio.to_thread(part.open, "xb")
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from error
+    try:
+        lines = [_seal({"format": FORMAT, "version": VERSION})]
+        async for fields, count in _everything(store, candles):
+            lines.append(_seal(fields))
+            records += not count
+            rows += count
+            if len(lines) >= _CHUNK or count:
+                await asyncio.to_thread(output.writelines, lines)
+                lines = []
+        lines.append(dump_value({"end": True, "records": records, "candles": rows}) + b"\n")
+        await asyncio.to_thread(_finish, output, lines, part, target)
+    finally:
+        output.close()
+        part.unlink(missing_ok=True)
+    return Counts(records, rows)
+
+
+async def import_store(store: Store, file: str | os.PathLike[str]) -> Counts:
+    """Write everything that `export_store` put into `file` to `store`.
+
+    The whole file is verified first, and compared with what the store has: a record that is there with
+    the same content is passed over, so an import that was interrupted is simply done again.
+
+    Raises:
+        UserError: the file is not a complete export, lines are damaged, or records are there with another
+            content. The message names the lines; nothing was written.
+        Conflict, OutOfSpace, RetryLater: as `Store.put`; the message says how far the import came.
+    """
+    source = Path(file)
+    problems: list[str] = []
+    foot: dict[str, Any] | None = None
+    records = rows = 0
+    async with aclosing(_lines(source, problems)) as lines:
+        async for number, line in lines:
+            if isinstance(line, dict):
+                foot = line
+                continue
+            records += line.columns is None
+            rows += 0 if line.columns is None else len(line.columns["timestamp"])
+            if await _is_other(store, line):
+                problems.append(f"line {number}: {_name(line)} is there with another content")
+            if len(problems) > _MOST_PROBLEMS:
+                break
+    if foot != {"end": True, "records": records, "candles": rows} and not problems:
+        problems.append(f"it ends after {records} records and {rows} candles, and no foot says so: it was cut")
+    if problems:
+        listed = "; ".join(problems[:_MOST_PROBLEMS]) + ("; and more" if len(problems) > _MOST_PROBLEMS else "")
+        raise UserError(f"{source} was not imported, nothing was written: {listed}")
+    return await _write_all(store, source)
+
+
+async def _everything(store: Store, candles: bool) -> AsyncIterator[tuple[dict[str, Any], int]]:
+    """The fields of every line, and how many candles are in it."""
+    for namespace, space in await spaces(store):
+        head: dict[str, Any] = {"namespace": list(namespace)}
+        for contract in CONTRACTS.values():
+            if contract.kind is Kind.SERIES:
+                continue
+            async for record in space.scan(contract, include_removed=True):
+                yield head | _fields(contract, record), 0
+        if not candles:
+            continue
+        if not isinstance(space.candles, ListsSeries):
+            raise UserError(f"{type(space.candles).__name__} cannot list its candles: export without candles")
+        for series in await space.candles.series():
+            stored = await space.candles.read(series, *_ALWAYS)
+            key = [series.exchange_name, series.symbol, series.interval]
+            for start in range(0, len(stored), _CANDLES_PER_LINE):
+                part = stored[start : start + _CANDLES_PER_LINE]
+                columns = {name: column.tolist() for name, column in part.columns().items()}
+                yield head | {"contract": "candle", "key": key, "columns": columns}, len(part)
+
+
+def _fields(contract: Contract, record: Record) -> dict[str, Any]:
+    return {
+        "contract": contract.name,
+        "key": list(record.key),
+        "when": record.when,
+        "removed": record.removed,
+        "value": record.value,
+    }
+
+
+def _seal(fields: dict[str, Any]) -> bytes:
+    body = dump_value(fields)[:-1]
+    return body + _DIGEST + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
+
+
+def _finish(output: BinaryIO, lines: list[bytes], part: Path, target: Path) -> None:
+    output.writelines(lines)
+    output.flush()
+    os.fsync(output.fileno())
+    disk = Disk()
+    disk.rename(str(part), str(target))
+    disk.sync_directory(str(target.parent))
+
+
+async def _lines(source: Path, problems: list[str]) -> AsyncGenerator[tuple[int, _Line | dict[str, Any]]]:
+    """Every sound line after the head with its number, and the foot as a dict. The others go into `problems`."""
+    try:
+        file = await asyncio.to_thread(source.open, "rb")
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror}") from error
+    try:
+        number = 0
+        while chunk := await asyncio.to_thread(lambda: list(islice(file, _CHUNK))):
+            for data in chunk:
+                number += 1
+                try:
+                    line = _open(number, data)
+                except BacktestKitError as error:
+                    problems.append(f"line {number}: {error}")
+                    continue
+                if line is not None:
+                    yield number, line
+    finally:
+        file.close()
+
+
+def _open(number: int, data: bytes) -> _Line | dict[str, Any] | None:
+    """One line, checked; None for the head."""
+    body, mark, digest = data.rpartition(_DIGEST)
+    if not mark:
+        foot = parse(data)
+        if isinstance(foot, dict) and foot.get("end") is True:
+            return foot
+        raise Damaged("it has no digest")
+    if digest != hashlib.sha256(body).hexdigest().encode() + b'"}\n':
+        raise Damaged("its digest does not match: it was changed or cut")
+    fields = parse(body + b"}")
+    if number == 1:
+        if fields.get("format") != FORMAT:
+            raise Damaged("this is no export of a store")
+        if fields.get("version", VERSION + 1) > VERSION:
+            raise Damaged(
+                f"it was written by a newer version of this program (format {fields.get('version')}): upgrade"
+            )
+        return None
+    try:
+        line = msgspec.convert(fields, _Line)
+    except msgspec.ValidationError as error:
+        raise Damaged(f"it is no record: {error}") from None
+    row = CONTRACTS.get(line.contract)
+    if row is None:
+        raise Damaged(f"no contract of this version is called {line.contract!r}")
+    check_key(row, line.key, prefix=row.kind is Kind.SERIES)
+    if row.kind is Kind.SERIES and (line.columns is None or tuple(line.columns) != COLUMNS):
+        raise Damaged(f"its columns are not {', '.join(COLUMNS)}")
+    return line
+
+
+async def _write_all(store: Store, source: Path) -> Counts:
+    records = rows = present = 0
+    waiting: list[Write] = []
+    space = store
+    try:
+        async for _, line in _lines(source, []):
+            if isinstance(line, dict):
+                continue
+            here = _space(store, line)
+            if waiting and (here is not space or len(waiting) >= _CHUNK or line.columns is not None):
+                await _put(space, waiting)
+                records, waiting = records + len(waiting), []
+            space = here
+            if line.columns is not None:
+                rows += await here.candles.write(_series(line), CandleSeries(*line.columns.values()))
+                continue
+            row, key = CONTRACTS[line.contract], tuple(line.key)
+            if await here.get(row, key) is not None:
+                present += 1
+                continue
+            expect: Expect = ABSENT if Capability.COMPARE_AND_SET in here.capabilities else ANY
+            waiting.append(Write(row, key, line.value, when=line.when, expect=expect, removed=line.removed))
+        await _put(space, waiting)
+    except BacktestKitError as error:
+        note = (
+            f"{error}; {records} records and {rows} candles of {source} were imported before: import it again to go on"
+        )
+        raise type(error)(note, outcome=error.outcome) from error
+    return Counts(records + len(waiting), rows, present)
+
+
+async def _put(store: Store, writes: list[Write]) -> None:
+    if Capability.ATOMIC_BATCH in store.capabilities:
+        await store.batch(writes)
+    else:
+        for write in writes:
+            await store.put(write)
+
+
+async def _is_other(store: Store, line: _Line) -> bool:
+    """Whether the store has something under the key of `line` that is not the same."""
+    space = _space(store, line)
+    if line.columns is not None:
+        offered = CandleSeries(*line.columns.values())
+        if not len(offered):
+            return False
+        here = await space.candles.read(_series(line), int(offered.timestamp[0]), int(offered.timestamp[-1]) + 1)
+        common = np.isin(offered.timestamp, here.timestamp)
+        return offered.take(common) != here.take(np.isin(here.timestamp, offered.timestamp))
+    record = await space.get(CONTRACTS[line.contract], tuple(line.key))
+    if record is None:
+        return False
+    there = dump_value([record.value, record.when, record.removed])
+    return there != dump_value([line.value, line.when, line.removed])
+
+
+def _series(line: _Line) -> SeriesKey:
+    return SeriesKey(*(str(part) for part in line.key))
+
+
+def _space(store: Store, line: _Line) -> Store:
+    for name in line.namespace:
+        store = store.within(name)
+    return store
+
+
+def _name(line: _Line) -> str:
+    return "/".join(
+        (*(f"@{name}" for name in line.namespace), line.contract, text_of(CONTRACTS[line.contract], tuple(line.key)))
+    )

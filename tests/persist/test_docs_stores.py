@@ -1,0 +1,77 @@
+"""The page about stores, executed: its examples run, and its own store passes the conformance suite."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backtest_kit.persist.binding import home_of
+from backtest_kit.persist.contracts import CONTRACTS, Durability
+from backtest_kit.persist.testing import StoreConformance
+from backtest_kit.persist.urls import store_at
+
+PAGE = (Path(__file__).parents[2] / "docs" / "stores.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def block_with(text: str) -> str:
+    (block,) = (block for block in BLOCKS if text in block)
+    return str(block)
+
+
+def defined_in(*texts: str) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "docs_stores"}
+    for text in texts:
+        exec(compile(block_with(text), f"docs/stores.md ({text})", "exec"), names)  # noqa: S102
+    return names
+
+
+LogStore = defined_in("class LogStore:")["LogStore"]
+
+
+class TestLogStore(StoreConformance):
+    make_store = defined_in("class LogStore:", "class TestLogStore")["TestLogStore"].make_store
+    obstruct = defined_in("class TestLogStore")["TestLogStore"].obstruct
+
+
+def test_own_store_is_short() -> None:
+    assert len(block_with("class LogStore:").splitlines()) < 200
+
+
+async def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = defined_in("persistence = Persistence()", "class MemorySignalAdapter", "async def tour", "class LogStore:")
+    await names["tour"]()
+    exec(block_with("async def move"), names)  # noqa: S102
+    await names["move"]()
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table after a heading."""
+    _, _, rest = PAGE.partition(heading)
+    lines = re.findall(r"^\|.*\|$", rest.partition("\n#")[0], re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_tables_say_what_the_code_does() -> None:
+    places = {"bound store": "bound store", "process memory": "process memory", "files": "file"}
+    listed = set()
+    for names, live, backtest in (row for row in rows("## Choosing") if len(row) == 3 and "`" not in row[0]):
+        if live not in places:
+            continue
+        for name in names.split(", "):
+            listed.add(name)
+            assert (home_of(name, "live").value, home_of(name, "backtest").value) == (places[live], places[backtest])
+            assert home_of(name, "paper").value == places[live]
+    assert listed == set(CONTRACTS)
+    for kind, names, _ in rows("## What a promise is worth"):
+        assert set(names.split(", ")) == {row.name for row in CONTRACTS.values() if row.durability is Durability(kind)}
+
+
+def test_addresses_are_real() -> None:
+    addresses = re.findall(r"^\| `(\w+:[^`]*)` \|", PAGE, re.MULTILINE)
+    stores = [type(store_at(address)).__name__ for address in addresses]
+    assert stores == ["FileStore", "SqliteStore", "MemoryStore", "DummyStore"]
