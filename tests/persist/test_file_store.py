@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from backtest_kit.errors import Conflict, Damaged, RetryLater, UserError
+from backtest_kit.persist.backends import file_sync
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.codec import NewerSchema, seal
 from backtest_kit.persist.contracts import CONTRACTS, LEASE
@@ -393,11 +394,12 @@ async def test_record_torn_by_power_loss_comes_from_the_journal(tmp_path: Path) 
     await again.close()
 
 
-async def test_checkpoint_empties_the_journal(tmp_path: Path) -> None:
+async def test_checkpoint_empties_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_sync, "CHECKPOINT_SECONDS", 0.2)
     store = FileStore(tmp_path)
     await store.batch([Write(SIGNAL, KEY, 1), Write(RISK, ("e", "r"), 1)])
     assert len(list((tmp_path / ".backtest-kit/journal").iterdir())) == 1
-    await asyncio.sleep(1.6)
+    await asyncio.sleep(0.8)
     assert list((tmp_path / ".backtest-kit/journal").iterdir()) == []
     await store.close()
 

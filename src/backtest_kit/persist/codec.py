@@ -95,7 +95,7 @@ def dump_record(contract: Contract, record: Record, value: bytes | None = None) 
         "schemaVersion": record.schema_version,
     }
     text = dump_value(record.value) if value is None else value
-    return _ENCODER.encode(fields)[:-1].encode() + b',"value":' + text + b"}"
+    return msgspec.json.encode(fields)[:-1] + b',"value":' + text + b"}"
 
 
 def seal(contract: Contract, record: Record) -> bytes:

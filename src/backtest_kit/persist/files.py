@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import os
 import random
@@ -17,6 +16,7 @@ import stat
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -69,6 +69,7 @@ class Disk:
     def __init__(self, calls: OsCalls = os) -> None:
         self._os = calls
         self._serial = itertools.count()
+        self._token = f"{random.randrange(1 << 48):012x}"  # noqa: S311  # a process id comes again
 
     def read(self, path: str) -> bytes:
         fd = self._open(path, _READ)
@@ -112,7 +113,7 @@ class Disk:
         self, directory: str, data: bytes, *, sync: bool, mtime_ns: int | None = None, preallocate: bool = False
     ) -> str:
         """Write `data` to a new temporary file in `directory` and return its path; nothing is left on failure."""
-        path = f"{directory}/{TEMP_PREFIX}{os.getpid()}-{next(self._serial)}-{random.randrange(1 << 32):08x}"  # noqa: S311
+        path = f"{directory}/{TEMP_PREFIX}{os.getpid()}-{self._token}-{next(self._serial)}"
         fd = self._open(path, _CREATE)
         crashpoint("file.after_create")
         try:
@@ -298,18 +299,25 @@ class LockSet:
         if os.getpid() != self._pid:
             self._reset()  # a forked child shares the open files, and so the locks, of its parent
         deadline = time.monotonic() + timeout
-        with contextlib.ExitStack() as held:
-            for shard in sorted({self._shard(name) for name in names}):
-                if not self._threads[shard].acquire(timeout=max(0.0, deadline - time.monotonic())):
+        held: list[tuple[threading.Lock, int | None]] = []
+        try:
+            for shard in sorted({zlib.crc32(name.encode()) % self._count for name in names}):
+                thread_lock = self._threads[shard]
+                if not thread_lock.acquire(timeout=timeout):
                     raise self._timed_out(shard, timeout)
-                held.callback(self._threads[shard].release)
+                held.append((thread_lock, None))
                 fd = self._file(shard)
                 while not _try_lock(fd):
                     if time.monotonic() > deadline:
                         raise self._timed_out(shard, timeout)
                     time.sleep(random.uniform(0.0002, 0.002))  # noqa: S311
-                held.callback(_unlock, fd)
+                held[-1] = thread_lock, fd
             yield
+        finally:
+            for thread_lock, locked in reversed(held):
+                if locked is not None:
+                    _unlock(locked)
+                thread_lock.release()
 
     def close(self) -> None:
         """Close the files of those locks that nobody holds."""
@@ -319,9 +327,6 @@ class LockSet:
                     self._disk.close(fd)
                     del self._files[shard]
                     self._threads[shard].release()
-
-    def _shard(self, name: str) -> int:
-        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest()) % self._count
 
     def _file(self, shard: int) -> int:
         with self._guard:

@@ -241,7 +241,11 @@ class Committer:
     ) -> tuple[_Staged | None, Record]:
         write = change.write
         earlier = staged.get(change.target)
-        current = earlier.record if earlier else self._root.load(write.contract, write.key, change.path, locked=True)
+        current = (
+            earlier.record
+            if earlier
+            else self._root.load(write.contract, write.key, change.path, locked=True, head=True)
+        )
         record, changed = decide(write, current)
         if not changed:
             return None, record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import threading
@@ -16,7 +17,15 @@ import msgspec
 from backtest_kit.errors import Damaged, Outcome, UserError
 from backtest_kit.persist.backends.file_feed import Feed
 from backtest_kit.persist.backends.file_sync import Syncer
-from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema, dump_value, open_envelope, seal_text, unseal
+from backtest_kit.persist.codec import (
+    SCHEMA_VERSION,
+    NewerSchema,
+    dump_value,
+    open_envelope,
+    seal_text,
+    unseal,
+    unseal_head,
+)
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
 from backtest_kit.persist.files import Disk, LockSet, absolute_root, disk_error, require_directory
 from backtest_kit.persist.journal import Journal
@@ -170,8 +179,10 @@ class Root:
 
     # -- reading -------------------------------------------------------------------------------------
 
-    def load(self, row: Contract, key: Key | None, path: str, *, locked: bool = False) -> Record | None:
-        """The record at `path`, which belongs to `key`, or to whatever key has that path.
+    def load(
+        self, row: Contract, key: Key | None, path: str, *, locked: bool = False, head: bool = False
+    ) -> Record | None:
+        """The record at `path`, which belongs to `key`, or to whatever key has that path; `head` spares its value.
 
         Raises:
             Damaged, RetryLater: as `Store.get`.
@@ -191,14 +202,14 @@ class Root:
         except OSError as error:
             raise disk_error(error, "read", f"{self.path}/{path}") from error
         try:
-            return unseal_at(row, key, path, data)
+            return unseal_head(row, key, data) if head and key is not None else unseal_at(row, key, path, data)
         except NewerSchema as error:
             raise NewerSchema(f"{self.path}/{path}: {error}") from None
         except Damaged as error:
             if locked:
                 raise self.quarantine.take(row, key or _key_of(row, path), path, str(error)) from None
         with self.locks.hold((path,)):
-            return self.load(row, key, path, locked=True)
+            return self.load(row, key, path, locked=True, head=head)
 
     def _load_line(self, row: Contract, key: Key, path: str, *, locked: bool) -> Record | None:
         promised = self._promised.get((path, key))
@@ -226,8 +237,7 @@ class Root:
         """
         target = f"{self.path}/{path}"
         directory = target.rpartition("/")[0]
-        self._anchor(directory)
-        self.disk.rename(self.disk.write_temp(directory, data, sync=True, mtime_ns=tick), target)
+        self.disk.rename(self._write_anchored(directory, data, tick, sync=True), target)
         try:
             self.disk.sync_directory(directory)
         except OSError as error:
@@ -250,9 +260,7 @@ class Root:
         try:
             for path, data, tick in files:
                 directory = f"{self.path}/{path}".rpartition("/")[0]
-                self._anchor(directory)
-                temp = self.disk.write_temp(directory, data, sync=False, mtime_ns=tick, preallocate=True)
-                temps.append((path, temp))
+                temps.append((path, self._write_anchored(directory, data, tick, sync=False)))
         except BaseException:
             self.discard(temp for _, temp in temps)
             raise
@@ -300,14 +308,17 @@ class Root:
         """Empty the journal of this process."""
         self._journal.checkpoint()
 
-    def _anchor(self, directory: str) -> None:
-        """Make a directory, and durable in those above it. Once per process: another one may not have come to it."""
-        if directory in self._anchored and self.disk.exists(directory):
-            return
+    def _write_anchored(self, directory: str, data: bytes, tick: int, *, sync: bool) -> str:
+        """A temporary file, synced or about to be journalled, in a directory that is durable in those above it."""
+        if directory in self._anchored:
+            with contextlib.suppress(FileNotFoundError):  # somebody has removed the directory
+                return self.disk.write_temp(directory, data, sync=sync, mtime_ns=tick, preallocate=not sync)
+        # Once per process even if the directory exists: who made it may not have come to syncing it.
         self.disk.make_directories(directory, sync=False)
         for level in self._levels(directory):
             self.disk.sync_directory(level)
         self._anchored.add(directory)
+        return self.disk.write_temp(directory, data, sync=sync, mtime_ns=tick, preallocate=not sync)
 
     def _levels(self, directory: str) -> list[str]:
         """The directories from the root to the one above `directory`."""
@@ -374,6 +385,7 @@ def unseal_at(row: Contract, key: Key | None, path: str, data: bytes) -> Record:
     return record
 
 
+@functools.lru_cache(maxsize=4096)
 def record_path(prefix: str, row: Contract, key: Key) -> str:
     """Where a record lies: the file of a slot or bucket record, the directory of the feed of a line."""
     names = path_of(row, key)

@@ -15,7 +15,7 @@ from backtest_kit.persist.journal import Journal
 
 RECORD_DELAY_SECONDS: Final = 0.025
 """Half of what is promised for a record: the other half is for the syncing itself."""
-CHECKPOINT_SECONDS: Final = 1.0
+CHECKPOINT_SECONDS: Final = 5.0
 
 _log = logging.getLogger(__name__)
 
