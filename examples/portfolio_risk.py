@@ -36,8 +36,8 @@ async def get_signal(ctx: bk.Context) -> bk.Signal | None:
             balance=BALANCE,
             price_open=ctx.price,
             price_stop_loss=ctx.price - distance,
-            risk_percentage=1,
-            max_position_percentage=50,
+            risk_pct=1,
+            max_position_pct=50,
         ),
     )
 

@@ -67,6 +67,8 @@ def test_a_source_is_one_of_ours(kit: bk.Kit) -> None:
         ({"interval": "7m"}, "interval of frame 'x' is '7m'"),
         ({"start_date": "soon"}, "start_date of frame 'x' is 'soon'"),
         ({"end_date": None}, "end_date of frame 'x' is None"),
+        ({"start_date": 2022}, "start_date of frame 'x' is 2022: a number is taken as epoch milliseconds"),
+        ({"start_date": -(10**17)}, "start_date of frame 'x' is -1"),
         ({"end_date": "2021-12-31"}, "end_date must be later"),
         ({"end_date": "2022-01-01T00:00:59"}, "end_date must be later"),
     ],

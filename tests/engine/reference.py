@@ -186,13 +186,13 @@ def _hold(held: Held, market: dict[int, Candle], when: int, rules: Rules) -> Eve
             at = sign * max(sign * held.take, sign * last.open)
     elif when == rules.stop:
         reason = "frame_end"
-    if reason:
-        percent, money = pnl(held, at, rules)
-        extremes = held.peak[1], held.fall[1]
-        return Event("closed", when, held.wish.side, at, reason, percent, money, *extremes, held.opened)
+    seen = at if reason else price
     entry = effective_prices(held)[-1]
-    if sign * price > max(sign * entry, sign * held.peak[0]):
-        held.peak = price, pnl(held, price, rules)[0]
-    if sign * price < min(sign * entry, sign * held.fall[0]):
-        held.fall = price, pnl(held, price, rules)[0]
-    return None
+    if sign * seen > max(sign * entry, sign * held.peak[0]):
+        held.peak = seen, pnl(held, seen, rules)[0]
+    if sign * seen < min(sign * entry, sign * held.fall[0]):
+        held.fall = seen, pnl(held, seen, rules)[0]
+    if not reason:
+        return None
+    percent, money = pnl(held, at, rules)
+    return Event("closed", when, held.wish.side, at, reason, percent, money, held.peak[1], held.fall[1], held.opened)

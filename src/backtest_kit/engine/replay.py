@@ -11,7 +11,6 @@ import math
 from typing import Final, NamedTuple
 
 import msgspec
-import numpy as np
 
 from backtest_kit.engine.pnl import effective_price
 from backtest_kit.engine.position import LEVEL_STEP, breakeven_pct, watch
@@ -156,8 +155,9 @@ def _first_touch(low: FloatColumn, high: FloatColumn, below: float, above: float
     look = _FIRST_LOOK
     while first < last:
         end = min(first + look, last)
-        touched = (high[first:end] >= above) | (low[first:end] <= below)
-        c = int(np.argmax(touched))
+        touched = high[first:end] >= above
+        touched |= low[first:end] <= below
+        c = int(touched.argmax())
         if touched[c]:
             return first + c
         first, look = end, min(look * 4, _LONGEST_LOOK)

@@ -208,16 +208,16 @@ def _step_resting(state: Resting, tick: Tick, rules: Rules, wanted: Wanted) -> t
 
 def _cancel_reason(state: Resting, tick: Tick, rules: Rules) -> CancelReason | None:
     entry = state.entry
+    over = tick.when_ms >= rules.stop_ms
     if state.order == "cancel":
         return "user"
-    if tick.when_ms >= rules.stop_ms:
-        return "frame_end"
     if state.order == "activate":
-        return None if _between_levels(entry, tick.price) else "price_reject"
+        return "frame_end" if over else None if _between_levels(entry, tick.price) else "price_reject"
     if tick.when_ms - entry.scheduled_at_ms >= rules.settings.CC_SCHEDULE_AWAIT_MINUTES * MINUTE_MS:
         return "timeout"
-    stopped = tick.low <= entry.price_stop_loss if entry.position == "long" else tick.high >= entry.price_stop_loss
-    return "price_reject" if stopped else None
+    if tick.low <= entry.price_stop_loss if entry.position == "long" else tick.high >= entry.price_stop_loss:
+        return "price_reject"
+    return "frame_end" if over else None
 
 
 def _enters(state: Resting, tick: Tick) -> bool:

@@ -76,6 +76,8 @@ def check_order(candles: CandleSeries, *, what: str, step_ms: int = MINUTE_MS) -
         UserError: naming the first offender.
     """
     times = candles.timestamp
+    if not len(times) or (times[0] % step_ms == 0 and bool((times[1:] - times[:-1] == step_ms).all())):
+        return
     steps, odd = np.divmod(times, step_ms)
     if odd.any():
         at = int(np.argmax(odd != 0))

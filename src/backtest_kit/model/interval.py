@@ -12,10 +12,6 @@ Interval = Literal["1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h",
 MINUTE_MS: Final = 60_000
 DAY_MS: Final = 86_400_000
 
-# Numbers outside of 1973 .. 9999 are seconds, years or slips rather than dates of candles.
-_FIRST_MS: Final = 10**11
-_LAST_MS: Final = 253_402_300_800_000
-
 INTERVAL_MS: Final[dict[str, int]] = {
     "1m": MINUTE_MS,
     "3m": 3 * MINUTE_MS,
@@ -67,8 +63,6 @@ def to_ms(value: datetime | str | int, *, what: str = "date") -> int:
         UserError: the value is no date; `what` names the field.
     """
     if isinstance(value, int) and not isinstance(value, bool):
-        if not _FIRST_MS <= value < _LAST_MS:
-            raise UserError(f"{what} is {value}: an epoch is given in milliseconds, such as 1640995200000 for 2022")
         return value
     if isinstance(value, str):
         try:

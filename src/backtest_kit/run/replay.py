@@ -108,13 +108,15 @@ class Replay:
         frame, rules, symbol = self._job.frame, self._job.rules, self._job.identity.symbol
         desk, control, cron = self._desk, self._control, self._cron
         history = await self._history_of(symbol)
+        seen, columns = history.candles, _columns(history)
         when_ms = frame.start_ms - MINUTE_MS
         turn_ends = time.perf_counter() + _LONGEST_TURN_S
         while when_ms < frame.stop_ms:
             if control.stopping and self._wind_up():
                 return
             wanted = self._look_who_listens()
-            columns = _columns(history)
+            if history.candles is not seen:
+                seen, columns = history.candles, _columns(history)
             until_ms = next_minute(desk.state, columns, when_ms, rules, wanted)
             boundary_ms = cron.next_boundary(when_ms, symbol)
             if boundary_ms is not None:

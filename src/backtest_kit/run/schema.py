@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import msgspec
 
@@ -15,6 +15,10 @@ from backtest_kit.model.interval import FRAME_INTERVALS, MINUTE_MS, STRATEGY_INT
 from backtest_kit.model.signal import Signal
 from backtest_kit.run.context import Context
 from backtest_kit.run.risk import RiskValidation
+
+# Numbers outside of 1973 .. 9999 are seconds, years or slips rather than dates of candles.
+_FIRST_MS: Final = 10**11
+_LAST_MS: Final = 253_402_300_800_000
 
 GetSignal = Callable[[Context], Awaitable[Signal | None] | Signal | None]
 Manage = Callable[[Context], Awaitable[None] | None]
@@ -112,11 +116,18 @@ def frame_schema(
 ) -> FrameSchema:
     name = check_name("frame_name", frame_name)
     interval_ms(interval, FRAME_INTERVALS, what=f"interval of frame {name!r}")
-    start = floor_ms(to_ms(start_date, what=f"start_date of frame {name!r}"), MINUTE_MS)
-    stop = floor_ms(to_ms(end_date, what=f"end_date of frame {name!r}"), MINUTE_MS)
+    start = _minute(f"start_date of frame {name!r}", start_date)
+    stop = _minute(f"end_date of frame {name!r}", end_date)
     if start >= stop:
         raise UserError(f"frame {name!r} ends at {end_date} and starts at {start_date}: end_date must be later")
     return FrameSchema(name=name, interval=interval, start_ms=start, stop_ms=stop, note=note)
+
+
+def _minute(what: str, date: datetime | str | int) -> int:
+    when_ms = to_ms(date, what=what)
+    if not _FIRST_MS <= when_ms < _LAST_MS:
+        raise UserError(f"{what} is {date}: a number is taken as epoch milliseconds, such as 1640995200000 for 2022")
+    return floor_ms(when_ms, MINUTE_MS)
 
 
 def strategy_schema(
