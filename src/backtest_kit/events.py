@@ -186,6 +186,11 @@ class EventBus:
         """Changes whenever `wanted` may answer differently."""
         return self._version
 
+    @property
+    def listened(self) -> bool:
+        """Whether anyone has subscribed to anything."""
+        return bool(self._subscriptions)
+
     def on(
         self,
         kind: type[E] | tuple[type[E], ...],

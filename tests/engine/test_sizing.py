@@ -108,11 +108,11 @@ def test_more_risk_is_never_a_smaller_position_nor_beyond_a_maximum(
             max_quantity=high,
         )
 
-    assert 0 <= cost(risk) <= cost(max(risk, more)) * (1 + 1e-12)
+    assert 0 <= cost(risk) <= cost(max(risk, more)) * (1 + 1e-12) + 1e-300
     if high is not None:
-        assert cost(risk) <= high * price * (1 + 1e-12)
+        assert cost(risk) <= high * price * (1 + 1e-12) + 1e-300
     if share is not None:
-        assert cost(risk) <= balance * share / 100 * (1 + 1e-12)
+        assert cost(risk) <= balance * share / 100 * (1 + 1e-12) + 1e-300
     if low is not None and share is None and high is None:
         assert cost(risk) >= low * price * (1 - 1e-12)
 

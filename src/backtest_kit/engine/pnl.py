@@ -78,12 +78,12 @@ def profit(
     Raises:
         BacktestKitError: the reductions took out more than was ever put in; the record is corrupt.
     """
-    total = entries[0].cost if len(entries) == 1 else math.fsum(entry.cost for entry in entries)
     fee, slip = settings.CC_PERCENT_FEE, settings.CC_PERCENT_SLIPPAGE / 100
     if not reductions:
         gain, ratio = _leg(position, effective_price(entries), price, slip)
         pct = gain - fee * (1 + ratio)
-        return pct, pct / 100 * total
+        return pct, pct / 100 * (entries[0].cost if len(entries) == 1 else math.fsum(entry.cost for entry in entries))
+    total = math.fsum(entry.cost for entry in entries)
     opened = _effective_prices(entries, reductions)
     closed = [reduction.cost_basis * reduction.percent / 100 for reduction in reductions]
     oversold = math.fsum(closed) - total

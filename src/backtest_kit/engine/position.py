@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Final
+from zlib import crc32
 
 import msgspec
 
@@ -13,6 +13,7 @@ from backtest_kit.model.interval import to_datetime
 from backtest_kit.model.position import CloseReason, Extreme, Position, Trade
 from backtest_kit.settings import Settings
 
+_NO_MARKS: Final = str.maketrans("", "", "-:T")
 LEVEL_STEP: Final = 10
 """Levels of the way to take profit and stop loss are tenths, in percent."""
 
@@ -22,10 +23,12 @@ def make_signal_id(identity: Identity, when_ms: int) -> str:
 
     At most 32 characters out of letters, digits and dashes.
     """
-    scope = "\0".join((identity.symbol, identity.strategy_name, identity.exchange_name))
-    digest = hashlib.blake2b(scope.encode(), digest_size=4).hexdigest()
-    symbol = "".join(letter for letter in identity.symbol[:10] if letter.isascii() and letter.isalnum())
-    return f"{symbol}-{to_datetime(when_ms):%Y%m%d%H%M}-{digest}"
+    symbol = identity.symbol[:10]
+    if not (symbol.isascii() and symbol.isalnum()):
+        symbol = "".join(letter for letter in symbol if letter.isascii() and letter.isalnum())
+    scope = f"{identity.symbol}\0{identity.strategy_name}\0{identity.exchange_name}"
+    minute = to_datetime(when_ms).isoformat(timespec="minutes")[:16].translate(_NO_MARKS)
+    return f"{symbol}-{minute}-{crc32(scope.encode()):08x}"
 
 
 def watch(position: Position, price: float, when_ms: int, settings: Settings) -> Position:
@@ -67,7 +70,10 @@ def close_trade(
     position: Position, reason: CloseReason, price: float, when_ms: int, settings: Settings, close_note: str = ""
 ) -> Trade:
     """The trade that a position becomes when all that is left of it is closed at `price`."""
+    entry = effective_price(position.entries, position.reductions)
     pct, cost = profit(position.position, position.entries, position.reductions, price, settings)
+    sign = 1.0 if position.position == "long" else -1.0
+    best, worst = max(sign * entry, sign * position.peak.price), min(sign * entry, sign * position.fall.price)
     return Trade(
         signal_id=position.signal_id,
         symbol=position.symbol,
@@ -78,7 +84,7 @@ def close_trade(
         scheduled_at_ms=position.scheduled_at_ms,
         opened_at_ms=position.opened_at_ms,
         closed_at_ms=when_ms,
-        price_open=effective_price(position.entries, position.reductions),
+        price_open=entry,
         price_close=price,
         price_take_profit=position.take_profit,
         price_stop_loss=position.stop_loss,
@@ -89,8 +95,8 @@ def close_trade(
         cost=position.cost,
         pnl_pct=pct,
         pnl_cost=cost,
-        peak_pct=position.peak.pnl_pct,
-        fall_pct=position.fall.pnl_pct,
+        peak_pct=pct if sign * price > best else position.peak.pnl_pct,
+        fall_pct=pct if sign * price < worst else position.fall.pnl_pct,
         entries=position.entries,
         reductions=position.reductions,
         note=position.note,

@@ -236,7 +236,6 @@ def _step_holding(state: Holding, tick: Tick, rules: Rules, wanted: Wanted) -> t
     fill = _fill(state, tick, rules)
     if fill is not None:
         reason, price = fill
-        position = watch(position, price, tick.when_ms, rules.settings)
         trade = close_trade(position, reason, price, tick.when_ms, rules.settings, state.closing or "")
         closed = PositionClosed(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, trade=trade)
         return Flat(state.last_slot_ms, position.signal_id), (closed,)

@@ -20,6 +20,8 @@ class Context:
 
     __slots__ = ("_history_of", "_identity", "entry", "position", "price", "when_ms")
 
+    _identity: Identity
+    _history_of: HistoryOf
     price: float
     """The current price of the symbol: the volume-weighted average of the last closed minutes."""
     when_ms: int
@@ -30,12 +32,13 @@ class Context:
     """The resting entry and its commands, or None."""
 
     def __init__(self, identity: Identity, desk: Desk, history_of: HistoryOf) -> None:
-        self._identity = identity
-        self._history_of = history_of
-        self.when_ms = desk.tick.when_ms
-        self.price = desk.tick.price
-        self.position = desk.position()
-        self.entry = desk.entry()
+        put = super().__setattr__
+        put("_identity", identity)
+        put("_history_of", history_of)
+        put("when_ms", desk.tick.when_ms)
+        put("price", desk.tick.price)
+        put("position", desk.position())
+        put("entry", desk.entry())
 
     @property
     def symbol(self) -> str:
@@ -84,6 +87,4 @@ class Context:
         return f"Context({self.symbol!r}, {self.when.isoformat()}, price={self.price:g}, mode={self.mode!r})"
 
     def __setattr__(self, name: str, value: object) -> None:
-        if hasattr(self, name):
-            raise UserError(f"ctx.{name} is read-only: a context shows one minute as it was")
-        super().__setattr__(name, value)
+        raise UserError(f"ctx.{name} is read-only: a context shows one minute as it was")

@@ -147,6 +147,8 @@ class Cron:
 
     def next_boundary(self, when_ms: int, symbol: str) -> int | None:
         """The first boundary after `when_ms` of any job that concerns `symbol`: a minute that a run must visit."""
+        if not self._jobs:
+            return None
         steps = [job.step_ms for job in self._jobs.values() if job.concerns(symbol)]
         return min((floor_ms(when_ms, step_ms) + step_ms for step_ms in steps), default=None)
 

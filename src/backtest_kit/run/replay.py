@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
+from types import CoroutineType
 from typing import Final, Literal
 
 import msgspec
@@ -38,6 +39,7 @@ from backtest_kit.model.position import RestingEntry, Trade
 from backtest_kit.model.signal import Signal
 from backtest_kit.run.context import Context
 from backtest_kit.run.cron import Cron
+from backtest_kit.run.deadline import within
 from backtest_kit.run.desk import Desk
 from backtest_kit.run.risk import RiskSeat
 from backtest_kit.run.schema import FrameSchema, RiskSchema, StrategySchema
@@ -128,18 +130,19 @@ class Replay:
                 await self._seat.turn(when_ms)
             if when_ms == boundary_ms:
                 await cron.fire(when_ms, self._job.identity, self._context())
-            async for event in self._minute(wanted):
+            for event in await self._minute(wanted):
                 yield event
             if time.perf_counter() >= turn_ends:
                 await asyncio.sleep(0)
                 turn_ends = time.perf_counter() + _LONGEST_TURN_S
 
-    async def _minute(self, wanted: Wanted) -> AsyncIterator[Event]:
-        """Act at the minute that the desk shows."""
-        desk, rules = self._desk, self._job.rules
+    async def _minute(self, wanted: Wanted) -> list[Event]:
+        """Act at the minute that the desk shows, tell who listens, and return what happened for good."""
+        desk, rules, told = self._desk, self._job.rules, list[Event]()
         happened: Iterable[Event] = ()
         if not isinstance(desk.state, Flat):
-            await self._check_activation()
+            if self._seat is not None:
+                await self._check_activation(self._seat)
             desk.state, happened = step(desk.state, desk.tick, rules, wanted)
         elif not self._control.paused and decision_due(desk.state, desk.tick.when_ms, rules):
             signal, rejected = await self._decide()
@@ -148,30 +151,28 @@ class Replay:
             desk.state, admitted = admit(desk.state, signal, desk.tick, rules)
             happened = (*rejected, *admitted)
         for event in happened:
-            async for each in self._tell(event):
-                yield each
+            await self._tell(event, told)
         if self._job.strategy.manage is not None and not isinstance(desk.state, Flat):
             answer = self._job.strategy.manage(self._context())
             if inspect.isawaitable(answer):
                 await answer
-            async for each in self._tell_commands():
-                yield each
+            await self._tell_commands(told)
         if Progress in wanted:
             await self._tell_progress()
+        return told
 
-    async def _tell(self, event: Event) -> AsyncIterator[Event]:
+    async def _tell(self, event: Event, told: list[Event]) -> None:
         """Count an event, hand it to its listeners, and go on with what their commands have caused."""
         self._account(event)
-        await self._bus.emit(event, self._context())
         if not isinstance(event, _ON_DEMAND):
-            yield event
-        async for each in self._tell_commands():
-            yield each
+            told.append(event)
+        if self._bus.listened:
+            await self._bus.emit(event, self._context())
+            await self._tell_commands(told)
 
-    async def _tell_commands(self) -> AsyncIterator[Event]:
+    async def _tell_commands(self, told: list[Event]) -> None:
         for caused in self._desk.take_events():
-            async for each in self._tell(caused):
-                yield each
+            await self._tell(caused, told)
 
     def _account(self, event: Event) -> None:
         if isinstance(event, PositionClosed):
@@ -214,14 +215,12 @@ class Replay:
             self._wanted = frozenset(wanted)
         return self._wanted
 
-    async def _check_activation(self) -> None:
+    async def _check_activation(self, seat: RiskSeat) -> None:
         """A resting entry that is reached asks its risk profiles once more: the world has moved on since."""
         desk = self._desk
-        if self._seat is None or not isinstance(desk.state, Resting):
-            return
-        if activates(desk.state, desk.tick, self._job.rules):
+        if isinstance(desk.state, Resting) and activates(desk.state, desk.tick, self._job.rules):
             entry = desk.state.entry
-            refusal = await self._seat.refusal(_as_signal(entry), desk.tick.price, desk.tick.when_ms)
+            refusal = await seat.refusal(_as_signal(entry), desk.tick.price, desk.tick.when_ms)
             if refusal is not None:
                 desk.state = msgspec.structs.replace(desk.state, order="cancel")
 
@@ -252,9 +251,8 @@ class Replay:
         deadline = asyncio.timeout(seconds)
         try:
             answer: object = strategy.get_signal(context)
-            if inspect.isawaitable(answer):
-                async with deadline:
-                    answer = await answer
+            if type(answer) is CoroutineType or inspect.isawaitable(answer):
+                answer = await within(deadline, answer)
         except TimeoutError:
             if not deadline.expired():
                 raise
