@@ -13,7 +13,8 @@ from backtest_kit.persist.backends import file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.file_commit import Change, Committer, Request
 from backtest_kit.persist.backends.file_feed import Feed
-from backtest_kit.persist.backends.file_root import SUFFIX, Root, record_path
+from backtest_kit.persist.backends.file_paths import SUFFIX, record_path
+from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.file_segments import Place
 from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import Contract, Kind
