@@ -19,7 +19,7 @@ from backtest_kit.persist.testing.driver import Outcome
 pytestmark = pytest.mark.crash
 
 HOUSEKEEPING = Path(__file__).with_name("housekeeping.py")
-STORES = {"file": "file:{place}/dump"}
+STORES = {"file": "file:{place}/dump", "sqlite": "sqlite:{place}/bot.db"}
 """Address of each store that promises to survive a kill."""
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.model.candle import CandleSeries
@@ -252,3 +258,38 @@ async def test_unencodable_value_names_its_place(persistence: Persistence) -> No
     with pytest.raises(UserError, match=r"levels\[1\]"):
         await persistence.signal.write({"levels": [1, {2}]}, **KEY)
     assert await persistence.signal.read(**KEY) is None
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    writes=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9), st.integers()), max_size=12),
+    reads=st.lists(st.integers(-1, 10), min_size=25, max_size=25),
+)
+def test_no_read_at_any_time_returns_what_is_later(writes: list[tuple[str, int, int]], reads: list[int]) -> None:
+    async def run() -> None:
+        persistence = Persistence(files=MemoryStore)
+        last: dict[str, tuple[int, int]] = {}
+        for name, when, value in writes:
+            last.pop(name, None)
+            last[name] = (when, value)
+            await persistence.state.write(value, signal_id="s", bucket_name=name, when=when)
+        for now in reads:
+            known = {name: value for name, (when, value) in last.items() if when <= now}
+            for name in "abc":
+                assert await persistence.state.read(signal_id="s", bucket_name=name, when=now) == known.get(name)
+            listed = [(key["bucket_name"], value) async for key, value in persistence.state.list(when=now)]
+            assert listed == list(known.items())[::-1]
+
+    asyncio.run(run())
+
+
+def test_importing_the_doors_imports_no_backend() -> None:
+    program = (
+        "import sys; import backtest_kit.persist.binding, backtest_kit.persist.lease; "
+        "print(*sorted({'pyarrow', 'pandas', 'polars', 'ccxt', 'rich', 'typer', 'aiosqlite', 'filelock', 'lwcharts', "
+        "'sqlite3', 'pytest', 'backtest_kit.persist.backends.file', 'backtest_kit.persist.backends.sqlite'} "
+        "& set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

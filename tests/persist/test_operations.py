@@ -135,6 +135,8 @@ class TestReading:
         assert (usage[(), "memory"].records, usage[(), "memory"].removed) == (4, 1)
         assert usage[("paper",), "signal"].size == len('"paper"')
         assert usage[("backtest-1", "deeper"), "signal"].records == 1
+        assert (usage[(), "candle"].records, usage[(), "candle"].size) == (440, 440 * 48)
+        assert usage[("paper",), "candle"].records == 4
         assert ((), "lease") not in usage
 
     async def test_sound_store_has_no_findings(self, store: Store) -> None:

@@ -184,8 +184,8 @@ class FileMachine(StoreMachine):
 OPTIONS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 TestMemoryModel = MemoryMachine.TestCase
-TestMemoryModel.settings = settings(max_examples=100, stateful_step_count=40, **OPTIONS)  # type: ignore[arg-type]
+TestMemoryModel.settings = settings(max_examples=60, stateful_step_count=30, **OPTIONS)  # type: ignore[arg-type]
 TestSqliteModel = SqliteMachine.TestCase
-TestSqliteModel.settings = settings(max_examples=40, stateful_step_count=25, **OPTIONS)  # type: ignore[arg-type]
+TestSqliteModel.settings = settings(max_examples=30, stateful_step_count=25, **OPTIONS)  # type: ignore[arg-type]
 TestFileModel = FileMachine.TestCase
-TestFileModel.settings = settings(max_examples=40, stateful_step_count=25, **OPTIONS)  # type: ignore[arg-type]
+TestFileModel.settings = settings(max_examples=30, stateful_step_count=25, **OPTIONS)  # type: ignore[arg-type]

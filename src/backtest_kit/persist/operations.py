@@ -16,8 +16,10 @@ from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
 from backtest_kit.persist.keys import check_key, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Key, KeyPart, Record, Store
-from backtest_kit.persist.upkeep import Finding, ListsNamespaces, Upkeep
+from backtest_kit.persist.upkeep import Finding, ListsNamespaces, ListsSeries, Upkeep
 
+EVER: Final = (-(2**62), 2**62)
+"""A range of time that every candle is in."""
 RECORD_CONTRACTS: Final = (*(row for row in CONTRACTS.values() if row.kind is not Kind.SERIES), LEASE)
 
 
@@ -30,7 +32,7 @@ class Usage(msgspec.Struct, frozen=True):
     """Removed ones included."""
     removed: int
     size: int
-    """Bytes of the values as JSON, without what the backend adds."""
+    """Bytes of the values as JSON, or of the columns of candles, without what the backend adds."""
     fault: str | None = None
     """Why not everything was counted."""
 
@@ -78,14 +80,12 @@ async def get(store: Store, contract: Contract, key: Key) -> Record | None:
 
 
 async def du(store: Store) -> list[Usage]:
-    """What every contract takes, by namespace. Contracts without records are left out."""
+    """What every contract takes, by namespace; each candle counts as a record. What takes nothing is left out."""
     found = []
     for namespace, space in await spaces(store):
-        for contract in RECORD_CONTRACTS:
-            usage = await _usage(namespace, space, contract)
-            if usage.records or usage.fault:
-                found.append(usage)
-    return found
+        found += [await _usage(namespace, space, contract) for contract in RECORD_CONTRACTS]
+        found.append(await _candle_usage(namespace, space))
+    return [usage for usage in found if usage.records or usage.fault]
 
 
 async def check(store: Store, *, deep: bool = False) -> list[Finding]:
@@ -147,6 +147,19 @@ async def _usage(namespace: tuple[str, ...], store: Store, contract: Contract) -
     except Damaged as error:
         fault = str(error)
     return Usage(namespace, contract.name, records, removed, size, fault)
+
+
+async def _candle_usage(namespace: tuple[str, ...], store: Store) -> Usage:
+    rows = size = 0
+    fault = None
+    try:
+        for series in await store.candles.series() if isinstance(store.candles, ListsSeries) else ():
+            candles = await store.candles.read(series, *EVER)
+            rows += len(candles)
+            size += sum(column.nbytes for column in candles.columns().values())
+    except Damaged as error:
+        fault = str(error)
+    return Usage(namespace, "candle", rows, 0, size, fault)
 
 
 def _upkeep(store: Store) -> Upkeep:

@@ -29,7 +29,7 @@ from backtest_kit.persist.codec import dump_value, parse
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Kind
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.keys import check_key
-from backtest_kit.persist.operations import spaces, text_of
+from backtest_kit.persist.operations import EVER, spaces, text_of
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Record, SeriesKey, Store, Write
 from backtest_kit.persist.upkeep import ListsSeries
 
@@ -40,7 +40,6 @@ _DIGEST: Final = b',"digest":"'
 _CANDLES_PER_LINE: Final = 10_000
 _CHUNK: Final = 500
 _MOST_PROBLEMS: Final = 20
-_ALWAYS: Final = (-(2**62), 2**62)
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -145,7 +144,7 @@ async def _everything(store: Store, candles: bool) -> AsyncIterator[tuple[dict[s
         if not isinstance(space.candles, ListsSeries):
             raise UserError(f"{type(space.candles).__name__} cannot list its candles: export without candles")
         for series in await space.candles.series():
-            stored = await space.candles.read(series, *_ALWAYS)
+            stored = await space.candles.read(series, *EVER)
             key = [series.exchange_name, series.symbol, series.interval]
             for start in range(0, len(stored), _CANDLES_PER_LINE):
                 part = stored[start : start + _CANDLES_PER_LINE]

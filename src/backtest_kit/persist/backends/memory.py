@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import islice
-from typing import Final
 
 import numpy as np
 
@@ -72,7 +71,7 @@ class _Table:
 class MemoryStore:
     """Nothing outlives the object; what was written cannot be changed from outside."""
 
-    capabilities: Final = frozenset(
+    capabilities: frozenset[Capability] = frozenset(
         (Capability.COMPARE_AND_SET, Capability.ATOMIC_BATCH, Capability.ORDERED_SCAN),
     )
 

@@ -207,13 +207,12 @@ _Name = tuple[str, str, str]
 """Namespace, contract and key as they stand in the columns."""
 
 
-class _Suspect:
+class _Suspect(NamedTuple):
     """A row that cannot be trusted."""
 
-    def __init__(self, name: _Name, data: bytes, error: Damaged) -> None:
-        self.name = name
-        self.data = data
-        self.error = error
+    name: _Name
+    data: bytes
+    error: Damaged
 
 
 class _Change(NamedTuple):
