@@ -336,6 +336,20 @@ async def test_batch_whose_renames_fail_has_happened(file_store: FileStore, faul
     await other.close()
 
 
+async def test_large_batch_needs_few_descriptors(file_store: FileStore, faults: FaultFS) -> None:
+    writes = [Write(STATE, ("s", f"b{number}"), number) for number in range(1500)]
+    await file_store.batch(writes)
+    most = 0
+
+    def count(call: str, path: str) -> None:
+        nonlocal most
+        most = max(most, len(faults.opened))
+
+    faults.observer = count
+    await file_store.batch(writes)
+    assert most < 300
+
+
 async def test_unfinished_batch_is_finished_by_the_next_one_to_open(tmp_path: Path) -> None:
     faults = FaultFS()
     first = FileStore(tmp_path, disk=Disk(faults))

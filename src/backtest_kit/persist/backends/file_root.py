@@ -22,6 +22,7 @@ from backtest_kit.persist.codec import (
     NewerSchema,
     dump_value,
     open_envelope,
+    parse,
     seal_text,
     unseal,
     unseal_head,
@@ -34,6 +35,7 @@ from backtest_kit.persist.quarantine import Quarantine
 from backtest_kit.persist.store import Key, Record
 
 _ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
+_KEPT_FILES: Final = 128
 _CLOCK_STEP_NS: Final = 100_000_000
 _GROUP_PATIENCE: Final = 0.25
 _PATIENCE: Final = 2.0
@@ -193,10 +195,11 @@ class Root:
             return self._load_line(row, key, path, locked=locked)
         promised = self._promised.get((path, ()))
         if promised is not None:
-            return promised.record
+            return open_envelope(row, None, parse(promised.dumped))
         try:
             file = f"{self.path}/{path}"
-            data = self.disk.read_and_keep(file, self._replaced) if head else self.disk.read(file)
+            keep = head and len(self._replaced) < _KEPT_FILES
+            data = self.disk.read_and_keep(file, self._replaced) if keep else self.disk.read(file)
         except (FileNotFoundError, NotADirectoryError):
             self.quarantine.refuse_blocked(path)
             return None
@@ -217,7 +220,7 @@ class Root:
     def _load_line(self, row: Contract, key: Key, path: str, *, locked: bool) -> Record | None:
         promised = self._promised.get((path, key))
         if promised is not None:
-            return promised.record
+            return open_envelope(row, None, parse(promised.dumped))
         try:
             return self.feed(row, path).find(key, locked=locked)
         except OSError as error:
