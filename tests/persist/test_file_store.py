@@ -277,8 +277,8 @@ async def test_young_temporary_files_are_somebodys_write(tmp_path: Path) -> None
     os.utime(young, (time.time() - 100, time.time() - 100))
     store = FileStore(tmp_path)
     assert [record async for record in store.scan(SIGNAL)] == []
-    assert (stale.exists(), young.exists()) == (False, True)
     await store.close()
+    assert (stale.exists(), young.exists()) == (False, True)
 
 
 async def test_root_that_is_a_file(tmp_path: Path) -> None:

@@ -93,8 +93,8 @@ class Feed:
             except Unsound as unsound:
                 raise self._set_aside(unsound, locked=locked) from None
 
-    def places(self) -> list[Place]:
-        """The newest line of every key.
+    def places(self, last: int | None = None) -> list[Place]:
+        """The newest line of every key, or the `last` ones of them.
 
         Raises:
             Damaged: a line was found that is not sound. It is told once; the line is in quarantine then.
@@ -106,8 +106,11 @@ class Feed:
             sealed = self._sealed[self._newest()]
             if self._tail.last:
                 sealed = sealed[~np.isin(sealed["hash"], np.fromiter(self._tail.last, np.uint64))]
-            rows = [*sealed.tolist(), *(self._tail.lines[index] for index in sorted(self._tail.last.values()))]
-            return [self._place(row) for row in rows]
+            rows = [self._tail.lines[index] for index in sorted(self._tail.last.values())]
+            if last is not None:
+                sealed = sealed[max(0, len(sealed) + len(rows) - last) :]
+                rows = rows[-last:]
+            return [self._place(row) for row in (*sealed.tolist(), *rows)]
 
     def read(self, places: Sequence[Place]) -> list[Record]:
         """The records at `places`, in their order, without those that have a newer line by now if they moved."""

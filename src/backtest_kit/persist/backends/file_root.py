@@ -99,6 +99,8 @@ class Root:
             if not self._opened:
                 self._recover()
                 self._opened = True
+                self._sweeper = threading.Thread(target=self._sweep, name="backtest-kit-sweep", daemon=True)
+                self._sweeper.start()
 
     def close(self) -> None:
         """Make everything durable and let go. The next call opens again."""
@@ -107,6 +109,7 @@ class Root:
             try:
                 if self._opened:
                     self._opened = False
+                    self._sweeper.join()
                     self._anchored.clear()
                     self._noted.clear()
                     self._feeds.clear()
@@ -126,12 +129,17 @@ class Root:
                 self._check_marker()
                 self._check_clock()
                 self._journal.replay(self._redo)
-                self.disk.sweep(self.path, time.time())
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 message = f"the store's root {self.path} is not writable: {error.strerror}; give it to this user"
                 raise UserError(message) from error
             raise disk_error(error, "open the store", self.path) from error
+
+    def _sweep(self) -> None:
+        try:
+            self.disk.sweep(self.path, time.time())
+        except OSError as error:  # they take space and nothing else, and the next opening tries again
+            _log.warning("temporary files below %s were not all removed: %s", self.path, error)
 
     def _check_marker(self) -> None:
         path = f"{self.path}/{OWN_DIRECTORY}/root{SUFFIX}"
