@@ -14,6 +14,7 @@ import os
 import random
 import stat
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -74,7 +75,7 @@ class Disk:
         finally:
             self._os.close(fd)
 
-    def read_and_keep(self, path: str, kept: list[int]) -> bytes:
+    def read_and_keep(self, path: str, kept: deque[int]) -> bytes:
         """As `read`, and leave the descriptor open, in `kept`.
 
         The last close of a file that was replaced frees it, which costs more than the rename and can wait.
@@ -119,11 +120,11 @@ class Disk:
     def close(self, fd: int) -> None:
         self._os.close(fd)
 
-    def let_go(self, files: Iterable[int]) -> None:
-        """Close files that were only read, where nothing can go wrong that matters."""
-        for fd in files:
+    def let_go(self, files: deque[int]) -> None:
+        """Close files that were only read, where nothing can go wrong that matters, and forget them."""
+        while files:
             with contextlib.suppress(OSError):
-                self._os.close(fd)
+                self._os.close(files.popleft())
 
     def fsync(self, fd: int) -> None:
         self._os.fsync(fd)

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -81,7 +82,7 @@ class Root:
         self._anchored: set[str] = set()
         self._noted: set[str] = set()
         self._promised: dict[Target, Promised] = {}
-        self._replaced: list[int] = []
+        self._replaced: deque[int] = deque()
         self._syncer = Syncer(disk, self._journal)
 
     # -- life ----------------------------------------------------------------------------------------
@@ -321,8 +322,7 @@ class Root:
     def free_replaced(self) -> None:
         """Close, in another thread, the files that were read in order to be replaced."""
         if self._replaced:
-            files, self._replaced = self._replaced, []
-            self._syncer.run_later(lambda: self.disk.let_go(files))
+            self._syncer.run_later(lambda: self.disk.let_go(self._replaced))
 
     def checkpoint(self) -> None:
         """Empty the journal of this process."""
