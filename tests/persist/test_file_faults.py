@@ -219,7 +219,7 @@ async def test_cancelled_at_every_moment(tmp_path: Path, name: str) -> None:
         assert set(await values(store)) <= {"old", "new"}
         await store.put(Write(SIGNAL, ("s", "e", "A"), "old"))
     await store.put(Write(SIGNAL, ("s", "e", "A"), "new"))
-    assert len(faults.opened) <= open_before + 64 + 1
+    assert len(faults.opened) <= open_before + 64 + 128  # locks, and files on their way to being freed
     assert temporary_files(tmp_path) == []
     await store.close()
     assert faults.opened == {}

@@ -141,6 +141,19 @@ async def test_many_segments(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_segments")
+async def test_the_last_ones_of_many_of_which_most_are_removed(tmp_path: Path) -> None:
+    store = quick(tmp_path)
+    ids = [f"id-{number:03d}" for number in range(200)]
+    await asyncio.gather(*(store.put(Write(STORAGE, (True, name), 1)) for name in ids))
+    await asyncio.gather(*(store.put(Write(STORAGE, (True, name), 2, removed=True)) for name in ids[5:]))
+    found = [record.key[1] async for record in store.scan(STORAGE, (True,), newest_first=True, limit=3)]
+    assert found == ids[4:1:-1]
+    again = store.scan(STORAGE, (True,), newest_first=True, limit=100, include_removed=True)
+    assert [record.key[1] async for record in again] == ids[:99:-1]
+    await store.close()
+
+
+@pytest.mark.usefixtures("small_segments")
 async def test_lost_or_damaged_index_is_made_again(tmp_path: Path) -> None:
     names = [f"entry-{number}" for number in range(40)]
     store = quick(tmp_path)

@@ -1,4 +1,4 @@
-"""The one place that touches the disk: how bytes get there so that they stay, and locks between processes.
+"""The one place that touches the disk: how bytes get there so that they stay.
 
 A durable replacement is: a temporary file in the same directory, written whole, fsync, rename, fsync of
 the directory. A failed fsync is never tried again on the same file, because the kernel may have dropped
@@ -14,9 +14,7 @@ import os
 import random
 import stat
 import sys
-import threading
-import time
-import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -27,7 +25,6 @@ from backtest_kit.persist.testing.crashpoints import crashpoint
 TEMP_PREFIX: Final = ".tmp-"
 STALE_TEMP_SECONDS: Final = 120
 """A temporary file older than this is nobody's write in flight."""
-LOCK_TIMEOUT_SECONDS: Final = 10.0
 
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _READ: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -78,6 +75,23 @@ class Disk:
         finally:
             self._os.close(fd)
 
+    def read_and_keep(self, path: str, kept: deque[int]) -> bytes:
+        """As `read`, and leave the descriptor open, in `kept`.
+
+        The last close of a file that was replaced frees it, which costs more than the rename and can wait.
+        """
+        fd = self._open(path, _READ)
+        try:
+            data = self._read_exactly(fd, self._os.fstat(fd).st_size)
+        except BaseException:
+            self._os.close(fd)
+            raise
+        if sys.platform == "win32":  # where nothing can be replaced that is open
+            self._os.close(fd)
+        else:
+            kept.append(fd)
+        return data
+
     def read_from(self, path: str, offset: int) -> bytes:
         """All that follows `offset`."""
         fd = self._open(path, _READ)
@@ -105,6 +119,12 @@ class Disk:
 
     def close(self, fd: int) -> None:
         self._os.close(fd)
+
+    def let_go(self, files: deque[int]) -> None:
+        """Close files that were only read, where nothing can go wrong that matters, and forget them."""
+        while files:
+            with contextlib.suppress(OSError):
+                self._os.close(files.popleft())
 
     def fsync(self, fd: int) -> None:
         self._os.fsync(fd)
@@ -268,115 +288,6 @@ class Disk:
             parts.append(part)
             length -= len(part)
         return b"".join(parts)
-
-
-class LockSet:
-    """Locks by name that hold between threads and between processes, on a fixed set of lock files.
-
-    Two names may share a file: they then wait for each other, no more. The files stay open, because the
-    lock of a process goes away with it however it ends.
-    """
-
-    def __init__(self, directory: str, disk: Disk, *, count: int = 64) -> None:
-        self._directory = directory
-        self._disk = disk
-        self._count = count
-        self._reset()
-
-    def _reset(self) -> None:
-        self._pid = os.getpid()
-        self._guard = threading.Lock()
-        self._threads = [threading.Lock() for _ in range(self._count)]
-        self._files: dict[int, int] = {}
-
-    @contextlib.contextmanager
-    def hold(self, names: Iterable[str], timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
-        """Hold the locks of all `names`. Always taken in one order, so that holders cannot wait in a ring.
-
-        Raises:
-            RetryLater: another process kept one of them for `timeout` seconds.
-        """
-        if os.getpid() != self._pid:
-            self._reset()  # a forked child shares the open files, and so the locks, of its parent
-        deadline = time.monotonic() + timeout
-        held: list[tuple[threading.Lock, int | None]] = []
-        try:
-            for shard in sorted({zlib.crc32(name.encode()) % self._count for name in names}):
-                thread_lock = self._threads[shard]
-                if not thread_lock.acquire(timeout=timeout):
-                    raise self._timed_out(shard, timeout)
-                held.append((thread_lock, None))
-                fd = self._file(shard)
-                while not _try_lock(fd):
-                    if time.monotonic() > deadline:
-                        raise self._timed_out(shard, timeout)
-                    time.sleep(random.uniform(0.0002, 0.002))  # noqa: S311
-                held[-1] = thread_lock, fd
-            yield
-        finally:
-            for thread_lock, locked in reversed(held):
-                if locked is not None:
-                    _unlock(locked)
-                thread_lock.release()
-
-    def close(self) -> None:
-        """Close the files of those locks that nobody holds."""
-        with self._guard:
-            for shard, fd in list(self._files.items()):
-                if self._threads[shard].acquire(blocking=False):
-                    self._disk.close(fd)
-                    del self._files[shard]
-                    self._threads[shard].release()
-
-    def _file(self, shard: int) -> int:
-        with self._guard:
-            fd = self._files.get(shard)
-            if fd is None:
-                path = f"{self._directory}/{shard:02d}.lock"
-                try:
-                    fd = self._files[shard] = self._disk.open_for_append(path)
-                except FileNotFoundError:
-                    self._disk.make_directories(self._directory, sync=False)
-                    fd = self._files[shard] = self._disk.open_for_append(path)
-        return fd
-
-    def _timed_out(self, shard: int, timeout: float) -> RetryLater:
-        return RetryLater(
-            f"another process has held {self._directory}/{shard:02d}.lock for {timeout:g} s: "
-            "see which one (lsof) and whether it is stopped, then try again"
-        )
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(fd: int) -> bool:
-        try:
-            os.lseek(fd, 0, os.SEEK_SET)
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-    def _unlock(fd: int) -> None:
-        os.lseek(fd, 0, os.SEEK_SET)
-        msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
-
-else:
-    import fcntl
-
-    def _try_lock(fd: int) -> bool:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _unlock(fd: int) -> None:
-        fcntl.flock(fd, fcntl.LOCK_UN)
-
-
-try_lock = _try_lock
 
 
 def absolute_root(root: str | os.PathLike[str]) -> str:

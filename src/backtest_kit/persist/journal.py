@@ -20,7 +20,8 @@ from typing import Any, Final
 
 from backtest_kit.errors import Damaged, Outcome
 from backtest_kit.persist.codec import parse, seal_line, unseal_line
-from backtest_kit.persist.files import Disk, disk_error, try_lock
+from backtest_kit.persist.files import Disk, disk_error
+from backtest_kit.persist.locks import try_lock
 from backtest_kit.persist.testing.crashpoints import crashpoint
 
 SUFFIX: Final = ".journal"

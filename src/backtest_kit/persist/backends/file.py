@@ -13,7 +13,8 @@ from backtest_kit.persist.backends import file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.file_commit import Change, Committer, Request
 from backtest_kit.persist.backends.file_feed import Feed
-from backtest_kit.persist.backends.file_root import SUFFIX, Root, record_path
+from backtest_kit.persist.backends.file_paths import SUFFIX, record_path
+from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.file_segments import Place
 from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import Contract, Kind
@@ -100,22 +101,35 @@ class FileStore:
             if only is not None and (include_removed or not only.removed):
                 yield only
             return
-        found = await asyncio.to_thread(self._list, contract, prefix)
+        # Of a long feed only the end is listed, unless more of it turns out to be removed than not.
+        last = 2 * limit + _FIRST_CHUNK if newest_first and limit is not None else None
+        found = await asyncio.to_thread(self._list, contract, prefix, last)
         found.sort(key=lambda item: item.tick, reverse=newest_first)
-        position, size, left = 0, _FIRST_CHUNK, limit
-        while position < len(found) and left != 0:
+        left = limit
+        async for record in self._read(contract, found, last, prefix):
+            if left == 0:
+                return
+            if include_removed or not record.removed:
+                yield record
+                left = None if left is None else left - 1
+
+    async def _read(
+        self, contract: Contract, found: list[_Found], last: int | None, prefix: Key
+    ) -> AsyncIterator[Record]:
+        position, size = 0, _FIRST_CHUNK
+        while position < len(found):
             chunk = found[position : position + size]
             for record in await asyncio.to_thread(self._read_chunk, contract, chunk):
                 if isinstance(record, BacktestKitError):
                     raise record
-                if include_removed or not record.removed:
-                    yield record
-                    if left is not None:
-                        left -= 1
-                        if left == 0:
-                            return
+                yield record
             position += size
             size = min(2 * size, _LARGEST_CHUNK)
+            if position >= len(found) and last is not None and len(found) == last:
+                older = [
+                    item for item in await asyncio.to_thread(self._list, contract, prefix) if item.tick < chunk[-1].tick
+                ]
+                found, position, last = sorted(older, key=lambda item: -item.tick), 0, None
 
     async def namespaces(self) -> list[tuple[str, ...]]:
         return await asyncio.to_thread(self._namespaces, self._prefix)
@@ -174,7 +188,8 @@ class FileStore:
 
     # -- listing -------------------------------------------------------------------------------------
 
-    def _list(self, contract: Contract, prefix: Key) -> list[_Found]:
+    def _list(self, contract: Contract, prefix: Key, last: int | None = None) -> list[_Found]:
+        """What is below `prefix`; of a feed that is alone there, no more than the `last`."""
         self.root.open()
         directory = self._prefix + "/".join((contract.name, *path_of(contract, prefix)))
         levels = len(contract.key_fields) - len(prefix) - 1
@@ -186,11 +201,13 @@ class FileStore:
                     for entry in self.root.disk.entries(f"{self.root.path}/{below}")
                     if entry.name.endswith(SUFFIX)
                 ]
+            below = self._below(directory, levels)
+            feeds = [path for path in below if self.root.disk.exists(f"{self.root.path}/{path}")]
             found = []
-            for path in self._below(directory, levels):
-                if self.root.disk.exists(f"{self.root.path}/{path}"):
-                    feed = self.root.feed(contract, path)
-                    found += [_Found(place.tick, path, feed, place) for place in feed.places()]
+            for path in feeds:
+                feed = self.root.feed(contract, path)
+                places = feed.places(last if len(feeds) == 1 else None)
+                found += [_Found(place.tick, path, feed, place) for place in places]
         except OSError as error:
             raise disk_error(error, "list", f"{self.root.path}/{directory}") from error
         return found

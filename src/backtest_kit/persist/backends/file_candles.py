@@ -26,8 +26,9 @@ from backtest_kit.model.interval import iso
 from backtest_kit.persist.backends.memory import merge
 from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema
 from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.files import Disk, LockSet, absolute_root, disk_error
+from backtest_kit.persist.files import Disk, absolute_root, disk_error
 from backtest_kit.persist.keys import check_key, path_of, unescape
+from backtest_kit.persist.locks import LockSet
 from backtest_kit.persist.quarantine import Quarantine
 from backtest_kit.persist.store import SeriesKey
 

@@ -115,6 +115,7 @@ class Committer:
                     for request in group:
                         request.error = request.error or error
                 _answer(group)
+                self._root.free_replaced()
             if closing:
                 return
 

@@ -22,6 +22,7 @@ from backtest_kit.persist.backends.file_segments import (
     LINE,
     Place,
     Row,
+    Tail,
     Unsound,
     hash_of,
     index_name,
@@ -38,31 +39,14 @@ from backtest_kit.persist.backends.file_segments import (
 )
 from backtest_kit.persist.codec import NewerSchema, open_envelope, parse, unseal_line
 from backtest_kit.persist.contracts import Contract
-from backtest_kit.persist.files import Disk, LockSet
+from backtest_kit.persist.files import Disk
+from backtest_kit.persist.locks import LockSet
 from backtest_kit.persist.quarantine import Quarantine
 from backtest_kit.persist.store import Key, Record
 from backtest_kit.persist.testing.crashpoints import crashpoint
 
 SEGMENT_BYTES: Final = 8 << 20
 """A segment that has reached this size is full. What opening a feed has to parse is at most one of it."""
-
-
-class _Tail:
-    """The lines of the segment that is being written, newest last."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.size = 0
-        self.lines: list[Row] = []
-        self.last: dict[int, int] = {}
-
-    @property
-    def name(self) -> str:
-        return segment_name(self.number)
-
-    def add(self, line: Row) -> None:
-        self.last[line[0]] = len(self.lines)
-        self.lines.append(line)
 
 
 class Feed:
@@ -87,7 +71,7 @@ class Feed:
         self._sealed: Any = np.empty(0, LINE)
         self._order: Any = None
         self._blocked: dict[Key, str] = {}
-        self._tail = _Tail(1)
+        self._tail = Tail(1)
 
     def find(self, key: Key, *, locked: bool = False) -> Record | None:
         """The newest line under `key`. `locked` says that the caller holds the lock of the feed."""
@@ -109,8 +93,8 @@ class Feed:
             except Unsound as unsound:
                 raise self._set_aside(unsound, locked=locked) from None
 
-    def places(self) -> list[Place]:
-        """The newest line of every key.
+    def places(self, last: int | None = None) -> list[Place]:
+        """The newest line of every key, or the `last` ones of them.
 
         Raises:
             Damaged: a line was found that is not sound. It is told once; the line is in quarantine then.
@@ -122,8 +106,11 @@ class Feed:
             sealed = self._sealed[self._newest()]
             if self._tail.last:
                 sealed = sealed[~np.isin(sealed["hash"], np.fromiter(self._tail.last, np.uint64))]
-            rows = [*sealed.tolist(), *(self._tail.lines[index] for index in sorted(self._tail.last.values()))]
-            return [self._place(row) for row in rows]
+            rows = [self._tail.lines[index] for index in sorted(self._tail.last.values())]
+            if last is not None:
+                sealed = sealed[max(0, len(sealed) + len(rows) - last) :]
+                rows = rows[-last:]
+            return [self._place(row) for row in (*sealed.tolist(), *rows)]
 
     def read(self, places: Sequence[Place]) -> list[Record]:
         """The records at `places`, in their order, without those that have a newer line by now if they moved."""
@@ -311,7 +298,7 @@ class Feed:
         for name in leftovers:
             self._remove(name)
         for name in segments:
-            self._tail = _Tail(last_number(name))
+            self._tail = Tail(last_number(name))
             index = read_index(self._disk, self._directory, name)
             if index is None and name == self._tail.name:
                 self._take_in_tail()
@@ -319,7 +306,7 @@ class Feed:
                     self._seal()
             else:
                 self._add_sealed(name, self._make_index(name) if index is None else index)
-                self._tail = _Tail(self._tail.number + 1)
+                self._tail = Tail(self._tail.number + 1)
         self._cut_torn_end()
         self._loaded = True
 
@@ -409,7 +396,7 @@ class Feed:
         write_index(self._disk, self._directory, self._tail.name, index, self._tail.size)
         crashpoint("feed.after_seal")
         self._add_sealed(self._tail.name, index)
-        self._tail = _Tail(self._tail.number + 1)
+        self._tail = Tail(self._tail.number + 1)
 
 
 class _Moved(Exception):

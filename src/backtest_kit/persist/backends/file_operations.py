@@ -10,7 +10,8 @@ import msgspec
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.backends.file_candles import SUFFIX as CANDLE_SUFFIX, verify as verify_candles
-from backtest_kit.persist.backends.file_root import OWN_DIRECTORY, SUFFIX as RECORD_SUFFIX, Root, unseal_at
+from backtest_kit.persist.backends.file_paths import OWN_DIRECTORY, SUFFIX as RECORD_SUFFIX, unseal_at
+from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.file_segments import SUFFIX as FEED_SUFFIX
 from backtest_kit.persist.codec import dump_record, open_envelope, parse, reseal, seal, unseal_line
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -16,28 +16,28 @@ import msgspec
 
 from backtest_kit.errors import Damaged, Outcome, UserError
 from backtest_kit.persist.backends.file_feed import Feed
+from backtest_kit.persist.backends.file_paths import OWN_DIRECTORY, SUFFIX, key_of, unseal_at
 from backtest_kit.persist.backends.file_sync import Syncer
 from backtest_kit.persist.codec import (
     SCHEMA_VERSION,
     NewerSchema,
     dump_value,
     open_envelope,
+    parse,
     seal_text,
     unseal,
     unseal_head,
 )
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
-from backtest_kit.persist.files import Disk, LockSet, absolute_root, disk_error, require_directory
+from backtest_kit.persist.files import Disk, absolute_root, disk_error, require_directory
 from backtest_kit.persist.journal import Journal
-from backtest_kit.persist.keys import path_of, unescape
+from backtest_kit.persist.locks import LockSet
 from backtest_kit.persist.quarantine import Quarantine
 from backtest_kit.persist.store import Key, Record
 
-SUFFIX: Final = ".json"
-OWN_DIRECTORY: Final = ".backtest-kit"
-"""What the store keeps for itself below its root: marker, locks, journal, clock. No contract is called so."""
-
 _ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
+_KEPT_FILES: Final = 128
+_CLOCK_STEP_NS: Final = 100_000_000
 _GROUP_PATIENCE: Final = 0.25
 _PATIENCE: Final = 2.0
 _RECOVERY_PATIENCE: Final = 60.0
@@ -82,6 +82,7 @@ class Root:
         self._anchored: set[str] = set()
         self._noted: set[str] = set()
         self._promised: dict[Target, Promised] = {}
+        self._replaced: deque[int] = deque()
         self._syncer = Syncer(disk, self._journal)
 
     # -- life ----------------------------------------------------------------------------------------
@@ -99,6 +100,8 @@ class Root:
             if not self._opened:
                 self._recover()
                 self._opened = True
+                self._sweeper = threading.Thread(target=self._sweep, name="backtest-kit-sweep", daemon=True)
+                self._sweeper.start()
 
     def close(self) -> None:
         """Make everything durable and let go. The next call opens again."""
@@ -107,6 +110,7 @@ class Root:
             try:
                 if self._opened:
                     self._opened = False
+                    self._sweeper.join()
                     self._anchored.clear()
                     self._noted.clear()
                     self._feeds.clear()
@@ -126,12 +130,17 @@ class Root:
                 self._check_marker()
                 self._check_clock()
                 self._journal.replay(self._redo)
-                self.disk.sweep(self.path, time.time())
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 message = f"the store's root {self.path} is not writable: {error.strerror}; give it to this user"
                 raise UserError(message) from error
             raise disk_error(error, "open the store", self.path) from error
+
+    def _sweep(self) -> None:
+        try:
+            self.disk.sweep(self.path, time.time())
+        except OSError as error:  # they take space and nothing else, and the next opening tries again
+            _log.warning("temporary files below %s were not all removed: %s", self.path, error)
 
     def _check_marker(self) -> None:
         path = f"{self.path}/{OWN_DIRECTORY}/root{SUFFIX}"
@@ -164,12 +173,14 @@ class Root:
         """Hold the locks of `paths`; the ticks it yields are later than that of every earlier write to one of them."""
         self._finish()
         with self.locks.hold(paths, _PATIENCE if patient else _GROUP_PATIENCE):
-            before = self._last_tick = max(self._last_tick, self.disk.stat(self._clock).st_mtime_ns)
+            told = self.disk.stat(self._clock).st_mtime_ns
+            self._last_tick = max(self._last_tick, told)
             try:
                 yield self._ticks()
             finally:
-                if self._last_tick != before:
-                    with contextlib.suppress(OSError):  # only a clock that was set back would tell
+                # Who comes next needs to be told only where its own clock would not tell it.
+                if self._last_tick > min(told + _CLOCK_STEP_NS, time.time_ns()):
+                    with contextlib.suppress(OSError):
                         self.disk.touch(self._clock, self._last_tick)
 
     def _ticks(self) -> Iterator[int]:
@@ -182,7 +193,9 @@ class Root:
     def load(
         self, row: Contract, key: Key | None, path: str, *, locked: bool = False, head: bool = False
     ) -> Record | None:
-        """The record at `path`, which belongs to `key`, or to whatever key has that path; `head` spares its value.
+        """The record at `path`, which belongs to `key`, or to whatever key has that path.
+
+        `head` is for who is about to replace it: without the value, and the file is let go of in `free_replaced`.
 
         Raises:
             Damaged, RetryLater: as `Store.get`.
@@ -191,9 +204,11 @@ class Root:
             return self._load_line(row, key, path, locked=locked)
         promised = self._promised.get((path, ()))
         if promised is not None:
-            return promised.record
+            return open_envelope(row, None, parse(promised.dumped))
         try:
-            data = self.disk.read(f"{self.path}/{path}")
+            file = f"{self.path}/{path}"
+            keep = head and len(self._replaced) < _KEPT_FILES
+            data = self.disk.read_and_keep(file, self._replaced) if keep else self.disk.read(file)
         except (FileNotFoundError, NotADirectoryError):
             self.quarantine.refuse_blocked(path)
             return None
@@ -207,14 +222,14 @@ class Root:
             raise NewerSchema(f"{self.path}/{path}: {error}") from None
         except Damaged as error:
             if locked:
-                raise self.quarantine.take(row, key or _key_of(row, path), path, str(error)) from None
+                raise self.quarantine.take(row, key or key_of(row, path), path, str(error)) from None
         with self.locks.hold((path,)):
             return self.load(row, key, path, locked=True, head=head)
 
     def _load_line(self, row: Contract, key: Key, path: str, *, locked: bool) -> Record | None:
         promised = self._promised.get((path, key))
         if promised is not None:
-            return promised.record
+            return open_envelope(row, None, parse(promised.dumped))
         try:
             return self.feed(row, path).find(key, locked=locked)
         except OSError as error:
@@ -301,8 +316,13 @@ class Root:
             self._noted.add(directory)
             self._syncer.note([file, directory, *self._levels(directory)])
 
-    def run_later(self, job: Callable[[], None]) -> None:
+    def run_later(self, job: Callable[[], object]) -> None:
         self._syncer.run_later(job)
+
+    def free_replaced(self) -> None:
+        """Close, in another thread, the files that were read in order to be replaced."""
+        if self._replaced:
+            self._syncer.run_later(lambda: self.disk.let_go(self._replaced))
 
     def checkpoint(self) -> None:
         """Empty the journal of this process."""
@@ -373,32 +393,3 @@ class Root:
             reason = f"{error} (the journal had the record, which is in its place)"
             self.quarantine.keep(item.contract, item.record.key, path, data, reason, blocks=False)
             return 0
-
-
-def unseal_at(row: Contract, key: Key | None, path: str, data: bytes) -> Record:
-    """The record in the bytes of the file at `path`. Raises as `unseal`, also if it belongs under another path."""
-    record = unseal(row, key, data)
-    if key is None:
-        own = record_path("", row, record.key)
-        if path != own and not path.endswith(f"/{own}"):
-            raise Damaged(f"it is the record of {record.key}, found under another name")
-    return record
-
-
-@functools.lru_cache(maxsize=4096)
-def record_path(prefix: str, row: Contract, key: Key) -> str:
-    """Where a record lies: the file of a slot or bucket record, the directory of the feed of a line."""
-    names = path_of(row, key)
-    if row.kind is Kind.FEED:
-        return prefix + "/".join((row.name, *names[:-1]))
-    return prefix + "/".join((row.name, *names)) + SUFFIX
-
-
-def _key_of(row: Contract, path: str) -> list[object]:
-    """As much of a key as can be read from a path: the names themselves, where they were cut."""
-    names = path.removesuffix(SUFFIX).split("/")[-len(row.key_fields) :]
-    found: list[object] = []
-    for name, field in zip(names, row.key_fields, strict=False):
-        part = unescape(name, field)
-        found.append(name if part is None else part)
-    return found

@@ -51,6 +51,24 @@ class Unsound(Exception):
         self.segment, self.offset, self.line, self.reason = segment, offset, line, reason
 
 
+class Tail:
+    """The lines of the segment that is being written, newest last."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.size = 0
+        self.lines: list[Row] = []
+        self.last: dict[int, int] = {}
+
+    @property
+    def name(self) -> str:
+        return segment_name(self.number)
+
+    def add(self, line: Row) -> None:
+        self.last[line[0]] = len(self.lines)
+        self.lines.append(line)
+
+
 def segment_name(number: int) -> str:
     return f"{number:08d}{SUFFIX}"
 

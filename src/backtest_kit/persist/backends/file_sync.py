@@ -28,7 +28,7 @@ class Syncer:
         self._journal = journal
         self._wake = threading.Condition()
         self._changed: dict[str, None] = {}
-        self._jobs: list[Callable[[], None]] = []
+        self._jobs: list[Callable[[], object]] = []
         self._due: float | None = None
         self._checkpoint_due: float | None = None
         self._failure: BacktestKitError | None = None
@@ -47,7 +47,7 @@ class Syncer:
                 self._checkpoint_due = time.monotonic() + CHECKPOINT_SECONDS
                 self._schedule(self._checkpoint_due)
 
-    def run_later(self, job: Callable[[], None]) -> None:
+    def run_later(self, job: Callable[[], object]) -> None:
         with self._wake:
             self._jobs.append(job)
             self._schedule(time.monotonic())

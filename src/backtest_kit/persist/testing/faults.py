@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -50,6 +51,8 @@ class FaultFS:
     def __init__(self, *, sync: bool = True) -> None:
         self._sync = sync
         self.history: list[tuple[str, str]] = []
+        self.observer: Callable[[str, str], None] = lambda call, path: None
+        """Is told of every call before it is made."""
         self.calls: Counter[str] = Counter()
         self.opened: dict[int, str] = {}
         self.retried: list[str] = []
@@ -80,6 +83,7 @@ class FaultFS:
             self.calls[call] += 1
             path = self.opened.get(args[0], "") if isinstance(args[0], int) else str(args[0])
             self.history.append((call, path))
+            self.observer(call, path)
             self._fail(call, path, args[0])
             if call == "fsync" and not self._sync:
                 return None

@@ -1,0 +1,45 @@
+"""Where a record lies below the root of a file store, and what may lie there."""
+
+from __future__ import annotations
+
+import functools
+from typing import Final
+
+from backtest_kit.errors import Damaged
+from backtest_kit.persist.codec import unseal
+from backtest_kit.persist.contracts import Contract, Kind
+from backtest_kit.persist.keys import path_of, unescape
+from backtest_kit.persist.store import Key, Record
+
+SUFFIX: Final = ".json"
+OWN_DIRECTORY: Final = ".backtest-kit"
+"""What the store keeps for itself below its root: marker, locks, journal, clock. No contract is called so."""
+
+
+def unseal_at(row: Contract, key: Key | None, path: str, data: bytes) -> Record:
+    """The record in the bytes of the file at `path`. Raises as `unseal`, also if it belongs under another path."""
+    record = unseal(row, key, data)
+    if key is None:
+        own = record_path("", row, record.key)
+        if path != own and not path.endswith(f"/{own}"):
+            raise Damaged(f"it is the record of {record.key}, found under another name")
+    return record
+
+
+@functools.lru_cache(maxsize=4096)
+def record_path(prefix: str, row: Contract, key: Key) -> str:
+    """Where a record lies: the file of a slot or bucket record, the directory of the feed of a line."""
+    names = path_of(row, key)
+    if row.kind is Kind.FEED:
+        return prefix + "/".join((row.name, *names[:-1]))
+    return prefix + "/".join((row.name, *names)) + SUFFIX
+
+
+def key_of(row: Contract, path: str) -> list[object]:
+    """As much of a key as can be read from a path: the names themselves, where they were cut."""
+    names = path.removesuffix(SUFFIX).split("/")[-len(row.key_fields) :]
+    found: list[object] = []
+    for name, field in zip(names, row.key_fields, strict=False):
+        part = unescape(name, field)
+        found.append(name if part is None else part)
+    return found

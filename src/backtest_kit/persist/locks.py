@@ -1,0 +1,126 @@
+"""Locks that hold between threads and between processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from backtest_kit.errors import RetryLater
+from backtest_kit.persist.files import Disk
+
+LOCK_TIMEOUT_SECONDS: Final = 10.0
+
+
+class LockSet:
+    """Locks by name that hold between threads and between processes, on a fixed set of lock files.
+
+    Two names may share a file: they then wait for each other, no more. The files stay open, because the
+    lock of a process goes away with it however it ends.
+    """
+
+    def __init__(self, directory: str, disk: Disk, *, count: int = 64) -> None:
+        self._directory = directory
+        self._disk = disk
+        self._count = count
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._guard = threading.Lock()
+        self._threads = [threading.Lock() for _ in range(self._count)]
+        self._files: dict[int, int] = {}
+
+    @contextlib.contextmanager
+    def hold(self, names: Iterable[str], timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
+        """Hold the locks of all `names`. Always taken in one order, so that holders cannot wait in a ring.
+
+        Raises:
+            RetryLater: another process kept one of them for `timeout` seconds.
+        """
+        if os.getpid() != self._pid:
+            self._reset()  # a forked child shares the open files, and so the locks, of its parent
+        deadline = time.monotonic() + timeout
+        held: list[tuple[threading.Lock, int | None]] = []
+        try:
+            for shard in sorted({zlib.crc32(name.encode()) % self._count for name in names}):
+                thread_lock = self._threads[shard]
+                if not thread_lock.acquire(timeout=timeout):
+                    raise self._timed_out(shard, timeout)
+                held.append((thread_lock, None))
+                fd = self._file(shard)
+                while not try_lock(fd):
+                    if time.monotonic() > deadline:
+                        raise self._timed_out(shard, timeout)
+                    time.sleep(random.uniform(0.0002, 0.002))  # noqa: S311
+                held[-1] = thread_lock, fd
+            yield
+        finally:
+            for thread_lock, locked in reversed(held):
+                if locked is not None:
+                    unlock(locked)
+                thread_lock.release()
+
+    def close(self) -> None:
+        """Close the files of those locks that nobody holds."""
+        with self._guard:
+            for shard, fd in list(self._files.items()):
+                if self._threads[shard].acquire(blocking=False):
+                    self._disk.close(fd)
+                    del self._files[shard]
+                    self._threads[shard].release()
+
+    def _file(self, shard: int) -> int:
+        with self._guard:
+            fd = self._files.get(shard)
+            if fd is None:
+                path = f"{self._directory}/{shard:02d}.lock"
+                try:
+                    fd = self._files[shard] = self._disk.open_for_append(path)
+                except FileNotFoundError:
+                    self._disk.make_directories(self._directory, sync=False)
+                    fd = self._files[shard] = self._disk.open_for_append(path)
+        return fd
+
+    def _timed_out(self, shard: int, timeout: float) -> RetryLater:
+        return RetryLater(
+            f"another process has held {self._directory}/{shard:02d}.lock for {timeout:g} s: "
+            "see which one (lsof) and whether it is stopped, then try again"
+        )
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def try_lock(fd: int) -> bool:
+        """Lock an open file if nobody else has; the lock goes with the last descriptor of this opening."""
+        try:
+            os.lseek(fd, 0, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+    def unlock(fd: int) -> None:
+        os.lseek(fd, 0, os.SEEK_SET)
+        msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
+
+else:
+    import fcntl
+
+    def try_lock(fd: int) -> bool:
+        """Lock an open file if nobody else has; the lock goes with the last descriptor of this opening."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def unlock(fd: int) -> None:
+        fcntl.flock(fd, fcntl.LOCK_UN)
