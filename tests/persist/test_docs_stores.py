@@ -43,7 +43,7 @@ def test_own_store_is_short() -> None:
 
 async def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = defined_in("persistence = Persistence()", "class MemorySignalAdapter", "async def tour", "class LogStore:")
+    names = defined_in("persistence = bk.Kit()", "class MemorySignalAdapter", "async def tour", "class LogStore:")
     await names["tour"]()
     exec(block_with("async def move"), names)  # noqa: S102
     await names["move"]()
