@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -139,3 +140,12 @@ async def test_runs_one_after_another_start_from_nothing(make_kit: MakeKit) -> N
     second = await kit.backtest.background("COIN1", **WHERE)
     assert first.trades
     assert second.trades == (await make_kit().backtest.background("COIN1", **WHERE)).trades
+
+
+def test_threads_with_loops_of_their_own_do_not_wait_for_each_other(make_kit: MakeKit) -> None:
+    kit = make_kit(risk_name="one")
+    kit.add_risk_schema("one", validations=[at_most(1)])
+    kit.cron("daily", interval="1d", handler=lambda tick: None)
+    with ThreadPoolExecutor(4) as threads:
+        runs = [threads.submit(kit.backtest.run_sync, "COIN0", **WHERE) for _ in range(4)]
+        assert len({run.result(timeout=60).trades for run in runs}) == 1

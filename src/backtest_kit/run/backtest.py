@@ -197,7 +197,11 @@ class BacktestRunner:
     ) -> BacktestResult:
         """Run a backtest to its end and return its result. Arguments and errors as for `run`."""
         job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
-        return run_blocking(lambda: self._collect(job, Control(job.frame.start_ms), self._announce(job)))
+
+        async def main() -> BacktestResult:
+            return await self.start(job)
+
+        return run_blocking(main)
 
     async def _replay(self, job: Job, control: Control, announced: _Announced) -> AsyncGenerator[Event, None]:
         """The events of a run, and to its listeners also how it ended."""

@@ -17,6 +17,8 @@ from backtest_kit.model.event import Identity, Mode
 from backtest_kit.model.interval import floor_ms, interval_ms, iso, to_datetime
 from backtest_kit.run.schema import check_name
 
+_ScopeKey = tuple[asyncio.AbstractEventLoop, str, Mode]
+
 
 class CronTick(msgspec.Struct, frozen=True, kw_only=True):
     """A boundary that was reached."""
@@ -85,14 +87,14 @@ _FIRING: Final[ContextVar[tuple[_Round, ...]]] = ContextVar("backtest_kit_cron_f
 class Cron:
     """Jobs that runs perform at aligned boundaries of their own time.
 
-    Runs of the same frame and mode share a scope. In it, a job is performed once for each boundary by the run that
-    is first to reach it, and boundaries only grow: a run that is behind passes them by. A job with `symbols` does so
-    for each of these symbols apart. When the last run of a scope has ended, the next one starts anew.
+    Runs of the same frame and mode on one event loop share a scope. In it, a job is performed once for each boundary
+    by the run that is first to reach it, and boundaries only grow: a run that is behind passes them by. A job with
+    `symbols` does so for each of these symbols apart. When the last run of a scope has ended, the next one starts anew.
     """
 
     def __init__(self) -> None:
         self._jobs: dict[str, _Job] = {}
-        self._scopes: dict[tuple[str, Mode], _Scope] = {}
+        self._scopes: dict[_ScopeKey, _Scope] = {}
 
     def add(
         self, name: str, *, interval: str, handler: Handler[CronTick], symbols: Iterable[str] | None = None
@@ -136,11 +138,11 @@ class Cron:
 
     def begin(self, identity: Identity) -> None:
         """A run of this identity begins. Each call is paired with one of `end`."""
-        self._scopes.setdefault((identity.frame_name, identity.mode), _Scope()).runs += 1
+        self._scopes.setdefault(_scope_of(identity), _Scope()).runs += 1
 
     def end(self, identity: Identity) -> None:
         """A run of this identity has ended, in whatever way."""
-        key = identity.frame_name, identity.mode
+        key = _scope_of(identity)
         self._scopes[key].runs -= 1
         if not self._scopes[key].runs:
             del self._scopes[key]
@@ -163,10 +165,14 @@ class Cron:
         """
         for job in tuple(self._jobs.values()):
             if when_ms % job.step_ms == 0 and job.concerns(identity.symbol):
-                scope = self._scopes[identity.frame_name, identity.mode]
+                scope = self._scopes[_scope_of(identity)]
                 symbol = None if job.symbols is None else identity.symbol
                 progress = scope.progress.setdefault((job, symbol), _Progress())
                 await _perform(job, progress, when_ms, identity, ctx)
+
+
+def _scope_of(identity: Identity) -> _ScopeKey:
+    return asyncio.get_running_loop(), identity.frame_name, identity.mode
 
 
 async def _perform(job: _Job, progress: _Progress, when_ms: int, identity: Identity, ctx: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
@@ -61,7 +62,7 @@ class RiskRequest(msgspec.Struct, frozen=True, kw_only=True):
 RiskValidation = Callable[[RiskRequest], Awaitable[str | None] | str | None]
 """Returns why the signal is refused, or None (or an empty text) to allow it; may be async."""
 
-_Scope = tuple[str, str, str]
+_Scope = tuple[asyncio.AbstractEventLoop, str, str, str]
 _Owner = tuple[str, str]
 
 
@@ -92,7 +93,8 @@ class RiskBook:
 
     def join(self, identity: Identity, risks: Sequence[RiskSchema], start_ms: int) -> RiskSeat:
         """Take a seat before the first minute, so that no other run goes ahead of this one."""
-        scope = (identity.exchange_name, identity.frame_name, identity.mode)
+        # Runs of two loops cannot wait for each other: each loop is a market of its own.
+        scope = (asyncio.get_running_loop(), identity.exchange_name, identity.frame_name, identity.mode)
         group = self._groups.setdefault(scope, RiskGroup())
         return RiskSeat(self, scope, group, identity, risks, group.lockstep.join(start_ms))
 
