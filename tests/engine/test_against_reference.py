@@ -1,4 +1,7 @@
-"""A thousand random strategies trade the same as in `reference.py`, through the public API and for both fill models."""
+"""A thousand random strategies trade the same as in `reference.py`, through the public API and for both fill models.
+
+Some give random commands: what is refused has to agree as well, and what is held after each of them.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from typing import Any
 import pytest
 
 import backtest_kit as bk
+from backtest_kit.engine.pnl import effective_price
 
 MINUTE = 60_000
 START = 1_704_067_200_000 + 7 * MINUTE
@@ -24,6 +28,9 @@ LEAD = 8 * 60
 MINUTES = 1_200
 STRATEGIES = 50
 RANDOM_MARKETS, REAL_STRETCHES = 12, 2
+MANAGED = 20
+MANAGED_MARKETS = 8
+COMMANDS = ("reduce", "add", "move_stop", "move_take", "breakeven", "close", "cancel", "activate")
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 REAL = (
     "nautilus_BTC-PERP_1m_20211231-20220201",
@@ -83,6 +90,12 @@ def real_market(name: str, stretch: int) -> list[Row]:
     return rows[: LEAD + MINUTES]
 
 
+def closes(market: Any, when: int, minutes: int, count: int) -> list[float]:
+    """The closes of the last `count` candles of so many minutes that have closed by then."""
+    end = when - when % (minutes * MINUTE)
+    return [market[end - k * minutes * MINUTE - MINUTE].close for k in range(count - 1, -1, -1)]
+
+
 class RandomStrategy:
     """Without memory: what it answers depends on its seed, the minute, the price and the closes it reads."""
 
@@ -114,17 +127,86 @@ class RandomStrategy:
         )
 
     def decide(self, market: Any, when: int, price: float) -> Any:
-        return self.answer(when, price, ref.closes(market, when, self.minutes, self.count))
+        return self.answer(when, price, closes(market, when, self.minutes, self.count))
 
     async def get_signal(self, ctx: bk.Context) -> bk.Signal | None:
         name = "1h" if self.minutes == 60 else f"{self.minutes}m"
-        closes = (await ctx.candles(name, self.count)).close.tolist()
-        wish = self.answer(ctx.when_ms, ctx.price, closes)
+        wish = self.answer(ctx.when_ms, ctx.price, (await ctx.candles(name, self.count)).close.tolist())
         if wish is None:
             return None
         return bk.Signal(
             wish.side, wish.take, wish.stop, price_open=wish.open, minutes=wish.minutes, cost=wish.cost, id=wish.id
         )
+
+
+class RandomCommands:
+    """Without memory as well: what it tries depends on its seed, the minute, the price and the levels in force."""
+
+    def __init__(self, seed: int) -> None:
+        rng = dice(seed + 500_000)
+        self.seed = seed
+        self.only_at_first = rng.random() < 0.3
+        self.busy = 0.6 if self.only_at_first else rng.choice([0.01, 0.05, 0.3])
+        self.told: list[Any] = []
+
+    def script(self, when: int, price: float, is_open: bool, take: float, stop: float) -> list[Any]:
+        rng = dice((self.seed + 500_000) * 1_000_003 + when // MINUTE)
+        if rng.random() >= self.busy:
+            return []
+        tried = []
+        for _ in range(rng.choice([1, 1, 1, 4])):
+            name = rng.choices(COMMANDS[:6], [3, 3, 4, 3, 3, 0.3])[0] if is_open else rng.choice(COMMANDS[6:])
+            near = price * (1 + rng.choice([-1, 0, 1]) * rng.expovariate(1 / 0.004))
+            value = {
+                "reduce": rng.choice([rng.uniform(0.1, 100), 50.0, 99.9999, 100.0]),
+                "add": rng.choice([100.0, rng.uniform(1, 500)]),
+                "move_stop": rng.choice([near, near, near, stop, take]),
+                "move_take": rng.choice([near, near, near, take, stop]),
+            }.get(name, 0.0)
+            tried.append((name, value, f"note {when}" if name == "close" else ""))
+        return tried
+
+    def manage(self, held: Any, when: int, price: float) -> list[Any]:
+        if self.only_at_first and when != (held.opened or held.scheduled):
+            return []
+        return self.script(when, price, held.opened is not None, held.take, held.stop)
+
+    async def act(self, ctx: bk.Context) -> None:
+        for name, value, note in self._script(ctx):
+            view: Any = ctx.position or ctx.entry
+            arguments = {"percent": value} if name == "reduce" else {"note": note} if note else {}
+            outcome = await getattr(view, name)(
+                *([value] if name in ("add", "move_stop", "move_take") else []), **arguments
+            )
+            assert outcome.accepted or outcome.reason
+            word = "accepted" if outcome else "refused"
+            held = terms(view.value)
+            self.told.append(ref.Event(name, ctx.when_ms, view.value.position, ctx.price, word, terms=held))
+
+    async def act_at_first(self, event: bk.Event, ctx: bk.Context) -> None:
+        await self.act(ctx)
+
+    def _script(self, ctx: bk.Context) -> list[Any]:
+        if ctx.position is not None:
+            return self.script(ctx.when_ms, ctx.price, True, ctx.position.take_profit, ctx.position.stop_loss)
+        assert ctx.entry is not None
+        entry = ctx.entry.value
+        return self.script(ctx.when_ms, ctx.price, False, entry.price_take_profit, entry.price_stop_loss)
+
+
+def terms(held: bk.Position | bk.RestingEntry | bk.Trade) -> tuple[float, ...]:
+    """Begin, levels in force, effective entry, all entries and all reductions, as the reference lists them."""
+    if isinstance(held, bk.RestingEntry):
+        levels = held.price_take_profit, held.price_stop_loss
+        return held.scheduled_at_ms, *levels, held.price_open, held.price_open, held.cost
+    if isinstance(held, bk.Trade):
+        levels, price = (held.price_take_profit, held.price_stop_loss), held.price_open
+    else:
+        levels, price = (held.take_profit, held.stop_loss), effective_price(held.entries, held.reductions)
+    entries = [number for entry in held.entries for number in (entry.price, entry.cost)]
+    for part in held.reductions:
+        entries += [part.percent, part.price, part.cost_basis, part.entry_count]
+    return held.opened_at_ms, *levels, price, *entries
 
 
 def ours(event: bk.Event) -> Iterator[Any]:
@@ -144,22 +226,21 @@ def ours(event: bk.Event) -> Iterator[Any]:
             trade.position,
             trade.price_close,
             trade.close_reason,
-            trade.pnl_pct,
-            trade.pnl_cost,
-            trade.peak_pct,
-            trade.fall_pct,
-            trade.opened_at_ms,
+            trade.close_note,
+            (trade.pnl_pct, trade.pnl_cost, trade.peak_pct, trade.fall_pct),
+            terms(trade),
         )
 
 
 def same(mine: Any, expected: Any) -> bool:
-    return all(
-        math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-9) if isinstance(a, float) else a == b
-        for a, b in zip(mine, expected, strict=True)
-    )
+    if isinstance(mine, tuple):
+        return len(mine) == len(expected) and all(map(same, mine, expected))
+    return math.isclose(mine, expected, rel_tol=1e-12, abs_tol=1e-9) if isinstance(mine, float) else mine == expected
 
 
-async def compare(tmp_path: Path, rows: list[Row], fill: Any, seeds: range) -> set[tuple[str, str]]:
+async def compare(
+    tmp_path: Path, rows: list[Row], fill: Any, seeds: range, *, managed: bool = False, anywhere: bool = False
+) -> set[tuple[str, str]]:
     """Run each strategy in both; the kinds and reasons of all events that were seen."""
     candles = [ref.Candle(*row) for row in rows]
     start, stop = rows[LEAD][0], rows[-1][0] + MINUTE
@@ -169,18 +250,32 @@ async def compare(tmp_path: Path, rows: list[Row], fill: Any, seeds: range) -> s
         return rows[first : max((since_ms - rows[0][0]) // MINUTE + limit, 0)]
 
     kit = bk.Kit(tmp_path)
-    kit.set_config(CC_MAX_SIGNAL_LIFETIME_MINUTES=math.inf)
+    kit.set_config(
+        CC_MAX_SIGNAL_LIFETIME_MINUTES=math.inf,
+        CC_ENABLE_DCA_EVERYWHERE=anywhere,
+        CC_ENABLE_TRAILING_EVERYWHERE=anywhere,
+    )
     kit.add_exchange_schema("market", source=bk.sources.function(get_candles))
     seen = set()
     for seed in seeds:
-        strategy = RandomStrategy(seed)
+        strategy, commands = RandomStrategy(seed), RandomCommands(seed)
         names: Any = {"strategy_name": f"s{seed}", "exchange_name": "market", "frame_name": f"f{seed}"}
         kit.add_frame_schema(names["frame_name"], start_date=start, end_date=stop, interval=strategy.grid)
-        kit.add_strategy_schema(names["strategy_name"], interval=strategy.interval, get_signal=strategy.get_signal)
+        manage = commands.act if managed and not commands.only_at_first else None
+        kit.add_strategy_schema(
+            names["strategy_name"], interval=strategy.interval, get_signal=strategy.get_signal, manage=manage
+        )
+        if managed and manage is None:
+            # Without `manage` a run skips the minutes in which nothing can happen, with what a command has changed.
+            begins = bk.EntryScheduled, bk.PositionOpened
+            kit.on(begins, commands.act_at_first, strategy_name=names["strategy_name"])
         slot, grid = ((60 if name == "1h" else int(name[:-1])) for name in (strategy.interval, strategy.grid))
-        rules = ref.Rules(start, stop, slot * MINUTE, grid * MINUTE, fill)
-        expected = ref.replay(candles, rules, strategy.decide)
+        rules = ref.Rules(start, stop, slot * MINUTE, grid * MINUTE, fill, anywhere, anywhere)
+        manager = commands.manage if managed else lambda *_: ()
+        expected = ref.replay(candles, rules, strategy.decide, manager)
         mine = [each async for event in kit.backtest.run("COIN", fill=fill, **names) for each in ours(event)]
+        # Of a minute, first what happened and then what was tried.
+        mine = sorted([*mine, *commands.told], key=lambda each: (each.when, each.kind in COMMANDS))
         for place, (a, b) in enumerate(zip(mine, expected, strict=False)):
             assert same(a, b), f"seed {seed}, {fill}, event {place}:\n  ours      {a}\n  reference {b}"
         assert len(mine) == len(expected), f"seed {seed}, {fill}: {len(mine)} events, the reference has {len(expected)}"
@@ -212,20 +307,42 @@ async def test_random_strategies_on_real_candles(tmp_path: Path, name: str, stre
     assert {("opened", ""), ("scheduled", ""), ("closed", "time_expired")} <= seen
 
 
+@pytest.mark.parametrize("fill", ["vwap", "ohlc"])
+@pytest.mark.parametrize("market", range(MANAGED_MARKETS))
+async def test_random_commands_on_random_candles(tmp_path: Path, market: int, fill: str) -> None:
+    seeds = range(200_000 + market * MANAGED, 200_000 + (market + 1) * MANAGED)
+    seen = await compare(tmp_path, random_market(100 + market), fill, seeds, managed=True, anywhere=market % 4 == 3)
+    tried = {(name, outcome) for name in COMMANDS for outcome in ("accepted", "refused")}
+    # A calm market may never earn the costs, and few commands come after one to close.
+    assert seen >= (tried - {("breakeven", "accepted"), ("close", "refused")} if market else tried)
+    assert seen >= {("closed", "closed"), ("cancelled", "user")}
+
+
+@pytest.mark.parametrize("fill", ["vwap", "ohlc"])
+@pytest.mark.parametrize("name", REAL)
+async def test_random_commands_on_real_candles(tmp_path: Path, name: str, fill: str) -> None:
+    first = 300_000 + REAL.index(name) * MANAGED
+    seen = await compare(tmp_path, real_market(name, 3), fill, range(first, first + MANAGED), managed=True)
+    assert seen >= {(name, "accepted") for name in COMMANDS if name != "breakeven"}
+    assert seen >= {("closed", "closed"), ("cancelled", "user")}
+
+
 @pytest.mark.parametrize(
-    ("side", "entries", "partials", "price", "percent", "money"),
+    ("side", "first", "steps", "price", "percent", "money"),
     [
-        ("long", [(100, 100)], [], 101, 0.597403596404, 0.597403596404),
-        ("short", [(100, 100)], [], 99, 0.602603603604, 0.602603603604),
-        ("long", [(100, 100)], [], 100, -0.399600399600, -0.3996004),
-        ("long", [(100, 100), (80, 100)], [], 100, 12.062949550450, 24.1258991009),
-        ("long", [(100, 100)], [(50, 110, 100, 1)], 120, 14.555459540460, 14.5554595405),
-        ("long", [(100, 100), (90, 200)], [(50, 110, 100, 1)], 100, 8.647287712288, 25.9418631369),
-        ("short", [(100, 100), (110, 100)], [(25, 95, 200, 2)], 105, 1.765176426426, 3.5303528529),
+        ("long", 100, [], 101, 0.597403596404, 0.597403596404),
+        ("short", 100, [], 99, 0.602603603604, 0.602603603604),
+        ("long", 100, [], 100, -0.399600399600, -0.3996004),
+        ("long", 100, [("add", 100, 80)], 100, 12.062949550450, 24.1258991009),
+        ("long", 100, [("reduce", 50, 110)], 120, 14.555459540460, 14.5554595405),
+        ("long", 100, [("reduce", 50, 110), ("add", 200, 90)], 100, 8.647287712288, 25.9418631369),
+        ("short", 100, [("add", 100, 110), ("reduce", 25, 95)], 105, 1.765176426426, 3.5303528529),
     ],
 )
 def test_the_reference_earns_what_was_worked_out_by_hand(
-    side: str, entries: Any, partials: Any, price: float, percent: float, money: float
+    side: str, first: float, steps: Any, price: float, percent: float, money: float
 ) -> None:
-    held = ref.Held(ref.Wish(side, 0, 0), 0, entries[0][0], 0, 0, entries, partials=partials)
-    assert ref.pnl(held, price, ref.Rules(0, 0)) == pytest.approx((percent, money), abs=1e-9)
+    take, stop = (1000, 1) if side == "long" else (1, 1000)
+    held, rules = ref.Held(ref.Wish(side, take, stop, open=first), 0, first), ref.Rules(0, 0)
+    assert [held.obey((name, value, ""), at, rules) for name, value, at in steps] == ["accepted"] * len(steps)
+    assert held.pnl(price) == pytest.approx((percent, money), abs=1e-9)
