@@ -362,6 +362,8 @@ class TestCancellation:
                 await asyncio.sleep(steps / 100_000)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            # What was under way may still be done: closing waits for it, so that the listing sees it or not.
+            await store.close()
             pair = [record.value for record in await listed(store)]
             assert len(set(pair)) <= 1
             found = await store.get(SIGNAL, KEY)
