@@ -178,6 +178,13 @@ class TestBreakeven:
         with pytest.raises(Refused, match="beyond the take profit"):
             commands.breakeven(near, 106, SETTINGS)
 
+    @given(st.floats(1, 90), st.floats(90.1, 99))
+    def test_a_second_time_is_refused_whatever_the_last_digit(self, percent: float, added: float) -> None:
+        more = commands.add(held(), added, 5, 50, SETTINGS)
+        safe = commands.breakeven(more, 109, SETTINGS)
+        with pytest.raises(Refused, match="already at breakeven"):
+            commands.breakeven(commands.reduce(safe, 109, 6, percent=percent), 109, SETTINGS)
+
     def test_of_a_position_that_was_added_to_it_is_the_effective_price(self) -> None:
         more = commands.add(held(), 95, 5, 100, SETTINGS)
         assert commands.breakeven(more, 99, SETTINGS).stop_loss == effective_price(more.entries)

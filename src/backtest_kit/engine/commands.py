@@ -19,6 +19,7 @@ from backtest_kit.errors import UserError
 from backtest_kit.model.position import Entry, Position, Reduction
 from backtest_kit.settings import Settings
 
+_ROUNDING: Final = 1e-12
 _CLOSED: Final = 1e-9
 """The part of all cost below which what is left counts as nothing."""
 
@@ -145,7 +146,8 @@ def breakeven(position: Position, price: float, settings: Settings) -> Position:
     """
     entry = effective_price(position.entries, position.reductions)
     sign = _sign(position)
-    if sign * position.stop_loss >= sign * entry:
+    # A reduction may move the last bit of the entry price, but not the stop that went there before.
+    if sign * position.stop_loss >= sign * entry - entry * _ROUNDING:
         raise Refused(f"the stop loss {position.stop_loss:g} is already at breakeven {entry:g} or better")
     if sign * entry >= sign * position.take_profit:
         raise Refused(f"breakeven {entry:g} lies beyond the take profit {position.take_profit:g}")

@@ -212,7 +212,9 @@ def _cancel_reason(state: Resting, tick: Tick, rules: Rules) -> CancelReason | N
     if state.order == "cancel":
         return "user"
     if state.order == "activate":
-        return "frame_end" if over else None if _between_levels(entry, tick.price) else "price_reject"
+        if not _between_levels(entry, tick.price):
+            return "price_reject"
+        return "frame_end" if over else None
     if tick.when_ms - entry.scheduled_at_ms >= rules.settings.CC_SCHEDULE_AWAIT_MINUTES * MINUTE_MS:
         return "timeout"
     if tick.low <= entry.price_stop_loss if entry.position == "long" else tick.high >= entry.price_stop_loss:
