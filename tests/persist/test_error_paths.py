@@ -229,9 +229,7 @@ def foot_mark(head: str) -> str:
 
 
 class TestSqlite:
-    async def test_a_write_that_the_database_refuses_reaches_the_caller(
-        self, tmp_path: Path
-    ) -> None:
+    async def test_a_write_that_the_database_refuses_reaches_the_caller(self, tmp_path: Path) -> None:
         store = SqliteStore(tmp_path / "bot.db")
         await store.put(Write(SIGNAL, KEY, "kept"))
         before: Record | None = await store.get(SIGNAL, KEY)
