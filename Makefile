@@ -13,6 +13,8 @@ demo: $(VENV)/installed ## Install and replay a demo strategy: no server, no net
 
 test: $(VENV)/developing lint ## Everything: lint, types, layers, tests, coverage
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered
+	$(BIN)/coverage report --include='*/backtest_kit/persist/*' --skip-covered --fail-under=95
+	$(BIN)/coverage report --include='*/backtest_kit/engine/*' --skip-covered --fail-under=95
 
 lint: $(VENV)/developing ## Formatting, lint, types and layer rules
 	$(BIN)/ruff format --check src tests examples benchmarks
