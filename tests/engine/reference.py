@@ -151,10 +151,11 @@ class Held:
             (when == rules.stop, "frame_end", price),
         )
         reason, at = next(((reason, at) for happens, reason, at in outcomes if happens), ("", price))
-        if sign * at > max(sign * self.entry, sign * self.peak[0]):
-            self.peak = at, self.pnl(at)[0]
-        if sign * at < min(sign * self.entry, sign * self.fall[0]):
-            self.fall = at, self.pnl(at)[0]
+        gain, percent = sign * (at - self.entry), self.pnl(at)[0]
+        if percent > self.peak[1] or (gain > 0 and self.peak == (self.open, 0)):
+            self.peak = at, percent
+        if percent < self.fall[1]:
+            self.fall = at, percent
         if not reason:
             return None
         earned = *self.pnl(at), self.peak[1], self.fall[1]

@@ -21,6 +21,7 @@ from backtest_kit.model.event import (
     MarketEvent,
     PeakReached,
     PositionActive,
+    PositionClosed,
 )
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Direction
@@ -143,6 +144,9 @@ def test_skipping_changes_nothing(
     skipped = run(columns, rules, seed, skip=True, wanted=wanted)
     visited = run(columns, rules, seed, skip=False, wanted=wanted)
     assert skipped[:2] == visited[:2]
+    for event in visited[0]:
+        if isinstance(event, PositionClosed):
+            assert event.trade.fall_pct <= event.trade.pnl_pct <= event.trade.peak_pct
 
 
 def test_skipping_visits_few_minutes() -> None:

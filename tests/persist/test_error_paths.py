@@ -21,7 +21,8 @@ from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.files import Disk, LockSet, require_directory
+from backtest_kit.persist.files import Disk, require_directory
+from backtest_kit.persist.locks import LockSet
 from backtest_kit.persist.operations import check, du
 from backtest_kit.persist.store import Record, SeriesKey, Write
 from backtest_kit.persist.testing.faults import FaultFS

@@ -98,6 +98,7 @@ def test_adding_lowers_the_entry_price(make_kit: MakeKit) -> None:
         assert prices == sorted(prices, reverse=True)
         assert trade.cost == 100 + 50 * (len(prices) - 1)
         assert trade.price_open <= trade.original_price_open
+        assert trade.fall_pct <= trade.pnl_pct <= trade.peak_pct
 
 
 def test_breakeven_and_trailing_from_handlers(make_kit: MakeKit) -> None:
@@ -234,3 +235,85 @@ async def test_cron_runs_once_per_boundary_however_many_symbols(make_kit: MakeKi
     kit.remove_cron("daily")
     kit.backtest.run_sync("BTCUSDT", **WHERE)
     assert len(ticks) == 8
+
+
+async def test_cron_never_knows_more_than_any_run(make_kit: MakeKit) -> None:
+    """What a job has stored at a boundary is seen by no run that is still before it."""
+    seen: list[int] = []
+    latest = [0]
+
+    async def get_signal(ctx: bk.Context) -> None:
+        seen.append(ctx.when_ms - latest[0])
+        await asyncio.sleep(0.001 if ctx.symbol == "COIN0" else 0)
+
+    kit = make_kit(get_signal, interval="1h")
+    kit.cron("daily", interval="1d", handler=lambda tick: latest.__setitem__(0, tick.when_ms))
+    await asyncio.gather(*(kit.backtest.background(f"COIN{n}", **WHERE) for n in range(4)))
+    assert len(seen) == 4 * 7 * 24
+    assert min(seen) == 0
+    assert max(seen) < 86_400_000
+
+
+async def test_a_command_of_cron_cannot_undo_the_minute_it_sees(make_kit: MakeKit) -> None:
+    """A job that closes whenever the last minute has touched the stop comes too late for the stop."""
+
+    async def dodge(tick: bk.CronTick, ctx: bk.Context) -> None:
+        if ctx.position and (await ctx.candles("1m", 1)).low[-1] <= ctx.position.stop_loss:
+            await ctx.position.close("dodged")
+
+    plain = await make_kit().backtest.background("BTCUSDT", **WHERE, fill="ohlc")
+    kit = make_kit()
+    kit.cron("every minute", interval="1m", handler=dodge)
+    assert (await kit.backtest.background("BTCUSDT", **WHERE, fill="ohlc")).trades == plain.trades
+
+
+async def test_what_cron_commands_is_told_at_its_minute(make_kit: MakeKit) -> None:
+    kit = make_kit(wide)
+    accepted: list[int] = []
+
+    async def trim(tick: bk.CronTick, ctx: bk.Context) -> None:
+        if ctx.position and await ctx.position.reduce(percent=10):
+            accepted.append(tick.when_ms)
+
+    kit.cron("trim", interval="1h", handler=trim)
+    told = [event async for event in kit.backtest.run("BTCUSDT", **WHERE)]
+    assert [event.when_ms for event in told if isinstance(event, bk.PositionChanged)] == accepted != []
+
+
+async def test_a_cancelled_run_says_so(make_kit: MakeKit) -> None:
+    kit = make_kit(lambda ctx: None, interval="1m")
+    done: list[bk.RunDone] = []
+    kit.on(bk.RunDone, done.append)
+    handle = kit.backtest.background("BTCUSDT", **WHERE)
+    while not handle.progress:
+        await asyncio.sleep(0)
+    handle.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await handle
+    assert [event.cancelled for event in done] == [True]
+
+
+@pytest.mark.parametrize("error", [StopIteration, SystemExit, asyncio.CancelledError])
+async def test_manage_and_handlers_end_no_loop_that_is_not_theirs(
+    make_kit: MakeKit, error: type[BaseException]
+) -> None:
+    def broken(ctx: bk.Context) -> None:
+        raise error
+
+    with pytest.raises(bk.UserError, match="manage of strategy 'trend'") as raised:
+        await make_kit(wide, manage=broken).backtest.background("BTCUSDT", **WHERE)
+    assert isinstance(raised.value.__cause__, error)
+    kit = make_kit(wide)
+    kit.on(bk.PositionOpened, lambda event: broken(event))
+    with pytest.raises((bk.UserError, RuntimeError)):
+        await kit.backtest.background("BTCUSDT", **WHERE)
+
+
+async def test_a_note_is_a_text_and_a_part_is_something(make_kit: MakeKit) -> None:
+    async def manage(ctx: bk.Context) -> None:
+        assert ctx.position is not None
+        assert not await ctx.position.reduce(percent=1e-12)
+        with pytest.raises(bk.UserError, match="note is 5"):
+            await ctx.position.close(5)  # type: ignore[arg-type]
+
+    assert (await make_kit(wide, manage=manage).backtest.background("BTCUSDT", **WHERE)).trades

@@ -98,6 +98,58 @@ async def test_a_resting_entry_holds_its_place_and_does_not_count_itself(make_ki
     assert max(seen) == 1
 
 
+async def test_a_refusal_at_activation_is_reported(make_kit: MakeKit) -> None:
+    def rest(ctx: bk.Context) -> bk.Signal:
+        below = ctx.price * 0.998
+        return bk.Signal("long", price_take_profit=below * 1.02, price_stop_loss=below * 0.98, price_open=below)
+
+    asked: list[int] = []
+
+    def first_time_only(request: bk.RiskRequest) -> str | None:
+        asked.append(request.when_ms)
+        return "changed its mind" if len(asked) % 2 == 0 else None
+
+    kit = make_kit(rest, risk_name="fickle")
+    kit.add_risk_schema("fickle", validations=[first_time_only])
+    events = [event async for event in kit.backtest.run("BTCUSDT", **WHERE)]
+    rejected = [event for event in events if isinstance(event, bk.RiskRejected)]
+    cancelled = [event for event in events if isinstance(event, bk.EntryCancelled) and event.reason == "risk"]
+    assert [event.when_ms for event in rejected if event.reason == "changed its mind"]
+    assert {event.when_ms for event in cancelled} <= {event.when_ms for event in rejected}
+    assert cancelled
+
+
+async def test_the_same_strategy_and_symbol_twice_is_two_positions(make_kit: MakeKit) -> None:
+    kit = make_kit(risk_name="one")
+    kit.add_risk_schema("one", validations=[at_most(1)])
+    runs = [kit.backtest.background("BTCUSDT", **WHERE, fill=fill) for fill in ("vwap", "ohlc")]
+    assert largest_overlap(bk.Results(await asyncio.gather(*runs))) == 1
+
+
+async def test_a_run_inside_of_a_run_is_refused_before_it_hangs(make_kit: MakeKit) -> None:
+    kit = make_kit(risk_name="one")
+    kit.add_risk_schema("one", validations=[at_most(1)])
+
+    async def nested(event: bk.PositionOpened) -> None:
+        if event.symbol == "COIN0":
+            await kit.backtest.background("COIN1", **WHERE)
+
+    kit.on(bk.PositionOpened, nested)
+    with pytest.raises(bk.UserError, match="would wait for itself"):
+        await asyncio.wait_for(kit.backtest.background("COIN0", **WHERE), 30)
+
+    two = make_kit(risk_name="one")
+    two.add_risk_schema("one", validations=[at_most(1)])
+
+    async def side_by_side_in_one_task() -> None:
+        async for _ in two.backtest.run("COIN0", **WHERE):
+            async for _ in two.backtest.run("COIN1", **WHERE):
+                pass
+
+    with pytest.raises(bk.UserError, match="would wait for itself"):
+        await asyncio.wait_for(side_by_side_in_one_task(), 30)
+
+
 async def test_all_profiles_or_none(make_kit: MakeKit) -> None:
     """The first profile allows and the second refuses: nothing may stay reserved in the first."""
     kit = make_kit(risk_names=["wide", "never"])

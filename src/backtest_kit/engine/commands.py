@@ -60,6 +60,8 @@ def reduce(
         raise Refused(f"the price {price:g} is already at the stop loss {position.stop_loss:g}")
     if closed_pct(position.entries, position.reductions) >= 100 * (1 - _CLOSED):
         raise Refused("nothing is held any more")
+    if held * percent / 100 <= position.cost * _CLOSED:
+        raise Refused(f"{percent:g} % of the {held:g} that is held is nothing")
     reduction = Reduction(float(percent), price, held, len(position.entries), when_ms)
     return msgspec.structs.replace(position, reductions=(*position.reductions, reduction))
 

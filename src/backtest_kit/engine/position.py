@@ -36,22 +36,44 @@ def watch(position: Position, price: float, when_ms: int, settings: Settings) ->
     entry = effective_price(position.entries, position.reductions)
     sign = 1.0 if position.position == "long" else -1.0
     gain = sign * (price - entry)
+    position = _with_extremes(position, entry, price, when_ms, settings)
     if gain > 0:
-        if sign * price > sign * position.peak.price:
-            pct, cost = profit(position.position, position.entries, position.reductions, price, settings)
-            position = msgspec.structs.replace(position, peak=Extreme(price, when_ms, pct, cost))
         level = _level(gain, sign * (position.take_profit - entry))
         if level > position.profit_level:
             position = msgspec.structs.replace(position, profit_level=level)
         if not position.breakeven_reached and gain >= entry * breakeven_pct(settings) / 100:
             position = msgspec.structs.replace(position, breakeven_reached=True)
     elif gain < 0:
-        if sign * price < sign * position.fall.price:
-            pct, cost = profit(position.position, position.entries, position.reductions, price, settings)
-            position = msgspec.structs.replace(position, fall=Extreme(price, when_ms, pct, cost))
         level = _level(-gain, sign * (entry - position.stop_loss))
         if level > position.loss_level:
             position = msgspec.structs.replace(position, loss_level=level)
+    return position
+
+
+def is_simple(position: Position) -> bool:
+    """Whether it is one entry, of which nothing was taken: the better the price, the better it is off."""
+    return len(position.entries) == 1 and not position.reductions
+
+
+def _with_extremes(position: Position, entry: float, price: float, when_ms: int, settings: Settings) -> Position:
+    """With a new peak or a new fall, if the position has never been so well, or so badly, off.
+
+    Of a simple position the prices tell that. What was added or taken moves the profit at a price, so
+    then profits are compared. The first step to the side of profit takes the place of the opening.
+    """
+    sign = 1.0 if position.position == "long" else -1.0
+    peak, fall = position.peak, position.fall
+    better, worse = sign * price > sign * peak.price, sign * price < sign * fall.price
+    if is_simple(position) and not better and not worse:
+        return position
+    pct, cost = profit(position.position, position.entries, position.reductions, price, settings)
+    if not is_simple(position):
+        opening = peak.timestamp == position.opened_at_ms and sign * (price - entry) > 0
+        better, worse = pct > peak.pnl_pct or opening, pct < fall.pnl_pct
+    if better:
+        position = msgspec.structs.replace(position, peak=Extreme(price, when_ms, pct, cost))
+    if worse:
+        position = msgspec.structs.replace(position, fall=Extreme(price, when_ms, pct, cost))
     return position
 
 
@@ -72,8 +94,7 @@ def close_trade(
     """The trade that a position becomes when all that is left of it is closed at `price`."""
     entry = effective_price(position.entries, position.reductions)
     pct, cost = profit(position.position, position.entries, position.reductions, price, settings)
-    sign = 1.0 if position.position == "long" else -1.0
-    best, worst = max(sign * entry, sign * position.peak.price), min(sign * entry, sign * position.fall.price)
+    position = _with_extremes(position, entry, price, when_ms, settings)
     return Trade(
         signal_id=position.signal_id,
         symbol=position.symbol,
@@ -95,8 +116,8 @@ def close_trade(
         cost=position.cost,
         pnl_pct=pct,
         pnl_cost=cost,
-        peak_pct=pct if sign * price > best else position.peak.pnl_pct,
-        fall_pct=pct if sign * price < worst else position.fall.pnl_pct,
+        peak_pct=position.peak.pnl_pct,
+        fall_pct=position.fall.pnl_pct,
         entries=position.entries,
         reductions=position.reductions,
         note=position.note,

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from backtest_kit.engine.pnl import effective_price
-from backtest_kit.engine.position import LEVEL_STEP, breakeven_pct, watch
+from backtest_kit.engine.position import LEVEL_STEP, breakeven_pct, is_simple, watch
 from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State, Tick, Wanted, decision_due
 from backtest_kit.model.candle import FloatColumn
 from backtest_kit.model.event import (
@@ -112,6 +112,8 @@ def _report_prices(position: Position, rules: Rules, wanted: Wanted) -> tuple[fl
     sign = 1.0 if position.position == "long" else -1.0
     to_take, to_stop = sign * (position.take_profit - entry), sign * (entry - position.stop_loss)
     gains, losses = [math.inf], [math.inf]
+    if not is_simple(position) and not wanted.isdisjoint((PeakReached, FallReached)):
+        return math.inf, -math.inf  # any price may be a new extreme of profit
     if PeakReached in wanted:
         gains.append(max(0.0, sign * (position.peak.price - entry)))
     if FallReached in wanted:

@@ -87,8 +87,8 @@ class Resting(msgspec.Struct, frozen=True):
 
     entry: RestingEntry
     last_slot_ms: int
-    order: Literal["", "cancel", "activate"] = ""
-    """A command that the next step carries out."""
+    order: Literal["", "cancel", "activate", "refuse"] = ""
+    """What the next step carries out: a command, or the refusal of a risk profile."""
 
 
 class Holding(msgspec.Struct, frozen=True):
@@ -209,8 +209,8 @@ def _step_resting(state: Resting, tick: Tick, rules: Rules, wanted: Wanted) -> t
 def _cancel_reason(state: Resting, tick: Tick, rules: Rules) -> CancelReason | None:
     entry = state.entry
     over = tick.when_ms >= rules.stop_ms
-    if state.order == "cancel":
-        return "user"
+    if state.order in ("cancel", "refuse"):
+        return "user" if state.order == "cancel" else "risk"
     if state.order == "activate":
         if not _between_levels(entry, tick.price):
             return "price_reject"

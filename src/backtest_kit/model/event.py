@@ -12,7 +12,7 @@ from backtest_kit.model.position import Position, RestingEntry, Trade
 from backtest_kit.model.signal import Signal
 
 Mode = Literal["backtest", "paper", "live"]
-CancelReason = Literal["timeout", "price_reject", "frame_end", "user"]
+CancelReason = Literal["timeout", "price_reject", "frame_end", "user", "risk"]
 Change = Literal["reduced", "added", "stop_moved", "take_moved", "breakeven"]
 
 
@@ -150,10 +150,12 @@ class RunFailed(Event, frozen=True, kw_only=True):
 
 
 class RunDone(Event, frozen=True, kw_only=True):
-    """A run came to its end, or was stopped."""
+    """A run came to its end, or was stopped or cancelled."""
 
     action: ClassVar[str] = "done"
     trades: tuple[Trade, ...]
+    cancelled: bool = False
+    """Whether it was ended at once, with what it held left as it was."""
 
 
 class RiskRejected(MarketEvent, frozen=True, kw_only=True):

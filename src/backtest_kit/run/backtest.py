@@ -147,6 +147,9 @@ class BacktestRunner:
         Raises:
             UserError: bad names, options, candles or signals.
             Exception: whatever the strategy raises, with its own traceback.
+
+        Runs that share a risk profile or a cron job wait for each other: loop over each of them in a task
+        of its own, and to its end, or close it (`contextlib.aclosing`).
         """
         job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
         async with aclosing(self._replay(job, Control(job.frame.start_ms), self._announce(job))) as events:
@@ -205,15 +208,18 @@ class BacktestRunner:
 
     async def _replay(self, job: Job, control: Control, announced: _Announced) -> AsyncGenerator[Event, None]:
         """The events of a run, and to its listeners also how it ended."""
+        if announced.seat is not None:
+            announced.seat.enter()
         try:
             async with self.feeds.use(job.identity.exchange_name, job.settings) as feed:
                 replay = Replay(job, control, feed, self._bus, self._cron, announced.seat)
                 async with aclosing(replay.events()) as events:
                     async for event in events:
                         yield event
-                await self._bus.emit(
-                    RunDone(identity=job.identity, when_ms=control.when_ms, trades=tuple(control.trades))
-                )
+                await self._bus.emit(_done(job, control))
+        except asyncio.CancelledError:
+            await self._bus.emit(_done(job, control, cancelled=True))
+            raise
         except Exception as error:
             await self._bus.emit(RunFailed(identity=job.identity, when_ms=control.when_ms, error=error))
             raise
@@ -221,7 +227,9 @@ class BacktestRunner:
             announced.take_back()
 
     def _announce(self, job: Job) -> _Announced:
-        seat = self._risks.join(job.identity, job.risks, job.frame.start_ms) if job.risks else None
+        # Cron works for all runs of a frame, so none of them may be ahead of a boundary that it performs.
+        shares = bool(job.risks) or bool(self._cron)
+        seat = self._risks.join(job.identity, job.risks, job.frame.start_ms) if shares else None
         return _Announced(job.identity, self._cron, seat)
 
     async def _collect(self, job: Job, control: Control, announced: _Announced) -> BacktestResult:
@@ -294,6 +302,10 @@ class BacktestRunner:
             ),
             gaps=gaps,
         )
+
+
+def _done(job: Job, control: Control, *, cancelled: bool = False) -> RunDone:
+    return RunDone(identity=job.identity, when_ms=control.when_ms, trades=tuple(control.trades), cancelled=cancelled)
 
 
 def _chart(candles: CandleSeries) -> CandleSeries:

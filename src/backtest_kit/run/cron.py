@@ -99,7 +99,7 @@ class Cron:
     def add(
         self, name: str, *, interval: str, handler: Handler[CronTick], symbols: Iterable[str] | None = None
     ) -> None:
-        """Register a job.
+        """Register a job, before the runs that it concerns: those that begin without any job wait for no other.
 
         Args:
             interval: 1m to 1d; boundaries are aligned to UTC.
@@ -135,6 +135,10 @@ class Cron:
         if self._jobs.pop(name, None) is None:
             known = ", ".join(repr(each) for each in self._jobs) or "none"
             raise UserError(f"cron job {name!r} is not registered (registered: {known})")
+
+    def __bool__(self) -> bool:
+        """Whether there is any job."""
+        return bool(self._jobs)
 
     def begin(self, identity: Identity) -> None:
         """A run of this identity begins. Each call is paired with one of `end`."""

@@ -10,6 +10,7 @@ import msgspec
 from backtest_kit.engine import commands
 from backtest_kit.engine.pnl import closed_pct, effective_price, profit, remaining_cost
 from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State, Tick
+from backtest_kit.errors import UserError
 from backtest_kit.model.event import Change, Event, PositionChanged
 from backtest_kit.model.interval import MINUTE_MS, to_datetime
 from backtest_kit.model.position import Direction, Entry, Extreme, Position, Reduction, RestingEntry
@@ -211,6 +212,9 @@ class PositionView:
 
     async def close(self, note: str = "") -> CommandOutcome:
         """Close it at the next minute, at the price of then, with the reason "closed"."""
+        given: object = note
+        if not isinstance(given, str):
+            raise UserError(f"note is {given!r}: give a text")
         state = self._held()
         if isinstance(state, CommandOutcome):
             return state

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from contextvars import ContextVar
 from itertools import count
+from typing import Final
+
+from backtest_kit.errors import UserError
+
+_AROUND: Final[ContextVar[tuple[tuple[Lockstep, int], ...]]] = ContextVar("backtest_kit_runs_around", default=())
 
 
 class Lockstep:
@@ -28,15 +34,29 @@ class Lockstep:
         return member
 
     async def turn(self, member: int, when_ms: int) -> None:
-        """Wait until it is the member's turn to act at `when_ms`; it stays so until the next call."""
+        """Wait until it is the member's turn to act at `when_ms`; it stays so until the next call.
+
+        Raises:
+            UserError: it would have to wait for a run that cannot go on before this one has ended.
+        """
         self._set(member, when_ms)
         self._wake_first()
-        while self._first() != member:
+        while (first := self._first()) != member:
+            if any(lockstep is self and each == first for lockstep, each in _AROUND.get()):
+                raise UserError(
+                    "a run would wait for itself: it was started inside of another run of the same frame (in a "
+                    "handler, or in the loop over its events), which cannot go on meanwhile. Give it a frame of its "
+                    "own, or start both beside each other with Backtest.background"
+                )
             waiting = self._waiting[member] = asyncio.get_running_loop().create_future()
             try:
                 await waiting
             finally:
                 self._waiting.pop(member, None)
+
+    def enter(self, member: int) -> None:
+        """What is started from here on, in this task or by it, is started inside of the member's run."""
+        _AROUND.set((*_AROUND.get(), (self, member)))
 
     def leave(self, member: int) -> None:
         """Act no more. Idempotent."""

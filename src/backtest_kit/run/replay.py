@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from types import CoroutineType
 from typing import Final, Literal
 
@@ -128,34 +129,34 @@ class Replay:
             control.when_ms = when_ms = until_ms
             if self._seat is not None:
                 await self._seat.turn(when_ms)
-            if when_ms == boundary_ms:
-                await cron.fire(when_ms, self._job.identity, self._context())
-            for event in await self._minute(wanted):
+            for event in await self._minute(wanted, at_boundary=when_ms == boundary_ms):
                 yield event
             if time.perf_counter() >= turn_ends:
                 await asyncio.sleep(0)
                 turn_ends = time.perf_counter() + _LONGEST_TURN_S
 
-    async def _minute(self, wanted: Wanted) -> list[Event]:
-        """Act at the minute that the desk shows, tell who listens, and return what happened for good."""
-        desk, rules, told = self._desk, self._job.rules, list[Event]()
-        happened: Iterable[Event] = ()
-        if not isinstance(desk.state, Flat):
-            if self._seat is not None:
-                await self._check_activation(self._seat)
-            desk.state, happened = step(desk.state, desk.tick, rules, wanted)
-        elif not self._control.paused and decision_due(desk.state, desk.tick.when_ms, rules):
-            signal, rejected = await self._decide()
-            if self._control.stopping:
-                signal = None
-            desk.state, admitted = admit(desk.state, signal, desk.tick, rules)
-            happened = (*rejected, *admitted)
-        for event in happened:
-            await self._tell(event, told)
+    async def _minute(self, wanted: Wanted, *, at_boundary: bool) -> list[Event]:
+        """Act at the minute that the desk shows, tell who listens, and return what happened for good.
+
+        The market comes first: nobody's command can undo what this minute's range has touched. Then cron,
+        whose work a decision of the same minute may build on, and last the strategy.
+        """
+        desk, told = self._desk, list[Event]()
+        was_flat = isinstance(desk.state, Flat)
+        if not was_flat:
+            rejected = () if self._seat is None else await self._check_activation(self._seat)
+            desk.state, happened = step(desk.state, desk.tick, self._job.rules, wanted)
+            for event in (*rejected, *happened):
+                await self._tell(event, told)
+        if at_boundary:
+            fire = partial(self._cron.fire, desk.tick.when_ms, self._job.identity, self._context())
+            await self._by_user("a cron handler", fire)
+            await self._tell_commands(told)
+        if was_flat and isinstance(desk.state, Flat) and self._asks(desk.state):
+            for event in await self._decide(desk.state):
+                await self._tell(event, told)
         if self._job.strategy.manage is not None and not isinstance(desk.state, Flat):
-            answer = self._job.strategy.manage(self._context())
-            if inspect.isawaitable(answer):
-                await answer
+            await self._by_user("manage", partial(self._job.strategy.manage, self._context()))
             await self._tell_commands(told)
         if Progress in wanted:
             await self._tell_progress()
@@ -167,7 +168,7 @@ class Replay:
         if not isinstance(event, _ON_DEMAND):
             told.append(event)
         if self._bus.listened:
-            await self._bus.emit(event, self._context())
+            await self._by_user("a handler", partial(self._bus.emit, event, self._context()))
             await self._tell_commands(told)
 
     async def _tell_commands(self, told: list[Event]) -> None:
@@ -215,61 +216,89 @@ class Replay:
             self._wanted = frozenset(wanted)
         return self._wanted
 
-    async def _check_activation(self, seat: RiskSeat) -> None:
+    async def _check_activation(self, seat: RiskSeat) -> tuple[Event, ...]:
         """A resting entry that is reached asks its risk profiles once more: the world has moved on since."""
         desk = self._desk
-        if isinstance(desk.state, Resting) and activates(desk.state, desk.tick, self._job.rules):
-            entry = desk.state.entry
-            refusal = await seat.refusal(_as_signal(entry), desk.tick.price, desk.tick.when_ms)
-            if refusal is not None:
-                desk.state = msgspec.structs.replace(desk.state, order="cancel")
+        if not isinstance(desk.state, Resting) or not activates(desk.state, desk.tick, self._job.rules):
+            return ()
+        signal = _as_signal(desk.state.entry)
+        refusal = await self._refusal(signal, seat)
+        if refusal:
+            desk.state = msgspec.structs.replace(desk.state, order="refuse")
+        return refusal
 
-    async def _decide(self) -> tuple[Signal | None, tuple[RiskRejected, ...]]:
-        """Ask the strategy, check its answer and ask the risk profiles about it."""
-        identity, tick = self._job.identity, self._desk.tick
-        signal = await self._ask()
-        if signal is None:
-            return None, ()
-        check_signal(signal, identity, tick.price, tick.when_ms, self._job.settings)
-        refusal = None if self._seat is None else await self._seat.refusal(signal, tick.price, tick.when_ms)
+    def _asks(self, state: Flat) -> bool:
+        return not self._control.paused and decision_due(state, self._desk.tick.when_ms, self._job.rules)
+
+    async def _decide(self, state: Flat) -> tuple[Event, ...]:
+        """Ask the strategy, check its answer, ask the risk profiles about it, and act on it."""
+        desk, job = self._desk, self._job
+        signal, rejected = await self._ask(), tuple[Event, ...]()
+        if self._control.stopping:
+            signal = None
+        if signal is not None:
+            check_signal(signal, job.identity, desk.tick.price, desk.tick.when_ms, job.settings)
+            rejected = () if self._seat is None else await self._refusal(signal, self._seat)
+        desk.state, admitted = admit(state, None if rejected else signal, desk.tick, job.rules)
+        return (*rejected, *admitted)
+
+    async def _refusal(self, signal: Signal, seat: RiskSeat) -> tuple[Event, ...]:
+        tick = self._desk.tick
+        refusal = await seat.refusal(signal, tick.price, tick.when_ms)
         if refusal is None:
-            return signal, ()
-        rejected = RiskRejected(
-            identity=identity,
-            when_ms=tick.when_ms,
-            price=tick.price,
-            signal=signal,
-            risk_name=refusal[0],
-            reason=refusal[1],
+            return ()
+        risk_name, reason = refusal
+        return (
+            RiskRejected(
+                identity=self._job.identity,
+                when_ms=tick.when_ms,
+                price=tick.price,
+                signal=signal,
+                risk_name=risk_name,
+                reason=reason,
+            ),
         )
-        return None, (rejected,)
 
     async def _ask(self) -> Signal | None:
         strategy, context = self._job.strategy, self._context()
         seconds = self._job.settings.CC_MAX_SIGNAL_GENERATION_SECONDS
-        asked = f"get_signal of strategy {strategy.name!r} for {context.symbol} at {iso(context.when_ms)}"
         deadline = asyncio.timeout(seconds)
         try:
-            answer: object = strategy.get_signal(context)
-            if type(answer) is CoroutineType or inspect.isawaitable(answer):
-                answer = await within(deadline, answer)
+            answer = await self._by_user("get_signal", partial(strategy.get_signal, context), deadline)
         except TimeoutError:
             if not deadline.expired():
                 raise
             raise UserError(
-                f"{asked} took longer than {seconds:g} s: raise CC_MAX_SIGNAL_GENERATION_SECONDS or do less"
+                f"{self._place('get_signal')} took longer than {seconds:g} s: "
+                "raise CC_MAX_SIGNAL_GENERATION_SECONDS or do less"
             ) from None
+        if answer is None or isinstance(answer, Signal):
+            return answer
+        raise UserError(f"{self._place('get_signal')} returned {answer!r}: return a backtest_kit.Signal or None")
+
+    async def _by_user(self, what: str, call: Callable[[], object], deadline: asyncio.Timeout | None = None) -> object:
+        """What the user's function returns, awaited if need be.
+
+        Raises:
+            UserError: it raised what would end a loop or a process that is not its own.
+            Exception: what else it raised.
+        """
+        try:
+            answer = call()
+            if type(answer) is not CoroutineType and not inspect.isawaitable(answer):
+                return answer
+            return await (answer if deadline is None else within(deadline, answer))
         except (StopIteration, StopAsyncIteration, SystemExit) as error:
-            # Raised out of a coroutine, these would end loops and processes that are not the strategy's.
-            raise UserError(f"{asked} raised {type(error).__name__}") from error
+            raise UserError(f"{self._place(what)} raised {type(error).__name__}") from error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            raise UserError(f"{asked} raised CancelledError, and nobody had cancelled it") from error
-        if answer is None or isinstance(answer, Signal):
-            return answer
-        raise UserError(f"{asked} returned {answer!r}: return a backtest_kit.Signal or None")
+            raise UserError(f"{self._place(what)} raised CancelledError, and nobody had cancelled it") from error
+
+    def _place(self, what: str) -> str:
+        identity = self._job.identity
+        return f"{what} of strategy {identity.strategy_name!r} for {identity.symbol} at {iso(self._desk.tick.when_ms)}"
 
     def _context(self) -> Context:
         return Context(self._job.identity, self._desk, self._history_of)

@@ -62,27 +62,28 @@ class RiskRequest(msgspec.Struct, frozen=True, kw_only=True):
 RiskValidation = Callable[[RiskRequest], Awaitable[str | None] | str | None]
 """Returns why the signal is refused, or None (or an empty text) to allow it; may be async."""
 
-_Scope = tuple[asyncio.AbstractEventLoop, str, str, str]
-_Owner = tuple[str, str]
+_Scope = tuple[asyncio.AbstractEventLoop, str, str]
+_Profile = tuple[str, str]
+"""Exchange and risk profile."""
 
 
 class RiskGroup:
-    """The runs on one exchange and frame that have risk profiles, and what they hold."""
+    """The runs of one frame that share a clock, and what each of them holds under its risk profiles."""
 
     def __init__(self) -> None:
         self.lockstep = Lockstep()
-        self._held: dict[str, dict[_Owner, ActivePosition]] = {}
+        self._held: dict[_Profile, dict[int, ActivePosition]] = {}
 
-    def positions(self, risk_name: str, but: _Owner) -> tuple[ActivePosition, ...]:
-        return tuple(each for owner, each in self._held.get(risk_name, {}).items() if owner != but)
+    def positions(self, profile: _Profile, but: int) -> tuple[ActivePosition, ...]:
+        return tuple(each for member, each in self._held.get(profile, {}).items() if member != but)
 
-    def hold(self, risk_names: Iterable[str], owner: _Owner, position: ActivePosition) -> None:
-        for name in risk_names:
-            self._held.setdefault(name, {})[owner] = position
+    def hold(self, profiles: Iterable[_Profile], member: int, position: ActivePosition) -> None:
+        for profile in profiles:
+            self._held.setdefault(profile, {})[member] = position
 
-    def release(self, risk_names: Iterable[str], owner: _Owner) -> None:
-        for name in risk_names:
-            self._held.get(name, {}).pop(owner, None)
+    def release(self, profiles: Iterable[_Profile], member: int) -> None:
+        for profile in profiles:
+            self._held.get(profile, {}).pop(member, None)
 
 
 class RiskBook:
@@ -94,7 +95,7 @@ class RiskBook:
     def join(self, identity: Identity, risks: Sequence[RiskSchema], start_ms: int) -> RiskSeat:
         """Take a seat before the first minute, so that no other run goes ahead of this one."""
         # Runs of two loops cannot wait for each other: each loop is a market of its own.
-        scope = (asyncio.get_running_loop(), identity.exchange_name, identity.frame_name, identity.mode)
+        scope = (asyncio.get_running_loop(), identity.frame_name, identity.mode)
         group = self._groups.setdefault(scope, RiskGroup())
         return RiskSeat(self, scope, group, identity, risks, group.lockstep.join(start_ms))
 
@@ -124,9 +125,12 @@ class RiskSeat:
         self._group = group
         self._identity = identity
         self._risks = risks
-        self._names = [risk.name for risk in risks]
-        self._owner: _Owner = (identity.strategy_name, identity.symbol)
+        self._profiles: list[_Profile] = [(identity.exchange_name, risk.name) for risk in risks]
         self._member = member
+
+    def enter(self) -> None:
+        """The run begins: what is started from here on is started inside of it."""
+        self._group.lockstep.enter(self._member)
 
     async def turn(self, when_ms: int) -> None:
         """Wait until every other run of the group is past `when_ms`, or behind this one in line."""
@@ -138,13 +142,13 @@ class RiskSeat:
         Raises:
             UserError: a validation returned something else than a text or None.
         """
-        for risk in self._risks:
+        for risk, profile in zip(self._risks, self._profiles, strict=True):
             request = RiskRequest(
                 identity=self._identity,
                 signal=signal,
                 price=price,
                 when_ms=when_ms,
-                positions=self._group.positions(risk.name, self._owner),
+                positions=self._group.positions(profile, self._member),
             )
             for validation in risk.validations:
                 answer = validation(request)
@@ -174,11 +178,11 @@ class RiskSeat:
             cost=held.cost,
             opened_at_ms=held.opened_at_ms if isinstance(held, Position) else held.scheduled_at_ms,
         )
-        self._group.hold(self._names, self._owner, position)
+        self._group.hold(self._profiles, self._member, position)
 
     def release(self) -> None:
         """Count nothing of this run any more."""
-        self._group.release(self._names, self._owner)
+        self._group.release(self._profiles, self._member)
 
     def leave(self) -> None:
         """Give the seat up. Idempotent."""

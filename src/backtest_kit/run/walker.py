@@ -15,7 +15,7 @@ from backtest_kit.errors import BacktestKitError, LookAhead, UserError
 from backtest_kit.market.fetch import CandleFeed
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.report.comparison import Comparison, Contender, Failure, metric_line
-from backtest_kit.report.result import Results
+from backtest_kit.report.result import BacktestResult, Results
 from backtest_kit.run.backtest import BacktestHandle, BacktestRunner
 from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.replay import Gaps, Job
@@ -213,10 +213,10 @@ async def _contend(schema: StrategySchema, handles: Sequence[BacktestHandle], re
     runs = {handle.task: handle.symbol for handle in handles}
     try:
         running = set(runs)
-        while running and not any(run.exception() for run in runs if run.done()):
+        while running and not any(_error_of(run) for run in runs if run.done()):
             report(sum(handle.progress for handle in handles) / len(handles))
             _, running = await asyncio.wait(running, timeout=_REPORT_EVERY_S, return_when=asyncio.FIRST_EXCEPTION)
-        failure = _failure({symbol: run.exception() for run, symbol in runs.items() if run.done()})
+        failure = _failure({symbol: _error_of(run) for run, symbol in runs.items() if run.done()})
     finally:
         for run in runs:
             run.cancel()
@@ -227,6 +227,10 @@ async def _contend(schema: StrategySchema, handles: Sequence[BacktestHandle], re
         parameters=schema.parameters if isinstance(schema, ParameterSet) else {},
         failure=failure,
     )
+
+
+def _error_of(run: asyncio.Task[BacktestResult]) -> BaseException | None:
+    return asyncio.CancelledError() if run.cancelled() else run.exception()
 
 
 def _failure(raised: Mapping[str, BaseException | None]) -> Failure | None:
