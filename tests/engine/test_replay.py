@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -90,7 +92,7 @@ def command(seed: int, state: State, event: Event) -> State:
 
 
 def run(
-    columns: Columns, rules: Rules, seed: int, *, skip: bool, wanted: Wanted = frozenset()
+    columns: Columns, rules: Rules, seed: int, *, skip: bool, wanted: Wanted = frozenset(), commanded: bool = True
 ) -> tuple[list[Event], State, int]:
     events: list[Event] = []
     state: State = Flat()
@@ -109,7 +111,7 @@ def run(
         else:
             continue
         events += happened
-        if wanted:
+        if wanted and commanded:
             for event in happened:
                 state = command(seed, state, event)
     return events, state, visited
@@ -147,6 +149,36 @@ def test_skipping_changes_nothing(
     for event in visited[0]:
         if isinstance(event, PositionClosed):
             assert event.trade.fall_pct <= event.trade.pnl_pct <= event.trade.peak_pct
+
+
+KINDS: list[type[Event]] = [PositionActive, EntryWaiting, PeakReached, FallReached, LevelReached, BreakevenReached]
+LIFE = re.compile(r"(opened closed |scheduled (cancelled |opened closed ))*(opened |scheduled (opened )?)?")
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), fill=st.sampled_from(["vwap", "ohlc"]), wanted=st.frozensets(st.sampled_from(KINDS)))
+def test_who_listens_changes_neither_what_happens_nor_its_order(seed: int, fill: Fill, wanted: Wanted) -> None:
+    columns = market(seed, 1500, 0.001)
+    rules = Rules(
+        identity=IDENTITY, settings=SETTINGS, fill=fill, interval_ms=5 * M, start_ms=START, stop_ms=START + 1490 * M
+    )
+    everything = run(columns, rules, seed, skip=False, wanted=frozenset(KINDS), commanded=False)[0]
+    heard = run(columns, rules, seed, skip=True, wanted=wanted, commanded=False)[0]
+    assert heard == [event for event in everything if type(event) in wanted or type(event) not in KINDS]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), fill=st.sampled_from(["vwap", "ohlc"]))
+def test_no_transition_leaves_the_state_machine(seed: int, fill: Fill) -> None:
+    """Whatever is commanded: scheduled, opened, closed and cancelled follow each other as they may, a minute apart."""
+    columns = market(seed, 2000, 0.002)
+    rules = Rules(
+        identity=IDENTITY, settings=SETTINGS, fill=fill, interval_ms=M, start_ms=START, stop_ms=START + 1990 * M
+    )
+    events = run(columns, rules, seed, skip=True, wanted=frozenset(KINDS))[0]
+    life = [event for event in events if type(event) not in KINDS]
+    assert LIFE.fullmatch("".join(f"{event.action} " for event in life))
+    assert all(before.when_ms < after.when_ms for before, after in pairwise(life))
 
 
 def test_skipping_visits_few_minutes() -> None:
