@@ -18,6 +18,19 @@ from backtest_kit.persist.files import Disk
 LOCK_TIMEOUT_SECONDS: Final = 10.0
 
 
+class Locked(RetryLater):
+    """One of the locks was kept by another process for longer than the caller would wait."""
+
+    def __init__(self, message: str, shard: int, count: int) -> None:
+        super().__init__(message)
+        self.shard = shard
+        self._count = count
+
+    def concerns(self, names: Iterable[str]) -> bool:
+        """True if holding `names` takes that lock."""
+        return any(_shard(name, self._count) == self.shard for name in names)
+
+
 class LockSet:
     """Locks by name that hold between threads and between processes, on a fixed set of lock files.
 
@@ -42,22 +55,22 @@ class LockSet:
         """Hold the locks of all `names`. Always taken in one order, so that holders cannot wait in a ring.
 
         Raises:
-            RetryLater: another process kept one of them for `timeout` seconds.
+            Locked: another process kept one of them for `timeout` seconds.
         """
         if os.getpid() != self._pid:
             self._reset()  # a forked child shares the open files, and so the locks, of its parent
         deadline = time.monotonic() + timeout
         held: list[tuple[threading.Lock, int | None]] = []
         try:
-            for shard in sorted({zlib.crc32(name.encode()) % self._count for name in names}):
+            for shard in sorted({_shard(name, self._count) for name in names}):
                 thread_lock = self._threads[shard]
                 if not thread_lock.acquire(timeout=timeout):
-                    raise self._timed_out(shard, timeout)
+                    raise self.timed_out(shard, timeout)
                 held.append((thread_lock, None))
                 fd = self._file(shard)
                 while not try_lock(fd):
                     if time.monotonic() > deadline:
-                        raise self._timed_out(shard, timeout)
+                        raise self.timed_out(shard, timeout)
                     time.sleep(random.uniform(0.0002, 0.002))  # noqa: S311
                 held[-1] = thread_lock, fd
             yield
@@ -88,11 +101,17 @@ class LockSet:
                     fd = self._files[shard] = self._disk.open_for_append(path)
         return fd
 
-    def _timed_out(self, shard: int, timeout: float) -> RetryLater:
-        return RetryLater(
+    def timed_out(self, shard: int, timeout: float) -> Locked:
+        """The error of somebody who has waited `timeout` seconds for a lock."""
+        message = (
             f"another process has held {self._directory}/{shard:02d}.lock for {timeout:g} s: "
             "see which one (lsof) and whether it is stopped, then try again"
         )
+        return Locked(message, shard, self._count)
+
+
+def _shard(name: str, count: int) -> int:
+    return zlib.crc32(name.encode()) % count
 
 
 if sys.platform == "win32":

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from backtest_kit.errors import Damaged, Outcome, UserError
+from backtest_kit.errors import Damaged, Outcome, RetryLater, UserError
 from backtest_kit.persist.backends.file_feed import Feed
 from backtest_kit.persist.backends.file_paths import OWN_DIRECTORY, SUFFIX, key_of, unseal_at
 from backtest_kit.persist.backends.file_sync import Syncer
@@ -31,14 +31,14 @@ from backtest_kit.persist.codec import (
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
 from backtest_kit.persist.files import Disk, absolute_root, disk_error, require_directory
 from backtest_kit.persist.journal import Journal
-from backtest_kit.persist.locks import LockSet
+from backtest_kit.persist.locks import Locked, LockSet
 from backtest_kit.persist.quarantine import Quarantine
 from backtest_kit.persist.store import Key, Record
 
 _ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
 _KEPT_FILES: Final = 128
 _CLOCK_STEP_NS: Final = 100_000_000
-_GROUP_PATIENCE: Final = 0.25
+_GROUP_PATIENCE: Final = 0.05
 _PATIENCE: Final = 2.0
 _RECOVERY_PATIENCE: Final = 60.0
 
@@ -87,6 +87,16 @@ class Root:
 
     # -- life ----------------------------------------------------------------------------------------
 
+    @property
+    def is_inherited(self) -> bool:
+        """True in a child that was forked after this was made."""
+        return os.getpid() != self._pid
+
+    def check_process(self) -> None:
+        """Raise `UserError` in a child that was forked after this was made."""
+        if self.is_inherited:
+            raise UserError(f"the store {self.path} was made before this process was forked: make it in the child")
+
     def open(self) -> None:
         """Make ready and recover what a killed process left. Idempotent.
 
@@ -94,8 +104,7 @@ class Root:
             UserError: the root cannot be used, or was opened by the process that this one was forked from.
             NewerSchema: a newer version of this program wrote it.
         """
-        if os.getpid() != self._pid:
-            raise UserError(f"the store {self.path} was made before this process was forked: make it in the child")
+        self.check_process()
         with self._guard:
             if not self._opened:
                 self._recover()
@@ -350,8 +359,11 @@ class Root:
     def _finish(self) -> None:
         """Carry out what the journal has and a failing disk has not let through."""
         for (path, _), item in list(self._promised.items()):
-            with self.locks.hold((path,), _PATIENCE):
-                self._apply(path, item)
+            try:
+                with self.locks.hold((path,), _PATIENCE):
+                    self._apply(path, item)
+            except Locked as error:  # it stops every write, not only those that need this lock
+                raise RetryLater(str(error)) from None
         if self._promised:
             self._promised.clear()
             self._journal.finished()
