@@ -8,8 +8,9 @@ import random
 import sys
 import threading
 import time
+import weakref
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from backtest_kit.errors import RetryLater
@@ -43,9 +44,9 @@ class LockSet:
         self._disk = disk
         self._count = count
         self._reset()
+        in_children(self._let_go)
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
         self._guard = threading.Lock()
         self._threads = [threading.Lock() for _ in range(self._count)]
         self._files: dict[int, int] = {}
@@ -57,8 +58,6 @@ class LockSet:
         Raises:
             Locked: another process kept one of them for `timeout` seconds.
         """
-        if os.getpid() != self._pid:
-            self._reset()  # a forked child shares the open files, and so the locks, of its parent
         deadline = time.monotonic() + timeout
         held: list[tuple[threading.Lock, int | None]] = []
         try:
@@ -89,6 +88,13 @@ class LockSet:
                     del self._files[shard]
                     self._threads[shard].release()
 
+    def _let_go(self) -> None:
+        """Close the files of the parent: their locks must end with it."""
+        for fd in self._files.values():
+            with contextlib.suppress(OSError):
+                self._disk.close(fd)
+        self._reset()
+
     def _file(self, shard: int) -> int:
         with self._guard:
             fd = self._files.get(shard)
@@ -108,6 +114,22 @@ class LockSet:
             "see which one (lsof) and whether it is stopped, then try again"
         )
         return Locked(message, shard, self._count)
+
+
+def in_children(method: Callable[[], None]) -> None:
+    """Call a method in every child that is forked while its object lives, before anything else runs there.
+
+    A child shares the open files of its parent, and a lock lasts as long as anybody has its file open.
+    """
+    weak = weakref.WeakMethod(method)
+
+    def call() -> None:
+        bound = weak()
+        if bound is not None:
+            bound()
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=call)
 
 
 def _shard(name: str, count: int) -> int:
