@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, OutOfSpace, RetryLater, UserError
+from backtest_kit.persist.files import Disk, disk_error
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
@@ -251,8 +252,11 @@ class Database:
                 job.error = error
 
     def _open(self) -> sqlite3.Connection:
+        disk, directory = Disk(), self.path.absolute().parent
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            disk.make_directories(str(directory), sync=True)
+            if not directory.is_dir():
+                raise NotADirectoryError
             if self.path.is_dir():
                 raise UserError(f"{self.path} is a directory: give the SQLite store the path of a file")
         except OSError as error:
@@ -276,6 +280,12 @@ class Database:
                     raise self._explain(error) from error
                 connection.close()
                 raise
+        try:
+            # Whether or not it is new: who made it may not have come to making its name durable.
+            disk.sync_directory(str(directory))
+        except OSError as error:
+            connection.close()
+            raise disk_error(error, "make durable the name of", self.path) from error
         self._opened = True
         self._synced = None
         return connection
