@@ -84,7 +84,9 @@ async def test_what_waits_for_a_lock_keeps_its_place(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     await store.put(Write(SIGNAL, STUCK, 0))
     with lock_of(tmp_path, "signal/s/e/A.json"):
-        waiting = [asyncio.create_task(store.batch([Write(SIGNAL, STUCK, 1), Write(SIGNAL, FREE, 1)]))]
+        waiting: list[asyncio.Task[object]] = [
+            asyncio.create_task(store.batch([Write(SIGNAL, STUCK, 1), Write(SIGNAL, FREE, 1)]))
+        ]
         await asyncio.sleep(0.2)
         # The free key too is behind the batch that writes it.
         waiting += [asyncio.create_task(store.put(Write(SIGNAL, key, 2))) for key in (FREE, STUCK)]
