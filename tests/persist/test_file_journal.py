@@ -211,3 +211,28 @@ async def test_a_child_neither_writes_nor_closes_what_is_its_parents(tmp_path: P
     store = FileStore(tmp_path)
     assert await values(store) == ["new", "new"]
     await store.close()
+
+
+async def test_a_damaged_journal_is_carried_out_as_far_as_it_can_be_read_and_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "dump"
+    store = FileStore(root)
+    for number, key in enumerate(("A", "B", "C")):
+        await store.batch([Write(row, ("s", "e", key), number) for row in (SIGNAL, SCHEDULE)])
+    after = copy_of_a_killed_process(root, tmp_path / "copy")
+    await store.close()
+    (journal,) = (tmp_path / "copy/.backtest-kit/journal").iterdir()
+    damaged = journal.read_bytes().replace(b'"B"', b'"X"')
+    journal.write_bytes(damaged)
+    for key in ("A", "B", "C"):
+        (tmp_path / f"copy/signal/s/e/{key}.json").unlink()
+    found = [await after.get(SIGNAL, ("s", "e", key)) for key in ("A", "B", "C")]
+    assert [record and record.value for record in found] == [0, None, 2]
+    (kept,) = (tmp_path / "copy/.backtest-kit/journal").iterdir()
+    assert kept.name == f"{journal.name}.damaged"
+    assert kept.read_bytes() == damaged
+    assert str(kept) in caplog.text
+    await after.close()
+    await FileStore(tmp_path / "copy").open()
+    assert kept.read_bytes() == damaged

@@ -12,6 +12,7 @@ belongs to nobody and is replayed by the first one to open the root.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -25,6 +26,8 @@ from backtest_kit.persist.locks import in_children, try_lock
 from backtest_kit.persist.testing.crashpoints import crashpoint
 
 SUFFIX: Final = ".journal"
+
+_log = logging.getLogger(__name__)
 
 
 class _File:
@@ -141,10 +144,18 @@ class Journal:
             try:
                 if not try_lock(fd):
                     continue
-                for change in _changes(self._disk.read(entry.path)):
+                data = self._disk.read(entry.path)
+                for change in _changes(data):
                     redo(change)
                     done += 1
-                self._disk.remove(entry.path)
+                if _is_damaged(data):
+                    kept = f"{entry.path}.damaged"
+                    self._disk.move(entry.path, kept)
+                    _log.error(
+                        "a journal was damaged: what could be read of it was carried out, all of it is in %s", kept
+                    )
+                else:
+                    self._disk.remove(entry.path)
             finally:
                 self._disk.close(fd)
         return done
@@ -199,10 +210,17 @@ class Journal:
 
 
 def _changes(data: bytes) -> Iterator[dict[str, Any]]:
-    """The changes of all whole entries; what follows the first line that is not whole was never acknowledged."""
+    """The changes of all whole entries."""
+    for line in data.split(b"\n")[:-1]:
+        with contextlib.suppress(Damaged):
+            yield from parse(unseal_line(line))["changes"]
+
+
+def _is_damaged(data: bytes) -> bool:
+    """True if a line is not whole. The end after the last newline does not count: it was never acknowledged."""
     for line in data.split(b"\n")[:-1]:
         try:
-            entry = parse(unseal_line(line))
+            unseal_line(line)
         except Damaged:
-            return
-        yield from entry["changes"]
+            return True
+    return False
