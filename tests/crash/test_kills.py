@@ -70,15 +70,24 @@ def test_kills_at_random_moments_on_the_disk(tmp_path: Path, store: str) -> None
     require_sound(outcome)
 
 
-def test_kills_at_every_crash_point(place: Path) -> None:
+def test_kills_at_every_crash_point_of_files(place: Path) -> None:
     reached: set[str] = set()
     for command in (("-m", "backtest_kit.persist.testing.driver", "--points"), (str(HOUSEKEEPING),)):
         outcome = run(*command, "--store", f"file:{place}/dump")
         require_sound(outcome)
         assert outcome.kills > 50
         reached |= set(outcome.points)
-    quarantine = {point for point in CRASHPOINTS if point.startswith("quarantine.")}
-    assert reached == set(CRASHPOINTS) - quarantine  # those have a test of their own
+    elsewhere = {point for point in CRASHPOINTS if point.startswith(("quarantine.", "sqlite."))}
+    assert reached == set(CRASHPOINTS) - elsewhere  # which have tests of their own
+
+
+def test_kills_at_every_crash_point_of_sqlite(place: Path) -> None:
+    outcome = run("-m", "backtest_kit.persist.testing.driver", "--points", "--store", f"sqlite:{place}/bot.db")
+    require_sound(outcome)
+    assert outcome.kills > 50
+    own = {point for point in CRASHPOINTS if point.startswith("sqlite.")}
+    candles = {f"file.after_{step}" for step in ("mkdir", "create", "write", "fsync", "rename")}
+    assert own | candles <= set(outcome.points)
 
 
 @pytest.mark.parametrize("point", [point for point in CRASHPOINTS if point.startswith("quarantine.")])

@@ -160,6 +160,17 @@ async def test_store_from_the_environment(tmp_path: Path) -> None:
     await again.close()
 
 
+async def test_a_root_from_the_environment_keeps_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    persistence = Persistence(environ={"CC_STORE": f"file:{tmp_path / 'root'}"})
+    await persistence.signal.write(1, **KEY)
+    await persistence.log.write(1, entry_id="a")
+    await persistence.state.write(1, signal_id="s", bucket_name="b", mode="backtest")
+    await persistence.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+    assert persistence.file_store() is persistence.store_for(SIGNAL, "live")
+
+
 @pytest.mark.parametrize("url", ["", "nothing", "redis:localhost", "sqlite:", "memory:x", "/tmp/dump"])  # noqa: S108
 def test_bad_address_names_the_good_forms(url: str) -> None:
     with pytest.raises(UserError, match=r"sqlite:bot\.db|memory:"):

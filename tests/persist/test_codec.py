@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -275,3 +276,29 @@ def test_head_of_a_record_is_that_of_the_whole(value: Any) -> None:
         unseal_head(SIGNAL, KEY, sealed.replace(b'"rev"', b'"rew"'))
     with pytest.raises(Damaged, match="found where"):
         unseal_head(SIGNAL, ("a", "b", "c"), sealed)
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (np.bool_(True), True),
+        (np.int64(-3), -3),
+        (np.uint64(2**63 - 1), 2**63 - 1),
+        (np.float64(0.1), 0.1),
+        (np.float32(0.5), 0.5),
+        (np.float16(-0.25), -0.25),
+    ],
+)
+def test_numpy_scalars_are_stored_as_their_python_values(value: object, plain: object) -> None:
+    found = encode({"v": [value]})
+    assert found == {"v": [plain]}
+    assert isinstance(found, dict)
+    assert isinstance(found["v"], list)
+    assert type(found["v"][0]) is type(plain)
+    assert decode(encode(np.float32("inf"))) == float("inf")
+
+
+@pytest.mark.parametrize("value", [np.longdouble(1), np.datetime64("2022-01-01"), np.zeros(2)])
+def test_what_numpy_has_and_json_has_not_is_refused(value: object) -> None:
+    with pytest.raises(UserError, match="cannot be stored"):
+        encode(value)

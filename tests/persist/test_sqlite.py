@@ -20,7 +20,9 @@ from backtest_kit.persist.backends import sqlite_threads
 from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.codec import seal
 from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.files import Disk
 from backtest_kit.persist.store import Record, Write
+from backtest_kit.persist.testing.faults import FaultFS
 
 SIGNAL, MEASURE, MEMORY = CONTRACTS["signal"], CONTRACTS["measure"], CONTRACTS["memory"]
 KEY = ("trend", "binance", "BTCUSDT")
@@ -58,6 +60,24 @@ async def ended(path: Path) -> None:
 
 async def listed(store: SqliteStore) -> list[Record]:
     return [record async for record in store.scan(MEMORY)]
+
+
+async def test_the_name_of_the_file_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A synced commit in a file whose name the host forgets is lost all the same."""
+    faults = FaultFS()
+    monkeypatch.setattr(sqlite_threads, "Disk", lambda: Disk(faults))
+    store = SqliteStore(tmp_path / "a" / "b" / "bot.db")
+    faults.inject("fsync", nth=3)
+    with pytest.raises(RetryLater, match=r"durable the name of .*bot\.db"):
+        await store.put(Write(SIGNAL, KEY, 1))
+    assert [path for call, path in faults.history if call == "fsync"] == [
+        str(path) for path in (tmp_path, tmp_path / "a", tmp_path / "a" / "b")
+    ]
+    faults.history.clear()
+    assert (await store.put(Write(SIGNAL, KEY, 1))).rev == 1
+    assert [path for call, path in faults.history if call == "fsync"] == [str(tmp_path / "a" / "b")]
+    await store.close()
+    assert faults.opened == {}
 
 
 class TestBadFile:

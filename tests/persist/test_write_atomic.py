@@ -8,6 +8,8 @@ import pytest
 
 from backtest_kit.errors import BacktestKitError, Outcome, OutOfSpace, RetryLater
 from backtest_kit.persist.atomic import write_atomic
+from backtest_kit.persist.files import Disk
+from backtest_kit.persist.testing.faults import FaultFS
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -73,15 +75,25 @@ def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"x"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_a_full_device_is_out_of_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = Path("/dev/full")
-    opened = Path.open
-
-    def open_full(self: Path, mode: str = "r", buffering: int = -1) -> object:
-        return opened(full if self.name.startswith(".tmp-") else self, mode.replace("x", "w"), buffering)
-
-    monkeypatch.setattr(Path, "open", open_full)
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace", "close"])
+def test_no_space_leaves_no_litter_and_the_old_content(tmp_path: Path, call: str) -> None:
+    path, faults = tmp_path / "file", FaultFS()
+    write_atomic(path, b"old", disk=Disk(faults))
+    faults.inject(call, errno.ENOSPC)
     with pytest.raises(OutOfSpace, match="file"):
-        write_atomic(tmp_path / "file", b"data")
-    assert list(tmp_path.iterdir()) == []
+        write_atomic(path, b"new", disk=Disk(faults))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    assert faults.opened == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows syncs no directory")
+def test_directories_that_it_makes_are_durable_in_those_above(tmp_path: Path) -> None:
+    faults = FaultFS()
+    write_atomic(tmp_path / "a" / "b" / "report.md", b"new", disk=Disk(faults))
+    synced = [path for call, path in faults.history if call == "fsync"]
+    assert synced[:2] == [str(tmp_path), str(tmp_path / "a")]
+    assert synced[-1] == str(tmp_path / "a" / "b")
+    faults.history.clear()
+    write_atomic(tmp_path / "c" / "cache.json", b"new", durable=False, disk=Disk(faults))
+    assert "fsync" not in {call for call, _ in faults.history}

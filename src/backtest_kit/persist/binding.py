@@ -47,7 +47,8 @@ class Persistence:
     A binding of a contract by name comes first, one for its mode before one for all modes; then
     `bind("*", store, mode=...)`, which takes every contract of that mode; then the default profile, in
     which `bind("*", store)` says what the bound store is. Without any binding that is the store at the
-    address in `CC_STORE`, or else the files of `./dump`.
+    address in `CC_STORE`, or else the files of `./dump`. An address of files stands for both: what is kept
+    in files whatever is bound is there as well.
 
     Modes never see each other's records: paper has the namespace `paper`, and backtests have `backtest`
     or, with a run id, `backtest-<run>`. Caches (candle, measure) are the same for all of them.
@@ -76,7 +77,8 @@ class Persistence:
         self._used: dict[int, Store] = {}
         address = (environ or {}).get("CC_STORE")
         if address:
-            self._homes[Home.BOUND] = store_at(address)
+            # The state of a program lies in one root: files are kept in the one that was named, not in ./dump.
+            self._homes[Home.FILE if address.startswith("file:") else Home.BOUND] = store_at(address)
         self.candle = CandleAdapter(self, CONTRACTS["candle"])
         self.adapters: dict[str, ContractAdapter] = {
             name: ContractAdapter(self, row) for name, row in CONTRACTS.items() if name != "candle"

@@ -21,6 +21,7 @@ from numbers import Integral
 from typing import Any, Final, NoReturn
 
 import msgspec
+import numpy as np
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.contracts import Contract
@@ -44,8 +45,9 @@ def encode(value: object, path: str = "value") -> Plain:
     """`value` as a plain JSON tree, from which `decode` makes an equal value.
 
     Takes dicts with str keys, lists and tuples (which come back as lists), str, int of any size, float,
-    bool, None, bytes, datetimes (a naive one is taken as UTC and comes back aware), enums (as their value)
-    and msgspec structs (as the dict that they encode to, under their own renaming).
+    bool, None, bytes, datetimes (a naive one is taken as UTC and comes back aware), enums (as their value),
+    msgspec structs (as the dict that they encode to, under their own renaming) and single numpy numbers and
+    truth values (as those of Python).
 
     Raises:
         UserError: something else is inside, or the nesting is deeper than `MAX_DEPTH`. The message names
@@ -219,6 +221,10 @@ def _encode_float(value: Any, path: str, depth: int) -> Plain:
     return number if math.isfinite(number) else {"@float": repr(number)}
 
 
+def _encode_bool(value: Any, path: str, depth: int) -> Plain:
+    return bool(value)
+
+
 def _encode_datetime(value: Any, path: str, depth: int) -> Plain:
     return {"@datetime": (value if value.tzinfo else value.replace(tzinfo=UTC)).isoformat()}
 
@@ -262,6 +268,9 @@ _ENCODERS: Final[dict[type, Callable[[Any, str, int], Plain]]] = {
     str: _encode_text,
     Integral: _encode_int,
     float: _encode_float,
+    np.float32: _encode_float,
+    np.float16: _encode_float,
+    np.bool_: _encode_bool,
     dict: _encode_dict,
     list: _encode_list,
     tuple: _encode_list,

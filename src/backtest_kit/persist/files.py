@@ -54,10 +54,15 @@ class OsCalls(Protocol):
 
 def disk_error(error: OSError, doing: str, path: object, outcome: Outcome = Outcome.NOT_DONE) -> BacktestKitError:
     """The error of the house for a failed call, to be raised from it."""
-    reason = error.strerror or str(error)
-    if error.errno in _SPACE:
-        return OutOfSpace(f"cannot {doing} {path}: {reason}; free some space, then write again", outcome=outcome)
-    return RetryLater(f"cannot {doing} {path}: {reason}; nothing else was changed, try again", outcome=outcome)
+    full = error.errno in _SPACE
+    if outcome is Outcome.UNKNOWN:
+        advice = (
+            f"it may have been written all the same: {'free some space, then ' * full}read it before you write again"
+        )
+    else:
+        advice = "free some space, then write again" if full else "nothing was changed, try again"
+    message = f"cannot {doing} {path}: {error.strerror or error}; {advice}"
+    return (OutOfSpace if full else RetryLater)(message, outcome=outcome)
 
 
 class Disk:

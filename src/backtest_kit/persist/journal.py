@@ -12,6 +12,7 @@ belongs to nobody and is replayed by the first one to open the root.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -21,10 +22,12 @@ from typing import Any, Final
 from backtest_kit.errors import Damaged, Outcome
 from backtest_kit.persist.codec import parse, seal_line, unseal_line
 from backtest_kit.persist.files import Disk, disk_error
-from backtest_kit.persist.locks import try_lock
+from backtest_kit.persist.locks import in_children, try_lock
 from backtest_kit.persist.testing.crashpoints import crashpoint
 
 SUFFIX: Final = ".journal"
+
+_log = logging.getLogger(__name__)
 
 
 class _File:
@@ -47,7 +50,10 @@ class Journal:
         self._current: _File | None = None
         self._retired: list[_File] = []
         self._unfinished: list[_File] = []
+        self._spoiled = False
+        """A file may still have an entry whose caller was told that it failed."""
         self._serial = 0
+        in_children(self._let_go)
 
     @contextlib.contextmanager
     def request(self, entries: Sequence[bytes], changed: Iterable[str]) -> Iterator[None]:
@@ -72,8 +78,34 @@ class Journal:
             self._retired += self._unfinished
             self._unfinished = []
 
+    def settle(self) -> None:
+        """Get rid of entries whose callers were told that they failed: replayed, they would undo what is written next.
+
+        Raises:
+            RetryLater, OutOfSpace: the disk does not let it; nothing may be acknowledged before it does.
+        """
+        with self._guard:
+            if self._spoiled:
+                self.checkpoint()
+                self._spoiled = False
+
+    def entries_of_others(self, path: str) -> str | None:
+        """The journal file of another process in which there is a change of `path`, if there is one."""
+        with self._guard:
+            own = {file.path for file in (*self._retired, *self._unfinished, *filter(None, (self._current,)))}
+        for entry in self._disk.entries(self._directory):
+            if entry.name.endswith(SUFFIX) and f"{self._directory}/{entry.name}" not in own:
+                with contextlib.suppress(FileNotFoundError):
+                    if any(change["path"] == path for change in _changes(self._disk.read(entry.path))):
+                        return entry.path
+        return None
+
     def checkpoint(self) -> None:
-        """Sync what the entries changed, then forget the entries."""
+        """Sync what the entries changed, then forget the entries.
+
+        Raises:
+            RetryLater, OutOfSpace: a file could not be synced or removed; its entries stay.
+        """
         with self._guard:
             files, self._retired = self._retired, []
             if self._current is not None:
@@ -83,12 +115,15 @@ class Journal:
             try:
                 for path in file.changed:
                     self._disk.sync_file(path)
+                with contextlib.suppress(FileNotFoundError):
+                    self._disk.remove(file.path)
+                if self._spoiled:
+                    self._disk.sync_directory(self._directory)
             except OSError as error:
                 # The entries stay, and are done again from the start when the root is opened next.
                 with self._guard:
                     self._retired[:0] = files[number:]
-                raise disk_error(error, "sync what is in the journal", file.path, Outcome.UNKNOWN) from error
-            self._disk.discard(file.path)
+                raise disk_error(error, "carry over and remove the journal", file.path, Outcome.UNKNOWN) from error
             self._disk.close(file.fd)
             crashpoint("journal.after_checkpoint")
 
@@ -109,10 +144,18 @@ class Journal:
             try:
                 if not try_lock(fd):
                     continue
-                for change in _changes(self._disk.read(entry.path)):
+                data = self._disk.read(entry.path)
+                for change in _changes(data):
                     redo(change)
                     done += 1
-                self._disk.remove(entry.path)
+                if _is_damaged(data):
+                    kept = f"{entry.path}.damaged"
+                    self._disk.move(entry.path, kept)
+                    _log.error(
+                        "a journal was damaged: what could be read of it was carried out, all of it is in %s", kept
+                    )
+                else:
+                    self._disk.remove(entry.path)
             finally:
                 self._disk.close(fd)
         return done
@@ -132,8 +175,11 @@ class Journal:
             crashpoint("journal.after_fsync")
         except OSError as error:
             # Never written to again: what a failed sync left of it is for the disk to know.
-            with contextlib.suppress(OSError):
+            try:
                 self._disk.truncate(file.fd, file.size)
+            except OSError:
+                outcome = Outcome.UNKNOWN
+            self._spoiled = True
             self._retired.append(file)
             self._current = None
             raise disk_error(error, "write to the journal", file.path, outcome) from error
@@ -144,22 +190,37 @@ class Journal:
         self._serial += 1
         path = f"{self._directory}/{time.time_ns():020d}-{os.getpid()}-{self._serial}{SUFFIX}"
         fd = self._disk.open_for_append(path)
+        self._current = _File(path, fd)
         try:
             try_lock(fd)
             self._disk.sync_directory(self._directory)
         except BaseException:
+            self._current = None
             self._disk.close(fd)
             self._disk.discard(path)
             raise
-        self._current = _File(path, fd)
         return self._current
+
+    def _let_go(self) -> None:
+        """Close the files of the parent: their locks must end with it."""
+        for file in (*self._retired, *self._unfinished, *filter(None, (self._current,))):
+            with contextlib.suppress(OSError):
+                self._disk.close(file.fd)
+        self._retired, self._unfinished, self._current = [], [], None
 
 
 def _changes(data: bytes) -> Iterator[dict[str, Any]]:
-    """The changes of all whole entries; what follows the first line that is not whole was never acknowledged."""
+    """The changes of all whole entries."""
+    for line in data.split(b"\n")[:-1]:
+        with contextlib.suppress(Damaged):
+            yield from parse(unseal_line(line))["changes"]
+
+
+def _is_damaged(data: bytes) -> bool:
+    """True if a line is not whole. The end after the last newline does not count: it was never acknowledged."""
     for line in data.split(b"\n")[:-1]:
         try:
-            entry = parse(unseal_line(line))
+            unseal_line(line)
         except Damaged:
-            return
-        yield from entry["changes"]
+            return True
+    return False

@@ -8,14 +8,28 @@ import random
 import sys
 import threading
 import time
+import weakref
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from backtest_kit.errors import RetryLater
 from backtest_kit.persist.files import Disk
 
 LOCK_TIMEOUT_SECONDS: Final = 10.0
+
+
+class Locked(RetryLater):
+    """One of the locks was kept by another process for longer than the caller would wait."""
+
+    def __init__(self, message: str, shard: int, count: int) -> None:
+        super().__init__(message)
+        self.shard = shard
+        self._count = count
+
+    def concerns(self, names: Iterable[str]) -> bool:
+        """True if holding `names` takes that lock."""
+        return any(_shard(name, self._count) == self.shard for name in names)
 
 
 class LockSet:
@@ -30,9 +44,9 @@ class LockSet:
         self._disk = disk
         self._count = count
         self._reset()
+        in_children(self._let_go)
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
         self._guard = threading.Lock()
         self._threads = [threading.Lock() for _ in range(self._count)]
         self._files: dict[int, int] = {}
@@ -42,22 +56,20 @@ class LockSet:
         """Hold the locks of all `names`. Always taken in one order, so that holders cannot wait in a ring.
 
         Raises:
-            RetryLater: another process kept one of them for `timeout` seconds.
+            Locked: another process kept one of them for `timeout` seconds.
         """
-        if os.getpid() != self._pid:
-            self._reset()  # a forked child shares the open files, and so the locks, of its parent
         deadline = time.monotonic() + timeout
         held: list[tuple[threading.Lock, int | None]] = []
         try:
-            for shard in sorted({zlib.crc32(name.encode()) % self._count for name in names}):
+            for shard in sorted({_shard(name, self._count) for name in names}):
                 thread_lock = self._threads[shard]
                 if not thread_lock.acquire(timeout=timeout):
-                    raise self._timed_out(shard, timeout)
+                    raise self.timed_out(shard, timeout)
                 held.append((thread_lock, None))
                 fd = self._file(shard)
                 while not try_lock(fd):
                     if time.monotonic() > deadline:
-                        raise self._timed_out(shard, timeout)
+                        raise self.timed_out(shard, timeout)
                     time.sleep(random.uniform(0.0002, 0.002))  # noqa: S311
                 held[-1] = thread_lock, fd
             yield
@@ -76,6 +88,13 @@ class LockSet:
                     del self._files[shard]
                     self._threads[shard].release()
 
+    def _let_go(self) -> None:
+        """Close the files of the parent: their locks must end with it."""
+        for fd in self._files.values():
+            with contextlib.suppress(OSError):
+                self._disk.close(fd)
+        self._reset()
+
     def _file(self, shard: int) -> int:
         with self._guard:
             fd = self._files.get(shard)
@@ -88,11 +107,33 @@ class LockSet:
                     fd = self._files[shard] = self._disk.open_for_append(path)
         return fd
 
-    def _timed_out(self, shard: int, timeout: float) -> RetryLater:
-        return RetryLater(
+    def timed_out(self, shard: int, timeout: float) -> Locked:
+        """The error of somebody who has waited `timeout` seconds for a lock."""
+        message = (
             f"another process has held {self._directory}/{shard:02d}.lock for {timeout:g} s: "
             "see which one (lsof) and whether it is stopped, then try again"
         )
+        return Locked(message, shard, self._count)
+
+
+def in_children(method: Callable[[], None]) -> None:
+    """Call a method in every child that is forked while its object lives, before anything else runs there.
+
+    A child shares the open files of its parent, and a lock lasts as long as anybody has its file open.
+    """
+    weak = weakref.WeakMethod(method)
+
+    def call() -> None:
+        bound = weak()
+        if bound is not None:
+            bound()
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=call)
+
+
+def _shard(name: str, count: int) -> int:
+    return zlib.crc32(name.encode()) % count
 
 
 if sys.platform == "win32":

@@ -71,7 +71,7 @@ class FileStore:
 
     async def close(self) -> None:
         if self._parent is None:
-            await asyncio.to_thread(self._close)
+            await asyncio.to_thread(self._committer.close)
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
         path = record_path(self._prefix, contract, key := check_key(contract, key))
@@ -168,10 +168,6 @@ class FileStore:
         return FileCandleStore(
             root.path, prefix=self._prefix, disk=root.disk, locks=root.locks, quarantine=root.quarantine
         )
-
-    def _close(self) -> None:
-        self._committer.close()
-        self.root.close()
 
     def _get(self, contract: Contract, key: Key, path: str) -> Record | None:
         self.root.open()

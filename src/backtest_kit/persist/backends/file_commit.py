@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, Final, NamedTuple
 
 from backtest_kit.errors import BacktestKitError, Outcome
@@ -21,11 +22,14 @@ from backtest_kit.persist.backends.file_root import Promised, Root
 from backtest_kit.persist.codec import dump_record, dump_value, seal_text
 from backtest_kit.persist.contracts import Durability, Kind
 from backtest_kit.persist.files import disk_error
+from backtest_kit.persist.locks import Locked
 from backtest_kit.persist.store import Key, Record, Write
 from backtest_kit.persist.testing.crashpoints import crashpoint
 from backtest_kit.persist.writing import decide
 
 GROUP_LIMIT: Final = 128
+PATIENCE_SECONDS: Final = 2.0
+"""How long a write waits for a lock that another process keeps."""
 LINGER_SECONDS: Final = 0.0004
 """How long a group waits for those who wrote in the last one: far less than the sync it saves them."""
 
@@ -52,6 +56,9 @@ class Request:
         self.future: asyncio.Future[list[Record]] = self.loop.create_future()
         self.records: list[Record] = []
         self.error: BaseException | None = None
+        self.paths = {change.path for change in changes}
+        self.give_up_at = 0.0
+        """When it has waited long enough for a lock; 0 if it has not had to wait."""
 
     def settle(self) -> None:
         if self.future.done():
@@ -76,77 +83,107 @@ class Committer:
 
     def __init__(self, root: Root) -> None:
         self._root = root
-        self._queue: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Request | Future[None]] = queue.SimpleQueue()
         self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
         self._last_size = 1
+        self._parked: list[Request] = []
 
     def submit(self, request: Request) -> None:
+        self._root.check_process()
+        self._enqueue(request)
+
+    def close(self) -> None:
+        """Carry out what was submitted, close the root and end the thread; what is submitted later opens it again."""
+        if self._root.is_inherited:
+            return  # the thread, the files and what they owe the disk are those of the parent
+        closing: Future[None] = Future()
+        self._enqueue(closing)
+        closing.result()
+
+    def _enqueue(self, item: Request | Future[None]) -> None:
         with self._guard:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="backtest-kit-write", daemon=True)
                 self._thread.start()
-            self._queue.put(request)
-
-    def close(self) -> None:
-        """Carry out what was submitted and end the thread."""
-        with self._guard:
-            thread, self._thread = self._thread, None
-            if thread is not None:
-                self._queue.put(None)
-        if thread is not None:
-            thread.join()
+            self._queue.put(item)
 
     def _run(self) -> None:
         while True:
             group, closing = self._take()
-            if group:
-                self._last_size = len(group)
-                try:
-                    self._root.open()
-                    self._commit(group)
-                except BacktestKitError as error:
-                    for request in group:
-                        request.error = request.error or error
-                except OSError as error:
-                    for request in group:
-                        request.error = request.error or disk_error(error, "write below", self._root.path)
-                except BaseException as error:  # the callers wait: whatever it is, it is theirs to see
-                    for request in group:
-                        request.error = request.error or error
-                _answer(group)
-                self._root.free_replaced()
-            if closing:
+            self._carry_out(group)
+            while closing is not None and self._parked:
+                self._carry_out([])
+            if closing is not None and self._closed(closing):
                 return
 
-    def _take(self) -> tuple[list[Request], bool]:
+    def _closed(self, closing: Future[None]) -> bool:
+        """Close the root; True if nobody has submitted anything since, and the thread is to end."""
+        failure: BaseException | None = None
+        try:
+            self._root.close()
+        except BaseException as error:  # it is for whoever closes to see
+            failure = error
+        with self._guard:
+            ended = self._queue.empty()
+            if ended:
+                self._thread = None
+        if failure is not None:
+            closing.set_exception(failure)
+        else:
+            closing.set_result(None)
+        return ended
+
+    def _carry_out(self, group: list[Request]) -> None:
+        """Commit `group`, behind those that wait for a lock, and answer whoever is not waiting afterwards."""
+        group, self._parked = [*self._parked, *group], []
+        if not group:
+            return
+        self._last_size = len(group)
+        failure: BaseException | None = None
+        try:
+            self._root.open()
+            self._commit(group)
+        except OSError as error:
+            failure = disk_error(error, "write below", self._root.path)
+        except BaseException as error:  # the callers wait: whatever it is, it is theirs to see
+            failure = error
+        served = [request for request in group if request not in self._parked]
+        for request in served:
+            request.error = request.error or failure
+        _answer(served)
+        self._root.free_replaced()
+
+    def _take(self) -> tuple[list[Request], Future[None] | None]:
         group: list[Request] = []
         deadline = 0.0
         while len(group) < GROUP_LIMIT:
             try:
                 if not group:
-                    request = self._queue.get()
+                    item = self._queue.get(block=not self._parked)
                 elif len(group) < self._last_size:
                     deadline = deadline or time.monotonic() + LINGER_SECONDS
-                    request = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
+                    item = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
                 else:
-                    request = self._queue.get_nowait()
+                    item = self._queue.get_nowait()
             except queue.Empty:
                 break
-            if request is None:
-                return group, True
-            if not request.future.cancelled():
-                group.append(request)
-        return group, False
+            if isinstance(item, Future):
+                return group, item
+            if not item.future.cancelled():
+                group.append(item)
+        return group, None
 
     # -- a group -------------------------------------------------------------------------------------
 
     def _commit(self, group: list[Request]) -> None:
+        group = self._free_to_go(group)
+        if not group:
+            return
         money = sum(1 for request in group if _is_money(request))
         whole = any(len(request.changes) > 1 for request in group)
         try:
-            paths = {change.path for request in group for change in request.changes}
-            with self._root.locked(paths, patient=len(group) == 1) as ticks:
+            with self._root.locked({path for request in group for path in request.paths}, patient=False) as ticks:
                 if money > 1 or whole:
                     self._commit_through_journal(group, ticks)
                 else:
@@ -155,6 +192,8 @@ class Committer:
                         if not _is_line(request):
                             with _failing(request):
                                 self._commit_alone(request, ticks)
+        except Locked as error:
+            self._commit(self._free_to_go(group, error))
         except (BacktestKitError, OSError) as error:
             outcome = error.outcome if isinstance(error, BacktestKitError) else Outcome.NOT_DONE
             if len(group) == 1 or outcome is Outcome.UNKNOWN:
@@ -163,6 +202,27 @@ class Committer:
                 request.error, request.records = None, []
                 with _failing(request):
                     self._commit([request])
+
+    def _free_to_go(self, group: list[Request], stuck: Locked | None = None) -> list[Request]:
+        """Those of `group` that need neither the lock that somebody keeps nor the turn of one that waits.
+
+        The others wait for the next group, so that a lock held elsewhere does not stop writes of other keys;
+        those that have waited too long fail, all at once.
+        """
+        waiting = {path for request in self._parked for path in request.paths}
+        free = []
+        for request in group:
+            if request.paths.isdisjoint(waiting) and not (stuck and stuck.concerns(request.paths)):
+                free.append(request)
+                continue
+            waiting |= request.paths
+            now = time.monotonic()
+            request.give_up_at = request.give_up_at or now + PATIENCE_SECONDS
+            if stuck and now >= request.give_up_at:
+                request.error = self._root.locks.timed_out(stuck.shard, PATIENCE_SECONDS)
+            else:
+                self._parked.append(request)
+        return free
 
     def _commit_alone(self, request: Request, ticks: Iterator[int]) -> None:
         """Carry out a request of one change without the journal."""

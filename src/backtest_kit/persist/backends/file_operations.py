@@ -94,6 +94,7 @@ def drop(root: Root, path: str) -> Quarantined:
     root.checkpoint()  # else a journal could bring an older revision back
     row = _row_of(path)
     with root.locked((_lock_of(path, row),), patient=True):
+        root.require_unjournalled(_lock_of(path, row))
         root.quarantine.release(path)
         if row is not None and row.kind is Kind.FEED:
             root.feed(row, path.rpartition("/")[0]).forget()

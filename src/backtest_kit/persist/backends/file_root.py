@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from backtest_kit.errors import Damaged, Outcome, UserError
+from backtest_kit.errors import Damaged, Outcome, RetryLater, UserError
 from backtest_kit.persist.backends.file_feed import Feed
 from backtest_kit.persist.backends.file_paths import OWN_DIRECTORY, SUFFIX, key_of, unseal_at
 from backtest_kit.persist.backends.file_sync import Syncer
@@ -31,14 +31,14 @@ from backtest_kit.persist.codec import (
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
 from backtest_kit.persist.files import Disk, absolute_root, disk_error, require_directory
 from backtest_kit.persist.journal import Journal
-from backtest_kit.persist.locks import LockSet
+from backtest_kit.persist.locks import Locked, LockSet
 from backtest_kit.persist.quarantine import Quarantine
 from backtest_kit.persist.store import Key, Record
 
 _ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
 _KEPT_FILES: Final = 128
 _CLOCK_STEP_NS: Final = 100_000_000
-_GROUP_PATIENCE: Final = 0.25
+_GROUP_PATIENCE: Final = 0.05
 _PATIENCE: Final = 2.0
 _RECOVERY_PATIENCE: Final = 60.0
 
@@ -87,6 +87,16 @@ class Root:
 
     # -- life ----------------------------------------------------------------------------------------
 
+    @property
+    def is_inherited(self) -> bool:
+        """True in a child that was forked after this was made."""
+        return os.getpid() != self._pid
+
+    def check_process(self) -> None:
+        """Raise `UserError` in a child that was forked after this was made."""
+        if self.is_inherited:
+            raise UserError(f"the store {self.path} was made before this process was forked: make it in the child")
+
     def open(self) -> None:
         """Make ready and recover what a killed process left. Idempotent.
 
@@ -94,8 +104,7 @@ class Root:
             UserError: the root cannot be used, or was opened by the process that this one was forked from.
             NewerSchema: a newer version of this program wrote it.
         """
-        if os.getpid() != self._pid:
-            raise UserError(f"the store {self.path} was made before this process was forked: make it in the child")
+        self.check_process()
         with self._guard:
             if not self._opened:
                 self._recover()
@@ -172,6 +181,7 @@ class Root:
     def locked(self, paths: Iterable[str], *, patient: bool) -> Iterator[Iterator[int]]:
         """Hold the locks of `paths`; the ticks it yields are later than that of every earlier write to one of them."""
         self._finish()
+        self._journal.settle()
         with self.locks.hold(paths, _PATIENCE if patient else _GROUP_PATIENCE):
             told = self.disk.stat(self._clock).st_mtime_ns
             self._last_tick = max(self._last_tick, told)
@@ -328,6 +338,19 @@ class Root:
         """Empty the journal of this process."""
         self._journal.checkpoint()
 
+    def require_unjournalled(self, path: str) -> None:
+        """Do nothing if no other process has a change of `path` in its journal. The caller holds its lock.
+
+        Raises:
+            RetryLater: one has; carried out after its death it would come back over whatever begins anew here.
+        """
+        found = self._journal.entries_of_others(path)
+        if found is not None:
+            raise RetryLater(
+                f"the journal {found} of another process still has {path}: try again in some seconds, "
+                "when it is emptied, or stop that process and open the store once"
+            )
+
     def _write_anchored(self, directory: str, data: bytes, tick: int, *, sync: bool) -> str:
         """A temporary file, synced or about to be journalled, in a directory that is durable in those above it."""
         if directory in self._anchored:
@@ -350,8 +373,11 @@ class Root:
     def _finish(self) -> None:
         """Carry out what the journal has and a failing disk has not let through."""
         for (path, _), item in list(self._promised.items()):
-            with self.locks.hold((path,), _PATIENCE):
-                self._apply(path, item)
+            try:
+                with self.locks.hold((path,), _PATIENCE):
+                    self._apply(path, item)
+            except Locked as error:  # it stops every write, not only those that need this lock
+                raise RetryLater(str(error)) from None
         if self._promised:
             self._promised.clear()
             self._journal.finished()
@@ -374,22 +400,27 @@ class Root:
                 feed.append([(item.tick, item.dumped)])
                 self.disk.sync_file(f"{self.path}/{path}/{feed.tail_name}")
             return
-        rev = self._rev_beneath(path, item)
-        if rev <= item.record.rev:  # written again if it is the same, for nobody knows whether it was synced
+        promised = open_envelope(item.contract, None, parse(item.dumped))
+        beneath = self._record_beneath(path, item)
+        # An equal one is written again, for nobody knows whether it was synced. Another one of the same revision
+        # was acknowledged to somebody after the entry had been given up.
+        if beneath is None or beneath.rev < promised.rev or beneath == promised:
             self.write_durably(path, seal_text(item.dumped), item.tick)
+        elif beneath.rev == promised.rev:
+            _log.warning("revision %d of %s/%s is not the one in the journal: kept", beneath.rev, self.path, path)
 
-    def _rev_beneath(self, path: str, item: Promised) -> int:
+    def _record_beneath(self, path: str, item: Promised) -> Record | None:
         try:
             data = self.disk.read(f"{self.path}/{path}")
         except FileNotFoundError:
             self.quarantine.refuse_blocked(path)
-            return 0
+            return None
         try:
-            return unseal(item.contract, item.record.key, data).rev
+            return unseal(item.contract, item.record.key, data)
         except NewerSchema:
             raise
         except Damaged as error:
             # Torn because the host went down before it was synced: the journal has the whole of it.
             reason = f"{error} (the journal had the record, which is in its place)"
             self.quarantine.keep(item.contract, item.record.key, path, data, reason, blocks=False)
-            return 0
+            return None

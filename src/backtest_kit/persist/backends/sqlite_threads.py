@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, OutOfSpace, RetryLater, UserError
+from backtest_kit.persist.files import Disk, disk_error
+from backtest_kit.persist.testing.crashpoints import crashpoint
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
@@ -222,6 +224,7 @@ class Database:
             connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._synced = durable
         connection.execute("BEGIN IMMEDIATE")
+        crashpoint("sqlite.after_begin")
         try:
             for job in jobs:
                 try:
@@ -231,8 +234,10 @@ class Database:
         except BaseException:
             _roll_back(connection)
             raise
+        crashpoint("sqlite.after_work")
         try:
             connection.execute("COMMIT")
+            crashpoint("sqlite.after_commit")
         except sqlite3.Error as error:
             _roll_back(connection)
             if _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
@@ -251,8 +256,11 @@ class Database:
                 job.error = error
 
     def _open(self) -> sqlite3.Connection:
+        disk, directory = Disk(), self.path.absolute().parent
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            disk.make_directories(str(directory), sync=True)
+            if not directory.is_dir():
+                raise NotADirectoryError
             if self.path.is_dir():
                 raise UserError(f"{self.path} is a directory: give the SQLite store the path of a file")
         except OSError as error:
@@ -276,6 +284,13 @@ class Database:
                     raise self._explain(error) from error
                 connection.close()
                 raise
+        try:
+            # Whether or not it is new: who made it may not have come to making its name durable.
+            disk.sync_directory(str(directory))
+            crashpoint("sqlite.after_directory_fsync")
+        except OSError as error:
+            connection.close()
+            raise disk_error(error, "make durable the name of", self.path) from error
         self._opened = True
         self._synced = None
         return connection
@@ -304,6 +319,7 @@ class Database:
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            crashpoint("sqlite.after_schema")
         connection.execute("COMMIT")
 
     def _check_owner(self, connection: sqlite3.Connection) -> bool:

@@ -25,6 +25,11 @@ CRASHPOINTS: Final = (
     "feed.after_append",
     "feed.after_seal",
     "feed.after_compaction",
+    "sqlite.after_begin",
+    "sqlite.after_work",
+    "sqlite.after_commit",
+    "sqlite.after_schema",
+    "sqlite.after_directory_fsync",
     "quarantine.after_reason",
     "quarantine.after_move",
 )

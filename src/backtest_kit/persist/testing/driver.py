@@ -3,7 +3,7 @@
     python -m backtest_kit.persist.testing.driver --store file:/tmp/kills --kills 500 --seed 1
     python -m backtest_kit.persist.testing.driver --store file:/tmp/points --points
 
-A child writes records of every contract and says so on a pipe: what it is about to write, and what was
+A child writes records of every contract, candles too, and says so on a pipe: what it is about to write, and what was
 acknowledged. It is killed by SIGKILL at a random moment, or at a crash point. The next child reads back
 everything before it writes on. Of every key, what is stored must be at least what was acknowledged and at
 most what was attempted. The outcome is printed as one line of JSON.
@@ -22,19 +22,22 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Final
 
 import msgspec
 
 from backtest_kit.errors import BacktestKitError
+from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Kind, WriteRule
-from backtest_kit.persist.store import Key, Record, Store, Write
+from backtest_kit.persist.store import Key, Record, SeriesKey, Store, Write
 from backtest_kit.persist.testing import crashpoints
 from backtest_kit.persist.urls import store_at
 
 WRITERS: Final = 4
 KILLS_PER_ROOT: Final = 50
 _RECORDS: Final = tuple(row for row in CONTRACTS.values() if row.kind is not Kind.SERIES)
+_MINUTE_MS: Final = 60_000
 _BATCH: Final = ("signal", "schedule", "strategy", "risk", "state", "storage")
 """The contracts that one writer writes together, which must then stand at one version."""
 
@@ -103,6 +106,15 @@ def value_of(writer: int, version: int) -> Any:
     return {"writer": writer, "version": version, "pad": f"{writer}-{version} " * (version % 40)}
 
 
+def series_of(writer: int) -> SeriesKey:
+    return SeriesKey("exchange", f"w{writer}", "1m")
+
+
+def candle_of(writer: int, version: int) -> CandleSeries:
+    """The one candle that a writer writes as its `version`, at a minute of its own."""
+    return CandleSeries([version * _MINUTE_MS], *([float(writer * 1_000_000 + version)] for _ in COLUMNS[1:]))
+
+
 class Child:
     """The process that is going to be killed."""
 
@@ -120,13 +132,26 @@ class Child:
                     stored[name_of(row, record.key)] = _version(row, record, unreadable)
             except BacktestKitError as error:
                 unreadable.append(f"{row.name}: {error}")
+        for writer in range(WRITERS):
+            try:
+                stored |= await self._read_candles(writer, unreadable)
+            except BacktestKitError as error:
+                unreadable.append(f"candle: {error}")
         return {"stored": stored, "unreadable": unreadable}
+
+    async def _read_candles(self, writer: int, unreadable: list[str]) -> dict[str, int]:
+        found = await self._store.candles.read(series_of(writer), 0, 1 << 40)
+        versions = [int(stamp) // _MINUTE_MS for stamp in found.timestamp]
+        for index, version in enumerate(versions):
+            if found[index : index + 1] != candle_of(writer, version):
+                unreadable.append(f"candle w{writer} has a minute {version} that nobody wrote")
+        return {f"candle:w{writer}-{version}": version for version in versions}
 
     async def write_for_ever(self, versions: dict[str, int]) -> None:
         await asyncio.gather(*(self._write_on(writer, versions) for writer in range(WRITERS)))
 
     async def _write_on(self, writer: int, versions: dict[str, int]) -> None:
-        rows = list(_RECORDS)
+        rows = list(CONTRACTS.values())
         random.shuffle(rows)
         version = 1 + max((last for name, last in versions.items() if _is_of(name, writer)), default=0)
         while True:
@@ -137,6 +162,12 @@ class Child:
             version += 1
 
     async def write(self, rows: list[Contract], writer: int, version: int) -> None:
+        if rows[0].kind is Kind.SERIES:
+            names = [f"{rows[0].name}:w{writer}-{version}"]
+            self._tell("A", names, version)
+            await self._store.candles.write(series_of(writer), candle_of(writer, version))
+            self._tell("K", names, version)
+            return
         writes = [Write(row, key_of(row, writer, version), value_of(writer, version), when=version) for row in rows]
         names = [name_of(write.contract, write.key) for write in writes]
         self._tell("A", names, version)
@@ -312,7 +343,7 @@ async def _run(script: Callable[[Child], Any], child: Child) -> None:
 async def fifty_operations(child: Child) -> None:
     """Writes of every kind, alone, together and in batches."""
     for version in range(1, 4):
-        for name in ("signal", "state", "measure", "log", "notification"):
+        for name in ("signal", "state", "measure", "log", "notification", "candle"):
             await child.write([CONTRACTS[name]], 1, version)
         await child.write([CONTRACTS[name] for name in _BATCH], 0, version)
         await asyncio.gather(
@@ -331,6 +362,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--points", action="store_true", help="kill at every crash point instead of at random")
     given = parser.parse_args(arguments)
     store_at(given.store)  # imports the backend, so that no child has to
+    import_module("pyarrow")
     if given.points:
         outcome = kill_at_points(given.store, fifty_operations)
     else:

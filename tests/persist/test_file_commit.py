@@ -1,0 +1,103 @@
+"""The writing thread of a file store: what waits for what, and what must not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from backtest_kit.errors import RetryLater
+from backtest_kit.persist.backends.file import FileStore
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.files import Disk
+from backtest_kit.persist.locks import try_lock
+from backtest_kit.persist.store import Write
+from backtest_kit.persist.testing.faults import FaultFS
+
+SIGNAL, SCHEDULE = CONTRACTS["signal"], CONTRACTS["schedule"]
+STUCK, FREE = ("s", "e", "A"), ("s", "e", "B")
+
+
+@contextmanager
+def lock_of(root: Path, path: str) -> Iterator[None]:
+    """Keep the lock of a record, as a process does that was stopped while it wrote."""
+    fd = os.open(root / f".backtest-kit/locks/{zlib.crc32(path.encode()) % 64:02d}.lock", os.O_RDWR | os.O_CREAT)
+    try:
+        assert try_lock(fd)
+        yield
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.06])
+async def test_writes_while_closing_are_carried_out_and_the_close_ends(tmp_path: Path, delay: float) -> None:
+    faults = FaultFS()
+
+    def slow(call: str, path: str) -> None:
+        if call == "fsync":
+            time.sleep(0.02)
+
+    faults.observer = slow
+    store = FileStore(tmp_path, disk=Disk(faults))
+    await store.put(Write(SIGNAL, STUCK, 0))
+    writes = [asyncio.create_task(store.put(Write(SIGNAL, STUCK, 1)))]
+    await asyncio.sleep(0.01)
+    closes = [asyncio.create_task(store.close())]
+    await asyncio.sleep(delay)
+    writes += [asyncio.create_task(store.put(Write(SIGNAL, key, 2))) for key in (STUCK, FREE)]
+    await asyncio.sleep(0)
+    closes.append(asyncio.create_task(store.close()))
+    writes.append(asyncio.create_task(store.put(Write(SIGNAL, STUCK, 3))))
+    await asyncio.wait_for(asyncio.gather(*writes, *closes), 10)
+    assert [task.result().rev for task in writes] == [2, 3, 1, 4]
+    await asyncio.wait_for(store.close(), 10)
+    assert faults.opened == {}
+
+
+async def test_a_lock_that_is_kept_stops_nobody_else(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    for key in (STUCK, FREE):
+        await store.put(Write(SIGNAL, key, 0))
+    with lock_of(tmp_path, "signal/s/e/A.json"):
+        began = time.monotonic()
+        waiting = [asyncio.create_task(store.put(Write(SIGNAL, STUCK, number))) for number in range(8)]
+        await asyncio.sleep(0)
+        for number in range(3):
+            await store.put(Write(SIGNAL, FREE, number))
+        assert time.monotonic() - began < 1.0, "writes of another key waited for the lock"
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert 1.9 < time.monotonic() - began < 4, "those who wait for one lock give up together"
+    assert all(isinstance(result, RetryLater) and "for 2 s" in str(result) for result in results), results
+    found = await store.get(SIGNAL, STUCK)
+    assert found is not None
+    assert found.value == 0
+    await store.close()
+
+
+async def test_what_waits_for_a_lock_keeps_its_place(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    await store.put(Write(SIGNAL, STUCK, 0))
+    with lock_of(tmp_path, "signal/s/e/A.json"):
+        waiting: list[asyncio.Task[object]] = [
+            asyncio.create_task(store.batch([Write(SIGNAL, STUCK, 1), Write(SIGNAL, FREE, 1)]))
+        ]
+        await asyncio.sleep(0.2)
+        # The free key too is behind the batch that writes it.
+        waiting += [asyncio.create_task(store.put(Write(SIGNAL, key, 2))) for key in (FREE, STUCK)]
+        await asyncio.sleep(0.2)
+        await store.put(Write(SCHEDULE, FREE, 1))
+        assert not any(task.done() for task in waiting)
+        closing = asyncio.create_task(store.close())
+        await asyncio.sleep(0.1)
+    await asyncio.wait_for(asyncio.gather(*waiting, closing), 10)
+    for key in (STUCK, FREE):
+        found = await store.get(SIGNAL, key)
+        assert found is not None
+        assert found.value == 2
+    await store.close()

@@ -1,0 +1,238 @@
+"""What a journal must not bring back, and what must not keep it alive."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from backtest_kit.errors import Damaged, Outcome, RetryLater
+from backtest_kit.persist.backends.file import FileStore
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.files import Disk
+from backtest_kit.persist.store import ABSENT, Write
+from backtest_kit.persist.testing.faults import FaultFS
+
+SIGNAL, SCHEDULE, STORAGE = (CONTRACTS[name] for name in ("signal", "schedule", "storage"))
+KEY = ("s", "e", "A")
+BATCH = [Write(SIGNAL, KEY, "batch"), Write(SCHEDULE, KEY, "batch")]
+
+HEAD = """
+import asyncio, os, sys, time
+from backtest_kit.persist.backends.file import FileStore
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.store import Write
+from backtest_kit.persist.testing import crashpoints
+
+SIGNAL, SCHEDULE, KEY = CONTRACTS["signal"], CONTRACTS["schedule"], ("s", "e", "A")
+
+def batch(value):
+    return [Write(SIGNAL, KEY, value), Write(SCHEDULE, KEY, value)]
+"""
+
+BOT = """
+async def main():
+    store = FileStore(sys.argv[1])
+    for number in range(5):
+        await store.batch(batch(number))
+    print("ready", flush=True)
+    time.sleep(60)
+
+asyncio.run(main())
+"""
+
+PARENT = """
+async def main():
+    store = FileStore(sys.argv[1])
+    await store.batch(batch("old"))
+    worker = os.fork()
+    if worker == 0:
+        os.close(1)
+        time.sleep(60)
+        os._exit(0)
+    print(worker, flush=True)
+    crashpoints.arm("journal.between_renames")
+    await store.batch(batch("new"))
+
+asyncio.run(main())
+"""
+
+CHILD = """
+store = FileStore(sys.argv[1])
+
+async def use():
+    await store.close()
+    await asyncio.wait_for(store.put(Write(SIGNAL, KEY, "child")), 5)
+
+with asyncio.Runner() as runner:
+    runner.run(store.batch(batch("old")))
+    worker = os.fork()
+    if worker == 0:
+        try:
+            asyncio.run(use())
+        except BaseException as error:
+            print(type(error).__name__, error, flush=True)
+        os._exit(0)
+    os.waitpid(worker, 0)
+    print(len(os.listdir(sys.argv[1] + "/.backtest-kit/journal")), flush=True)
+    runner.run(store.batch(batch("new")))
+    runner.run(store.close())
+"""
+
+
+def start(program: str, root: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", HEAD + program, str(root)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def read_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+async def values(store: FileStore) -> list[object]:
+    return [found and found.value for found in [await store.get(row, KEY) for row in (SIGNAL, SCHEDULE)]]
+
+
+def copy_of_a_killed_process(root: Path, copy: Path) -> FileStore:
+    """A store over what would be there if this process were killed now."""
+    subprocess.run(["cp", "-a", str(root), str(copy)], check=True)
+    return FileStore(copy)
+
+
+@pytest.mark.parametrize("call", ["fsync", "write"])
+async def test_a_batch_that_failed_does_not_come_back_over_a_later_write(tmp_path: Path, call: str) -> None:
+    """Its entry may be in the journal whole, if the disk lets nobody take it out again at once."""
+    faults = FaultFS()
+    store = FileStore(tmp_path / "dump", disk=Disk(faults))
+    await store.put(Write(SIGNAL, KEY, "old"))
+    await store.batch(BATCH)
+    if call == "write":  # the first write of the two lets all but the last byte through
+        faults.write_limit = 600
+        faults.inject("write", nth=2, path=".journal")
+    else:
+        faults.inject("fsync", path=".journal")
+    faults.inject("ftruncate", lasting=True)
+    faults.inject("unlink", lasting=True)
+    with pytest.raises(RetryLater) as raised:
+        await store.batch([Write(SIGNAL, KEY, "x" * 500), Write(SCHEDULE, KEY, "x" * 500)])
+    assert raised.value.outcome is Outcome.UNKNOWN
+    assert "may have been written" in str(raised.value)
+    with pytest.raises(RetryLater):  # nothing is acknowledged while the entry cannot be removed
+        await store.put(Write(SIGNAL, KEY, "refused"))
+    faults.heal()
+    acknowledged = await store.put(Write(SIGNAL, KEY, "acknowledged"))
+    assert acknowledged.rev == 3
+    after = copy_of_a_killed_process(tmp_path / "dump", tmp_path / "copy")
+    assert await values(after) == ["acknowledged", "batch"]
+    await after.close()
+    await store.close()
+    assert faults.opened == {}
+
+
+async def test_an_entry_gives_way_to_another_record_of_its_revision(tmp_path: Path) -> None:
+    """Which another process wrote while a failing disk kept this one from carrying its entry out."""
+    faults = FaultFS()
+    one, other = FileStore(tmp_path, disk=Disk(faults)), FileStore(tmp_path)
+    await one.batch([Write(SIGNAL, KEY, "old"), Write(SCHEDULE, KEY, "old")])
+    faults.inject("replace", lasting=True)
+    with pytest.raises(RetryLater) as raised:
+        await one.batch(BATCH)
+    assert raised.value.outcome is Outcome.UNKNOWN
+    assert (await other.put(Write(SIGNAL, KEY, "acknowledged"))).rev == 2
+    faults.heal()
+    await one.put(Write(SIGNAL, ("s", "e", "B"), 1))
+    assert await values(one) == ["acknowledged", "batch"]
+    await one.close()
+    await other.close()
+
+
+async def test_what_was_dropped_does_not_come_back_from_the_journal_of_another_process(tmp_path: Path) -> None:
+    bot = start(BOT, tmp_path)
+    try:
+        assert read_line(bot) == "ready\n"
+        with (tmp_path / "signal/s/e/A.json").open("ab") as file:
+            file.write(b"junk")
+        store = FileStore(tmp_path)
+        with pytest.raises(Damaged):
+            await store.get(SIGNAL, KEY)
+        with pytest.raises(RetryLater, match="another process still has signal/s/e/A"):
+            await store.drop("signal/s/e/A.json")
+        with pytest.raises(Damaged):
+            await store.get(SIGNAL, KEY)
+        deadline = time.monotonic() + 15
+        while list((tmp_path / ".backtest-kit/journal").iterdir()):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.2)
+        await store.drop("signal/s/e/A.json")
+        assert (await store.put(Write(SIGNAL, KEY, "acknowledged", expect=ABSENT))).rev == 1
+        await store.close()
+    finally:
+        bot.kill()
+        bot.communicate()
+    again = FileStore(tmp_path)
+    assert await values(again) == ["acknowledged", 4]
+    await again.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+async def test_a_worker_that_outlives_a_killed_bot_keeps_nothing_of_it(tmp_path: Path) -> None:
+    bot = start(PARENT, tmp_path)
+    worker = int(read_line(bot))
+    try:
+        bot.communicate()
+        assert bot.returncode == -signal.SIGKILL
+        os.kill(worker, 0)
+        store = FileStore(tmp_path)
+        assert await values(store) == ["new", "new"]
+        began = time.monotonic()
+        assert (await store.put(Write(SIGNAL, KEY, "mine"))).rev == 3
+        assert time.monotonic() - began < 1
+        await store.close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+async def test_a_child_neither_writes_nor_closes_what_is_its_parents(tmp_path: Path) -> None:
+    bot = start(CHILD, tmp_path)
+    said, _ = await asyncio.to_thread(bot.communicate, None, 20)
+    refused, journals = said.splitlines()
+    assert refused.startswith("UserError")
+    assert "forked" in refused
+    assert journals == "1", "the child removed the journal of its parent"
+    store = FileStore(tmp_path)
+    assert await values(store) == ["new", "new"]
+    await store.close()
+
+
+async def test_a_damaged_journal_is_carried_out_as_far_as_it_can_be_read_and_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "dump"
+    store = FileStore(root)
+    for number, key in enumerate(("A", "B", "C")):
+        await store.batch([Write(row, ("s", "e", key), number) for row in (SIGNAL, SCHEDULE)])
+    after = copy_of_a_killed_process(root, tmp_path / "copy")
+    await store.close()
+    (journal,) = (tmp_path / "copy/.backtest-kit/journal").iterdir()
+    damaged = journal.read_bytes().replace(b'"B"', b'"X"')
+    journal.write_bytes(damaged)
+    for key in ("A", "B", "C"):
+        (tmp_path / f"copy/signal/s/e/{key}.json").unlink()
+    found = [await after.get(SIGNAL, ("s", "e", key)) for key in ("A", "B", "C")]
+    assert [record and record.value for record in found] == [0, None, 2]
+    (kept,) = (tmp_path / "copy/.backtest-kit/journal").iterdir()
+    assert kept.name == f"{journal.name}.damaged"
+    assert kept.read_bytes() == damaged
+    assert str(kept) in caplog.text
+    await after.close()
+    await FileStore(tmp_path / "copy").open()
+    assert kept.read_bytes() == damaged
