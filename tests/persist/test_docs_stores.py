@@ -67,8 +67,18 @@ def test_tables_say_what_the_code_does() -> None:
             assert (home_of(name, "live").value, home_of(name, "backtest").value) == (places[live], places[backtest])
             assert home_of(name, "paper").value == places[live]
     assert listed == set(CONTRACTS)
-    for kind, names, _ in rows("## What a promise is worth"):
+    for kind, names, _ in rows("## What a promise is worth")[: len(Durability)]:
         assert set(names.split(", ")) == {row.name for row in CONTRACTS.values() if row.durability is Durability(kind)}
+
+
+def test_every_store_and_class_has_a_proof_that_exists() -> None:
+    proofs = [row for row in rows("## What a promise is worth") if len(row) == 3 and "pytest" in row[2]]
+    assert {row[0] for row in proofs} == {"file", "sqlite", "memory, dummy", "a class of yours"}
+    for durability in Durability:
+        assert sum(durability.value in row[1] for row in proofs if row[0] in ("file", "sqlite")) == 2
+    root = Path(__file__).parents[2]
+    for path in re.findall(r"tests/[\w/.]+", PAGE):
+        assert (root / path).exists(), path
 
 
 def test_addresses_are_real() -> None:
