@@ -15,7 +15,7 @@ from backtest_kit.errors import Conflict, Damaged, RetryLater, UserError
 from backtest_kit.persist.backends import file_sync
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.codec import NewerSchema, seal
-from backtest_kit.persist.contracts import CONTRACTS, LEASE
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.store import Record, Write
 from backtest_kit.persist.testing.faults import FaultFS
@@ -186,6 +186,53 @@ async def test_what_is_still_damaged_is_not_restored(tmp_path: Path) -> None:
     with pytest.raises(Damaged):
         await store.get(SIGNAL, KEY)
     await store.close()
+
+
+async def test_restoring_never_replaces_what_was_written_since(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    await store.put(Write(SIGNAL, KEY, "backup"))
+    backup = (tmp_path / PATH).read_bytes()
+    kept = await damaged(store, tmp_path)
+    with pytest.raises(Damaged):
+        await store.get(SIGNAL, KEY)
+    (tmp_path / PATH).write_bytes(backup)
+    newest = [await store.put(Write(SIGNAL, KEY, value)) for value in range(3)][-1]
+    kept.write_bytes(backup)
+    with pytest.raises(UserError, match="revision 4, written since"):
+        await store.restore(PATH)
+    assert await store.get(SIGNAL, KEY) == newest
+    (tmp_path / PATH).write_bytes(b"damaged too")
+    for _ in range(2):
+        with pytest.raises(Damaged, match="earlier one"):
+            await store.get(SIGNAL, KEY)
+    with pytest.raises(UserError, match="move it away"):
+        await store.restore(PATH)
+    assert ((tmp_path / PATH).read_bytes(), kept.read_bytes()) == (b"damaged too", backup)
+    (tmp_path / PATH).unlink()
+    restored = await store.restore(PATH)
+    assert restored is not None
+    assert (restored.value, restored.rev) == ("backup", 2)
+    await store.close()
+
+
+@pytest.mark.parametrize("row", [SIGNAL, CONTRACTS["log"]], ids=["slot", "feed"])
+async def test_restoring_that_was_cut_short_is_finished(file_store: FileStore, faults: FaultFS, row: Contract) -> None:
+    key = KEY[: len(row.key_fields)]
+    await file_store.put(Write(row, key, {"price": 1}))
+    files = (file for file in Path(file_store.root.path).rglob("*.json*") if file.is_file())
+    (path,) = (file for file in files if b"price" in file.read_bytes())
+    path.write_bytes(path.read_bytes().replace(b"price", b"Price"))
+    with pytest.raises(Damaged):
+        await file_store.get(row, key)
+    (item,) = await file_store.quarantined()
+    faults.inject("unlink", path="quarantine")
+    with pytest.raises(RetryLater):
+        await file_store.restore(item.path)
+    restored = await file_store.restore(item.path)
+    assert restored is not None
+    assert (restored.value, restored.rev) == ({"Price": 1}, 2)
+    assert await file_store.get(row, key) == restored
+    assert await file_store.quarantined() == []
 
 
 async def test_scan_tells_of_damage_where_it_meets_it(tmp_path: Path) -> None:

@@ -49,20 +49,25 @@ def check(root: Root, *, deep: bool) -> list[Finding]:
 def restore(root: Root, path: str) -> Record | None:
     """Put what is in quarantine under `path` back, as it is now: an operator may have mended it there.
 
-    A record that was edited by hand counts as a new revision; candles are put back only as they were written.
+    A record counts as a new revision, which refuses writers that have not seen it; candles are put back
+    only as they were written. What has come to its place meanwhile is never replaced.
 
     Raises:
-        UserError: nothing is called so, it cannot be put back, or it is still damaged.
+        UserError: nothing is called so, it has no place to go back to, it is still damaged, or something
+            else is in its place.
     """
     item = root.quarantine.find(path)
     row = _row_of(path)
-    if row is None or path.endswith(".torn"):
-        raise UserError(f"{path} is only kept as evidence and has no place of its own: drop it when you have seen it")
+    if row is None or not item.blocks:
+        raise UserError(f"{path} is only kept as evidence and blocks nothing: drop it when you have seen it")
+    root.checkpoint()  # else a journal could bring an older revision back
     with root.locked((_lock_of(path, row),), patient=True) as ticks:
         data = root.quarantine.read(path)
         try:
             if row.kind is Kind.SERIES:
                 verify_candles(data)
+                if root.disk.exists(f"{root.path}/{path}"):
+                    raise _occupied(path, "a month of candles")
                 root.quarantine.put_back(path)
                 return None
             record = _mended(row, path, data)
@@ -70,18 +75,50 @@ def restore(root: Root, path: str) -> Record | None:
             raise UserError(
                 f"{root.quarantine.place(path)} is still damaged: {error}; mend it there, or drop it"
             ) from None
-        if row.kind is Kind.FEED:
-            # Appended before the copy in quarantine goes: a crash between the two leaves both.
-            feed = root.feed(row, path.rpartition("/")[0])
-            feed.append([(next(ticks), dump_record(row, record))])
-            root.disk.sync_file(f"{root.path}/{feed.path}/{feed.tail_name}")
-            root.quarantine.release(path)
-            feed.forget()
-            return record
-        if item.blocks:
-            root.write_durably(path, seal(row, record), next(ticks))
+        current = _in_place(root, row, path, record)
+        # A process that was killed between the two steps below has left the same record in both places.
+        if current is None or not _same(current, record):
+            if current is not None and current.rev >= record.rev:
+                raise _occupied(path, f"revision {current.rev}, written since")
+            record = _next_revision(record)
+            if row.kind is Kind.FEED:
+                feed = root.feed(row, path.rpartition("/")[0])
+                feed.append([(next(ticks), dump_record(row, record))])
+                root.disk.sync_file(f"{root.path}/{feed.path}/{feed.tail_name}")
+            else:
+                root.write_durably(path, seal(row, record), next(ticks))
+            current = record
         root.quarantine.release(path)
-        return record
+        if row.kind is Kind.FEED:
+            root.feed(row, path.rpartition("/")[0]).forget()
+        return current
+
+
+def _in_place(root: Root, row: Contract, path: str, record: Record) -> Record | None:
+    """The sound record that is where that of `path` belongs. Raises `UserError` if what is there is damaged too."""
+    try:
+        if row.kind is Kind.FEED:
+            return root.feed(row, path.rpartition("/")[0]).find(record.key, locked=True, despite_block=True)
+        return unseal_at(row, record.key, path, root.disk.read(f"{root.path}/{path}"))
+    except FileNotFoundError:
+        return None
+    except (Damaged, IsADirectoryError) as error:
+        raise UserError(f"what is at {root.path}/{path} by now cannot be read: {error}; move it away first") from None
+
+
+def _same(current: Record, restored: Record) -> bool:
+    return current.rev > restored.rev and _content(current) == _content(restored)
+
+
+def _content(record: Record) -> tuple[object, ...]:
+    return record.value, record.when, record.removed, record.written_at
+
+
+def _occupied(path: str, what: str) -> UserError:
+    return UserError(
+        f"{path} is not put back, because {what}, is in its place and would be lost: drop what is in quarantine, "
+        "or write its value again as an ordinary write"
+    )
 
 
 def drop(root: Root, path: str) -> Quarantined:
@@ -148,13 +185,13 @@ def _mended(row: Contract, path: str, data: bytes) -> Record:
         try:
             return open_envelope(row, None, parse(unseal_line(data)))
         except Damaged:
-            return _next_revision(open_envelope(row, None, parse(data[data.find(b"{") :])))
+            return open_envelope(row, None, parse(data[data.find(b"{") :]))
     try:
         return unseal_at(row, None, path, data)
     except Damaged:
         record = reseal(row, data)
         unseal_at(row, None, path, seal(row, record))
-        return _next_revision(record)
+        return record
 
 
 def _next_revision(record: Record) -> Record:
