@@ -95,12 +95,12 @@ def run_quarantine_list(url: str) -> None:
 
 
 def run_quarantine_restore(url: str, path: str) -> None:
-    _with_store(url, lambda store: operations.quarantine_restore(store, path))
+    _with_store(url, lambda store: operations.quarantine_restore(store, path), existing=False)
     _say(f"{path} is back in its place.")
 
 
 def run_quarantine_drop(url: str, path: str) -> None:
-    _with_store(url, lambda store: operations.quarantine_drop(store, path))
+    _with_store(url, lambda store: operations.quarantine_drop(store, path), existing=False)
     _say(f"{path} is given up, and its key is free.")
 
 
@@ -111,14 +111,14 @@ def run_export(url: str, file: Path) -> None:
 
 def run_import(url: str, file: Path) -> None:
     """Write what is in `file` into the store, which is made if it does not exist."""
-    counts = _with_store(url, lambda store: transfer.import_store(store, file), make=True)
+    counts = _with_store(url, lambda store: transfer.import_store(store, file), existing=False, make=True)
     there = f"; {counts.present:,} were there already" if counts.present else ""
     _say(f"{url}: {counts.records:,} records and {counts.candles:,} candles{there}.")
 
 
-def _with_store(url: str, use: Callable[[Store], Awaitable[T]], *, make: bool = False) -> T:
+def _with_store(url: str, use: Callable[[Store], Awaitable[T]], *, existing: bool = True, make: bool = False) -> T:
     async def main() -> T:
-        store = store_at(url)
+        store = store_at(url, existing=existing)
         try:
             return await use(store)
         finally:

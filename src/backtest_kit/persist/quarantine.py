@@ -71,8 +71,8 @@ class Quarantine:
         try:
             if self._disk.exists(place):
                 return Damaged(
-                    f"{self._root}/{path}: {reason}. It stays where it is, because an earlier one is in {place}: decide "
-                    f"about that one first, with `backtest-kit store quarantine drop {path}`, or move it elsewhere"
+                    f"{self._root}/{path}: {reason}. It stays where it is, because an earlier one is in {place}: "
+                    f"decide about that one first, with `backtest-kit store quarantine drop {path}`, or move it away"
                 )
             self._keep_reason(Quarantined(path, contract.name, list(key), reason, _now_ms()))
             self._disk.move(f"{self._root}/{path}", place)

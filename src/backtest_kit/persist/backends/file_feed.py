@@ -54,7 +54,15 @@ class Feed:
     """One directory of segments. Methods block; the lock of the feed is taken before its guard."""
 
     def __init__(
-        self, root: str, path: str, contract: Contract, disk: Disk, locks: LockSet, quarantine: Quarantine
+        self,
+        root: str,
+        path: str,
+        contract: Contract,
+        disk: Disk,
+        locks: LockSet,
+        quarantine: Quarantine,
+        *,
+        read_only: bool = False,
     ) -> None:
         self._directory = f"{root}/{path}"
         self.path = path
@@ -62,6 +70,7 @@ class Feed:
         self._disk = disk
         self._locks = locks
         self._quarantine = quarantine
+        self._read_only = read_only
         self._guard = threading.RLock()
         self._loaded = False
         self._unreported: dict[str, Damaged] = {}
@@ -165,7 +174,7 @@ class Feed:
         Raises:
             Damaged: the line is in quarantine.
         """
-        with contextlib.nullcontext() if locked else self._locks.hold((self.path,)), self._guard:
+        with contextlib.nullcontext() if locked else self._hold(), self._guard:
             self._loaded = False
             span = (unsound.offset, len(unsound.line))
             try:
@@ -182,8 +191,11 @@ class Feed:
         with self._guard:
             if self._loaded and self._is_current():
                 return
-        with self._locks.hold((self.path,)):
+        with self._hold():
             self.catch_up()
+
+    def _hold(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._read_only else self._locks.hold((self.path,))
 
     def catch_up(self) -> None:
         """As `refresh`, for a caller that holds the lock of the feed."""
@@ -197,6 +209,8 @@ class Feed:
                 self._take_in_tail()
                 if self._disk.exists(self._following()):
                     self._seal()
+                elif self._read_only:
+                    return  # what is behind the last line is not cut off here
 
     def append(self, lines: Sequence[tuple[int, bytes]]) -> bool:
         """Write records, dumped as JSON and each with its tick; return whether a compaction is due.
@@ -347,7 +361,8 @@ class Feed:
     def _make_index(self, name: str) -> Any:
         data = self._disk.read(f"{self._directory}/{name}")
         index = np.array(list(self._lines(name, data, 0)), LINE)
-        write_index(self._disk, self._directory, name, index, len(data))
+        if not self._read_only:
+            write_index(self._disk, self._directory, name, index, len(data))
         return index
 
     def _add_sealed(self, name: str, index: Any) -> None:
@@ -382,6 +397,9 @@ class Feed:
 
         Blanks stay in its place, so that no offset changes.
         """
+        if self._read_only:
+            where = f"{self._directory}/{unsound.segment} at byte {unsound.offset}"
+            raise Damaged(f"{where}: {unsound.reason}; it stays where it is, the root is read-only")
         key = key_in(unsound.line, self.contract, unsound.hash)
         reason = unsound.reason
         if unsound.hash is None:
@@ -411,6 +429,8 @@ class Feed:
             torn = self._disk.read_from(f"{self._directory}/{name}", self._tail.size)
         except FileNotFoundError:
             return
+        if self._read_only:
+            return
         known = hash_in(torn)
         if known is not None:  # A write that was cut short is shorter than its line.
             unsound = Unsound(name, self._tail.size, torn, "the end of the line was changed on the disk", known)
@@ -439,7 +459,8 @@ class Feed:
 
     def _seal(self) -> None:
         index = np.array(self._tail.lines, LINE) if self._tail.lines else np.empty(0, LINE)
-        write_index(self._disk, self._directory, self._tail.name, index, self._tail.size)
+        if not self._read_only:
+            write_index(self._disk, self._directory, self._tail.name, index, self._tail.size)
         crashpoint("feed.after_seal")
         self._add_sealed(self._tail.name, index)
         self._tail = Tail(self._tail.number + 1)

@@ -10,21 +10,55 @@ import msgspec
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.backends.file_candles import SUFFIX as CANDLE_SUFFIX, verify as verify_candles
-from backtest_kit.persist.backends.file_paths import OWN_DIRECTORY, SUFFIX as RECORD_SUFFIX, unseal_at
+from backtest_kit.persist.backends.file_paths import MARKER, OWN_DIRECTORY, SUFFIX as RECORD_SUFFIX, unseal_at
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.file_segments import SUFFIX as FEED_SUFFIX
 from backtest_kit.persist.codec import dump_record, open_envelope, parse, reseal, seal, unseal_line
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
-from backtest_kit.persist.files import STALE_TEMP_SECONDS, TEMP_PREFIX
+from backtest_kit.persist.files import STALE_TEMP_SECONDS, TEMP_NAME, disk_error
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE, Quarantined
 from backtest_kit.persist.store import Record
 from backtest_kit.persist.upkeep import Finding
 
 _ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
+_REPORTS: Final = ("backtest", "walker")
+"""Directories of reports, which runs write beside the records of the default root."""
+_KNOWN: Final = frozenset((*_ROWS, *_REPORTS, QUARANTINE, OWN_DIRECTORY))
 
 
 def check(root: Root, *, deep: bool) -> list[Finding]:
-    """Everything that is wrong, by path. Reads every record and, if `deep`, every candle. Changes nothing."""
+    """Everything that is wrong, by path. Reads every record and, if `deep`, every candle. Changes nothing.
+
+    Raises:
+        UserError: there is no store.
+        RetryLater: it cannot be read.
+    """
+    root.require_store()
+    try:
+        return sorted([*_check_own(root), *_check_files(root, deep)], key=lambda finding: finding.path)
+    except OSError as error:
+        raise disk_error(error, "check", root.path) from error
+
+
+def _check_own(root: Root) -> Iterator[Finding]:
+    """What the store keeps for itself: the marker and the journals."""
+    try:
+        root.check_marker()
+    except Damaged as error:
+        yield Finding(f"{OWN_DIRECTORY}/{MARKER}", str(error))
+    for entry in root.disk.entries(f"{root.path}/{OWN_DIRECTORY}/journal"):
+        path = f"{OWN_DIRECTORY}/journal/{entry.name}"
+        try:
+            # Behind the last newline is what a killed process was writing, which was never acknowledged.
+            for line in root.disk.read(entry.path).split(b"\n")[:-1]:
+                parse(unseal_line(line))
+        except FileNotFoundError:
+            continue  # carried out while this went on
+        except Damaged as error:
+            yield Finding(path, f"a line of the journal is damaged, it and what follows is not carried out: {error}")
+
+
+def _check_files(root: Root, deep: bool) -> list[Finding]:
     found = [
         Finding(f"{QUARANTINE}/{item.path}", f"in quarantine{', its key is blocked' * item.blocks}: {item.reason}")
         for item in root.quarantine.list()
@@ -35,15 +69,17 @@ def check(root: Root, *, deep: bool) -> list[Finding]:
         with root.disk.listing(f"{root.path}/{directory}") as entries:
             for entry in entries:
                 path = f"{directory}{entry.name}"
-                if entry.is_dir(follow_symlinks=False):
+                if not directory and entry.name not in _KNOWN and not entry.name.startswith("@"):
+                    found.append(Finding(path, "nothing of this store is called so: it was not looked at"))
+                elif entry.is_dir(follow_symlinks=False):
                     if path not in (QUARANTINE, OWN_DIRECTORY):
                         pending.append(f"{path}/")
-                elif entry.name.startswith(TEMP_PREFIX):
+                elif TEMP_NAME.fullmatch(entry.name):
                     if time.time() - entry.stat().st_mtime > STALE_TEMP_SECONDS:
                         found.append(Finding(path, "a write that a killed process left: removed at the next opening"))
                 elif deep or not path.endswith(CANDLE_SUFFIX):
                     found += _check_file(root, path)
-    return sorted(found, key=lambda finding: finding.path)
+    return found
 
 
 def restore(root: Root, path: str) -> Record | None:
