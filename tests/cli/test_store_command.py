@@ -155,3 +155,16 @@ def test_help_names_every_verb(tmp_path: Path) -> None:
     for verb in ("ls", "get", "du", "check", "export", "import", "quarantine"):
         assert verb in page
     assert "restore" in run("quarantine", "--help", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("verb", [("ls", "signal"), ("du",), ("check",), ("export", "x.jsonl"), ("quarantine", "list")])
+def test_looking_at_what_is_no_store_changes_nothing(tmp_path: Path, verb: tuple[str, ...]) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/.tmp-notes.txt").write_text("mine")
+    (tmp_path / "empty.db").write_bytes(b"")
+    before = sorted(tmp_path.rglob("*"))
+    for url in ("file:home", "file:empty.db", "sqlite:empty.db"):
+        told = run(*verb, "--store", url, cwd=tmp_path, code=2)
+        assert "no store" in told or "is a file" in told
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "empty.db").stat().st_size == 0

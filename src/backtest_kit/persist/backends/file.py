@@ -141,6 +141,7 @@ class FileStore:
         return await asyncio.to_thread(file_operations.check, self.root, deep=deep)
 
     async def quarantined(self) -> list[Quarantined]:
+        await asyncio.to_thread(self.root.require_store)
         return await asyncio.to_thread(self.root.quarantine.list)
 
     async def restore(self, path: str) -> Record | None:
