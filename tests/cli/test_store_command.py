@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from backtest_kit.persist.binding import Persistence
-from backtest_kit.persist.urls import store_at
 
 COMMAND = [str(Path(sys.executable).with_name("backtest-kit")), "store"]
 KEY: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "binance", "symbol": "BTCUSDT"}
@@ -69,6 +68,29 @@ def test_ls_get_and_du_show_what_is_there(url: str, tmp_path: Path) -> None:
     assert "paper" in usage
 
 
+def test_keys_that_look_like_markup_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    note: dict[str, Any] = {"signal_id": "[/b]", "bucket_name": "[red]x", "memory_id": ":smile:"}
+
+    async def fill() -> None:
+        persistence = Persistence()
+        await persistence.memory.write("[/i] :smile:", **note)
+        await persistence.close()
+
+    asyncio.run(fill())
+    (file,) = (tmp_path / "dump/memory").rglob("*.json")
+    name = file.relative_to(tmp_path / "dump").as_posix()
+    key = name.removeprefix("memory/").removesuffix(".json")
+    listed = run("ls", "memory", cwd=tmp_path)
+    assert key in listed
+    assert "[/i] :smile:" in listed
+    file.write_bytes(b"?")
+    assert name in run("check", cwd=tmp_path, code=1)
+    run("get", "memory", key, cwd=tmp_path, code=1)
+    assert "]" in run("quarantine", "list", cwd=tmp_path)
+    assert name in run("quarantine", "drop", name, cwd=tmp_path)
+
+
 def test_bad_names_are_explained(url: str, tmp_path: Path) -> None:
     assert "no contract is called 'signals'" in run("ls", "signals", "--store", url, cwd=tmp_path, code=2)
     assert "has no record 'trend/binance/ETHUSDT'" in run(
@@ -88,13 +110,6 @@ def test_export_and_import_carry_everything_over(url: str, tmp_path: Path) -> No
     other = "sqlite:other.db" if url.startswith("file") else "file:./other"
     told = run("export", "all.jsonl", "--store", url, cwd=tmp_path)
     assert "6 records" in told
-
-    async def make() -> None:
-        store = store_at(other)
-        await store.open()
-        await store.close()
-
-    asyncio.run(make())
     assert "6 records" in run("import", "all.jsonl", "--store", other, cwd=tmp_path)
     again = run("import", "all.jsonl", "--store", other, cwd=tmp_path)
     assert "were there already" in again
@@ -140,3 +155,16 @@ def test_help_names_every_verb(tmp_path: Path) -> None:
     for verb in ("ls", "get", "du", "check", "export", "import", "quarantine"):
         assert verb in page
     assert "restore" in run("quarantine", "--help", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("verb", [("ls", "signal"), ("du",), ("check",), ("export", "x.jsonl"), ("quarantine", "list")])
+def test_looking_at_what_is_no_store_changes_nothing(tmp_path: Path, verb: tuple[str, ...]) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/.tmp-notes.txt").write_text("mine")
+    (tmp_path / "empty.db").write_bytes(b"")
+    before = sorted(tmp_path.rglob("*"))
+    for url in ("file:home", "file:empty.db", "sqlite:empty.db"):
+        told = run(*verb, "--store", url, cwd=tmp_path, code=2)
+        assert "no store" in told or "is a file" in told
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "empty.db").stat().st_size == 0

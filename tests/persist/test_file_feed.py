@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from backtest_kit.errors import Damaged
+from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.backends import file_feed
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.contracts import CONTRACTS
@@ -16,7 +16,7 @@ from backtest_kit.persist.store import Write
 from backtest_kit.persist.testing.faults import FaultFS
 
 LOG, STORAGE = CONTRACTS["log"], CONTRACTS["storage"]
-FIRST = "log/00000001.jsonl"
+FIRST, LIVE = "log/00000001.jsonl", "storage/live/00000001.jsonl"
 
 
 @pytest.fixture
@@ -106,19 +106,117 @@ async def test_dropped_line_frees_its_key(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_line_of_which_nothing_can_be_read(tmp_path: Path) -> None:
-    store = quick(tmp_path)
-    await log(store, "a", "b", "c")
+async def versions(root: Path) -> bytes:
+    """Two versions of one key and one of another; the bytes of the feed."""
+    store = quick(root)
+    for name, value in (("a", "old"), ("a", "new"), ("b", "only")):
+        await store.put(Write(STORAGE, (False, name), value))
     await store.close()
-    path = tmp_path / FIRST
-    lines = path.read_bytes().split(b"\n")
-    lines[1] = b"\xff" * len(lines[1])
-    path.write_bytes(b"\n".join(lines))
+    return (root / LIVE).read_bytes()
+
+
+async def answers(store: FileStore) -> list[object]:
+    """What the store says of the two keys, and of one that was never written."""
+    found: list[object] = []
+    for name in "abc":
+        try:
+            record = await store.get(STORAGE, (False, name))
+        except Damaged:
+            found.append(Damaged)
+        else:
+            found.append(None if record is None else record.value)
+    return found
+
+
+async def test_line_whose_json_is_broken_blocks_its_key(tmp_path: Path) -> None:
+    whole = await versions(tmp_path)
+    lines = whole.splitlines(keepends=True)
+    lines[1] = lines[1].replace(b'"key":', b'"key"?')
+    (tmp_path / LIVE).write_bytes(b"".join(lines))
     store = quick(tmp_path)
-    with pytest.raises(Damaged):
-        await entries(store)
-    assert await entries(store) == ["a", "c"]
-    assert await store.get(LOG, ("a",)) is not None
+    assert await answers(store) == [Damaged, "only", None]
+    for expect in ("any", "absent"):
+        with pytest.raises(Damaged, match="blocked"):
+            await store.put(Write(STORAGE, (False, "a"), "another", expect=expect))
+    assert [record.value async for record in store.scan(STORAGE)] == ["only"]
+    (item,) = await store.quarantined()
+    kept = tmp_path / "quarantine" / item.path
+    kept.write_bytes(kept.read_bytes().replace(b'"key"?', b'"key":'))
+    assert (await store.restore(item.path)) == await store.get(STORAGE, (False, "a"))
+    assert await answers(store) == ["new", "only", None]
+    await store.close()
+
+
+async def test_line_of_which_nothing_can_be_read_blocks_the_feed(tmp_path: Path) -> None:
+    whole = await versions(tmp_path)
+    lines = whole.split(b"\n")
+    lines[1] = b"\xff" * len(lines[1])
+    (tmp_path / LIVE).write_bytes(b"\n".join(lines))
+    for _ in range(2):
+        store = quick(tmp_path)
+        assert await answers(store) == [Damaged] * 3
+        with pytest.raises(Damaged, match="whole feed"):
+            await store.put(Write(STORAGE, (False, "c"), 1))
+        for _ in range(2):
+            with pytest.raises(Damaged, match="whole feed"):
+                [record async for record in store.scan(STORAGE)]
+        await store.put(Write(STORAGE, (True, "c"), "in another feed"))
+        await store.close()
+    (item,) = await store.quarantined()
+    assert item.key == []
+    await store.drop(item.path)
+    assert await answers(store) == ["old", "only", None]
+    await store.close()
+
+
+async def test_no_changed_byte_makes_an_old_record_current(tmp_path: Path) -> None:
+    whole = await versions(tmp_path)
+    for position in sorted({*range(0, len(whole), 9), *(at for at, byte in enumerate(whole) if byte == 10)}):
+        for byte in b"\n\0":
+            if whole[position] == byte:
+                continue
+            root = tmp_path / f"{position}-{byte}"
+            (root / LIVE).parent.mkdir(parents=True)
+            (root / LIVE).write_bytes(whole[:position] + bytes([byte]) + whole[position + 1 :])
+            store = quick(root)
+            a, b, _ = await answers(store)
+            assert (a in ("new", Damaged), b in ("only", Damaged)) == (True, True), (position, byte)
+            assert Damaged in (a, b)
+            await store.close()
+
+
+async def test_line_that_another_process_has_put_aside_stays_there(tmp_path: Path) -> None:
+    one, two = quick(tmp_path), quick(tmp_path)
+    await log(one, "a", "b", "c")
+    path = tmp_path / FIRST
+    damaged = path.read_bytes().replace(b'"text":"b"', b'"text":"x"')
+    path.write_bytes(damaged)
+    for store in (two, one, one, two, quick(tmp_path)):
+        with pytest.raises(Damaged, match="blocked"):
+            await store.get(LOG, ("b",))
+        (item,) = await one.quarantined()
+        assert (tmp_path / "quarantine" / item.path).read_bytes() == damaged.splitlines(keepends=True)[1]
+        assert item.key == ["b"]
+        assert await entries(store) == ["a", "c"]
+    await two.drop(item.path)
+    assert await one.get(LOG, ("b",)) is None
+    for store in (one, two):
+        await store.close()
+
+
+async def test_every_torn_end_is_kept(tmp_path: Path) -> None:
+    store = quick(tmp_path)
+    await log(store, "a")
+    for torn in (b"0123", b"4567", b"4567", b"89"):
+        await store.close()
+        with (tmp_path / FIRST).open("ab") as file:
+            file.write(torn)
+        assert await entries(store) == ["a"]
+    kept = {(tmp_path / "quarantine" / item.path).read_bytes() for item in await store.quarantined()}
+    assert kept == {b"0123", b"4567", b"89"}
+    for item in await store.quarantined():
+        with pytest.raises(UserError, match="evidence"):
+            await store.restore(item.path)
     await store.close()
 
 

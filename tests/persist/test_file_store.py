@@ -15,7 +15,7 @@ from backtest_kit.errors import Conflict, Damaged, RetryLater, UserError
 from backtest_kit.persist.backends import file_sync
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.codec import NewerSchema, seal
-from backtest_kit.persist.contracts import CONTRACTS, LEASE
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.store import Record, Write
 from backtest_kit.persist.testing.faults import FaultFS
@@ -188,6 +188,53 @@ async def test_what_is_still_damaged_is_not_restored(tmp_path: Path) -> None:
     await store.close()
 
 
+async def test_restoring_never_replaces_what_was_written_since(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    await store.put(Write(SIGNAL, KEY, "backup"))
+    backup = (tmp_path / PATH).read_bytes()
+    kept = await damaged(store, tmp_path)
+    with pytest.raises(Damaged):
+        await store.get(SIGNAL, KEY)
+    (tmp_path / PATH).write_bytes(backup)
+    newest = [await store.put(Write(SIGNAL, KEY, value)) for value in range(3)][-1]
+    kept.write_bytes(backup)
+    with pytest.raises(UserError, match="revision 4, written since"):
+        await store.restore(PATH)
+    assert await store.get(SIGNAL, KEY) == newest
+    (tmp_path / PATH).write_bytes(b"damaged too")
+    for _ in range(2):
+        with pytest.raises(Damaged, match="earlier one"):
+            await store.get(SIGNAL, KEY)
+    with pytest.raises(UserError, match="move it away"):
+        await store.restore(PATH)
+    assert ((tmp_path / PATH).read_bytes(), kept.read_bytes()) == (b"damaged too", backup)
+    (tmp_path / PATH).unlink()
+    restored = await store.restore(PATH)
+    assert restored is not None
+    assert (restored.value, restored.rev) == ("backup", 2)
+    await store.close()
+
+
+@pytest.mark.parametrize("row", [SIGNAL, CONTRACTS["log"]], ids=["slot", "feed"])
+async def test_restoring_that_was_cut_short_is_finished(file_store: FileStore, faults: FaultFS, row: Contract) -> None:
+    key = KEY[: len(row.key_fields)]
+    await file_store.put(Write(row, key, {"price": 1}))
+    files = (file for file in Path(file_store.root.path).rglob("*.json*") if file.is_file())
+    (path,) = (file for file in files if b"price" in file.read_bytes())
+    path.write_bytes(path.read_bytes().replace(b"price", b"Price"))
+    with pytest.raises(Damaged):
+        await file_store.get(row, key)
+    (item,) = await file_store.quarantined()
+    faults.inject("unlink", path="quarantine")
+    with pytest.raises(RetryLater):
+        await file_store.restore(item.path)
+    restored = await file_store.restore(item.path)
+    assert restored is not None
+    assert (restored.value, restored.rev) == ({"Price": 1}, 2)
+    assert await file_store.get(row, key) == restored
+    assert await file_store.quarantined() == []
+
+
 async def test_scan_tells_of_damage_where_it_meets_it(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     for name in "abc":
@@ -243,12 +290,16 @@ async def test_check_explains_and_changes_nothing(tmp_path: Path) -> None:
     await store.close()
     log = tmp_path / "log/00000001.jsonl"
     log.write_bytes(log.read_bytes().replace(b'"a"', b'"z"'))
-    stale = tmp_path / "signal/.tmp-1-1-1"
+    stale = tmp_path / "signal/.tmp-1-0123456789ab-1"
     stale.write_bytes(b"")
     os.utime(stale, (0, 0))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     findings = await store.check()
-    assert [finding.path for finding in findings] == ["log/00000001.jsonl at byte 0", "signal/.tmp-1-1-1", PATH]
+    assert [finding.path for finding in findings] == [
+        "log/00000001.jsonl at byte 0",
+        "signal/.tmp-1-0123456789ab-1",
+        PATH,
+    ]
     assert "checksum" in findings[0].problem
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -270,7 +321,7 @@ async def test_input_error_changes_nothing(file_store: FileStore, faults: FaultF
 async def test_young_temporary_files_are_somebodys_write(tmp_path: Path) -> None:
     directory = tmp_path / "signal/trend"
     directory.mkdir(parents=True)
-    stale, young = directory / ".tmp-1-1-aa", directory / ".tmp-1-1-bb"
+    stale, young = directory / ".tmp-1-0123456789ab-1", directory / ".tmp-1-0123456789ab-2"
     for path in (stale, young):
         path.write_bytes(b"{}")
     os.utime(stale, (time.time() - 121, time.time() - 121))
@@ -279,6 +330,117 @@ async def test_young_temporary_files_are_somebodys_write(tmp_path: Path) -> None
     assert [record async for record in store.scan(SIGNAL)] == []
     await store.close()
     assert (stale.exists(), young.exists()) == (False, True)
+
+
+async def test_files_of_others_are_never_swept(tmp_path: Path) -> None:
+    name = ".tmp-1-0123456789ab-1"
+    others = [tmp_path / name, tmp_path / "notes" / name, tmp_path / "signal/.tmp-notes.txt"]
+    ours = [tmp_path / place / name for place in ("signal/a", "@paper/signal", ".backtest-kit", "quarantine/log")]
+    for path in (*others, *ours):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        os.utime(path, (0, 0))
+    store = FileStore(tmp_path)
+    await store.open()
+    await store.close()
+    assert [path.exists() for path in others] == [True] * 3
+    assert [path.exists() for path in ours] == [False] * 4
+
+
+# -- opened to look at it ------------------------------------------------------------------------------
+
+
+async def test_what_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "signal").mkdir()
+    (tmp_path / "signal/.tmp-1-0123456789ab-1").write_bytes(b"")
+    os.utime(tmp_path / "signal/.tmp-1-0123456789ab-1", (0, 0))
+    before = sorted(tmp_path.rglob("*"))
+    store = FileStore(tmp_path, existing=True)
+    for looking in (store.get(SIGNAL, KEY), store.check(), FileStore(tmp_path).check()):
+        with pytest.raises(UserError, match="no store"):
+            await looking
+    for operation in (FileStore(tmp_path).restore("a"), FileStore(tmp_path).drop("a")):
+        with pytest.raises(UserError, match="nothing in quarantine"):
+            await operation
+    await store.close()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+class ReadOnlyDisk(Disk):
+    def writable(self, path: str) -> bool:
+        return False
+
+
+async def test_looking_changes_nothing_where_nothing_can_be_changed(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    for name in ("a", "b"):
+        await store.put(Write(CONTRACTS["log"], (name,), name))
+        await store.put(Write(STATE, (name, "x"), name))
+    await store.close()
+    log = tmp_path / "log/00000001.jsonl"
+    log.write_bytes(log.read_bytes() + b"00000000 torn")
+    faults = FaultFS()
+    for call in ("write", "mkdir", "replace", "unlink", "utime", "ftruncate"):
+        faults.inject(call, 30, lasting=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    looking = FileStore(tmp_path, disk=ReadOnlyDisk(faults), existing=True)
+    assert [record.value async for record in looking.scan(STATE)] == ["a", "b"]
+    assert [record.value async for record in looking.scan(CONTRACTS["log"])] == ["a", "b"]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    await looking.close()
+    (tmp_path / "state/a/x.json").write_bytes(b"?")
+    log.write_bytes(log.read_bytes().replace(b'"value":"a"', b'"value":"?"'))
+    for operation in (looking.get(STATE, ("a", "x")), looking.get(CONTRACTS["log"], ("b",))):
+        with pytest.raises(Damaged, match="read-only"):
+            await operation
+    await looking.close()
+    assert set(before) == {path for path in tmp_path.rglob("*") if path.is_file()}
+
+
+async def test_looking_carries_out_what_a_killed_process_left(tmp_path: Path) -> None:
+    faults = FaultFS()
+    first = FileStore(tmp_path, disk=Disk(faults))
+    await first.open()
+    faults.inject("replace", nth=1, lasting=True)
+    with pytest.raises(RetryLater):
+        await first.batch([Write(SIGNAL, KEY, "new"), Write(RISK, ("e", "r"), "new")])
+    await first.close()
+    looking = FileStore(tmp_path, existing=True)
+    found = await looking.get(SIGNAL, KEY)
+    assert found is not None
+    assert found.value == "new"
+    await looking.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "problem"),
+    [
+        (".backtest-kit/root.json", b"garbage", "remove that file"),
+        (".backtest-kit/root.json", b'{"schemaVersion": 9, "createdAt": 0}', "schema 9"),
+        (".backtest-kit/journal/1-1-1.journal", b"00000000 garbage\n", "not carried out"),
+        ("singal/a.json", b"", "nothing of this store"),
+        ("notes.txt", b"", "nothing of this store"),
+    ],
+)
+async def test_check_looks_at_what_is_not_a_record_too(tmp_path: Path, name: str, data: bytes, problem: str) -> None:
+    store = FileStore(tmp_path)
+    await store.put(Write(SIGNAL, KEY, 1))
+    await store.close()
+    (tmp_path / "backtest").mkdir()
+    assert await store.check() == []
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(data)
+    (finding,) = await store.check()
+    assert problem in finding.problem
+    assert finding.path.startswith(name.partition("/")[0])
+
+
+async def test_check_of_what_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "q.db").write_bytes(b"")
+    with pytest.raises(UserError, match="is a file"):
+        await FileStore(tmp_path / "q.db").check()
+    with pytest.raises(UserError, match="no store"):
+        await FileStore(tmp_path / "nowhere").check()
 
 
 async def test_root_that_is_a_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
@@ -417,3 +418,24 @@ async def test_newer_format_is_refused(exported: Path, tmp_path: Path, monkeypat
     monkeypatch.undo()
     with pytest.raises(UserError, match="newer version"):
         await import_store(MemoryStore(), tmp_path / "newer.jsonl")
+
+
+async def test_database_is_looked_at_without_being_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SqliteStore(tmp_path / "bot.db")
+    await store.put(Write(SIGNAL, KEY, "kept"))
+    await store.close()
+    before = store.path.read_bytes()
+    for writable in (True, False):
+        monkeypatch.setattr(os, "access", lambda *_, answer=writable: answer)
+        looking = SqliteStore(tmp_path / "bot.db", existing=True)
+        found = await looking.get(SIGNAL, KEY)
+        assert found is not None
+        assert found.value == "kept"
+        assert await check(looking, deep=True) == []
+        await looking.close()
+        assert store.path.read_bytes() == before
+        Path(f"{store.path}-wal").unlink(missing_ok=True)  # empty: SQLite needs one to read where it can write
+    (tmp_path / "bot.db").write_bytes(b"")
+    with pytest.raises(UserError, match="no store"):
+        await check(SqliteStore(tmp_path / "bot.db", existing=True))
+    assert (tmp_path / "bot.db").read_bytes() == b""

@@ -34,7 +34,8 @@ def run_ls(url: str, namespace: str, contract_name: str, prefix: str, limit: int
     table = _table("Key", "Rev", "When", "Value")
     for record in _with_store(url, read):
         value = json.dumps(record.value, ensure_ascii=False)
-        table.add_row(
+        _add(
+            table,
             operations.text_of(row, record.key),
             str(record.rev),
             "-" if record.when is None else iso(record.when),
@@ -63,7 +64,8 @@ def run_get(url: str, namespace: str, contract_name: str, key_text: str) -> None
 def run_du(url: str) -> None:
     table = _table("Namespace", "Contract", "Records", "Removed", "Bytes", "Fault")
     for usage in _with_store(url, operations.du):
-        table.add_row(
+        _add(
+            table,
             "/".join(usage.namespace) or "(live)",
             usage.contract,
             f"{usage.records:,}",
@@ -77,11 +79,10 @@ def run_du(url: str) -> None:
 def run_check(url: str, deep: bool) -> int:
     """Print what is wrong; the exit code is 1 if anything is."""
     findings = _with_store(url, lambda store: operations.check(store, deep=deep))
-    console = _console()
     for finding in findings:
-        console.print(Text(f"{finding.path}: {finding.problem}"), soft_wrap=True)
+        _say(f"{finding.path}: {finding.problem}")
     many = "1 problem" if len(findings) == 1 else f"{len(findings):,} problems"
-    console.print(f"{url}: {many} found." if findings else f"{url}: every record is sound.", highlight=False)
+    _say(f"{url}: {many} found." if findings else f"{url}: every record is sound.")
     return 1 if findings else 0
 
 
@@ -89,40 +90,41 @@ def run_quarantine_list(url: str) -> None:
     table = _table("Path", "Contract", "Key", "Found", "Reason")
     for each in _with_store(url, operations.quarantine_list):
         key = "/".join(map(str, each.key)) if each.key else "-"
-        table.add_row(each.path, each.contract or "-", key, iso(each.found_at), each.reason)
+        _add(table, each.path, each.contract or "-", key, iso(each.found_at), each.reason)
     _console().print(table)
 
 
 def run_quarantine_restore(url: str, path: str) -> None:
-    _with_store(url, lambda store: operations.quarantine_restore(store, path))
-    _console().print(f"{path} is back in its place.", highlight=False)
+    _with_store(url, lambda store: operations.quarantine_restore(store, path), existing=False)
+    _say(f"{path} is back in its place.")
 
 
 def run_quarantine_drop(url: str, path: str) -> None:
-    _with_store(url, lambda store: operations.quarantine_drop(store, path))
-    _console().print(f"{path} is given up, and its key is free.", highlight=False)
+    _with_store(url, lambda store: operations.quarantine_drop(store, path), existing=False)
+    _say(f"{path} is given up, and its key is free.")
 
 
 def run_export(url: str, file: Path) -> None:
     counts = _with_store(url, lambda store: transfer.export_store(store, file))
-    _console().print(f"{file}: {counts.records:,} records and {counts.candles:,} candles.", highlight=False)
+    _say(f"{file}: {counts.records:,} records and {counts.candles:,} candles.")
 
 
 def run_import(url: str, file: Path) -> None:
-    counts = _with_store(url, lambda store: transfer.import_store(store, file))
+    """Write what is in `file` into the store, which is made if it does not exist."""
+    counts = _with_store(url, lambda store: transfer.import_store(store, file), existing=False, make=True)
     there = f"; {counts.present:,} were there already" if counts.present else ""
-    _console().print(f"{url}: {counts.records:,} records and {counts.candles:,} candles{there}.", highlight=False)
+    _say(f"{url}: {counts.records:,} records and {counts.candles:,} candles{there}.")
 
 
-def _with_store(url: str, use: Callable[[Store], Awaitable[T]]) -> T:
+def _with_store(url: str, use: Callable[[Store], Awaitable[T]], *, existing: bool = True, make: bool = False) -> T:
     async def main() -> T:
-        store = store_at(url)
+        store = store_at(url, existing=existing)
         try:
             return await use(store)
         finally:
             await store.close()
 
-    if url.startswith(("file:", "sqlite:")) and not Path(url.partition(":")[2]).exists():
+    if not make and url.startswith(("file:", "sqlite:")) and not Path(url.partition(":")[2]).exists():
         raise UserError(f"the store {url} does not exist: name one with --store file:DIR or --store sqlite:FILE")
     return asyncio.run(main())
 
@@ -132,6 +134,15 @@ def _table(*headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, overflow="fold")
     return table
+
+
+def _add(table: Table, *cells: str | Text) -> None:
+    """Add a row as it is: a key may look like the markup of the console, and is none."""
+    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+
+
+def _say(line: str) -> None:
+    _console().print(Text(line), soft_wrap=True)
 
 
 def _console() -> Console:

@@ -12,6 +12,7 @@ import errno
 import itertools
 import os
 import random
+import re
 import stat
 import sys
 from collections import deque
@@ -23,6 +24,8 @@ from backtest_kit.errors import BacktestKitError, Outcome, OutOfSpace, RetryLate
 from backtest_kit.persist.testing.crashpoints import crashpoint
 
 TEMP_PREFIX: Final = ".tmp-"
+TEMP_NAME: Final = re.compile(rf"{re.escape(TEMP_PREFIX)}\d+-[0-9a-f]{{12}}-\d+")
+"""What `Disk.write_temp` calls its files, in full: a file that only begins like that is somebody else's."""
 STALE_TEMP_SECONDS: Final = 120
 """A temporary file older than this is nobody's write in flight."""
 
@@ -257,13 +260,16 @@ class Disk:
         with self._os.scandir(directory) as found:
             yield found
 
-    def sweep(self, root: str, now: float) -> None:
-        """Remove the temporary files under `root` that no writer can still be at work on."""
-        pending = [root]
+    def writable(self, path: str) -> bool:
+        return os.access(path, os.W_OK)
+
+    def sweep(self, directories: Iterable[str], now: float) -> None:
+        """Remove the temporary files under `directories` that no writer can still be at work on."""
+        pending = list(directories)
         while pending:
             with contextlib.suppress(FileNotFoundError), self._os.scandir(pending.pop()) as found:
                 for entry in found:
-                    if entry.name.startswith(TEMP_PREFIX):
+                    if TEMP_NAME.fullmatch(entry.name):
                         with contextlib.suppress(FileNotFoundError):
                             if now - entry.stat(follow_symlinks=False).st_mtime > STALE_TEMP_SECONDS:
                                 self._os.unlink(entry.path)

@@ -6,6 +6,7 @@ A damaged file `signal/a/b/C.json` is moved to `quarantine/signal/a/b/C.json` wi
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any, Final
@@ -34,6 +35,8 @@ class Quarantined(msgspec.Struct, frozen=True, rename="camel"):
     """Wall clock, epoch ms."""
     blocks: bool = True
     """False for evidence that is only kept: its key has a sound record."""
+    hash: int | None = None
+    """Of a line of a feed: that of its key. Where nobody knows it any more, the whole feed is blocked."""
 
 
 class Quarantine:
@@ -60,9 +63,17 @@ class Quarantine:
                 raise self._blocked(path, "its bytes are in quarantine" if found is None else found.reason)
 
     def take(self, contract: Contract, key: Sequence[object], path: str, reason: str) -> Damaged:
-        """Move what lies at `path` into quarantine and return the error to raise."""
+        """Move what lies at `path` into quarantine and return the error to raise.
+
+        It stays where it is, which blocks the key as well, if something of that name is in quarantine already.
+        """
         place = self.place(path)
         try:
+            if self._disk.exists(place):
+                return Damaged(
+                    f"{self._root}/{path}: {reason}. It stays where it is, because an earlier one is in {place}: "
+                    f"decide about that one first, with `backtest-kit store quarantine drop {path}`, or move it away"
+                )
             self._keep_reason(Quarantined(path, contract.name, list(key), reason, _now_ms()))
             self._disk.move(f"{self._root}/{path}", place)
             crashpoint("quarantine.after_move")
@@ -74,15 +85,36 @@ class Quarantine:
         return self._blocked(path, reason)
 
     def keep(
-        self, contract: Contract, key: Sequence[object], path: str, data: bytes, reason: str, *, blocks: bool
-    ) -> Damaged:
-        """Keep `data`, a part of a file that is about to be replaced, under the name `path`; return the error."""
-        place = self.place(path)
+        self,
+        contract: Contract,
+        key: Sequence[object],
+        path: str,
+        data: bytes,
+        reason: str,
+        *,
+        blocks: bool,
+        hash: int | None = None,
+    ) -> tuple[str, Damaged]:
+        """Keep `data`, a part of a file that is about to be replaced; return its name there and the error.
+
+        The name is `path`, with a number behind it where other bytes have that name already.
+        """
+        name = path
+        for number in itertools.count(2):
+            if not self._disk.exists(self.place(name)):
+                break
+            if self.read(name) == data:  # from a process that was killed before it came to the replacing
+                return name, self._blocked(name, reason)
+            name = f"{path}.{number}"
+        place = self.place(name)
         directory = place.rpartition("/")[0]
-        self._keep_reason(Quarantined(path, contract.name, list(key), reason, _now_ms(), blocks))
+        self._keep_reason(Quarantined(name, contract.name, list(key), reason, _now_ms(), blocks, hash))
         self._disk.rename(self._disk.write_temp(directory, data, sync=True), place)
         self._disk.sync_directory(directory)
-        return self._blocked(path, reason)
+        return name, self._blocked(name, reason)
+
+    def holds(self, path: str) -> bool:
+        return self._disk.exists(self.place(path))
 
     def list(self) -> list[Quarantined]:
         """Everything in quarantine, by path."""

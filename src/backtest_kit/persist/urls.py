@@ -17,8 +17,10 @@ _BACKENDS: Final = {
 """Scheme: the module, which is imported when it is asked for, the class, and an example of its path."""
 
 
-def store_at(url: str) -> Store:
+def store_at(url: str, *, existing: bool = False) -> Store:
     """The store that `url` names, not open yet: `file:./dump`, `sqlite:bot.db`, `memory:` or `dummy:`.
+
+    With `existing` it is opened to look at it: nothing is made, and what is no store is refused.
 
     Raises:
         UserError: no backend is called so, or its path is missing or superfluous.
@@ -31,4 +33,4 @@ def store_at(url: str) -> Store:
     if bool(path) != bool(example):
         raise UserError(f"the store {url!r} is not complete or says too much: write {scheme}:{example}")
     make = getattr(import_module(module), name)
-    return cast(Store, make(path) if example else make())
+    return cast(Store, make(path, existing=existing) if example else make())

@@ -43,14 +43,17 @@ class _Found(NamedTuple):
 class FileStore:
     """Records under `root`, which several processes may have open at once.
 
-    `disk` is where tests put one that fails.
+    With `existing` it is opened to look at it: it has to be a store, nothing is made or swept in it, and it
+    may be read-only. `disk` is where tests put one that fails.
     """
 
     capabilities: frozenset[Capability] = frozenset(Capability)
     candles: CandleStore
 
-    def __init__(self, root: str | os.PathLike[str] = "dump", *, disk: Disk | None = None) -> None:
-        self.root = Root(root, disk or Disk())
+    def __init__(
+        self, root: str | os.PathLike[str] = "dump", *, disk: Disk | None = None, existing: bool = False
+    ) -> None:
+        self.root = Root(root, disk or Disk(), existing=existing)
         self._committer = Committer(self.root)
         self._parent: FileStore | None = None
         self._prefix = ""
@@ -138,6 +141,7 @@ class FileStore:
         return await asyncio.to_thread(file_operations.check, self.root, deep=deep)
 
     async def quarantined(self) -> list[Quarantined]:
+        await asyncio.to_thread(self.root.require_store)
         return await asyncio.to_thread(self.root.quarantine.list)
 
     async def restore(self, path: str) -> Record | None:
@@ -147,6 +151,7 @@ class FileStore:
         return await asyncio.to_thread(self._operate, file_operations.drop, path)
 
     def _operate(self, operation: Callable[[Root, str], _T], path: str) -> _T:
+        self.root.quarantine.find(path)  # before anything is made in a directory that is no store
         self.root.open()
         try:
             return operation(self.root, path)

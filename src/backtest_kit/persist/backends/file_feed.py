@@ -24,6 +24,7 @@ from backtest_kit.persist.backends.file_segments import (
     Row,
     Tail,
     Unsound,
+    hash_in,
     hash_of,
     index_name,
     join_lines,
@@ -53,7 +54,15 @@ class Feed:
     """One directory of segments. Methods block; the lock of the feed is taken before its guard."""
 
     def __init__(
-        self, root: str, path: str, contract: Contract, disk: Disk, locks: LockSet, quarantine: Quarantine
+        self,
+        root: str,
+        path: str,
+        contract: Contract,
+        disk: Disk,
+        locks: LockSet,
+        quarantine: Quarantine,
+        *,
+        read_only: bool = False,
     ) -> None:
         self._directory = f"{root}/{path}"
         self.path = path
@@ -61,20 +70,26 @@ class Feed:
         self._disk = disk
         self._locks = locks
         self._quarantine = quarantine
+        self._read_only = read_only
         self._guard = threading.RLock()
         self._loaded = False
-        self._unreported: list[Damaged] = []
+        self._unreported: dict[str, Damaged] = {}
         self._clear()
 
     def _clear(self) -> None:
         self._names: list[str] = []
         self._sealed: Any = np.empty(0, LINE)
         self._order: Any = None
-        self._blocked: dict[Key, str] = {}
+        self._blocked: dict[str, int | None] = {}
+        """What is in quarantine, and the hash of its key, or None where it may be any key of the feed."""
         self._tail = Tail(1)
 
-    def find(self, key: Key, *, locked: bool = False) -> Record | None:
-        """The newest line under `key`. `locked` says that the caller holds the lock of the feed."""
+    def find(self, key: Key, *, locked: bool = False, despite_block: bool = False) -> Record | None:
+        """The newest line under `key`. `locked` says that the caller holds the lock of the feed.
+
+        Raises:
+            Damaged: a line of the key is in quarantine, or one of which nobody knows the key.
+        """
         while True:
             try:
                 if locked:
@@ -82,7 +97,8 @@ class Feed:
                 else:
                     self.refresh()
                 with self._guard:
-                    self._refuse_blocked(key)
+                    if not despite_block:
+                        self._refuse_blocked(hash_of(key))
                     for place in self._candidates(hash_of(key)):
                         record = self._read([place])[0]
                         if record.key == key:
@@ -91,22 +107,28 @@ class Feed:
             except _Moved:
                 continue
             except Unsound as unsound:
-                raise self._set_aside(unsound, locked=locked) from None
+                self._set_aside(unsound, locked=locked)
 
     def places(self, last: int | None = None) -> list[Place]:
         """The newest line of every key, or the `last` ones of them.
 
         Raises:
-            Damaged: a line was found that is not sound. It is told once; the line is in quarantine then.
+            Damaged: a line was found that is not sound. It is told once; the line is in quarantine then, and
+                its key is left out. Where nobody knows its key, every listing raises until it is decided about.
         """
         self.refresh()
         with self._guard:
+            blocked = {known for path, known in self._blocked.items() if self._quarantine.holds(path)}
+            if None in blocked:
+                self._refuse_blocked(None)
             if self._unreported:
-                raise self._unreported.pop()
+                raise self._unreported.popitem()[1]
+            left_out = np.array([*self._tail.last, *blocked], np.uint64)
             sealed = self._sealed[self._newest()]
-            if self._tail.last:
-                sealed = sealed[~np.isin(sealed["hash"], np.fromiter(self._tail.last, np.uint64))]
+            if len(left_out):
+                sealed = sealed[~np.isin(sealed["hash"], left_out)]
             rows = [self._tail.lines[index] for index in sorted(self._tail.last.values())]
+            rows = [row for row in rows if row[0] not in blocked]
             if last is not None:
                 sealed = sealed[max(0, len(sealed) + len(rows) - last) :]
                 rows = rows[-last:]
@@ -121,7 +143,7 @@ class Feed:
                 now = {place.tick: place for place in self.places()}
                 places = [now[place.tick] for place in places if place.tick in now]
             except Unsound as unsound:
-                raise self._set_aside(unsound, locked=False) from None
+                self._set_aside(unsound, locked=False)
 
     def _read(self, places: Sequence[Place]) -> list[Record]:
         records = []
@@ -140,24 +162,40 @@ class Feed:
                 except NewerSchema as error:
                     raise NewerSchema(f"{self._directory}/{segment}: {error}") from None
                 except Damaged as error:
-                    raise Unsound(segment, place.offset, line, str(error)) from None
+                    raise Unsound(segment, place.offset, line, str(error), place.hash) from None
         return records
 
-    def _set_aside(self, unsound: Unsound, *, locked: bool) -> Damaged:
-        """Deal with a line of which the index says that it is sound."""
-        with contextlib.nullcontext() if locked else self._locks.hold((self.path,)), self._guard:
-            self._put_aside(unsound)
-            self._disk.discard(f"{self._directory}/{index_name(unsound.segment)}")
+    def _set_aside(self, unsound: Unsound, *, locked: bool) -> None:
+        """Deal with a line of which the index says that it is sound.
+
+        Returns, for the caller to look again, if another process was there first; what it has put into
+        quarantine is known after loading anew.
+
+        Raises:
+            Damaged: the line is in quarantine.
+        """
+        with contextlib.nullcontext() if locked else self._hold(), self._guard:
             self._loaded = False
-            return self._unreported.pop()
+            span = (unsound.offset, len(unsound.line))
+            try:
+                (line,) = self._disk.read_spans(f"{self._directory}/{unsound.segment}", [span])
+            except FileNotFoundError:
+                return
+            self._disk.discard(f"{self._directory}/{index_name(unsound.segment)}")
+            if line == unsound.line and not line.isspace():
+                path = self._put_aside(unsound)
+                raise self._unreported.pop(path)
 
     def refresh(self) -> None:
         """Take in what other processes, or nobody yet, have told of the files."""
         with self._guard:
             if self._loaded and self._is_current():
                 return
-        with self._locks.hold((self.path,)):
+        with self._hold():
             self.catch_up()
+
+    def _hold(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._read_only else self._locks.hold((self.path,))
 
     def catch_up(self) -> None:
         """As `refresh`, for a caller that holds the lock of the feed."""
@@ -171,6 +209,8 @@ class Feed:
                 self._take_in_tail()
                 if self._disk.exists(self._following()):
                     self._seal()
+                elif self._read_only:
+                    return  # what is behind the last line is not cut off here
 
     def append(self, lines: Sequence[tuple[int, bytes]]) -> bool:
         """Write records, dumped as JSON and each with its tick; return whether a compaction is due.
@@ -215,7 +255,8 @@ class Feed:
         try:
             merged, index = merge(self._disk, self._directory, names, rows)
         except Unsound as unsound:
-            self._set_aside(unsound, locked=False)
+            with contextlib.suppress(Damaged):  # whoever needs the line is told of it
+                self._set_aside(unsound, locked=False)
             return
         target = merged_name(names)
         with self._locks.hold((self.path,)), self._guard:
@@ -280,20 +321,21 @@ class Feed:
             position -= 1
 
     def _place(self, row: Row) -> Place:
-        _, tick, offset, length, segment = row
+        known, tick, offset, length, segment = row
         name = self._names[segment] if segment < len(self._names) else self._tail.name
-        return Place(tick, name, offset, length)
+        return Place(tick, name, offset, length, known)
 
-    def _refuse_blocked(self, key: Key) -> None:
-        path = self._blocked.get(key)
-        if path is not None:
-            self._quarantine.refuse_blocked(path)
+    def _refuse_blocked(self, wanted: int | None) -> None:
+        for path, known in self._blocked.items():
+            if known in (None, wanted):
+                self._unreported.pop(path, None)
+                self._quarantine.refuse_blocked(path)
 
     # -- reading the files ---------------------------------------------------------------------------
 
     def _load(self) -> None:
         self._clear()
-        self._blocked = self._blocked_keys()
+        self._blocked = self._find_blocked()
         segments, leftovers = segments_of(entry.name for entry in self._disk.entries(self._directory))
         for name in leftovers:
             self._remove(name)
@@ -310,14 +352,17 @@ class Feed:
         self._cut_torn_end()
         self._loaded = True
 
-    def _blocked_keys(self) -> dict[Key, str]:
-        reasons = (self._quarantine.reason(f"{self.path}/{name}") for name in self._quarantine.names(self.path))
-        return {tuple(reason.key): reason.path for reason in reasons if reason is not None and reason.blocks}
+    def _find_blocked(self) -> dict[str, int | None]:
+        paths = [f"{self.path}/{name}" for name in sorted(self._quarantine.names(self.path))]
+        reasons = ((path, self._quarantine.reason(path)) for path in paths)
+        # Without its reason nobody knows what the bytes belong to.
+        return {path: item.hash if item else None for path, item in reasons if item is None or item.blocks}
 
     def _make_index(self, name: str) -> Any:
         data = self._disk.read(f"{self._directory}/{name}")
         index = np.array(list(self._lines(name, data, 0)), LINE)
-        write_index(self._disk, self._directory, name, index, len(data))
+        if not self._read_only:
+            write_index(self._disk, self._directory, name, index, len(data))
         return index
 
     def _add_sealed(self, name: str, index: Any) -> None:
@@ -347,21 +392,35 @@ class Feed:
             else:
                 yield row
 
-    def _put_aside(self, unsound: Unsound) -> None:
-        """Move a damaged line into quarantine; blanks stay in its place, so that no offset changes."""
-        path = f"{self.path}/{unsound.segment}.{unsound.offset}"
-        key = key_in(unsound.line, self.contract)
-        self._unreported.append(
-            self._quarantine.keep(self.contract, key, path, unsound.line, unsound.reason, blocks=bool(key))
+    def _put_aside(self, unsound: Unsound) -> str:
+        """Move a damaged line into quarantine, under the name that is returned.
+
+        Blanks stay in its place, so that no offset changes.
+        """
+        if self._read_only:
+            where = f"{self._directory}/{unsound.segment} at byte {unsound.offset}"
+            raise Damaged(f"{where}: {unsound.reason}; it stays where it is, the root is read-only")
+        key = key_in(unsound.line, self.contract, unsound.hash)
+        reason = unsound.reason
+        if unsound.hash is None:
+            reason += "; it may be of any key, so the whole feed is blocked"
+        path, error = self._quarantine.keep(
+            self.contract,
+            key,
+            f"{self.path}/{unsound.segment}.{unsound.offset}",
+            unsound.line,
+            reason,
+            blocks=True,
+            hash=unsound.hash,
         )
-        if key:
-            self._blocked[key] = path
+        self._blocked[path], self._unreported[path] = unsound.hash, error
         fd = self._disk.open_for_update(f"{self._directory}/{unsound.segment}")
         try:
             self._disk.overwrite(fd, unsound.offset, b" " * (len(unsound.line) - 1) + b"\n")
             self._disk.fsync(fd)
         finally:
             self._disk.close(fd)
+        return path
 
     def _cut_torn_end(self) -> None:
         """Cut off the end of a line whose write did not get through: it was never acknowledged as durable."""
@@ -370,7 +429,14 @@ class Feed:
             torn = self._disk.read_from(f"{self._directory}/{name}", self._tail.size)
         except FileNotFoundError:
             return
-        if torn:
+        if self._read_only:
+            return
+        known = hash_in(torn)
+        if known is not None:  # A write that was cut short is shorter than its line.
+            unsound = Unsound(name, self._tail.size, torn, "the end of the line was changed on the disk", known)
+            self._put_aside(unsound)
+            self._tail.size += len(torn)
+        elif torn:
             path, reason = f"{self.path}/{name}.{self._tail.size}.torn", "the write of the line was cut short"
             self._quarantine.keep(self.contract, (), path, torn, reason, blocks=False)
             fd = self._disk.open_for_update(f"{self._directory}/{name}")
@@ -393,7 +459,8 @@ class Feed:
 
     def _seal(self) -> None:
         index = np.array(self._tail.lines, LINE) if self._tail.lines else np.empty(0, LINE)
-        write_index(self._disk, self._directory, self._tail.name, index, self._tail.size)
+        if not self._read_only:
+            write_index(self._disk, self._directory, self._tail.name, index, self._tail.size)
         crashpoint("feed.after_seal")
         self._add_sealed(self._tail.name, index)
         self._tail = Tail(self._tail.number + 1)

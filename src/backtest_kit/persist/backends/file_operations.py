@@ -10,21 +10,55 @@ import msgspec
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.backends.file_candles import SUFFIX as CANDLE_SUFFIX, verify as verify_candles
-from backtest_kit.persist.backends.file_paths import OWN_DIRECTORY, SUFFIX as RECORD_SUFFIX, unseal_at
+from backtest_kit.persist.backends.file_paths import MARKER, OWN_DIRECTORY, SUFFIX as RECORD_SUFFIX, unseal_at
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.file_segments import SUFFIX as FEED_SUFFIX
 from backtest_kit.persist.codec import dump_record, open_envelope, parse, reseal, seal, unseal_line
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
-from backtest_kit.persist.files import STALE_TEMP_SECONDS, TEMP_PREFIX
+from backtest_kit.persist.files import STALE_TEMP_SECONDS, TEMP_NAME, disk_error
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE, Quarantined
 from backtest_kit.persist.store import Record
 from backtest_kit.persist.upkeep import Finding
 
 _ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
+_REPORTS: Final = ("backtest", "walker")
+"""Directories of reports, which runs write beside the records of the default root."""
+_KNOWN: Final = frozenset((*_ROWS, *_REPORTS, QUARANTINE, OWN_DIRECTORY))
 
 
 def check(root: Root, *, deep: bool) -> list[Finding]:
-    """Everything that is wrong, by path. Reads every record and, if `deep`, every candle. Changes nothing."""
+    """Everything that is wrong, by path. Reads every record and, if `deep`, every candle. Changes nothing.
+
+    Raises:
+        UserError: there is no store.
+        RetryLater: it cannot be read.
+    """
+    root.require_store()
+    try:
+        return sorted([*_check_own(root), *_check_files(root, deep)], key=lambda finding: finding.path)
+    except OSError as error:
+        raise disk_error(error, "check", root.path) from error
+
+
+def _check_own(root: Root) -> Iterator[Finding]:
+    """What the store keeps for itself: the marker and the journals."""
+    try:
+        root.check_marker()
+    except Damaged as error:
+        yield Finding(f"{OWN_DIRECTORY}/{MARKER}", str(error))
+    for entry in root.disk.entries(f"{root.path}/{OWN_DIRECTORY}/journal"):
+        path = f"{OWN_DIRECTORY}/journal/{entry.name}"
+        try:
+            # Behind the last newline is what a killed process was writing, which was never acknowledged.
+            for line in root.disk.read(entry.path).split(b"\n")[:-1]:
+                parse(unseal_line(line))
+        except FileNotFoundError:
+            continue  # carried out while this went on
+        except Damaged as error:
+            yield Finding(path, f"a line of the journal is damaged, it and what follows is not carried out: {error}")
+
+
+def _check_files(root: Root, deep: bool) -> list[Finding]:
     found = [
         Finding(f"{QUARANTINE}/{item.path}", f"in quarantine{', its key is blocked' * item.blocks}: {item.reason}")
         for item in root.quarantine.list()
@@ -35,34 +69,41 @@ def check(root: Root, *, deep: bool) -> list[Finding]:
         with root.disk.listing(f"{root.path}/{directory}") as entries:
             for entry in entries:
                 path = f"{directory}{entry.name}"
-                if entry.is_dir(follow_symlinks=False):
+                if not directory and entry.name not in _KNOWN and not entry.name.startswith("@"):
+                    found.append(Finding(path, "nothing of this store is called so: it was not looked at"))
+                elif entry.is_dir(follow_symlinks=False):
                     if path not in (QUARANTINE, OWN_DIRECTORY):
                         pending.append(f"{path}/")
-                elif entry.name.startswith(TEMP_PREFIX):
+                elif TEMP_NAME.fullmatch(entry.name):
                     if time.time() - entry.stat().st_mtime > STALE_TEMP_SECONDS:
                         found.append(Finding(path, "a write that a killed process left: removed at the next opening"))
                 elif deep or not path.endswith(CANDLE_SUFFIX):
                     found += _check_file(root, path)
-    return sorted(found, key=lambda finding: finding.path)
+    return found
 
 
 def restore(root: Root, path: str) -> Record | None:
     """Put what is in quarantine under `path` back, as it is now: an operator may have mended it there.
 
-    A record that was edited by hand counts as a new revision; candles are put back only as they were written.
+    A record counts as a new revision, which refuses writers that have not seen it; candles are put back
+    only as they were written. What has come to its place meanwhile is never replaced.
 
     Raises:
-        UserError: nothing is called so, it cannot be put back, or it is still damaged.
+        UserError: nothing is called so, it has no place to go back to, it is still damaged, or something
+            else is in its place.
     """
     item = root.quarantine.find(path)
     row = _row_of(path)
-    if row is None or path.endswith(".torn"):
-        raise UserError(f"{path} is only kept as evidence and has no place of its own: drop it when you have seen it")
+    if row is None or not item.blocks:
+        raise UserError(f"{path} is only kept as evidence and blocks nothing: drop it when you have seen it")
+    root.checkpoint()  # else a journal could bring an older revision back
     with root.locked((_lock_of(path, row),), patient=True) as ticks:
         data = root.quarantine.read(path)
         try:
             if row.kind is Kind.SERIES:
                 verify_candles(data)
+                if root.disk.exists(f"{root.path}/{path}"):
+                    raise _occupied(path, "a month of candles")
                 root.quarantine.put_back(path)
                 return None
             record = _mended(row, path, data)
@@ -70,18 +111,50 @@ def restore(root: Root, path: str) -> Record | None:
             raise UserError(
                 f"{root.quarantine.place(path)} is still damaged: {error}; mend it there, or drop it"
             ) from None
-        if row.kind is Kind.FEED:
-            # Appended before the copy in quarantine goes: a crash between the two leaves both.
-            feed = root.feed(row, path.rpartition("/")[0])
-            feed.append([(next(ticks), dump_record(row, record))])
-            root.disk.sync_file(f"{root.path}/{feed.path}/{feed.tail_name}")
-            root.quarantine.release(path)
-            feed.forget()
-            return record
-        if item.blocks:
-            root.write_durably(path, seal(row, record), next(ticks))
+        current = _in_place(root, row, path, record)
+        # A process that was killed between the two steps below has left the same record in both places.
+        if current is None or not _same(current, record):
+            if current is not None and current.rev >= record.rev:
+                raise _occupied(path, f"revision {current.rev}, written since")
+            record = _next_revision(record)
+            if row.kind is Kind.FEED:
+                feed = root.feed(row, path.rpartition("/")[0])
+                feed.append([(next(ticks), dump_record(row, record))])
+                root.disk.sync_file(f"{root.path}/{feed.path}/{feed.tail_name}")
+            else:
+                root.write_durably(path, seal(row, record), next(ticks))
+            current = record
         root.quarantine.release(path)
-        return record
+        if row.kind is Kind.FEED:
+            root.feed(row, path.rpartition("/")[0]).forget()
+        return current
+
+
+def _in_place(root: Root, row: Contract, path: str, record: Record) -> Record | None:
+    """The sound record that is where that of `path` belongs. Raises `UserError` if what is there is damaged too."""
+    try:
+        if row.kind is Kind.FEED:
+            return root.feed(row, path.rpartition("/")[0]).find(record.key, locked=True, despite_block=True)
+        return unseal_at(row, record.key, path, root.disk.read(f"{root.path}/{path}"))
+    except FileNotFoundError:
+        return None
+    except (Damaged, IsADirectoryError) as error:
+        raise UserError(f"what is at {root.path}/{path} by now cannot be read: {error}; move it away first") from None
+
+
+def _same(current: Record, restored: Record) -> bool:
+    return current.rev > restored.rev and _content(current) == _content(restored)
+
+
+def _content(record: Record) -> tuple[object, ...]:
+    return record.value, record.when, record.removed, record.written_at
+
+
+def _occupied(path: str, what: str) -> UserError:
+    return UserError(
+        f"{path} is not put back, because {what}, is in its place and would be lost: drop what is in quarantine, "
+        "or write its value again as an ordinary write"
+    )
 
 
 def drop(root: Root, path: str) -> Quarantined:
@@ -149,13 +222,13 @@ def _mended(row: Contract, path: str, data: bytes) -> Record:
         try:
             return open_envelope(row, None, parse(unseal_line(data)))
         except Damaged:
-            return _next_revision(open_envelope(row, None, parse(data[data.find(b"{") :])))
+            return open_envelope(row, None, parse(data[data.find(b"{") :]))
     try:
         return unseal_at(row, None, path, data)
     except Damaged:
         record = reseal(row, data)
         unseal_at(row, None, path, seal(row, record))
-        return _next_revision(record)
+        return record
 
 
 def _next_revision(record: Record) -> Record:

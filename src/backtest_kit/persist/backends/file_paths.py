@@ -12,6 +12,7 @@ from backtest_kit.persist.keys import path_of, unescape
 from backtest_kit.persist.store import Key, Record
 
 SUFFIX: Final = ".json"
+MARKER: Final = f"root{SUFFIX}"
 OWN_DIRECTORY: Final = ".backtest-kit"
 """What the store keeps for itself below its root: marker, locks, journal, clock. No contract is called so."""
 

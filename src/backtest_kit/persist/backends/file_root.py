@@ -16,7 +16,7 @@ import msgspec
 
 from backtest_kit.errors import Damaged, Outcome, RetryLater, UserError
 from backtest_kit.persist.backends.file_feed import Feed
-from backtest_kit.persist.backends.file_paths import OWN_DIRECTORY, SUFFIX, key_of, unseal_at
+from backtest_kit.persist.backends.file_paths import MARKER, OWN_DIRECTORY, key_of, unseal_at
 from backtest_kit.persist.backends.file_sync import Syncer
 from backtest_kit.persist.codec import (
     SCHEMA_VERSION,
@@ -32,10 +32,11 @@ from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
 from backtest_kit.persist.files import Disk, absolute_root, disk_error, require_directory
 from backtest_kit.persist.journal import Journal
 from backtest_kit.persist.locks import Locked, LockSet
-from backtest_kit.persist.quarantine import Quarantine
+from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE, Quarantine
 from backtest_kit.persist.store import Key, Record
 
 _ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
+_SWEPT: Final = frozenset((*_ROWS, OWN_DIRECTORY, QUARANTINE))
 _KEPT_FILES: Final = 128
 _CLOCK_STEP_NS: Final = 100_000_000
 _GROUP_PATIENCE: Final = 0.05
@@ -64,7 +65,7 @@ class _Marker(msgspec.Struct, rename="camel"):
 class Root:
     """Methods block. Paths are relative to the root, with `/`; `locked` says that the caller holds their locks."""
 
-    def __init__(self, path: str | os.PathLike[str], disk: Disk) -> None:
+    def __init__(self, path: str | os.PathLike[str], disk: Disk, *, existing: bool = False) -> None:
         self.path = absolute_root(path)
         self.disk = disk
         self.quarantine = Quarantine(self.path, disk)
@@ -75,6 +76,8 @@ class Root:
         self._journal = Journal(f"{own}/journal", disk)
         self._clock = f"{own}/clock"
         self._guard = threading.RLock()
+        self._existing = existing
+        self.read_only = False
         self._opened = False
         self._pid = os.getpid()
         self._last_tick = 0
@@ -101,16 +104,19 @@ class Root:
         """Make ready and recover what a killed process left. Idempotent.
 
         Raises:
-            UserError: the root cannot be used, or was opened by the process that this one was forked from.
+            UserError: the root cannot be used, is no store where one has to exist, or was opened by the process
+                that this one was forked from.
             NewerSchema: a newer version of this program wrote it.
         """
         self.check_process()
         with self._guard:
             if not self._opened:
-                self._recover()
+                if not self._existing or self._must_recover():
+                    self._recover()
                 self._opened = True
-                self._sweeper = threading.Thread(target=self._sweep, name="backtest-kit-sweep", daemon=True)
-                self._sweeper.start()
+                if not self._existing:
+                    self._sweeper = threading.Thread(target=self._sweep, name="backtest-kit-sweep", daemon=True)
+                    self._sweeper.start()
 
     def close(self) -> None:
         """Make everything durable and let go. The next call opens again."""
@@ -119,7 +125,8 @@ class Root:
             try:
                 if self._opened:
                     self._opened = False
-                    self._sweeper.join()
+                    if not self._existing:
+                        self._sweeper.join()
                     self._anchored.clear()
                     self._noted.clear()
                     self._feeds.clear()
@@ -129,6 +136,30 @@ class Root:
                 self.locks.close()
                 self._recovery_lock.close()
 
+    def require_store(self) -> None:
+        """Do nothing if there is a store in this directory, or the beginning of one.
+
+        Raises:
+            UserError: there is none.
+        """
+        require_directory(self.path)
+        try:
+            if not self.disk.exists(f"{self.path}/{OWN_DIRECTORY}"):
+                raise UserError(f"{self.path} is no store of this program, it has no {OWN_DIRECTORY}: name another one")
+        except OSError as error:
+            raise disk_error(error, "look at", self.path) from error
+
+    def _must_recover(self) -> bool:
+        """Whether there is a journal in a root that is only opened to look at it, and where nothing is made."""
+        self.require_store()
+        own = f"{self.path}/{OWN_DIRECTORY}"
+        try:
+            self.check_marker()
+            self.read_only = not self.disk.writable(own)
+            return bool(self.disk.entries(f"{own}/journal"))
+        except OSError as error:
+            raise disk_error(error, "open the store", self.path) from error
+
     def _recover(self) -> None:
         require_directory(self.path)
         try:
@@ -136,7 +167,8 @@ class Root:
                 self.disk.make_directories(directory, sync=True)
             # Whoever comes second waits until the first one has recovered.
             with self._recovery_lock.hold(("",), _RECOVERY_PATIENCE):
-                self._check_marker()
+                if not self.check_marker():
+                    self._make_marker()
                 self._check_clock()
                 self._journal.replay(self._redo)
         except OSError as error:
@@ -147,16 +179,27 @@ class Root:
 
     def _sweep(self) -> None:
         try:
-            self.disk.sweep(self.path, time.time())
+            own = [
+                entry.path
+                for entry in self.disk.entries(self.path)
+                if entry.name in _SWEPT or entry.name.startswith("@")
+            ]
+            self.disk.sweep(own, time.time())
         except OSError as error:  # they take space and nothing else, and the next opening tries again
             _log.warning("temporary files below %s were not all removed: %s", self.path, error)
 
-    def _check_marker(self) -> None:
-        path = f"{self.path}/{OWN_DIRECTORY}/root{SUFFIX}"
+    def check_marker(self) -> bool:
+        """Whether the root has a marker of its schema.
+
+        Raises:
+            Damaged: the marker cannot be read.
+            NewerSchema: a newer version of this program wrote it.
+        """
+        path = f"{self.path}/{OWN_DIRECTORY}/{MARKER}"
         try:
             marker = msgspec.json.decode(self.disk.read(path), type=_Marker)
         except FileNotFoundError:
-            self._replace(path, msgspec.json.encode(_Marker(SCHEMA_VERSION, time.time_ns() // 1_000_000)) + b"\n")
+            return False
         except (msgspec.MsgspecError, ValueError) as error:
             raise Damaged(f"{path}: {error}; if this is a store of this program, remove that file") from None
         else:
@@ -165,6 +208,12 @@ class Root:
                     f"the store {self.path} was written by a newer version of this program (schema "
                     f"{marker.schema_version}, this one reads up to {SCHEMA_VERSION}): upgrade, nothing was touched"
                 )
+
+            return True
+
+    def _make_marker(self) -> None:
+        marker = _Marker(SCHEMA_VERSION, time.time_ns() // 1_000_000)
+        self._replace(f"{self.path}/{OWN_DIRECTORY}/{MARKER}", msgspec.json.encode(marker) + b"\n")
 
     def _check_clock(self) -> None:
         if not self.disk.exists(self._clock):
@@ -233,6 +282,8 @@ class Root:
         except Damaged as error:
             if locked:
                 raise self.quarantine.take(row, key or key_of(row, path), path, str(error)) from None
+            if self.read_only:
+                raise Damaged(f"{self.path}/{path}: {error}; it stays where it is, the root is read-only") from None
         with self.locks.hold((path,)):
             return self.load(row, key, path, locked=True, head=head)
 
@@ -248,7 +299,9 @@ class Root:
     def feed(self, row: Contract, path: str) -> Feed:
         with self._guard:
             if path not in self._feeds:
-                self._feeds[path] = Feed(self.path, path, row, self.disk, self.locks, self.quarantine)
+                self._feeds[path] = Feed(
+                    self.path, path, row, self.disk, self.locks, self.quarantine, read_only=self.read_only
+                )
             return self._feeds[path]
 
     # -- writing: the caller holds the locks ---------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
@@ -24,13 +25,18 @@ LINE: Final = np.dtype([("hash", "<u8"), ("tick", "<u8"), ("offset", "<u8"), ("l
 Row = tuple[int, int, int, int, int]
 
 _MAGIC: Final = b"BKI1"
+_MARK: Final = re.compile(rb'"mark":"([0-9a-f]{16})([0-9a-f]{8})"')
 
 
-class _Head(msgspec.Struct):
-    at: int
+class _Keyed(msgspec.Struct):
     key: dict[str, str | int | bool]
 
 
+class _Head(_Keyed):
+    at: int
+
+
+_KEYED: Final = msgspec.json.Decoder(_Keyed)
 _HEAD: Final = msgspec.json.Decoder(_Head)
 
 
@@ -41,14 +47,15 @@ class Place(NamedTuple):
     segment: str
     offset: int
     length: int
+    hash: int
 
 
 class Unsound(Exception):
-    """A line that is not what was written."""
+    """A line that is not what was written. `hash` is that of its key, None where it cannot be known any more."""
 
-    def __init__(self, segment: str, offset: int, line: bytes, reason: str) -> None:
+    def __init__(self, segment: str, offset: int, line: bytes, reason: str, hash: int | None) -> None:
         super().__init__(reason)
-        self.segment, self.offset, self.line, self.reason = segment, offset, line, reason
+        self.segment, self.offset, self.line, self.reason, self.hash = segment, offset, line, reason, hash
 
 
 class Tail:
@@ -91,12 +98,26 @@ def hash_of(key: Key) -> int:
     return int.from_bytes(hashlib.blake2b(str(key[-1]).encode(), digest_size=8).digest(), "little")
 
 
-def key_in(line: bytes, contract: Contract) -> Key:
-    """The key in a damaged line, if it can still be read; else nothing."""
+def key_in(line: bytes, contract: Contract, known: int | None) -> Key:
+    """The key in a damaged line, if it can still be read and has the hash that is known; else nothing."""
     try:
-        return open_envelope(contract, None, parse(line[9:])).key
+        key = open_envelope(contract, None, parse(line[9:])).key
     except Damaged:
         return ()
+    return key if hash_of(key) == known else ()
+
+
+def hash_in(line: bytes) -> int | None:
+    """The hash that the mark of a damaged line tells, or None where the mark or the length of the line is damaged.
+
+    A line of another length may be parts of several, so that one key would not be all that is damaged.
+    """
+    found = _MARK.search(line)
+    return int(found[1], 16) if found and found[2] == _mark_check(found[1], len(line)) else None
+
+
+def _mark_check(digits: bytes, length: int) -> bytes:
+    return b"%08x" % zlib.crc32(b"%b %d" % (digits, length))
 
 
 def segments_of(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -113,8 +134,19 @@ def segments_of(names: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def join_lines(lines: Iterable[tuple[int, bytes]]) -> bytes:
-    """Records, dumped as JSON and each with its tick, as lines."""
-    return b"".join(seal_line(b'{"at":%d,%b' % (tick, dumped[1:])) for tick, dumped in lines)
+    """Records, dumped as JSON and each with its tick, as lines.
+
+    The mark of a line is the hash of its key, with a checksum of its own: when the line is damaged it still
+    says which key is.
+    """
+    return b"".join(_line(tick, dumped) for tick, dumped in lines)
+
+
+def _line(tick: int, dumped: bytes) -> bytes:
+    digits = b"%016x" % hash_of(tuple(_KEYED.decode(dumped).key.values()))
+    head = b'{"at":%d,"mark":"%b' % (tick, digits)
+    length = len(b"00000000 ") + len(head) + len(b'00000000",') + len(dumped[1:]) + len(b"\n")
+    return seal_line(b'%b%b",%b' % (head, _mark_check(digits, length), dumped[1:]))
 
 
 def split_lines(name: str, data: bytes, start: int, segment: int) -> Iterator[Row | Unsound]:
@@ -126,7 +158,7 @@ def split_lines(name: str, data: bytes, start: int, segment: int) -> Iterator[Ro
                 head = _HEAD.decode(unseal_line(line))
                 yield hash_of(tuple(head.key.values())), head.at, offset, len(line), segment
             except (Damaged, msgspec.MsgspecError) as error:
-                yield Unsound(name, offset, line, str(error))
+                yield Unsound(name, offset, line, str(error), hash_in(line))
         offset += len(line)
 
 
@@ -163,7 +195,7 @@ def merge(disk: Disk, directory: str, segments: list[str], rows: Any) -> tuple[b
             try:
                 unseal_line(line)
             except Damaged as error:
-                raise Unsound(name, offset, line, str(error)) from None
+                raise Unsound(name, offset, line, str(error), int(rows["hash"][row])) from None
             parts.append(line)
             rows["offset"][row] = size
             size += length

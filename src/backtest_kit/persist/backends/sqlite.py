@@ -16,7 +16,7 @@ from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
-from backtest_kit.errors import Damaged, UserError
+from backtest_kit.errors import Damaged, OutOfSpace, RetryLater, UserError
 from backtest_kit.persist.backends import file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.file_root import Root
@@ -63,14 +63,15 @@ _QUARANTINE: Final = (
 class SqliteStore:
     """The database at `path`, made at the first use.
 
-    A write that waits longer than `busy_timeout` seconds for another process raises `RetryLater`.
+    With `existing` it is opened to look at it: it has to be a store, nothing is made in it, and it may be
+    read-only. A write that waits longer than `busy_timeout` seconds for another process raises `RetryLater`.
     Candles lie beside it, in the directory `<path>.candles`, one Arrow file per month.
     """
 
     capabilities: Final = frozenset(Capability)
 
-    def __init__(self, path: str | Path, *, busy_timeout: float = 10.0) -> None:
-        self._database = Database(Path(path).absolute(), busy_timeout)
+    def __init__(self, path: str | Path, *, busy_timeout: float = 10.0, existing: bool = False) -> None:
+        self._database = Database(Path(path).absolute(), busy_timeout, existing=existing)
         self._namespace = ""
         self._files = _CandleFiles(self.path)
         self.candles = self._files.store("")
@@ -195,7 +196,10 @@ class SqliteStore:
         where = f"{self.path}: {suspect.name[1]} {suspect.name[2]}"
         if isinstance(suspect.error, NewerSchema):
             return NewerSchema(f"{where}: {suspect.error}")
-        await self._database.write(partial(_keep_copy, suspect))
+        try:
+            await self._database.write(partial(_keep_copy, suspect))
+        except (RetryLater, OutOfSpace) as error:
+            return Damaged(f"{where}: {suspect.error}. It stays there and blocks its key; no copy is kept: {error}")
         path = _path(suspect.name)
         return Damaged(
             f"{where}: {suspect.error}. A copy is in quarantine and the key is blocked: "

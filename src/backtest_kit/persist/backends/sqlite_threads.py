@@ -166,8 +166,9 @@ def _settle_here(jobs: list[Job]) -> None:
 class Database:
     """An SQLite file with one connection that writes and one that reads."""
 
-    def __init__(self, path: Path, busy_timeout: float) -> None:
+    def __init__(self, path: Path, busy_timeout: float, *, existing: bool = False) -> None:
         self.path = path
+        self._existing = existing
         self._busy_timeout = busy_timeout
         self._writer = ConnectionThread(f"SQLite store {path} (writer)", self._open, self._commit)
         self._reader = ConnectionThread(f"SQLite store {path} (reader)", self._open_reader, self._answer)
@@ -176,7 +177,10 @@ class Database:
         """What the writing connection is set to; unknown when it is new."""
 
     async def open(self) -> None:
-        await self.write(lambda connection: None)
+        if self._existing:
+            await self.read(lambda connection: None)
+        else:
+            await self.write(lambda connection: None)
 
     async def close(self) -> None:
         self._check_process()
@@ -196,7 +200,7 @@ class Database:
     async def read(self, work: Work[T]) -> T:
         """Do `work`, which only selects."""
         self._check_process()
-        if not self._opened:
+        if not self._opened and not self._existing:
             await self.open()
         result: T = await self._reader.run(Job(work))
         return result
@@ -296,8 +300,30 @@ class Database:
         return connection
 
     def _open_reader(self) -> sqlite3.Connection:
+        if self._existing:
+            return self._open_to_look()
         connection = self._connect()
         connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    def _open_to_look(self) -> sqlite3.Connection:
+        address = f"{self.path.as_uri()}?mode=ro"
+        # A log that nobody has needs files beside it even to be read; without it nothing changes on a read-only disk.
+        if not os.access(self.path.parent, os.W_OK) and not Path(f"{self.path}-wal").exists():
+            address += "&immutable=1"
+        connection = None
+        try:
+            connection = sqlite3.connect(
+                address, uri=True, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False
+            )
+            if self._check_owner(connection):
+                raise UserError(f"{self.path} is no store of this program, it is empty: name another one")
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, sqlite3.Error):
+                raise self._explain(error) from error
+            raise
         return connection
 
     def _connect(self) -> sqlite3.Connection:
