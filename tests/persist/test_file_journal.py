@@ -236,3 +236,25 @@ async def test_a_damaged_journal_is_carried_out_as_far_as_it_can_be_read_and_kep
     await after.close()
     await FileStore(tmp_path / "copy").open()
     assert kept.read_bytes() == damaged
+
+
+async def test_a_journal_with_a_change_for_a_blocked_key_is_kept(tmp_path: Path) -> None:
+    """What a dead bot promised for a key that is in quarantine stays at hand for the operator."""
+    bot = start(BOT, tmp_path)
+    assert await asyncio.to_thread(read_line, bot) == "ready\n"
+    bot.kill()
+    await asyncio.to_thread(bot.communicate)
+    path = tmp_path / "signal/s/e/A.json"
+    (tmp_path / "quarantine/signal/s/e").mkdir(parents=True)
+    path.rename(tmp_path / "quarantine/signal/s/e/A.json")
+    (journal,) = (tmp_path / ".backtest-kit/journal").iterdir()
+    promised = journal.read_bytes()
+    store = FileStore(tmp_path)
+    with pytest.raises(Damaged):
+        await store.get(SIGNAL, KEY)
+    record = await store.get(SCHEDULE, KEY)
+    assert record is not None
+    assert record.value == 4
+    await store.close()
+    kept = journal.with_name(f"{journal.name}.damaged")
+    assert kept.read_bytes() == promised

@@ -134,8 +134,11 @@ class Journal:
                 self._disk.close(file.fd)
             self._retired, self._unfinished, self._current = [], [], None
 
-    def replay(self, redo: Callable[[dict[str, Any]], None]) -> int:
-        """Hand every change in the files that nobody owns to `redo`, which makes it durable; return their number."""
+    def replay(self, redo: Callable[[dict[str, Any]], bool]) -> int:
+        """Hand every change in the files that nobody owns to `redo`, which makes it durable; return their number.
+
+        A file with a damaged line, or with a change for which `redo` returned False, is kept as evidence.
+        """
         done = 0
         for entry in sorted(self._disk.entries(self._directory), key=lambda entry: entry.name):
             if not entry.name.endswith(SUFFIX):
@@ -145,15 +148,12 @@ class Journal:
                 if not try_lock(fd):
                     continue
                 data = self._disk.read(entry.path)
-                for change in _changes(data):
-                    redo(change)
-                    done += 1
-                if _is_damaged(data):
+                outcomes = [redo(change) for change in _changes(data)]
+                done += len(outcomes)
+                if _is_damaged(data) or not all(outcomes):
                     kept = f"{entry.path}.damaged"
                     self._disk.move(entry.path, kept)
-                    _log.error(
-                        "a journal was damaged: what could be read of it was carried out, all of it is in %s", kept
-                    )
+                    _log.error("not all of a journal could be carried out: what was left of it is in %s", kept)
                 else:
                     self._disk.remove(entry.path)
             finally:

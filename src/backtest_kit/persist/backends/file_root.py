@@ -435,7 +435,8 @@ class Root:
             self._promised.clear()
             self._journal.finished()
 
-    def _redo(self, change: dict[str, Any]) -> None:
+    def _redo(self, change: dict[str, Any]) -> bool:
+        """Carry out a change of a process that died; False where its key is blocked."""
         row = _ROWS[change["record"]["contract"]]
         record = open_envelope(row, None, change["record"])
         item = Promised(row, record, dump_value(change["record"]), change["tick"])
@@ -444,6 +445,8 @@ class Root:
                 self._apply(change["path"], item)
         except Damaged as error:
             _log.error("not recovered from the journal, the operator decides: %s", error)
+            return False
+        return True
 
     def _apply(self, path: str, item: Promised) -> None:
         if item.contract.kind is Kind.FEED:
