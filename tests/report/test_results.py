@@ -190,7 +190,7 @@ def test_a_path_of_ones_own_is_used_as_it_is(tmp_path: Path, make_result: MakeRe
     with pytest.raises(UserError, match="is a directory"):
         make_result().save_markdown(tmp_path)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(RetryLater, match="could not write"):
+    with pytest.raises(RetryLater, match="cannot write"):
         make_result().save_markdown(tmp_path / "file" / "r.md")
 
 
