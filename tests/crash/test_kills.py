@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from backtest_kit.persist.testing.crashpoints import CRASHPOINTS
+from backtest_kit.persist.crashpoints import CRASHPOINTS
 from backtest_kit.persist.testing.driver import Outcome
 
 pytestmark = pytest.mark.crash
@@ -122,6 +122,6 @@ def test_kill_while_damage_is_put_aside(tmp_path: Path, point: str) -> None:
 
 def test_an_unknown_crash_point_is_refused() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "BACKTEST_KIT_CRASH": "nowhere"}
-    command = [sys.executable, "-c", "import backtest_kit.persist.testing.crashpoints"]
+    command = [sys.executable, "-c", "import backtest_kit.persist.crashpoints"]
     done = subprocess.run(command, env=environment, check=False, capture_output=True)
     assert b"file.after_rename" in done.stderr

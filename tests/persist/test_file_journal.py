@@ -28,7 +28,7 @@ import asyncio, os, sys, time
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Write
-from backtest_kit.persist.testing import crashpoints
+from backtest_kit.persist import crashpoints
 
 SIGNAL, SCHEDULE, KEY = CONTRACTS["signal"], CONTRACTS["schedule"], ("s", "e", "A")
 

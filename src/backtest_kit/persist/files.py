@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from backtest_kit.errors import BacktestKitError, Outcome, OutOfSpace, RetryLater, UserError
-from backtest_kit.persist.testing.crashpoints import crashpoint
+from backtest_kit.persist.crashpoints import crashpoint
 
 TEMP_PREFIX: Final = ".tmp-"
 TEMP_NAME: Final = re.compile(rf"{re.escape(TEMP_PREFIX)}\d+-[0-9a-f]{{12}}-\d+")

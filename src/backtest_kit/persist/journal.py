@@ -21,9 +21,9 @@ from typing import Any, Final
 
 from backtest_kit.errors import Damaged, Outcome
 from backtest_kit.persist.codec import parse, seal_line, unseal_line
+from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.locks import in_children, try_lock
-from backtest_kit.persist.testing.crashpoints import crashpoint
 
 SUFFIX: Final = ".journal"
 

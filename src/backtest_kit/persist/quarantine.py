@@ -15,8 +15,8 @@ import msgspec
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import Disk, disk_error
-from backtest_kit.persist.testing.crashpoints import crashpoint
 
 DIRECTORY: Final = "quarantine"
 REASON_SUFFIX: Final = ".reason"

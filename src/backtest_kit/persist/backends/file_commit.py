@@ -21,10 +21,10 @@ from backtest_kit.errors import BacktestKitError, Outcome
 from backtest_kit.persist.backends.file_root import Promised, Root
 from backtest_kit.persist.codec import dump_record, dump_value, seal_text
 from backtest_kit.persist.contracts import Durability, Kind
+from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import disk_error
 from backtest_kit.persist.locks import Locked
 from backtest_kit.persist.store import Key, Record, Write
-from backtest_kit.persist.testing.crashpoints import crashpoint
 from backtest_kit.persist.writing import decide
 
 GROUP_LIMIT: Final = 128

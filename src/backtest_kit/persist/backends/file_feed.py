@@ -40,11 +40,11 @@ from backtest_kit.persist.backends.file_segments import (
 )
 from backtest_kit.persist.codec import NewerSchema, open_envelope, parse, unseal_line
 from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.locks import LockSet
 from backtest_kit.persist.quarantine import Quarantine
 from backtest_kit.persist.store import Key, Record
-from backtest_kit.persist.testing.crashpoints import crashpoint
 
 SEGMENT_BYTES: Final = 8 << 20
 """A segment that has reached this size is full. What opening a feed has to parse is at most one of it."""

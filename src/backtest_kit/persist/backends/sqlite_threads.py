@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, OutOfSpace, RetryLater, UserError
+from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import Disk, disk_error
-from backtest_kit.persist.testing.crashpoints import crashpoint
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]

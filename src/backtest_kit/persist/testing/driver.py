@@ -29,9 +29,9 @@ import msgspec
 
 from backtest_kit.errors import BacktestKitError
 from backtest_kit.model.candle import COLUMNS, CandleSeries
+from backtest_kit.persist import crashpoints
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Kind, WriteRule
 from backtest_kit.persist.store import Key, Record, SeriesKey, Store, Write
-from backtest_kit.persist.testing import crashpoints
 from backtest_kit.persist.urls import store_at
 
 WRITERS: Final = 4
