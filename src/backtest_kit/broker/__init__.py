@@ -1,0 +1,3 @@
+"""Brokers: what carries an order to a venue. `base` has the protocol, the other modules implement it."""
+
+from __future__ import annotations

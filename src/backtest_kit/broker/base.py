@@ -1,0 +1,198 @@
+"""`Broker`: the hooks between the engine and a venue, the orders that pass there, and the errors they raise.
+
+The engine decides first and writes its intent down, with the number of the attempt, before it calls a
+hook; what the hook returns is written down before anything else happens. After a crash, or after an error
+that leaves the outcome open, the engine asks `find` what became of the order before it sends it again. So
+one client order id is never filled twice, whatever dies when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import msgspec
+
+from backtest_kit.errors import BacktestKitError, Outcome
+from backtest_kit.model.event import Event, Identity
+from backtest_kit.model.position import Direction, Position, RestingEntry
+
+OrderKind = Literal[
+    "open", "place", "activate", "cancel", "add", "reduce", "close", "move_stop", "move_take", "breakeven"
+]
+"""What an order is for. `place` rests a limit order, `activate` turns it into a position, `cancel` ends it."""
+
+
+class OrderTransient(BacktestKitError):
+    """It did not work now, or nobody knows whether it did (`outcome`): the order is looked up and tried again.
+
+    Any error that is none of these three counts as one whose outcome is unknown.
+    """
+
+
+class OrderRejected(BacktestKitError):
+    """The venue refuses the order for good: too small, no funds, market closed. It is never sent again."""
+
+
+class OrderDeleted(BacktestKitError):
+    """What the engine believes to be on the venue is gone: closed or cancelled there by somebody else."""
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """One operation on a venue."""
+
+    kind: OrderKind
+    client_order_id: str
+    """The signal id for what opens (`open`, `place`, `activate`), with a suffix of its own for everything later
+    in the life of the position. The same operation has the same id at every attempt."""
+    identity: Identity
+    when_ms: int
+    """The minute of the decision."""
+    direction: Direction
+    price: float
+    """The current price when it was decided; the limit price for `place`."""
+    cost: float
+    """Quote currency to put in (`open`, `place`, `activate`, `add`) or to take out at cost (`reduce`, `close`);
+    0 for the others."""
+    quantity: float | None = None
+    """Base currency to take out, where the fills of the position said how much is held."""
+    take_profit: float
+    """The level in force once the order is done."""
+    stop_loss: float
+    """The level in force once the order is done."""
+    reason: str = ""
+    """Why a position closes or an entry is cancelled."""
+    attempt: int = 0
+    """0 at the first call. Above 0 the venue may know the order already."""
+
+
+class Fill(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What a venue did for an order, added up over its partial fills."""
+
+    price: float
+    """Average price."""
+    cost: float
+    """In quote currency, without fees."""
+    quantity: float
+    """In base currency."""
+    fee: float = 0.0
+    """In quote currency."""
+    timestamp: int = 0
+    """Of the last partial fill, epoch ms; 0 where the venue did not tell."""
+    reason: Literal["", "take_profit", "stop_loss", "closed"] = ""
+    """Of what the venue closed by itself: which protective order did it."""
+
+
+class OrderReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a venue knows of one client order id."""
+
+    status: Literal["absent", "resting", "partly_filled", "filled", "cancelled", "rejected"]
+    """`absent`: the venue never received it, so that it may be sent."""
+    fill: Fill | None = None
+    """What was filled so far."""
+
+
+class Holding(msgspec.Struct, frozen=True, kw_only=True):
+    """What a venue holds of one symbol, whoever opened it."""
+
+    symbol: str
+    direction: Direction
+    quantity: float
+    """In base currency."""
+    price_open: float | None = None
+    """Average entry price, where the venue keeps one."""
+    stop_loss: float | None = None
+    """Trigger of the live protective stop of this account, None where there is none."""
+    client_order_ids: tuple[str, ...] = ()
+    """Of open orders on the symbol."""
+
+
+class Broker:
+    """A venue. Every hook is optional: what is not overridden confirms the order as the engine decided it.
+
+    A hook that returns has done what it was asked. A `Fill` says at what price and for how much; None leaves
+    both as the engine decided them. Hooks raise `OrderTransient`, `OrderRejected` or `OrderDeleted`; with
+    `outcome=Outcome.NOT_DONE` a transient error promises that the venue has nothing of the order.
+    """
+
+    reports_fills: ClassVar[bool] = False
+    """Whether fills carry the venue's own prices: slippage is in them already, and is not charged again."""
+
+    async def start(self) -> None:
+        """Connect and check that orders can be placed. Called once, before the first position is restored.
+
+        Raises:
+            UserError: credentials, symbol or account settings make trading impossible.
+            RetryLater: the venue does not answer.
+        """
+
+    async def stop(self) -> None:
+        """Let go of connections. Idempotent. Orders and positions stay as they are."""
+
+    async def find(self, order: Order) -> OrderReport:
+        """What became of `order`: asked before it is sent again.
+
+        A venue that confirms everything has nothing to look up.
+        """
+        return OrderReport(status="absent")
+
+    async def open_position(self, order: Order) -> Fill | None:
+        """Enter now (`open`), with the protective orders; or confirm that a resting entry was filled (`activate`).
+
+        For `activate` where the venue has not filled the entry yet: `OrderTransient` with NOT_DONE.
+        """
+        return None
+
+    async def place_entry(self, order: Order) -> None:
+        """Rest a limit order at `order.price`."""
+
+    async def cancel_entry(self, order: Order) -> Fill | None:
+        """Cancel a resting entry. A fill says that it was too late: the position is open."""
+        return None
+
+    async def close_position(self, order: Order) -> Fill | None:
+        """Close everything that is held and its protective orders. A position that is flat already is no error:
+        return the fill that closed it if the venue tells."""
+        return None
+
+    async def add_to_position(self, order: Order) -> Fill | None:
+        """Buy more for `order.cost`."""
+        return None
+
+    async def reduce_position(self, order: Order) -> Fill | None:
+        """Close `order.cost` of the position."""
+        return None
+
+    async def move_stop(self, order: Order) -> None:
+        """Move the protective stop to `order.stop_loss` (`move_stop` and `breakeven`)."""
+
+    async def move_take(self, order: Order) -> None:
+        """Move the take profit to `order.take_profit`."""
+
+    async def check_position(self, position: Position) -> Fill | None:
+        """Once a minute: None while the venue holds the position, or the fill by which it was closed there.
+
+        Raises:
+            OrderDeleted: the venue holds nothing and knows no fill either.
+        """
+        return None
+
+    async def check_entry(self, entry: RestingEntry) -> Fill | None:
+        """Once a minute: None while the limit order rests, or its fill.
+
+        Raises:
+            OrderDeleted: it neither rests nor was filled.
+        """
+        return None
+
+    async def holdings(self, symbols: Sequence[str]) -> list[Holding] | None:
+        """All that the venue holds of `symbols`, to find what nobody watches; None where it cannot tell."""
+        return None
+
+    async def notify(self, event: Event) -> None:
+        """After the fact: what happened, for information."""
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """What is known of an order whose hook raised `error`."""
+    return error.outcome if isinstance(error, BacktestKitError) else Outcome.UNKNOWN
