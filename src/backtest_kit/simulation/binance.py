@@ -22,6 +22,8 @@ from backtest_kit.simulation.journal import Cancel, Place, SetLeverage
 from backtest_kit.simulation.orders import Kind, NewOrder, OrderType, Refused, Side, VenueOrder
 from backtest_kit.simulation.venue import Venue
 
+API_KEY: Final = "bot"
+API_SECRET: Final = "simulated"  # noqa: S105  # of a made-up exchange on loopback
 _CLIENT_ID: Final = re.compile(r"[.A-Z:/a-z0-9_-]{1,36}")
 _RECEIVE_WINDOW_MS: Final = 5000
 _PATHS: Final = re.compile(r"/(api|fapi|dapi|sapi)/v(\d)/(.+)")
@@ -213,9 +215,7 @@ async def _klines(call: _Call) -> Any:
     return rows
 
 
-def _kline(
-    step_ms: int, open_ms: int, open_: float, high: float, low: float, close: float, volume: float
-) -> list[Any]:
+def _kline(step_ms: int, open_ms: int, open_: float, high: float, low: float, close: float, volume: float) -> list[Any]:
     prices = [repr(each) for each in (open_, high, low, close, volume)]
     turnover = repr(volume * close)
     return [open_ms, *prices, open_ms + step_ms - 1, turnover, 100, repr(volume / 2), repr(volume * close / 2), "0"]
