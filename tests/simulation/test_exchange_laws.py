@@ -140,14 +140,14 @@ def test_what_reduces_never_opens(given_steps: list[Any]) -> None:
 
 
 def new(type_: str, side: str = "buy", quantity: str = "0.01", **fields: Any) -> NewOrder:
-    numbers = {name: Decimal(fields.pop(name)) for name in ("price", "trigger") if name in fields}
+    for name in {"price", "trigger"} & fields.keys():
+        fields[name] = Decimal(fields[name])
     return NewOrder(
         symbol="BTCUSDT",
         side=side,  # type: ignore[arg-type]  # words of the tests
         type=type_,  # type: ignore[arg-type]
         client_order_id=fields.pop("id", f"{type_}-{side}"),
         quantity=Decimal(quantity),
-        **numbers,
         **fields,
     )
 
@@ -255,7 +255,9 @@ def test_refusals_change_nothing(order: NewOrder, reason: str) -> None:
     assert refused.value.reason == reason
     account = exchange.account("bot")
     assert isinstance(account, FuturesAccount)
-    assert (exchange.orders, exchange.fills, account.wallet, account.reserved) == ({}, [], BEGIN, 0)
+    assert not exchange.orders
+    assert not exchange.fills
+    assert (account.wallet, account.reserved) == (BEGIN, Decimal(0))
     exchange.place("bot", new("market", id=order.client_order_id))  # the id is not used up
 
 
@@ -264,6 +266,6 @@ def test_two_positions_of_a_symbol_are_kept_apart() -> None:
     exchange.place("bot", new("market", id="a", group="a"))
     exchange.place("bot", new("market", id="b", quantity="0.02", group="b"))
     exchange.place("bot", new("market", "sell", id="a-close", quantity="0.5", reduce_only=True, group="a"))
-    assert (exchange.held("bot", "BTCUSDT", "a"), exchange.held("bot", "BTCUSDT", "b")) == (0, Decimal("0.02"))
+    assert (exchange.held("bot", "BTCUSDT", "a"), exchange.held("bot", "BTCUSDT", "b")) == (Decimal(0), Decimal("0.02"))
     exchange.place("bot", new("market", "sell", id="by-hand", quantity="0.02"))
     assert exchange.held("bot", "BTCUSDT", "b") == 0
