@@ -18,9 +18,10 @@ import pytest
 from tests.simulation.conftest import START, advance, order_of
 
 from backtest_kit.broker.base import Broker, OrderTransient
-from backtest_kit.errors import Damaged, RetryLater, UserError
+from backtest_kit.errors import Damaged, Outcome, RetryLater, UserError
 from backtest_kit.market import sources
 from backtest_kit.market.clock import AcceleratedClock, SteppedClock, SystemClock
+from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.simulation.client import ccxt_options, connect
 from backtest_kit.simulation.exchange import Terms
@@ -309,6 +310,55 @@ async def test_a_restarted_venue_is_the_same(
         await serve(state=state)
 
 
+async def test_a_full_disk_is_said_and_nothing_is_forgotten(serve: Serve, broker_of: BrokerOf, tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this machine has no /dev/full")
+    state = tmp_path / "venue.jsonl"
+    server = await serve(state=state)
+    journal: Any = server.venue._journal
+    whole = journal._file
+    with Path("/dev/full").open("ab", buffering=0) as full:
+        journal._file = full
+        with pytest.raises(OrderTransient, match="No space left on device") as error:
+            await broker_of(server).open_position(order_of("open"))
+    assert error.value.outcome is Outcome.UNKNOWN
+    journal._file = whole
+    await broker_of(server).open_position(order_of("open", "s2"))
+    await server.stop()
+    again = await serve(state=state)
+    assert [fill.client_order_id for fill in again.venue.exchanges["futures"].fills] == ["s1", "s2"]
+
+
+class Feed(sources.CandleSource):
+    """An exchange that shows each minute as late as a test wants."""
+
+    def __init__(self) -> None:
+        self.shown_ms = START
+
+    async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
+        return await sources.synthetic(7).fetch(symbol, interval, start_ms, min(stop_ms, self.shown_ms))
+
+
+async def test_a_minute_that_an_exchange_shows_late_is_not_skipped(serve: Serve, broker_of: BrokerOf) -> None:
+    feed = Feed()
+    server = await serve(source=feed)
+    broker = broker_of(server)
+    series = await sources.synthetic(7).fetch("BTCUSDT", "1m", START, START + MINUTE_MS)
+    await broker.place_entry(order_of("place", price=round(float(series.low[0]) + 0.01, 2)))
+    advance(server, 1)
+    assert (await broker.find(order_of("place"))).status == "resting"
+    feed.shown_ms = START + MINUTE_MS
+
+    async def status() -> str:
+        return (await broker.find(order_of("place"))).status
+
+    async with asyncio.timeout(10):
+        while await status() == "resting":
+            await asyncio.sleep(0.05)
+    assert await status() == "filled"
+    assert server.venue.exchanges["futures"].fills[0].time_ms == START + MINUTE_MS
+
+
 async def test_a_venue_needs_candles(serve: Serve) -> None:
     with pytest.raises(UserError, match="BTCUSDT has no candle in the day before 2014"):
         await serve(clock=SteppedClock(1_400_000_000_000 // MINUTE_MS * MINUTE_MS))
@@ -348,7 +398,7 @@ def test_the_command_serves_logs_survives_a_kill_and_ends_cleanly(tmp_path: Path
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 0
-    assert "futures bot: buy 0.01799 BTCUSDT at" in output
+    assert "futures bot: buy 0.01821 BTCUSDT at 54886.51 (s2)" in output
     assert output.endswith("stopped\n")
     assert [json.loads(line)["done"] for line in (tmp_path / "venue.jsonl").read_text().splitlines()[1:]]
 
