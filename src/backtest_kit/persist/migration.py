@@ -87,7 +87,7 @@ async def migrate_store(
 
     The target is empty, or has the beginning of what the source has; with `resume` it may also be one that an
     earlier call did not complete. Nobody may write to either of them meanwhile: stop the program that does. A
-    source that was written to all the same is noticed at the end, and by a call that resumes.
+    source that was written to all the same is noticed at the end.
 
     Raises:
         UserError: `target` has something else, is half of another migration, or a store cannot list what it has.
@@ -172,8 +172,9 @@ async def _shared_candles(source: Store, target: Store, part: Part) -> int:
 
 def _refuse(part: Part, what: str) -> NoReturn:
     raise UserError(
-        f"nothing was written: the target has {part}: {what}, which is not what the source has there. Name an empty "
-        "target; or, to keep what is in this one, `backtest-kit store export` the source and `... import` it there"
+        f"nothing was written: the target has {part}: {what}, which is not what the source has there (or has now). "
+        "Name an empty target; or, to keep what is in this one, `backtest-kit store export` the source and "
+        "`... import` it there"
     )
 
 
@@ -181,7 +182,10 @@ def _refuse(part: Part, what: str) -> NoReturn:
 
 
 async def _checkpoint(source: Store, target: Store, resume: bool) -> dict[Part, _Complete]:
-    """The parts that an earlier call completed, if the source still has them as they were."""
+    """The parts that an earlier call completed, and that the source still has as they were.
+
+    The others are compared: they may have grown since, or belong to another source.
+    """
     found = await target.get(MIGRATION, _KEY)
     if found is None or found.removed:
         return {}
@@ -194,13 +198,7 @@ async def _checkpoint(source: Store, target: Store, resume: bool) -> dict[Part, 
         items = msgspec.convert(found.value, list[_Complete])
     except msgspec.ValidationError as error:
         raise Damaged(f"the checkpoint in the target is not one of this version: {error}; name an empty one") from None
-    for item in items:
-        if await _mark(source, item.part, item.mark) != item.mark:
-            raise UserError(
-                f"{item.part} was written to since it was moved, or this is not the source that the target is half "
-                "of: name that source, or start again with an empty target"
-            )
-    return {item.part: item for item in items}
+    return {item.part: item for item in items if await _mark(source, item.part, item.mark) == item.mark}
 
 
 async def _mark(source: Store, part: Part, known: str) -> str:
@@ -294,8 +292,8 @@ class _Work:
         if changed:
             raise Conflict(
                 f"the source was written to while it was copied ({', '.join(map(str, changed[:_MOST_PROBLEMS]))}), so "
-                "what is in the target is not of one moment: stop the program that does, and start again with an "
-                "empty target"
+                "what is in the target is not of one moment: stop the program that does. What it added is moved by "
+                "going on; what it changed takes an empty target"
             )
         await self._flush()
         await self._target.put(Write(MIGRATION, _KEY, None, removed=True))
