@@ -24,7 +24,7 @@ from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.comparison import compare_stores
-from backtest_kit.persist.contracts import CONTRACTS, LEASE, MIGRATION, Contract, Kind
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, MIGRATION, MIGRATION_KEY, Contract, Kind
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.lease import Holder, acquire
 from backtest_kit.persist.migration import Moved, Progress, migrate_store
@@ -38,7 +38,6 @@ KEY = ("trend", "binance", "BTC/USDT")
 BTC = SeriesKey("binance", "BTCUSDT", "1m")
 MINUTE = 60_000
 URLS = ["file:{}/dump", "sqlite:{}/bot.db", "memory:"]
-CHECKPOINT = ("checkpoint",)
 
 
 def make(url: str, place: Path, *, existing: bool = False) -> Store:
@@ -89,7 +88,7 @@ async def require_equal(source: Store, target: Store) -> None:
     compared = await compare_stores(source, target)
     assert [item for item in compared if item.difference or item.source != item.target] == []
     assert compared
-    unfinished = await target.get(MIGRATION, CHECKPOINT)
+    unfinished = await target.get(MIGRATION, MIGRATION_KEY)
     assert unfinished is None or unfinished.removed
 
 
@@ -232,6 +231,47 @@ async def test_progress_is_told(source: MemoryStore, target: Store) -> None:
     assert all((a.number, a.records, a.candles) <= (b.number, b.records, b.candles) for a, b in pairwise(told))
 
 
+# -- the comparison ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (Write(SIGNAL, KEY, "other"), "trend/binance/BTC%2FUSDT has another content"),
+        (Write(SIGNAL, KEY, None, when=1), "trend/binance/BTC%2FUSDT has another content"),
+        (Write(SIGNAL, KEY, None, removed=True), "trend/binance/BTC%2FUSDT has another content"),
+        (Write(LOG, ("new",), 1), "new is only in the target"),
+        (Write(STORAGE, key_of(STORAGE, 0), 0), "comes next in the source"),
+    ],
+    ids=["value", "time", "removal", "one more", "order"],
+)
+async def test_comparison_names_the_first_difference(
+    source: MemoryStore, target: Store, change: Write, named: str
+) -> None:
+    await migrate_store(source, target)
+    await target.put(change)
+    (item,) = [item for item in await compare_stores(source, target) if item.difference]
+    assert (item.namespace, item.contract) == ((), change.contract.name)
+    assert named in (item.difference or "")
+    assert item.source.digest != item.target.digest
+
+
+async def test_comparison_names_missing_records_and_other_candles(source: MemoryStore, target: Store) -> None:
+    await migrate_store(source, target)
+    await source.within("paper").put(Write(SIGNAL, ("a", "b", "C"), 1))
+    await source.candles.write(BTC, candles(1, start=1_672_500_000_000 + 3_000 * MINUTE))
+    await target.candles.write(SeriesKey("kraken", "X", "1m"), candles(1))
+    differences = {
+        (item.namespace, item.contract): item.difference
+        for item in await compare_stores(source, target)
+        if item.difference
+    }
+    assert differences == {
+        ((), "candle"): "candle/binance/BTCUSDT/1m from 2023-01-02T17:20Z on",
+        (("paper",), "signal"): "a/b/C is missing from the target",
+    }
+
+
 # -- what is refused before anything is written ------------------------------------------------------------
 
 
@@ -253,7 +293,7 @@ async def test_target_with_something_else_is_refused(
         with pytest.raises(UserError, match=rf"nothing was written: the target has {named}.*empty target"):
             await migrate_store(source, target, resume=resume)
     assert await everything(target) == before
-    assert await target.get(MIGRATION, CHECKPOINT) is None
+    assert await target.get(MIGRATION, MIGRATION_KEY) is None
 
 
 async def test_target_with_other_candles_or_namespaces_is_refused(source: MemoryStore) -> None:
@@ -344,7 +384,7 @@ async def test_everything_damaged_is_named_and_nothing_moved(url: str, target: S
         await migrate_store(source, target)
     await source.close()
     assert {path: data for path, data in snapshot(tmp_path).items() if path in before} == before
-    assert await target.get(MIGRATION, CHECKPOINT) is None
+    assert await target.get(MIGRATION, MIGRATION_KEY) is None
 
 
 async def test_what_is_in_quarantine_is_not_left_behind_unsaid(target: Store, tmp_path: Path) -> None:
@@ -451,6 +491,17 @@ async def test_resuming_from_another_source_is_refused(
     moved = {item.contract: item for item in (await migrate_store(source, target, resume=True)).contracts}
     assert moved["signal"].present == 4
     await require_equal(source, target)
+
+
+async def test_nobody_trades_on_half_of_a_store(source: MemoryStore) -> None:
+    target = Breaking(5)
+    with pytest.raises(OutOfSpace):
+        await migrate_store(source, target)
+    with pytest.raises(Conflict, match=r"half of a migration.*--resume"):
+        await acquire(lambda row: target, KEY)
+    target.left = 10**6
+    await migrate_store(source, target, resume=True)
+    assert (await acquire(lambda row: target, KEY)).held
 
 
 class Breaking(MemoryStore):
