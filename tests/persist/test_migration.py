@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -328,6 +329,50 @@ async def test_stores_that_cannot_say_what_they_have_are_refused(source: MemoryS
         await migrate_store(DummyStore(), source)
     with pytest.raises(UserError, match="DummyStore cannot list what it has in order"):
         await migrate_store(source, DummyStore())
+
+
+async def test_checkpoint_of_another_version_is_refused(source: MemoryStore, target: Store) -> None:
+    await target.put(Write(MIGRATION, MIGRATION_KEY, {"later": 1}))
+    with pytest.raises(Damaged, match="the checkpoint in the target is not one of this version"):
+        await migrate_store(source, target, resume=True)
+    assert [record async for record in target.scan(LOG)] == []
+
+
+async def test_candles_that_nobody_can_list_are_not_left_behind(target: Store) -> None:
+    source = MemoryStore()
+    await source.put(Write(LOG, ("1",), 1))
+    source.candles = DummyStore().candles  # type: ignore[assignment]
+    with pytest.raises(UserError, match="DummyCandleStore cannot list its candles"):
+        await migrate_store(source, target)
+    assert [record async for record in target.scan(LOG)] == []
+
+
+async def test_target_that_lists_nothing_is_compared_all_the_same(source: MemoryStore) -> None:
+    inner = MemoryStore()
+    target = Unlisted(inner)
+    await migrate_store(source, target)
+    assert await everything(inner) == await everything(source)
+    again = await migrate_store(source, target)
+    assert sum(item.copied for item in again.contracts) == 0
+    other = MemoryStore()
+    await other.within("paper").candles.write(BTC, candles(5, price=7))
+    await source.within("paper").candles.write(BTC, candles(5))
+    with pytest.raises(UserError, match="the target has @paper/candle"):
+        await migrate_store(source, Unlisted(other))
+
+
+class Unlisted:
+    """A store of somebody's own that says nothing of its namespaces and series."""
+
+    def __init__(self, inner: MemoryStore) -> None:
+        self._inner = inner
+        self.capabilities = inner.capabilities
+        self.open, self.close, self.get = inner.open, inner.close, inner.get
+        self.put, self.batch, self.scan = inner.put, inner.batch, inner.scan
+        self.candles: Any = SimpleNamespace(read=inner.candles.read, write=inner.candles.write)
+
+    def within(self, namespace: str) -> Unlisted:
+        return Unlisted(self._inner.within(namespace)) if namespace else self
 
 
 def holder(**changes: Any) -> Holder:
