@@ -130,7 +130,9 @@ class TestOpening:
         with running(mongo_server()) as server:
             with pymongo.MongoClient[dict[str, Any]]("127.0.0.1", server.port) as client:
                 roles = [{"role": "root", "db": "admin"}]
-                client.admin.command("createUser", "bot", pwd="right", roles=roles)
+                client.admin.command(
+                    {"createUser": "bot", "pwd": "right", "roles": roles, "writeConcern": {"w": 1, "j": True}}
+                )
             server.kill()
             server.options = ["--auth"]
             server.start()
