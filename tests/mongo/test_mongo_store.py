@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from bson.int64 import Int64
 from bson.objectid import ObjectId
+from tests.mongo.samples import ALWAYS, BTC, candles
 from tests.servers import mongo_server, running
 
 from backtest_kit.errors import Conflict, Damaged, Outcome, RetryLater, UserError
@@ -27,7 +28,6 @@ from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.contracts import CONTRACTS, LEASE
 from backtest_kit.persist.operations import check
 from backtest_kit.persist.store import ABSENT, SeriesKey, Write
-from backtest_kit.persist.testing.candle_cases import ALWAYS, BTC, candles
 
 SIGNAL, STATE, MEMORY, LOG = (CONTRACTS[name] for name in ("signal", "state", "memory", "log"))
 KEY = ("trend", "binance", "BTCUSDT")
@@ -133,7 +133,7 @@ class TestOpening:
                 client.admin.command(
                     {"createUser": "bot", "pwd": "right", "roles": roles, "writeConcern": {"w": 1, "j": True}}
                 )
-            server.kill()
+            server.stop()
             server.options = ["--auth"]
             server.start()
             right = store_over(f"mongodb://bot:right@127.0.0.1:{server.port}/db?authSource=admin")

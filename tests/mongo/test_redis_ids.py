@@ -62,6 +62,12 @@ async def require_right_answers(store: MongoStore) -> None:
     assert await store.get(STATE, ("absent", "notes")) is None
 
 
+def is_passed_over(store: MongoStore) -> bool:
+    ids = store.link().ids
+    assert ids is not None
+    return bool(ids.is_passed_over)
+
+
 async def test_write_leaves_the_id_of_its_document_for_a_while(
     store: MongoStore, cache: redis.Redis, mongo_url: str
 ) -> None:
@@ -74,7 +80,7 @@ async def test_write_leaves_the_id_of_its_document_for_a_while(
 
 
 async def test_candles_have_no_entries(store: MongoStore, cache: redis.Redis) -> None:
-    from backtest_kit.persist.testing.candle_cases import ALWAYS, BTC, candles
+    from tests.mongo.samples import ALWAYS, BTC, candles
 
     before = cache.dbsize()
     await store.candles.write(BTC, candles(0, 50))
@@ -111,8 +117,7 @@ async def test_poisoned_entries_are_never_an_answer(store: MongoStore, cache: re
                     pipeline.hset(name, "a", "b")
         pipeline.execute()
         await require_right_answers(store)
-    assert store.link().ids is not None
-    assert not store.link().ids.is_passed_over
+    assert not is_passed_over(store)
     await other_database.link().mongo.drop_database(database_of(mongo_url) + "-other")
     await other_database.close()
 
@@ -181,13 +186,13 @@ async def test_redis_that_dies_is_passed_over_and_taken_back(mongo_url: str, cap
         server.kill()
         for _ in range(3):
             await require_right_answers(store)
-        assert link.ids.is_passed_over
+        assert is_passed_over(store)
         server.start()
         for _ in range(200):
             await require_right_answers(store)
-            if not link.ids.is_passed_over:
+            if not is_passed_over(store):
                 break
-        assert not link.ids.is_passed_over
+        assert not is_passed_over(store)
         await store.close()
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2, said
