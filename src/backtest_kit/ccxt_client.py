@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from backtest_kit.errors import UserError
@@ -58,7 +59,10 @@ def find_market(client: Any, exchange_id: str, symbol: str) -> dict[str, Any]:
     raise UserError(f"{exchange_id} has no market {symbol!r}: {hint}")
 
 
-def said(error: Exception) -> str:
-    """The kind and text of an error, without query strings: those of signed requests are nobody's business."""
+def said(error: Exception, secrets: Iterable[str] = ()) -> str:
+    """The kind and text of an error, without `secrets`, and without query strings: those of signed requests are
+    nobody's business."""
     text = re.sub(r"\?\S+", "?...", str(error))
+    for secret in secrets:
+        text = text.replace(secret, "...")
     return f"{type(error).__name__}: {text:.300}"

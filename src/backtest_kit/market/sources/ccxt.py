@@ -92,4 +92,3 @@ class CcxtSource(CandleSource):
             raise RetryLater(f"{self._id} did not answer: {said(error)}") from error
         except errors.BaseError as error:
             raise UserError(f"{self._id} refused the request: {said(error)}") from error
-
