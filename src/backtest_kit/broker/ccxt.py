@@ -240,7 +240,7 @@ class CcxtBroker(Broker):
         return (await venue.executed(stake.market, [added])).fill
 
     async def reduce_position(self, order: Order) -> Fill | None:
-        """Sell, then narrow the stop. On a spot market the stop has to make room first, for as long as the sale takes."""
+        """Sell, then narrow the stop. On a spot market the stop has to make room first, while the sale takes place."""
         venue, dealer, stake = self._stake_of(order)
         reduced = await dealer.known(stake, stake.ids.of(order.client_order_id), order)
         if reduced is None:
@@ -275,9 +275,8 @@ class CcxtBroker(Broker):
             if stake.market.unsellable(held, stop_loss):
                 await dealer.clear(stake)
                 return await dealer.account.closing_fill(stake)
-            if not agrees(stake.market, held, model) and stake.market.lots(held) not in [
-                stop.quantity for stop in live
-            ]:
+            protected = stake.market.lots(held) in [stop.quantity for stop in live]
+            if not protected and not agrees(stake.market, held, model):
                 told = "%s: %s of %s are held, %s by its fills: somebody else traded it; the stop follows what is held"
                 _log.warning(told, stake.market.symbol, f"{held:f}", position.signal_id, f"{model:.8f}")
             try:

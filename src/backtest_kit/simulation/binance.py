@@ -213,9 +213,7 @@ async def _klines(call: _Call) -> Any:
     return rows
 
 
-def _kline(
-    step_ms: int, open_ms: int, open_: float, high: float, low: float, close: float, volume: float
-) -> list[Any]:
+def _kline(step_ms: int, open_ms: int, open_: float, high: float, low: float, close: float, volume: float) -> list[Any]:
     prices = [repr(each) for each in (open_, high, low, close, volume)]
     turnover = repr(volume * close)
     return [open_ms, *prices, open_ms + step_ms - 1, turnover, 100, repr(volume / 2), repr(volume * close / 2), "0"]

@@ -26,6 +26,6 @@ _SECTIONS = {
 def ccxt_urls(url: str) -> dict[str, dict[str, str]]:
     """The option `urls` by which ccxt's `binance` and `binanceusdm` talk to the venue at `url`, and to nobody else.
 
-        ccxt.binanceusdm({"apiKey": "bot", "secret": "simulated", "urls": ccxt_urls("http://127.0.0.1:8899")})
+    ccxt.binanceusdm({"apiKey": "bot", "secret": "simulated", "urls": ccxt_urls("http://127.0.0.1:8899")})
     """
     return {"api": {section: url.rstrip("/") + path for section, path in _SECTIONS.items()}}
