@@ -69,6 +69,7 @@ class Bench:
             "urls": ccxt_urls(self.server.url)["api"],
             "arrival_ms": ARRIVAL_MS,
             "timeout_ms": 4000,
+            "rate_limit": False,
             **options,
         }
         exchange_id = "binance" if self.kind == "spot" else "binanceusdm"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, ClassVar, Final
 
 from backtest_kit.broker.base import (
@@ -59,6 +60,7 @@ class CcxtBroker(Broker):
         stop_beyond_pct: float = 1.0,
         timeout_ms: int = 10_000,
         arrival_ms: int = 5_000,
+        rate_limit: bool = True,
         urls: Mapping[str, Any] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -78,6 +80,7 @@ class CcxtBroker(Broker):
             timeout_ms: of one request.
             arrival_ms: how long a request may be under way: an order that is not found is not believed lost, and
                 never sent again, before this has passed. Binance refuses requests that take longer (recvWindow).
+            rate_limit: spaces requests as the exchange asks for. A simulated exchange does not mind.
             urls: replaces addresses of ccxt's `urls["api"]`: a test network, a proxy, a simulated exchange.
             options: added to ccxt's own `options`.
 
@@ -102,6 +105,7 @@ class CcxtBroker(Broker):
             options=options or {},
             timeout_ms=timeout_ms,
             arrival_ms=arrival_ms,
+            rate_limit=rate_limit,
         )
         self._settle, self._leverage = settle, leverage
         self._max_slippage_pct, self._stop_beyond_pct = max_slippage_pct, stop_beyond_pct
@@ -213,18 +217,18 @@ class CcxtBroker(Broker):
                 await dealer.stops.cancel(market, live)
             except StopFilled:
                 held = await account.held(stake)
-        small = market.unsellable(held, order.price)
-        if not small:
-            try:
-                sold.append(await dealer.sell(stake, order, market.lots(held), held=held, part=len(sold)))
-            except OrderRejected:
-                # A future whose stop was faster: there is nothing left that could be reduced.
-                if not market.contract or not market.unsellable(await account.held(stake), order.price):
-                    raise
+        try:
+            left = await dealer.sell_out(stake, order, held, sold)
+        except OrderRejected:
+            # A future whose stop was faster: there is nothing left that could be reduced.
+            if not market.contract or not market.unsellable(await account.held(stake), order.price):
+                raise
+            left = Decimal(0)
         await dealer.clear(stake)
         if sold:
             return (await venue.executed(market, sold)).fill
-        if held:
+        if left:
+            small = market.unsellable(left, order.price)
             _log.warning("%s: what is left of %s is too little to sell: %s", market.symbol, stake.ids.entry, small)
         try:
             return await account.closing_fill(stake)

@@ -32,6 +32,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
     options: Mapping[str, Any]
     timeout_ms: int
     arrival_ms: int
+    rate_limit: bool
 
     def __repr__(self) -> str:
         return f"Connection({self.exchange_id!r}, {self.kind!r})"
@@ -86,7 +87,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         if self.exchange_id.startswith("binance"):
             options.setdefault("fetchMarkets", {"types": ["linear" if futures else "spot"]})
         given = {name: secret for name, secret in secrets.items() if secret}
-        return {**given, "timeout": self.timeout_ms, "options": options}
+        return {**given, "timeout": self.timeout_ms, "enableRateLimit": self.rate_limit, "options": options}
 
     async def _check(self, client: Any, venue: CcxtVenue) -> None:
         needed = (*_NEEDED, "fetchPositions") if self.kind == "futures" else _NEEDED

@@ -167,6 +167,14 @@ class Dealer:
             raise OrderRejected(told)
         return quantity
 
+    async def sell_out(self, stake: Stake, order: Order, held: Decimal, sold: list[VenueOrder]) -> Decimal:
+        """Sell all of `held`, in as many orders as the market needs, added to `sold`; what cannot be sold is left."""
+        while len(sold) < _MOST_PARTS and not stake.market.unsellable(held, order.price):
+            part = await self.sell(stake, order, stake.market.lots(held), held=held, part=len(sold))
+            sold.append(part)
+            held -= part.filled
+        return held
+
     async def sell(self, stake: Stake, order: Order, quantity: Decimal, *, held: Decimal, part: int = 0) -> VenueOrder:
         """Take `quantity` of `held` out at the market. Where that is certain to have failed, a stop that had to
         make room for it is put back."""
@@ -203,8 +211,9 @@ class Dealer:
             OrderTransient: there is no stop now.
         """
         live = await self.stops.live(stake)
-        # No model: the size has changed just now, or may have.
-        held = await self.account.held(stake, recent=recent)
+        # A stop that is only moved knows the size; anything else has changed it just now, or may have.
+        moved = order.kind in ("move_stop", "breakeven") and len(live) == 1
+        held = await self.account.held(stake, live, model=live[0].quantity if moved else None, recent=recent)
         if stake.market.unsellable(held, order.stop_loss):
             return False
         try:

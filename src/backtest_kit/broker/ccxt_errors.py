@@ -38,7 +38,8 @@ _TABLE: Final[tuple[tuple[str, type[BacktestKitError], Outcome], ...]] = (
     ("OrderImmediatelyFillable", StopReached, Outcome.NOT_DONE),
     ("InsufficientFunds", NoFunds, Outcome.NOT_DONE),
     ("InvalidOrder", OrderRejected, Outcome.NOT_DONE),
-    ("DDoSProtection", OrderTransient, Outcome.NOT_DONE),  # the base of RateLimitExceeded: refused at the door
+    ("RateLimitExceeded", OrderTransient, Outcome.NOT_DONE),  # refused at the door
+    ("DDoSProtection", OrderTransient, Outcome.NOT_DONE),
     ("InvalidNonce", OrderTransient, Outcome.NOT_DONE),
     ("RequestTimeout", OrderTransient, Outcome.UNKNOWN),
     ("OnMaintenance", OrderTransient, Outcome.NOT_DONE),
