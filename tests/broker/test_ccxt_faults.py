@@ -11,6 +11,7 @@ import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.broker.conftest import PRICE, SIGNAL, Bench, Kind, MakeBench, again, order, position
@@ -20,11 +21,11 @@ from backtest_kit.errors import Outcome
 from backtest_kit.simulation.server import API_SECRET
 
 BOTH = pytest.mark.parametrize("kind", ["spot", "futures"])
-LOOK_UPS = {"endpoint": "GET */order", "count": 2}
+LOOK_UPS: dict[str, Any] = {"endpoint": "GET */order", "count": 2}
 """Twice: what asks for something and changes nothing is asked again where an old connection breaks."""
 
 
-def stop_posts(kind: Kind) -> dict[str, object]:
+def stop_posts(kind: Kind) -> dict[str, Any]:
     """The requests that place stops, after an entry."""
     return {"endpoint": "POST */order", "skip": 1} if kind == "spot" else {"endpoint": "POST */algoOrder"}
 
@@ -402,7 +403,7 @@ async def test_a_position_that_the_exchange_does_not_know_is_gone(bench: MakeBen
     ],
 )
 async def test_what_cannot_be_bought_is_refused_before_it_is_sent(
-    bench: MakeBench, kind: Kind, fields: dict[str, float], message: str
+    bench: MakeBench, kind: Kind, fields: dict[str, Any], message: str
 ) -> None:
     venue = await bench(kind)
     broker = await venue.broker()

@@ -33,14 +33,14 @@ async def test_credentials_come_from_the_environment(bench: MakeBench, monkeypat
         ({"api_key": "nobody"}, r"check the key: AuthenticationError.*check the API key, its permissions"),
         ({"secret": "wrong"}, r"check the key: .*Signature for this request is not valid"),
         ({"exchange_id": "binanse"}, r"ccxt knows no exchange 'binanse': did you mean binance"),
-        ({"exchange_id": "coinmetro"}, r"coinmetro cannot be traded through ccxt: it has no fetchPositions"),
+        ({"exchange_id": "bigone"}, r"bigone cannot be traded through ccxt: it has no fetchPositions"),
     ],
 )
 async def test_what_makes_trading_impossible_is_said(bench: MakeBench, options: dict[str, Any], message: str) -> None:
     venue = await bench("futures")
     with pytest.raises(UserError, match=message) as caught:
         await venue.unconnected(**options).start()
-    assert options.get("secret", "-") not in str(caught.value).replace("wrong side", "")
+    assert API_SECRET not in str(caught.value)
 
 
 async def test_an_exchange_that_does_not_answer_may_answer_later(bench: MakeBench) -> None:
@@ -92,7 +92,7 @@ async def test_the_kind_of_market_must_be_the_broker_s(bench: MakeBench) -> None
 
 
 async def test_a_broker_that_is_not_started_says_so() -> None:
-    broker = CcxtBroker("binance", api_key="key", secret="secret")
+    broker = CcxtBroker("binance", api_key="key", secret=API_SECRET)
     with pytest.raises(UserError, match="is not connected: await its start"):
         await broker.open_position(order())
     await broker.stop()

@@ -64,9 +64,9 @@ def test_a_stop_protects_rather_too_early_than_too_late(number: float) -> None:
 def test_a_limit_at_worst_never_costs_more_and_one_that_must_be_reached_is_not_short_of_it(number: float) -> None:
     price = exact(number)
     assert market().price_for("buy", price) <= price <= market().price_for("sell", price)
-    assert (
-        market().price_for("sell", price, at_worst=False) <= price <= market().price_for("buy", price, at_worst=False)
-    )
+    sold = market().price_for("sell", price, at_worst=False)
+    bought = market().price_for("buy", price, at_worst=False)
+    assert sold <= price <= bought
 
 
 @pytest.mark.parametrize(
