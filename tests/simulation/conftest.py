@@ -21,8 +21,12 @@ async def serve() -> AsyncIterator[Serve]:
     running: list[VenueServer] = []
 
     async def start(
-        *, clock: Clock | None = None, faults: Faults | None = None, symbols: tuple[str, ...] = ("BTCUSDT", "ETHUSDT"),
-        source: sources.CandleSource | None = None, **options: Any,
+        *,
+        clock: Clock | None = None,
+        faults: Faults | None = None,
+        symbols: tuple[str, ...] = ("BTCUSDT", "ETHUSDT"),
+        source: sources.CandleSource | None = None,
+        **options: Any,
     ) -> VenueServer:
         venue = Venue(source or sources.synthetic(7), symbols, clock or SteppedClock(START), **options)
         server = VenueServer(venue, faults=faults)

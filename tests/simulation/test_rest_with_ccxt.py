@@ -9,8 +9,8 @@ import pytest
 from backtest_kit.market import sources
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.simulation.client import ccxt_urls
-from backtest_kit.simulation.server import API_KEY, API_SECRET, VenueServer
+from backtest_kit.simulation.client import ccxt_options
+from backtest_kit.simulation.server import VenueServer
 
 START = 1_704_067_200_000
 Serve = Callable[..., Awaitable[VenueServer]]
@@ -23,9 +23,8 @@ async def trader() -> AsyncIterator[Trader]:
     made: list[Any] = []
 
     def make(server: VenueServer, kind: str, **options: Any) -> Any:
-        client = getattr(ccxt_library, "binance" if kind == "spot" else "binanceusdm")(
-            {"apiKey": API_KEY, "secret": API_SECRET, "urls": ccxt_urls(server.url), **options}
-        )
+        exchange = ccxt_library.binance if kind == "spot" else ccxt_library.binanceusdm
+        client = exchange({**ccxt_options(server.url, exchange), "enableRateLimit": False, **options})
         made.append(client)
         return client
 
@@ -98,7 +97,7 @@ async def test_a_client_order_id_is_taken_for_ever(serve: Serve, trader: Trader,
     server = await serve()
     client, symbol = trader(server, kind), symbol_of(kind)
     await client.create_order(symbol, "market", "buy", 0.01, params={"newClientOrderId": "once"})
-    with pytest.raises(ccxt_library.InvalidOrder, match="Duplicate order sent|ClientOrderId is duplicated"):
+    with pytest.raises(ccxt_library.InvalidOrder, match=r"Duplicate order sent|ClientOrderId is duplicated"):
         await client.create_order(symbol, "market", "buy", 0.01, params={"newClientOrderId": "once"})
     found = await client.fetch_order("", symbol, params={"origClientOrderId": "once"})
     assert (found["filled"], len(await client.fetch_my_trades(symbol))) == (0.01, 1)
@@ -198,8 +197,9 @@ async def test_a_conditional_order_of_futures_is_cancelled_at_its_own_endpoint(s
 
 async def test_leverage_and_modes_of_a_futures_account(serve: Serve, trader: Trader) -> None:
     client, symbol = trader(await serve(), "futures"), "BTC/USDT:USDT"
-    assert (await client.set_leverage(3, symbol))["leverage"] == "3"
-    assert (await client.set_margin_mode("cross", symbol))["code"] == -4046
+    assert (await client.set_leverage(3, symbol))["leverage"] == 3
+    with pytest.raises(ccxt_library.MarginModeAlreadySet):
+        await client.set_margin_mode("cross", symbol)
     with pytest.raises(ccxt_library.BaseError, match="one-way positions only"):
         await client.set_position_mode(True, symbol)
     await client.create_order(symbol, "market", "buy", 0.01)

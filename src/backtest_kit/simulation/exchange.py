@@ -8,6 +8,7 @@ The price of a symbol inside a minute is the close of the minute before.
   a limit order touched is filled at its limit; a stop or take that is hit becomes a market order at its trigger, or at
   the open where the minute opened beyond it. Stops come first, then takes, then the others, each by age.
 - Where only a fraction is filled, the rest goes on in the minutes that follow.
+- An order that protects sleeps until its group holds something, and is given up when that is closed.
 """
 
 from __future__ import annotations
@@ -299,11 +300,13 @@ class Exchange:
             worse = self._worsened(price, order.side, market)
             bounded = min(worse, order.price) if order.side == "buy" else max(worse, order.price)
             self._fill_part(order, market, bounded, maker=False)
-        elif order.type in _TRIGGERED and self._hit(order, price):
+        elif order.type in _TRIGGERED and self._hit(order, price) and self._reducible(order):
             self._trigger(order, market, price)
 
     def _meet_minute(self, order: VenueOrder, market: Market, minute: Minute) -> None:
         if order.type in _TRIGGERED and not order.triggered:
+            if order.protects and not self._reducible(order):
+                return
             assert order.trigger is not None  # noqa: S101  # checked when it was taken
             if self._hit(order, minute.open) and order.created_ms <= minute.open_ms:
                 self._trigger(order, market, market.round_price(minute.open))
@@ -398,12 +401,13 @@ class Exchange:
         if order.group:
             key = (account, symbol, order.group)
             self._groups[key] = self._groups.get(key, ZERO) + signed
+        for other in list(self._open[symbol].values()):
+            protected = not other.group or (account, symbol, other.group) in self._groups
+            if other.protects and other.account == account and protected and not self._reducible(other):
+                self._end(other, "expired")
         if not self.held(account, symbol):
             for key in [key for key in self._groups if key[:2] == (account, symbol)]:
                 del self._groups[key]
-        for other in list(self._open[symbol].values()):
-            if other.protects and other.account == account and not self._reducible(other):
-                self._end(other, "expired")
 
     def _reducible(self, order: VenueOrder) -> Decimal:
         held = self.held(order.account, order.symbol, order.group)

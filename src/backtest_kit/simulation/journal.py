@@ -103,6 +103,11 @@ class Journal:
             os.truncate(self._path, self._path.stat().st_size - len(torn))
         return head, entries
 
+    def latest_ms(self) -> int | None:
+        """When the last thing was done; None where there is no file. Raises as `read`."""
+        kept = self.read()
+        return kept and (kept[1][-1].at_ms if kept[1] else kept[0].start_ms)
+
     def open(self, head: Head) -> None:
         """Begin to write, with `head` if the file is new.
 

@@ -1,6 +1,6 @@
-"""`VenueServer`: a venue on loopback, with Binance's interface, one for bots, and one to control it.
+"""`VenueServer`: a venue on loopback, with Binance's interface, that of `client`, and one to control it.
 
-Under `/sim/` nothing goes wrong on purpose:
+Under `/sim/` is control, where nothing goes wrong on purpose:
 
 - `GET /sim/state`: time, orders, fills, accounts and how many requests came in; `GET /sim/requests`: the last of them
 - `GET /sim/clock`, `POST /sim/clock/advance` {byMs | toMs}, `POST /sim/clock/join` and `/leave` {name, sleepers},
@@ -25,7 +25,8 @@ from backtest_kit.errors import BacktestKitError, Conflict, RetryLater, UserErro
 from backtest_kit.market.clock import AcceleratedClock, SteppedClock
 from backtest_kit.model.interval import MINUTE_MS, floor_ms
 from backtest_kit.simulation.account import SpotAccount
-from backtest_kit.simulation.binance import BinanceApi
+from backtest_kit.simulation.binance import API_KEY, API_SECRET, BinanceApi
+from backtest_kit.simulation.desk import BrokerDesk
 from backtest_kit.simulation.exchange import Exchange
 from backtest_kit.simulation.faults import Fault, Faults, Strike
 from backtest_kit.simulation.http import Answer, HttpServer, Request
@@ -33,8 +34,6 @@ from backtest_kit.simulation.journal import Cancel, Place
 from backtest_kit.simulation.orders import Kind, NewOrder, Refused, Side
 from backtest_kit.simulation.venue import Venue
 
-API_KEY: Final = "bot"
-API_SECRET: Final = "simulated"  # noqa: S105  # of a made-up exchange on loopback
 _KEPT_REQUESTS: Final = 10_000
 _SECRET_PARAMS: Final = frozenset({"signature", "timestamp", "recvWindow"})
 
@@ -89,6 +88,7 @@ class VenueServer:
         self.request_count = 0
         self._log = log or (lambda line: None)
         self._binance = BinanceApi(venue, {API_KEY: API_SECRET} if keys is None else keys)
+        self._desk = BrokerDesk(venue)
         self._http = HttpServer(self._answer, port)
         self._ticking: asyncio.Task[None] | None = None
         self._running: set[asyncio.Task[Answer | None]] = set()
@@ -163,9 +163,24 @@ class VenueServer:
         try:
             if self._binance.serves(request.path):
                 return await self._binance.answer(request, strike)
+            if request.path.startswith("/broker/"):
+                return await self._desk.answer(request, strike)
+            if request.path.startswith("/candles/"):
+                return Answer(await self._candles(request.path.split("/")[2:], dict(parse_qsl(request.query))))
+        except (UserError, Refused) as error:
+            return Answer({"error": str(error)}, 400)
         except BacktestKitError as error:
             return Answer({"error": str(error)}, 503)
         return Answer({"error": f"{request.method} {request.path} is not served here"}, 404)
+
+    async def _candles(self, path: list[str], params: Mapping[str, str]) -> Any:
+        """`/candles/{symbol}/range`, or `/candles/{symbol}/{interval}?start=MS&stop=MS`."""
+        symbol, what = path if len(path) == 2 else ("", "")
+        self.venue.exchanges["spot"].market(symbol)
+        if what == "range":
+            return await self.venue.range(symbol)
+        candles = await self.venue.candles(symbol, what, int(params["start"]), int(params["stop"]))
+        return {name: column.tolist() for name, column in candles.columns().items()}
 
     def _note(self, request: Request, strike: Strike) -> dict[str, Any]:
         params = parse_qsl(request.query or request.body.decode(errors="replace"))

@@ -140,6 +140,11 @@ class Venue:
         minutes = await self._source.fetch(symbol, "1m", start_ms, stop_ms)
         return minutes if step_ms == MINUTE_MS or not len(minutes) else _grouped(minutes, step_ms)
 
+    async def range(self, symbol: str) -> tuple[int, int] | None:
+        """The first open time there is, and the end of what has closed; None where the source cannot tell."""
+        known = await self._source.range(symbol)
+        return known and (known[0], min(known[1], floor_ms(self.clock.now_ms(), MINUTE_MS)))
+
     def _apply(self, kind: Kind, account: str, action: Action) -> VenueOrder | None:
         exchange = self.exchanges[kind]
         if isinstance(action, Place):
