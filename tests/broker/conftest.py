@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Literal
 
+import ccxt.async_support as library
 import msgspec
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.event import Identity
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Direction, Entry, Extreme, Position, RestingEntry
-from backtest_kit.simulation.client import ccxt_urls
+from backtest_kit.simulation.binance import API_KEY, API_SECRET
+from backtest_kit.simulation.client import ccxt_options
 from backtest_kit.simulation.exchange import Terms
 from backtest_kit.simulation.faults import Fault
 from backtest_kit.simulation.orders import VenueFill, VenueOrder
-from backtest_kit.simulation.server import API_KEY, API_SECRET, VenueServer
+from backtest_kit.simulation.server import VenueServer
 from backtest_kit.simulation.venue import Venue
 
 START = 1_704_067_200_000
@@ -66,7 +68,7 @@ class Bench:
         given = {
             "api_key": API_KEY,
             "secret": API_SECRET,
-            "urls": ccxt_urls(self.server.url)["api"],
+            "urls": urls_of(self.server.url),
             "arrival_ms": ARRIVAL_MS,
             "timeout_ms": 4000,
             "rate_limit": False,
@@ -132,6 +134,11 @@ class Bench:
         body = {"kind": self.kind, "clientOrderId": client_order_id}
         assert (await client.ask("POST", "/sim/cancel", body))[0] == 200
         await client.close()
+
+
+def urls_of(url: str) -> dict[str, str]:
+    """The addresses of Binance's interfaces at a simulated exchange."""
+    return dict(ccxt_options(url, library.binance)["urls"]["api"])
 
 
 MakeBench = Callable[..., Awaitable[Bench]]

@@ -18,7 +18,7 @@ from tests.broker.conftest import PRICE, SIGNAL, Bench, Kind, MakeBench, again, 
 
 from backtest_kit.broker.base import OrderDeleted, OrderRejected, OrderTransient
 from backtest_kit.errors import Outcome
-from backtest_kit.simulation.server import API_SECRET
+from backtest_kit.simulation.binance import API_SECRET
 
 BOTH = pytest.mark.parametrize("kind", ["spot", "futures"])
 LOOK_UPS: dict[str, Any] = {"endpoint": "GET */order", "count": 2}
@@ -147,7 +147,8 @@ async def test_an_entry_whose_stop_is_refused_is_left_again(
     assert [record.levelname for record in caplog.records if "no stop can be placed" in record.message] == ["ERROR"]
     fill = await broker.check_position(position(order(), opened))
     assert fill is not None
-    assert (fill.reason, fill.quantity) == ("closed", pytest.approx(0.02, abs=0.00003))
+    assert fill.reason == "closed"
+    assert fill.quantity == pytest.approx(0.02, abs=0.00003)
     assert venue.open_orders() == []
 
 
@@ -189,14 +190,13 @@ async def test_a_killed_program_s_entry_gets_its_stop(bench: MakeBench, kind: Ki
 
 ENTER = """
 import asyncio, sys
-from backtest_kit.simulation.client import ccxt_urls
-from tests.broker.conftest import Bench, order
+from tests.broker.conftest import order, urls_of
 from backtest_kit.broker.ccxt import CcxtBroker
 
 async def main():
     url, kind = sys.argv[1:]
     broker = CcxtBroker("binance" if kind == "spot" else "binanceusdm", market=kind, api_key="bot", secret="simulated",
-                        urls=ccxt_urls(url)["api"], rate_limit=False)
+                        urls=urls_of(url), rate_limit=False)
     await broker.start()
     await broker.open_position(order())
 

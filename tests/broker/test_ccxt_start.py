@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from tests.broker.conftest import MakeBench, order
 
 from backtest_kit.broker.ccxt import CcxtBroker
+from backtest_kit.broker.ccxt_connection import _enter_test_network
 from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.simulation import binance
-from backtest_kit.simulation.server import API_KEY, API_SECRET
+from backtest_kit.simulation.binance import API_KEY, API_SECRET
 
 
 async def test_credentials_come_from_the_environment(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,3 +128,16 @@ def test_the_library_has_the_errors_that_the_table_names() -> None:
     from backtest_kit.broker import ccxt_errors
 
     assert [name for name, *_ in ccxt_errors._TABLE if not issubclass(getattr(library, name), library.BaseError)] == []
+
+
+@pytest.mark.parametrize(
+    ("exchange_id", "address"), [("binance", "demo-api.binance.com"), ("kraken", None), ("bybit", "api-testnet")]
+)
+def test_the_test_network_is_another_address(exchange_id: str, address: str | None) -> None:
+    client = getattr(library, exchange_id)()
+    if address is None:
+        with pytest.raises(UserError, match="kraken has no test network that ccxt knows"):
+            _enter_test_network(client, exchange_id)
+        return
+    _enter_test_network(client, exchange_id)
+    assert address in json.dumps(client.urls["api"])

@@ -61,6 +61,7 @@ class CcxtBroker(Broker):
         timeout_ms: int = 10_000,
         arrival_ms: int = 5_000,
         rate_limit: bool = True,
+        test_network: bool = False,
         urls: Mapping[str, Any] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -81,6 +82,7 @@ class CcxtBroker(Broker):
             arrival_ms: how long a request may be under way: an order that is not found is not believed lost, and
                 never sent again, before this has passed. Binance refuses requests that take longer (recvWindow).
             rate_limit: spaces requests as the exchange asks for. A simulated exchange does not mind.
+            test_network: trades on the exchange's demo account or test network, with keys made there.
             urls: replaces addresses of ccxt's `urls["api"]`: a test network, a proxy, a simulated exchange.
             options: added to ccxt's own `options`.
 
@@ -106,6 +108,7 @@ class CcxtBroker(Broker):
             timeout_ms=timeout_ms,
             arrival_ms=arrival_ms,
             rate_limit=rate_limit,
+            test_network=test_network,
         )
         self._settle, self._leverage = settle, leverage
         self._max_slippage_pct, self._stop_beyond_pct = max_slippage_pct, stop_beyond_pct
@@ -323,7 +326,8 @@ class CcxtBroker(Broker):
         for symbol, market in markets.items():
             exposure = exposures.get(market.symbol)
             if exposure is not None or not market.contract:
-                found += _holdings(symbol, exposure, await venue.open_orders(market))
+                held = _holding(symbol, exposure, await venue.open_orders(market))
+                found += [held] if held is not None else []
         return found
 
     def _connected(self) -> tuple[CcxtVenue, Dealer]:
@@ -349,28 +353,19 @@ class CcxtBroker(Broker):
         return *self._connected(), self._stake(order.identity.symbol, ids, order.direction)
 
 
-def _holdings(symbol: str, exposure: Exposure | None, orders: Sequence[VenueOrder]) -> list[Holding]:
-    ids = tuple(order.client_id for order in orders if order.client_id)
+def _holding(symbol: str, exposure: Exposure | None, orders: Sequence[VenueOrder]) -> Holding | None:
     stops = [order for order in orders if is_stop(order.client_id) and order.trigger is not None]
     if exposure is None:
-        return [
-            Holding(
-                symbol=symbol,
-                direction="long",
-                quantity=float(stop.remaining),
-                stop_loss=float(stop.trigger or 0),
-                client_order_ids=ids,
-            )
-            for stop in stops
-        ]
+        if not stops:
+            return None
+        exposure = Exposure("long", sum((stop.remaining for stop in stops), Decimal(0)), None)
     guards = [float(stop.trigger or 0) for stop in stops if stop.side == exit_side(exposure.direction)]
-    return [
-        Holding(
-            symbol=symbol,
-            direction=exposure.direction,
-            quantity=float(exposure.quantity),
-            price_open=exposure.price_open,
-            stop_loss=guards[0] if guards else None,
-            client_order_ids=ids,
-        )
-    ]
+    first = max if exposure.direction == "long" else min
+    return Holding(
+        symbol=symbol,
+        direction=exposure.direction,
+        quantity=float(exposure.quantity),
+        price_open=exposure.price_open,
+        stop_loss=first(guards) if guards else None,
+        client_order_ids=tuple(order.client_id for order in orders if order.client_id),
+    )

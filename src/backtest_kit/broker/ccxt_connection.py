@@ -33,6 +33,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
     timeout_ms: int
     arrival_ms: int
     rate_limit: bool
+    test_network: bool
 
     def __repr__(self) -> str:
         return f"Connection({self.exchange_id!r}, {self.kind!r})"
@@ -46,6 +47,8 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         """
         secrets = self._secrets()
         client = open_client(self.exchange_id, self._config(secrets))
+        if self.test_network:
+            _enter_test_network(client, self.exchange_id)
         # What ccxt logs at DEBUG has the key in its headers.
         client.logger = logging.getLogger(f"{__name__}.requests")
         client.logger.setLevel(logging.WARNING)
@@ -121,3 +124,12 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
             raise UserError(f"{error}; check the options and urls given to CcxtBroker") from None
         except BacktestKitError as error:
             raise RetryLater(str(error)) from None
+
+
+def _enter_test_network(client: Any, exchange_id: str) -> None:
+    if client.urls.get("demo") and hasattr(client, "enable_demo_trading"):
+        client.enable_demo_trading(True)
+    elif client.urls.get("test"):
+        client.set_sandbox_mode(True)
+    else:
+        raise UserError(f"{exchange_id} has no test network that ccxt knows: leave test_network out")
