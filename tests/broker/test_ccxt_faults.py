@@ -134,6 +134,18 @@ async def test_one_stop_is_placed_whatever_happens_to_its_request(bench: MakeBen
     assert len(venue.stops()) == 1
 
 
+async def test_the_stop_is_placed_before_the_fees_are_asked_for(bench: MakeBench) -> None:
+    venue = await bench("futures")
+    broker = await venue.broker()
+    venue.fault("outage", "GET */userTrades", count=2)
+    with pytest.raises(OrderTransient):
+        await broker.open_position(order())
+    nothing_is_naked(venue)
+    report = await broker.find(again(order()))
+    assert report.fill is not None
+    assert report.fill.fee > 0
+
+
 @BOTH
 async def test_an_entry_whose_stop_is_refused_is_left_again(
     bench: MakeBench, kind: Kind, caplog: pytest.LogCaptureFixture
@@ -294,8 +306,9 @@ async def test_a_stop_that_was_not_replaced_is_replaced_by_the_next_check(bench:
     opened = await broker.open_position(order())
     post = "POST */order" if kind == "spot" else "POST */algoOrder"
     venue.fault("error", post, count=4, status=503, message="try later")
-    with pytest.raises(OrderTransient):
+    with pytest.raises(OrderTransient) as caught:
         await broker.move_stop(order("move_stop", "-s1", stop_loss=PRICE * 0.97))
+    assert "may be held WITHOUT A STOP" in str(caught.value)
     assert len(venue.stops()) == (0 if kind == "spot" else 1), "a future keeps its old stop until it has the new one"
     assert await broker.check_position(position(order(), opened)) is None
     ((_, _, trigger),) = venue.stops()

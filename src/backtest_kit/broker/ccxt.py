@@ -157,7 +157,7 @@ class CcxtBroker(Broker):
         parts = await dealer.parts(stake, order, certain=True)
         if not any(part.filled for part in parts):
             return OrderReport(status=status_of(parts) if parts else "absent")
-        fill = (await venue.executed(stake.market, parts)).fill
+        fill = await venue.executed(stake.market, parts)
         if order.kind == "close":
             left = await dealer.account.held(stake, recent=parts)
             # Asked to close again, `close_position` sells the rest and answers for both.
@@ -173,17 +173,17 @@ class CcxtBroker(Broker):
             entry = await dealer.activated(stake, order)
         else:
             entry = await dealer.enter(stake, stake.ids.entry, order)
-        done = await venue.executed(stake.market, [entry])
+        received = await venue.received(stake.market, entry)
         try:
             if order.attempt or order.kind == "activate":
                 await dealer.protect_what_is_held(stake, order, entry)
             else:
-                await dealer.protect(stake, done.moved, order.stop_loss)
+                await dealer.protect(stake, received, order.stop_loss)
         except StopFilled as error:
             _log.info("%s", error)
         except BacktestKitError as error:
-            await dealer.leave(stake, done.moved, error)
-        return done.fill
+            await dealer.leave(stake, received, error)
+        return await venue.executed(stake.market, [entry])
 
     async def place_entry(self, order: Order) -> None:
         _, dealer, stake = self._stake_of(order)
@@ -205,7 +205,7 @@ class CcxtBroker(Broker):
         if not last.filled:
             return None
         await dealer.protect_what_is_held(stake, order, last)
-        return (await venue.executed(stake.market, [last])).fill
+        return await venue.executed(stake.market, [last])
 
     async def close_position(self, order: Order) -> Fill | None:
         """Sell what is really held, and cancel all that is still open of the position."""
@@ -229,7 +229,7 @@ class CcxtBroker(Broker):
             left = Decimal(0)
         await dealer.clear(stake)
         if sold:
-            return (await venue.executed(market, sold)).fill
+            return await venue.executed(market, sold)
         if left:
             small = market.unsellable(left, order.price)
             _log.warning("%s: what is left of %s is too little to sell: %s", market.symbol, stake.ids.entry, small)
@@ -244,7 +244,7 @@ class CcxtBroker(Broker):
         venue, dealer, stake = self._stake_of(order)
         added = await dealer.enter(stake, stake.ids.of(order.client_order_id), order)
         await dealer.protect_what_is_held(stake, order, added)
-        return (await venue.executed(stake.market, [added])).fill
+        return await venue.executed(stake.market, [added])
 
     async def reduce_position(self, order: Order) -> Fill | None:
         """Sell, then narrow the stop. On a spot market the stop has to make room first, while the sale takes place."""
@@ -259,7 +259,7 @@ class CcxtBroker(Broker):
             reduced = await dealer.sell(stake, order, quantity, held=held)
         reduced = dealer.filled(stake, reduced)
         await dealer.protect_what_is_held(stake, order, reduced)
-        return (await venue.executed(stake.market, [reduced])).fill
+        return await venue.executed(stake.market, [reduced])
 
     async def move_stop(self, order: Order) -> None:
         _, dealer, stake = self._stake_of(order)
@@ -291,8 +291,6 @@ class CcxtBroker(Broker):
                     return None
             except StopFilled as error:
                 _log.info("%s", error)
-            except OrderRejected as error:
-                raise OrderTransient(f"{stake.market.symbol} is held WITHOUT A STOP: {error}") from None
         raise OrderTransient(f"{stake.market.symbol}: the stop of {position.signal_id} is just being filled")
 
     async def check_entry(self, entry: RestingEntry) -> Fill | None:
@@ -311,9 +309,7 @@ class CcxtBroker(Broker):
                 await dealer.protect(stake, held, entry.price_stop_loss)
             except StopFilled as error:
                 _log.info("%s", error)
-            except OrderRejected as error:
-                raise OrderTransient(f"{stake.market.symbol} is held WITHOUT A STOP: {error}") from None
-        return None if order.open else (await venue.executed(stake.market, [order])).fill
+        return None if order.open else await venue.executed(stake.market, [order])
 
     async def holdings(self, symbols: Sequence[str]) -> list[Holding]:
         """Of futures all positions. Of spot markets what a stop of this program protects: a balance by itself may

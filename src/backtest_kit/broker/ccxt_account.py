@@ -71,12 +71,10 @@ class Account:
         if len(live) == 1 and model is not None and agrees(market, live[0].remaining, model):
             return live[0].remaining
         orders = await self._orders(stake, recent)
-        bought = await self._venue.executed(market, [order for order, suffix in orders if _enters(suffix)])
-        sold = sum((order.filled for order, suffix in orders if not _enters(suffix)), Decimal(0))
-        if bought.moved <= sold:
-            return Decimal(0)
-        total = (await self._venue.balance(market.base))[1]
-        return min(bought.moved - sold, total)
+        left = Decimal(0)
+        for order, suffix in orders:
+            left += await self._venue.received(market, order) if _enters(suffix) else -order.filled
+        return min(left, (await self._venue.balance(market.base))[1]) if left > 0 else Decimal(0)
 
     async def closing_fill(self, stake: Stake) -> Fill:
         """The fill that closed a position which is no longer held.
@@ -88,15 +86,15 @@ class Account:
         exits = [(order, suffix) for order, suffix in orders if order.filled and suffix.startswith(_CLOSES)]
         if exits:
             stopped = any(suffix.startswith("-p") for _, suffix in exits)
-            done = await self._venue.executed(stake.market, [order for order, _ in exits])
-            return msgspec.structs.replace(done.fill, reason="stop_loss" if stopped else "closed")
-        fill = await self._closed_by_hand(stake, orders) if orders else None
-        if fill is None:
+            fill = await self._venue.executed(stake.market, [order for order, _ in exits])
+            return msgspec.structs.replace(fill, reason="stop_loss" if stopped else "closed")
+        by_hand = await self._closed_by_hand(stake, orders) if orders else None
+        if by_hand is None:
             raise OrderDeleted(
                 f"{stake.market.symbol} is not held any more, and neither an order nor a trade after {stake.ids.entry} "
                 "says why: it was closed or withdrawn by somebody else"
             )
-        return fill
+        return by_hand
 
     async def _orders(self, stake: Stake, recent: Sequence[VenueOrder] = ()) -> list[tuple[VenueOrder, str]]:
         """All orders of the position with their suffixes, oldest first; none where its entry is not known."""

@@ -19,7 +19,7 @@ from backtest_kit.errors import BacktestKitError, Outcome
 _log = logging.getLogger(__name__)
 OPENS: Final = ("open", "place", "activate")
 _MOST_PARTS: Final = 20
-_NAKED: Final = "is held WITHOUT A STOP"
+_NAKED: Final = "held WITHOUT A STOP"
 
 
 class Dealer:
@@ -187,14 +187,19 @@ class Dealer:
                 try:
                     await self.protect(stake, held, order.stop_loss)
                 except BacktestKitError as failed:
-                    _log.error("%s %s until the next check: %s", market.symbol, _NAKED, failed)
+                    _log.error("%s", failed)
             raise
 
     async def protect(
         self, stake: Stake, held: Decimal, stop_loss: float, live: list[VenueOrder] | None = None
     ) -> bool:
         """Leave one stop for all that is held. Where the market is beyond it already, do what it would have done,
-        and answer False: nothing is held any more."""
+        and answer False: nothing is held any more.
+
+        Raises:
+            StopFilled: the stop before it has sold what is held, or a part of it.
+            OrderTransient: there may be no stop now.
+        """
         try:
             await self.stops.put(stake, held, stop_loss, live)
         except StopReached as error:
@@ -202,6 +207,11 @@ class Dealer:
             await self._exit(stake, stake.ids.stop, held)
             await self.clear(stake)
             return False
+        except StopFilled:
+            raise
+        except BacktestKitError as error:
+            told = f"{stake.market.symbol} may be {_NAKED} until the next check: {error}"
+            raise OrderTransient(told, outcome=Outcome.UNKNOWN) from None
         return True
 
     async def protect_what_is_held(self, stake: Stake, order: Order, *recent: VenueOrder) -> bool:
@@ -220,9 +230,6 @@ class Dealer:
             return await self.protect(stake, held, order.stop_loss, live)
         except StopFilled:
             return False
-        except OrderRejected as error:
-            told = f"{stake.market.symbol} {_NAKED} until the next check: {error}"
-            raise OrderTransient(told, outcome=Outcome.UNKNOWN) from None
 
     async def leave(self, stake: Stake, quantity: Decimal, why: BacktestKitError) -> None:
         """Close again what was entered and cannot be protected. The next check reports that it is closed.
@@ -236,7 +243,7 @@ class Dealer:
         try:
             await self._exit(stake, stake.ids.exit, quantity)
         except BacktestKitError as error:
-            told = f"{symbol}: {quantity:f} {_NAKED} and cannot be sold: {error}; before that: {why}"
+            told = f"{symbol}: {quantity:f} are {_NAKED} and cannot be sold: {error}; before that: {why}"
             raise OrderTransient(told, outcome=Outcome.UNKNOWN) from None
         await self.clear(stake)
 

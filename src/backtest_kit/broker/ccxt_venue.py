@@ -29,14 +29,6 @@ _ONE_BOOK: Final = frozenset({"binance", "binanceus"})
 _SETTLING_S: Final = 5.0
 
 
-class Executed(msgspec.Struct, frozen=True):
-    """What orders have done to the account."""
-
-    fill: Fill
-    moved: Decimal
-    """Base currency that came in or went out, after fees that were taken in it."""
-
-
 class Exposure(msgspec.Struct, frozen=True):
     """A position that the exchange keeps, of a future."""
 
@@ -273,25 +265,28 @@ class CcxtVenue:
                 found[str(raw["symbol"])] = Exposure(direction, quantity, float(price) if price else None)
         return found
 
-    async def executed(self, market: Market, orders: Iterable[VenueOrder]) -> Executed:
+    async def executed(self, market: Market, orders: Iterable[VenueOrder]) -> Fill:
         """What `orders` have done, added up, with their fees."""
-        quantity = cost = fee = base_fee = Decimal(0)
+        quantity = cost = fee = Decimal(0)
         timestamp = 0
-        bought = True
         for order in orders:
-            if not order.filled:
-                continue
-            fees, last = await self._fees(market, order)
-            for currency, amount in fees:
-                fee += await self._in_quote(market, currency, amount, order.average or Decimal(0))
-                base_fee += amount if currency == market.base and not market.contract else 0
-            quantity += order.filled
-            cost += order.filled * (order.average or Decimal(0))
-            timestamp = max(timestamp, last)
-            bought = order.side == "buy"
-        price = float(cost / quantity) if quantity else 0.0
-        fill = Fill(price=price, cost=float(cost), quantity=float(quantity), fee=float(fee), timestamp=timestamp)
-        return Executed(fill, quantity - base_fee if bought else quantity + base_fee)
+            if order.filled:
+                price = order.average or Decimal(0)
+                fees, last_ms = await self._fees(market, order)
+                for currency, amount in fees:
+                    fee += await self._in_quote(market, currency, amount, price)
+                quantity += order.filled
+                cost += order.filled * price
+                timestamp = max(timestamp, last_ms)
+        average = float(cost / quantity) if quantity else 0.0
+        return Fill(price=average, cost=float(cost), quantity=float(quantity), fee=float(fee), timestamp=timestamp)
+
+    async def received(self, market: Market, order: VenueOrder) -> Decimal:
+        """The base currency that a purchase has brought in: without the fee, where that was taken in it."""
+        if market.contract or not order.filled:
+            return order.filled
+        fees, _ = await self._fees(market, order)
+        return order.filled - sum((amount for currency, amount in fees if currency == market.base), Decimal(0))
 
     async def _fees(self, market: Market, order: VenueOrder) -> tuple[list[tuple[str, Decimal]], int]:
         """The fees of an order, and the time of its last fill."""
