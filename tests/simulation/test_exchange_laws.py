@@ -15,29 +15,28 @@ MINUTE_MS = 60_000
 BEGIN = Decimal(100_000)
 
 prices = st.integers(45_000, 55_000).map(lambda whole: Decimal(whole).quantize(MARKET.tick_size))
-quantities = st.integers(10, 400_000).map(lambda lots: lots * MARKET.lot_size)
+quantities = st.integers(100, 60_000).map(lambda lots: lots * MARKET.lot_size)
+rarely = st.sampled_from([False, False, False, False, True])
 new_orders = st.builds(
     NewOrder,
     symbol=st.just("BTCUSDT"),
     side=st.sampled_from(["buy", "sell"]),
-    type=st.sampled_from(["market", "limit", "stop", "take", "stop_limit", "take_limit"]),
-    client_order_id=st.sampled_from([f"id-{number}" for number in range(12)]),
+    type=st.sampled_from(["market", "market", "limit", "limit", "stop", "take", "stop_limit", "take_limit"]),
+    client_order_id=st.integers(1, 60).map("id-{}".format),
     quantity=quantities,
-    price=st.none() | prices,
+    price=prices,
     trigger=prices,
-    reduce_only=st.booleans(),
-    post_only=st.booleans(),
-    immediate=st.booleans(),
+    reduce_only=rarely,
+    post_only=rarely,
+    immediate=rarely,
     group=st.sampled_from(["", "g1", "g2"]),
-    protects=st.booleans(),
+    protects=rarely,
 )
 minutes = st.lists(prices, min_size=4, max_size=4).map(
     lambda four: (four[0], max(four), min(four), four[3])  # open, high, low, close
 )
-steps = st.lists(
-    st.tuples(new_orders, st.none() | st.sampled_from([Decimal("0.3"), Decimal("0.9")])) | minutes | st.integers(1, 12),
-    max_size=40,
-)
+orders_and_parts = st.tuples(new_orders, st.none() | st.sampled_from([Decimal("0.3"), Decimal("0.9")]))
+steps = st.lists(orders_and_parts | orders_and_parts | minutes | st.integers(1, 12), min_size=8, max_size=30)
 
 
 def exchange_at(price: str = "50000", kind: Kind = "futures", **terms: Any) -> Exchange:
@@ -90,7 +89,8 @@ def test_nothing_is_made_or_lost(given_steps: list[Any], kind: Kind, fraction: D
     else:
         assert isinstance(account, FuturesAccount)
         realized = sum((fill.realized for fill in fills), Decimal(0))
-        assert account.wallet == BEGIN + realized - quote_fees
+        # The average price of an entry has no end of digits.
+        assert account.wallet == pytest.approx(BEGIN + realized - quote_fees, abs=Decimal("1e-15"))
         assert account.held(MARKET) == bought - sold
         assert account.reserved == reserved
         # Profit is what the trades brought, whatever was averaged on the way.
@@ -140,14 +140,14 @@ def test_what_reduces_never_opens(given_steps: list[Any]) -> None:
 
 
 def new(type_: str, side: str = "buy", quantity: str = "0.01", **fields: Any) -> NewOrder:
-    numbers = {name: Decimal(fields.pop(name)) for name in ("price", "trigger") if name in fields}
+    for name in {"price", "trigger"} & fields.keys():
+        fields[name] = Decimal(fields[name])
     return NewOrder(
         symbol="BTCUSDT",
         side=side,  # type: ignore[arg-type]  # words of the tests
         type=type_,  # type: ignore[arg-type]
         client_order_id=fields.pop("id", f"{type_}-{side}"),
         quantity=Decimal(quantity),
-        **numbers,
         **fields,
     )
 
@@ -255,7 +255,9 @@ def test_refusals_change_nothing(order: NewOrder, reason: str) -> None:
     assert refused.value.reason == reason
     account = exchange.account("bot")
     assert isinstance(account, FuturesAccount)
-    assert (exchange.orders, exchange.fills, account.wallet, account.reserved) == ({}, [], BEGIN, 0)
+    assert not exchange.orders
+    assert not exchange.fills
+    assert (account.wallet, account.reserved) == (BEGIN, Decimal(0))
     exchange.place("bot", new("market", id=order.client_order_id))  # the id is not used up
 
 
@@ -264,6 +266,6 @@ def test_two_positions_of_a_symbol_are_kept_apart() -> None:
     exchange.place("bot", new("market", id="a", group="a"))
     exchange.place("bot", new("market", id="b", quantity="0.02", group="b"))
     exchange.place("bot", new("market", "sell", id="a-close", quantity="0.5", reduce_only=True, group="a"))
-    assert (exchange.held("bot", "BTCUSDT", "a"), exchange.held("bot", "BTCUSDT", "b")) == (0, Decimal("0.02"))
+    assert (exchange.held("bot", "BTCUSDT", "a"), exchange.held("bot", "BTCUSDT", "b")) == (Decimal(0), Decimal("0.02"))
     exchange.place("bot", new("market", "sell", id="by-hand", quantity="0.02"))
     assert exchange.held("bot", "BTCUSDT", "b") == 0

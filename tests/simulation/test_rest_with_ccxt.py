@@ -5,6 +5,7 @@ from typing import Any
 
 import ccxt.async_support as ccxt_library
 import pytest
+from tests.simulation.conftest import START, advance
 
 from backtest_kit.market import sources
 from backtest_kit.model.candle import CandleSeries
@@ -12,7 +13,6 @@ from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.simulation.client import ccxt_options
 from backtest_kit.simulation.server import VenueServer
 
-START = 1_704_067_200_000
 Serve = Callable[..., Awaitable[VenueServer]]
 Trader = Callable[..., Any]
 
@@ -35,11 +35,6 @@ async def trader() -> AsyncIterator[Trader]:
 
 def symbol_of(kind: str) -> str:
     return "BTC/USDT" if kind == "spot" else "BTC/USDT:USDT"
-
-
-def advance(server: VenueServer, minutes: int) -> None:
-    clock: Any = server.venue.clock
-    clock.advance_to(clock.now_ms() + minutes * MINUTE_MS)
 
 
 @pytest.mark.parametrize("kind", ["spot", "futures"])

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
-from backtest_kit.errors import RetryLater, UserError
+from backtest_kit.errors import Outcome, RetryLater, UserError
 from backtest_kit.simulation import binance_account as account, binance_market as market, binance_orders as orders
 from backtest_kit.simulation.binance_call import ApiError, Call
 from backtest_kit.simulation.binance_words import refusal
@@ -63,6 +63,8 @@ class BinanceApi:
         except UserError as error:
             return Answer({"code": -1100, "msg": str(error)}, 400)
         except RetryLater as error:
+            if error.outcome is Outcome.UNKNOWN:
+                return Answer({"code": -1007, "msg": f"Send status unknown; execution status unknown. {error}"}, 504)
             return Answer({"code": -1001, "msg": f"Internal error; unable to process your request. {error}"}, 503)
 
     def _signer(self, api_key: str, query: str, params: Mapping[str, str]) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import msgspec
 
-from backtest_kit.errors import Damaged, UserError
+from backtest_kit.errors import Damaged, Outcome, RetryLater, UserError
 from backtest_kit.simulation.exchange import Terms
 from backtest_kit.simulation.orders import Kind, Market, NewOrder
 
@@ -80,7 +81,11 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: BinaryIO | None = None
+        self._file: IO[bytes] | None = None
+        self._size = 0
+        self._waiting: list[bytes] = []
+        # Of threads: who asked for a write may have gone while it is being done, and the next one must come after it.
+        self._writing = threading.Lock()
 
     def read(self) -> tuple[Head, list[Entry]] | None:
         """What is in the file, None where there is none. A last line that was not finished was not answered.
@@ -116,25 +121,45 @@ class Journal:
         """
         try:
             fresh = not self._path.exists() or not self._path.stat().st_size
-            self._file = self._path.open("wb" if fresh else "ab")
+            self._file = self._path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"{self._path} cannot be written: {error.strerror}: give another file of state") from None
+        self._size = self._path.stat().st_size
         if fresh:
-            self._append([msgspec.json.encode(head)], durable=True)
+            self._waiting.append(msgspec.json.encode(head))
+            self._flush(durable=True)
 
     async def write(self, entries: Sequence[Entry], *, durable: bool) -> None:
-        """Append; with `durable` they are on the disk when this returns."""
-        await asyncio.to_thread(self._append, [msgspec.json.encode(entry) for entry in entries], durable)
+        """Append; with `durable` they are on the disk when this returns.
+
+        Raises:
+            RetryLater: the file cannot be written now (a full disk). What was done stays done, and is written with
+                the next entries.
+        """
+        self._waiting += [msgspec.json.encode(entry) for entry in entries]
+        await asyncio.to_thread(self._flush, durable)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        with self._writing:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
-    def _append(self, lines: Sequence[bytes], durable: bool) -> None:
-        if self._file is None:
-            raise UserError(f"{self._path} is not open: start the venue before it is used")
-        self._file.write(b"".join(line + b"\n" for line in lines))
-        self._file.flush()
-        if durable:
-            os.fsync(self._file.fileno())
+    def _flush(self, durable: bool) -> None:
+        with self._writing:
+            if self._file is None:
+                raise UserError(f"{self._path} is not open: start the venue before it is used")
+            lines = list(self._waiting)
+            data = b"".join(line + b"\n" for line in lines)
+            try:
+                self._file.write(data)
+                if durable:
+                    os.fsync(self._file.fileno())
+            except OSError as error:
+                os.truncate(self._path, self._size)
+                raise RetryLater(
+                    f"{self._path} cannot be written ({error.strerror}): make room, what was done is kept until then",
+                    outcome=Outcome.UNKNOWN,
+                ) from None
+            self._size += len(data)
+            del self._waiting[: len(lines)]

@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from backtest_kit.errors import BacktestKitError, Conflict, RetryLater, UserError
+from backtest_kit.errors import BacktestKitError, Conflict, Outcome, RetryLater, UserError
 from backtest_kit.market.clock import AcceleratedClock, SteppedClock
 from backtest_kit.model.interval import MINUTE_MS, floor_ms
 from backtest_kit.simulation.account import SpotAccount
@@ -170,7 +170,7 @@ class VenueServer:
         except (UserError, Refused) as error:
             return Answer({"error": str(error)}, 400)
         except BacktestKitError as error:
-            return Answer({"error": str(error)}, 503)
+            return Answer({"error": str(error)}, 500 if error.outcome is Outcome.UNKNOWN else 503)
         return Answer({"error": f"{request.method} {request.path} is not served here"}, 404)
 
     async def _candles(self, path: list[str], params: Mapping[str, str]) -> Any:
@@ -183,14 +183,16 @@ class VenueServer:
         return {name: column.tolist() for name, column in candles.columns().items()}
 
     def _note(self, request: Request, strike: Strike) -> dict[str, Any]:
-        params = parse_qsl(request.query or request.body.decode(errors="replace"))
+        params: dict[str, Any] = dict(parse_qsl(request.query or request.body.decode(errors="replace")))
+        if request.path.startswith("/broker/") and request.body:
+            params = _shown(request.body)
         noted: dict[str, Any] = {
             "number": self.request_count,
             "atMs": self.venue.clock.now_ms(),
             "method": request.method,
             "path": request.path,
             "account": request.api_key,
-            "params": {name: value for name, value in params if name not in _SECRET_PARAMS},
+            "params": {name: value for name, value in params.items() if name not in _SECRET_PARAMS},
             "faults": [fault.kind for fault in strike.faults],
         }
         self.request_count += 1
@@ -300,6 +302,16 @@ class VenueServer:
         async with self.venue.at_now():
             order = self.venue.exchanges[wanted.kind].find(wanted.account, client_order_id=wanted.client_order_id)
             return self.venue.do(wanted.kind, wanted.account, Cancel(order.symbol, order_id=order.id))
+
+
+def _shown(body: bytes) -> dict[str, Any]:
+    """What a broker sent, order and all on one level, without what is the same every time."""
+    try:
+        wish = msgspec.json.decode(body, type=dict[str, Any])
+    except msgspec.MsgspecError:
+        return {"body": body.decode(errors="replace")}
+    wish |= wish.pop("order", None) or {}
+    return {name: value for name, value in wish.items() if name != "identity" and value not in ("", [], None)}
 
 
 def _state_of(exchange: Exchange) -> dict[str, Any]:
