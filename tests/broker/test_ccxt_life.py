@@ -300,3 +300,19 @@ async def test_savings_of_the_owner_are_left_alone(bench: MakeBench, kind: Kind)
 
 def test_copies_of_an_order_differ_in_the_attempt_only() -> None:
     assert msgspec.structs.replace(again(order()), attempt=0) == order()
+
+
+@BOTH
+async def test_an_exchange_that_takes_client_ids_again_is_asked_as_well(bench: MakeBench, kind: Kind) -> None:
+    venue = await bench(kind, PRICE, PRICE, PRICE, PRICE * 0.9, client_ids="open", fees_in="quote")
+    broker = await venue.broker()
+    opened = await broker.open_position(order())
+    assert await broker.open_position(again(order())) == opened
+    await venue.cancel_by_hand(f"{SIGNAL}-p0")
+    assert await broker.check_position(position(order(), opened)) is None
+    assert venue.stops() == [(f"{SIGNAL}-p0", 0.02, PRICE * 0.95)], "the id is free again"
+    await venue.advance(6)
+    fill = await broker.check_position(position(order(), opened))
+    assert fill is not None
+    assert (fill.reason, fill.quantity) == ("stop_loss", 0.02)
+    assert venue.filled_orders() == {SIGNAL: 1, f"{SIGNAL}-p0": 1}
