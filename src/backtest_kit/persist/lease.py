@@ -185,6 +185,26 @@ async def acquire(store_of: StoreOf, scope: Key, *, ttl: float = DEFAULT_TTL, cl
     return Lease(store, record, holder, started, clock)
 
 
+async def require_idle(store: Store, *, clock: Clock | None = None) -> None:
+    """Do nothing if no process trades a position that is in `store`.
+
+    Returns at once if every lease was released or its owner died on this machine; the others it watches, all
+    at once, for at most the `ttl` that their owners chose.
+
+    Raises:
+        Conflict: a process does; the message names its pid, host and since when.
+        Damaged, RetryLater: as `Store.scan`.
+    """
+    clock = clock or Clock()
+    try:
+        async with asyncio.TaskGroup() as group:
+            async for found in store.scan(LEASE):
+                if not _holder(found).released:
+                    group.create_task(_wait(store, found, clock))
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
 async def _wait(store: Store, found: Record, clock: Clock) -> Record:
     """The record of a lease that is free to take now."""
     holder = _holder(found)

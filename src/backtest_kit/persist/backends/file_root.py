@@ -28,15 +28,14 @@ from backtest_kit.persist.codec import (
     unseal,
     unseal_head,
 )
-from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
+from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
 from backtest_kit.persist.files import Disk, absolute_root, disk_error, require_directory
 from backtest_kit.persist.journal import Journal
 from backtest_kit.persist.locks import Locked, LockSet
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE, Quarantine
 from backtest_kit.persist.store import Key, Record
 
-_ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
-_SWEPT: Final = frozenset((*_ROWS, OWN_DIRECTORY, QUARANTINE))
+_SWEPT: Final = frozenset((*ALL_CONTRACTS, OWN_DIRECTORY, QUARANTINE))
 _KEPT_FILES: Final = 128
 _CLOCK_STEP_NS: Final = 100_000_000
 _GROUP_PATIENCE: Final = 0.05
@@ -437,7 +436,7 @@ class Root:
 
     def _redo(self, change: dict[str, Any]) -> bool:
         """Carry out a change of a process that died; False where its key is blocked."""
-        row = _ROWS[change["record"]["contract"]]
+        row = ALL_CONTRACTS[change["record"]["contract"]]
         record = open_envelope(row, None, change["record"])
         item = Promised(row, record, dump_value(change["record"]), change["tick"])
         try:
