@@ -1,0 +1,206 @@
+"""Batches: one transaction where the server has them, an intent where it has not.
+
+Both begin with reading the documents and judging every write, and both then insist on the very revisions
+that were judged; when one has moved on meanwhile, the batch begins anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import pymongo
+from bson.objectid import ObjectId
+from pymongo import UpdateOne
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import BulkWriteError
+from pymongo.read_concern import ReadConcern
+from pymongo.read_preferences import ReadPreference
+
+from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater
+from backtest_kit.persist.backends import mongo_damage
+from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, JOURNALLED, Link
+from backtest_kit.persist.backends.mongo_documents import (
+    Change,
+    Document,
+    is_named,
+    matching,
+    record_of,
+    update_of,
+)
+from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, is_duplicate, may_have_happened
+from backtest_kit.persist.backends.mongo_intents import Planned, carry_out, has_happened, settle
+from backtest_kit.persist.contracts import Contract, Durability
+from backtest_kit.persist.crashpoints import crashpoint
+from backtest_kit.persist.store import ABSENT, Record
+from backtest_kit.persist.writing import decide
+
+_DOING = "write a batch"
+
+
+class Batch:
+    """Several writes of different keys, which happen together or not at all."""
+
+    def __init__(self, link: Link, changes: Sequence[Change]) -> None:
+        self._link = link
+        # Writes to one collection travel together, in the order in which they were given.
+        self._changes = sorted(changes, key=lambda change: change.contract.name)
+        self._writer = link.next_writer()
+        self._is_money = any(change.contract.durability is Durability.MONEY for change in changes)
+        self._is_sent = False
+        """Whether the server was told to decide and gave no answer."""
+        self.made: list[tuple[Change, ObjectId]] = []
+        """Changes that made a new document, with its id."""
+
+    async def run(self) -> None:
+        """Do them.
+
+        Raises:
+            Conflict, Damaged, RetryLater, UserError, OutOfSpace: as `Store.batch`.
+        """
+        patience = self._link.patience()
+        while not await self._attempt(patience):
+            if patience.is_over:
+                outcome = Outcome.UNKNOWN if self._is_sent else Outcome.NOT_DONE
+                raise RetryLater(f"cannot {_DOING}: other writers were first, again and again", outcome=outcome)
+            await patience.pause()
+        if not self._is_money:
+            self._link.has_unflushed = True
+
+    async def _attempt(self, patience: Patience) -> bool:
+        """True once they are done, False if they must be tried again."""
+        try:
+            with pymongo.timeout(patience.left):
+                if self._is_sent and not self._link.has_transactions and await has_happened(self._link, self._writer):
+                    return True
+            planned = await self._plan(patience)
+            if not planned:
+                return True
+            with pymongo.timeout(patience.left):
+                if self._link.has_transactions:
+                    return await self._transact(planned)
+                self._is_sent = True
+                done = await carry_out(self._link, planned, self._writer)
+                self._is_sent = False
+                return done
+        except FAILURES as error:
+            if not heals(error) or patience.is_over:
+                outcome = Outcome.UNKNOWN if self._is_sent else Outcome.NOT_DONE
+                raise self._link.failure(error, _DOING, outcome) from error
+            return False
+        except BacktestKitError as error:
+            if self._is_sent:
+                error.outcome = Outcome.UNKNOWN
+            raise
+
+    async def _plan(self, patience: Patience) -> Planned:
+        """What there is to do, and at which revision of each document; nothing, if it turns out to be done."""
+        groups = [list(group) for _, group in groupby(self._changes, lambda change: change.contract)]
+        found = await asyncio.gather(*(self._documents(group, patience) for group in groups))
+        documents = [document for group in found for document in group]
+        if self._is_sent and self._was_done(documents):
+            return []
+        planned = []
+        for change, document in zip(self._changes, documents, strict=True):
+            current = await self._record(change, document, patience)
+            _, changed = decide(change.write, current)
+            if changed:
+                planned.append((change, current.rev if current is not None else 0))
+        return planned
+
+    async def _documents(self, group: Sequence[Change], patience: Patience) -> list[Document | None]:
+        collection = self._link.collection(group[0].contract)
+        wanted = {"$or": [change.name for change in group]} if len(group) > 1 else group[0].name
+
+        async def question() -> list[Document]:
+            return await collection.find(wanted).to_list()
+
+        read = await self._link.ask(_DOING, question, patience)
+        found = {_identity(document, group[0].contract): document for document in read}
+        documents = [found.get(tuple(change.name.values())) for change in group]
+        return [
+            document if document is not None and is_named(document, change.name) else None
+            for change, document in zip(group, documents, strict=True)
+        ]
+
+    async def _record(self, change: Change, document: Document | None, patience: Patience) -> Record | None:
+        """The record in a document that was read, once nothing holds it."""
+        while document is not None and (hold := document.get("hold")):
+            if "intent" not in hold:
+                raise mongo_damage.blocked(self._link, change.contract, document)
+            await settle(self._link, hold["intent"], change.contract, patience)
+            (document,) = await self._documents([change], patience)
+        if document is None or document.get("rev") == 0:
+            return None
+        try:
+            return record_of(change.contract, document)
+        except Damaged as error:
+            raise await mongo_damage.block(self._link, change.contract, document, error) from None
+
+    def _was_done(self, documents: Sequence[Document | None]) -> bool:
+        writers = [document.get("writer") for document in documents if document is not None]
+        if self._writer in writers:
+            return True
+        if all(self._link.is_mine(writer) for writer in writers):
+            return False
+        raise RetryLater(
+            f"cannot {_DOING}: the connection to MongoDB was lost, and another process has written one of its records "
+            "since or had before: read them again",
+            outcome=Outcome.UNKNOWN,
+        )
+
+    async def _transact(self, planned: Planned) -> bool:
+        async with self._link.mongo.start_session() as session:
+            await session.start_transaction(
+                read_concern=ReadConcern("snapshot"),
+                write_concern=JOURNALLED if self._is_money else ACKNOWLEDGED,
+                read_preference=ReadPreference.PRIMARY,
+            )
+            made = await self._write(planned, session)
+            if made is None:
+                await session.abort_transaction()
+                return False
+            crashpoint("mongo.after_transaction_writes")
+            try:
+                await session.commit_transaction()
+            except FAILURES as error:
+                self._is_sent = self._is_sent or may_have_happened(error)
+                raise
+        self.made = made
+        return True
+
+    async def _write(self, planned: Planned, session: AsyncClientSession) -> list[tuple[Change, ObjectId]] | None:
+        """The documents that were made, or None if one was not as planned."""
+        made: list[tuple[Change, ObjectId]] = []
+        for contract, group in groupby(planned, lambda each: each[0].contract):
+            items = list(group)
+            updates: list[UpdateOne] = [
+                UpdateOne(
+                    matching(change.name, rev or ABSENT),
+                    update_of(change, self._writer, self._link.next_tick()),
+                    upsert=not rev,
+                )
+                for change, rev in items
+            ]
+            try:
+                done = await _collection(self._link, contract).bulk_write(updates, session=session)
+            except BulkWriteError as error:
+                if is_duplicate(error):
+                    return None
+                raise
+            upserted: dict[int, Any] = done.upserted_ids or {}
+            if done.matched_count + len(upserted) < len(updates):
+                return None
+            made += [(items[index][0], identity) for index, identity in upserted.items()]
+        return made
+
+
+def _collection(link: Link, contract: Contract) -> Any:
+    """The documents of a contract for a transaction, whose concerns are its own."""
+    return link.database[contract.collection]
+
+
+def _identity(document: Document, contract: Contract) -> tuple[Any, ...]:
+    return tuple(document.get(field) for field in ("namespace", *contract.key_fields))
