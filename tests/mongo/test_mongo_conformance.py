@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pymongo
 import pytest
+from tests.servers import Server, redis_server
 
 from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo_client import database_of
+from backtest_kit.persist.backends.mongo_schema import META
 from backtest_kit.persist.backends.mongo_settings import MongoSettings
 from backtest_kit.persist.store import Store
 from backtest_kit.persist.testing import StoreConformance
-
-DEAD = "mongodb://127.0.0.1:9/nothing"
-"""The discard port: nobody answers there."""
 
 
 class MongoConformance(StoreConformance):
@@ -26,14 +29,19 @@ class MongoConformance(StoreConformance):
         self.url = mongo_url
 
     def make_store(self, place: Path) -> Store:
-        settings = MongoSettings(
-            CC_REDIS_HOST="",
-            CC_REDIS_URL=self.redis_url,
-            CC_REDIS_PREFIX=place.name,
-            CC_MONGO_SERVER_SELECTION_TIMEOUT_MS=200,
-        )
-        address = place / "address"
-        return MongoStore(address.read_text() if address.exists() else self.url, settings=settings)
+        settings = MongoSettings(CC_REDIS_HOST="", CC_REDIS_URL=self.redis_url, CC_REDIS_PREFIX=database_of(self.url))
+        return MongoStore(self.url, settings=settings)
+
+    def obstruct(self, place: Path) -> Callable[[], None]:
+        client = pymongo.MongoClient[dict[str, Any]](self.url)
+        meta = client[database_of(self.url)][META]
+        meta.insert_one({"_id": "schema", "schemaVersion": 1_000})
+
+        def mend() -> None:
+            meta.delete_one({"_id": "schema"})
+            client.close()
+
+        return mend
 
 
 class TestMongoWithRedis(MongoConformance):
@@ -50,3 +58,28 @@ class TestMongoStandalone(MongoConformance):
     @pytest.fixture(autouse=True)
     def _address(self, standalone_url: str) -> None:
         self.url = standalone_url
+
+
+class TestMongoWithRedisThatDies(MongoConformance):
+    """Redis is ended by SIGKILL after the first three operations of each case, which then goes on without it."""
+
+    @pytest.fixture(scope="class")
+    def mortal(self) -> Iterator[Server]:
+        server = redis_server()
+        yield server
+        server.remove()
+
+    @pytest.fixture(autouse=True)
+    def _redis(self, mortal: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        mortal.start()
+        self.redis_url = f"redis://127.0.0.1:{mortal.port}"
+        opened, calls = MongoStore._opened, 0
+
+        async def counted(store: MongoStore) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                mortal.kill()
+            return await opened(store)
+
+        monkeypatch.setattr(MongoStore, "_opened", counted)

@@ -280,8 +280,9 @@ class MongoStore:
             await batch.run()
             crashpoint("mongo.after_batch")
             if link.ids is not None:
-                made = {cache_name(change.contract, change.name): str(identity) for change, identity in batch.made}
-                await link.ids.set(made)
+                await link.ids.set(
+                    {cache_name(each.contract, each.change.name): str(each.identity) for each in batch.done}
+                )
 
 
 class _Putting:

@@ -25,16 +25,16 @@ from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, JOURNALLED,
 from backtest_kit.persist.backends.mongo_documents import (
     Change,
     Document,
+    Planned,
     is_named,
-    matching,
     record_of,
     update_of,
 )
 from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, is_duplicate, may_have_happened
-from backtest_kit.persist.backends.mongo_intents import Planned, carry_out, has_happened, settle
+from backtest_kit.persist.backends.mongo_intents import carry_out, has_happened, settle
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.crashpoints import crashpoint
-from backtest_kit.persist.store import ABSENT, Record
+from backtest_kit.persist.store import Record
 from backtest_kit.persist.writing import decide
 
 _DOING = "write a batch"
@@ -51,8 +51,8 @@ class Batch:
         self._is_money = any(change.contract.durability is Durability.MONEY for change in changes)
         self._is_sent = False
         """Whether the server was told to decide and gave no answer."""
-        self.made: list[tuple[Change, ObjectId]] = []
-        """Changes that made a new document, with its id."""
+        self.done: list[Planned] = []
+        """What was written."""
 
     async def run(self) -> None:
         """Do them.
@@ -79,12 +79,9 @@ class Batch:
             if not planned:
                 return True
             with pymongo.timeout(patience.left):
-                if self._link.has_transactions:
-                    return await self._transact(planned)
-                self._is_sent = True
-                done = await carry_out(self._link, planned, self._writer)
-                self._is_sent = False
-                return done
+                is_done = await (self._transact(planned) if self._link.has_transactions else self._carry_out(planned))
+            self.done = planned if is_done else []
+            return is_done
         except FAILURES as error:
             if not heals(error) or patience.is_over:
                 outcome = Outcome.UNKNOWN if self._is_sent else Outcome.NOT_DONE
@@ -95,7 +92,7 @@ class Batch:
                 error.outcome = Outcome.UNKNOWN
             raise
 
-    async def _plan(self, patience: Patience) -> Planned:
+    async def _plan(self, patience: Patience) -> list[Planned]:
         """What there is to do, and at which revision of each document; nothing, if it turns out to be done."""
         groups = [list(group) for _, group in groupby(self._changes, lambda change: change.contract)]
         found = await asyncio.gather(*(self._documents(group, patience) for group in groups))
@@ -104,10 +101,11 @@ class Batch:
             return []
         planned = []
         for change, document in zip(self._changes, documents, strict=True):
-            current = await self._record(change, document, patience)
+            document, current = await self._record(change, document, patience)
             _, changed = decide(change.write, current)
             if changed:
-                planned.append((change, current.rev if current is not None else 0))
+                identity = ObjectId() if document is None else document["_id"]
+                planned.append(Planned(change, 0 if current is None else current.rev, identity))
         return planned
 
     async def _documents(self, group: Sequence[Change], patience: Patience) -> list[Document | None]:
@@ -125,17 +123,19 @@ class Batch:
             for change, document in zip(group, documents, strict=True)
         ]
 
-    async def _record(self, change: Change, document: Document | None, patience: Patience) -> Record | None:
-        """The record in a document that was read, once nothing holds it."""
+    async def _record(
+        self, change: Change, document: Document | None, patience: Patience
+    ) -> tuple[Document | None, Record | None]:
+        """A document that was read, or as it is once nothing holds it, and the record in it."""
         while document is not None and (hold := document.get("hold")):
             if "intent" not in hold:
                 raise mongo_damage.blocked(self._link, change.contract, document)
             await settle(self._link, hold["intent"], change.contract, patience)
             (document,) = await self._documents([change], patience)
         if document is None or document.get("rev") == 0:
-            return None
+            return document, None
         try:
-            return record_of(change.contract, document)
+            return document, record_of(change.contract, document)
         except Damaged as error:
             raise await mongo_damage.block(self._link, change.contract, document, error) from None
 
@@ -151,15 +151,20 @@ class Batch:
             outcome=Outcome.UNKNOWN,
         )
 
-    async def _transact(self, planned: Planned) -> bool:
+    async def _carry_out(self, planned: Sequence[Planned]) -> bool:
+        self._is_sent = True
+        is_done = await carry_out(self._link, planned, self._writer)
+        self._is_sent = False
+        return is_done
+
+    async def _transact(self, planned: Sequence[Planned]) -> bool:
         async with self._link.mongo.start_session() as session:
             await session.start_transaction(
                 read_concern=ReadConcern("snapshot"),
                 write_concern=JOURNALLED if self._is_money else ACKNOWLEDGED,
                 read_preference=ReadPreference.PRIMARY,
             )
-            made = await self._write(planned, session)
-            if made is None:
+            if not await self._write(planned, session):
                 await session.abort_transaction()
                 return False
             crashpoint("mongo.after_transaction_writes")
@@ -168,33 +173,27 @@ class Batch:
             except FAILURES as error:
                 self._is_sent = self._is_sent or may_have_happened(error)
                 raise
-        self.made = made
         return True
 
-    async def _write(self, planned: Planned, session: AsyncClientSession) -> list[tuple[Change, ObjectId]] | None:
-        """The documents that were made, or None if one was not as planned."""
-        made: list[tuple[Change, ObjectId]] = []
-        for contract, group in groupby(planned, lambda each: each[0].contract):
-            items = list(group)
-            updates: list[UpdateOne] = [
-                UpdateOne(
-                    matching(change.name, rev or ABSENT),
-                    update_of(change, self._writer, self._link.next_tick()),
-                    upsert=not rev,
-                )
-                for change, rev in items
-            ]
+    async def _write(self, planned: Sequence[Planned], session: AsyncClientSession) -> bool:
+        """False if a document was not as planned."""
+        for contract, group in groupby(planned, lambda each: each.contract):
+            updates = [self._update(each) for each in group]
             try:
                 done = await _collection(self._link, contract).bulk_write(updates, session=session)
             except BulkWriteError as error:
                 if is_duplicate(error):
-                    return None
+                    return False
                 raise
-            upserted: dict[int, Any] = done.upserted_ids or {}
-            if done.matched_count + len(upserted) < len(updates):
-                return None
-            made += [(items[index][0], identity) for index, identity in upserted.items()]
-        return made
+            if done.matched_count + done.upserted_count < len(updates):
+                return False
+        return True
+
+    def _update(self, each: Planned) -> UpdateOne:
+        changes = update_of(each.change, self._writer, self._link.next_tick())
+        if not each.rev:
+            changes["$setOnInsert"] = each.change.name
+        return UpdateOne(each.expected, changes, upsert=not each.rev)
 
 
 def _collection(link: Link, contract: Contract) -> Any:

@@ -46,6 +46,25 @@ class Change(NamedTuple):
         return self.write.contract
 
 
+class Planned(NamedTuple):
+    """A write of a batch, and the document that it was judged by."""
+
+    change: Change
+    rev: int
+    """The revision that the document must have; 0 where there is none."""
+    identity: ObjectId
+    """Its `_id`, or the one that it will be made with."""
+
+    @property
+    def contract(self) -> Contract:
+        return self.change.contract
+
+    @property
+    def expected(self) -> Document:
+        """The document as it was judged."""
+        return matching({"_id": self.identity}, self.rev or ABSENT)
+
+
 def change_of(namespace: str, write: Write) -> Change:
     """Raises `UserError` if the key or the value cannot be stored."""
     key = check_key(write.contract, write.key)

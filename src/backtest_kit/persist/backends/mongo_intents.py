@@ -27,28 +27,32 @@ from pymongo.errors import BulkWriteError
 from backtest_kit.persist.backends.mongo_client import Link
 from backtest_kit.persist.backends.mongo_documents import (
     ROWS,
-    Change,
     Document,
+    Planned,
     fields_of,
-    matching,
 )
 from backtest_kit.persist.backends.mongo_errors import Patience, is_duplicate
 from backtest_kit.persist.codec import SCHEMA_VERSION
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.crashpoints import crashpoint
-from backtest_kit.persist.store import ABSENT, Expect
 from backtest_kit.persist.writing import now_ms
 
 INTENTS: Final = "store-intents"
 _LOCKING, _DECIDED = "locking", "decided"
+_BLANK: Final = {
+    "rev": Int64(0),
+    "payload": None,
+    "when": None,
+    "writtenAt": Int64(0),
+    "removed": False,
+    "schemaVersion": SCHEMA_VERSION,
+}
+"""A document that is locked before it has ever been written."""
 _COURTESY_SECONDS: Final = 1.0
 """How long an intent that is not decided is left to whoever is at it. Giving it up is always safe."""
 
-Planned = Sequence[tuple[Change, int]]
-"""Changes and the revisions that their documents have before, 0 where there is none."""
 
-
-async def carry_out(link: Link, planned: Planned, writer: str) -> bool:
+async def carry_out(link: Link, planned: Sequence[Planned], writer: str) -> bool:
     """Make all the changes or none; False if a document was not as planned, or the intent was given up by others."""
     intent: Document = {
         "_id": ObjectId(),
@@ -56,11 +60,11 @@ async def carry_out(link: Link, planned: Planned, writer: str) -> bool:
         "startedAt": Int64(now_ms()),
         "writes": [
             {
-                "contract": change.contract.name,
-                "name": change.name,
-                "fields": fields_of(change, writer, link.next_tick()),
+                "contract": each.contract.name,
+                "document": each.identity,
+                "fields": fields_of(each.change, writer, link.next_tick()),
             }
-            for change, _ in planned
+            for each in planned
         ],
     }
     intents = _intents(link)
@@ -135,29 +139,24 @@ def _documents(link: Link, contract: Contract) -> AsyncCollection[Document]:
     return link.named(contract.collection, Durability.MONEY)
 
 
-async def _lock(link: Link, intent: Document, planned: Planned) -> bool:
+async def _lock(link: Link, intent: Document, planned: Sequence[Planned]) -> bool:
     hold = {"hold": {"intent": intent["_id"]}}
-    blank = {
-        "rev": Int64(0),
-        "payload": None,
-        "when": None,
-        "writtenAt": Int64(0),
-        "removed": False,
-        "schemaVersion": SCHEMA_VERSION,
-    }
-    for contract, group in groupby(planned, lambda each: each[0].contract):
-        locks = []
-        for change, rev in group:
-            expect: Expect = rev or ABSENT
-            update = {"$set": hold} if rev else {"$set": hold, "$setOnInsert": blank}
-            locks.append(UpdateOne(matching(change.name, expect), update, upsert=not rev))
+    for contract, group in groupby(planned, lambda each: each.contract):
+        locks = [
+            UpdateOne(
+                each.expected,
+                {"$set": hold} if each.rev else {"$set": hold, "$setOnInsert": {**each.change.name, **_BLANK}},
+                upsert=not each.rev,
+            )
+            for each in group
+        ]
         try:
             done = await _documents(link, contract).bulk_write(locks, ordered=False)
         except BulkWriteError as error:
             if not is_duplicate(error):
                 raise
             return False
-        if done.matched_count + len(done.upserted_ids or {}) < len(locks):
+        if done.matched_count + done.upserted_count < len(locks):
             return False
     return True
 
@@ -168,7 +167,7 @@ async def _apply(link: Link, intent: Document) -> None:
     for name, group in groupby(intent["writes"], lambda each: each["contract"]):
         writes = [
             UpdateOne(
-                {**each["name"], **held},
+                {"_id": each["document"], **held},
                 {
                     "$set": each["fields"],
                     "$inc": {"rev": Int64(1)},
@@ -195,4 +194,5 @@ async def _give_up(link: Link, intent: Document) -> None:
 async def _unlock(link: Link, contract: Contract, identity: Any) -> None:
     held = {"hold.intent": identity}
     await _documents(link, contract).delete_many({**held, "rev": 0})
-    await _documents(link, contract).update_many(held, {"$unset": {"hold": ""}})
+    # What was locked as blank after that stays locked, and whoever meets it comes here again.
+    await _documents(link, contract).update_many({**held, "rev": {"$ne": 0}}, {"$unset": {"hold": ""}})
