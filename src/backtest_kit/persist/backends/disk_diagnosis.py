@@ -21,6 +21,7 @@ from backtest_kit.persist.files import Disk
 from backtest_kit.persist.locks import try_lock, unlock
 
 LOCK_PATIENCE_SECONDS: Final = 2.0
+MOUNTS: Final = Path("/proc/self/mountinfo")
 _SLOW_SYNC_MS: Final = 50.0
 _FULL_BYTES: Final = 64 << 20
 _TIGHT_BYTES: Final = 1 << 30
@@ -79,7 +80,7 @@ def _writing(place: Path, directory: Path, samples: int, disk: Disk) -> Reading:
 
 
 def _kind(place: Path) -> Reading:
-    kind = file_system(place)
+    kind = file_system(place, MOUNTS)
     if kind is None:
         return Reading("file system", Status.OK, "of a kind that this system does not tell")
     local = "name a directory on a local disk"
@@ -94,7 +95,7 @@ def _kind(place: Path) -> Reading:
     return Reading("file system", Status.OK, kind)
 
 
-def file_system(place: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
+def file_system(place: Path, mounts: Path) -> str | None:
     """The type of the file system of an existing path, where the system tells."""
     try:
         lines = mounts.read_text(errors="replace").splitlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC
 from typing import Any, Final
 
 from pymongo import IndexModel
@@ -29,7 +30,9 @@ async def examine_mongo(link: Link, samples: int) -> list[Reading]:
     try:
         started = time.time()
         hello = await link.ask(doing, lambda: link.mongo.admin.command("hello"))
-        clock = clock_reading("clock of MongoDB", hello["localTime"].timestamp(), started, time.time())
+        clock = clock_reading(
+            "clock of MongoDB", hello["localTime"].replace(tzinfo=UTC).timestamp(), started, time.time()
+        )
         version = (await link.ask(doing, lambda: link.mongo.admin.command("buildInfo")))["version"]
         ping = await median_ms(lambda: link.ask(doing, lambda: link.mongo.admin.command("ping")), samples)
     except BacktestKitError as error:
@@ -185,11 +188,11 @@ def _indexes_of(contract: Contract, found: Sequence[Document], *, is_new: bool, 
             keys, options = json.dumps(dict(model.document["key"])), {"name": name}
             is_unique = bool(model.document.get("unique"))
             shown = json.dumps({**options, "unique": True} if is_unique else options)
-            says = f"{name} is missing: " + (
-                "two writers can make a record twice" if is_unique else "listings are slow"
-            )
+            lost = "two writers can make a record twice" if is_unique else "listings are slow"
             remedy = f"mongosh: {collection}.createIndex({keys}, {shown}); the next opening makes it too"
-            readings.append(Reading(subject, Status.FAULT if is_unique else Status.WARNING, says, remedy))
+            readings.append(
+                Reading(subject, Status.FAULT if is_unique else Status.WARNING, f"{name} is missing: {lost}", remedy)
+            )
     idle = [each["name"] for each in found if each["name"] not in ours and not _harm(contract, each)]
     # On a cluster, the index of a shard key is needed whatever it looks like.
     if idle and not is_cluster:
