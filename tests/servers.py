@@ -63,6 +63,13 @@ class Server:
             assert time.monotonic() < deadline, f"{command[0]} does not answer: {said}"
             time.sleep(0.02)
 
+    def stop(self) -> None:
+        """End it in order."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None
+
     def kill(self) -> None:
         """End it as a power cut would, as far as processes go."""
         if self._process is not None:

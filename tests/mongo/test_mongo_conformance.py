@@ -71,6 +71,7 @@ class TestMongoWithRedisThatDies(MongoConformance):
 
     @pytest.fixture(autouse=True)
     def _redis(self, mortal: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        mortal.kill()
         mortal.start()
         self.redis_url = f"redis://127.0.0.1:{mortal.port}"
         opened, calls = MongoStore._opened, 0

@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from bson.int64 import Int64
 from bson.objectid import ObjectId
+from tests.mongo.samples import ALWAYS, BTC, candles
 from tests.servers import mongo_server, running
 
 from backtest_kit.errors import Conflict, Damaged, Outcome, RetryLater, UserError
@@ -27,7 +28,6 @@ from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.contracts import CONTRACTS, LEASE
 from backtest_kit.persist.operations import check
 from backtest_kit.persist.store import ABSENT, SeriesKey, Write
-from backtest_kit.persist.testing.candle_cases import ALWAYS, BTC, candles
 
 SIGNAL, STATE, MEMORY, LOG = (CONTRACTS[name] for name in ("signal", "state", "memory", "log"))
 KEY = ("trend", "binance", "BTCUSDT")
@@ -130,8 +130,10 @@ class TestOpening:
         with running(mongo_server()) as server:
             with pymongo.MongoClient[dict[str, Any]]("127.0.0.1", server.port) as client:
                 roles = [{"role": "root", "db": "admin"}]
-                client.admin.command("createUser", "bot", pwd="right", roles=roles)
-            server.kill()
+                client.admin.command(
+                    {"createUser": "bot", "pwd": "right", "roles": roles, "writeConcern": {"w": 1, "j": True}}
+                )
+            server.stop()
             server.options = ["--auth"]
             server.start()
             right = store_over(f"mongodb://bot:right@127.0.0.1:{server.port}/db?authSource=admin")
@@ -333,13 +335,16 @@ class TestBatchesThatDie:
     @pytest.mark.parametrize(
         ("point", "expected"), [("mongo.after_transaction_writes", "old"), ("mongo.after_batch", "new")]
     )
-    async def test_with_transactions(self, mongo_url: str, point: str, expected: str) -> None:
-        store = store_over(mongo_url)
-        await store.put(Write(SIGNAL, KEY, "old"))
-        await store.put(Write(STATE, ("s", "b"), "old"))
-        await asyncio.to_thread(run_child, mongo_url, "batch", point)
-        await self.require(store, expected, True)
-        await store.close()
+    async def test_with_transactions(self, point: str, expected: str) -> None:
+        # A server of its own: it keeps the transaction of a client that died, and its locks, for a minute.
+        with running(mongo_server()) as server:
+            url = f"mongodb://127.0.0.1:{server.port}/db"
+            store = store_over(url)
+            await store.put(Write(SIGNAL, KEY, "old"))
+            await store.put(Write(STATE, ("s", "b"), "old"))
+            await asyncio.to_thread(run_child, url, "batch", point)
+            await self.require(store, expected, True)
+            await store.close()
 
     async def require(self, store: MongoStore, expected: str, is_there: bool) -> None:
         found = [await store.get(SIGNAL, KEY), await store.get(STATE, ("s", "b"))]

@@ -89,8 +89,8 @@ def test_settings_come_from_the_environment_and_then_from_the_program(
     monkeypatch.setenv("CC_REDIS_HOST", "cache")
     setup = MongoSetup(kit)
     assert setup.get_config().redis_url == "redis://cache:6400"
-    setup.set_config(CC_REDIS_HOST="redis-prod", CC_REDIS_PASSWORD="p/w:d@")
-    assert setup.get_config().redis_url == "redis://:p%2Fw%3Ad%40@redis-prod:6400"
+    setup.set_config(CC_REDIS_HOST="redis-prod", CC_REDIS_USER="p/w:d@")
+    assert setup.get_config().redis_url == "redis://p%2Fw%3Ad%40:@redis-prod:6400"
     setup.set_config(CC_REDIS_HOST="")
     assert setup.get_config().redis_url == ""
 

@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any, Final
 
-import pymongo
 from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
@@ -343,14 +342,14 @@ class _Putting:
         collection = self._link.collection(self._change.contract)
         crashpoint("mongo.before_write")
         try:
-            with pymongo.timeout(patience.left):
-                return await collection.find_one_and_update(
-                    matching(self._change.name, expect),
-                    update_of(self._change, self._writer, self._link.next_tick()),
-                    projection=["rev"],
-                    upsert=isinstance(expect, str),
-                    return_document=ReturnDocument.AFTER,
-                )
+            return await collection.find_one_and_update(
+                matching(self._change.name, expect),
+                update_of(self._change, self._writer, self._link.next_tick()),
+                projection=["rev"],
+                upsert=isinstance(expect, str),
+                return_document=ReturnDocument.AFTER,
+                maxTimeMS=round(patience.left * 1000),
+            )
         except DuplicateKeyError:
             return None
 
@@ -365,8 +364,8 @@ class _Putting:
         return None if changed else record
 
     async def _look(self, patience: Patience) -> Document | None:
-        with pymongo.timeout(patience.left):
-            return await self._link.collection(self._change.contract).find_one(self._change.name)
+        milliseconds = round(patience.left * 1000)
+        return await self._link.collection(self._change.contract).find_one(self._change.name, max_time_ms=milliseconds)
 
     def _guard(self, found: Document | None) -> Expect:
         """What must still hold for a write of unknown outcome to be sent again: nobody else was there meanwhile."""

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-import pymongo
 from bson.objectid import ObjectId
 from pymongo import UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
@@ -21,7 +20,7 @@ from pymongo.read_preferences import ReadPreference
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater
 from backtest_kit.persist.backends import mongo_damage
-from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, JOURNALLED, Link
+from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, Link
 from backtest_kit.persist.backends.mongo_documents import (
     Change,
     Document,
@@ -72,14 +71,12 @@ class Batch:
     async def _attempt(self, patience: Patience) -> bool:
         """True once they are done, False if they must be tried again."""
         try:
-            with pymongo.timeout(patience.left):
-                if self._is_sent and not self._link.has_transactions and await has_happened(self._link, self._writer):
-                    return True
+            if self._is_sent and not self._link.has_transactions and await has_happened(self._link, self._writer):
+                return True
             planned = await self._plan(patience)
             if not planned:
                 return True
-            with pymongo.timeout(patience.left):
-                is_done = await (self._transact(planned) if self._link.has_transactions else self._carry_out(planned))
+            is_done = await (self._transact(planned) if self._link.has_transactions else self._carry_out(planned))
             self.done = planned if is_done else []
             return is_done
         except FAILURES as error:
@@ -161,7 +158,7 @@ class Batch:
         async with self._link.mongo.start_session() as session:
             await session.start_transaction(
                 read_concern=ReadConcern("snapshot"),
-                write_concern=JOURNALLED if self._is_money else ACKNOWLEDGED,
+                write_concern=self._link.journalled if self._is_money else ACKNOWLEDGED,
                 read_preference=ReadPreference.PRIMARY,
             )
             if not await self._write(planned, session):

@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-import pymongo
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import ConfigurationError, InvalidURI, PyMongoError
@@ -29,8 +28,6 @@ from backtest_kit.persist.urls import import_backend
 T = TypeVar("T")
 
 DEFAULT_DATABASE: Final = "backtest-kit"
-JOURNALLED: Final = WriteConcern(w="majority", j=True)
-"""For money, and for what other processes must agree on: it is not rolled back and survives the server."""
 ACKNOWLEDGED: Final = WriteConcern(w=1)
 """For what may be lost or is flushed on close. The server writes it to its journal every 100 ms."""
 
@@ -52,6 +49,8 @@ class Link:
         self.ids = None
         if settings.redis_url:
             self.ids = import_backend("backtest_kit.persist.backends.redis_ids").IdCache(settings, self.database_name)
+        self.journalled: Final = WriteConcern(w="majority", j=True, wtimeout=settings.CC_MONGO_OPERATION_TIMEOUT_MS)
+        """For money, and for what other processes must agree on: it is not rolled back and survives the server."""
         self.turns: Final = Turns()
         self.owner: Final = secrets.token_hex(8)
         self.has_transactions = False
@@ -89,7 +88,7 @@ class Link:
         level = "majority" if is_money and self.has_transactions else "local"
         return self.database.get_collection(
             name,
-            write_concern=JOURNALLED if is_money else ACKNOWLEDGED,
+            write_concern=self.journalled if is_money else ACKNOWLEDGED,
             read_concern=ReadConcern(level),
             read_preference=ReadPreference.PRIMARY,
         )
@@ -106,8 +105,7 @@ class Link:
         patience = patience or self.patience()
         while True:
             try:
-                with pymongo.timeout(patience.left):
-                    return await question()
+                return await question()
             except FAILURES as error:
                 if not heals(error) or patience.is_over:
                     raise self.failure(error, doing) from error
