@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any, Final, cast
 
 from backtest_kit.errors import UserError
+from backtest_kit.persist.backends.mongo_settings import mask
 from backtest_kit.persist.store import Store
 
 _BACKENDS: Final = {
@@ -37,12 +38,17 @@ def store_at(url: str, *, existing: bool = False) -> Store:
         return cast(Store, import_backend("backtest_kit.persist.backends.mongo").MongoStore(url, existing=existing))
     if scheme not in _BACKENDS:
         forms = ", ".join(f"{name}:{example}" for name, (_, _, example) in _BACKENDS.items()) + ", mongodb://host/name"
-        raise UserError(f"the store {url!r} has no known backend: write one of {forms}")
+        raise UserError(f"the store {shown(url)!r} has no known backend: write one of {forms}")
     module, name, example = _BACKENDS[scheme]
     if bool(path) != bool(example):
         raise UserError(f"the store {url!r} is not complete or says too much: write {scheme}:{example}")
     make = getattr(import_module(module), name)
     return cast(Store, make(path, existing=existing) if example else make())
+
+
+def shown(url: str) -> str:
+    """An address as it may be printed: without the credentials that may be in it."""
+    return mask(url) if "://" in url else url
 
 
 def import_backend(module: str) -> Any:

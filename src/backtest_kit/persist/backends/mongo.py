@@ -20,7 +20,7 @@ from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater
-from backtest_kit.persist.backends import mongo_damage
+from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis
 from backtest_kit.persist.backends.mongo_batch import Batch
 from backtest_kit.persist.backends.mongo_candles import MongoCandleStore
 from backtest_kit.persist.backends.mongo_client import Link, Links
@@ -45,10 +45,12 @@ from backtest_kit.persist.backends.mongo_schema import flush, prepare
 from backtest_kit.persist.backends.mongo_settings import MongoSettings, from_environment, with_changes
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.crashpoints import crashpoint
+from backtest_kit.persist.diagnosis import SAMPLES, Reading
 from backtest_kit.persist.keys import check_key, escape, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Key, Record, Write
 from backtest_kit.persist.upkeep import Finding
+from backtest_kit.persist.urls import import_backend
 from backtest_kit.persist.writing import check_batch, decide
 
 _CHUNK: Final = 256
@@ -173,6 +175,13 @@ class MongoStore:
     async def check(self, *, deep: bool = False) -> list[Finding]:
         """As `Upkeep.check`; `deep` reads every candle as well. What MongoDB itself has stored is its own to verify."""
         return await mongo_damage.check(await self._opened(), deep=deep)
+
+    async def examine(self, *, samples: int = SAMPLES) -> list[Reading]:
+        """As `Examined.examine`: both servers, without opening the store."""
+        link = self._links.here()
+        readings = await mongo_diagnosis.examine_mongo(link, samples)
+        redis_diagnosis = import_backend("backtest_kit.persist.backends.redis_diagnosis")
+        return [*readings, *await redis_diagnosis.examine_redis(link.ids, self.settings, samples)]
 
     async def quarantined(self) -> list[Quarantined]:
         return await mongo_damage.quarantined(await self._opened())

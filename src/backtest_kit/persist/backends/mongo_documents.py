@@ -17,14 +17,14 @@ from bson.objectid import ObjectId
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema
-from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind, WriteRule
+from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind, WriteRule
 from backtest_kit.persist.keys import check_key
 from backtest_kit.persist.store import ABSENT, ANY, Expect, Key, Plain, Record, Write
 from backtest_kit.persist.writing import now_ms
 
 Document = dict[str, Any]
 
-ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
+ROWS: Final = ALL_CONTRACTS
 RECORD_ROWS: Final = tuple(row for row in ROWS.values() if row.kind is not Kind.SERIES)
 ORDER: Final = ("order", "tick")
 """Order of writing: the server's own time, which on a MongoDB no two writes share, then the writer's count."""

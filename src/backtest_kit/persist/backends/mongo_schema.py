@@ -18,7 +18,7 @@ from backtest_kit.persist.writing import now_ms
 
 META: Final = "store-meta"
 """Collection of what is said of the database as a whole."""
-_VERSION: Final = {"_id": "schema"}
+VERSION: Final = {"_id": "schema"}
 _FLUSH: Final = {"_id": "flush"}
 _INDEX_OF_ANOTHER_FORM: Final = frozenset((85, 86))
 _DUPLICATES: Final = 11000
@@ -46,8 +46,8 @@ async def prepare(link: Link, *, existing: bool) -> None:
     hello = await link.ask("open the store", lambda: link.mongo.admin.command("hello"))
     link.has_transactions = "setName" in hello or hello.get("msg") == "isdbgrid"
     meta = link.named(META, Durability.MONEY)
-    version = await link.ask("open the store", lambda: meta.find_one(_VERSION))
-    _check_version(link, version)
+    version = await link.ask("open the store", lambda: meta.find_one(VERSION))
+    check_version(link, version)
     if existing:
         if version is None:
             raise UserError(f"the database {link.database_name} at {link.where} is no store: name another one")
@@ -68,12 +68,12 @@ async def flush(link: Link) -> None:
 
 async def _upsert_once(link: Link, update: Document) -> None:
     try:
-        await link.named(META, Durability.MONEY).update_one(_VERSION, update, upsert=True)
+        await link.named(META, Durability.MONEY).update_one(VERSION, update, upsert=True)
     except DuplicateKeyError:
         return  # another process has just done the same
 
 
-def _check_version(link: Link, version: Document | None) -> None:
+def check_version(link: Link, version: Document | None) -> None:
     number = 0 if version is None else version.get("schemaVersion")
     if not isinstance(number, int) or number > SCHEMA_VERSION:
         raise NewerSchema(

@@ -74,7 +74,7 @@ class IdCache:
             UserError: the address cannot be read.
         """
         seconds = settings.CC_REDIS_TIMEOUT_MS / 1000
-        self._prefix = f"{settings.CC_REDIS_PREFIX}:{database}:"
+        self.prefix: Final = f"{settings.CC_REDIS_PREFIX}:{database}:"
         self._ttl_seconds = settings.CC_REDIS_TTL_SECONDS
         self._timeout_seconds = seconds
         self._breaker = _Breaker(mask(settings.redis_url), pause_seconds)
@@ -98,23 +98,23 @@ class IdCache:
 
     async def get(self, name: str) -> bytes | None:
         """What is stored under a name; nothing, if there is nothing or Redis does not say."""
-        found = await self._try(lambda: self.client.get(self._prefix + name))
+        found = await self._try(lambda: self.client.get(self.prefix + name))
         return found if isinstance(found, bytes) else None
 
     async def set(self, entries: Mapping[str, str]) -> None:
         """Store ids by name, over whatever is there."""
         if len(entries) == 1:
             ((name, value),) = entries.items()
-            await self._try(lambda: self.client.set(self._prefix + name, value, ex=self._ttl_seconds))
+            await self._try(lambda: self.client.set(self.prefix + name, value, ex=self._ttl_seconds))
         elif entries:
             pipeline = self.client.pipeline(transaction=False)
             for name, value in entries.items():
-                pipeline.set(self._prefix + name, value, ex=self._ttl_seconds)
+                pipeline.set(self.prefix + name, value, ex=self._ttl_seconds)
             await self._try(pipeline.execute)
 
     async def drop(self, name: str) -> None:
         """Forget a name."""
-        await self._try(lambda: self.client.delete(self._prefix + name))
+        await self._try(lambda: self.client.delete(self.prefix + name))
 
     async def close(self) -> None:
         try:
