@@ -193,8 +193,9 @@ async def test_a_store_without_compare_and_set_serves_one_program(tmp_path: Path
         capabilities = frozenset((Capability.ORDERED_SCAN,))
 
         async def get(self, contract: Contract, key: Key) -> Record | None:
+            found = await super().get(contract, key)
             await asyncio.sleep(0)
-            return await super().get(contract, key)
+            return found
 
         async def put(self, write: Write) -> Record:
             if write.expect != ANY:
