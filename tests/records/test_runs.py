@@ -32,6 +32,14 @@ async def test_a_run_begins_without_records(kit: bk.Kit, backtest: Backtest) -> 
     assert await asked(kit, "another").get() is None
 
 
+async def test_the_runs_that_have_kept_something_are_known(kit: bk.Kit, backtest: Backtest) -> None:
+    assert await kit.records.runs() == []
+    await backtest(lambda ctx: None, run_id="idle")
+    first = await backtest(count)
+    await backtest(count, run_id="My run / 2")
+    assert await kit.records.runs() == sorted([first.run_id, "My run / 2"])
+
+
 async def test_a_named_run_goes_on_with_its_records(kit: bk.Kit, backtest: Backtest) -> None:
     kit.add_frame_schema("next", start_date="2024-06-02", end_date="2024-06-03")
     first = await backtest(count, run_id="mine")
