@@ -116,6 +116,14 @@ async def test_an_answer_of_a_later_time_is_not_used(kit: bk.Kit) -> None:
     assert (await ask(later))["number"] == 2, "the earlier answer serves both"
 
 
+async def test_an_answer_for_an_earlier_time_is_as_late_as_what_it_knows(kit: bk.Kit) -> None:
+    model = Model()
+    ask = model.cached_by(kit, "1h")
+    assert (await ask(Minute(when_ms=NOON_MS + 90 * MINUTE_MS), when=NOON_MS))["number"] == 1
+    assert (await ask(Minute(when_ms=NOON_MS + 95 * MINUTE_MS), when=NOON_MS))["number"] == 1
+    assert (await ask(Minute(when_ms=NOON_MS + 30 * MINUTE_MS)))["number"] == 2, "it knew of half past one"
+
+
 async def test_a_caller_does_not_wait_for_an_answer_of_its_future(kit: bk.Kit) -> None:
     gate, asked = asyncio.Event(), []
 

@@ -51,6 +51,11 @@ class Call(msgspec.Struct, frozen=True):
     when_ms: int | None
     """The time it is made for: that of `when`, else that of the context."""
 
+    @property
+    def now_ms(self) -> int | None:
+        """The time it is made at: what it knows, and what comes of it, is of this moment."""
+        return self.when_ms if self.moment is None else self.moment.when_ms
+
 
 class Function(Generic[R]):
     """An async function under a name that stays the same from start to start, whatever else is defined."""
@@ -130,10 +135,10 @@ class Function(Generic[R]):
 
 
 def scope_of(scopes: Scopes, call: Call) -> Scope:
-    """The records of the run that the call is made in, at its time; outside of a run those of live."""
+    """The records of the run that the call is made in, at its moment; outside of a run those of live."""
     if call.moment is None:
-        return scopes("live", None, call.when_ms)
-    return scopes(call.moment.mode, call.moment.run_id, call.when_ms)
+        return scopes("live", None, call.now_ms)
+    return scopes(call.moment.mode, call.moment.run_id, call.now_ms)
 
 
 def key_text(value: Plain) -> str:

@@ -78,7 +78,7 @@ class _Flight:
 
     def serves(self, call: Call) -> bool:
         """Whether what it will answer is no news of the future to `call`."""
-        return call.when_ms is None or self.call.when_ms is None or self.call.when_ms <= call.when_ms
+        return call.now_ms is None or self.call.now_ms is None or self.call.now_ms <= call.now_ms
 
 
 class Cached(Generic[R]):
