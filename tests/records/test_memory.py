@@ -13,8 +13,9 @@ import pytest
 from tests.records.conftest import MINUTE_MS, NOON_MS, kit_on, run_of
 
 import backtest_kit as bk
+from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.store import Record
+from backtest_kit.persist.store import Record, Write
 from backtest_kit.records import memory as memory_module
 from backtest_kit.records.memory import Memory
 from backtest_kit.records.search import TextIndex
@@ -191,6 +192,34 @@ async def test_only_what_is_new_is_read_again(kit: bk.Kit, monkeypatch: pytest.M
     assert len(await run.memory("analysis", NOON_MS, "s-1", None, False).search("word", k=1_000)) == 301
     assert texts == ["newer"], "the index of the strategy serves its positions"
     assert len(read) < 20
+
+
+async def test_many_buckets_are_right_though_few_are_kept_at_hand(kit: bk.Kit) -> None:
+    run = run_of(kit)
+    for _ in range(2):
+        for number in range(40):
+            memory = run.memory(f"b{number}", NOON_MS, "s-1", None, False)
+            await memory.write("note", f"word {number}")
+            assert [entry.value for entry in await memory.search("word")] == [f"word {number}"]
+
+
+async def test_a_note_that_is_rewritten_while_it_is_removed_goes_as_well(tmp_path: Path) -> None:
+    class Overtaken(MemoryStore):
+        rewrites = 3
+
+        async def put(self, write: Write) -> Record:
+            if write.removed and self.rewrites:
+                self.rewrites -= 1
+                await super().put(Write(write.contract, write.key, f"version {self.rewrites}", when=write.when))
+            return await super().put(write)
+
+    kit = bk.Kit(tmp_path)
+    kit.persistence.bind("*", Overtaken())
+    memory = memory_at(kit, NOON_MS)
+    await memory.write("thought", "first")
+    assert await memory.remove("thought")
+    assert await memory.list() == []
+    assert [entry.value for entry in await memory.list(removed=True)] == ["version 0"]
 
 
 async def test_a_chat_gets_the_newest_notes_oldest_first(kit: bk.Kit) -> None:
