@@ -157,3 +157,18 @@ async def test_strategies_that_are_compared_have_runs_of_their_own(kit: bk.Kit, 
             for name in ("one", "two") for symbol in ("BTCUSDT", "ETHUSDT")
         ]  # fmt: skip
         assert sorted([await state.get(0) for state in states]) == [0, 0, 0, 24]
+
+
+async def test_a_run_that_is_under_way_cannot_be_started_again(kit: bk.Kit, backtest: Backtest) -> None:
+    await backtest(count, run_id="mine")
+    where: Any = {"strategy_name": "trend", "exchange_name": "demo", "frame_name": "day"}
+    first = kit.backtest.background("BTCUSDT", **where, run_id="mine")
+    with pytest.raises(bk.UserError, match="run 'mine' of strategy 'trend' for BTCUSDT is under way"):
+        kit.backtest.background("BTCUSDT", **where, run_id="mine")
+    beside = kit.backtest.background("ETHUSDT", **where, run_id="mine")
+    await asyncio.gather(first, beside)
+    again = kit.backtest.background("BTCUSDT", **where, run_id="mine")
+    again.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await again
+    assert (await kit.backtest.background("BTCUSDT", **where, run_id="mine")).run_id == "mine"

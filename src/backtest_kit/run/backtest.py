@@ -50,17 +50,21 @@ class _Announced:
     Runs that are started together see each other from the start, however fast the first of them is.
     """
 
-    def __init__(self, identity: Identity, cron: Cron, seat: RiskSeat | None) -> None:
+    def __init__(self, job: Job, cron: Cron, seat: RiskSeat | None, under_way: set[tuple[str, Identity]]) -> None:
         self.seat = seat
-        self._identity = identity
+        self._identity = job.identity
+        self._run = (job.run_id, job.identity)
+        self._under_way = under_way
         self._cron: Cron | None = cron
-        cron.begin(identity)
+        cron.begin(job.identity)
+        under_way.add(self._run)
 
     def take_back(self) -> None:
         """The run has ended, in whatever way. Idempotent."""
         cron, self._cron = self._cron, None
         if cron is not None:
             cron.end(self._identity)
+            self._under_way.remove(self._run)
         if self.seat is not None:
             self.seat.leave()
 
@@ -141,6 +145,7 @@ class BacktestRunner:
         self._bus = bus
         self._cron = cron
         self._records = records
+        self._under_way: set[tuple[str, Identity]] = set()
         self._risks = RiskBook()
         self._settings = settings
         self._now_ms = now_ms
@@ -191,7 +196,7 @@ class BacktestRunner:
         """Start a backtest on the running event loop and return its handle. Arguments as for `run`.
 
         Raises:
-            UserError: bad names or options, or no event loop runs in this thread.
+            UserError: bad names or options, no event loop runs in this thread, or the run is under way already.
         """
         return self.start(self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, run_id))
 
@@ -251,10 +256,15 @@ class BacktestRunner:
             announced.take_back()
 
     def _announce(self, job: Job) -> _Announced:
+        if (job.run_id, job.identity) in self._under_way:
+            raise UserError(
+                f"run {job.run_id!r} of strategy {job.identity.strategy_name!r} for {job.identity.symbol} is under way, "
+                "and two at once would overwrite each other's records: wait for it, or choose another run_id"
+            )
         # Cron works for all runs of a frame, so none of them may be ahead of a boundary that it performs.
         shares = bool(job.risks) or bool(self._cron)
         seat = self._risks.join(job.identity, job.risks, job.frame.start_ms) if shares else None
-        return _Announced(job.identity, self._cron, seat)
+        return _Announced(job, self._cron, seat, self._under_way)
 
     async def _collect(self, job: Job, control: Control, announced: _Announced) -> BacktestResult:
         async for _ in self._replay(job, control, announced):
