@@ -256,14 +256,15 @@ class BacktestRunner:
             announced.take_back()
 
     def _announce(self, job: Job) -> _Announced:
-        if (job.run_id, job.identity) in self._under_way:
+        identity = job.identity
+        if (job.run_id, identity) in self._under_way:
             raise UserError(
-                f"run {job.run_id!r} of strategy {job.identity.strategy_name!r} for {job.identity.symbol} is under way, "
+                f"run {job.run_id!r} of strategy {identity.strategy_name!r} for {identity.symbol} is under way, "
                 "and two at once would overwrite each other's records: wait for it, or choose another run_id"
             )
         # Cron works for all runs of a frame, so none of them may be ahead of a boundary that it performs.
         shares = bool(job.risks) or bool(self._cron)
-        seat = self._risks.join(job.identity, job.risks, job.frame.start_ms) if shares else None
+        seat = self._risks.join(identity, job.risks, job.frame.start_ms) if shares else None
         return _Announced(job, self._cron, seat, self._under_way)
 
     async def _collect(self, job: Job, control: Control, announced: _Announced) -> BacktestResult:
