@@ -115,7 +115,7 @@ async def test_database_that_does_not_exist_is_new_and_not_made(mongo_url: str, 
 
 async def test_clock_is_compared_in_utc_wherever_the_host_is(mongo_url: str) -> None:
     await fill(mongo_url)
-    code, shown = command(mongo_url, TZ="Asia/Tokyo")
+    code, shown = command(mongo_url, environment={"TZ": "Asia/Tokyo"})
     assert code == 0, shown
     (clock,) = [each for each in json.loads(shown)["readings"] if each["subject"] == "clock of MongoDB"]
     assert clock["status"] == "ok", clock
@@ -414,11 +414,13 @@ async def test_redis_that_may_not_be_looked_at(mongo_url: str, own_redis: str) -
 # -- the command -----------------------------------------------------------------------------------------
 
 
-def command(url: str, *options: str, as_json: bool = True, **environment: str) -> tuple[int, str]:
+def command(
+    url: str, *options: str, as_json: bool = True, environment: dict[str, str] | None = None
+) -> tuple[int, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("CC_")}
     program = str(Path(sys.executable).with_name("backtest-kit"))
     arguments = [program, "doctor", "--store", url, "--samples", "1", *options, *(["--json"] if as_json else [])]
-    done = subprocess.run(arguments, env={**clean, **environment}, text=True, capture_output=True, check=False)
+    done = subprocess.run(arguments, env={**clean, **(environment or {})}, text=True, capture_output=True, check=False)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout + done.stderr
 
@@ -428,13 +430,13 @@ def test_command_shows_a_table_and_no_secret(guarded: Server, own_redis: str) ->
         client.config_set("requirepass", "riservato")
     url = f"mongodb://bot:geheim@127.0.0.1:{guarded.port}/bot?w=1"
     secret = {"CC_REDIS_URL": own_redis.replace("://", "://:riservato@")}
-    code, shown = command(url, as_json=False, **secret)
+    code, shown = command(url, as_json=False, environment=secret)
     assert code == 0, shown
     for word in ("write concern", "topology", "clock of Redis", "indexes", "weak", "--live would refuse"):
         assert word in shown
     for secret_word in ("geheim", "riservato"):
         assert secret_word not in shown
-    code, shown = command(url, "--live", **secret)
+    code, shown = command(url, "--live", environment=secret)
     assert code == 1
     document = json.loads(shown)
     assert document["fit"] is False
@@ -442,6 +444,6 @@ def test_command_shows_a_table_and_no_secret(guarded: Server, own_redis: str) ->
     assert [each["subject"] for each in document["readings"] if each["status"] == "weak"] == [
         "write concern of the address"
     ]
-    code, shown = command(url, "--live", "--allow-weak", **secret)
+    code, shown = command(url, "--live", "--allow-weak", environment=secret)
     assert code == 0
     assert json.loads(shown)["fit"] is True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -256,6 +257,6 @@ def test_file_system_is_that_of_the_nearest_mount(
 async def test_disk_that_is_nearly_full_is_found(
     free: int, status: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = disk_diagnosis.shutil.disk_usage(tmp_path)._replace(free=free)
-    monkeypatch.setattr(disk_diagnosis.shutil, "disk_usage", lambda place: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     assert "GiB free" in found(await diagnosis(f"file:{tmp_path}"), status)
