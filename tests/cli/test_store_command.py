@@ -14,7 +14,11 @@ from typing import Any
 
 import pytest
 
+from backtest_kit.cli import migrate
 from backtest_kit.persist.binding import Persistence
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.migration import Migration, migrate_store
+from backtest_kit.persist.store import Store, Write
 
 COMMAND = [str(Path(sys.executable).with_name("backtest-kit")), "store"]
 KEY: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "binance", "symbol": "BTCUSDT"}
@@ -218,6 +222,23 @@ def test_migrate_goes_on_where_it_was_killed(url: str, tmp_path: Path) -> None:
     assert "go on with --resume" in run("migrate", url, other, cwd=tmp_path, code=2)
     told = run("migrate", url, other, "--resume", "--verify", cwd=tmp_path)
     assert "Both stores have the same" in told
+
+
+def test_migrate_ends_with_an_error_if_the_stores_differ(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "sqlite:other.db" if url.startswith("file") else "file:./other"
+
+    async def disturbed(source: Store, target: Store, **options: Any) -> Migration:
+        moved = await migrate_store(source, target, **options)
+        await target.put(Write(CONTRACTS["signal"], ("trend", "binance", "BTCUSDT"), "written by a bot meanwhile"))
+        return moved
+
+    monkeypatch.setattr(migrate, "migrate_store", disturbed)
+    assert migrate.run_migrate(url, other, verify=True, resume=False) == 1
+    told = capsys.readouterr().out
+    assert "trend/binance/BTCUSDT has another content" in told
+    assert "1 of them differ." in told
 
 
 def test_migrate_draws_a_bar_on_a_terminal(url: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -24,7 +25,7 @@ from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.comparison import compare_stores
-from backtest_kit.persist.contracts import CONTRACTS, LEASE, MIGRATION, Contract, Kind
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, MIGRATION, MIGRATION_KEY, Contract, Kind
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.lease import Holder, acquire
 from backtest_kit.persist.migration import Moved, Progress, migrate_store
@@ -38,7 +39,6 @@ KEY = ("trend", "binance", "BTC/USDT")
 BTC = SeriesKey("binance", "BTCUSDT", "1m")
 MINUTE = 60_000
 URLS = ["file:{}/dump", "sqlite:{}/bot.db", "memory:"]
-CHECKPOINT = ("checkpoint",)
 
 
 def make(url: str, place: Path, *, existing: bool = False) -> Store:
@@ -89,7 +89,7 @@ async def require_equal(source: Store, target: Store) -> None:
     compared = await compare_stores(source, target)
     assert [item for item in compared if item.difference or item.source != item.target] == []
     assert compared
-    unfinished = await target.get(MIGRATION, CHECKPOINT)
+    unfinished = await target.get(MIGRATION, MIGRATION_KEY)
     assert unfinished is None or unfinished.removed
 
 
@@ -232,6 +232,47 @@ async def test_progress_is_told(source: MemoryStore, target: Store) -> None:
     assert all((a.number, a.records, a.candles) <= (b.number, b.records, b.candles) for a, b in pairwise(told))
 
 
+# -- the comparison ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (Write(SIGNAL, KEY, "other"), "trend/binance/BTC%2FUSDT has another content"),
+        (Write(SIGNAL, KEY, None, when=1), "trend/binance/BTC%2FUSDT has another content"),
+        (Write(SIGNAL, KEY, None, removed=True), "trend/binance/BTC%2FUSDT has another content"),
+        (Write(LOG, ("new",), 1), "new is only in the target"),
+        (Write(STORAGE, key_of(STORAGE, 0), 0), "comes next in the source"),
+    ],
+    ids=["value", "time", "removal", "one more", "order"],
+)
+async def test_comparison_names_the_first_difference(
+    source: MemoryStore, target: Store, change: Write, named: str
+) -> None:
+    await migrate_store(source, target)
+    await target.put(change)
+    (item,) = [item for item in await compare_stores(source, target) if item.difference]
+    assert (item.namespace, item.contract) == ((), change.contract.name)
+    assert named in (item.difference or "")
+    assert item.source.digest != item.target.digest
+
+
+async def test_comparison_names_missing_records_and_other_candles(source: MemoryStore, target: Store) -> None:
+    await migrate_store(source, target)
+    await source.within("paper").put(Write(SIGNAL, ("a", "b", "C"), 1))
+    await source.candles.write(BTC, candles(1, start=1_672_500_000_000 + 3_000 * MINUTE))
+    await target.candles.write(SeriesKey("kraken", "X", "1m"), candles(1))
+    differences = {
+        (item.namespace, item.contract): item.difference
+        for item in await compare_stores(source, target)
+        if item.difference
+    }
+    assert differences == {
+        ((), "candle"): "candle/binance/BTCUSDT/1m from 2023-01-02T17:20Z on",
+        (("paper",), "signal"): "a/b/C is missing from the target",
+    }
+
+
 # -- what is refused before anything is written ------------------------------------------------------------
 
 
@@ -253,7 +294,7 @@ async def test_target_with_something_else_is_refused(
         with pytest.raises(UserError, match=rf"nothing was written: the target has {named}.*empty target"):
             await migrate_store(source, target, resume=resume)
     assert await everything(target) == before
-    assert await target.get(MIGRATION, CHECKPOINT) is None
+    assert await target.get(MIGRATION, MIGRATION_KEY) is None
 
 
 async def test_target_with_other_candles_or_namespaces_is_refused(source: MemoryStore) -> None:
@@ -288,6 +329,50 @@ async def test_stores_that_cannot_say_what_they_have_are_refused(source: MemoryS
         await migrate_store(DummyStore(), source)
     with pytest.raises(UserError, match="DummyStore cannot list what it has in order"):
         await migrate_store(source, DummyStore())
+
+
+async def test_checkpoint_of_another_version_is_refused(source: MemoryStore, target: Store) -> None:
+    await target.put(Write(MIGRATION, MIGRATION_KEY, {"later": 1}))
+    with pytest.raises(Damaged, match="the checkpoint in the target is not one of this version"):
+        await migrate_store(source, target, resume=True)
+    assert [record async for record in target.scan(LOG)] == []
+
+
+async def test_candles_that_nobody_can_list_are_not_left_behind(target: Store) -> None:
+    source = MemoryStore()
+    await source.put(Write(LOG, ("1",), 1))
+    source.candles = DummyStore().candles  # type: ignore[assignment]
+    with pytest.raises(UserError, match="DummyCandleStore cannot list its candles"):
+        await migrate_store(source, target)
+    assert [record async for record in target.scan(LOG)] == []
+
+
+async def test_target_that_lists_nothing_is_compared_all_the_same(source: MemoryStore) -> None:
+    inner = MemoryStore()
+    target = Unlisted(inner)
+    await migrate_store(source, target)
+    assert await everything(inner) == await everything(source)
+    again = await migrate_store(source, target)
+    assert sum(item.copied for item in again.contracts) == 0
+    other = MemoryStore()
+    await other.within("paper").candles.write(BTC, candles(5, price=7))
+    await source.within("paper").candles.write(BTC, candles(5))
+    with pytest.raises(UserError, match="the target has @paper/candle"):
+        await migrate_store(source, Unlisted(other))
+
+
+class Unlisted:
+    """A store of somebody's own that says nothing of its namespaces and series."""
+
+    def __init__(self, inner: MemoryStore) -> None:
+        self._inner = inner
+        self.capabilities = inner.capabilities
+        self.open, self.close, self.get = inner.open, inner.close, inner.get
+        self.put, self.batch, self.scan = inner.put, inner.batch, inner.scan
+        self.candles: Any = SimpleNamespace(read=inner.candles.read, write=inner.candles.write)
+
+    def within(self, namespace: str) -> Unlisted:
+        return Unlisted(self._inner.within(namespace)) if namespace else self
 
 
 def holder(**changes: Any) -> Holder:
@@ -344,7 +429,7 @@ async def test_everything_damaged_is_named_and_nothing_moved(url: str, target: S
         await migrate_store(source, target)
     await source.close()
     assert {path: data for path, data in snapshot(tmp_path).items() if path in before} == before
-    assert await target.get(MIGRATION, CHECKPOINT) is None
+    assert await target.get(MIGRATION, MIGRATION_KEY) is None
 
 
 async def test_what_is_in_quarantine_is_not_left_behind_unsaid(target: Store, tmp_path: Path) -> None:
@@ -451,6 +536,17 @@ async def test_resuming_from_another_source_is_refused(
     moved = {item.contract: item for item in (await migrate_store(source, target, resume=True)).contracts}
     assert moved["signal"].present == 4
     await require_equal(source, target)
+
+
+async def test_nobody_trades_on_half_of_a_store(source: MemoryStore) -> None:
+    target = Breaking(5)
+    with pytest.raises(OutOfSpace):
+        await migrate_store(source, target)
+    with pytest.raises(Conflict, match=r"half of a migration.*--resume"):
+        await acquire(lambda row: target, KEY)
+    target.left = 10**6
+    await migrate_store(source, target, resume=True)
+    assert (await acquire(lambda row: target, KEY)).held
 
 
 class Breaking(MemoryStore):

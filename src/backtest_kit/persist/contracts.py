@@ -113,6 +113,7 @@ store whose writes it guards."""
 MIGRATION: Final = Contract("migration", ("name",), _S, _R, Delete.NULL_VALUE, Durability.MONEY)
 """How far `persist.migration` has come with filling this store: what the target of a migration keeps of it until it
 is complete. Like a lease it says nothing of a strategy, and never moves."""
+MIGRATION_KEY: Final = ("checkpoint",)
 
 ALL_CONTRACTS: Final = {**CONTRACTS, LEASE.name: LEASE, MIGRATION.name: MIGRATION}
 """Whatever may lie in a store, by name: the contracts of the user, and what stores keep for themselves."""

@@ -23,7 +23,7 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import iso
 from backtest_kit.persist import walk
 from backtest_kit.persist.codec import dump_value
-from backtest_kit.persist.contracts import CONTRACTS, MIGRATION
+from backtest_kit.persist.contracts import CONTRACTS, MIGRATION, MIGRATION_KEY
 from backtest_kit.persist.lease import require_idle
 from backtest_kit.persist.operations import EVER, spaces, text_of
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Store, Write
@@ -33,7 +33,6 @@ from backtest_kit.persist.walk import Part
 CHECKPOINT_SECONDS: Final = 1.0
 """How often a migration writes down which parts are complete: what is lost of it is only compared again."""
 
-_KEY: Final = ("checkpoint",)
 _MOST_PROBLEMS: Final = 20
 
 
@@ -186,7 +185,7 @@ async def _checkpoint(source: Store, target: Store, resume: bool) -> dict[Part, 
 
     The others are compared: they may have grown since, or belong to another source.
     """
-    found = await target.get(MIGRATION, _KEY)
+    found = await target.get(MIGRATION, MIGRATION_KEY)
     if found is None or found.removed:
         return {}
     if not resume:
@@ -276,7 +275,7 @@ class _Work:
         """Make everything that was copied durable, and then the record of it."""
         await self._flush()
         value = msgspec.to_builtins(list(self._complete.values()))
-        await self._target.put(Write(MIGRATION, _KEY, value))
+        await self._target.put(Write(MIGRATION, MIGRATION_KEY, value))
         self._written_down = time.monotonic()
 
     async def finish(self, parts: list[Part]) -> None:
@@ -296,7 +295,7 @@ class _Work:
                 "going on; what it changed takes an empty target"
             )
         await self._flush()
-        await self._target.put(Write(MIGRATION, _KEY, None, removed=True))
+        await self._target.put(Write(MIGRATION, MIGRATION_KEY, None, removed=True))
 
     def summary(self) -> tuple[Moved, ...]:
         return tuple(moved for moved in self._moved.values() if moved.copied or moved.present)

@@ -128,7 +128,7 @@ def restore(root: Root, path: str) -> Record | None:
                 feed.append([(next(ticks), dump_record(row, record))])
                 root.disk.sync_file(f"{root.path}/{feed.path}/{feed.tail_name}")
             else:
-                root.write_durably(path, seal(row, record), next(ticks))
+                root.writes.write_durably(path, seal(row, record), next(ticks))
             current = record
         root.quarantine.release(path)
         if row.kind is Kind.FEED:
