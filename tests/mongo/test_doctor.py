@@ -29,7 +29,6 @@ from backtest_kit.persist.store import Write
 SIGNAL = CONTRACTS["signal"]
 SESSION = CONTRACTS["session"]
 KEY = ("trend", "binance", "BTCUSDT")
-ROLES = [{"role": "readWrite", "db": "bot"}]
 Database = AnyDatabase[dict[str, Any]]
 
 
@@ -286,13 +285,15 @@ async def test_no_server(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Server]:
-    """A MongoDB with the user bot, who may write to `bot` and nothing else."""
+    """A MongoDB whose user bot may write to `bot` and nothing else, and whose user reader may read it."""
     server = mongo_server()
     guarded = mongo_server("--auth")
     guarded.remove()
     with running(server):
         with pymongo.MongoClient[dict[str, Any]]("127.0.0.1", server.port) as client:
-            client["bot"].command("createUser", "bot", pwd="geheim", roles=ROLES)  # noqa: S106
+            for user, role in (("bot", "readWrite"), ("reader", "read")):
+                roles = [{"role": role, "db": "bot"}]
+                client["bot"].command("createUser", user, pwd="geheim", roles=roles)  # noqa: S106
             # What is in the journal survives the kill, and so does what was written before it.
             client["bot"].get_collection("x", write_concern=pymongo.WriteConcern("majority", j=True)).insert_one({})
         server.kill()

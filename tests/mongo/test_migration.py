@@ -81,6 +81,7 @@ async def test_everything_moves_and_is_proven(source_kind: str, target_kind: str
 
 
 @pytest.mark.crash
+@pytest.mark.slow
 @pytest.mark.parametrize(("source_kind", "target_kind"), WAYS)
 async def test_kill_at_any_point_and_resume(
     source_kind: str, target_kind: str, address: Addresses, tmp_path: Path
