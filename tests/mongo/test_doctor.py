@@ -318,6 +318,12 @@ async def test_wrong_credentials(guarded: Server, credentials: str) -> None:
     await store.close()
 
 
+async def test_user_who_may_only_read(guarded: Server) -> None:
+    readings = await diagnosis(f"mongodb://reader:geheim@127.0.0.1:{guarded.port}/bot")
+    assert "cannot write: MongoDB at" in found(readings, Status.FAULT)
+    assert "grant readWrite on the database" in found(readings, Status.FAULT)
+
+
 @pytest.mark.parametrize(
     "url", ["mongodb://", "mongodb://h:port/x", "mongodb://a:b@c:d@h/x", "mongodb://h/x?authSource="]
 )
