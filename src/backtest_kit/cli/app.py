@@ -253,8 +253,8 @@ def doctor(
 store_app = typer.Typer(
     help="Look at what is kept, check it, move it.",
     no_args_is_help=True,
-    epilog="Every verb but migrate takes --store file:DIR or --store sqlite:FILE; without it, $CC_STORE, or else "
-    "file:./dump.",
+    epilog="Every verb but migrate takes --store file:DIR, sqlite:FILE or mongodb://HOST/NAME; without it, $CC_STORE, "
+    "or else file:./dump.",
 )
 quarantine_app = typer.Typer(help="What could not be read, and is kept until you decide.", no_args_is_help=True)
 store_app.add_typer(quarantine_app, name="quarantine")

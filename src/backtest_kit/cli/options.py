@@ -51,7 +51,9 @@ Exchange = Annotated[
 Trades = Annotated[int, typer.Option("--trades", min=0, metavar="N", help="How many of the last trades to print.")]
 StoreUrl = Annotated[
     str,
-    typer.Option("--store", envvar="CC_STORE", metavar="URL", help="Which store: file:DIR or sqlite:FILE."),
+    typer.Option(
+        "--store", envvar="CC_STORE", metavar="URL", help="Which store: file:DIR, sqlite:FILE or mongodb://HOST/NAME."
+    ),
 ]
 DEFAULT_STORE = "file:./dump"
 Namespace = Annotated[

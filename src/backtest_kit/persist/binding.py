@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Final, Literal, get_args
 
 from backtest_kit.errors import UserError
+from backtest_kit.persist import diagnosis
 from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, contract
 from backtest_kit.persist.store import Capability, Store, Write
@@ -154,6 +155,20 @@ class Persistence:
         stores = {id(store): store for store in (self._bound(row, mode) for row in CONTRACTS.values())}
         self._used |= stores
         await asyncio.gather(*(store.open() for store in stores.values()))
+
+    async def require_live_grade(self, *, allow_weak: bool = False) -> None:
+        """Open the stores that keep money in live trading; do nothing more if it can be trusted to them.
+
+        Raises:
+            UserError: one is weak, which `allow_weak` lets pass, or at fault; see `diagnosis.require_live_grade`.
+            What `Store.open` of any of them raises.
+        """
+        rows = (row for row in CONTRACTS.values() if row.durability is Durability.MONEY)
+        stores = {id(store): store for store in (self._bound(row, "live") for row in rows)}
+        self._used |= stores
+        for store in stores.values():
+            await store.open()
+            await diagnosis.require_live_grade(store, allow_weak=allow_weak)
 
     async def close(self) -> None:
         """Flush and close every store that was used or bound, each once, also if one of them fails."""
