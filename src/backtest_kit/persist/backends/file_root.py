@@ -397,12 +397,34 @@ class Root:
         Raises:
             RetryLater: one has; carried out after its death it would come back over whatever begins anew here.
         """
-        found = self._journal.entries_of_others(path)
+        found = self._journal.changed_by_others().get(path)
         if found is not None:
             raise RetryLater(
                 f"the journal {found} of another process still has {path}: try again in some seconds, "
                 "when it is emptied, or stop that process and open the store once"
             )
+
+    def changed_by_others(self) -> set[str]:
+        """What must not begin anew now: the journal of another process may bring it back, see above."""
+        return set(self._journal.changed_by_others())
+
+    def remove(self, path: str) -> None:
+        """Remove the file of a record, and the directory that it leaves empty."""
+        self.disk.remove(f"{self.path}/{path}")
+        directory = f"{self.path}/{path}".rpartition("/")[0]
+        self.disk.discard_directory(directory)
+        self._anchored.discard(directory)
+        self._noted.discard(directory)
+
+    def forget_below(self, prefix: str) -> None:
+        """Remove whatever lies in the directory `prefix` of a namespace."""
+        with self._guard:
+            for path in [path for path in self._feeds if path.startswith(prefix)]:
+                del self._feeds[path]
+            directory = f"{self.path}/{prefix}"
+            for known in (self._anchored, self._noted):
+                known.difference_update([path for path in known if f"{path}/".startswith(directory)])
+        self.disk.remove_tree(directory)
 
     def _write_anchored(self, directory: str, data: bytes, tick: int, *, sync: bool) -> str:
         """A temporary file, synced or about to be journalled, in a directory that is durable in those above it."""
