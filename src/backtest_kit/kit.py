@@ -16,6 +16,7 @@ from backtest_kit.model.event import Event
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import CandleStore, Store
 from backtest_kit.persist.urls import store_at
+from backtest_kit.records import Records
 from backtest_kit.run.backtest import BacktestRunner
 from backtest_kit.run.cron import Cron, CronTick
 from backtest_kit.run.feeds import Feeds
@@ -62,11 +63,13 @@ class Kit:
         self._settings: Settings | None = None
         self._persistence: Persistence | None = None
         self._files_in_use = False
+        self.records = Records(lambda: self.persistence)
         self.backtest = BacktestRunner(
             self._registry,
             Feeds(self._registry, self._candle_store, self._now_ms),
             self._bus,
             self._cron,
+            self.records,
             self.get_config,
             self._now_ms,
             lambda: self._dump / "backtest",

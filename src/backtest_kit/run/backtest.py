@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import aclosing
 from pathlib import Path
@@ -16,7 +17,17 @@ from backtest_kit.events import EventBus
 from backtest_kit.market.price import resample
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.event import Event, Identity, RunDone, RunFailed
-from backtest_kit.model.interval import CANDLE_INTERVALS, DAY_MS, INTERVAL_MS, MINUTE_MS, floor_ms, interval_ms, iso
+from backtest_kit.model.interval import (
+    CANDLE_INTERVALS,
+    DAY_MS,
+    INTERVAL_MS,
+    MINUTE_MS,
+    floor_ms,
+    interval_ms,
+    iso,
+    to_datetime,
+)
+from backtest_kit.records import Records
 from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
@@ -75,6 +86,11 @@ class BacktestHandle:
         return self._job.identity.symbol
 
     @property
+    def run_id(self) -> str:
+        """Whose records it reads and writes."""
+        return self._job.run_id
+
+    @property
     def progress(self) -> float:
         """How much of the frame is behind it, 0 to 1."""
         if self.task.done():
@@ -115,6 +131,7 @@ class BacktestRunner:
         feeds: Feeds,
         bus: EventBus,
         cron: Cron,
+        records: Records,
         settings: Callable[[], Settings],
         now_ms: Callable[[], int],
         report_path: Callable[[], Path],
@@ -123,6 +140,7 @@ class BacktestRunner:
         self.feeds = feeds
         self._bus = bus
         self._cron = cron
+        self._records = records
         self._risks = RiskBook()
         self._settings = settings
         self._now_ms = now_ms
@@ -137,12 +155,15 @@ class BacktestRunner:
         frame_name: str,
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        run_id: str | None = None,
     ) -> AsyncIterator[Event]:
         """Replay, yielding each event as it happens: opened, closed, scheduled, cancelled, rejected.
 
         Args:
             fill: "vwap" touches levels by the current price; "ohlc" by the wicks, stop before take.
             gaps: "error" refuses candles with missing minutes; "fill" puts flat candles there.
+            run_id: Whose state, session, memory and interval records it uses. By default a run has a new id and
+                begins without any; with that of an earlier run it goes on with what that one kept.
 
         Raises:
             UserError: bad names, options, candles or signals.
@@ -151,7 +172,7 @@ class BacktestRunner:
         Runs that share a risk profile or a cron job wait for each other: loop over each of them in a task
         of its own, and to its end, or close it (`contextlib.aclosing`).
         """
-        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
+        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, run_id)
         async with aclosing(self._replay(job, Control(job.frame.start_ms), self._announce(job))) as events:
             async for event in events:
                 yield event
@@ -165,13 +186,14 @@ class BacktestRunner:
         frame_name: str,
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        run_id: str | None = None,
     ) -> BacktestHandle:
         """Start a backtest on the running event loop and return its handle. Arguments as for `run`.
 
         Raises:
             UserError: bad names or options, or no event loop runs in this thread.
         """
-        return self.start(self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps))
+        return self.start(self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, run_id))
 
     def start(self, job: Job) -> BacktestHandle:
         """Start a resolved backtest on the running event loop, as `background` does."""
@@ -197,9 +219,10 @@ class BacktestRunner:
         frame_name: str,
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        run_id: str | None = None,
     ) -> BacktestResult:
         """Run a backtest to its end and return its result. Arguments and errors as for `run`."""
-        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
+        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, run_id)
 
         async def main() -> BacktestResult:
             return await self.start(job)
@@ -212,7 +235,8 @@ class BacktestRunner:
             announced.seat.enter()
         try:
             async with self.feeds.use(job.identity.exchange_name, job.settings) as feed:
-                replay = Replay(job, control, feed, self._bus, self._cron, announced.seat)
+                records = self._records.of_run(job.identity, job.run_id)
+                replay = Replay(job, control, feed, self._bus, self._cron, announced.seat, records)
                 async with aclosing(replay.events()) as events:
                     async for event in events:
                         yield event
@@ -244,6 +268,7 @@ class BacktestRunner:
             strategy_name=job.identity.strategy_name,
             exchange_name=job.identity.exchange_name,
             frame_name=job.identity.frame_name,
+            run_id=job.run_id,
             start_ms=frame.start_ms,
             stop_ms=control.when_ms,
             trades=tuple(control.trades),
@@ -264,6 +289,7 @@ class BacktestRunner:
         frame_name: str,
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        run_id: str | None = None,
     ) -> Job:
         """One backtest, resolved: of a registered strategy, or of a schema that is registered nowhere.
 
@@ -301,7 +327,12 @@ class BacktestRunner:
                 stop_ms=frame.stop_ms,
             ),
             gaps=gaps,
+            run_id=self._new_run_id() if run_id is None else check_name("run_id", run_id),
         )
+
+    def _new_run_id(self) -> str:
+        """An id that no other run has, and that sorts by when it was started."""
+        return f"{to_datetime(self._now_ms()):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
 def _done(job: Job, control: Control, *, cancelled: bool = False) -> RunDone:

@@ -38,6 +38,7 @@ from backtest_kit.model.event import (
 from backtest_kit.model.interval import MINUTE_MS, iso
 from backtest_kit.model.position import RestingEntry, Trade
 from backtest_kit.model.signal import Signal
+from backtest_kit.records import RunRecords
 from backtest_kit.run.context import Context
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.deadline import within
@@ -72,6 +73,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     rules: Rules
     gaps: Gaps
+    run_id: str
+    """Whose records it reads and writes."""
 
 
 class Control:
@@ -92,7 +95,14 @@ class Replay:
     """A replay in progress. `events` walks through it, once."""
 
     def __init__(
-        self, job: Job, control: Control, feed: CandleFeed, bus: EventBus, cron: Cron, seat: RiskSeat | None
+        self,
+        job: Job,
+        control: Control,
+        feed: CandleFeed,
+        bus: EventBus,
+        cron: Cron,
+        seat: RiskSeat | None,
+        records: RunRecords,
     ) -> None:
         self._job = job
         self._control = control
@@ -100,6 +110,7 @@ class Replay:
         self._bus = bus
         self._cron = cron
         self._seat = seat
+        self._records = records
         self._desk = Desk(job.rules)
         self._wanted: Wanted = frozenset()
         self._bus_version = -1
@@ -301,7 +312,7 @@ class Replay:
         return f"{what} of strategy {identity.strategy_name!r} for {identity.symbol} at {iso(self._desk.tick.when_ms)}"
 
     def _context(self) -> Context:
-        return Context(self._job.identity, self._desk, self._history_of)
+        return Context(self._job.identity, self._desk, self._history_of, self._records)
 
     async def _history_of(self, symbol: str) -> History:
         histories, frame = self._control.histories, self._job.frame
