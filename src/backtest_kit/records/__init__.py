@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from backtest_kit.errors import UserError
 from backtest_kit.model.event import Identity, Mode
 from backtest_kit.model.interval import to_ms
+from backtest_kit.records.interval import Windows
+from backtest_kit.records.measure import Measure
+from backtest_kit.records.memory import Memory, Shelves
 from backtest_kit.records.scope import Scope, Turns, check_texts, strategy_owner
 from backtest_kit.records.session import Session
 from backtest_kit.records.state import State
@@ -31,6 +34,8 @@ class Records:
         """`persistence` is called when a record is first read or written, and no earlier."""
         self._persistence = persistence
         self._turns = Turns()
+        self.measure = Measure(self.scope)
+        self.interval = Windows(self.scope)
 
     def scope(self, mode: Mode, run_id: str | None = None, when: When | None = None) -> Scope:
         """The records of one mode, or of one run of a backtest.
@@ -64,6 +69,26 @@ class Records:
         owner = _owner(bucket, signal_id, strategy_name, exchange_name, symbol)
         return State(self.scope(mode, run_id, when), bucket, (owner,))
 
+    def memory(
+        self,
+        bucket: str,
+        *,
+        signal_id: str | None = None,
+        symbol: str | None = None,
+        strategy_name: str | None = None,
+        exchange_name: str | None = None,
+        mode: Mode = "live",
+        run_id: str | None = None,
+        when: When | None = None,
+    ) -> Memory:
+        """The memory of a signal, or of a strategy on a symbol of an exchange.
+
+        Raises:
+            UserError: neither of the two is named, or the run is not.
+        """
+        owner = _owner(bucket, signal_id, strategy_name, exchange_name, symbol)
+        return Memory(self.scope(mode, run_id, when), bucket, (owner,), Shelves())
+
     def session(
         self,
         *,
@@ -87,11 +112,12 @@ class Records:
 class RunRecords:
     """The records of one run. Making it costs nothing: no store is asked before a record is used."""
 
-    __slots__ = ("_identity", "_owner", "_scope")
+    __slots__ = ("_identity", "_owner", "_scope", "_shelves")
 
     def __init__(self, scope: Scope, identity: Identity) -> None:
         self._scope = scope
         self._identity = identity
+        self._shelves = Shelves()
         self._owner = strategy_owner(identity.strategy_name, identity.exchange_name, identity.symbol)
 
     @property
@@ -100,6 +126,10 @@ class RunRecords:
 
     def state(self, bucket: str, when_ms: int, held_id: str | None, signal_id: str | None, shared: bool) -> State:
         return State(self._scope.at(when_ms), bucket, self._owners(bucket, held_id, signal_id, shared))
+
+    def memory(self, bucket: str, when_ms: int, held_id: str | None, signal_id: str | None, shared: bool) -> Memory:
+        owners = self._owners(bucket, held_id, signal_id, shared)
+        return Memory(self._scope.at(when_ms), bucket, owners, self._shelves)
 
     def session(self, when_ms: int) -> Session:
         return Session(self._scope.at(when_ms), self._identity)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 from urllib.parse import quote
 from weakref import WeakValueDictionary
 
@@ -66,9 +66,27 @@ class Scope:
         record = await self.store(row).get(row, key)
         return record if self.sees(record) else None
 
-    async def write(self, row: Contract, key: Key, value: Plain, *, removed: bool = False) -> Record:
+    async def write(self, row: Contract, key: Key, value: Plain) -> Record:
         """Replace what is under `key`, whatever it is. Raises as `Store.put`."""
-        return await self.store(row).put(Write(row, key, value, when=self.when_ms, removed=removed))
+        return await self.store(row).put(Write(row, key, value, when=self.when_ms))
+
+    async def remove(self, row: Contract, key: Key) -> bool:
+        """Mark the record under `key` as removed, and return whether this moment saw one. Raises as `Store.put`."""
+        store = self.store(row)
+        while True:
+            found = await store.get(row, key)
+            if found is None or not self.sees(found):
+                return False
+            write = Write(row, key, found.value, when=self.when_ms, expect=expectation(store, found), removed=True)
+            try:
+                await store.put(write)
+            except Conflict:
+                continue
+            return True
+
+    def turn(self, row: Contract, key: Key) -> AbstractAsyncContextManager[None]:
+        """Be the only one of this process who changes the record under `key`. Raises as `update`."""
+        return self._turns.take(self.store(row), row, key)
 
     async def update(self, row: Contract, key: Key, change: Callable[[Record | None], Awaitable[Plain]]) -> Record:
         """Replace the record under `key` by what `change` makes of it; no other writer comes between the two.
@@ -80,16 +98,21 @@ class Scope:
             Others: as `Store.get` and `Store.put`, and what `change` raises.
         """
         store = self.store(row)
-        checked = Capability.COMPARE_AND_SET in store.capabilities
-        async with self._turns.take(store, row, key):
+        async with self.turn(row, key):
             while True:
                 found = await store.get(row, key)
                 value = await change(found if self.sees(found) else None)
-                expect: Expect = (ABSENT if found is None else found.rev) if checked else ANY
+                write = Write(row, key, value, when=self.when_ms, expect=expectation(store, found))
                 try:
-                    return await store.put(Write(row, key, value, when=self.when_ms, expect=expect))
+                    return await store.put(write)
                 except Conflict:
                     continue
+
+
+class Scopes(Protocol):
+    """Makes the scope of a mode, of a run of it and of a moment of that run."""
+
+    def __call__(self, mode: Mode, run_id: str | None = None, when: int | None = None, /) -> Scope: ...
 
 
 class _Turn:
@@ -126,6 +149,13 @@ class Turns:
             finally:
                 _HELD.reset(held)
                 turn.holder = None
+
+
+def expectation(store: Store, found: Record | None) -> Expect:
+    """What a write that replaces `found` expects, where the store can check it."""
+    if Capability.COMPARE_AND_SET not in store.capabilities:
+        return ANY
+    return ABSENT if found is None else found.rev
 
 
 def strategy_owner(strategy_name: str, exchange_name: str, symbol: str) -> str:

@@ -11,6 +11,7 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.event import Identity, Mode
 from backtest_kit.model.interval import to_datetime, to_ms
 from backtest_kit.records import RunRecords
+from backtest_kit.records.memory import Memory
 from backtest_kit.records.session import Session
 from backtest_kit.records.state import State
 from backtest_kit.run.desk import Desk, EntryView, PositionView
@@ -104,6 +105,18 @@ class Context:
             UserError: `bucket` or `signal_id` is no text, or both `signal_id` and `shared` are given.
         """
         return self._records.state(bucket, self.when_ms, self._held_id(), signal_id, shared)
+
+    def memory(self, bucket: str, *, signal_id: str | None = None, shared: bool = False) -> Memory:
+        """Notes of a model under a bucket name: `write`, `read`, `list`, `search`, `as_messages`, `remove`.
+
+        In a position, or while an entry rests, what is written belongs to the signal, and what the strategy noted
+        while it held nothing is there as well. Otherwise all of it belongs to the strategy on this symbol.
+        `shared` takes the strategy's alone in any case, `signal_id` that of another signal.
+
+        Raises:
+            UserError: `bucket` or `signal_id` is no text, or both `signal_id` and `shared` are given.
+        """
+        return self._records.memory(bucket, self.when_ms, self._held_id(), signal_id, shared)
 
     @property
     def session(self) -> Session:
