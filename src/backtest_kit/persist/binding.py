@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Final, Literal, get_args
 
 from backtest_kit.errors import UserError
 from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
+from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, contract
 from backtest_kit.persist.store import Capability, Store, Write
 from backtest_kit.persist.urls import store_at
@@ -75,6 +76,7 @@ class Persistence:
         self._bindings: dict[tuple[str, Mode | None], Store] = {}
         self._namespaces: dict[tuple[int, str], Store] = {}
         self._used: dict[int, Store] = {}
+        self._deferred: dict[str, list[Callable[[], Iterable[Write]]]] = {}
         address = (environ or {}).get("CC_STORE")
         if address:
             # The state of a program lies in one root: files are kept in the one that was named, not in ./dump.
@@ -120,7 +122,26 @@ class Persistence:
         key = (id(store), namespace)
         if key not in self._namespaces:
             self._namespaces[key] = store.within(namespace)
-        return self._namespaces[key]
+        space = self._namespaces[key]
+        if run in self._deferred and isinstance(space, MemoryStore) and store is self._homes.get(Home.MEMORY):
+            self._make_deferred(run, space)
+        return space
+
+    def in_memory(self, row: Contract, mode: Mode) -> bool:
+        """Whether `row` lies in the memory of this process, because nobody bound it elsewhere."""
+        return self._bound(row, mode) is self._homes.get(Home.MEMORY)
+
+    def defer(self, run: str, writes: Callable[[], Iterable[Write]]) -> None:
+        """Ask for writes of a backtest, all to contracts that are `in_memory`, when somebody first looks there.
+
+        Most backtests are only asked for their result, and so need not write down what nobody reads.
+        """
+        self._deferred.setdefault(run, []).append(writes)
+
+    def _make_deferred(self, run: str, memory: MemoryStore) -> None:
+        for writes in self._deferred.pop(run, ()):
+            for write in writes():
+                memory.put_now(write)
 
     def file_store(self) -> Store:
         """The file store of this program, whatever is bound."""

@@ -100,6 +100,10 @@ class MemoryStore:
         return None if record is None else _copy_record(record)
 
     async def put(self, write: Write) -> Record:
+        return self.put_now(write)
+
+    def put_now(self, write: Write) -> Record:
+        """As `put`, for those who cannot wait."""
         record, changed = self._decide(write)
         if changed:
             self._table(write.contract).set(_copy_record(record))
