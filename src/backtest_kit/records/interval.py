@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from types import MethodType
 from typing import Any, Final, Generic
 
 from backtest_kit.errors import BacktestKitError, Conflict, UserError
@@ -95,6 +96,9 @@ class Once(Generic[R]):
         except BaseException as error:
             await self._give_back(take, error)
             raise
+
+    def __get__(self, instance: object, owner: type | None = None) -> Callable[..., Awaitable[R | None]]:
+        return self if instance is None else MethodType(self, instance)
 
     async def _give_back(self, take: asyncio.Future[_Taking | None], error: BaseException) -> None:
         """Free the window, if it was taken; that it cannot be freed is said in a note, as `error` comes first."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
+from types import MethodType
 from typing import Any, Final, Generic
 
 from backtest_kit.errors import UserError
@@ -134,6 +135,9 @@ class Cached(Generic[R]):
                 self._land(name, flight)
                 flight.task.cancel()
         return answer
+
+    def __get__(self, instance: object, owner: type | None = None) -> Callable[..., Awaitable[R]]:
+        return self if instance is None else MethodType(self, instance)
 
     async def list(self, *, mode: Mode = "live") -> dict[str, Any]:
         """The kept answers by their keys, newest first.

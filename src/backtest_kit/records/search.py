@@ -16,7 +16,7 @@ _SCHEMA: Final = (
     "CREATE VIRTUAL TABLE entries USING fts5(text, content='', tokenize='porter unicode61 remove_diacritics 2')"
 )
 _DELETE: Final = "INSERT INTO entries(entries, rowid, text) VALUES ('delete', ?, ?)"
-_BEST: Final = "SELECT rowid FROM entries WHERE entries MATCH ? ORDER BY rank, rowid LIMIT ?"
+_BEST: Final = "SELECT rowid FROM entries WHERE entries MATCH ? ORDER BY rank, rowid DESC LIMIT ?"
 _WORD: Final = re.compile(r"\w+")
 _UNSPACED: Final = re.compile("([\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])")
 """Letters of scripts that put no spaces between words: each of them counts as a word."""
@@ -44,7 +44,7 @@ class TextIndex:
     def search(self, records: Mapping[Key, Record], text_of: Callable[[Record], str], query: str, k: int) -> list[Key]:
         """The keys of the `k` of `records` whose texts have words of `query` and rank best, best first.
 
-        Of equals the one that was indexed first comes first. Blocks; may be called from any thread.
+        Of equals the newer one comes first. Blocks; may be called from any thread.
         """
         words = " OR ".join(f'"{word}"' for word in _WORD.findall(_spaced(query)))
         with self._lock:
