@@ -147,6 +147,13 @@ class Persistence:
         """The file store of this program, whatever is bound."""
         return self._home(Home.FILE)
 
+    def stores(self) -> list[Store]:
+        """Every store that was used or bound so far, each once, without a namespace."""
+        return list(self._all_stores().values())
+
+    def _all_stores(self) -> dict[int, Store]:
+        return {id(store): store for store in (*self._homes.values(), *self._bindings.values())} | self._used
+
     async def open(self, mode: Mode = "live") -> None:
         """Open every store that `mode` uses, so that what is wrong with one shows before the first trade.
 
@@ -159,7 +166,7 @@ class Persistence:
 
     async def close(self) -> None:
         """Flush and close every store that was used or bound, each once, also if one of them fails."""
-        stores = {id(store): store for store in (*self._homes.values(), *self._bindings.values())} | self._used
+        stores = self._all_stores()
         self._used.clear()
         self._namespaces.clear()
         results = await asyncio.gather(*(store.close() for store in stores.values()), return_exceptions=True)

@@ -113,12 +113,9 @@ class Deliveries:
                 if workers.setdefault((route.name, mode), worker) is worker:
                     worker.start()
 
-    async def wake(self, mode: Mode) -> None:
+    def wake(self, mode: Mode) -> None:
         """Something was told."""
-        if not self._routes:
-            return
-        await self.begin(mode)
-        for (_, of_mode), worker in self._workers[asyncio.get_running_loop()].items():
+        for (_, of_mode), worker in self._workers.get(asyncio.get_running_loop(), {}).items():
             if of_mode == mode:
                 worker.news.set()
 

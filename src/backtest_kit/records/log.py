@@ -263,11 +263,7 @@ class Logs:
         found: list[LogLine] = []
         async for record in seen(self._scope(mode, run_id, when), LOG, ()):
             line = line_of(record)
-            if (
-                line.level in wanted
-                and symbol in (None, line.symbol)
-                and strategy_name in (None, line.strategy_name)
-            ):
+            if line.level in wanted and symbol in (None, line.symbol) and strategy_name in (None, line.strategy_name):
                 found.append(line)
                 if len(found) == limit:
                     break

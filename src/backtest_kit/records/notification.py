@@ -24,7 +24,7 @@ from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import ABSENT, Write
-from backtest_kit.records.delivery import Deliveries, Deliver, Sink
+from backtest_kit.records.delivery import Deliver, Deliveries, Sink
 from backtest_kit.records.signals import ScopeOf, read_as, seen
 
 Severity = Literal["info", "warning", "alarm"]

@@ -70,7 +70,7 @@ class Places:
 
     def of(self, hashes: Any) -> list[Place]:
         """Those of the keys with these hashes."""
-        return [self[index] for index in np.flatnonzero(np.isin(self.rows["hash"], hashes))]
+        return [self[int(index)] for index in np.flatnonzero(np.isin(self.rows["hash"], hashes))]
 
 
 class Unsound(Exception):
