@@ -12,6 +12,9 @@ import pytest
 from tests.records.conftest import MINUTE_MS, NOON_MS, kit_on, run_of
 
 import backtest_kit as bk
+from backtest_kit.persist.backends.memory import MemoryStore
+from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.store import ANY, Capability, Key, Record, Write
 from backtest_kit.records.state import Slot
 
 OF_BTC: Any = {"strategy_name": "trend", "exchange_name": "binance", "symbol": "BTCUSDT"}
@@ -186,24 +189,27 @@ async def test_a_value_of_the_future_is_not_there_and_is_replaced(kit: bk.Kit) -
 
 
 async def test_a_store_without_compare_and_set_serves_one_program(tmp_path: Path) -> None:
-    class Adapter:
-        def __init__(self) -> None:
-            self.values: dict[str, Any] = {}
+    class Plain(MemoryStore):
+        capabilities = frozenset((Capability.ORDERED_SCAN,))
 
-        async def read_value(self, entity_id: str) -> Any:
+        async def get(self, contract: Contract, key: Key) -> Record | None:
+            found = await super().get(contract, key)
             await asyncio.sleep(0)
-            return self.values.get(entity_id)
+            return found
 
-        async def write_value(self, entity_id: str, value: Any) -> None:
-            await asyncio.sleep(0)
-            self.values[entity_id] = value
+        async def put(self, write: Write) -> Record:
+            if write.expect != ANY:
+                raise bk.UserError("this store cannot compare and set")
+            return await super().put(write)
 
     kit = bk.Kit(tmp_path)
-    kit.persistence.state.use_adapter(Adapter())
+    kit.persistence.bind("*", Plain())
     state = kit.records.state("count", **OF_BTC)
     await asyncio.gather(*(state.update(lambda count: count + 1, 0) for _ in range(20)))
     assert await state.get() == 20
-    await kit.close()
+    memory = kit.records.memory("notes", **OF_BTC)
+    await memory.write("a", "note")
+    assert (await memory.remove("a"), await memory.list()) == (True, [])
 
 
 def test_bad_names_are_refused_and_named(kit: bk.Kit) -> None:
