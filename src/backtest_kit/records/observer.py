@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from backtest_kit.records.delivery import Deliveries
 
 ROWS: Final = (STORAGE, RECENT, NOTIFICATION)
-KEPT_EVENTS: Final = 100_000
+KEPT_EVENTS: Final = 20_000
 """Of backtests whose records are in memory and were not asked for yet. Beyond it the oldest runs are let go of."""
 
 
