@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
@@ -85,6 +85,7 @@ class LogWriter:
         self._dropped = 0
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._turn = asyncio.Lock()
         # Ids of two processes differ by the token, and those of one are in order.
         self._token = secrets.token_hex(4)
         self._serial = itertools.count()
@@ -113,10 +114,6 @@ class LogWriter:
         Raises:
             As `Store.put`; what was not written waits on.
         """
-        task = self._task
-        if task is not None and self._loop is asyncio.get_running_loop():
-            task.cancel()
-            await asyncio.wait({task})
         await self._write_all()
 
     def _wake(self) -> None:
@@ -129,8 +126,8 @@ class LogWriter:
             self._start(loop)
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._task is None or self._task.done() or self._loop is not loop:
-            self._loop = loop
+        if self._task is None or self._task.done() or self._task.get_loop() is not loop:
+            self._use(loop)
             self._task = loop.create_task(self._write_on(), name="log")
 
     async def _write_on(self) -> None:
@@ -145,24 +142,35 @@ class LogWriter:
                 failed = True
                 await asyncio.sleep(_PAUSE_S)
 
+    def _use(self, loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
+        if self._loop is not loop:
+            self._loop, self._turn = loop, asyncio.Lock()
+        return self._turn
+
     async def _write_all(self) -> None:
-        while group := self._take():
-            done = 0
-            try:
-                results = await asyncio.gather(
-                    *(self._store(each).put(each.write) for each in group), return_exceptions=True
-                )
-                refused = [each for each, result in zip(group, results, strict=True) if _is_error(result)]
-                done = len(group)
-                with self._guard:
-                    self._waiting.extendleft(reversed(refused))
+        # One at a time, because what is refused goes back to the front of the queue.
+        async with self._use(asyncio.get_running_loop()):
+            while group := self._take():
+                results: Sequence[object] | None = None
+                try:
+                    results = await asyncio.gather(
+                        *(self._store(each).put(each.write) for each in group), return_exceptions=True
+                    )
+                finally:
+                    self._put_back(group, results)
                 for result in results:
                     if isinstance(result, BaseException):
                         raise result
-            finally:
-                if not done:  # cancelled: a line that was written all the same is not written twice, its id is taken
-                    with self._guard:
-                        self._waiting.extendleft(reversed(group))
+
+    def _put_back(self, group: list[_Waiting], results: Sequence[object] | None) -> None:
+        """Have those wait again that were refused, or all of a group that was cancelled.
+
+        A line that was written all the same is not written twice, for its id is taken.
+        """
+        if results is not None:
+            group = [each for each, result in zip(group, results, strict=True) if isinstance(result, BaseException)]
+        with self._guard:
+            self._waiting.extendleft(reversed(group))
 
     def _take(self) -> list[_Waiting]:
         with self._guard:
@@ -351,7 +359,3 @@ def _plain(line: LogLine) -> Plain:
         fields = {str(name): repr(value) for name, value in line.fields.items()}
         message = str(line.message).encode("utf-8", "backslashreplace").decode()
         return encode(msgspec.structs.replace(line, message=message, fields=fields))
-
-
-def _is_error(result: object) -> bool:
-    return isinstance(result, BaseException)
