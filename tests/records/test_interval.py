@@ -154,6 +154,18 @@ async def test_an_earlier_window_than_the_last_is_used_up(kit: bk.Kit) -> None:
     assert [value async for _, value in records] == [{"windowMs": NOON_MS + 120 * MINUTE_MS}], "one record for all"
 
 
+async def test_a_corrected_function_does_not_run_again(kit: bk.Kit) -> None:
+    def defined(result: str, **options: Any) -> Once[Any]:
+        scope: dict[str, Any] = {}
+        exec(f"async def report(ctx): return {result!r}", scope)  # noqa: S102
+        return kit.records.interval.once("1d", **options)(scope["report"])
+
+    assert await defined("wrong")(minute(0)) == "wrong"
+    assert await defined("right")(minute(5)) is None
+    assert await defined("right", version="2")(minute(5)) == "right"
+    assert await defined("right", name="another")(minute(5)) == "right"
+
+
 async def test_a_context_is_asked_for(kit: bk.Kit) -> None:
     @kit.records.interval.once("1h", name="bare", version="1")
     async def bare(note: str) -> str:

@@ -32,6 +32,14 @@ async def test_a_run_begins_without_records(kit: bk.Kit, backtest: Backtest) -> 
     assert await asked(kit, "another").get() is None
 
 
+async def test_the_runs_that_have_kept_something_are_known(kit: bk.Kit, backtest: Backtest) -> None:
+    assert await kit.records.runs() == []
+    await backtest(lambda ctx: None, run_id="idle")
+    first = await backtest(count)
+    await backtest(count, run_id="My run / 2")
+    assert await kit.records.runs() == sorted([first.run_id, "My run / 2"])
+
+
 async def test_a_named_run_goes_on_with_its_records(kit: bk.Kit, backtest: Backtest) -> None:
     kit.add_frame_schema("next", start_date="2024-06-02", end_date="2024-06-03")
     first = await backtest(count, run_id="mine")
@@ -103,3 +111,49 @@ def test_the_records_of_a_backtest_lie_in_files_apart_from_those_of_live(tmp_pat
     own = tmp_path / "dump/@backtest-mine"
     assert {path.name for path in own.iterdir()} == {"state", "session", "memory"}
     asyncio.run(kit.close())
+
+
+async def test_a_resting_entry_and_its_position_share_what_is_noted(kit: bk.Kit, backtest: Backtest) -> None:
+    seen: dict[str, list[str]] = {}
+
+    async def get_signal(ctx: bk.Context) -> bk.Signal:
+        await ctx.state("steps").set(["asked"])
+        below = ctx.price * 0.998
+        levels: Any = {"price_take_profit": below * 1.01, "price_stop_loss": below * 0.99}
+        return bk.Signal(position="long", price_open=below, **levels, minutes=60)
+
+    async def manage(ctx: bk.Context) -> None:
+        step = "rests" if ctx.entry is not None else "held"
+        steps = await ctx.state("steps").update(lambda found: found if step in found else [*found, step])
+        held = ctx.position
+        if held is not None:
+            seen[held.signal_id] = steps
+
+    async def closed(event: bk.PositionClosed, ctx: bk.Context) -> None:
+        steps = await ctx.state("steps", signal_id=event.trade.signal_id).update(lambda found: [*found, "closed"])
+        seen[event.trade.signal_id] = steps
+        assert await ctx.state("steps").get() == ["asked"], "nothing is held any more: it is the strategy's"
+
+    kit.on(bk.PositionClosed, closed)
+    result = await backtest(get_signal, manage=manage)
+    assert [seen[trade.signal_id] for trade in result.trades] == [["asked", "rests", "held", "closed"]] * len(seen)
+    assert len(seen) > 2
+
+
+async def test_strategies_that_are_compared_have_runs_of_their_own(kit: bk.Kit, backtest: Backtest) -> None:
+    kit.add_strategy_schema("one", interval="1h", get_signal=count)
+    kit.add_strategy_schema("two", interval="1h", get_signal=count)
+    for _ in range(2):
+        comparison = await kit.walker.run(
+            ["BTCUSDT", "ETHUSDT"], strategies=["one", "two"], exchange_name="demo", frame_name="day"
+        )
+        assert [contender.failure for contender in comparison] == [None, None]
+    runs = await kit.records.runs()
+    assert len(runs) == 8
+    for run_id in runs:
+        states = [
+            kit.records.state("asked", strategy_name=name, exchange_name="demo", symbol=symbol, mode="backtest",
+                              run_id=run_id)
+            for name in ("one", "two") for symbol in ("BTCUSDT", "ETHUSDT")
+        ]  # fmt: skip
+        assert sorted([await state.get(0) for state in states]) == [0, 0, 0, 24]

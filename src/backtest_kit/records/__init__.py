@@ -78,6 +78,10 @@ class Records:
         """The records of a run, for its contexts."""
         return RunRecords(self.scope(identity.mode, run_id), identity, self._observer, self._writer)
 
+    async def runs(self) -> list[str]:
+        """The ids of the backtests that have kept something. As `Persistence.runs`."""
+        return await self._persistence().runs()
+
     def state(
         self,
         bucket: str,

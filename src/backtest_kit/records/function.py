@@ -55,8 +55,16 @@ class Call(msgspec.Struct, frozen=True):
 class Function(Generic[R]):
     """An async function under a name that stays the same from start to start, whatever else is defined."""
 
-    def __init__(self, what: str, function: Callable[..., Awaitable[R]], name: str | None, version: str | None) -> None:
-        """`what` names the decorator in messages.
+    def __init__(
+        self,
+        what: str,
+        function: Callable[..., Awaitable[R]],
+        name: str | None,
+        version: str | None,
+        *,
+        hashed: bool,
+    ) -> None:
+        """`what` names the decorator in messages; if `hashed`, the source is the version where none is given.
 
         Raises:
             UserError: it is no async function, or its name or version is missing or wrong.
@@ -73,8 +81,9 @@ class Function(Generic[R]):
                 f"{what}: {self.title} uses {', '.join(captured)} of the function around it, so that several functions "
                 "of this name may differ: give each a name of its own (name=...)"
             )
-        parts = (name or self.title, version or _source_version(what, given))
-        self.bucket: Final = "@".join(quote(part, safe="<>.") for part in parts)
+        if version is None and hashed:
+            version = _source_version(what, given)
+        self.bucket: Final = "@".join(quote(part, safe="<>.") for part in (name or self.title, version) if part)
         self._signature = inspect.signature(given)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -38,19 +38,22 @@ class Windows:
             interval: 1m to 1d; windows are aligned to UTC, in the time of the run.
             key: A function of the same arguments that says what has windows of its own. By default each strategy
                 has them on each symbol of each exchange, whatever the other arguments are.
-            name, version: As for `measure.cached`.
+            name, version: What the windows are kept under. By default the function's qualified name, so that a
+                corrected function does not run again in a window that is used up; another version would.
 
         At most once: the window is taken in the store before the function runs, across processes, so a process that
         is killed in between has used it up. If the function raises, or is cancelled, the window is free again. A
         window is used up also if a later one was taken. Every backtest has windows of its own.
 
         Raises:
-            UserError: the interval is unknown, or as `measure.cached`.
+            UserError: the interval is unknown, or the function is not async, or uses variables of a function around
+                it and has no name of its own.
         """
         step_ms = interval_ms(interval)
 
         def decorate(function: Callable[..., Awaitable[R]]) -> Once[R]:
-            return Once(self._scopes, Function("interval.once", function, name, version), step_ms, key)
+            named = Function("interval.once", function, name, version, hashed=False)
+            return Once(self._scopes, named, step_ms, key)
 
         return decorate
 

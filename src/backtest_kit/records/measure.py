@@ -60,7 +60,7 @@ class Measure:
         step_ms = None if interval is None else interval_ms(interval)
 
         def decorate(function: Callable[..., Awaitable[R]]) -> Cached[R]:
-            named = Function("measure.cached", function, name, version)
+            named = Function("measure.cached", function, name, version, hashed=True)
             return Cached(self._scopes, named, interval, step_ms, key)
 
         return decorate

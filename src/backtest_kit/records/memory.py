@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -16,7 +16,9 @@ from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Key, KeyPart, Plain, Record, Store
 from backtest_kit.records.scope import Scope
-from backtest_kit.records.search import TextIndex
+
+if TYPE_CHECKING:
+    from backtest_kit.records.search import TextIndex
 
 Role = Literal["system", "user", "assistant"]
 
@@ -212,6 +214,8 @@ class Shelves:
         return shelf
 
     def index(self, store: Store, prefix: Key) -> TextIndex:
+        from backtest_kit.records.search import TextIndex
+
         index = self._indexes.pop((store, prefix), None) or TextIndex()
         _keep(self._indexes, (store, prefix), index)
         return index
