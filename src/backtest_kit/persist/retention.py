@@ -102,7 +102,7 @@ async def compact(
         found += [
             await _compact_contract(namespace, space, row, retention, at_ms, look_only=look_only) for row in _PRUNABLE
         ]
-    runs.sort(key=lambda run: run[0], reverse=True)
+    runs.sort(key=lambda run: run[:2], reverse=True)
     for number, (written_at, namespace, space) in enumerate(runs):
         # However many runs there are, one that wrote today may be going on.
         too_many = number >= retention.runs.last and _is_older(written_at, at_ms, 1)

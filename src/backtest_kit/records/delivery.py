@@ -81,9 +81,8 @@ class _Route(msgspec.Struct, frozen=True):
 class Deliveries:
     """The sinks of a program, and a task for each of them in every event loop and mode that has notifications."""
 
-    def __init__(self, persistence: Callable[[], Persistence], *, first_pause_s: float = FIRST_PAUSE_S) -> None:
+    def __init__(self, persistence: Callable[[], Persistence]) -> None:
         self._persistence = persistence
-        self._first_pause_s = first_pause_s
         self._routes: dict[str, _Route] = {}
         self._workers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, Mode], _Worker]] = (
             WeakKeyDictionary()
@@ -107,8 +106,11 @@ class Deliveries:
         workers = self._workers.setdefault(asyncio.get_running_loop(), {})
         for route in self._routes.values():
             if (route.name, mode) not in workers:
-                worker = _Worker(route, self._persistence().store_for(NOTIFICATION, mode), self._first_pause_s)
-                worker.places = self._persistence().store_for(STATE, mode)
+                worker = _Worker(
+                    route,
+                    self._persistence().store_for(NOTIFICATION, mode),
+                    self._persistence().store_for(STATE, mode),
+                )
                 await worker.find_place()
                 if workers.setdefault((route.name, mode), worker) is worker:
                     worker.start()
@@ -119,10 +121,10 @@ class Deliveries:
             if of_mode == mode:
                 worker.news.set()
 
-    async def close(self, deadline_s: float = DRAIN_S) -> None:
-        """Deliver what can be delivered until the deadline and end the tasks of this loop. The rest stays stored."""
+    async def close(self) -> None:
+        """Deliver what can be delivered within `DRAIN_S` and end the tasks of this loop. The rest stays stored."""
         workers = self._workers.pop(asyncio.get_running_loop(), {})
-        await asyncio.gather(*(worker.end(deadline_s) for worker in workers.values()))
+        await asyncio.gather(*(worker.end() for worker in workers.values()))
         for route in self._routes.values():
             if route.close is not None and workers:
                 await route.close()
@@ -131,19 +133,18 @@ class Deliveries:
 class _Worker:
     """Hands the notifications of one mode to one sink, the oldest first."""
 
-    def __init__(self, route: _Route, store: Store, first_pause_s: float) -> None:
+    def __init__(self, route: _Route, store: Store, places: Store) -> None:
         self.news = asyncio.Event()
-        self.places = store
         self._route = route
         self._store = store
-        self._first_pause_s = first_pause_s
+        self._places = places
         self._key: Key = (OWNER, route.name)
         self._place = _Place(0)
         self._ending = False
         self._task: asyncio.Task[None] | None = None
 
     async def find_place(self) -> None:
-        record = await self.places.get(STATE, self._key)
+        record = await self._places.get(STATE, self._key)
         if record is None:
             await self._move(_Place(now_ms()))
         else:
@@ -153,11 +154,11 @@ class _Worker:
         self.news.set()
         self._task = asyncio.create_task(self._run(), name=f"notifications to {self._route.name}")
 
-    async def end(self, deadline_s: float) -> None:
+    async def end(self) -> None:
         self._ending = True
         self.news.set()
         if self._task is not None:
-            done, _ = await asyncio.wait({self._task}, timeout=deadline_s)
+            done, _ = await asyncio.wait({self._task}, timeout=DRAIN_S)
             if not done:
                 _log.warning("sink %s: not everything was delivered, the rest follows after the next start", self)
                 self._task.cancel()
@@ -179,7 +180,7 @@ class _Worker:
                 failures += 1
                 if failures == 1 or failures % 10 == 0:
                     _log.warning("sink %s: attempt %d failed: %s", self, failures, _describe(error))
-                pause = min(LONGEST_PAUSE_S, self._first_pause_s * 2 ** min(failures - 1, 20))
+                pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(failures - 1, 20))
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
 
     async def _deliver_some(self) -> bool:
@@ -215,7 +216,7 @@ class _Worker:
         await self._move(_Place(record.written_at, notification.notification_id))
 
     async def _move(self, place: _Place) -> None:
-        await self.places.put(Write(STATE, self._key, encode(place)))
+        await self._places.put(Write(STATE, self._key, encode(place)))
         self._place = place
 
     def __str__(self) -> str:
