@@ -127,6 +127,6 @@ async def test_many_are_forgotten_in_parts(store: Store, monkeypatch: pytest.Mon
 
 
 def test_the_settings_are_checked() -> None:
-    assert with_settings(Settings(), {"CC_RETENTION_LOG_DAYS": "inf"}).CC_RETENTION_LOG_DAYS == math.inf
+    assert math.inf == with_settings(Settings(), {"CC_RETENTION_LOG_DAYS": "inf"}).CC_RETENTION_LOG_DAYS
     with pytest.raises(UserError, match="CC_RETENTION_LOG_DAYS is 0: it must be above 0"):
         with_settings(Settings(), {"CC_RETENTION_LOG_DAYS": 0})

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from backtest_kit.errors import UserError
 from backtest_kit.model.event import Event, Identity, Mode
 from backtest_kit.model.interval import to_ms
+from backtest_kit.records import sinks as sinks
 from backtest_kit.records.delivery import Deliveries
 from backtest_kit.records.housekeeping import Housekeeping
 from backtest_kit.records.interval import Windows
