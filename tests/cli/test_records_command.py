@@ -181,7 +181,7 @@ def test_records_are_listed_and_shown(place: Path) -> None:
 
 
 def test_what_is_too_old_is_shown_and_forgotten(place: Path) -> None:
-    settings = {"CC_RETENTION_LOG_COUNT": "1", "COLUMNS": "200"}
+    settings: Any = {"CC_RETENTION_LOG_COUNT": "1", "COLUMNS": "200"}
     before = run("store", "du", cwd=place, **settings)
     assert "would forget 2 records" in before
     assert "log: 2 records" in run("store", "compact", cwd=place, **settings)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.records.conftest import kit_on
@@ -46,7 +47,7 @@ async def test_what_is_acknowledged_stays_and_what_is_said_soon_does(shared_addr
     assert set(kept) <= stored
     assert set(kept) <= heard
     for name in kept:
-        where = {"strategy_name": "trend", "exchange_name": "binance", "symbol": f"S{name}"}
+        where: Any = {"strategy_name": "trend", "exchange_name": "binance", "symbol": f"S{name}"}
         assert await kit.persistence.signal.read(**where) == {"id": name}
     lines = [line.message for line in await kit.records.log.list(limit=None)]
     assert set(said) <= set(lines)

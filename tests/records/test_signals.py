@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given, settings, strategies as st
 from tests.records.conftest import MINUTE_MS, NOON_MS, kit_on
 from tests.records.happenings import IDENTITY, closed, observe, opened
@@ -150,8 +151,8 @@ async def test_a_failed_run_is_an_alarm(kit: bk.Kit, backtest: Callable[..., Any
     async def fail(ctx: bk.Context) -> None:
         raise ValueError("no luck")
 
-    (failure,) = await asyncio.gather(backtest(fail, run_id="bad"), return_exceptions=True)
-    assert isinstance(failure, ValueError)
+    with pytest.raises(ValueError, match="no luck"):
+        await backtest(fail, run_id="bad")
     (told,) = await kit.records.notification.list(mode="backtest", run_id="bad")
     assert (told.kind, told.severity) == ("failed", "alarm")
     assert "no luck" in told.text
