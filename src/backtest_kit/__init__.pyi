@@ -1,3 +1,19 @@
+from .broker.base import (
+    Broker as Broker,
+    Fill as Fill,
+    Holding as Holding,
+    Order as Order,
+    OrderDeleted as OrderDeleted,
+    OrderRejected as OrderRejected,
+    OrderReport as OrderReport,
+    OrderTransient as OrderTransient,
+)
+from .broker.ccxt import (
+    CcxtBroker as CcxtBroker,
+)
+from .broker.paper import (
+    PaperBroker as PaperBroker,
+)
 from .default import (
     Backtest as Backtest,
     Walker as Walker,

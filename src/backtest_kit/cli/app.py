@@ -251,10 +251,89 @@ def records_show(
     run_show(store, contract, key, mode, run, as_json)
 
 
+@app.command(
+    epilog="Examples:\n\n"
+    "  backtest-kit venue\n\n"
+    "  backtest-kit venue --start 2024-01-01 --speed 60 --symbols BTCUSDT,SOLUSDT --state venue.jsonl\n\n"
+    "  backtest-kit venue --candles btc-2022.csv.gz --symbols BTCUSDT --speed 600 "
+    "--fault 'lose_response,endpoint=POST */order,chance=0.1,count=0'"
+)
+def venue(
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Where on 127.0.0.1; 0 for any.")] = 8899,
+    symbols: Annotated[
+        list[str] | None,
+        typer.Option("--symbols", "-s", help="What is traded; several by commas. Default: BTCUSDT,ETHUSDT."),
+    ] = None,
+    candles: options.Candles = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of made-up candles, and of faults by chance.")] = 7,
+    speed: Annotated[
+        float, typer.Option("--speed", min=0, help="How many times as fast as real time; 0: only when all bots wait.")
+    ] = 1.0,
+    start: Annotated[
+        str | None,
+        typer.Option("--start", metavar="DATE", help="When it is. Default: now, or a day after the first candle."),
+    ] = None,
+    fee: Annotated[float, typer.Option("--fee", min=0, metavar="PCT", help="Of what is traded.")] = 0.1,
+    slippage: Annotated[float, typer.Option("--slippage", min=0, metavar="PCT", help="Of market orders.")] = 0.01,
+    balance: Annotated[float, typer.Option("--balance", min=0, help="Of a new account, in USDT.")] = 100_000.0,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option("--fault", metavar="KIND,FIELD=VALUE...", help="What goes wrong; may be given several times."),
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option("--state", metavar="FILE", help="Keep orders here, and go on from there.")
+    ] = None,
+) -> None:
+    """Serve a simulated exchange on this machine, to paper-trade against without a network.
+
+    It speaks Binance's interface for spot and USDT futures, so that ccxt trades on it, and one of its own.
+    """
+    from backtest_kit.cli.venue import run_venue
+
+    run_venue(
+        port=port,
+        symbols=options.separated(symbols or ["BTCUSDT,ETHUSDT"]),
+        candles=candles,
+        seed=seed,
+        speed=speed,
+        start=start,
+        fee_pct=fee,
+        slippage_pct=slippage,
+        balance=balance,
+        faults=fault or [],
+        state=state,
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  backtest-kit doctor\n\n"
+    "  backtest-kit doctor --live --store 'mongodb://localhost/backtest-kit?directConnection=true'\n\n"
+    "  backtest-kit doctor --json | jq '.readings[] | select(.status != \"ok\")'"
+)
+def doctor(
+    store: options.StoreUrl = options.DEFAULT_STORE,
+    live: Annotated[
+        bool, typer.Option("--live", help="Judge it as a place for live positions: what is weak fails too.")
+    ] = False,
+    allow_weak: Annotated[bool, typer.Option("--allow-weak", help="With --live: let pass what is only weak.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How often each time is measured.")] = 15,
+) -> None:
+    """Look at the store, its servers or its disk, and say what is wrong and what to do about it. Changes nothing.
+
+    Ends with code 1 if something has to be done.
+    """
+    from backtest_kit.cli.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(store, live=live, allow_weak=allow_weak, as_json=as_json, samples=samples))
+
+
 store_app = typer.Typer(
     help="Look at what is kept, check it, move it.",
     no_args_is_help=True,
-    epilog="Every verb takes --store file:DIR or --store sqlite:FILE; without it, $CC_STORE, or else file:./dump.",
+    epilog="Every verb but migrate takes --store file:DIR or --store sqlite:FILE; without it, $CC_STORE, or else "
+    "file:./dump.",
 )
 quarantine_app = typer.Typer(help="What could not be read, and is kept until you decide.", no_args_is_help=True)
 store_app.add_typer(quarantine_app, name="quarantine")
@@ -338,6 +417,23 @@ def import_(
     from backtest_kit.cli.store import run_import
 
     run_import(store, file)
+
+
+@store_app.command(epilog="Example: backtest-kit store migrate file:./dump sqlite:bot.db --verify")
+def migrate(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="The store to read, such as file:./dump.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The empty store to fill, such as sqlite:bot.db.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Then read both and compare them; ends with code 1 if they differ.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a migration that was killed, or stopped by an error.")
+    ] = False,
+) -> None:
+    """Move everything from one store to another of whatever kind. Stop your program first; SOURCE is not changed."""
+    from backtest_kit.cli.migrate import run_migrate
+
+    raise typer.Exit(run_migrate(source, target, verify=verify, resume=resume))
 
 
 @quarantine_app.command("list")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from backtest_kit.cli.records import since_ms, space_of
-from backtest_kit.cli.store import require_store
+from backtest_kit.cli.store import require_existing
 from backtest_kit.errors import Damaged
 from backtest_kit.model.interval import iso, to_datetime
 from backtest_kit.persist.store import Record, Store
@@ -60,7 +60,7 @@ def run_log(
             await store.close()
 
     address = url or _address_of_files()
-    require_store(address)
+    require_existing(address)
     console = Console(highlight=False, soft_wrap=True)
     show = _write_json if as_json or not console.is_terminal else lambda line: console.print(_readable(line))
     asyncio.run(main())

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from backtest_kit.cli.store import add_row, console, new_table, with_store
+from backtest_kit.cli.store import add, console, table, with_store
 from backtest_kit.errors import UserError
 from backtest_kit.model.interval import iso, to_ms
 from backtest_kit.persist import operations
@@ -40,11 +40,11 @@ def run_ls(
     url: str, contract_name: str | None, mode: str, run_id: str | None, only: Filter, limit: int, as_json: bool
 ) -> None:
     """List the records of a contract, newest first; without one, how many of each contract there are."""
-    rows = _SHOWN if contract_name is None else (record_contract(contract_name),)
+    contracts = _SHOWN if contract_name is None else (record_contract(contract_name),)
 
     async def read(store: Store) -> list[tuple[Contract, list[Record], int]]:
         space = space_of(store, mode, run_id)
-        return [(row, *await _read(space, row, only, limit)) for row in rows]
+        return [(row, *await _read(space, row, only, limit)) for row in contracts]
 
     found = with_store(url, read)
     if as_json:
@@ -52,17 +52,17 @@ def run_ls(
             for record in records:
                 sys.stdout.write(json.dumps(_as_json(row, record), ensure_ascii=False) + "\n")
     elif contract_name is None:
-        table = new_table("Contract", "Records", "Last")
+        rows = table("Contract", "Records", "Last")
         for row, records, count in found:
             if count:
-                add_row(table, row.name, f"{count:,}", _time(records[0]))
-        console().print(table)
+                add(rows, row.name, f"{count:,}", _time(records[0]))
+        console().print(rows)
     else:
-        table = new_table("When", "Key", "What")
+        rows = table("When", "Key", "What")
         for row, records, _ in found:
             for record in records:
-                add_row(table, _time(record), operations.text_of(row, record.key), summary_of(row, record))
-        console().print(table)
+                add(rows, _time(record), operations.text_of(row, record.key), summary_of(row, record))
+        console().print(rows)
 
 
 def run_show(url: str, contract_name: str, key_text: str, mode: str, run_id: str | None, as_json: bool) -> None:
@@ -75,15 +75,15 @@ def run_show(url: str, contract_name: str, key_text: str, mode: str, run_id: str
     if as_json:
         sys.stdout.write(json.dumps(_as_json(row, record), ensure_ascii=False) + "\n")
         return
-    table = new_table("Field", "Value")
+    rows = table("Field", "Value")
     state = "removed, " if record.removed else ""
-    add_row(table, "written", f"{state}revision {record.rev} at {iso(record.written_at)}")
+    add(rows, "written", f"{state}revision {record.rev} at {iso(record.written_at)}")
     if record.when is not None:
-        add_row(table, "when", iso(record.when))
+        add(rows, "when", iso(record.when))
     value = record.value if isinstance(record.value, dict) else {"value": record.value}
     for name, item in (dict(zip(row.key_fields, record.key, strict=True)) | value).items():
-        add_row(table, name, _readable(name, item))
-    console().print(table)
+        add(rows, name, _readable(name, item))
+    console().print(rows)
 
 
 def space_of(store: Store, mode: str, run_id: str | None) -> Store:

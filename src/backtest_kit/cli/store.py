@@ -20,7 +20,7 @@ from backtest_kit.persist import operations, transfer
 from backtest_kit.persist.contracts import contract
 from backtest_kit.persist.retention import Expired, compact, retention_of
 from backtest_kit.persist.store import Record, Store
-from backtest_kit.persist.urls import store_at
+from backtest_kit.persist.urls import shown, store_at
 from backtest_kit.settings import from_environment
 
 T = TypeVar("T")
@@ -34,17 +34,17 @@ def run_ls(url: str, namespace: str, contract_name: str, prefix: str, limit: int
         found = operations.ls(store.within(namespace), row, key, limit=limit, include_removed=removed)
         return [record async for record in found]
 
-    table = new_table("Key", "Rev", "When", "Value")
+    rows = table("Key", "Rev", "When", "Value")
     for record in with_store(url, read):
         value = json.dumps(record.value, ensure_ascii=False)
-        add_row(
-            table,
+        add(
+            rows,
             operations.text_of(row, record.key),
             str(record.rev),
             "-" if record.when is None else iso(record.when),
             Text(f"removed: {value}" if record.removed else value, overflow="ellipsis", no_wrap=True),
         )
-    console().print(table)
+    console().print(rows)
 
 
 def run_get(url: str, namespace: str, contract_name: str, key_text: str) -> None:
@@ -72,12 +72,12 @@ def run_du(url: str) -> None:
 
     usages, expired = with_store(url, read)
     too_old = {(each.namespace, each.contract): each for each in expired}
-    table = new_table("Namespace", "Contract", "Records", "Removed", "Bytes", "Too old", "Fault")
+    rows = table("Namespace", "Contract", "Records", "Removed", "Bytes", "Too old", "Fault")
     for usage in usages:
         old = too_old.get((usage.namespace, usage.contract))
         whole = (usage.namespace, "") in too_old
-        add_row(
-            table,
+        add(
+            rows,
             "/".join(usage.namespace) or "(live)",
             usage.contract,
             f"{usage.records:,}",
@@ -86,9 +86,9 @@ def run_du(url: str) -> None:
             "all" if whole else f"{old.records:,}" if old else "",
             usage.fault or "",
         )
-    console().print(table)
+    console().print(rows)
     if expired:
-        _say(f"`backtest-kit store compact` would forget {_sum(expired)}, by CC_RETENTION_*.")
+        say(f"`backtest-kit store compact` would forget {_sum(expired)}, by CC_RETENTION_*.")
 
 
 def run_compact(url: str) -> None:
@@ -97,8 +97,8 @@ def run_compact(url: str) -> None:
     expired = with_store(url, lambda store: compact(store, retention), existing=False)
     for each in expired:
         what = "/".join(filter(None, (*each.namespace, each.contract))) or "(live)"
-        _say(f"{what}: {each.fault}" if each.fault else f"{what}: {each.records:,} records, {each.size:,} bytes")
-    _say(f"{url}: {_sum(expired)} forgotten." if expired else f"{url}: nothing is too old.")
+        say(f"{what}: {each.fault}" if each.fault else f"{what}: {each.records:,} records, {each.size:,} bytes")
+    say(f"{shown(url)}: {_sum(expired)} forgotten." if expired else f"{shown(url)}: nothing is too old.")
 
 
 def _sum(expired: list[Expired]) -> str:
@@ -109,40 +109,41 @@ def run_check(url: str, deep: bool) -> int:
     """Print what is wrong; the exit code is 1 if anything is."""
     findings = with_store(url, lambda store: operations.check(store, deep=deep))
     for finding in findings:
-        _say(f"{finding.path}: {finding.problem}")
+        say(f"{finding.path}: {finding.problem}")
     many = "1 problem" if len(findings) == 1 else f"{len(findings):,} problems"
-    _say(f"{url}: {many} found." if findings else f"{url}: every record is sound.")
+    where = shown(url)
+    say(f"{where}: {many} found." if findings else f"{where}: every record is sound.")
     return 1 if findings else 0
 
 
 def run_quarantine_list(url: str) -> None:
-    table = new_table("Path", "Contract", "Key", "Found", "Reason")
+    rows = table("Path", "Contract", "Key", "Found", "Reason")
     for each in with_store(url, operations.quarantine_list):
         key = "/".join(map(str, each.key)) if each.key else "-"
-        add_row(table, each.path, each.contract or "-", key, iso(each.found_at), each.reason)
-    console().print(table)
+        add(rows, each.path, each.contract or "-", key, iso(each.found_at), each.reason)
+    console().print(rows)
 
 
 def run_quarantine_restore(url: str, path: str) -> None:
     with_store(url, lambda store: operations.quarantine_restore(store, path), existing=False)
-    _say(f"{path} is back in its place.")
+    say(f"{path} is back in its place.")
 
 
 def run_quarantine_drop(url: str, path: str) -> None:
     with_store(url, lambda store: operations.quarantine_drop(store, path), existing=False)
-    _say(f"{path} is given up, and its key is free.")
+    say(f"{path} is given up, and its key is free.")
 
 
 def run_export(url: str, file: Path) -> None:
     counts = with_store(url, lambda store: transfer.export_store(store, file))
-    _say(f"{file}: {counts.records:,} records and {counts.candles:,} candles.")
+    say(f"{file}: {counts.records:,} records and {counts.candles:,} candles.")
 
 
 def run_import(url: str, file: Path) -> None:
     """Write what is in `file` into the store, which is made if it does not exist."""
     counts = with_store(url, lambda store: transfer.import_store(store, file), existing=False, make=True)
     there = f"; {counts.present:,} were there already" if counts.present else ""
-    _say(f"{url}: {counts.records:,} records and {counts.candles:,} candles{there}.")
+    say(f"{shown(url)}: {counts.records:,} records and {counts.candles:,} candles{there}.")
 
 
 def with_store(url: str, use: Callable[[Store], Awaitable[T]], *, existing: bool = True, make: bool = False) -> T:
@@ -154,29 +155,29 @@ def with_store(url: str, use: Callable[[Store], Awaitable[T]], *, existing: bool
             await store.close()
 
     if not make:
-        require_store(url)
+        require_existing(url)
     return asyncio.run(main())
 
 
-def require_store(url: str) -> None:
-    """Raise `UserError` if there is nothing where a store of files is said to be."""
+def require_existing(url: str) -> None:
+    """Raise `UserError` if `url` is the address of a file or directory that is not there."""
     if url.startswith(("file:", "sqlite:")) and not Path(url.partition(":")[2]).exists():
         raise UserError(f"the store {url} does not exist: name one with --store file:DIR or --store sqlite:FILE")
 
 
-def new_table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def table(*headings: str) -> Table:
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
+        rows.add_column(heading, overflow="fold")
+    return rows
 
 
-def add_row(table: Table, *cells: str | Text) -> None:
+def add(rows: Table, *cells: str | Text) -> None:
     """Add a row as it is: a key may look like the markup of the console, and is none."""
-    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+    rows.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     console().print(Text(line), soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Final, TypeVar
 
 from backtest_kit.errors import BacktestKitError
-from backtest_kit.persist.backends import file_operations
+from backtest_kit.persist.backends import disk_diagnosis, file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.file_commit import Change, Committer, Request
 from backtest_kit.persist.backends.file_listing import Found, Listing, list_records
@@ -18,6 +18,7 @@ from backtest_kit.persist.backends.file_paths import record_path
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.diagnosis import SAMPLES, Reading
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, unescape
 from backtest_kit.persist.quarantine import Quarantined
@@ -66,6 +67,10 @@ class FileStore:
     async def close(self) -> None:
         if self._parent is None:
             await asyncio.to_thread(self._committer.close)
+
+    async def examine(self, *, samples: int = SAMPLES) -> list[Reading]:
+        """As `Examined.examine`."""
+        return await asyncio.to_thread(disk_diagnosis.examine_root, self.root, samples)
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
         path = record_path(self._prefix, contract, key := check_key(contract, key))

@@ -16,8 +16,8 @@ from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
-from backtest_kit.errors import Damaged, OutOfSpace, RetryLater, UserError
-from backtest_kit.persist.backends import file_operations
+from backtest_kit.errors import BacktestKitError, Damaged, OutOfSpace, RetryLater, UserError
+from backtest_kit.persist.backends import file_operations, sqlite_diagnosis
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.sqlite_threads import Database
@@ -31,7 +31,8 @@ from backtest_kit.persist.codec import (
     unseal,
     unseal_head,
 )
-from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability, WriteRule
+from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Durability, WriteRule
+from backtest_kit.persist.diagnosis import SAMPLES, Reading, Status
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
@@ -43,8 +44,6 @@ T = TypeVar("T")
 
 _CHUNK: Final = 256
 """Records that a listing reads at a time."""
-
-_CONTRACTS: Final = {**CONTRACTS, LEASE.name: LEASE}
 
 _SELECT: Final = "SELECT removed, CAST(record AS BLOB) FROM records WHERE namespace = ? AND contract = ? AND key = ?"
 _WRITE: Final = """
@@ -143,7 +142,8 @@ class SqliteStore:
 
     async def namespaces(self) -> list[tuple[str, ...]]:
         depth = self._namespace.count("/")
-        found = await self._database.read(partial(_list_namespaces, self._namespace))
+        found = {*await self._database.read(partial(_list_namespaces, self._namespace))}
+        found |= {*await asyncio.to_thread(self._files.namespaces, self._namespace)}
         paths = [[str(unescape(name, "namespace") or name) for name in text.split("/")[depth:-1]] for text in found]
         return [tuple(path) for path in paths]
 
@@ -175,6 +175,17 @@ class SqliteStore:
         if await asyncio.to_thread(self._files.exists):
             found += await asyncio.to_thread(file_operations.check, self._files.root, deep=deep)
         return sorted(found, key=lambda finding: finding.path)
+
+    async def examine(self, *, samples: int = SAMPLES) -> list[Reading]:
+        """As `Examined.examine`."""
+        readings = await asyncio.to_thread(sqlite_diagnosis.examine_file, self.path, samples)
+        if {Status.FAULT, Status.NEW} & {reading.status for reading in readings}:
+            return readings
+        try:
+            readings += await self._database.read(sqlite_diagnosis.examine_connection)
+        except BacktestKitError as error:
+            return [*readings, Reading("schema", Status.FAULT, str(error))]
+        return [*readings, await asyncio.to_thread(sqlite_diagnosis.examine_write_lock, self.path)]
 
     async def quarantined(self) -> list[Quarantined]:
         files = await asyncio.to_thread(self._files.root.quarantine.list)
@@ -326,7 +337,7 @@ def _check_rows(after: int, connection: sqlite3.Connection) -> list[tuple[int, F
 
 def _check_row(name: Sequence[str], connection: sqlite3.Connection) -> Finding | None:
     namespace, contract, key = name
-    row = _CONTRACTS.get(contract)
+    row = ALL_CONTRACTS.get(contract)
     if row is None:
         return Finding(_path((namespace, contract, key)), f"no contract of this version is called {contract!r}")
     found = _read(row, (namespace, contract, key), None, connection)
@@ -379,7 +390,7 @@ def _find(path: str, connection: sqlite3.Connection) -> tuple[_Name, Quarantined
 
 def _restore(path: str, connection: sqlite3.Connection) -> Record:
     name, _ = _find(path, connection)
-    contract = _CONTRACTS[name[1]]
+    contract = ALL_CONTRACTS[name[1]]
     row = connection.execute(_SELECT, name).fetchone()
     try:
         record = reseal(contract, b"" if row is None else row[1] or b"")
@@ -420,6 +431,15 @@ class _CandleFiles:
         if self.exists():
             self.root.open()
             file_operations.forget(self.root, _directory(namespace))
+
+    def namespaces(self, above: str) -> list[str]:
+        """The namespaces below `above` that have a directory of candles, as their rows would have them."""
+        found = []
+        for entry in self.root.disk.entries(f"{self.root.path}/{_directory(above)}"):
+            if entry.name.startswith("@"):
+                name = f"{above}{entry.name[1:]}/"
+                found += [name, *self.namespaces(name)]
+        return found
 
     def close(self) -> None:
         self.root.close()

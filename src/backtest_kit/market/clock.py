@@ -1,0 +1,209 @@
+"""Clocks: what time it is on a market, and how to wait for it.
+
+`SystemClock` is the real one. `AcceleratedClock` runs a made-up time some times faster. `SteppedClock` stands
+still until all who use it wait, and then jumps: an hour takes no time, and who works slowly misses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import msgspec
+
+from backtest_kit.errors import Conflict, UserError
+
+_JUMP_MS: Final = 1000
+"""Distance between the wall clock and the elapsed time from which on somebody has set the clock."""
+_LONGEST_NAP_S: Final = 1.0
+"""How late a wall clock that was set, or a machine that slept, is noticed by who waits."""
+
+
+class Clock(Protocol):
+    """The time of a market, in epoch milliseconds. It never goes backwards."""
+
+    def now_ms(self) -> int:
+        """The time now."""
+        ...
+
+    async def sleep_until(self, when_ms: int) -> None:
+        """Return once the time is `when_ms` or later; at once, but not before other tasks had their turn, if it is."""
+        ...
+
+    async def start(self) -> None:
+        """Connect to what tells the time. Called once, before anything else.
+
+        Raises:
+            RetryLater: it does not answer.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """Let go of it. Idempotent."""
+        ...
+
+
+class Jump(msgspec.Struct, frozen=True):
+    """Somebody set the wall clock, or the machine slept."""
+
+    at_ms: int
+    """The time before the jump, as the clock told it."""
+    by_ms: int
+    """How far the wall clock moved against the elapsed time; below 0 it was set back."""
+
+
+class SystemClock:
+    """The wall clock of this machine, held to the elapsed time so that it never goes backwards.
+
+    A wall clock that is set forward by more than a second is followed at once. After one that is set back the
+    time stands still until the wall clock is there again: no minute happens twice. Both are kept in `jumps`.
+    """
+
+    def __init__(
+        self, *, wall_s: Callable[[], float] = time.time, monotonic_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.jumps: list[Jump] = []
+        self._wall_s = wall_s
+        self._monotonic_s = monotonic_s
+        self._begin_ms = wall_s() * 1000
+        self._began_s = monotonic_s()
+        self._latest_ms = int(self._begin_ms)
+
+    def now_ms(self) -> int:
+        wall_ms, monotonic_s = self._wall_s() * 1000, self._monotonic_s()
+        expected_ms = self._begin_ms + (monotonic_s - self._began_s) * 1000
+        if abs(wall_ms - expected_ms) > _JUMP_MS:
+            self.jumps.append(Jump(int(expected_ms), round(wall_ms - expected_ms)))
+            self._begin_ms, self._began_s = wall_ms, monotonic_s
+            expected_ms = wall_ms
+        self._latest_ms = max(self._latest_ms, int(expected_ms))
+        return self._latest_ms
+
+    async def sleep_until(self, when_ms: int) -> None:
+        await _nap_until(self.now_ms, when_ms, speed=1.0)
+
+    async def start(self) -> None:
+        """Nothing to connect to."""
+
+    async def stop(self) -> None:
+        """Nothing to let go of."""
+
+
+class AcceleratedClock:
+    """A time that begins at `start_ms` and runs `speed` times as fast as the real one.
+
+    Raises:
+        UserError: `speed` is not above 0.
+    """
+
+    def __init__(self, start_ms: int, speed: float, *, monotonic_s: Callable[[], float] = time.monotonic) -> None:
+        if not 0 < speed < math.inf:
+            raise UserError(f"speed is {speed!r}: give a number above 0; 60 makes a minute a second")
+        self.speed = speed
+        self._start_ms = start_ms
+        self._monotonic_s = monotonic_s
+        self._began_s = monotonic_s()
+
+    def now_ms(self) -> int:
+        return self._start_ms + int((self._monotonic_s() - self._began_s) * 1000 * self.speed)
+
+    async def sleep_until(self, when_ms: int) -> None:
+        await _nap_until(self.now_ms, when_ms, self.speed)
+
+    async def start(self) -> None:
+        """Nothing to connect to."""
+
+    async def stop(self) -> None:
+        """Nothing to let go of."""
+
+
+class SteppedClock:
+    """A time that stands still until everyone waits, and then jumps to the earliest moment that is waited for.
+
+    Everyone is who joined: by name, with the number of tasks that sleep at the same time under it. Nobody who
+    joined is left behind, and one who has died stops the time until somebody joins in his name. While nobody
+    has joined, the time moves by `advance_to` alone.
+
+    `sleepers` joins that many without a name, for a program that uses the clock alone.
+    """
+
+    def __init__(self, start_ms: int, *, sleepers: int = 0) -> None:
+        self._now_ms = start_ms
+        self._joined: dict[str, int] = {"": sleepers} if sleepers else {}
+        self._asleep: list[_Sleeper] = []
+
+    def now_ms(self) -> int:
+        return self._now_ms
+
+    def join(self, name: str, sleepers: int = 1) -> None:
+        """From now on the time waits for `name`. Joining again ends what still sleeps under it, with Conflict.
+
+        Raises:
+            UserError: `sleepers` is below 1.
+        """
+        if sleepers < 1:
+            raise UserError(f"sleepers of {name!r} is {sleepers}: give the number of tasks that sleep, 1 or more")
+        for each in self._asleep:
+            if each.name == name and not each.woken.done():
+                each.woken.set_result(False)
+        self._asleep = [each for each in self._asleep if each.name != name]
+        self._joined[name] = sleepers
+
+    def leave(self, name: str) -> None:
+        """The time no longer waits for `name`."""
+        self._joined.pop(name, None)
+        self._jump()
+
+    def advance_to(self, when_ms: int) -> None:
+        """Set the time forward, whoever waits; an earlier time changes nothing."""
+        self._now_ms = max(self._now_ms, when_ms)
+        for each in self._asleep:
+            if each.until_ms <= self._now_ms and not each.woken.done():
+                each.woken.set_result(True)
+        self._asleep = [each for each in self._asleep if not each.woken.done()]
+
+    def waiting(self) -> dict[str, list[int]]:
+        """Who joined, and until when each of his tasks sleeps."""
+        return {name: [each.until_ms for each in self._asleep if each.name == name] for name in self._joined}
+
+    async def sleep_until(self, when_ms: int, name: str = "") -> None:
+        if when_ms <= self._now_ms:
+            await asyncio.sleep(0)
+            return
+        sleeper = _Sleeper(name, when_ms)
+        self._asleep.append(sleeper)
+        self._jump()
+        try:
+            if not await sleeper.woken:
+                raise Conflict(f"{name!r} has joined the clock again: what slept under this name before is over")
+        finally:
+            if sleeper in self._asleep:
+                self._asleep.remove(sleeper)
+
+    async def start(self) -> None:
+        """Nothing to connect to."""
+
+    async def stop(self) -> None:
+        """Nothing to let go of."""
+
+    def _jump(self) -> None:
+        waiting = self.waiting()
+        if waiting and all(len(waiting[name]) >= self._joined[name] for name in waiting):
+            self.advance_to(min(each.until_ms for each in self._asleep))
+
+
+class _Sleeper:
+    def __init__(self, name: str, until_ms: int) -> None:
+        self.name = name
+        self.until_ms = until_ms
+        self.woken: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+
+async def _nap_until(now_ms: Callable[[], int], when_ms: int, speed: float) -> None:
+    """Sleep by the elapsed time, in naps: it may pass slower or faster than the time that is waited for."""
+    await asyncio.sleep(0)
+    while (left_ms := when_ms - now_ms()) > 0:  # noqa: ASYNC110  # nobody tells when a clock is there
+        await asyncio.sleep(min(left_ms / 1000 / speed, _LONGEST_NAP_S))
