@@ -119,12 +119,25 @@ from .persist_adapters import (
     PersistStorageAdapter as PersistStorageAdapter,
     PersistStrategyAdapter as PersistStrategyAdapter,
 )
+from .records import (
+    sinks as sinks,
+)
+from .records.log import (
+    Log as Log,
+    LogLine as LogLine,
+)
 from .records.memory import (
     Memory as Memory,
     MemoryEntry as MemoryEntry,
 )
+from .records.notification import (
+    Notification as Notification,
+)
 from .records.session import (
     Session as Session,
+)
+from .records.signals import (
+    StoredSignal as StoredSignal,
 )
 from .records.state import (
     State as State,

@@ -63,7 +63,7 @@ class Kit:
         self._settings: Settings | None = None
         self._persistence: Persistence | None = None
         self._files_in_use = False
-        self.records = Records(lambda: self.persistence)
+        self.records = Records(lambda: self.persistence, self.get_config)
         self.backtest = BacktestRunner(
             self._registry,
             Feeds(self._registry, self._candle_store, self._now_ms),
@@ -105,7 +105,8 @@ class Kit:
         return self._persistence
 
     async def close(self) -> None:
-        """Flush and close every store that was used."""
+        """Deliver and write down what waits, then flush and close every store that was used."""
+        await self.records.close()
         if self._persistence is not None:
             await self._persistence.close()
 

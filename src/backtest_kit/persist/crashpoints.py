@@ -25,6 +25,8 @@ CRASHPOINTS: Final = (
     "feed.after_append",
     "feed.after_seal",
     "feed.after_compaction",
+    "feed.after_begin",
+    "feed.after_prune",
     "sqlite.after_begin",
     "sqlite.after_work",
     "sqlite.after_commit",

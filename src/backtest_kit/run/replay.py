@@ -140,10 +140,13 @@ class Replay:
             control.when_ms = when_ms = until_ms
             if self._seat is not None:
                 await self._seat.turn(when_ms)
-            for event in await self._minute(wanted, at_boundary=when_ms == boundary_ms):
+            told = await self._minute(wanted, at_boundary=when_ms == boundary_ms)
+            if told:
+                await self._records.observe(told)
+            for event in told:
                 yield event
             if time.perf_counter() >= turn_ends:
-                await asyncio.sleep(0)
+                await self._records.take_breath()
                 turn_ends = time.perf_counter() + _LONGEST_TURN_S
 
     async def _minute(self, wanted: Wanted, *, at_boundary: bool) -> list[Event]:
