@@ -40,6 +40,7 @@ from backtest_kit.settings import Settings, from_environment, with_settings
 
 if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
+    from backtest_kit.run.live import LiveRunner
 
 E = TypeVar("E", bound=Event)
 
@@ -64,9 +65,11 @@ class Kit:
         self._settings: Settings | None = None
         self._persistence: Persistence | None = None
         self._files_in_use = False
+        self._live: LiveRunner | None = None
+        self._feeds = Feeds(self._registry, self._candle_store, self._now_ms)
         self.backtest = BacktestRunner(
             self._registry,
-            Feeds(self._registry, self._candle_store, self._now_ms),
+            self._feeds,
             self._bus,
             self._cron,
             self.get_config,
@@ -75,6 +78,23 @@ class Kit:
         )
 
         self.walker = Walker(self.backtest, lambda: self._dump / "walker")
+
+    @property
+    def live(self) -> LiveRunner:
+        """Runs strategies on a market as it goes on, with real orders or on paper."""
+        if self._live is None:
+            from backtest_kit.run.live import LiveRunner
+
+            self._live = LiveRunner(
+                self._registry,
+                self._feeds,
+                self._bus,
+                self._cron,
+                lambda: self.persistence,
+                self.get_config,
+                lambda: self._dump,
+            )
+        return self._live
 
     @property
     def dump(self) -> Path:

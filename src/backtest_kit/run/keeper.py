@@ -53,6 +53,8 @@ class Keeper:
         self.book = Book()
         self.degraded = ""
         """Why the store does not take the book; empty while it does."""
+        self.written_ms = -1
+        """The last minute that the store has."""
         self.aside = False
         """Whether the emergency file has what the store lacks."""
 
@@ -104,11 +106,14 @@ class Keeper:
         book = msgspec.structs.replace(book, seq=self.book.seq + 1)
         try:
             await self._store(book)
-        except (OutOfSpace, RetryLater) as error:
+        except (Damaged, OutOfSpace, RetryLater) as error:
             self._stale = True
+            # Whatever became of the write, no later book has its number.
+            self.book = msgspec.structs.replace(self.book, seq=book.seq)
             await self._put_aside(book, error, need)
         else:
             self._stored = book.owner, book.seq
+            self.written_ms = book.seen_ms
             if self.degraded:
                 self.degraded, self.aside = "", False
                 self._changed()

@@ -20,7 +20,7 @@ import msgspec
 from backtest_kit.broker.base import Order
 from backtest_kit.engine.position import LEVEL_STEP
 from backtest_kit.engine.step import Flat, Holding, Resting, State
-from backtest_kit.errors import BacktestKitError, Conflict, Damaged, OutOfSpace, RetryLater
+from backtest_kit.errors import Conflict, Damaged, OutOfSpace, RetryLater
 from backtest_kit.model.event import (
     EntryCancelled,
     EntryScheduled,
@@ -95,9 +95,7 @@ class Ledger:
         self._unsure.clear()
         for row in _ROWS:
             await self._read(row, self._scope)
-        return self.book_of(
-            {row.name: self._known[row.name, self._scope][1] for row in (_SIGNAL, _SCHEDULE, _STRATEGY)}
-        )
+        return self.book_of({row.name: self._known[row.name, self._scope][1] for row in _ROWS})
 
     def book_of(self, records: dict[str, Plain]) -> Book:
         """The book that three records make.
@@ -212,7 +210,8 @@ def _marks(state: Holding) -> dict[str, Plain]:
     }
 
 
-def _records(book: Book) -> dict[str, Plain]:
+def records_of(book: Book) -> dict[str, Plain]:
+    """The three records that hold a book, by the names of their contracts."""
     state = book.state
     strategy = {
         "lastSlotMs": state.last_slot_ms,
@@ -292,8 +291,3 @@ def _event_record(event: Event) -> dict[str, object]:
 
 def _event(record: Any) -> Event:
     return msgspec.convert(record["event"], _EVENTS[record["action"]])
-
-
-def is_outage(error: BaseException) -> bool:
-    """Whether a write failed for want of a store that takes it, and may work later."""
-    return isinstance(error, BacktestKitError) and isinstance(error, OutOfSpace | RetryLater)

@@ -62,9 +62,7 @@ class LiveRisk:
         self._asked = signal, price, when_ms
         for risk in self._risks:
             slots = await self._read(risk.name)
-            others = tuple(
-                slot for name, slot in slots.items() if name != self._own and not self._expired(slot, when_ms)
-            )
+            others = tuple(self._others(slots, when_ms).values())
             reason = await judge(risk, self._identity, signal, price, when_ms, others)
             if reason:
                 return risk.name, reason
@@ -91,9 +89,7 @@ class LiveRisk:
             own = None if held is None else active(held)
             if slots.get(self._own) == own:
                 continue
-            left = {
-                name: slot for name, slot in slots.items() if name != self._own and not self._expired(slot, when_ms)
-            }
+            left = self._others(slots, when_ms)
             if own is not None:
                 left[self._own] = own
             key = (self._identity.exchange_name, risk.name)
@@ -106,8 +102,14 @@ class LiveRisk:
             name = str(write.key[1])
             self._seen[name] = self._seen[name][0] + 1, _slots(write.key, write.value)
 
-    def _expired(self, slot: ActivePosition, when_ms: int) -> bool:
-        return when_ms >= slot.opened_at_ms + slot.minutes * MINUTE_MS + self._patience_ms
+    def _others(self, slots: _Slots, when_ms: int) -> _Slots:
+        """All slots but our own, and but those whose time is over: their owner is gone."""
+        since_ms = when_ms - self._patience_ms
+        return {
+            name: slot
+            for name, slot in slots.items()
+            if name != self._own and since_ms < slot.opened_at_ms + slot.minutes * MINUTE_MS
+        }
 
     async def _read(self, risk_name: str) -> _Slots:
         key = (self._identity.exchange_name, risk_name)

@@ -58,8 +58,11 @@ class Asked(Protocol):
 class Flags(Protocol):
     """What the handle of a run has asked for."""
 
-    stopping: bool
-    paused: bool
+    @property
+    def stopping(self) -> bool: ...
+
+    @property
+    def paused(self) -> bool: ...
 
 
 class Watcher:
@@ -144,14 +147,14 @@ class Minute:
             await self._call(
                 "a cron handler", partial(self._cron.fire, desk.tick.when_ms, self._identity, self.context())
             )
-            await self._tell_commands(told)
+            await self.tell_commands(told)
         if was_flat and not settled and isinstance(desk.state, Flat) and self._asks(desk.state):
             for event in await self._decide(desk.state):
                 await self.tell(event, told)
         if self._strategy.manage is not None and not managed and not isinstance(desk.state, Flat):
             await self._call("manage", partial(self._strategy.manage, self.context()))
         if desk.events:
-            await self._tell_commands(told)
+            await self.tell_commands(told)
 
     async def tell(self, event: Event, told: list[Event]) -> None:
         """Count an event, hand it to its listeners, and go on with what their commands have caused."""
@@ -162,11 +165,12 @@ class Minute:
         if self._bus.listened:
             await self._call("a handler", partial(self._bus.emit, event, self.context(), failed=watcher.failed))
             watcher.told(event)
-            await self._tell_commands(told)
+            await self.tell_commands(told)
         else:
             watcher.told(event)
 
-    async def _tell_commands(self, told: list[Event]) -> None:
+    async def tell_commands(self, told: list[Event]) -> None:
+        """Tell what commands, and the books, have caused since the last look."""
         for caused in self._desk.take_events():
             await self.tell(caused, told)
 
