@@ -59,7 +59,7 @@ class Book(msgspec.Struct, frozen=True, kw_only=True):
     when_ms: int = -1
     """The minute of the last transition; there is one per minute."""
     command_ms: int = -1
-    """The minute of the last command that changed a position."""
+    """The minute of the last command."""
     seen_ms: int = -1
     """The last minute that was written down."""
     orders: int = 0

@@ -117,6 +117,8 @@ class LiveRun:
         self._feed: CandleFeed | None = None
         self._histories: dict[str, History] = {}
         self._jumps = 0
+        self._commanded = False
+        """Whether the run before has come as far as the commands of the minute in which this one begins."""
         self.began = asyncio.Event()
         """Set once what the run before has left is taken in."""
         self.lease: Lease | None = None
@@ -202,6 +204,7 @@ class LiveRun:
         self.desk.state = self.trader.book.state
         await self._first_history()
         await self.trader.begin()
+        self._commanded = self.trader.book.command_ms >= self.when_ms
         self.began.set()
         told: list[Event] = []
         events = await self.trader.resolve()
@@ -247,12 +250,13 @@ class LiveRun:
                     minute.wanted(),
                     told,
                     at_boundary=self._cron.next_boundary(when_ms - MINUTE_MS, symbol) == when_ms,
-                    settled=book.when_ms >= when_ms,
-                    managed=book.command_ms >= when_ms,
+                    settled=book.when_ms >= when_ms or self._commanded,
+                    managed=self._commanded,
                 )
         except Exception as error:
             await trader.failed("the minute", error)
         await self._hand_over(told)
+        self._commanded = False
         if trader.lost is not None:
             raise trader.lost
 

@@ -119,7 +119,10 @@ class Trader(Watcher):
             )
             if intent is not None:
                 return await self._order(intent)
-            await self._keep(msgspec.structs.replace(self.book, state=after), "try")
+            book = msgspec.structs.replace(self.book, state=after)
+            if _is_told(after) and not _is_told(before):
+                book = msgspec.structs.replace(book, command_ms=self._desk.tick.when_ms)
+            await self._keep(book, "try")
             crashpoint("live.minute.after_commit")
             return events
 
@@ -507,6 +510,11 @@ class Trader(Watcher):
         else:
             _log.warning("the store has everything of %s again", identity.symbol)
         self._desk.events.append(event)
+
+
+def _is_told(state: State) -> bool:
+    """Whether a command waits to be carried out at the next minute."""
+    return bool(state.order) if isinstance(state, Resting) else isinstance(state, Holding) and state.closing is not None
 
 
 def _still_resting(state: State) -> State:
