@@ -75,6 +75,10 @@ class Keeper:
         if kept is not None and (newer := self._newer(kept)) is not None:
             book = newer
             steps.append("took what the store lacked from the emergency file")
+        if book.intent is not None:
+            # Attempts that a crash cut off say nothing about the venue: of all of them one counts.
+            order = msgspec.structs.replace(book.intent.order, attempt=min(book.intent.order.attempt, 1))
+            book = msgspec.structs.replace(book, intent=msgspec.structs.replace(book.intent, order=order))
         self.book = msgspec.structs.replace(book, owner=owner)
         return tuple(steps)
 
