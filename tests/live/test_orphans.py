@@ -38,16 +38,18 @@ async def test_a_position_that_nobody_watches_is_adopted(idle: Rig, stop: float 
     if direction == "short" and stop is not None:
         stop = 42_000.0
     idle.venue.held = [held(stop, direction)]
-    status = (await idle.trade(2, orphans="adopt")).status
+    status = (await idle.trade(0, orphans="adopt")).status
     assert status.position is not None
     sign = 1 if direction == "long" else -1
     assert status.position.stop_loss == (stop or 41_000 * (1 - sign * 0.2))
     assert status.position.take_profit == pytest.approx(82_000 - status.position.stop_loss)
     assert status.position.cost == pytest.approx(0.5 * 41_000)
     assert [call[0] for call in idle.venue.calls] == ([] if stop else ["move_stop"])
-    assert [type(event) for event in idle.of(bk.OrphanFound, bk.PositionOpened)] == [bk.PositionOpened, bk.OrphanFound]
-    idle.venue.held = [held(40_000.0, direction)]
-    assert (await idle.trade(2, orphans="adopt")).status.position == status.position or idle.trades()
+    assert [type(event) for event in idle.of(bk.OrphanFound, bk.PositionOpened)] == [bk.OrphanFound, bk.PositionOpened]
+    idle.venue.held = [held(status.position.stop_loss, direction)]
+    after = (await idle.trade(2, orphans="adopt")).status.position
+    assert after is not None
+    assert after.signal_id == status.position.signal_id
 
 
 async def test_a_position_that_nobody_watches_is_protected(idle: Rig) -> None:

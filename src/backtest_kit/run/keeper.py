@@ -20,6 +20,7 @@ from backtest_kit.model.position import Position, RestingEntry
 from backtest_kit.run.emergency import EmergencyFile
 from backtest_kit.run.ledger import Book, Ledger, RiskMoved, records_of
 from backtest_kit.run.live_risk import LiveRisk
+from backtest_kit.run.orders import ENTRIES
 
 T = TypeVar("T")
 Need = Literal["store", "disk", "try"]
@@ -125,7 +126,7 @@ class Keeper:
 
     async def _store(self, book: Book) -> None:
         if self._stale:
-            await self._risk.read()
+            await self._ask_again(book)
             self._stale = False
         while True:
             writes = self._risk.writes(_counted(book), book.seen_ms)
@@ -138,12 +139,11 @@ class Keeper:
             return
 
     async def _ask_again(self, book: Book) -> None:
-        if book.intent is None or book.intent.order.kind not in ("open", "place"):
+        """Read the profiles anew; what is about to be opened must be allowed by exactly what was read."""
+        if book.intent is None or book.intent.order.kind not in ENTRIES:
             await self._risk.read()
         elif refusal := await self._risk.ask_again():
             raise RiskRefused(*refusal)
-        else:
-            await self._risk.read()
 
     async def _put_aside(self, book: Book, error: BacktestKitError, need: Need) -> None:
         before = self.degraded, self.aside
