@@ -29,7 +29,7 @@ import msgspec
 
 from backtest_kit.broker.paper import PaperBroker
 from backtest_kit.engine.pnl import effective_price, profit
-from backtest_kit.engine.step import Fill, Holding, Resting, Rules
+from backtest_kit.engine.step import Fill, Flat, Holding, Rules
 from backtest_kit.errors import UserError
 from backtest_kit.events import EventBus
 from backtest_kit.market.clock import SystemClock
@@ -63,6 +63,8 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The minute that was acted at last."""
     next_ms: int
     """The minute at which it acts next."""
+    next_decision_ms: int | None = None
+    """The minute at which the strategy is asked next, if nothing is held until then; None while something is."""
     price: float
     position: Position | None = None
     entry: RestingEntry | None = None
@@ -385,7 +387,10 @@ def _status(run: LiveRun) -> LiveStatus:
     book, state, tick = run.trader.book, run.desk.state, run.desk.tick
     job, lease = run.job, run.lease
     held: dict[str, Any] = {}
-    if isinstance(state, Holding):
+    if isinstance(state, Flat):
+        slot_ends = state.last_slot_ms + job.rules.interval_ms if state.last_slot_ms >= 0 else 0
+        held = {"next_decision_ms": max(run.next_ms, slot_ends)}
+    elif isinstance(state, Holding):
         position = state.position
         pct, cost = profit(position.position, position.entries, position.reductions, tick.price, job.settings)
         held = {
@@ -396,7 +401,7 @@ def _status(run: LiveRun) -> LiveStatus:
             "pnl_cost": cost,
             **_distances(position.position, tick.price, position.take_profit, position.stop_loss),
         }
-    elif isinstance(state, Resting):
+    else:
         entry = state.entry
         held = {
             "entry": entry,
