@@ -199,7 +199,8 @@ class LiveRunner:
                 the minutes after one are missed.
             orphans: What is done about a position on the venue that nobody watches, or that has no stop there:
                 "alarm" tells, "adopt" makes it the strategy's own, "protect" places a stop. See `OrphanGuard`.
-            lease_ttl: Seconds of silence after which another machine may take the position over.
+            lease_ttl: Seconds of silence after which another machine may take the position over. As long does the
+                run go on while its store does not answer at all; then it ends with `Conflict`.
 
         Raises:
             UserError: bad names or options, no event loop runs in this thread, or a live run has no broker.

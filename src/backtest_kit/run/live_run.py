@@ -13,7 +13,7 @@ import msgspec
 
 from backtest_kit.broker.base import Broker
 from backtest_kit.engine.step import Flat, Resting, Rules, State
-from backtest_kit.errors import BacktestKitError, Conflict, RetryLater, UserError
+from backtest_kit.errors import BacktestKitError, Conflict, OutOfSpace, RetryLater, UserError
 from backtest_kit.events import EventBus
 from backtest_kit.market.clock import Clock
 from backtest_kit.market.fetch import CandleFeed
@@ -141,7 +141,7 @@ class LiveRun:
         identity = self.job.identity
         try:
             async with self._possession() as lease:
-                await beside(lease.keep(), self._trade())
+                await beside(_kept(lease), self._trade())
             await self._emit(RunDone(identity=identity, when_ms=self.when_ms, trades=tuple(self.trader.trades)))
         except asyncio.CancelledError:
             trades = tuple(self.trader.trades)
@@ -190,6 +190,7 @@ class LiveRun:
             self._cron.begin(job.identity)
             stack.callback(self._cron.end, job.identity)
             stack.callback(self.keeper.close)
+            stack.push_async_callback(self.trader.end)
             yield lease
 
     async def _trade(self) -> None:
@@ -425,6 +426,20 @@ class LiveRun:
     def gaps_filled(self) -> int:
         """Minutes without a candle that were taken as flat."""
         return sum(history.filled for history in self._histories.values())
+
+
+async def _kept(lease: Lease) -> None:
+    """Renew the lease for ever.
+
+    Raises:
+        Conflict: another process has it, or it could not be renewed in time.
+    """
+    while True:
+        try:
+            await lease.keep()
+        except OutOfSpace as error:
+            # The store has compared the revision before it found no room: nobody has taken the lease.
+            _log.warning("the lease could not be renewed, and is tried again: %s", error)
 
 
 async def _given_back(lease: Lease) -> None:
