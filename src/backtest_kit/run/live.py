@@ -38,6 +38,7 @@ from backtest_kit.model.interval import interval_ms
 from backtest_kit.model.position import Direction, Position, RestingEntry, Trade
 from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.lease import DEFAULT_TTL
+from backtest_kit.records import Records
 from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
@@ -162,6 +163,7 @@ class LiveRunner:
         feeds: Feeds,
         bus: EventBus,
         cron: Cron,
+        records: Records,
         persistence: Callable[[], Persistence],
         settings: Callable[[], Settings],
         dump: Callable[[], Path],
@@ -170,6 +172,7 @@ class LiveRunner:
         self._feeds = feeds
         self._bus = bus
         self._cron = cron
+        self._records = records
         self._persistence = persistence
         self._settings = settings
         self._dump = dump
@@ -339,7 +342,16 @@ class LiveRunner:
             )
 
         run = LiveRun(
-            job, self._feeds, self._bus, self._cron, self._persistence(), self._dump(), self.observers, alone, yielded
+            job,
+            self._feeds,
+            self._bus,
+            self._cron,
+            self._records.of_run(identity, None),
+            self._persistence(),
+            self._dump(),
+            self.observers,
+            alone,
+            yielded,
         )
 
         async def main() -> tuple[Trade, ...]:

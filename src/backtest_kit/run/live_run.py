@@ -35,6 +35,7 @@ from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.lease import DEFAULT_TTL, Lease, acquire
+from backtest_kit.records import RunRecords
 from backtest_kit.run.alarms import Alarms
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.desk import Desk
@@ -85,6 +86,7 @@ class LiveRun:
         feeds: Feeds,
         bus: EventBus,
         cron: Cron,
+        records: RunRecords,
         persistence: Persistence,
         dump: Path,
         observers: Sequence[Observer],
@@ -105,7 +107,7 @@ class LiveRun:
         self.trader = Trader(self.desk, self.keeper, job.broker, alarms, observers)
         seat = risk if job.risks else None
         self.trader.minute = self._minute = Minute(
-            self.desk, job.strategy, bus, cron, seat, self.trader, self._history_of, self.trader
+            self.desk, job.strategy, bus, cron, seat, self.trader, self._history_of, records, self.trader
         )
         self._guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader.adopt)
         self._feeds = feeds
