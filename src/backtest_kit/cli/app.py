@@ -172,6 +172,60 @@ def report(
     run_report(files, html=html, markdown=markdown, trades_shown=trades)
 
 
+@app.command(
+    epilog="Examples:\n\n"
+    "  backtest-kit venue\n\n"
+    "  backtest-kit venue --start 2024-01-01 --speed 60 --symbols BTCUSDT,SOLUSDT --state venue.jsonl\n\n"
+    "  backtest-kit venue --candles btc-2022.csv.gz --symbols BTCUSDT --speed 600 "
+    "--fault 'lose_response,endpoint=POST */order,chance=0.1,count=0'"
+)
+def venue(
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Where on 127.0.0.1; 0 for any.")] = 8899,
+    symbols: Annotated[
+        list[str] | None,
+        typer.Option("--symbols", "-s", help="What is traded; several by commas. Default: BTCUSDT,ETHUSDT."),
+    ] = None,
+    candles: options.Candles = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of made-up candles, and of faults by chance.")] = 7,
+    speed: Annotated[
+        float, typer.Option("--speed", min=0, help="How many times as fast as real time; 0: only when all bots wait.")
+    ] = 1.0,
+    start: Annotated[
+        str | None,
+        typer.Option("--start", metavar="DATE", help="When it is. Default: now, or a day after the first candle."),
+    ] = None,
+    fee: Annotated[float, typer.Option("--fee", min=0, metavar="PCT", help="Of what is traded.")] = 0.1,
+    slippage: Annotated[float, typer.Option("--slippage", min=0, metavar="PCT", help="Of market orders.")] = 0.01,
+    balance: Annotated[float, typer.Option("--balance", min=0, help="Of a new account, in USDT.")] = 100_000.0,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option("--fault", metavar="KIND,FIELD=VALUE...", help="What goes wrong; may be given several times."),
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option("--state", metavar="FILE", help="Keep orders here, and go on from there.")
+    ] = None,
+) -> None:
+    """Serve a simulated exchange on this machine, to paper-trade against without a network.
+
+    It speaks Binance's interface for spot and USDT futures, so that ccxt trades on it, and one of its own.
+    """
+    from backtest_kit.cli.venue import run_venue
+
+    run_venue(
+        port=port,
+        symbols=options.separated(symbols or ["BTCUSDT,ETHUSDT"]),
+        candles=candles,
+        seed=seed,
+        speed=speed,
+        start=start,
+        fee_pct=fee,
+        slippage_pct=slippage,
+        balance=balance,
+        faults=fault or [],
+        state=state,
+    )
+
+
 store_app = typer.Typer(
     help="Look at what is kept, check it, move it.",
     no_args_is_help=True,

@@ -50,7 +50,7 @@ def choose(
     if known and exchange not in known:
         raise UserError(f"exchange {exchange!r} is not registered (registered: {', '.join(known)})")
     if candles is not None:
-        known[exchange] = _file_source(candles)
+        known[exchange] = file_source(candles)
         kit.add_exchange_schema(exchange, source=known[exchange], replace=True)
     return Choice(strategies, exchange, _frame(frame, known[exchange], symbol, strategy_file))
 
@@ -76,7 +76,7 @@ def _make_dump(dump: Path) -> None:
         raise UserError(f"--dump {dump} cannot be written to ({error.strerror}): name another directory") from None
 
 
-def _file_source(candles: str) -> CandleSource:
+def file_source(candles: str) -> CandleSource:
     if candles.endswith(".parquet"):
         return sources.parquet(candles)
     return sources.csv(candles)
