@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,11 @@ from typing import Any
 
 import pytest
 
+from backtest_kit.cli import migrate
 from backtest_kit.persist.binding import Persistence
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.migration import Migration, migrate_store
+from backtest_kit.persist.store import Store, Write
 
 COMMAND = [str(Path(sys.executable).with_name("backtest-kit")), "store"]
 KEY: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "binance", "symbol": "BTCUSDT"}
@@ -152,7 +158,7 @@ def test_damage_is_found_kept_and_decided_on(tmp_path: Path, monkeypatch: pytest
 
 def test_help_names_every_verb(tmp_path: Path) -> None:
     page = run("--help", cwd=tmp_path)
-    for verb in ("ls", "get", "du", "check", "export", "import", "quarantine"):
+    for verb in ("ls", "get", "du", "check", "export", "import", "migrate", "quarantine"):
         assert verb in page
     assert "restore" in run("quarantine", "--help", cwd=tmp_path)
 
@@ -168,3 +174,84 @@ def test_looking_at_what_is_no_store_changes_nothing(tmp_path: Path, verb: tuple
         assert "no store" in told or "is a file" in told
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "empty.db").stat().st_size == 0
+
+
+def test_migrate_moves_everything_and_proves_it(url: str, tmp_path: Path) -> None:
+    other = "sqlite:other.db" if url.startswith("file") else "file:./other"
+    told = run("migrate", url, other, "--verify", cwd=tmp_path)
+    assert "Both stores have the same, in the same order." in told
+    assert [line.split() for line in told.splitlines() if line.strip().startswith("memory")] == [["memory", "3", "0"]]
+    assert "paper" in told
+    again = run("migrate", url, other, cwd=tmp_path)
+    assert [line.split() for line in again.splitlines() if line.strip().startswith("memory")] == [["memory", "0", "3"]]
+    run("migrate", other, "file:./third", "--verify", cwd=tmp_path)
+    assert "on paper" in run(
+        "get", "signal", "trend/binance/BTCUSDT", "--store", "file:./third", "--namespace", "paper", cwd=tmp_path
+    )
+
+
+def test_migrate_names_what_differs_and_what_to_do(url: str, tmp_path: Path) -> None:
+    other = "sqlite:other.db" if url.startswith("file") else "file:./other"
+
+    async def write(address: str, value: object) -> None:
+        persistence = Persistence(environ={"CC_STORE": address})
+        await persistence.signal.write(value, **KEY)
+        await persistence.close()
+
+    asyncio.run(write(other, {"id": "of another bot"}))
+    refused = run("migrate", url, other, cwd=tmp_path, code=2)
+    assert "nothing was written: the target has signal: trend/binance/BTCUSDT" in refused
+    assert "schedule" not in run("du", "--store", other, cwd=tmp_path)
+    for source, target, expected in (
+        (url, url, "the same store"),
+        (url, f"{url.partition(':')[0]}:{tmp_path}/{Path(url.partition(':')[2])}", "the same store"),
+        (url, "memory:", "outlives this command"),
+        ("file:./nowhere", other, "does not exist"),
+    ):
+        assert expected in run("migrate", source, target, cwd=tmp_path, code=2)
+
+
+def test_migrate_goes_on_where_it_was_killed(url: str, tmp_path: Path) -> None:
+    other = "sqlite:other.db" if url.startswith("file") else "file:./other"
+    point = "sqlite.after_commit:4" if other.startswith("sqlite") else "journal.after_apply:1"
+    command = [*COMMAND, "migrate", url, other]
+    killed = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "BACKTEST_KIT_CRASH": point}, capture_output=True, check=False
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert "go on with --resume" in run("migrate", url, other, cwd=tmp_path, code=2)
+    told = run("migrate", url, other, "--resume", "--verify", cwd=tmp_path)
+    assert "Both stores have the same" in told
+
+
+def test_migrate_ends_with_an_error_if_the_stores_differ(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "sqlite:other.db" if url.startswith("file") else "file:./other"
+
+    async def disturbed(source: Store, target: Store, **options: Any) -> Migration:
+        moved = await migrate_store(source, target, **options)
+        await target.put(Write(CONTRACTS["signal"], ("trend", "binance", "BTCUSDT"), "written by a bot meanwhile"))
+        return moved
+
+    monkeypatch.setattr(migrate, "migrate_store", disturbed)
+    assert migrate.run_migrate(url, other, verify=True, resume=False) == 1
+    told = capsys.readouterr().out
+    assert "trend/binance/BTCUSDT has another content" in told
+    assert "1 of them differ." in told
+
+
+def test_migrate_draws_a_bar_on_a_terminal(url: str, tmp_path: Path) -> None:
+    other = "sqlite:other.db" if url.startswith("file") else "file:./other"
+    master, slave = pty.openpty()
+    command = [*COMMAND, "migrate", url, other]
+    done = subprocess.run(command, cwd=tmp_path, stdout=slave, stderr=slave, check=False)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal that nobody has open any more
+        while data := os.read(master, 1 << 16):
+            shown += data
+    os.close(master)
+    assert done.returncode == 0, shown
+    assert b"a second" in shown
+    assert b"Already there" in shown

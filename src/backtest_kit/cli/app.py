@@ -229,7 +229,8 @@ def venue(
 store_app = typer.Typer(
     help="Look at what is kept, check it, move it.",
     no_args_is_help=True,
-    epilog="Every verb takes --store file:DIR or --store sqlite:FILE; without it, $CC_STORE, or else file:./dump.",
+    epilog="Every verb but migrate takes --store file:DIR or --store sqlite:FILE; without it, $CC_STORE, or else "
+    "file:./dump.",
 )
 quarantine_app = typer.Typer(help="What could not be read, and is kept until you decide.", no_args_is_help=True)
 store_app.add_typer(quarantine_app, name="quarantine")
@@ -305,6 +306,23 @@ def import_(
     from backtest_kit.cli.store import run_import
 
     run_import(store, file)
+
+
+@store_app.command(epilog="Example: backtest-kit store migrate file:./dump sqlite:bot.db --verify")
+def migrate(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="The store to read, such as file:./dump.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The empty store to fill, such as sqlite:bot.db.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Then read both and compare them; ends with code 1 if they differ.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a migration that was killed, or stopped by an error.")
+    ] = False,
+) -> None:
+    """Move everything from one store to another of whatever kind. Stop your program first; SOURCE is not changed."""
+    from backtest_kit.cli.migrate import run_migrate
+
+    raise typer.Exit(run_migrate(source, target, verify=verify, resume=resume))
 
 
 @quarantine_app.command("list")

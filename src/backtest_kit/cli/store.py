@@ -31,17 +31,17 @@ def run_ls(url: str, namespace: str, contract_name: str, prefix: str, limit: int
         found = operations.ls(store.within(namespace), row, key, limit=limit, include_removed=removed)
         return [record async for record in found]
 
-    table = _table("Key", "Rev", "When", "Value")
+    rows = table("Key", "Rev", "When", "Value")
     for record in _with_store(url, read):
         value = json.dumps(record.value, ensure_ascii=False)
-        _add(
-            table,
+        add(
+            rows,
             operations.text_of(row, record.key),
             str(record.rev),
             "-" if record.when is None else iso(record.when),
             Text(f"removed: {value}" if record.removed else value, overflow="ellipsis", no_wrap=True),
         )
-    _console().print(table)
+    console().print(rows)
 
 
 def run_get(url: str, namespace: str, contract_name: str, key_text: str) -> None:
@@ -58,14 +58,14 @@ def run_get(url: str, namespace: str, contract_name: str, key_text: str) -> None
         "removed": record.removed,
         "value": record.value,
     }
-    _console().print_json(json.dumps(shown, ensure_ascii=False))
+    console().print_json(json.dumps(shown, ensure_ascii=False))
 
 
 def run_du(url: str) -> None:
-    table = _table("Namespace", "Contract", "Records", "Removed", "Bytes", "Fault")
+    rows = table("Namespace", "Contract", "Records", "Removed", "Bytes", "Fault")
     for usage in _with_store(url, operations.du):
-        _add(
-            table,
+        add(
+            rows,
             "/".join(usage.namespace) or "(live)",
             usage.contract,
             f"{usage.records:,}",
@@ -73,47 +73,47 @@ def run_du(url: str) -> None:
             f"{usage.size:,}",
             usage.fault or "",
         )
-    _console().print(table)
+    console().print(rows)
 
 
 def run_check(url: str, deep: bool) -> int:
     """Print what is wrong; the exit code is 1 if anything is."""
     findings = _with_store(url, lambda store: operations.check(store, deep=deep))
     for finding in findings:
-        _say(f"{finding.path}: {finding.problem}")
+        say(f"{finding.path}: {finding.problem}")
     many = "1 problem" if len(findings) == 1 else f"{len(findings):,} problems"
-    _say(f"{url}: {many} found." if findings else f"{url}: every record is sound.")
+    say(f"{url}: {many} found." if findings else f"{url}: every record is sound.")
     return 1 if findings else 0
 
 
 def run_quarantine_list(url: str) -> None:
-    table = _table("Path", "Contract", "Key", "Found", "Reason")
+    rows = table("Path", "Contract", "Key", "Found", "Reason")
     for each in _with_store(url, operations.quarantine_list):
         key = "/".join(map(str, each.key)) if each.key else "-"
-        _add(table, each.path, each.contract or "-", key, iso(each.found_at), each.reason)
-    _console().print(table)
+        add(rows, each.path, each.contract or "-", key, iso(each.found_at), each.reason)
+    console().print(rows)
 
 
 def run_quarantine_restore(url: str, path: str) -> None:
     _with_store(url, lambda store: operations.quarantine_restore(store, path), existing=False)
-    _say(f"{path} is back in its place.")
+    say(f"{path} is back in its place.")
 
 
 def run_quarantine_drop(url: str, path: str) -> None:
     _with_store(url, lambda store: operations.quarantine_drop(store, path), existing=False)
-    _say(f"{path} is given up, and its key is free.")
+    say(f"{path} is given up, and its key is free.")
 
 
 def run_export(url: str, file: Path) -> None:
     counts = _with_store(url, lambda store: transfer.export_store(store, file))
-    _say(f"{file}: {counts.records:,} records and {counts.candles:,} candles.")
+    say(f"{file}: {counts.records:,} records and {counts.candles:,} candles.")
 
 
 def run_import(url: str, file: Path) -> None:
     """Write what is in `file` into the store, which is made if it does not exist."""
     counts = _with_store(url, lambda store: transfer.import_store(store, file), existing=False, make=True)
     there = f"; {counts.present:,} were there already" if counts.present else ""
-    _say(f"{url}: {counts.records:,} records and {counts.candles:,} candles{there}.")
+    say(f"{url}: {counts.records:,} records and {counts.candles:,} candles{there}.")
 
 
 def _with_store(url: str, use: Callable[[Store], Awaitable[T]], *, existing: bool = True, make: bool = False) -> T:
@@ -124,27 +124,33 @@ def _with_store(url: str, use: Callable[[Store], Awaitable[T]], *, existing: boo
         finally:
             await store.close()
 
-    if not make and url.startswith(("file:", "sqlite:")) and not Path(url.partition(":")[2]).exists():
-        raise UserError(f"the store {url} does not exist: name one with --store file:DIR or --store sqlite:FILE")
+    if not make:
+        require_existing(url)
     return asyncio.run(main())
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def require_existing(url: str) -> None:
+    """Raise `UserError` if `url` is the address of a file or directory that is not there."""
+    if url.startswith(("file:", "sqlite:")) and not Path(url.partition(":")[2]).exists():
+        raise UserError(f"the store {url} does not exist: name one with --store file:DIR or --store sqlite:FILE")
+
+
+def table(*headings: str) -> Table:
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
+        rows.add_column(heading, overflow="fold")
+    return rows
 
 
-def _add(table: Table, *cells: str | Text) -> None:
+def add(rows: Table, *cells: str | Text) -> None:
     """Add a row as it is: a key may look like the markup of the console, and is none."""
-    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+    rows.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
 
 
-def _say(line: str) -> None:
-    _console().print(Text(line), soft_wrap=True)
+def say(line: str) -> None:
+    console().print(Text(line), soft_wrap=True)
 
 
-def _console() -> Console:
+def console() -> Console:
     console = Console()
     return console if console.is_terminal else Console(width=160)

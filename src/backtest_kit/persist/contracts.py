@@ -110,6 +110,14 @@ LEASE: Final = Contract("lease", _POSITION, _S, _R, Delete.NEVER, Durability.MON
 process, not about a strategy, so it is never exported, migrated or bound by itself, but it must lie in the
 store whose writes it guards."""
 
+MIGRATION: Final = Contract("migration", ("name",), _S, _R, Delete.NULL_VALUE, Durability.MONEY)
+"""How far `persist.migration` has come with filling this store: what the target of a migration keeps of it until it
+is complete. Like a lease it says nothing of a strategy, and never moves."""
+MIGRATION_KEY: Final = ("checkpoint",)
+
+ALL_CONTRACTS: Final = {**CONTRACTS, LEASE.name: LEASE, MIGRATION.name: MIGRATION}
+"""Whatever may lie in a store, by name: the contracts of the user, and what stores keep for themselves."""
+
 
 def contract(name: str) -> Contract:
     """The row called `name`.

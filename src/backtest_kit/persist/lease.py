@@ -29,7 +29,7 @@ import msgspec
 
 from backtest_kit.errors import Conflict, Damaged, RetryLater, UserError
 from backtest_kit.model.interval import iso
-from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, MIGRATION, MIGRATION_KEY, Contract, Durability
 from backtest_kit.persist.store import ABSENT, Capability, Key, Record, Store, Write
 from backtest_kit.persist.writing import now_ms
 
@@ -157,12 +157,14 @@ async def acquire(store_of: StoreOf, scope: Key, *, ttl: float = DEFAULT_TTL, cl
     watches the lease for at most the `ttl` that its owner chose.
 
     Raises:
-        Conflict: another process owns it; the message names its pid, host and since when.
+        Conflict: another process owns it; the message names its pid, host and since when. Or the store is half
+            of a migration, and does not have every position yet.
         UserError: the store has no compare-and-set.
         Damaged, OutOfSpace, RetryLater: as `Store.put`.
     """
     clock = clock or Clock()
     store = _comparing(store_of, LEASE)
+    await _require_migrated(store)
     found = await store.get(LEASE, scope)
     if found is not None and not _holder(found).released:
         found = await _wait(store, found, clock)
@@ -183,6 +185,35 @@ async def acquire(store_of: StoreOf, scope: Key, *, ttl: float = DEFAULT_TTL, cl
     if found is not None and not _holder(found).released:
         await _fence(store_of, scope)
     return Lease(store, record, holder, started, clock)
+
+
+async def _require_migrated(store: Store) -> None:
+    checkpoint = await store.get(MIGRATION, MIGRATION_KEY)
+    if checkpoint is not None and not checkpoint.removed:
+        raise Conflict(
+            "the store is half of a migration and does not have every position yet: complete it with "
+            "`backtest-kit store migrate SOURCE TARGET --resume` before trading"
+        )
+
+
+async def require_idle(store: Store, *, clock: Clock | None = None) -> None:
+    """Do nothing if no process trades a position that is in `store`.
+
+    Returns at once if every lease was released or its owner died on this machine; the others it watches, all
+    at once, for at most the `ttl` that their owners chose.
+
+    Raises:
+        Conflict: a process does; the message names its pid, host and since when.
+        Damaged, RetryLater: as `Store.scan`.
+    """
+    clock = clock or Clock()
+    try:
+        async with asyncio.TaskGroup() as group:
+            async for found in store.scan(LEASE):
+                if not _holder(found).released:
+                    group.create_task(_wait(store, found, clock))
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 async def _wait(store: Store, found: Record, clock: Clock) -> Record:

@@ -12,7 +12,7 @@ import msgspec
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.codec import dump_value
-from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
+from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
 from backtest_kit.persist.keys import check_key, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Key, KeyPart, Record, Store
@@ -20,7 +20,7 @@ from backtest_kit.persist.upkeep import Finding, ListsNamespaces, ListsSeries, U
 
 EVER: Final = (-(2**62), 2**62)
 """A range of time that every candle is in."""
-RECORD_CONTRACTS: Final = (*(row for row in CONTRACTS.values() if row.kind is not Kind.SERIES), LEASE)
+RECORD_CONTRACTS: Final = tuple(row for row in ALL_CONTRACTS.values() if row.kind is not Kind.SERIES)
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """A store as one neutral file, and back: the way between any two backends.
 
-The file has a JSON object per line: a head, the records in the order in which they were written, candles
-as columns, and a foot that counts them. Each line but the foot ends with `"digest"`, the SHA-256 of the
+The file has a JSON object per line: a head, everything in the order of `persist.walk`, candles as columns,
+and a foot that counts them. Each line but the foot ends with `"digest"`, the SHA-256 of the
 line up to the comma before it. Values stand there as backends have them (see `persist.codec`).
 
 What is imported has revisions and wall-clock times of its new store; keys, values, simulation times,
@@ -25,13 +25,13 @@ import numpy as np
 
 from backtest_kit.errors import BacktestKitError, Damaged, UserError
 from backtest_kit.model.candle import COLUMNS, CandleSeries
+from backtest_kit.persist import walk
 from backtest_kit.persist.codec import dump_value, parse
-from backtest_kit.persist.contracts import CONTRACTS, Contract, Kind
+from backtest_kit.persist.contracts import CONTRACTS, Kind
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.keys import check_key
-from backtest_kit.persist.operations import EVER, spaces, text_of
+from backtest_kit.persist.operations import text_of
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Record, SeriesKey, Store, Write
-from backtest_kit.persist.upkeep import ListsSeries
 
 FORMAT: Final = "backtest-kit store"
 VERSION: Final = 1
@@ -132,29 +132,22 @@ async def import_store(store: Store, file: str | os.PathLike[str]) -> Counts:
 
 async def _everything(store: Store, candles: bool) -> AsyncIterator[tuple[dict[str, Any], int]]:
     """The fields of every line, and how many candles are in it."""
-    for namespace, space in await spaces(store):
-        head: dict[str, Any] = {"namespace": list(namespace)}
-        for contract in CONTRACTS.values():
-            if contract.kind is Kind.SERIES:
-                continue
-            async for record in space.scan(contract, include_removed=True):
-                yield head | _fields(contract, record), 0
-        if not candles:
+    for part in await walk.parts(store, candles=candles):
+        head: dict[str, Any] = {"namespace": list(part.namespace), "contract": part.contract}
+        if part.series is None:
+            async for record in walk.records(store, part):
+                yield head | _fields(record), 0
             continue
-        if not isinstance(space.candles, ListsSeries):
-            raise UserError(f"{type(space.candles).__name__} cannot list its candles: export without candles")
-        for series in await space.candles.series():
-            stored = await space.candles.read(series, *EVER)
-            key = [series.exchange_name, series.symbol, series.interval]
-            for start in range(0, len(stored), _CANDLES_PER_LINE):
-                part = stored[start : start + _CANDLES_PER_LINE]
-                columns = {name: column.tolist() for name, column in part.columns().items()}
-                yield head | {"contract": "candle", "key": key, "columns": columns}, len(part)
+        head["key"] = list(msgspec.structs.astuple(part.series))
+        async for found in walk.candles(store, part):
+            for start in range(0, len(found), _CANDLES_PER_LINE):
+                line = found[start : start + _CANDLES_PER_LINE]
+                columns = {name: column.tolist() for name, column in line.columns().items()}
+                yield head | {"columns": columns}, len(line)
 
 
-def _fields(contract: Contract, record: Record) -> dict[str, Any]:
+def _fields(record: Record) -> dict[str, Any]:
     return {
-        "contract": contract.name,
         "key": list(record.key),
         "when": record.when,
         "removed": record.removed,
@@ -238,9 +231,9 @@ async def _write_all(store: Store, source: Path) -> Counts:
         async for _, line in _lines(source, []):
             if isinstance(line, dict):
                 continue
-            here = _space(store, line)
+            here = walk.space_of(store, line.namespace)
             if waiting and (here is not space or len(waiting) >= _CHUNK or line.columns is not None):
-                await _put(space, waiting)
+                await walk.put_all(space, waiting)
                 records, waiting = records + len(waiting), []
             space = here
             if line.columns is not None:
@@ -252,7 +245,7 @@ async def _write_all(store: Store, source: Path) -> Counts:
                 continue
             expect: Expect = ABSENT if Capability.COMPARE_AND_SET in here.capabilities else ANY
             waiting.append(Write(row, key, line.value, when=line.when, expect=expect, removed=line.removed))
-        await _put(space, waiting)
+        await walk.put_all(space, waiting)
     except BacktestKitError as error:
         note = (
             f"{error}; {records} records and {rows} candles of {source} were imported before: import it again to go on"
@@ -261,17 +254,9 @@ async def _write_all(store: Store, source: Path) -> Counts:
     return Counts(records + len(waiting), rows, present)
 
 
-async def _put(store: Store, writes: list[Write]) -> None:
-    if Capability.ATOMIC_BATCH in store.capabilities:
-        await store.batch(writes)
-    else:
-        for write in writes:
-            await store.put(write)
-
-
 async def _is_other(store: Store, line: _Line) -> bool:
     """Whether the store has something under the key of `line` that is not the same."""
-    space = _space(store, line)
+    space = walk.space_of(store, line.namespace)
     if line.columns is not None:
         offered = CandleSeries(*line.columns.values())
         if not len(offered):
@@ -288,12 +273,6 @@ async def _is_other(store: Store, line: _Line) -> bool:
 
 def _series(line: _Line) -> SeriesKey:
     return SeriesKey(*(str(part) for part in line.key))
-
-
-def _space(store: Store, line: _Line) -> Store:
-    for name in line.namespace:
-        store = store.within(name)
-    return store
 
 
 def _name(line: _Line) -> str:

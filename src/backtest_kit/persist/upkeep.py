@@ -19,6 +19,8 @@ class Finding(msgspec.Struct, frozen=True):
     path: str
     """Where it is: relative to the root of the files, or as the quarantine names it."""
     problem: str
+    blocks: bool = True
+    """Whether something that was stored cannot be read for it; otherwise it is only worth knowing."""
 
 
 @runtime_checkable

@@ -18,7 +18,8 @@ from concurrent.futures import Future
 from typing import Any, Final, NamedTuple
 
 from backtest_kit.errors import BacktestKitError, Outcome
-from backtest_kit.persist.backends.file_root import Promised, Root
+from backtest_kit.persist.backends.file_promises import Promised
+from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.codec import dump_record, dump_value, seal_text
 from backtest_kit.persist.contracts import Durability, Kind
 from backtest_kit.persist.crashpoints import crashpoint
@@ -233,12 +234,12 @@ class Committer:
                 continue
             contract = change.write.contract
             if contract.durability is Durability.MONEY:
-                self._root.write_durably(change.path, seal_text(staged.dumped), staged.tick)
+                self._root.writes.write_durably(change.path, seal_text(staged.dumped), staged.tick)
                 crashpoint("file.after_acknowledge")
             else:
-                self._root.write(change.path, seal_text(staged.dumped), staged.tick)
+                self._root.writes.write(change.path, seal_text(staged.dumped), staged.tick)
                 if contract.durability is Durability.RECORD:
-                    self._root.sync_soon(change.path)
+                    self._root.writes.sync_soon(change.path)
 
     def _commit_lines(self, group: list[Request], ticks: Iterator[int]) -> None:
         """Carry out requests of one line each, with one append to each feed."""
@@ -260,7 +261,7 @@ class Committer:
             return
         slots = [item for item in staged.values() if item.change.write.contract.kind is not Kind.FEED]
         lines = [item for item in staged.values() if item.change.write.contract.kind is Kind.FEED]
-        temps = self._root.write_temps([(item.change.path, seal_text(item.dumped), item.tick) for item in slots])
+        temps = self._root.writes.write_temps([(item.change.path, seal_text(item.dumped), item.tick) for item in slots])
         try:
             promised = {
                 item.change.target: Promised(item.change.write.contract, item.record, item.dumped, item.tick)
@@ -268,13 +269,13 @@ class Committer:
             }
             with self._root.journal([_entry(items) for items in accepted], promised):
                 for path, temp in temps:
-                    self._root.put_in_place(temp, path)
+                    self._root.writes.put_in_place(temp, path)
                     crashpoint("journal.between_renames")
                 for path in {item.change.path for item in lines}:
                     self._append([item for item in lines if item.change.path == path])
                 crashpoint("journal.after_apply")
         except BaseException:
-            self._root.discard(temp for _, temp in temps)
+            self._root.writes.discard(temp for _, temp in temps)
             raise
 
     def _decide_all(
@@ -319,7 +320,7 @@ class Committer:
         feed = self._root.feed(lines[0].change.write.contract, lines[0].change.path)
         if feed.append([(item.tick, item.dumped) for item in lines]):
             self._root.run_later(feed.compact)
-        self._root.sync_soon(f"{feed.path}/{feed.tail_name}")
+        self._root.writes.sync_soon(f"{feed.path}/{feed.tail_name}")
 
 
 def _entry(items: list[_Staged]) -> bytes:

@@ -18,17 +18,17 @@ from typing import Any, Final
 import numpy as np
 
 from backtest_kit.errors import Damaged
+from backtest_kit.persist.backends.file_feed_damage import FeedDamage
+from backtest_kit.persist.backends.file_feed_index import FeedIndex
 from backtest_kit.persist.backends.file_segments import (
     LINE,
     Place,
     Row,
     Tail,
     Unsound,
-    hash_in,
     hash_of,
     index_name,
     join_lines,
-    key_in,
     last_number,
     merge,
     merged_name,
@@ -73,16 +73,8 @@ class Feed:
         self._read_only = read_only
         self._guard = threading.RLock()
         self._loaded = False
-        self._unreported: dict[str, Damaged] = {}
-        self._clear()
-
-    def _clear(self) -> None:
-        self._names: list[str] = []
-        self._sealed: Any = np.empty(0, LINE)
-        self._order: Any = None
-        self._blocked: dict[str, int | None] = {}
-        """What is in quarantine, and the hash of its key, or None where it may be any key of the feed."""
-        self._tail = Tail(1)
+        self._damage = FeedDamage(root, path, contract, disk, quarantine, read_only=read_only)
+        self._index = FeedIndex()
 
     def find(self, key: Key, *, locked: bool = False, despite_block: bool = False) -> Record | None:
         """The newest line under `key`. `locked` says that the caller holds the lock of the feed.
@@ -98,8 +90,8 @@ class Feed:
                     self.refresh()
                 with self._guard:
                     if not despite_block:
-                        self._refuse_blocked(hash_of(key))
-                    for place in self._candidates(hash_of(key)):
+                        self._damage.refuse(hash_of(key))
+                    for place in self._index.candidates(hash_of(key)):
                         record = self._read([place])[0]
                         if record.key == key:
                             return record
@@ -118,21 +110,7 @@ class Feed:
         """
         self.refresh()
         with self._guard:
-            blocked = {known for path, known in self._blocked.items() if self._quarantine.holds(path)}
-            if None in blocked:
-                self._refuse_blocked(None)
-            if self._unreported:
-                raise self._unreported.popitem()[1]
-            left_out = np.array([*self._tail.last, *blocked], np.uint64)
-            sealed = self._sealed[self._newest()]
-            if len(left_out):
-                sealed = sealed[~np.isin(sealed["hash"], left_out)]
-            rows = [self._tail.lines[index] for index in sorted(self._tail.last.values())]
-            rows = [row for row in rows if row[0] not in blocked]
-            if last is not None:
-                sealed = sealed[max(0, len(sealed) + len(rows) - last) :]
-                rows = rows[-last:]
-            return [self._place(row) for row in (*sealed.tolist(), *rows)]
+            return self._index.latest(self._damage.blocked(), last)
 
     def read(self, places: Sequence[Place]) -> list[Record]:
         """The records at `places`, in their order, without those that have a newer line by now if they moved."""
@@ -183,8 +161,7 @@ class Feed:
                 return
             self._disk.discard(f"{self._directory}/{index_name(unsound.segment)}")
             if line == unsound.line and not line.isspace():
-                path = self._put_aside(unsound)
-                raise self._unreported.pop(path)
+                raise self._damage.told(self._damage.put_aside(unsound))
 
     def refresh(self) -> None:
         """Take in what other processes, or nobody yet, have told of the files."""
@@ -203,7 +180,7 @@ class Feed:
             if not self._loaded:
                 self._load()
             while not self._is_current():
-                if self._tail_size() < self._tail.size:
+                if self._tail_size() < self._index.tail.size:
                     self._load()  # somebody has cut what was there
                     return
                 self._take_in_tail()
@@ -220,36 +197,36 @@ class Feed:
         with self._guard:
             self.catch_up()
             due = False
-            if self._tail.size >= SEGMENT_BYTES:
+            if self._index.tail.size >= SEGMENT_BYTES:
                 self._seal()
-                due = 2 * int(self._newest().sum()) < len(self._sealed)
+                due = 2 * int(self._index.newest().sum()) < len(self._index.sealed)
             data = join_lines(lines)
             fd = self._open_tail()
             try:
                 try:
                     self._disk.write_all(fd, data)
                 except BaseException:
-                    self._disk.truncate(fd, self._tail.size)
+                    self._disk.truncate(fd, self._index.tail.size)
                     raise
             finally:
                 self._disk.close(fd)
             crashpoint("feed.after_append")
-            self._index(data, self._tail.size)
-            self._tail.size += len(data)
+            self._add_lines(data, self._index.tail.size)
+            self._index.tail.size += len(data)
             return due
 
     @property
     def tail_name(self) -> str:
         with self._guard:
-            return self._tail.name
+            return self._index.tail.name
 
     def compact(self) -> None:
         """Merge the full segments without their garbage. Readers and writers go on meanwhile."""
         with self._locks.hold((self.path,)):
             self.catch_up()
             with self._guard:
-                names = list(self._names)
-                rows = self._sealed[self._newest()].copy()
+                names = list(self._index.names)
+                rows = self._index.sealed[self._index.newest()].copy()
         if not names or "-" in names[-1]:
             return
         try:
@@ -261,7 +238,7 @@ class Feed:
         target = merged_name(names)
         with self._locks.hold((self.path,)), self._guard:
             self.catch_up()
-            if self._names[: len(names)] != names:
+            if self._index.names[: len(names)] != names:
                 return
             temp = self._disk.write_temp(self._directory, merged, sync=True)
             self._disk.rename(temp, f"{self._directory}/{target}")
@@ -280,83 +257,40 @@ class Feed:
     # -- what is in memory ---------------------------------------------------------------------------
 
     def _is_current(self) -> bool:
-        if self._tail_size() != self._tail.size:
+        if self._tail_size() != self._index.tail.size:
             return False
         # Only a full segment has one that follows it.
-        return self._tail.size < SEGMENT_BYTES or not self._disk.exists(self._following())
+        return self._index.tail.size < SEGMENT_BYTES or not self._disk.exists(self._following())
 
     def _following(self) -> str:
-        return f"{self._directory}/{segment_name(self._tail.number + 1)}"
+        return f"{self._directory}/{segment_name(self._index.tail.number + 1)}"
 
     def _tail_size(self) -> int:
         try:
-            return self._disk.stat(f"{self._directory}/{self._tail.name}").st_size
+            return self._disk.stat(f"{self._directory}/{self._index.tail.name}").st_size
         except FileNotFoundError:
             return 0
-
-    def _newest(self) -> Any:
-        """Which of the sealed lines are the newest of their key. Two keys share a hash once in 10**7 feeds of
-        a million records."""
-        order = self._by_hash()
-        hashes = self._sealed["hash"][order]
-        newest = np.zeros(len(order), dtype=bool)
-        if len(order):
-            newest[order[np.append(hashes[1:] != hashes[:-1], True)]] = True
-        return newest
-
-    def _by_hash(self) -> Any:
-        if self._order is None or len(self._order) != len(self._sealed):
-            self._order = np.argsort(self._sealed["hash"], kind="stable")
-        return self._order
-
-    def _candidates(self, wanted: int) -> Iterator[Place]:
-        for line in reversed(self._tail.lines) if wanted in self._tail.last else ():
-            if line[0] == wanted:
-                yield self._place(line)
-        order = self._by_hash()
-        hashes = self._sealed["hash"]
-        position = int(np.searchsorted(hashes, np.uint64(wanted), side="right", sorter=order)) - 1
-        while position >= 0 and int(hashes[order[position]]) == wanted:
-            yield self._place(self._sealed[order[position]].item())
-            position -= 1
-
-    def _place(self, row: Row) -> Place:
-        known, tick, offset, length, segment = row
-        name = self._names[segment] if segment < len(self._names) else self._tail.name
-        return Place(tick, name, offset, length, known)
-
-    def _refuse_blocked(self, wanted: int | None) -> None:
-        for path, known in self._blocked.items():
-            if known in (None, wanted):
-                self._unreported.pop(path, None)
-                self._quarantine.refuse_blocked(path)
 
     # -- reading the files ---------------------------------------------------------------------------
 
     def _load(self) -> None:
-        self._clear()
-        self._blocked = self._find_blocked()
+        self._index = FeedIndex()
+        self._damage.load()
         segments, leftovers = segments_of(entry.name for entry in self._disk.entries(self._directory))
         for name in leftovers:
             self._remove(name)
         for name in segments:
-            self._tail = Tail(last_number(name))
+            self._index.tail = Tail(last_number(name))
             index = read_index(self._disk, self._directory, name)
-            if index is None and name == self._tail.name:
+            if index is None and name == self._index.tail.name:
                 self._take_in_tail()
                 if name != segments[-1]:
                     self._seal()
             else:
-                self._add_sealed(name, self._make_index(name) if index is None else index)
-                self._tail = Tail(self._tail.number + 1)
+                self._index.add_sealed(name, self._make_index(name) if index is None else index)
+                self._index.tail = Tail(self._index.tail.number + 1)
         self._cut_torn_end()
         self._loaded = True
-
-    def _find_blocked(self) -> dict[str, int | None]:
-        paths = [f"{self.path}/{name}" for name in sorted(self._quarantine.names(self.path))]
-        reasons = ((path, self._quarantine.reason(path)) for path in paths)
-        # Without its reason nobody knows what the bytes belong to.
-        return {path: item.hash if item else None for path, item in reasons if item is None or item.blocks}
 
     def _make_index(self, name: str) -> Any:
         data = self._disk.read(f"{self._directory}/{name}")
@@ -365,92 +299,43 @@ class Feed:
             write_index(self._disk, self._directory, name, index, len(data))
         return index
 
-    def _add_sealed(self, name: str, index: Any) -> None:
-        index["segment"] = len(self._names)
-        self._names.append(name)
-        self._sealed = np.concatenate((self._sealed, index))
-
     def _take_in_tail(self) -> None:
         try:
-            data = self._disk.read_from(f"{self._directory}/{self._tail.name}", self._tail.size)
+            data = self._disk.read_from(f"{self._directory}/{self._index.tail.name}", self._index.tail.size)
         except FileNotFoundError:
             return
         whole = data.rfind(b"\n") + 1
-        self._index(data[:whole], self._tail.size)
-        self._tail.size += whole
+        self._add_lines(data[:whole], self._index.tail.size)
+        self._index.tail.size += whole
         if whole < len(data):
             self._cut_torn_end()
 
-    def _index(self, data: bytes, start: int) -> None:
-        for line in self._lines(self._tail.name, data, start):
-            self._tail.add(line)
+    def _add_lines(self, data: bytes, start: int) -> None:
+        for line in self._lines(self._index.tail.name, data, start):
+            self._index.tail.add(line)
 
     def _lines(self, name: str, data: bytes, start: int) -> Iterator[Row]:
-        for row in split_lines(name, data, start, len(self._names)):
+        for row in split_lines(name, data, start, len(self._index.names)):
             if isinstance(row, Unsound):
-                self._put_aside(row)
+                self._damage.put_aside(row)
             else:
                 yield row
 
-    def _put_aside(self, unsound: Unsound) -> str:
-        """Move a damaged line into quarantine, under the name that is returned.
-
-        Blanks stay in its place, so that no offset changes.
-        """
-        if self._read_only:
-            where = f"{self._directory}/{unsound.segment} at byte {unsound.offset}"
-            raise Damaged(f"{where}: {unsound.reason}; it stays where it is, the root is read-only")
-        key = key_in(unsound.line, self.contract, unsound.hash)
-        reason = unsound.reason
-        if unsound.hash is None:
-            reason += "; it may be of any key, so the whole feed is blocked"
-        path, error = self._quarantine.keep(
-            self.contract,
-            key,
-            f"{self.path}/{unsound.segment}.{unsound.offset}",
-            unsound.line,
-            reason,
-            blocks=True,
-            hash=unsound.hash,
-        )
-        self._blocked[path], self._unreported[path] = unsound.hash, error
-        fd = self._disk.open_for_update(f"{self._directory}/{unsound.segment}")
-        try:
-            self._disk.overwrite(fd, unsound.offset, b" " * (len(unsound.line) - 1) + b"\n")
-            self._disk.fsync(fd)
-        finally:
-            self._disk.close(fd)
-        return path
-
     def _cut_torn_end(self) -> None:
-        """Cut off the end of a line whose write did not get through: it was never acknowledged as durable."""
-        name = self._tail.name
+        tail = self._index.tail
         try:
-            torn = self._disk.read_from(f"{self._directory}/{name}", self._tail.size)
+            torn = self._disk.read_from(f"{self._directory}/{tail.name}", tail.size)
         except FileNotFoundError:
             return
-        if self._read_only:
-            return
-        known = hash_in(torn)
-        if known is not None:  # A write that was cut short is shorter than its line.
-            unsound = Unsound(name, self._tail.size, torn, "the end of the line was changed on the disk", known)
-            self._put_aside(unsound)
-            self._tail.size += len(torn)
-        elif torn:
-            path, reason = f"{self.path}/{name}.{self._tail.size}.torn", "the write of the line was cut short"
-            self._quarantine.keep(self.contract, (), path, torn, reason, blocks=False)
-            fd = self._disk.open_for_update(f"{self._directory}/{name}")
-            try:
-                self._disk.truncate(fd, self._tail.size)
-            finally:
-                self._disk.close(fd)
+        if not self._read_only:
+            tail.size += self._damage.cut_torn_end(tail.name, tail.size, torn)
 
     def _remove(self, segment: str) -> None:
         self._disk.discard(f"{self._directory}/{segment}")
         self._disk.discard(f"{self._directory}/{index_name(segment)}")
 
     def _open_tail(self) -> int:
-        path = f"{self._directory}/{self._tail.name}"
+        path = f"{self._directory}/{self._index.tail.name}"
         try:
             return self._disk.open_for_append(path)
         except FileNotFoundError:
@@ -458,12 +343,12 @@ class Feed:
             return self._disk.open_for_append(path)
 
     def _seal(self) -> None:
-        index = np.array(self._tail.lines, LINE) if self._tail.lines else np.empty(0, LINE)
+        index = np.array(self._index.tail.lines, LINE) if self._index.tail.lines else np.empty(0, LINE)
         if not self._read_only:
-            write_index(self._disk, self._directory, self._tail.name, index, self._tail.size)
+            write_index(self._disk, self._directory, self._index.tail.name, index, self._index.tail.size)
         crashpoint("feed.after_seal")
-        self._add_sealed(self._tail.name, index)
-        self._tail = Tail(self._tail.number + 1)
+        self._index.add_sealed(self._index.tail.name, index)
+        self._index.tail = Tail(self._index.tail.number + 1)
 
 
 class _Moved(Exception):

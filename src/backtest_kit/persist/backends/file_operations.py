@@ -14,16 +14,15 @@ from backtest_kit.persist.backends.file_paths import MARKER, OWN_DIRECTORY, SUFF
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.file_segments import SUFFIX as FEED_SUFFIX
 from backtest_kit.persist.codec import dump_record, open_envelope, parse, reseal, seal, unseal_line
-from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
+from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
 from backtest_kit.persist.files import STALE_TEMP_SECONDS, TEMP_NAME, disk_error
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE, Quarantined
 from backtest_kit.persist.store import Record
 from backtest_kit.persist.upkeep import Finding
 
-_ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
 _REPORTS: Final = ("backtest", "walker")
 """Directories of reports, which runs write beside the records of the default root."""
-_KNOWN: Final = frozenset((*_ROWS, *_REPORTS, QUARANTINE, OWN_DIRECTORY))
+_KNOWN: Final = frozenset((*ALL_CONTRACTS, *_REPORTS, QUARANTINE, OWN_DIRECTORY))
 
 
 def check(root: Root, *, deep: bool) -> list[Finding]:
@@ -60,7 +59,11 @@ def _check_own(root: Root) -> Iterator[Finding]:
 
 def _check_files(root: Root, deep: bool) -> list[Finding]:
     found = [
-        Finding(f"{QUARANTINE}/{item.path}", f"in quarantine{', its key is blocked' * item.blocks}: {item.reason}")
+        Finding(
+            f"{QUARANTINE}/{item.path}",
+            f"in quarantine{', its key is blocked' * item.blocks}: {item.reason}",
+            item.blocks,
+        )
         for item in root.quarantine.list()
     ]
     pending = [""]
@@ -70,13 +73,16 @@ def _check_files(root: Root, deep: bool) -> list[Finding]:
             for entry in entries:
                 path = f"{directory}{entry.name}"
                 if not directory and entry.name not in _KNOWN and not entry.name.startswith("@"):
-                    found.append(Finding(path, "nothing of this store is called so: it was not looked at"))
+                    found.append(
+                        Finding(path, "nothing of this store is called so: it was not looked at", blocks=False)
+                    )
                 elif entry.is_dir(follow_symlinks=False):
                     if path not in (QUARANTINE, OWN_DIRECTORY):
                         pending.append(f"{path}/")
                 elif TEMP_NAME.fullmatch(entry.name):
                     if time.time() - entry.stat().st_mtime > STALE_TEMP_SECONDS:
-                        found.append(Finding(path, "a write that a killed process left: removed at the next opening"))
+                        problem = "a write that a killed process left: removed at the next opening"
+                        found.append(Finding(path, problem, blocks=False))
                 elif deep or not path.endswith(CANDLE_SUFFIX):
                     found += _check_file(root, path)
     return found
@@ -122,7 +128,7 @@ def restore(root: Root, path: str) -> Record | None:
                 feed.append([(next(ticks), dump_record(row, record))])
                 root.disk.sync_file(f"{root.path}/{feed.path}/{feed.tail_name}")
             else:
-                root.write_durably(path, seal(row, record), next(ticks))
+                root.writes.write_durably(path, seal(row, record), next(ticks))
             current = record
         root.quarantine.release(path)
         if row.kind is Kind.FEED:
@@ -201,7 +207,7 @@ def _check_lines(row: Contract, path: str, data: bytes) -> Iterator[Finding]:
             except Damaged as error:
                 torn = offset + len(line) == len(data)
                 problem = "the write of the last line was cut short: removed at the next use" if torn else str(error)
-                yield Finding(f"{path} at byte {offset}", problem)
+                yield Finding(f"{path} at byte {offset}", problem, blocks=not torn)
         offset += len(line) + 1
 
 
@@ -210,7 +216,7 @@ def _row_of(path: str) -> Contract | None:
     names = path.split("/")
     while names and names[0].startswith("@"):
         names = names[1:]
-    return _ROWS.get(names[0]) if names else None
+    return ALL_CONTRACTS.get(names[0]) if names else None
 
 
 def _lock_of(path: str, row: Contract | None) -> str:

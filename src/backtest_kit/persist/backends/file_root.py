@@ -10,51 +10,31 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 import msgspec
 
 from backtest_kit.errors import Damaged, Outcome, RetryLater, UserError
 from backtest_kit.persist.backends.file_feed import Feed
 from backtest_kit.persist.backends.file_paths import MARKER, OWN_DIRECTORY, key_of, unseal_at
+from backtest_kit.persist.backends.file_promises import PATIENCE, Promised, Promises, Target
 from backtest_kit.persist.backends.file_sync import Syncer
-from backtest_kit.persist.codec import (
-    SCHEMA_VERSION,
-    NewerSchema,
-    dump_value,
-    open_envelope,
-    parse,
-    seal_text,
-    unseal,
-    unseal_head,
-)
-from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Kind
+from backtest_kit.persist.backends.file_writes import Writes
+from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema, unseal_head
+from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
 from backtest_kit.persist.files import Disk, absolute_root, disk_error, require_directory
 from backtest_kit.persist.journal import Journal
-from backtest_kit.persist.locks import Locked, LockSet
+from backtest_kit.persist.locks import LockSet
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE, Quarantine
 from backtest_kit.persist.store import Key, Record
 
-_ROWS: Final = {**CONTRACTS, LEASE.name: LEASE}
-_SWEPT: Final = frozenset((*_ROWS, OWN_DIRECTORY, QUARANTINE))
+_SWEPT: Final = frozenset((*ALL_CONTRACTS, OWN_DIRECTORY, QUARANTINE))
 _KEPT_FILES: Final = 128
 _CLOCK_STEP_NS: Final = 100_000_000
 _GROUP_PATIENCE: Final = 0.05
-_PATIENCE: Final = 2.0
 _RECOVERY_PATIENCE: Final = 60.0
 
 _log = logging.getLogger(__name__)
-
-Target = tuple[str, Key]
-
-
-class Promised(NamedTuple):
-    """A change that is durable in the journal."""
-
-    contract: Contract
-    record: Record
-    dumped: bytes
-    tick: int
 
 
 class _Marker(msgspec.Struct, rename="camel"):
@@ -82,11 +62,11 @@ class Root:
         self._pid = os.getpid()
         self._last_tick = 0
         self._feeds: dict[str, Feed] = {}
-        self._anchored: set[str] = set()
-        self._noted: set[str] = set()
-        self._promised: dict[Target, Promised] = {}
         self._replaced: deque[int] = deque()
         self._syncer = Syncer(disk, self._journal)
+        # By way of the attribute, because closing puts another syncer in its place.
+        self.writes = Writes(self.path, disk, lambda paths: self._syncer.note(paths))
+        self._promises = Promises(self.path, disk, self.locks, self.quarantine, self.writes, self.feed)
 
     # -- life ----------------------------------------------------------------------------------------
 
@@ -127,8 +107,7 @@ class Root:
                     self._opened = False
                     if not self._existing:
                         self._sweeper.join()
-                    self._anchored.clear()
-                    self._noted.clear()
+                    self.writes.forget()
                     self._feeds.clear()
                     syncer.close()
             finally:
@@ -170,7 +149,7 @@ class Root:
                 if not self.check_marker():
                     self._make_marker()
                 self._check_clock()
-                self._journal.replay(self._redo)
+                self._journal.replay(self._promises.redo)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 message = f"the store's root {self.path} is not writable: {error.strerror}; give it to this user"
@@ -229,9 +208,10 @@ class Root:
     @contextlib.contextmanager
     def locked(self, paths: Iterable[str], *, patient: bool) -> Iterator[Iterator[int]]:
         """Hold the locks of `paths`; the ticks it yields are later than that of every earlier write to one of them."""
-        self._finish()
+        if self._promises.carry_out():
+            self._journal.finished()
         self._journal.settle()
-        with self.locks.hold(paths, _PATIENCE if patient else _GROUP_PATIENCE):
+        with self.locks.hold(paths, PATIENCE if patient else _GROUP_PATIENCE):
             told = self.disk.stat(self._clock).st_mtime_ns
             self._last_tick = max(self._last_tick, told)
             try:
@@ -261,9 +241,9 @@ class Root:
         """
         if row.kind is Kind.FEED and key is not None:
             return self._load_line(row, key, path, locked=locked)
-        promised = self._promised.get((path, ()))
+        promised = self._promises.find((path, ()))
         if promised is not None:
-            return open_envelope(row, None, parse(promised.dumped))
+            return promised
         try:
             file = f"{self.path}/{path}"
             keep = head and len(self._replaced) < _KEPT_FILES
@@ -288,9 +268,9 @@ class Root:
             return self.load(row, key, path, locked=True, head=head)
 
     def _load_line(self, row: Contract, key: Key, path: str, *, locked: bool) -> Record | None:
-        promised = self._promised.get((path, key))
+        promised = self._promises.find((path, key))
         if promised is not None:
-            return open_envelope(row, None, parse(promised.dumped))
+            return promised
         try:
             return self.feed(row, path).find(key, locked=locked)
         except OSError as error:
@@ -304,52 +284,7 @@ class Root:
                 )
             return self._feeds[path]
 
-    # -- writing: the caller holds the locks ---------------------------------------------------------
-
-    def write_durably(self, path: str, data: bytes, tick: int) -> None:
-        """Replace `path`; it is on the disk when this returns.
-
-        Raises:
-            OSError: nothing has changed.
-            RetryLater, OutOfSpace: with an unknown outcome, it may have changed.
-        """
-        target = f"{self.path}/{path}"
-        directory = target.rpartition("/")[0]
-        self.disk.rename(self._write_anchored(directory, data, tick, sync=True), target)
-        try:
-            self.disk.sync_directory(directory)
-        except OSError as error:
-            raise disk_error(error, "make durable", target, Outcome.UNKNOWN) from error
-
-    def write(self, path: str, data: bytes, tick: int) -> None:
-        """Replace `path`; it survives the process, not the host."""
-        target = f"{self.path}/{path}"
-        directory = target.rpartition("/")[0]
-        try:
-            temp = self.disk.write_temp(directory, data, sync=False, mtime_ns=tick)
-        except FileNotFoundError:
-            self.disk.make_directories(directory, sync=False)
-            temp = self.disk.write_temp(directory, data, sync=False, mtime_ns=tick)
-        self.disk.rename(temp, target)
-
-    def write_temps(self, files: Sequence[tuple[str, bytes, int]]) -> list[tuple[str, str]]:
-        """Lay ready the (path, data, tick) of `files`; return the path and the temporary file of each."""
-        temps: list[tuple[str, str]] = []
-        try:
-            for path, data, tick in files:
-                directory = f"{self.path}/{path}".rpartition("/")[0]
-                temps.append((path, self._write_anchored(directory, data, tick, sync=False)))
-        except BaseException:
-            self.discard(temp for _, temp in temps)
-            raise
-        return temps
-
-    def put_in_place(self, temp: str, path: str) -> None:
-        self.disk.rename(temp, f"{self.path}/{path}")
-
-    def discard(self, temps: Iterable[str]) -> None:
-        for temp in temps:
-            self.disk.discard(temp)
+    # -- writing -------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def journal(self, entries: Sequence[bytes], promised: Mapping[Target, Promised]) -> Iterator[None]:
@@ -360,24 +295,14 @@ class Root:
         files = [f"{self.path}/{path}" for path, key in promised if not key]
         changed = [*files, *{file.rpartition("/")[0] for file in files}]
         with self._journal.request(entries, changed):
-            self._promised.update(promised)
+            self._promises.add(promised)
             try:
                 yield
             except OSError as error:
                 raise disk_error(error, "carry out what is in the journal of", self.path, Outcome.UNKNOWN) from error
             finally:
                 self._syncer.note_journal()
-            self._promised.clear()
-
-    def sync_soon(self, path: str) -> None:
-        """Make a file durable within the delay of a record, and the directories above it, if they may be new."""
-        file = f"{self.path}/{path}"
-        directory = file.rpartition("/")[0]
-        if directory in self._anchored or directory in self._noted:
-            self._syncer.note([file, directory])
-        else:
-            self._noted.add(directory)
-            self._syncer.note([file, directory, *self._levels(directory)])
+            self._promises.clear()
 
     def run_later(self, job: Callable[[], object]) -> None:
         self._syncer.run_later(job)
@@ -403,80 +328,3 @@ class Root:
                 f"the journal {found} of another process still has {path}: try again in some seconds, "
                 "when it is emptied, or stop that process and open the store once"
             )
-
-    def _write_anchored(self, directory: str, data: bytes, tick: int, *, sync: bool) -> str:
-        """A temporary file, synced or about to be journalled, in a directory that is durable in those above it."""
-        if directory in self._anchored:
-            with contextlib.suppress(FileNotFoundError):  # somebody has removed the directory
-                return self.disk.write_temp(directory, data, sync=sync, mtime_ns=tick, preallocate=not sync)
-        # Once per process even if the directory exists: who made it may not have come to syncing it.
-        self.disk.make_directories(directory, sync=False)
-        for level in self._levels(directory):
-            self.disk.sync_directory(level)
-        self._anchored.add(directory)
-        return self.disk.write_temp(directory, data, sync=sync, mtime_ns=tick, preallocate=not sync)
-
-    def _levels(self, directory: str) -> list[str]:
-        """The directories from the root to the one above `directory`."""
-        parts = directory.removeprefix(self.path).strip("/").split("/")
-        return ["/".join((self.path, *parts[:count])) for count in range(len(parts))]
-
-    # -- recovery ------------------------------------------------------------------------------------
-
-    def _finish(self) -> None:
-        """Carry out what the journal has and a failing disk has not let through."""
-        for (path, _), item in list(self._promised.items()):
-            try:
-                with self.locks.hold((path,), _PATIENCE):
-                    self._apply(path, item)
-            except Locked as error:  # it stops every write, not only those that need this lock
-                raise RetryLater(str(error)) from None
-        if self._promised:
-            self._promised.clear()
-            self._journal.finished()
-
-    def _redo(self, change: dict[str, Any]) -> bool:
-        """Carry out a change of a process that died; False where its key is blocked."""
-        row = _ROWS[change["record"]["contract"]]
-        record = open_envelope(row, None, change["record"])
-        item = Promised(row, record, dump_value(change["record"]), change["tick"])
-        try:
-            with self.locks.hold((change["path"],)):
-                self._apply(change["path"], item)
-        except Damaged as error:
-            _log.error("not recovered from the journal, the operator decides: %s", error)
-            return False
-        return True
-
-    def _apply(self, path: str, item: Promised) -> None:
-        if item.contract.kind is Kind.FEED:
-            feed = self.feed(item.contract, path)
-            current = feed.find(item.record.key, locked=True)
-            if current is None or current.rev < item.record.rev:
-                feed.append([(item.tick, item.dumped)])
-                self.disk.sync_file(f"{self.path}/{path}/{feed.tail_name}")
-            return
-        promised = open_envelope(item.contract, None, parse(item.dumped))
-        beneath = self._record_beneath(path, item)
-        # An equal one is written again, for nobody knows whether it was synced. Another one of the same revision
-        # was acknowledged to somebody after the entry had been given up.
-        if beneath is None or beneath.rev < promised.rev or beneath == promised:
-            self.write_durably(path, seal_text(item.dumped), item.tick)
-        elif beneath.rev == promised.rev:
-            _log.warning("revision %d of %s/%s is not the one in the journal: kept", beneath.rev, self.path, path)
-
-    def _record_beneath(self, path: str, item: Promised) -> Record | None:
-        try:
-            data = self.disk.read(f"{self.path}/{path}")
-        except FileNotFoundError:
-            self.quarantine.refuse_blocked(path)
-            return None
-        try:
-            return unseal(item.contract, item.record.key, data)
-        except NewerSchema:
-            raise
-        except Damaged as error:
-            # Torn because the host went down before it was synced: the journal has the whole of it.
-            reason = f"{error} (the journal had the record, which is in its place)"
-            self.quarantine.keep(item.contract, item.record.key, path, data, reason, blocks=False)
-            return None

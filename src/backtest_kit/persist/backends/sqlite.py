@@ -31,7 +31,7 @@ from backtest_kit.persist.codec import (
     unseal,
     unseal_head,
 )
-from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability, WriteRule
+from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Durability, WriteRule
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
@@ -43,8 +43,6 @@ T = TypeVar("T")
 
 _CHUNK: Final = 256
 """Records that a listing reads at a time."""
-
-_CONTRACTS: Final = {**CONTRACTS, LEASE.name: LEASE}
 
 _SELECT: Final = "SELECT removed, CAST(record AS BLOB) FROM records WHERE namespace = ? AND contract = ? AND key = ?"
 _WRITE: Final = """
@@ -143,7 +141,8 @@ class SqliteStore:
 
     async def namespaces(self) -> list[tuple[str, ...]]:
         depth = self._namespace.count("/")
-        found = await self._database.read(partial(_list_namespaces, self._namespace))
+        found = {*await self._database.read(partial(_list_namespaces, self._namespace))}
+        found |= {*await asyncio.to_thread(self._files.namespaces, self._namespace)}
         paths = [[str(unescape(name, "namespace") or name) for name in text.split("/")[depth:-1]] for text in found]
         return [tuple(path) for path in paths]
 
@@ -298,7 +297,7 @@ def _check_rows(after: int, connection: sqlite3.Connection) -> list[tuple[int, F
 
 def _check_row(name: Sequence[str], connection: sqlite3.Connection) -> Finding | None:
     namespace, contract, key = name
-    row = _CONTRACTS.get(contract)
+    row = ALL_CONTRACTS.get(contract)
     if row is None:
         return Finding(_path((namespace, contract, key)), f"no contract of this version is called {contract!r}")
     found = _read(row, (namespace, contract, key), None, connection)
@@ -351,7 +350,7 @@ def _find(path: str, connection: sqlite3.Connection) -> tuple[_Name, Quarantined
 
 def _restore(path: str, connection: sqlite3.Connection) -> Record:
     name, _ = _find(path, connection)
-    contract = _CONTRACTS[name[1]]
+    contract = ALL_CONTRACTS[name[1]]
     row = connection.execute(_SELECT, name).fetchone()
     try:
         record = reseal(contract, b"" if row is None else row[1] or b"")
@@ -387,6 +386,15 @@ class _CandleFiles:
         return FileCandleStore(
             root.path, prefix=_directory(namespace), disk=root.disk, locks=root.locks, quarantine=root.quarantine
         )
+
+    def namespaces(self, above: str) -> list[str]:
+        """The namespaces below `above` that have a directory of candles, as their rows would have them."""
+        found = []
+        for entry in self.root.disk.entries(f"{self.root.path}/{_directory(above)}"):
+            if entry.name.startswith("@"):
+                name = f"{above}{entry.name[1:]}/"
+                found += [name, *self.namespaces(name)]
+        return found
 
     def close(self) -> None:
         self.root.close()

@@ -1,0 +1,116 @@
+"""`backtest-kit store migrate`: everything from one store to another, shown while it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
+
+from backtest_kit.cli.store import add, console, require_existing, say, table
+from backtest_kit.errors import UserError
+from backtest_kit.persist.comparison import Comparison, Sum, compare_stores
+from backtest_kit.persist.migration import Migration, Progress, migrate_store
+from backtest_kit.persist.store import Capability
+from backtest_kit.persist.urls import store_at
+from backtest_kit.persist.walk import Part
+
+_SECONDS_PER_LINE: Final = 5.0
+"""How often a line is printed where there is no terminal to draw a bar on."""
+
+
+def run_migrate(source_url: str, target_url: str, *, verify: bool, resume: bool) -> int:
+    """Move, and print what was moved; the exit code is 1 if the stores were compared and differ."""
+    require_existing(source_url)
+    if _place(source_url) == _place(target_url):
+        raise UserError("source and target are the same store: name two")
+    moved, compared = asyncio.run(_migrate(source_url, target_url, verify=verify, resume=resume))
+    _show_moved(moved)
+    if compared is None:
+        return 0
+    _show_compared(compared)
+    different = sum(item.difference is not None for item in compared)
+    say(f"{different} of them differ." if different else "Both stores have the same, in the same order.")
+    return 1 if different else 0
+
+
+async def _migrate(
+    source_url: str, target_url: str, *, verify: bool, resume: bool
+) -> tuple[Migration, list[Comparison] | None]:
+    source, target = store_at(source_url, existing=True), store_at(target_url)
+    if Capability.DURABLE not in target.capabilities:
+        raise UserError(f"nothing that is moved to {target_url} outlives this command: name a file or a server")
+    try:
+        with _shown() as (on_progress, on_part):
+            moved = await migrate_store(source, target, resume=resume, on_progress=on_progress)
+            compared = await compare_stores(source, target, on_part=on_part) if verify else None
+    finally:
+        try:
+            await source.close()
+        finally:
+            await target.close()
+    return moved, compared
+
+
+@contextmanager
+def _shown() -> Iterator[tuple[Callable[[Progress], None], Callable[[Part], None]]]:
+    """What shows how far it is: a bar on a terminal, a line now and then elsewhere."""
+    started = time.monotonic()
+    output = console()
+    bar = Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[counts]}", markup=False),
+        TimeElapsedColumn(),
+        console=output,
+        transient=True,
+        disable=not output.is_terminal,
+    )
+    task = bar.add_task("looking at both stores", total=None, counts="")
+    told = started
+
+    def on_progress(now: Progress) -> None:
+        nonlocal told
+        done = now.records + now.candles
+        rate = done / max(time.monotonic() - started, 1e-9)
+        counts = f"{now.records:,} records, {now.candles:,} candles, {rate:,.0f} a second"
+        bar.update(task, description=str(now.part), total=now.parts, completed=now.number - 1, counts=counts)
+        if bar.disable and time.monotonic() - told >= _SECONDS_PER_LINE:
+            say(f"{counts}; now {now.part}")
+            told = time.monotonic()
+
+    def on_part(part: Part) -> None:
+        bar.update(task, description=f"comparing {part}", total=None, counts="")
+
+    with bar:
+        yield on_progress, on_part
+
+
+def _show_moved(moved: Migration) -> None:
+    rows = table("Contract", "Copied", "Already there")
+    for item in moved.contracts:
+        add(rows, item.contract, f"{item.copied:,}", f"{item.present:,}")
+    console().print(rows)
+    for finding in moved.left_out:
+        say(f"left out: {finding.path}: {finding.problem}")
+
+
+def _show_compared(compared: list[Comparison]) -> None:
+    def shown(side: Sum) -> str:
+        return f"{side.count:,} {side.digest}"
+
+    rows = table("Namespace", "Contract", "Source", "Target", "Difference")
+    for item in compared:
+        namespace = "/".join(item.namespace) or "(live)"
+        add(rows, namespace, item.contract, shown(item.source), shown(item.target), item.difference or "none")
+    console().print(rows)
+
+
+def _place(url: str) -> str:
+    """An address that is the same for the same place."""
+    scheme, _, path = url.partition(":")
+    return f"{scheme}:{Path(path).resolve()}" if scheme in ("file", "sqlite") else url
