@@ -42,7 +42,7 @@ class Venue(bk.Broker):
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, int]] = []
         """Hook, client order id, attempt."""
-        self.done: dict[str, bk.Fill] = {}
+        self.done: dict[tuple[str, str], bk.Fill] = {}
         self.times_done: dict[str, int] = {}
         """Fills by client order id; an entry that only rests is none."""
         self.script: dict[tuple[str, int], str | Callable[[], Any]] = {}
@@ -57,9 +57,12 @@ class Venue(bk.Broker):
         if self.find_fails:
             self.find_fails -= 1
             raise bk.OrderTransient("the venue is away", outcome=Outcome.UNKNOWN)
-        fill = self.done.get(order.client_order_id)
-        if fill is None or order.kind == "activate":
-            return bk.OrderReport(status="absent")
+        placed = self.done.get(("place", order.client_order_id))
+        fill = self.done.get((order.kind, order.client_order_id))
+        if fill is None:
+            return bk.OrderReport(status="resting" if placed and order.kind == "activate" else "absent")
+        if order.kind == "cancel":
+            return bk.OrderReport(status="cancelled")
         return bk.OrderReport(status="resting" if order.kind == "place" else "filled", fill=fill)
 
     async def _do(self, hook: str, order: bk.Order) -> bk.Fill:
@@ -75,10 +78,11 @@ class Venue(bk.Broker):
         if fault == "rejected":
             raise bk.OrderRejected("insufficient funds")
         price = self.price(order)
-        fill = bk.Fill(price=price, cost=order.cost, quantity=order.cost / price, timestamp=order.when_ms)
+        quantity = order.cost / price if hook in ("open", "activate", "add") else order.quantity or 0.0
+        fill = bk.Fill(price=price, cost=order.cost, quantity=quantity, timestamp=order.when_ms)
         if hook != "place":
             self.times_done[order.client_order_id] = self.times_done.get(order.client_order_id, 0) + 1
-        self.done[order.client_order_id] = fill
+        self.done[order.kind, order.client_order_id] = fill
         if fault == "lost_response":
             raise bk.OrderTransient("the answer was lost", outcome=Outcome.UNKNOWN)
         return fill
@@ -137,7 +141,8 @@ class Rig:
         self.settings: dict[str, Any] = {}
         self.events: list[bk.Event] = []
         self.risks: dict[str, Any] = {}
-        self.now_ms = START
+        self.begin_ms = self.now_ms = START
+        self.turns = 0
 
     def kit(self, clock: Any) -> bk.Kit:
         kit = bk.Kit(self.tmp_path / "dump")

@@ -204,11 +204,11 @@ class LiveRun:
         self.desk.state = self.trader.book.state
         await self._first_history()
         await self.trader.begin()
-        self._commanded = self.trader.book.command_ms >= self.when_ms
         self.began.set()
         told: list[Event] = []
         events = await self.trader.resolve()
         crashpoint("live.start.after_resolve")
+        self._commanded = self.trader.book.command_ms >= self.when_ms
         if intent is not None:
             order = intent.order
             left = self.trader.book.intent

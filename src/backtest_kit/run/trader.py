@@ -295,6 +295,8 @@ class Trader(Watcher):
         if order.kind == "activate" and nothing_there:
             # The market was there and the venue's own book was not: the entry goes on resting.
             await self._conclude(order, _still_resting(state), ())
+            if order.reason:
+                self._fail(order, text, "the entry goes on waiting for its price")
             return ()
         if nothing_there or isinstance(error, OrderDeleted):
             await self._conclude(order, state, ())
@@ -341,11 +343,11 @@ class Trader(Watcher):
             intent = intent if fresh else renewed(intent, state, tick, self._rules)
         elif order.kind == "activate" and refused and isinstance(state, Resting):
             return await self._conclude(None, *cancelled(state, tick, self._rules))
-        elif fresh and not refused and (order.kind != "activate" or status == "absent"):
+        elif fresh and not refused:
             intent = retried(intent)
         else:
             await self._conclude(order, _still_resting(state), ())
-            if order.kind != "activate":
+            if order.kind != "activate" or order.reason:
                 self._fail(order, f"the venue knows it as {status}", "it was dropped")
             return ()
         return await self._order(intent)
