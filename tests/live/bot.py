@@ -1,0 +1,245 @@
+"""A bot that is going to be killed: forked ready to run, on a store of its own, against a venue on a socket.
+
+    python tests/live/bot.py
+
+reads jobs from its input, one a line, and forks a child for each. It says when a child has begun and how it has
+ended, and has no threads of its own. A child writes what it has to tell to files, so that its death loses nothing
+that it has told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import msgspec
+from tests.live import scripts
+
+import backtest_kit as bk
+from backtest_kit.persist import crashpoints
+from backtest_kit.persist.backends.file import FileStore
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.files import Disk
+from backtest_kit.persist.store import Store
+from backtest_kit.persist.testing.faults import FaultFS
+from backtest_kit.persist.urls import store_at
+from backtest_kit.simulation.client import connect
+
+LASTING: Final = (bk.EntryScheduled, bk.EntryCancelled, bk.PositionOpened, bk.PositionClosed, bk.PositionChanged)
+TROUBLE: Final = (bk.StrategyFailed, bk.Degraded, bk.OrphanFound, bk.MinutesMissed)
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What a child is to do."""
+
+    number: int
+    venue: str
+    store: str
+    place: str
+    """Where it writes what it has to tell."""
+    end_ms: int
+    script: str
+    """Which of `scripts.SCRIPTS` it trades."""
+    symbols: tuple[str, ...] = ("BTCUSDT",)
+    name: str = "bot"
+    fill_at: str = "venue"
+    crash: str = ""
+    """As in the environment of `crashpoints`."""
+    full_from_ms: int = 0
+    """When the disk is full."""
+    lease_ttl: float = 15.0
+    paper: bool = False
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """What a child tells of an event."""
+
+    action: str
+    when_ms: int
+    signal_id: str
+    event: dict[str, Any]
+
+
+class End(msgspec.Struct, frozen=True, kw_only=True):
+    """What a child tells when it comes to its end."""
+
+    passed: dict[str, int]
+    """How often it passed each crash point."""
+    books: dict[str, Any]
+    """The records of the first symbol's position, as a store tells them that was opened for it."""
+    errors: dict[str, str]
+    """By symbol, why its run has ended."""
+
+
+class VenueTime(Protocol):
+    def now_ms(self) -> int: ...
+    async def sleep_until(self, when_ms: int) -> None: ...
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+
+
+class UntilClock:
+    """A clock that sets `over` instead of going beyond `end_ms`."""
+
+    def __init__(self, clock: VenueTime, end_ms: int) -> None:
+        self._clock = clock
+        self._end_ms = end_ms
+        self.over = asyncio.Event()
+        self.now_ms, self.start, self.stop = clock.now_ms, clock.start, clock.stop
+
+    async def sleep_until(self, when_ms: int) -> None:
+        if when_ms > self._end_ms:
+            self.over.set()
+            await asyncio.get_running_loop().create_future()
+        await self._clock.sleep_until(when_ms)
+
+
+class Diary:
+    """Lines that are in a file once they are written."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def write(self, event: bk.Event) -> None:
+        fields = msgspec.to_builtins(event)
+        held = fields.get("position") or fields.get("entry") or fields.get("trade") or {}
+        heard = Heard(event.action, event.when_ms, held.get("signalId", ""), fields)
+        os.write(self._fd, msgspec.json.encode(heard) + b"\n")
+
+
+class FullDisk(FaultFS):
+    """A disk on which nothing can be made any more from some moment on."""
+
+    def fill(self) -> None:
+        for call in ("write", "posix_fallocate", "mkdir"):
+            self.inject(call, errno.ENOSPC, nth=1, lasting=True)
+
+
+def store_of(job: Job) -> tuple[Store, Callable[[], None]]:
+    """The store of a child, and what fills its disk."""
+    if not job.full_from_ms:
+        return store_at(job.store), lambda: None
+    disk = FullDisk()
+    return FileStore(job.store.removeprefix("file:"), disk=Disk(disk)), disk.fill
+
+
+async def trade(job: Job) -> End:
+    venue, place = connect(job.venue), Path(job.place)
+    clock = UntilClock(venue.clock(job.name, sleepers=len(job.symbols)), job.end_ms)
+    script = scripts.SCRIPTS[job.script](job)
+    store, fill_disk = store_of(job)
+    kit = bk.Kit(place / "dump")
+    kit.set_config(**script.settings)
+    kit.persistence.bind("*", store)
+    kit.add_exchange_schema("venue", source=venue.source(), broker=venue.broker(fill_at=job.fill_at), clock=clock)
+    kit.add_strategy_schema("story", get_signal=script.get_signal, manage=script.manage, interval=script.interval)
+    heard, trouble, records = (Diary(place / name) for name in ("heard", "trouble", "records"))
+    for kind in LASTING:
+        kit.on(kind, heard.write)
+    for kind in TROUBLE:
+        kit.on(kind, trouble.write)
+
+    async def keep_records(events: Sequence[bk.Event]) -> None:
+        for event in events:
+            records.write(event)
+
+    async def watch_disk(event: bk.Event, ctx: bk.Context) -> None:
+        if job.full_from_ms and ctx.when_ms >= job.full_from_ms:
+            fill_disk()
+
+    kit.live.observers.append(keep_records)
+    kit.on(bk.PositionActive, watch_disk)
+    where: dict[str, Any] = {"strategy_name": "story", "exchange_name": "venue"}
+    handles = [
+        kit.live.background(symbol, **where, lease_ttl=job.lease_ttl, paper=job.paper) for symbol in job.symbols
+    ]
+    over = asyncio.ensure_future(clock.over.wait())
+    tasks = {handle.task for handle in handles}
+    while not over.done() and tasks:
+        done, _ = await asyncio.wait({over, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        tasks -= done
+    over.cancel()
+    for handle in handles:
+        handle.cancel()
+    ends = await asyncio.gather(*(handle.task for handle in handles), return_exceptions=True)
+    errors = {
+        symbol: f"{type(end).__name__}: {end}"
+        for symbol, end in zip(job.symbols, ends, strict=True)
+        if isinstance(end, Exception)
+    }
+    await kit.persistence.close()
+    return End(passed={}, books={} if job.full_from_ms else await books_of(job), errors=errors)
+
+
+async def books_of(job: Job) -> dict[str, Any]:
+    store = store_at(job.store)
+    await store.open()
+    scoped = store.within("paper") if job.paper else store
+    found = {}
+    for name in ("signal", "schedule", "strategy"):
+        record = await scoped.get(CONTRACTS[name], ("story", "venue", job.symbols[0]))
+        found[name] = None if record is None else record.value
+    await store.close()
+    return found
+
+
+def be_killed(job: Job) -> int:
+    """The whole life of a child; returns how it ends."""
+    place = Path(job.place)
+    log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    crashpoints.arm(job.crash)
+    passed = crashpoints.record()
+    try:
+        end = asyncio.run(trade(job))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        return 1
+    end = msgspec.structs.replace(end, passed=passed)
+    (place / f"end-{job.name}").write_bytes(msgspec.json.encode(end))
+    return 0
+
+
+def serve() -> None:
+    """Fork a child for each line that comes in, until there is no more input."""
+    children: dict[int, tuple[int, int]] = {}
+    rest, reading = b"", True
+    while reading or children:
+        ready, _, _ = select.select([0] * reading + list(children), [], [])
+        for fd in ready:
+            if fd:
+                number, pid = children.pop(fd)
+                _, status = os.waitpid(pid, 0)
+                os.close(fd)
+                say({"number": number, "exit": os.waitstatus_to_exitcode(status)})
+                continue
+            data = os.read(0, 1 << 16)
+            reading = bool(data)
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                job = msgspec.json.decode(line, type=Job)
+                pid = os.fork()
+                if not pid:
+                    signal.signal(signal.SIGINT, signal.SIG_DFL)
+                    os._exit(be_killed(job))
+                children[os.pidfd_open(pid)] = job.number, pid
+                say({"number": job.number, "pid": pid})
+
+
+def say(told: dict[str, int]) -> None:
+    os.write(1, msgspec.json.encode(told) + b"\n")
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,298 @@
+"""The stage of the crash tests: venues on sockets, bots in processes of their own, and what is left at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from tests.live.bot import End, Heard, Job
+from tests.live.scripts import START, story_price
+
+from backtest_kit.market.clock import Clock, SteppedClock
+from backtest_kit.market.sources import ANY_RANGE, CandleSource
+from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.interval import MINUTE_MS
+from backtest_kit.simulation.binance import API_KEY
+from backtest_kit.simulation.faults import Fault, Faults, Strike
+from backtest_kit.simulation.server import VenueServer
+from backtest_kit.simulation.venue import Venue
+
+BOT: Final = Path(__file__).with_name("bot.py")
+ORDERS: Final = ("open", "place", "activate", "cancel", "add", "reduce", "close", "move")
+"""Operations of a broker that change something at the venue."""
+ONCE: Final = ("open", "place", "add", "reduce", "close")
+"""Those of them that must not be sent again once the venue has carried them out."""
+BEFORE: Final = 2000
+"""Minutes of candles before the start."""
+
+
+class Rows(CandleSource):
+    """Candles that are known from the beginning."""
+
+    cached = False
+    page_limit = ANY_RANGE
+
+    def __init__(self, candles: CandleSeries) -> None:
+        self._candles = candles
+
+    async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
+        return self._candles.between(start_ms, stop_ms)
+
+
+def flat_candles(price_of: Callable[[int], float], minutes: int) -> CandleSeries:
+    """A candle a minute, all at the price of that minute."""
+    numbers = np.arange(-BEFORE, minutes)
+    prices = np.array([price_of(int(number)) for number in numbers])
+    return CandleSeries(START + numbers * MINUTE_MS, prices, prices, prices, prices, np.ones(len(numbers)))
+
+
+def story_candles() -> CandleSeries:
+    return flat_candles(story_price, 300)
+
+
+class DeadlyFaults(Faults):
+    """Kills who sends a request, when it has come in: before it is done, or after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.victim = 0
+        """Whom: a pid, or nobody."""
+        self.deaths: list[tuple[str, int]] = []
+        """At which requests: an operation, and how many of its kind go well first. One by one."""
+        self._met = 0
+
+    def strike(self, method: str, path: str) -> Strike:
+        if self.deaths and self.victim and path == f"/broker/{self.deaths[0][0]}":
+            self._met += 1
+            if self._met > self.deaths[0][1]:
+                self.deaths.pop(0)
+                self._met = 0
+                os.kill(self.victim, signal.SIGKILL)
+        return super().strike(method, path)
+
+
+class Forks:
+    """A process that forks bots, and how they end. One at a time for each name."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._number = 0
+        self._told: dict[int, asyncio.Queue[dict[str, int]]] = {}
+        self._reading = asyncio.create_task(self._read())
+
+    @classmethod
+    async def start(cls) -> Forks:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": "0"}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, str(BOT), env=environment, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        )
+        return cls(process)
+
+    async def bot(self, **job: Any) -> Bot:
+        """A child that does `job`."""
+        self._number += 1
+        assert self._process.stdin is not None
+        told = self._told[self._number] = asyncio.Queue()
+        self._process.stdin.write(msgspec.json.encode(Job(number=self._number, **job)) + b"\n")
+        begun = await told.get()
+        return Bot(begun["pid"], told)
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            told = msgspec.json.decode(line)
+            self._told[told["number"]].put_nowait(told)
+
+    async def stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        await self._process.wait()
+        await self._reading
+
+
+class Bot:
+    def __init__(self, pid: int, told: asyncio.Queue[dict[str, int]]) -> None:
+        self.pid = pid
+        self._told = told
+
+    async def ended(self) -> int:
+        """Its exit code; below 0 the signal that has ended it."""
+        async with asyncio.timeout(120):
+            return (await self._told.get())["exit"]
+
+
+class Stage:
+    """One venue, one place for what bots write, and bots that come and go."""
+
+    def __init__(self, forks: Forks, server: VenueServer, place: Path, **job: Any) -> None:
+        self.forks = forks
+        self.server = server
+        self.place = place
+        self.faults = server.faults
+        self.kills = 0
+        self._job: dict[str, Any] = {
+            "venue": server.url,
+            "store": f"file:{place}/store",
+            "place": str(place),
+            "script": "story",
+            **job,
+        }
+
+    async def bot(self, **job: Any) -> Bot:
+        bot = await self.forks.bot(**{**self._job, **job})
+        if isinstance(self.faults, DeadlyFaults):
+            self.faults.victim = bot.pid
+        return bot
+
+    async def trade(self, crashes: Sequence[str] = (), **job: Any) -> None:
+        """Trade to the end, dying at the crash points in turn. One that is not reached in a life ends the list."""
+        for crash in crashes:
+            bot = await self.bot(crash=crash, **job)
+            if (code := await bot.ended()) == 0:
+                return
+            assert code == -signal.SIGKILL, self.said()
+            self.kills += 1
+            job.pop("full_from_ms", None)
+        while (code := await (await self.bot(**job)).ended()) != 0:
+            assert code == -signal.SIGKILL, self.said()
+            assert isinstance(self.faults, DeadlyFaults), "nobody was told to kill it"
+            self.kills += 1
+
+    def said(self) -> str:
+        return (self.place / "log").read_text()[-4000:]
+
+    def end(self, name: str = "bot") -> End:
+        return msgspec.json.decode((self.place / f"end-{name}").read_bytes(), type=End)
+
+    def heard(self, which: str) -> list[Heard]:
+        lines = (self.place / which).read_bytes().splitlines()
+        return [msgspec.json.decode(line, type=Heard) for line in lines]
+
+    def outcome(self) -> dict[str, Any]:
+        """Everything that must be the same, however often somebody died on the way."""
+        exchange = self.server.venue.exchanges["futures"]
+        account = exchange.account(API_KEY)
+        books = self.end().books
+        strategy = books["strategy"] or {}
+        return {
+            "orders": {
+                plain_id(order.client_order_id): msgspec.structs.asdict(order)
+                | {"id": 0, "client_order_id": plain_id(order.client_order_id)}
+                for order in exchange.orders.values()
+            },
+            "fills": [
+                (plain_id(fill.client_order_id), fill.side, fill.price, fill.quantity, fill.fee, fill.time_ms)
+                for fill in exchange.fills
+            ],
+            "wallet": account.wallet,  # type: ignore[union-attr]
+            "positions": {
+                symbol: (each.quantity, each.price_open)
+                for symbol, each in account.positions.items()  # type: ignore[union-attr]
+                if each.quantity
+            },
+            "books": {
+                "signal": books["signal"],
+                "schedule": books["schedule"],
+                **{name: strategy.get(name) for name in ("closing", "order", "intent", "lastSlotMs", "lastSignalId")},
+            },
+            "records": {
+                (each.action, each.when_ms, each.signal_id, each.event.get("change")): each.event
+                for each in self.heard("records")
+            },
+            "trades": [each.event["trade"] for each in unique(self.heard("records")) if each.action == "closed"],
+        }
+
+    def check(self) -> list[str]:
+        """What is wrong, whatever the run without a death would have done."""
+        wrong = []
+        heard = Counter(
+            (each.action, each.when_ms, each.signal_id, each.event.get("change")) for each in self.heard("heard")
+        )
+        wrong += [f"heard {count} times: {what}" for what, count in heard.items() if count > 1]
+        wrong += [f"trouble: {each.action} {each.event}" for each in self.heard("trouble")]
+        wrong += self.sent_again()
+        return wrong
+
+    def sent_again(self) -> list[str]:
+        """Orders that came in again after the venue had carried them out."""
+        done, again = set(), []
+        for request in self.server.requests:
+            operation = request["path"].removeprefix("/broker/")
+            order_id = (operation, request["params"].get("clientOrderId"))
+            if operation not in ONCE:
+                continue
+            if order_id in done:
+                again.append(f"sent again: {order_id} at {request['atMs']}")
+            if request.get("outcome") in (200, "done, and the answer lost"):
+                done.add(order_id)
+        return again
+
+
+def unique(heard: list[Heard]) -> list[Heard]:
+    """Each event once, in the order in which they were told first."""
+    return list({(each.action, each.when_ms, each.signal_id, each.event.get("change")): each for each in heard}.values())
+
+
+def plain_id(client_order_id: str) -> str:
+    """A client order id without its running number, which grows with every attempt."""
+    return re.sub(r"(-[a-z])\d+$", r"\1", client_order_id)
+
+
+@contextlib.asynccontextmanager
+async def forking() -> AsyncIterator[Forks]:
+    forks = await Forks.start()
+    try:
+        yield forks
+    finally:
+        await forks.stop()
+
+
+@contextlib.contextmanager
+def fast_place(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory where there is one: a kill leaves the page cache alone, and a disk would only be slower."""
+    memory = Path("/dev/shm")  # noqa: S108
+    if os.access(memory, os.W_OK):
+        with tempfile.TemporaryDirectory(prefix="backtest-kit-", dir=memory) as directory:
+            yield Path(directory)
+    else:
+        yield tmp_path
+
+
+@contextlib.asynccontextmanager
+async def stage(
+    forks: Forks,
+    place: Path,
+    *,
+    candles: CandleSeries | None = None,
+    clock: Clock | None = None,
+    faults: Sequence[Fault] = (),
+    symbols: tuple[str, ...] = ("BTCUSDT",),
+    start_ms: int = START,
+    venue: dict[str, Any] | None = None,
+    **job: Any,
+) -> AsyncIterator[Stage]:
+    """A stage on which nobody trades yet."""
+    place.mkdir(parents=True)
+    deadly = DeadlyFaults()
+    for fault in faults:
+        deadly.add(fault)
+    source = Rows(story_candles() if candles is None else candles)
+    server = VenueServer(
+        Venue(source, symbols, clock or SteppedClock(start_ms), **(venue or {})), faults=deadly
+    )
+    await server.start()
+    try:
+        yield Stage(forks, server, place, **job)
+    finally:
+        await server.stop()
