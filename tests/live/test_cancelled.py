@@ -72,11 +72,11 @@ async def whole(tmp_path: Path) -> tuple[dict[Any, Any], int]:
     return facts(records.events), rig.turns
 
 
-@pytest.mark.parametrize("offset", range(4))
+@pytest.mark.parametrize("offset", [0, 3])
 async def test_cancelled_at_any_turn_of_the_loop(tmp_path: Path, offset: int) -> None:
     expected, turns = await whole(tmp_path)
     assert turns > 250
-    for steps in range(offset, turns, 4):
+    for steps in range(offset, turns, 8):
         rig, records = slow_rig(tmp_path / "part", bk.MemoryStore())
         over = await part(rig, records, steps)
         while not over:
@@ -86,7 +86,7 @@ async def test_cancelled_at_any_turn_of_the_loop(tmp_path: Path, offset: int) ->
         assert not rig.of(bk.StrategyFailed, bk.Degraded), steps
 
 
-@pytest.mark.parametrize("step", [3, 7, 19, 41])
+@pytest.mark.parametrize("step", [3, 19])
 async def test_cancelled_every_few_turns(tmp_path: Path, store: Store, step: int) -> None:
     expected, _ = await whole(tmp_path)
     rig, records = slow_rig(tmp_path / "part", store)

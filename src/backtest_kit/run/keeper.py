@@ -20,6 +20,7 @@ from backtest_kit.model.position import Position, RestingEntry
 from backtest_kit.run.emergency import EmergencyFile
 from backtest_kit.run.ledger import Book, Ledger, RiskMoved, records_of
 from backtest_kit.run.live_risk import LiveRisk
+from backtest_kit.run.orders import ENTRIES
 
 T = TypeVar("T")
 Need = Literal["store", "disk", "try"]
@@ -75,6 +76,10 @@ class Keeper:
         if kept is not None and (newer := self._newer(kept)) is not None:
             book = newer
             steps.append("took what the store lacked from the emergency file")
+        if book.intent is not None:
+            # Attempts that a crash cut off say nothing about the venue: of all of them one counts.
+            order = msgspec.structs.replace(book.intent.order, attempt=min(book.intent.order.attempt, 1))
+            book = msgspec.structs.replace(book, intent=msgspec.structs.replace(book.intent, order=order))
         self.book = msgspec.structs.replace(book, owner=owner)
         return tuple(steps)
 
@@ -121,7 +126,7 @@ class Keeper:
 
     async def _store(self, book: Book) -> None:
         if self._stale:
-            await self._risk.read()
+            await self._ask_again(book)
             self._stale = False
         while True:
             writes = self._risk.writes(_counted(book), book.seen_ms)
@@ -134,12 +139,11 @@ class Keeper:
             return
 
     async def _ask_again(self, book: Book) -> None:
-        if book.intent is None or book.intent.order.kind not in ("open", "place"):
+        """Read the profiles anew; what is about to be opened must be allowed by exactly what was read."""
+        if book.intent is None or book.intent.order.kind not in ENTRIES:
             await self._risk.read()
         elif refusal := await self._risk.ask_again():
             raise RiskRefused(*refusal)
-        else:
-            await self._risk.read()
 
     async def _put_aside(self, book: Book, error: BacktestKitError, need: Need) -> None:
         before = self.degraded, self.aside

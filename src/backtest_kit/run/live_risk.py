@@ -70,7 +70,10 @@ class LiveRisk:
 
     async def ask_again(self) -> tuple[str, str] | None:
         """The last question once more: somebody has changed a profile since."""
-        return None if self._asked is None else await self.refusal(*self._asked)
+        if self._asked is None:
+            await self.read()
+            return None
+        return await self.refusal(*self._asked)
 
     async def read(self) -> None:
         """Take in how all profiles are now."""

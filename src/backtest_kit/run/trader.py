@@ -37,6 +37,7 @@ from backtest_kit.run.keeper import Keeper, Need, RiskRefused, Unsaved
 from backtest_kit.run.ledger import LASTING, Book
 from backtest_kit.run.minute import Minute, Watcher, as_signal
 from backtest_kit.run.orders import (
+    COMMANDS,
     ENTRIES,
     EXITS,
     Intent,
@@ -218,6 +219,8 @@ class Trader(Watcher):
                 self._desk.state = self._used_up(intent)
                 return ()
             self._fail(intent.order, str(error), "it was not sent, because nothing could keep a note of it", alarm=True)
+            if kind not in COMMANDS:
+                return ()
             raise Refused(f"it could not be written down: {error}") from error
         except RiskRefused as refused:
             await self._keep(msgspec.structs.replace(self.book, state=self._used_up(intent)), "try")
@@ -298,11 +301,13 @@ class Trader(Watcher):
             if order.reason:
                 self._fail(order, text, "the entry goes on waiting for its price")
             return ()
-        if nothing_there or isinstance(error, OrderDeleted):
+        if order.kind in COMMANDS and (nothing_there or isinstance(error, OrderDeleted)):
             await self._conclude(order, state, ())
             self._fail(order, text, "it was dropped")
             raise Refused(text)
         self._fail(order, text, "the venue is asked about it at the next minute")
+        if order.kind not in COMMANDS:
+            return ()
         raise Refused(f"nobody knows whether the venue did it: {text}")
 
     async def _rejected(self, intent: Intent, text: str) -> tuple[Event, ...]:
