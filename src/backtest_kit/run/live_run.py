@@ -122,7 +122,8 @@ class LiveRun:
         self.began = asyncio.Event()
         """Set once what the run before has left is taken in."""
         self.lease: Lease | None = None
-        self.when_ms = floor_ms(job.clock.now_ms(), MINUTE_MS)
+        self.when_ms = 0
+        """The minute that is acted at; 0 until the clock is started."""
         self.missed = 0
         self.drift_ms: int | None = None
 
@@ -173,6 +174,7 @@ class LiveRun:
         async with AsyncExitStack() as stack:
             await job.clock.start()
             stack.push_async_callback(job.clock.stop)
+            self.when_ms = floor_ms(job.clock.now_ms(), MINUTE_MS)
             await self._persistence.open(mode)
             lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl)
             self.lease = lease
