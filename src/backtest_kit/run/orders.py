@@ -197,13 +197,15 @@ def judged(order: Order, report: OrderReport) -> Literal["done", "undone", "open
         return "done" if status in ("cancelled", "filled") else "undone"
     if status == "filled":
         return "done"
+    if status in ("resting", "partly_filled") and order.kind in ("place", "activate"):
+        # What rests goes on resting until all of it is filled, or it is cancelled.
+        return "done" if order.kind == "place" else "undone"
     if status == "resting":
-        rests = order.kind in ("place", "move_stop", "move_take", "breakeven")
-        return "done" if rests else "undone" if order.kind == "activate" else "open"
-    if order.kind == "close":
-        return "open" if status == "partly_filled" else "undone"
+        return "done" if order.kind in ("move_stop", "move_take", "breakeven") else "open"
+    if status == "partly_filled":
+        return "open"
     # Of what opens or changes a position counts what was really bought or sold.
-    return "done" if bought else "open" if status == "partly_filled" else "undone"
+    return "done" if bought and order.kind != "close" else "undone"
 
 
 def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tuple[State, tuple[Event, ...]]:
