@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
+import importlib
 import os
 import select
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -23,6 +26,7 @@ import msgspec
 from tests.live import scripts
 
 import backtest_kit as bk
+from backtest_kit.market.clock import SteppedClock
 from backtest_kit.persist import crashpoints
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.contracts import CONTRACTS
@@ -157,9 +161,7 @@ async def trade(job: Job) -> End:
     kit.live.observers.append(keep_records)
     kit.on(bk.PositionActive, watch_disk)
     where: dict[str, Any] = {"strategy_name": "story", "exchange_name": "venue"}
-    handles = [
-        kit.live.background(symbol, **where, lease_ttl=job.lease_ttl, paper=job.paper) for symbol in job.symbols
-    ]
+    handles = [kit.live.background(symbol, **where, lease_ttl=job.lease_ttl, paper=job.paper) for symbol in job.symbols]
     over = asyncio.ensure_future(clock.over.wait())
     tasks = {handle.task for handle in handles}
     while not over.done() and tasks:
@@ -211,8 +213,32 @@ def be_killed(job: Job) -> int:
     return 0
 
 
+def warm_up() -> None:
+    """Have everything at hand that a child needs, so that none imports it for itself."""
+    for name in ("aiohttp.web", "backtest_kit.kit", "concurrent.futures.thread"):
+        importlib.import_module(name)
+    asyncio.run(trade_a_little())
+    gc.freeze()
+
+
+async def trade_a_little() -> None:
+    clock, script = UntilClock(SteppedClock(scripts.START, sleepers=1), scripts.START + 120_000), scripts.Always(None)
+    with tempfile.TemporaryDirectory() as directory:
+        kit = bk.Kit(directory)
+        kit.persistence.bind("*", bk.MemoryStore())
+        kit.add_exchange_schema("venue", source=bk.sources.synthetic(7), broker=bk.Broker(), clock=clock)
+        kit.add_strategy_schema("story", get_signal=script.get_signal, manage=script.manage)
+        handle = kit.live.background("BTCUSDT", strategy_name="story", exchange_name="venue")
+        over = asyncio.ensure_future(clock.over.wait())
+        await asyncio.wait({over, handle.task}, return_when=asyncio.FIRST_COMPLETED)
+        over.cancel()
+        handle.cancel()
+        await asyncio.wait({handle.task})
+
+
 def serve() -> None:
     """Fork a child for each line that comes in, until there is no more input."""
+    warm_up()
     children: dict[int, tuple[int, int]] = {}
     rest, reading = b"", True
     while reading or children:

@@ -9,7 +9,7 @@ import backtest_kit as bk
 from backtest_kit.model.interval import MINUTE_MS, to_ms
 
 START: Final = to_ms("2024-06-01T10:00")
-STORY_MINUTES: Final = 44
+STORY_MINUTES: Final = 47
 
 
 class Script(Protocol):
@@ -21,7 +21,7 @@ class Script(Protocol):
 
 
 def story_price(minute: int) -> float:
-    """It rises for twelve minutes, falls for thirty, and rises again."""
+    """It rises for twelve minutes, falls for twenty-eight, and rises again."""
     if minute < 12:
         return 100 * (1 + 0.001 * minute)
     if minute < 40:
@@ -50,7 +50,7 @@ class Story:
     async def get_signal(self, ctx: bk.Context) -> bk.Signal | None:
         price = ctx.price
         match minute_of(ctx):
-            case 1 | 41:
+            case 1 | 43:
                 return bk.Signal.bracket("long", price=price, take_profit_pct=10, stop_loss_pct=10)
             case 10:
                 return resting("short", price * 1.0015, 10)
@@ -76,7 +76,7 @@ class Story:
             first = 0 if long else 13
             if minute - first in commands:
                 await commands[minute - first]()
-            if minute == 42:
+            if minute == 44:
                 await position.close()
         elif entry is not None and minute in (26, 30):
             await entry.cancel()
@@ -100,9 +100,7 @@ class Always:
 
 def resting(side: Any, price: float, distance_pct: float) -> bk.Signal:
     sign = 1 if side == "long" else -1
-    return bk.Signal(
-        side, price * (1 + sign * 0.1), price * (1 - sign * distance_pct / 100), price_open=price
-    )
+    return bk.Signal(side, price * (1 + sign * 0.1), price * (1 - sign * distance_pct / 100), price_open=price)
 
 
 def minute_of(ctx: bk.Context) -> int:

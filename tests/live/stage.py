@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
+import pytest
 from tests.live.bot import End, Heard, Job
 from tests.live.scripts import START, story_price
 
@@ -222,7 +223,26 @@ class Stage:
         wrong += [f"heard {count} times: {what}" for what, count in heard.items() if count > 1]
         wrong += [f"trouble: {each.action} {each.event}" for each in self.heard("trouble")]
         wrong += self.sent_again()
+        wrong += self.miscounted()
         return wrong
+
+    def miscounted(self) -> list[str]:
+        """Positions whose books say another cost than the venue was paid."""
+        exchange = self.server.venue.exchanges["futures"]
+        paid: dict[str, float] = {}
+        for order in exchange.orders.values():
+            if order.filled and not order.reduce_only:
+                paid[order.group] = paid.get(order.group, 0.0) + float(order.filled_cost)
+        booked = {
+            each.signal_id: sum(entry["cost"] for entry in each.event["trade"]["entries"])
+            for each in self.heard("records")
+            if each.action == "closed"
+        }
+        return [
+            f"{signal_id} was paid {paid.get(signal_id)} and is in the books with {cost}"
+            for signal_id, cost in booked.items()
+            if paid.get(signal_id) != pytest.approx(cost)
+        ] + [f"{signal_id} is in no books" for signal_id in paid.keys() - booked.keys()]
 
     def sent_again(self) -> list[str]:
         """Orders that came in again after the venue had carried them out."""
@@ -241,7 +261,9 @@ class Stage:
 
 def unique(heard: list[Heard]) -> list[Heard]:
     """Each event once, in the order in which they were told first."""
-    return list({(each.action, each.when_ms, each.signal_id, each.event.get("change")): each for each in heard}.values())
+    return list(
+        {(each.action, each.when_ms, each.signal_id, each.event.get("change")): each for each in heard}.values()
+    )
 
 
 def plain_id(client_order_id: str) -> str:
@@ -288,9 +310,7 @@ async def stage(
     for fault in faults:
         deadly.add(fault)
     source = Rows(story_candles() if candles is None else candles)
-    server = VenueServer(
-        Venue(source, symbols, clock or SteppedClock(start_ms), **(venue or {})), faults=deadly
-    )
+    server = VenueServer(Venue(source, symbols, clock or SteppedClock(start_ms), **(venue or {})), faults=deadly)
     await server.start()
     try:
         yield Stage(forks, server, place, **job)

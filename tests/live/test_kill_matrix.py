@@ -1,0 +1,172 @@
+"""Killed at every live crash point, whatever the exchange made of the order: it ends as the run that nobody killed.
+
+A bot trades the story of `scripts` on a venue's socket. For every crash point and every fate of an order it dies
+there by SIGKILL, starts again, dies there once more, and goes on to the end. Then position, cash, orders, fills,
+books and trades are those of a run with the same fate and no death, no order was sent again that the venue had
+carried out, and nobody has heard of anything twice.
+
+On files it is the whole matrix. On MongoDB + Redis it is a part of it that changes from day to day, and the whole
+with KILL_MATRIX=whole in the environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from tests.live.scripts import START, STORY_MINUTES
+from tests.live.stage import Forks, fast_place, forking, stage
+
+from backtest_kit.model.interval import MINUTE_MS
+from backtest_kit.persist.crashpoints import CRASHPOINTS
+from backtest_kit.simulation.faults import Fault
+
+pytestmark = pytest.mark.crash
+
+POINTS: Final = tuple(point for point in CRASHPOINTS if point.startswith("live."))
+KINDS: Final = tuple(dict.fromkeys(point.split(".")[1] for point in POINTS if point.endswith(".after_intent")))
+FATES: Final[dict[str, dict[str, Any] | None]] = {
+    "not_received": {"kind": "lose_request"},
+    "answer_lost": {"kind": "lose_response"},
+    "filled": None,
+    "partly_filled": {"kind": "partial", "fraction": "0.4"},
+    "filled_in_part_only": {"kind": "partial", "fraction": "0.4", "rest_expires": True},
+    "rejected": {"kind": "reject"},
+}
+"""What becomes of the first order of a kind."""
+REQUESTS: Final = {"move_take": ("move", 0), "breakeven": ("move", 1), "move_stop": ("move", 2)}
+"""Operation of the broker for a kind, where it is another one, and how many of them come before."""
+SEATS: Final = 4
+"""Bots that trade at the same time."""
+Cell = tuple[str, str, str]
+"""A crash point, the kind of order whose fate it is, and that fate."""
+
+
+def impossible(kind: str, fate: str) -> str:
+    """Why a venue cannot treat an order of this kind so; empty where it can."""
+    if fate in ("partly_filled", "filled_in_part_only") and kind in ("move_take", "move_stop", "breakeven", "cancel"):
+        return "it buys and sells nothing"
+    if fate == "rejected" and kind == "activate":
+        return "it sends no order: the entry was taken when it was placed"
+    return ""
+
+
+def cells() -> list[Cell]:
+    found = []
+    for point in POINTS:
+        kind = point.split(".")[1]
+        struck = [kind] if kind in KINDS else ["close"] if kind in ("minute", "emergency") else ["open", "close"]
+        found += [(point, each, fate) for each in struck for fate in FATES if not impossible(each, fate)]
+    return found
+
+
+def faults_of(kind: str, fate: str) -> list[Fault]:
+    fault = FATES[fate]
+    if fault is None:
+        return []
+    operation, skip = REQUESTS.get(kind, (kind, 0))
+    if kind == "activate" and fault["kind"] == "partial":
+        operation = "place"  # what is activated later is filled as the entry was taken
+    return [Fault.convert({**fault, "endpoint": f"POST /broker/{operation}", "skip": skip})]
+
+
+def schedule(cell: Cell) -> tuple[list[str], dict[str, Any]]:
+    """Where to die one life after the other, and what else is wrong in the first."""
+    point, kind, _ = cell
+    if point.startswith("live.start."):
+        return [f"live.{kind}.after_intent", point, point], {}
+    if point.startswith("live.emergency."):
+        return [point], {"full_from_ms": START + 7 * MINUTE_MS}
+    return [point, point], {}
+
+
+class Theatre:
+    """Plays cells, a few at a time, and compares each with the run of its fate that nobody killed."""
+
+    def __init__(self, forks: Forks, place: Path) -> None:
+        self._forks = forks
+        self._place = place
+        self._seats = asyncio.Semaphore(SEATS)
+        self._oracles: dict[tuple[str, str], asyncio.Task[dict[str, Any]]] = {}
+        self.kills = 0
+        self.hit: set[str] = set()
+
+    async def play(self, cell: Cell) -> list[str]:
+        """What went wrong."""
+        point, kind, fate = cell
+        expected = await self._oracle(kind, fate)
+        crashes, first = schedule(cell)
+        async with self._seats, self._stage("-".join(cell), kind, fate) as here:
+            await here.trade(crashes, **first)
+            wrong = here.check()
+            if here.kills:
+                self.hit.add(point)
+            else:
+                wrong.append("it was never killed")
+            self.kills += here.kills
+            wrong += differences(expected, here.outcome())
+            return [f"{cell}: {each}" for each in wrong]
+
+    async def _oracle(self, kind: str, fate: str) -> dict[str, Any]:
+        struck = ("", "filled") if fate == "filled" else (kind, fate)
+        if struck not in self._oracles:
+            self._oracles[struck] = asyncio.create_task(self._undisturbed(*struck))
+        return await self._oracles[struck]
+
+    async def _undisturbed(self, kind: str, fate: str) -> dict[str, Any]:
+        async with self._seats, self._stage(f"oracle-{kind}-{fate}", kind, fate) as here:
+            await here.trade()
+            assert here.check() == [], (kind, fate)
+            hits = [fault["hit"] for fault in here.faults.listed()]
+            assert hits == [1] * len(hits), (kind, fate, hits)
+            return here.outcome()
+
+    def _stage(self, name: str, kind: str, fate: str) -> Any:
+        return stage(
+            self._forks, self._place / name, faults=faults_of(kind, fate), end_ms=START + STORY_MINUTES * MINUTE_MS
+        )
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    wrong = []
+    for what, value in expected.items():
+        if found[what] == value:
+            continue
+        if isinstance(value, dict):
+            names = [name for name in {**value, **found[what]} if value.get(name) != found[what].get(name)]
+            wrong += [f"{what} {name}: {found[what].get(name)} instead of {value.get(name)}" for name in names]
+        else:
+            wrong.append(f"{what}: {found[what]} instead of {value}")
+    return wrong
+
+
+async def play(cells: list[Cell], place: Path) -> Theatre:
+    async with forking() as forks:
+        theatre = Theatre(forks, place)
+        wrong = [each for found in await asyncio.gather(*map(theatre.play, cells)) for each in found]
+    assert not wrong, f"{len(wrong)} differences, the first are\n" + "\n".join(wrong[:20])
+    return theatre
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    with fast_place(tmp_path) as place:
+        yield place
+
+
+def test_the_matrix_is_whole() -> None:
+    assert len(POINTS) >= 40
+    assert len(cells()) >= 200
+    assert {point for point, *_ in cells()} == set(POINTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fate", FATES)
+async def test_killed_at_every_point_on_files(place: Path, fate: str) -> None:
+    chosen = [cell for cell in cells() if cell[2] == fate]
+    theatre = await play(chosen, place)
+    assert theatre.hit == {point for point, *_ in chosen}
+    assert theatre.kills >= len(chosen) * 1.5
