@@ -300,3 +300,14 @@ async def test_too_small_an_order_is_rejected_and_none_is_left(serve: Serve, bro
     with pytest.raises(OrderRejected, match="XRPUSDT is not traded here"):
         await broker.holdings(["XRPUSDT"])
     assert await broker.holdings(["BTCUSDT"]) == []
+
+
+async def test_a_part_at_reference_is_the_whole_fill(serve: Serve, broker_of: BrokerOf) -> None:
+    server = await serve()
+    broker = broker_of(server, fill_at="reference")
+    server.faults.add(Fault(kind="partial"))
+    part = await broker.open_position(order_of("open"))
+    assert part is not None
+    assert (part.price, part.quantity) == (50_000.0, 0.01)
+    report = await broker.find(order_of("open"))
+    assert (report.status, report.fill) == ("filled", part)

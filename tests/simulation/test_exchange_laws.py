@@ -15,29 +15,28 @@ MINUTE_MS = 60_000
 BEGIN = Decimal(100_000)
 
 prices = st.integers(45_000, 55_000).map(lambda whole: Decimal(whole).quantize(MARKET.tick_size))
-quantities = st.integers(10, 400_000).map(lambda lots: lots * MARKET.lot_size)
+quantities = st.integers(100, 60_000).map(lambda lots: lots * MARKET.lot_size)
+rarely = st.sampled_from([False, False, False, False, True])
 new_orders = st.builds(
     NewOrder,
     symbol=st.just("BTCUSDT"),
     side=st.sampled_from(["buy", "sell"]),
-    type=st.sampled_from(["market", "limit", "stop", "take", "stop_limit", "take_limit"]),
-    client_order_id=st.sampled_from([f"id-{number}" for number in range(12)]),
+    type=st.sampled_from(["market", "market", "limit", "limit", "stop", "take", "stop_limit", "take_limit"]),
+    client_order_id=st.integers(1, 60).map("id-{}".format),
     quantity=quantities,
-    price=st.none() | prices,
+    price=prices,
     trigger=prices,
-    reduce_only=st.booleans(),
-    post_only=st.booleans(),
-    immediate=st.booleans(),
+    reduce_only=rarely,
+    post_only=rarely,
+    immediate=rarely,
     group=st.sampled_from(["", "g1", "g2"]),
-    protects=st.booleans(),
+    protects=rarely,
 )
 minutes = st.lists(prices, min_size=4, max_size=4).map(
     lambda four: (four[0], max(four), min(four), four[3])  # open, high, low, close
 )
-steps = st.lists(
-    st.tuples(new_orders, st.none() | st.sampled_from([Decimal("0.3"), Decimal("0.9")])) | minutes | st.integers(1, 12),
-    max_size=40,
-)
+orders_and_parts = st.tuples(new_orders, st.none() | st.sampled_from([Decimal("0.3"), Decimal("0.9")]))
+steps = st.lists(orders_and_parts | orders_and_parts | minutes | st.integers(1, 12), min_size=8, max_size=30)
 
 
 def exchange_at(price: str = "50000", kind: Kind = "futures", **terms: Any) -> Exchange:
@@ -90,7 +89,8 @@ def test_nothing_is_made_or_lost(given_steps: list[Any], kind: Kind, fraction: D
     else:
         assert isinstance(account, FuturesAccount)
         realized = sum((fill.realized for fill in fills), Decimal(0))
-        assert account.wallet == BEGIN + realized - quote_fees
+        # The average price of an entry has no end of digits.
+        assert account.wallet == pytest.approx(BEGIN + realized - quote_fees, abs=Decimal("1e-15"))
         assert account.held(MARKET) == bought - sold
         assert account.reserved == reserved
         # Profit is what the trades brought, whatever was averaged on the way.

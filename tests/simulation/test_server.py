@@ -42,7 +42,7 @@ async def trader() -> AsyncIterator[Callable[[VenueServer], Any]]:
 
     def make(server: VenueServer) -> Any:
         options = ccxt_options(server.url, ccxt_library.binanceusdm)
-        made.append(ccxt_library.binanceusdm({**options, "enableRateLimit": False, "timeout": 500}))
+        made.append(ccxt_library.binanceusdm({**options, "enableRateLimit": False, "timeout": 10_000}))
         return made[-1]
 
     yield make
@@ -88,8 +88,11 @@ async def test_every_fault_as_ccxt_meets_it(
     (added,) = await ask(http_of(server), "POST", "/sim/faults", {"endpoint": "POST */order", **fault})
     assert (added["met"], added["hit"]) == (0, 0)
     params = {"newClientOrderId": "once"}
+    if fault["kind"] == "latency":
+        client.timeout = fault["latency_ms"] / 2
     with pytest.raises(error):
         await client.create_order("BTC/USDT:USDT", "market", "buy", 0.01, params=params)
+    client.timeout = 10_000
     if fault["kind"] == "latency":
         await until(lambda: server.requests[-1].get("outcome") == 200)
     (met,) = await ask(http_of(server), "GET", "/sim/faults")

@@ -308,6 +308,9 @@ class _Job:
         return order
 
     def _fill_reference(self, order: VenueOrder, quantity: Decimal) -> None:
+        """Fill it all; a part on purpose is the whole fill, since no market is there to fill the rest."""
+        if (partial := self._strike.of("partial")) is not None:
+            quantity = _exact(quantity * partial.fraction)
         action = FillReference(order.client_order_id, _number(self._order.price), quantity)
         self._venue.do(self._wish.kind, self._account, action)
 
