@@ -53,6 +53,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Which of `scripts.SCRIPTS` it trades."""
     symbols: tuple[str, ...] = ("BTCUSDT",)
     name: str = "bot"
+    """Who it is at the clock."""
+    actor: str = "bot"
+    """Who tells of its end."""
     fill_at: str = "venue"
     crash: str = ""
     """As in the environment of `crashpoints`."""
@@ -209,7 +212,7 @@ def be_killed(job: Job) -> int:
         sys.stderr.flush()
         return 1
     end = msgspec.structs.replace(end, passed=passed)
-    (place / f"end-{job.name}").write_bytes(msgspec.json.encode(end))
+    (place / f"end-{job.actor}").write_bytes(msgspec.json.encode(end))
     return 0
 
 

@@ -45,6 +45,7 @@ from backtest_kit.run.live_run import LiveJob, LiveRun
 from backtest_kit.run.orphans import OrphanPolicy
 from backtest_kit.run.replay import Gaps
 from backtest_kit.run.schema import Registry, StrategySchema, check_name
+from backtest_kit.run.services import Services
 from backtest_kit.run.trader import Observer
 from backtest_kit.settings import Settings
 
@@ -171,6 +172,7 @@ class LiveRunner:
         self._persistence = persistence
         self._settings = settings
         self._dump = dump
+        self._services = Services()
         self._running: set[LiveRun] = set()
         self.observers: list[Observer] = []
         """Who keeps records of what happened: each is given the events of a change once that is written down, and
@@ -336,8 +338,9 @@ class LiveRunner:
             )
 
         run = LiveRun(
-            job, self._feeds, self._bus, self._cron, self._persistence(), self._dump(), self.observers, alone, yielded
-        )
+            job, self._feeds, self._services, self._bus, self._cron, self._persistence(), self._dump(), self.observers,
+            alone, yielded,
+        )  # fmt: skip
 
         async def main() -> tuple[Trade, ...]:
             await run.live()
