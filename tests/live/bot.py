@@ -23,10 +23,14 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import msgspec
+import numpy as np
 from tests.live import scripts
 
 import backtest_kit as bk
 from backtest_kit.market.clock import SteppedClock
+from backtest_kit.market.sources import ANY_RANGE, CandleSource
+from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.interval import interval_ms
 from backtest_kit.persist import crashpoints
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.contracts import CONTRACTS
@@ -34,7 +38,9 @@ from backtest_kit.persist.files import Disk
 from backtest_kit.persist.store import Store
 from backtest_kit.persist.testing.faults import FaultFS
 from backtest_kit.persist.urls import store_at
-from backtest_kit.simulation.client import connect
+from backtest_kit.simulation.binance import API_KEY
+from backtest_kit.simulation.client import ReferenceBroker, connect
+from backtest_kit.simulation.venue import _grouped as grouped
 
 LASTING: Final = (bk.EntryScheduled, bk.EntryCancelled, bk.PositionOpened, bk.PositionClosed, bk.PositionChanged)
 TROUBLE: Final = (bk.StrategyFailed, bk.Degraded, bk.OrphanFound, bk.MinutesMissed)
@@ -63,6 +69,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """When the disk is full."""
     lease_ttl: float = 15.0
     paper: bool = False
+    market: str = ""
+    """File of the candles of a bot that has them and its time at hand, and only sends orders to the venue."""
+    begin_ms: int = 0
+    """When such a one begins."""
 
 
 class Heard(msgspec.Struct, frozen=True):
@@ -108,6 +118,55 @@ class UntilClock:
         await self._clock.sleep_until(when_ms)
 
 
+class KeptClock:
+    """A time that passes as fast as its one user works, and that is in a file: it goes on where he has died."""
+
+    def __init__(self, path: Path, begin_ms: int) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        self._now_ms = int(os.pread(self._fd, 20, 0) or begin_ms)
+
+    def now_ms(self) -> int:
+        return self._now_ms
+
+    async def sleep_until(self, when_ms: int) -> None:
+        await asyncio.sleep(0)
+        if when_ms > self._now_ms:
+            self._now_ms = when_ms
+            os.pwrite(self._fd, str(when_ms).encode(), 0)
+
+    async def start(self) -> None:
+        """Nothing to connect to."""
+
+    async def stop(self) -> None:
+        """Nothing to let go of."""
+
+
+class Rows(CandleSource):
+    """Candles that are known from the beginning."""
+
+    cached = False
+    page_limit = ANY_RANGE
+
+    def __init__(self, candles: CandleSeries) -> None:
+        self._candles = candles
+
+    async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
+        return grouped(self._candles.between(start_ms, stop_ms), interval_ms(interval))
+
+
+class OrdersOnly(ReferenceBroker):
+    """Sends orders, and asks only what became of them."""
+
+    async def check_position(self, position: bk.Position) -> bk.Fill | None:
+        return None
+
+    async def check_entry(self, entry: bk.RestingEntry) -> bk.Fill | None:
+        return None
+
+    async def holdings(self, symbols: Sequence[str]) -> list[bk.Holding] | None:
+        return None
+
+
 class Diary:
     """Lines that are in a file once they are written."""
 
@@ -137,15 +196,26 @@ def store_of(job: Job) -> tuple[Store, Callable[[], None]]:
     return FileStore(job.store.removeprefix("file:"), disk=Disk(disk)), disk.fill
 
 
+def exchange_of(job: Job) -> dict[str, Any]:
+    if job.market:
+        candles = CandleSeries(*np.load(job.market))
+        clock: VenueTime = KeptClock(Path(job.place) / "minute", job.begin_ms)
+        return {"source": Rows(candles), "broker": OrdersOnly(job.venue, API_KEY, "futures"), "clock": clock}
+    venue = connect(job.venue)
+    clock = venue.clock(job.name, sleepers=len(job.symbols))
+    return {"source": venue.source(), "broker": venue.broker(fill_at=job.fill_at), "clock": clock}
+
+
 async def trade(job: Job) -> End:
-    venue, place = connect(job.venue), Path(job.place)
-    clock = UntilClock(venue.clock(job.name, sleepers=len(job.symbols)), job.end_ms)
-    script = scripts.SCRIPTS[job.script](job)
+    place, exchange = Path(job.place), exchange_of(job)
+    exchange["clock"] = clock = UntilClock(exchange["clock"], job.end_ms)
+    name, _, seed = job.script.partition(":")
+    script = scripts.SCRIPTS[name](int(seed or 0))
     store, fill_disk = store_of(job)
     kit = bk.Kit(place / "dump")
     kit.set_config(**script.settings)
     kit.persistence.bind("*", store)
-    kit.add_exchange_schema("venue", source=venue.source(), broker=venue.broker(fill_at=job.fill_at), clock=clock)
+    kit.add_exchange_schema("venue", **exchange)
     kit.add_strategy_schema("story", get_signal=script.get_signal, manage=script.manage, interval=script.interval)
     heard, trouble, records = (Diary(place / name) for name in ("heard", "trouble", "records"))
     for kind in LASTING:
@@ -225,7 +295,7 @@ def warm_up() -> None:
 
 
 async def trade_a_little() -> None:
-    clock, script = UntilClock(SteppedClock(scripts.START, sleepers=1), scripts.START + 120_000), scripts.Always(None)
+    clock, script = UntilClock(SteppedClock(scripts.START, sleepers=1), scripts.START + 120_000), scripts.Always(0)
     with tempfile.TemporaryDirectory() as directory:
         kit = bk.Kit(directory)
         kit.persistence.bind("*", bk.MemoryStore())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Final, Protocol
+
+from tests.engine import test_against_reference as engine
 
 import backtest_kit as bk
 from backtest_kit.model.interval import MINUTE_MS, to_ms
@@ -44,7 +47,7 @@ class Story:
         "CC_GET_CANDLES_RETRY_COUNT": 1,
     }
 
-    def __init__(self, job: Any) -> None:
+    def __init__(self, seed: int) -> None:
         pass
 
     async def get_signal(self, ctx: bk.Context) -> bk.Signal | None:
@@ -88,7 +91,7 @@ class Always:
     interval = "1m"
     settings: Final = {"CC_GET_CANDLES_RETRY_COUNT": 1}
 
-    def __init__(self, job: Any) -> None:
+    def __init__(self, seed: int) -> None:
         pass
 
     async def get_signal(self, ctx: bk.Context) -> bk.Signal | None:
@@ -96,6 +99,25 @@ class Always:
 
     async def manage(self, ctx: bk.Context) -> None:
         pass
+
+
+class Random:
+    """A random strategy of the engine's tests, with one of its commands a minute: the same at every call."""
+
+    settings: Final = {"CC_MAX_SIGNAL_LIFETIME_MINUTES": math.inf, "CC_GET_CANDLES_RETRY_COUNT": 1}
+
+    def __init__(self, seed: int) -> None:
+        strategy = engine.RandomStrategy(seed)
+        strategy.named = False
+        self.interval: str = strategy.interval
+        self.get_signal = strategy.get_signal
+        self._commands = engine.RandomCommands(seed)
+
+    async def manage(self, ctx: bk.Context) -> None:
+        for name, value, note in self._commands._script(ctx)[:1]:
+            view: Any = ctx.position or ctx.entry
+            arguments = {"percent": value} if name == "reduce" else {"note": note} if note else {}
+            await getattr(view, name)(*([value] if name in ("add", "move_stop", "move_take") else []), **arguments)
 
 
 def resting(side: Any, price: float, distance_pct: float) -> bk.Signal:
@@ -107,4 +129,4 @@ def minute_of(ctx: bk.Context) -> int:
     return (ctx.when_ms - START) // MINUTE_MS
 
 
-SCRIPTS: Final[dict[str, Callable[[Any], Script]]] = {"story": Story, "always": Always}
+SCRIPTS: Final[dict[str, Callable[[int], Script]]] = {"story": Story, "always": Always, "random": Random}

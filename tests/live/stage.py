@@ -17,11 +17,10 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import pytest
-from tests.live.bot import End, Heard, Job
+from tests.live.bot import End, Heard, Job, Rows
 from tests.live.scripts import START, story_price
 
 from backtest_kit.market.clock import Clock, SteppedClock
-from backtest_kit.market.sources import ANY_RANGE, CandleSource
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.simulation.binance import API_KEY
@@ -36,19 +35,6 @@ ONCE: Final = ("open", "place", "add", "reduce", "close")
 """Those of them that must not be sent again once the venue has carried them out."""
 BEFORE: Final = 2000
 """Minutes of candles before the start."""
-
-
-class Rows(CandleSource):
-    """Candles that are known from the beginning."""
-
-    cached = False
-    page_limit = ANY_RANGE
-
-    def __init__(self, candles: CandleSeries) -> None:
-        self._candles = candles
-
-    async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
-        return self._candles.between(start_ms, stop_ms)
 
 
 def flat_candles(price_of: Callable[[int], float], minutes: int) -> CandleSeries:
@@ -233,6 +219,7 @@ class Stage:
         for order in exchange.orders.values():
             if order.filled and not order.reduce_only:
                 paid[order.group] = paid.get(order.group, 0.0) + float(order.filled_cost)
+        held = {(self.end().books["signal"] or {}).get("signalId")}
         booked = {
             each.signal_id: sum(entry["cost"] for entry in each.event["trade"]["entries"])
             for each in self.heard("records")
@@ -242,7 +229,7 @@ class Stage:
             f"{signal_id} was paid {paid.get(signal_id)} and is in the books with {cost}"
             for signal_id, cost in booked.items()
             if paid.get(signal_id) != pytest.approx(cost)
-        ] + [f"{signal_id} is in no books" for signal_id in paid.keys() - booked.keys()]
+        ] + [f"{signal_id} is in no books" for signal_id in paid.keys() - booked.keys() - held]
 
     def sent_again(self) -> list[str]:
         """Orders that came in again after the venue had carried them out."""
@@ -257,6 +244,30 @@ class Stage:
             if request.get("outcome") in (200, "done, and the answer lost"):
                 done.add(order_id)
         return again
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """What is not as expected, down to the value that differs."""
+    wrong = []
+    for what, value in expected.items():
+        other = found[what]
+        if isinstance(value, dict):
+            for name in {**value, **other}:
+                wrong += [f"{what} {name}: {each}" for each in difference(value.get(name), other.get(name))]
+        else:
+            wrong += [f"{what}: {each}" for each in difference(value, other)]
+    return wrong
+
+
+def difference(value: Any, other: Any) -> list[str]:
+    if value == other:
+        return []
+    if isinstance(value, dict) and isinstance(other, dict):
+        names = [name for name in {**value, **other} if value.get(name) != other.get(name)]
+        return [", ".join(f"{name} {other.get(name)} instead of {value.get(name)}" for name in names)]
+    if isinstance(value, list) and isinstance(other, list) and len(value) == len(other):
+        return [each for pair in zip(value, other, strict=True) for each in difference(*pair)]
+    return [f"{other} instead of {value}"]
 
 
 def unique(heard: list[Heard]) -> list[Heard]:
@@ -313,6 +324,6 @@ async def stage(
     server = VenueServer(Venue(source, symbols, clock or SteppedClock(start_ms), **(venue or {})), faults=deadly)
     await server.start()
     try:
-        yield Stage(forks, server, place, **job)
+        yield Stage(forks, server, place, symbols=symbols, **job)
     finally:
         await server.stop()
