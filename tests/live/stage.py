@@ -170,14 +170,15 @@ class Stage:
         """Everything that must be the same, however often somebody died on the way."""
         exchange = self.server.venue.exchanges["futures"]
         account = exchange.account(API_KEY)
+        orders: dict[str, list[Any]] = {}
+        for order in exchange.orders.values():
+            name = plain_id(order.client_order_id)
+            fields = msgspec.structs.asdict(order) | {"id": 0, "client_order_id": name}
+            orders.setdefault(name, []).append(fields)
         books = self.end().books
         strategy = books["strategy"] or {}
         return {
-            "orders": {
-                plain_id(order.client_order_id): msgspec.structs.asdict(order)
-                | {"id": 0, "client_order_id": plain_id(order.client_order_id)}
-                for order in exchange.orders.values()
-            },
+            "orders": orders,
             "fills": [
                 (plain_id(fill.client_order_id), fill.side, fill.price, fill.quantity, fill.fee, fill.time_ms)
                 for fill in exchange.fills
@@ -234,6 +235,7 @@ class Stage:
     def sent_again(self) -> list[str]:
         """Orders that came in again after the venue had carried them out."""
         done, again = set(), []
+        known = {order.client_order_id for order in self.server.venue.exchanges["futures"].orders.values()}
         for request in self.server.requests:
             operation = request["path"].removeprefix("/broker/")
             order_id = (operation, request["params"].get("clientOrderId"))
@@ -241,7 +243,8 @@ class Stage:
                 continue
             if order_id in done:
                 again.append(f"sent again: {order_id} at {request['atMs']}")
-            if request.get("outcome") in (200, "done, and the answer lost"):
+            # A close of what reductions have closed already is no order at the venue.
+            if request.get("outcome") in (200, "done, and the answer lost") and order_id[1] in known:
                 done.add(order_id)
         return again
 

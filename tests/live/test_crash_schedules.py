@@ -23,8 +23,8 @@ from backtest_kit.model.interval import MINUTE_MS
 
 pytestmark = [pytest.mark.crash, pytest.mark.slow]
 
-STRATEGIES = 4
-SCHEDULES = 2
+STRATEGIES = 20
+SCHEDULES = 10
 """Of each strategy."""
 MINUTES = 240
 SEATS = 4
@@ -126,7 +126,7 @@ def backtested(place: Path, rows: list[Any], seed: int) -> list[Any]:
 
 
 def terms(trades: list[Any]) -> list[Any]:
-    """What every mode tells of its trades. The venue counts in whole parts of a lot: costs differ in the last digits."""
+    """What every mode tells of its trades; costs at the venue are rounded in the last digits."""
     exact = ("position", "openedAtMs", "closedAtMs", "closeReason", "closeNote")
     close = ("priceOpen", "priceClose", "cost", "pnlPct", "pnlCost", "peakPct", "fallPct")
     return [([trade[name] for name in exact], [round(trade[name], 4) for name in close]) for trade in trades]

@@ -39,7 +39,12 @@ FATES: Final[dict[str, dict[str, Any] | None]] = {
 """What becomes of the first order of a kind."""
 REQUESTS: Final = {"move_take": ("move", 0), "breakeven": ("move", 1), "move_stop": ("move", 2)}
 """Operation of the broker for a kind, where it is another one, and how many of them come before."""
-AT_ONCE: Final = (("open", "not_received"), ("close", "not_received"), ("close", "rejected"))
+AT_ONCE: Final = (
+    ("open", "not_received"),
+    ("close", "not_received"),
+    ("close", "rejected"),
+    ("close", "filled_in_part_only"),
+)
 """What is sent again by each start, and next minute by who was not killed: with a start more it goes through in the
 minute of the decision, as if nothing had been wrong."""
 SEATS: Final = 4
@@ -101,9 +106,9 @@ class Theatre:
         """What went wrong."""
         point, kind, fate = cell
         sooner = point == "live.start.after_resolve" and (kind, fate) in AT_ONCE
-        expected = await self._oracle(kind, "filled" if sooner else fate)
+        expected = await self.oracle(kind, "filled" if sooner else fate)
         crashes, first = schedule(cell)
-        async with self._seats, self._stage("-".join(cell), kind, fate) as here:
+        async with self._seats, self.stage("-".join(cell), kind, fate) as here:
             await here.trade(crashes, **first)
             wrong = here.check()
             if here.kills:
@@ -111,24 +116,26 @@ class Theatre:
             else:
                 wrong.append("it was never killed")
             self.kills += here.kills
+            if sooner and fate == "filled_in_part_only":
+                expected = {what: value for what, value in expected.items() if what not in ("orders", "fills")}
             wrong += differences(expected, here.outcome())
             return [f"{cell}: {each}" for each in wrong]
 
-    async def _oracle(self, kind: str, fate: str) -> dict[str, Any]:
+    async def oracle(self, kind: str, fate: str) -> dict[str, Any]:
         struck = ("", "filled") if fate == "filled" else (kind, fate)
         if struck not in self._oracles:
             self._oracles[struck] = asyncio.create_task(self._undisturbed(*struck))
         return await self._oracles[struck]
 
     async def _undisturbed(self, kind: str, fate: str) -> dict[str, Any]:
-        async with self._seats, self._stage(f"oracle-{kind}-{fate}", kind, fate) as here:
+        async with self._seats, self.stage(f"oracle-{kind}-{fate}", kind, fate) as here:
             await here.trade()
             assert here.check() == [], (kind, fate)
             hits = [fault["hit"] for fault in here.faults.listed()]
             assert hits == [1] * len(hits), (kind, fate, hits)
             return here.outcome()
 
-    def _stage(self, name: str, kind: str, fate: str) -> Any:
+    def stage(self, name: str, kind: str, fate: str) -> Any:
         return stage(
             self._forks, self._place / name, faults=faults_of(kind, fate), end_ms=START + STORY_MINUTES * MINUTE_MS
         )
@@ -161,3 +168,25 @@ async def test_killed_at_every_point_on_files(place: Path, fate: str) -> None:
     theatre = await play(chosen, place)
     assert theatre.hit == {point for point, *_ in chosen}
     assert theatre.kills >= len(chosen) * 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("done", [False, True], ids=["before_it_is_done", "once_it_is_done"])
+async def test_killed_while_the_answer_is_awaited(place: Path, done: bool) -> None:
+    """The venue has the request, and who sent it is dead: before it is carried out, and before the answer is sent."""
+    async with forking() as forks:
+        theatre = Theatre(forks, place)
+
+        async def play(kind: str) -> list[str]:
+            operation, skip = REQUESTS.get(kind, (kind, 0))
+            expected = await theatre.oracle("", "filled")
+            async with theatre.stage(f"{kind}-{done}", "", "filled") as here:
+                if not done:
+                    here.faults.add(Fault(kind="lose_request", endpoint=f"POST /broker/{operation}", skip=skip))
+                here.faults.deaths.append((operation, skip))
+                await here.trade()
+                wrong = here.check() + differences(expected, here.outcome())
+                return [f"{kind}: {each}" for each in [*wrong, *["it was not killed"] * (here.kills != 1)]]
+
+        wrong = [each for found in await asyncio.gather(*map(play, KINDS)) for each in found]
+    assert not wrong, "\n".join(wrong[:20])
