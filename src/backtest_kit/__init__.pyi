@@ -8,6 +8,9 @@ from .broker.base import (
     OrderReport as OrderReport,
     OrderTransient as OrderTransient,
 )
+from .broker.ccxt import (
+    CcxtBroker as CcxtBroker,
+)
 from .broker.paper import (
     PaperBroker as PaperBroker,
 )
@@ -21,10 +24,12 @@ from .default import (
     cron as cron,
     default_kit as default_kit,
     get_config as get_config,
+    interval as interval,
     list_exchange_schemas as list_exchange_schemas,
     list_frame_schemas as list_frame_schemas,
     list_risk_schemas as list_risk_schemas,
     list_strategy_schemas as list_strategy_schemas,
+    measure as measure,
     on as on,
     remove_cron as remove_cron,
     set_config as set_config,
@@ -131,6 +136,16 @@ from .persist_adapters import (
     PersistStateAdapter as PersistStateAdapter,
     PersistStorageAdapter as PersistStorageAdapter,
     PersistStrategyAdapter as PersistStrategyAdapter,
+)
+from .records.memory import (
+    Memory as Memory,
+    MemoryEntry as MemoryEntry,
+)
+from .records.session import (
+    Session as Session,
+)
+from .records.state import (
+    State as State,
 )
 from .report.comparison import (
     Comparison as Comparison,

@@ -11,10 +11,13 @@ from backtest_kit.errors import UserError
 from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, contract
 from backtest_kit.persist.store import Capability, Store, Write
+from backtest_kit.persist.upkeep import ListsNamespaces
 from backtest_kit.persist.urls import store_at
 
 Mode = Literal["live", "paper", "backtest"]
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
+_RUN: Final = "backtest-"
+"""What the namespace of a backtest's run begins with."""
 EVERY: Final = "*"
 """Stands for all contracts in `bind`."""
 
@@ -122,6 +125,22 @@ class Persistence:
             self._namespaces[key] = store.within(namespace)
         return self._namespaces[key]
 
+    async def runs(self) -> list[str]:
+        """The ids of the backtests whose records are kept, sorted: by their start, where nobody has named them.
+
+        Raises:
+            RetryLater: a store cannot be asked.
+        """
+        stores = {id(store): store for store in (self._bound(row, "backtest") for row in CONTRACTS.values())}
+        self._used |= stores
+        found = [
+            path[0]
+            for store in stores.values()
+            if isinstance(store, ListsNamespaces)
+            for path in await store.namespaces()
+        ]
+        return sorted({name.removeprefix(_RUN) for name in found if name.startswith(_RUN)})
+
     def file_store(self) -> Store:
         """The file store of this program, whatever is bound."""
         return self._home(Home.FILE)
@@ -187,4 +206,4 @@ def _namespace(row: Contract, mode: Mode, run: str | None) -> str:
         return ""
     if mode == "paper":
         return "paper"
-    return f"backtest-{run}" if run else "backtest"
+    return f"{_RUN}{run}" if run else "backtest"
