@@ -288,7 +288,7 @@ def be_killed(job: Job) -> int:
 
 def warm_up() -> None:
     """Have everything at hand that a child needs, so that none imports it for itself."""
-    for name in ("aiohttp.web", "backtest_kit.kit", "concurrent.futures.thread"):
+    for name in ("aiohttp.web", "backtest_kit.kit", "concurrent.futures.thread", "backtest_kit.persist.backends.mongo"):
         importlib.import_module(name)
     asyncio.run(trade_a_little())
     gc.freeze()

@@ -79,8 +79,8 @@ class Forks:
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls) -> Forks:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": "0"}
+    async def start(cls, **environment: str) -> Forks:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
         process = await asyncio.create_subprocess_exec(
             sys.executable, str(BOT), env=environment, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
@@ -286,8 +286,9 @@ def plain_id(client_order_id: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def forking() -> AsyncIterator[Forks]:
-    forks = await Forks.start()
+async def forking(**environment: str) -> AsyncIterator[Forks]:
+    """A process that forks bots, with more in its environment."""
+    forks = await Forks.start(**environment)
     try:
         yield forks
     finally:

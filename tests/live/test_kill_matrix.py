@@ -5,17 +5,20 @@ there by SIGKILL, starts again, dies there once more, and goes on to the end. Th
 books and trades are those of a run with the same fate and no death, no order was sent again that the venue had
 carried out, and nobody has heard of anything twice.
 
-On files it is the whole matrix. On MongoDB + Redis it is a part of it that changes from day to day, and the whole
-with KILL_MATRIX=whole in the environment.
+On files it is the whole matrix. On MongoDB + Redis it is a sample, every second crash point with one fate each, and
+the whole with KILL_MATRIX=whole in the environment.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import pymongo
 import pytest
 from tests.live.scripts import START, STORY_MINUTES
 from tests.live.stage import Forks, differences, fast_place, forking, stage
@@ -94,9 +97,11 @@ def schedule(cell: Cell) -> tuple[list[str], dict[str, Any]]:
 class Theatre:
     """Plays cells, a few at a time, and compares each with the run of its fate that nobody killed."""
 
-    def __init__(self, forks: Forks, place: Path) -> None:
+    def __init__(self, forks: Forks, place: Path, mongo: str = "") -> None:
         self._forks = forks
         self._place = place
+        self._mongo = mongo
+        """Address of the server whose databases are the stores; without one, they are files."""
         self._seats = asyncio.Semaphore(SEATS)
         self._oracles: dict[tuple[str, str], asyncio.Task[dict[str, Any]]] = {}
         self.kills = 0
@@ -136,14 +141,24 @@ class Theatre:
             return here.outcome()
 
     def stage(self, name: str, kind: str, fate: str) -> Any:
+        store = {"store": f"{self._mongo}{database(name)}"} if self._mongo else {}
         return stage(
-            self._forks, self._place / name, faults=faults_of(kind, fate), end_ms=START + STORY_MINUTES * MINUTE_MS
+            self._forks,
+            self._place / name,
+            faults=faults_of(kind, fate),
+            end_ms=START + STORY_MINUTES * MINUTE_MS,
+            **store,
         )
 
 
-async def play(cells: list[Cell], place: Path) -> Theatre:
-    async with forking() as forks:
-        theatre = Theatre(forks, place)
+def database(name: str) -> str:
+    """A name for the database of a stage, short enough for a server."""
+    return f"kill-{zlib.crc32(name.encode()):08x}"
+
+
+async def play(cells: list[Cell], place: Path, mongo: str = "", **environment: str) -> Theatre:
+    async with forking(**environment) as forks:
+        theatre = Theatre(forks, place, mongo)
         wrong = [each for found in await asyncio.gather(*map(theatre.play, cells)) for each in found]
     assert not wrong, f"{len(wrong)} differences, the first are\n" + "\n".join(wrong[:20])
     return theatre
@@ -168,6 +183,29 @@ async def test_killed_at_every_point_on_files(place: Path, fate: str) -> None:
     theatre = await play(chosen, place)
     assert theatre.hit == {point for point, *_ in chosen}
     assert theatre.kills >= len(chosen) * 1.5
+
+
+@pytest.mark.slow
+async def test_killed_on_mongo_and_redis(place: Path, mongo_address: str, redis_address: str) -> None:
+    # The disk that is full is the one of the bot's own files.
+    whole = [cell for cell in cells() if cell[0] != "live.emergency.after_write"]
+    chosen = whole if os.environ.get("KILL_MATRIX") == "whole" else sample(whole)
+    try:
+        theatre = await play(chosen, place, mongo_address, CC_REDIS_URL=redis_address, CC_REDIS_PREFIX="kill-matrix")
+    finally:
+        with pymongo.MongoClient[dict[str, Any]](mongo_address) as client:
+            for name in client.list_database_names():
+                if name.startswith("kill-"):
+                    client.drop_database(name)
+    assert theatre.hit == {point for point, *_ in chosen}
+
+
+def sample(whole: list[Cell]) -> list[Cell]:
+    chosen = []
+    for number, point in enumerate(POINTS[::2]):
+        fates = [cell for cell in whole if cell[0] == point]
+        chosen += fates[number % len(fates) : number % len(fates) + 1] if fates else []
+    return chosen
 
 
 @pytest.mark.slow
