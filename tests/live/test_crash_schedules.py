@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,9 @@ async def play(forks: Forks, place: Path, seed: int, seats: asyncio.Semaphore) -
     whole, expected = await run("whole", [])
     wrong = [] if whole.check() == [] else [f"seed {seed}, unharmed: {whole.check()}"]
     backtest = await asyncio.to_thread(backtested, place, rows, seed)
-    if terms(expected["trades"]) != backtest:
-        wrong.append(f"seed {seed}: live made {terms(expected['trades'])} and the backtest {backtest}")
+    for live, tested in zip_longest(terms(expected["trades"]), backtest):
+        if live is None or tested is None or live[0] != tested[0] or live[1] != pytest.approx(tested[1], 1e-6, 1e-6):
+            wrong.append(f"seed {seed}: live made {live} and the backtest {tested}")
     passed = {point: count for point, count in whole.end().passed.items() if point != "live.start.after_lease"}
     kills = []
     for number in range(SCHEDULES):
@@ -129,4 +131,4 @@ def terms(trades: list[Any]) -> list[Any]:
     """What every mode tells of its trades; costs at the venue are rounded in the last digits."""
     exact = ("position", "openedAtMs", "closedAtMs", "closeReason", "closeNote")
     close = ("priceOpen", "priceClose", "cost", "pnlPct", "pnlCost", "peakPct", "fallPct")
-    return [([trade[name] for name in exact], [round(trade[name], 4) for name in close]) for trade in trades]
+    return [([trade[name] for name in exact], [trade[name] for name in close]) for trade in trades]

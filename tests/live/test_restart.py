@@ -207,3 +207,33 @@ async def test_a_stop_ends_with_its_process(rig: Rig) -> None:
     stopped = calls
     await rig.trade(2)
     assert calls > stopped
+
+
+async def test_without_retries_an_order_is_tried_once(rig: Rig) -> None:
+    priced(rig, lambda minute: 100.0, bracket("long"))
+    rig.settings |= {"CC_ORDER_OPEN_RETRY_ATTEMPTS": 0}
+    rig.venue.script["open", 0] = "lost_request"
+    await rig.trade(2)
+    await rig.trade(2)
+    assert rig.venue.sent("open") == [("open", rig.venue.sent("open")[0][1], 0)]
+    assert not rig.of(bk.PositionOpened)
+
+
+async def test_an_order_under_way_is_no_orphan(rig: Rig) -> None:
+    """What the venue has filled of an order nobody has heard of yet is not adopted as somebody else's."""
+    priced(rig, lambda minute: 100.0, bracket("long"))
+    held = bk.Holding(symbol="BTCUSDT", direction="long", quantity=1.0, price_open=100.0, stop_loss=99.0)
+
+    def fill_and_lose_the_answer() -> str:
+        rig.venue.held = [held]
+        return "lost_response"
+
+    rig.venue.held = []
+    rig.venue.script["open", 1] = fill_and_lose_the_answer
+    rig.venue.find_fails = 2
+    await rig.trade(0, orphans="adopt")
+    await rig.trade(4, orphans="adopt")
+    (opened,) = rig.of(bk.PositionOpened)
+    assert not opened.position.signal_id.startswith("orphan")
+    assert not rig.of(bk.OrphanFound)
+    assert [attempt for _, _, attempt in rig.venue.sent("open")] == [0]
