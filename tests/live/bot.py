@@ -40,6 +40,7 @@ from backtest_kit.persist.testing.faults import FaultFS
 from backtest_kit.persist.urls import store_at
 from backtest_kit.simulation.binance import API_KEY
 from backtest_kit.simulation.client import ReferenceBroker, connect
+from backtest_kit.simulation.desk import FillAt
 from backtest_kit.simulation.venue import _grouped as grouped
 
 LASTING: Final = (bk.EntryScheduled, bk.EntryCancelled, bk.PositionOpened, bk.PositionClosed, bk.PositionChanged)
@@ -62,7 +63,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Who it is at the clock."""
     actor: str = "bot"
     """Who tells of its end."""
-    fill_at: str = "venue"
+    fill_at: FillAt = "venue"
     crash: str = ""
     """As in the environment of `crashpoints`."""
     full_from_ms: int = 0
@@ -220,8 +221,8 @@ async def trade(job: Job) -> End:
     heard, trouble, records = (Diary(place / name) for name in ("heard", "trouble", "records"))
     for kind in LASTING:
         kit.on(kind, heard.write)
-    for kind in TROUBLE:
-        kit.on(kind, trouble.write)
+    for problem in TROUBLE:
+        kit.on(problem, trouble.write)
 
     async def keep_records(events: Sequence[bk.Event]) -> None:
         for event in events:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
 
 from tests.engine import test_against_reference as engine
@@ -16,10 +16,12 @@ STORY_MINUTES: Final = 47
 
 
 class Script(Protocol):
-    settings: dict[str, Any]
     interval: str
 
-    async def get_signal(self, ctx: bk.Context) -> bk.Signal | None: ...
+    @property
+    def settings(self) -> dict[str, Any]: ...
+    @property
+    def get_signal(self) -> Callable[[bk.Context], Awaitable[bk.Signal | None]]: ...
     async def manage(self, ctx: bk.Context) -> None: ...
 
 
@@ -39,7 +41,7 @@ class Story:
     """
 
     interval = "1m"
-    settings: Final = {
+    settings: Final[dict[str, Any]] = {
         "CC_PERCENT_FEE": 0,
         "CC_BREAKEVEN_THRESHOLD": 0,
         "CC_ENABLE_DCA_EVERYWHERE": True,
@@ -89,7 +91,7 @@ class Always:
     """Long at once, and for long."""
 
     interval = "1m"
-    settings: Final = {"CC_GET_CANDLES_RETRY_COUNT": 1}
+    settings: Final[dict[str, Any]] = {"CC_GET_CANDLES_RETRY_COUNT": 1}
 
     def __init__(self, seed: int) -> None:
         pass
@@ -107,7 +109,7 @@ class Random:
     Of several commands in one minute, those after the one at which it died would not come again.
     """
 
-    settings: Final = {"CC_MAX_SIGNAL_LIFETIME_MINUTES": math.inf, "CC_GET_CANDLES_RETRY_COUNT": 1}
+    settings: Final[dict[str, Any]] = {"CC_MAX_SIGNAL_LIFETIME_MINUTES": math.inf, "CC_GET_CANDLES_RETRY_COUNT": 1}
 
     def __init__(self, seed: int) -> None:
         strategy = engine.RandomStrategy(seed)

@@ -138,10 +138,11 @@ class Theatre:
             assert here.check() == [], (kind, fate)
             hits = [fault["hit"] for fault in here.faults.listed()]
             assert hits == [1] * len(hits), (kind, fate, hits)
-            return here.outcome()
+            outcome: dict[str, Any] = here.outcome()
+            return outcome
 
     def stage(self, name: str, kind: str, fate: str) -> Any:
-        store = {"store": f"{self._mongo}{database(name)}"} if self._mongo else {}
+        store: dict[str, Any] = {"store": f"{self._mongo}{database(name)}"} if self._mongo else {}
         return stage(
             self._forks,
             self._place / name,

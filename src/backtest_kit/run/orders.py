@@ -269,8 +269,8 @@ def _filled(order: Order, position: Position, fill: Fill, rules: Rules) -> Posit
         held = last_part.cost_basis / effective_price(position.entries, earlier)
         wanted = held * percent / 100
         # Against all that was bought: of the dust that is left of a position, rounding is a large part.
-        bought = sum(entry.cost / entry.price for entry in position.entries)
-        if fill.quantity > 0 and abs(fill.quantity - wanted) > bought * _SAME_QUANTITY:
+        total = sum(entry.cost / entry.price for entry in position.entries)
+        if fill.quantity > 0 and abs(fill.quantity - wanted) > total * _SAME_QUANTITY:
             percent = min(100.0, fill.quantity / held * 100)
         part = msgspec.structs.replace(last_part, price=fill.price, percent=percent)
         return msgspec.structs.replace(position, reductions=(*earlier, part))
