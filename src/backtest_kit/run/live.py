@@ -46,6 +46,7 @@ from backtest_kit.run.live_run import LiveJob, LiveRun
 from backtest_kit.run.orphans import OrphanPolicy
 from backtest_kit.run.replay import Gaps
 from backtest_kit.run.schema import Registry, StrategySchema, check_name
+from backtest_kit.run.services import Services
 from backtest_kit.run.trader import Observer
 from backtest_kit.settings import Settings
 
@@ -176,6 +177,7 @@ class LiveRunner:
         self._persistence = persistence
         self._settings = settings
         self._dump = dump
+        self._services = Services()
         self._running: set[LiveRun] = set()
         self.observers: list[Observer] = []
         """Who keeps records of what happened: each is given the events of a change once that is written down, and
@@ -344,6 +346,7 @@ class LiveRunner:
         run = LiveRun(
             job,
             self._feeds,
+            self._services,
             self._bus,
             self._cron,
             self._records.of_run(identity, None),
