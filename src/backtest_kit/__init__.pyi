@@ -1,3 +1,16 @@
+from .broker.base import (
+    Broker as Broker,
+    Fill as Fill,
+    Holding as Holding,
+    Order as Order,
+    OrderDeleted as OrderDeleted,
+    OrderRejected as OrderRejected,
+    OrderReport as OrderReport,
+    OrderTransient as OrderTransient,
+)
+from .broker.paper import (
+    PaperBroker as PaperBroker,
+)
 from .default import (
     Backtest as Backtest,
     Walker as Walker,
@@ -32,31 +45,49 @@ from .errors import (
 from .kit import (
     Kit as Kit,
 )
+from .live import (
+    Live as Live,
+)
 from .market import (
     sources as sources,
+)
+from .market.clock import (
+    AcceleratedClock as AcceleratedClock,
+    Clock as Clock,
+    SteppedClock as SteppedClock,
+    SystemClock as SystemClock,
 )
 from .model.candle import (
     CandleSeries as CandleSeries,
 )
 from .model.event import (
     BreakevenReached as BreakevenReached,
+    ClockJumped as ClockJumped,
+    Degraded as Degraded,
     EntryCancelled as EntryCancelled,
     EntryScheduled as EntryScheduled,
     EntryWaiting as EntryWaiting,
     Event as Event,
     FallReached as FallReached,
+    Healed as Healed,
     Identity as Identity,
     LevelReached as LevelReached,
     MarketEvent as MarketEvent,
+    MinutesMissed as MinutesMissed,
+    OrderFailed as OrderFailed,
+    OrphanFound as OrphanFound,
+    Paused as Paused,
     PeakReached as PeakReached,
     PositionActive as PositionActive,
     PositionChanged as PositionChanged,
     PositionClosed as PositionClosed,
     PositionOpened as PositionOpened,
     Progress as Progress,
+    Recovered as Recovered,
     RiskRejected as RiskRejected,
     RunDone as RunDone,
     RunFailed as RunFailed,
+    StrategyFailed as StrategyFailed,
 )
 from .model.position import (
     Entry as Entry,
@@ -125,6 +156,10 @@ from .run.desk import (
     CommandOutcome as CommandOutcome,
     EntryView as EntryView,
     PositionView as PositionView,
+)
+from .run.live import (
+    LiveHandle as LiveHandle,
+    LiveStatus as LiveStatus,
 )
 from .run.risk import (
     ActivePosition as ActivePosition,

@@ -57,6 +57,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Profit beyond the round trip of costs at which a stop may go to breakeven, in percent. At least 0."""
     CC_POSITION_ENTRY_COST: float = 100.0
     """Cost of a position whose signal names none, in quote currency. Above 0."""
+    CC_ORDER_OPEN_RETRY_ATTEMPTS: int = 5
+    """How often an order to open or to rest an entry is sent again before it is given up. At least 0."""
+    CC_ORDER_CLOSE_RETRY_ATTEMPTS: int = 5
+    """How often an order to close or to cancel is sent again before each further failure is an alarm; it is
+    never given up. At least 0."""
+    CC_ORDER_CHECK_RETRY_ATTEMPTS: int = 5
+    """How often in a row the venue may fail to tell how an order stands before that is an alarm. At least 0."""
 
 
 _AT_LEAST: Final[dict[str, float]] = {
@@ -74,6 +81,9 @@ _AT_LEAST: Final[dict[str, float]] = {
     "CC_MAX_CANDLES_PER_REQUEST": 1,
     "CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR": 1,
     "CC_GET_CANDLES_MIN_CANDLES_FOR_MEDIAN": 1,
+    "CC_ORDER_OPEN_RETRY_ATTEMPTS": 0,
+    "CC_ORDER_CLOSE_RETRY_ATTEMPTS": 0,
+    "CC_ORDER_CHECK_RETRY_ATTEMPTS": 0,
 }
 _ABOVE_ZERO: Final = ("CC_MAX_SIGNAL_GENERATION_SECONDS", "CC_POSITION_ENTRY_COST")
 _BOOLEANS: Final = {
