@@ -7,3 +7,5 @@ import hypothesis
 # A law does not break because the machine is busy or coverage slows it: time is for benchmarks.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+pytest_plugins = ("tests.servers",)

@@ -84,4 +84,4 @@ def test_every_store_and_class_has_a_proof_that_exists() -> None:
 def test_addresses_are_real() -> None:
     addresses = re.findall(r"^\| `(\w+:[^`]*)` \|", PAGE, re.MULTILINE)
     stores = [type(store_at(address)).__name__ for address in addresses]
-    assert stores == ["FileStore", "SqliteStore", "MemoryStore", "DummyStore"]
+    assert stores == ["FileStore", "SqliteStore", "MemoryStore", "DummyStore", "MongoStore"]

@@ -226,6 +226,30 @@ def venue(
     )
 
 
+@app.command(
+    epilog="Examples:\n\n"
+    "  backtest-kit doctor\n\n"
+    "  backtest-kit doctor --live --store 'mongodb://localhost/backtest-kit?directConnection=true'\n\n"
+    "  backtest-kit doctor --json | jq '.readings[] | select(.status != \"ok\")'"
+)
+def doctor(
+    store: options.StoreUrl = options.DEFAULT_STORE,
+    live: Annotated[
+        bool, typer.Option("--live", help="Judge it as a place for live positions: what is weak fails too.")
+    ] = False,
+    allow_weak: Annotated[bool, typer.Option("--allow-weak", help="With --live: let pass what is only weak.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How often each time is measured.")] = 15,
+) -> None:
+    """Look at the store, its servers or its disk, and say what is wrong and what to do about it. Changes nothing.
+
+    Ends with code 1 if something has to be done.
+    """
+    from backtest_kit.cli.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(store, live=live, allow_weak=allow_weak, as_json=as_json, samples=samples))
+
+
 store_app = typer.Typer(
     help="Look at what is kept, check it, move it.",
     no_args_is_help=True,

@@ -18,7 +18,7 @@ from backtest_kit.model.interval import iso
 from backtest_kit.persist import operations, transfer
 from backtest_kit.persist.contracts import contract
 from backtest_kit.persist.store import Record, Store
-from backtest_kit.persist.urls import store_at
+from backtest_kit.persist.urls import shown, store_at
 
 T = TypeVar("T")
 
@@ -82,7 +82,8 @@ def run_check(url: str, deep: bool) -> int:
     for finding in findings:
         say(f"{finding.path}: {finding.problem}")
     many = "1 problem" if len(findings) == 1 else f"{len(findings):,} problems"
-    say(f"{url}: {many} found." if findings else f"{url}: every record is sound.")
+    where = shown(url)
+    say(f"{where}: {many} found." if findings else f"{where}: every record is sound.")
     return 1 if findings else 0
 
 
@@ -113,7 +114,7 @@ def run_import(url: str, file: Path) -> None:
     """Write what is in `file` into the store, which is made if it does not exist."""
     counts = _with_store(url, lambda store: transfer.import_store(store, file), existing=False, make=True)
     there = f"; {counts.present:,} were there already" if counts.present else ""
-    say(f"{url}: {counts.records:,} records and {counts.candles:,} candles{there}.")
+    say(f"{shown(url)}: {counts.records:,} records and {counts.candles:,} candles{there}.")
 
 
 def _with_store(url: str, use: Callable[[Store], Awaitable[T]], *, existing: bool = True, make: bool = False) -> T:

@@ -42,6 +42,18 @@ CRASHPOINTS: Final = (
     "live.start.after_resolve",
     "live.minute.after_commit",
     "live.emergency.after_write",
+    "mongo.after_indexes",
+    "mongo.before_write",
+    "mongo.after_write",
+    "mongo.after_cache",
+    "mongo.between_candles",
+    "mongo.after_transaction_writes",
+    "mongo.after_intent",
+    "mongo.after_locks",
+    "mongo.after_decision",
+    "mongo.between_applies",
+    "mongo.after_applies",
+    "mongo.after_batch",
 )
 """Every point there is."""
 

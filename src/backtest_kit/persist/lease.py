@@ -216,6 +216,16 @@ async def require_idle(store: Store, *, clock: Clock | None = None) -> None:
         raise errors.exceptions[0] from None
 
 
+async def owners(store: Store) -> list[tuple[Key, Holder]]:
+    """The positions in `store` of which nobody has released the lease, with whoever took it, dead or alive.
+
+    Raises:
+        Damaged, RetryLater: as `Store.scan`.
+    """
+    found = [(record.key, _holder(record)) async for record in store.scan(LEASE)]
+    return [(scope, holder) for scope, holder in found if not holder.released]
+
+
 async def _wait(store: Store, found: Record, clock: Clock) -> Record:
     """The record of a lease that is free to take now."""
     holder = _holder(found)

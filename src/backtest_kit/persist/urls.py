@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from backtest_kit.errors import UserError
+from backtest_kit.persist.backends.mongo_settings import mask
 from backtest_kit.persist.store import Store
 
 _BACKENDS: Final = {
@@ -16,21 +17,52 @@ _BACKENDS: Final = {
 }
 """Scheme: the module, which is imported when it is asked for, the class, and an example of its path."""
 
+_SERVERS: Final = ("mongodb", "mongodb+srv")
+"""Schemes whose whole address goes to the Mongo store."""
+_EXTRAS: Final = {"pymongo": "mongo", "bson": "mongo", "redis": "mongo"}
+"""Package that may be missing: the extra that has it."""
+
 
 def store_at(url: str, *, existing: bool = False) -> Store:
-    """The store that `url` names, not open yet: `file:./dump`, `sqlite:bot.db`, `memory:` or `dummy:`.
+    """The store that `url` names, not open yet: `file:./dump`, `sqlite:bot.db`, `memory:`, `dummy:`, `mongodb://host/name`.
 
-    With `existing` it is opened to look at it: nothing is made, and what is no store is refused.
+    With `existing` it is opened to look at it: nothing is made, and what is no store is refused. A Mongo
+    store keeps its ids in Redis if the environment names one, in CC_REDIS_URL or CC_REDIS_HOST.
 
     Raises:
-        UserError: no backend is called so, or its path is missing or superfluous.
+        UserError: no backend is called so, its path is missing or superfluous, or it needs a package that
+            is not installed.
     """
     scheme, _, path = url.partition(":")
+    if scheme in _SERVERS:
+        return cast(Store, import_backend("backtest_kit.persist.backends.mongo").MongoStore(url, existing=existing))
     if scheme not in _BACKENDS:
-        forms = ", ".join(f"{name}:{example}" for name, (_, _, example) in _BACKENDS.items())
-        raise UserError(f"the store {url!r} has no known backend: write one of {forms}")
+        forms = ", ".join(f"{name}:{example}" for name, (_, _, example) in _BACKENDS.items()) + ", mongodb://host/name"
+        raise UserError(f"the store {shown(url)!r} has no known backend: write one of {forms}")
     module, name, example = _BACKENDS[scheme]
     if bool(path) != bool(example):
         raise UserError(f"the store {url!r} is not complete or says too much: write {scheme}:{example}")
     make = getattr(import_module(module), name)
     return cast(Store, make(path, existing=existing) if example else make())
+
+
+def shown(url: str) -> str:
+    """An address as it may be printed: without the credentials that may be in it."""
+    return mask(url) if "://" in url else url
+
+
+def import_backend(module: str) -> Any:
+    """A module that needs an optional package.
+
+    Raises:
+        UserError: the package is not installed; the message says how to install it.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        raise UserError(
+            f"{error.name} is not installed, which this store needs: pip install 'backtest-kit[{extra}]'"
+        ) from None

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final, NamedTuple, TypeVar
 
 from backtest_kit.errors import BacktestKitError
-from backtest_kit.persist.backends import file_operations
+from backtest_kit.persist.backends import disk_diagnosis, file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.file_commit import Change, Committer, Request
 from backtest_kit.persist.backends.file_feed import Feed
@@ -18,6 +18,7 @@ from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.file_segments import Place
 from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import Contract, Kind
+from backtest_kit.persist.diagnosis import SAMPLES, Reading
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
@@ -75,6 +76,10 @@ class FileStore:
     async def close(self) -> None:
         if self._parent is None:
             await asyncio.to_thread(self._committer.close)
+
+    async def examine(self, *, samples: int = SAMPLES) -> list[Reading]:
+        """As `Examined.examine`."""
+        return await asyncio.to_thread(disk_diagnosis.examine_root, self.root, samples)
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
         path = record_path(self._prefix, contract, key := check_key(contract, key))

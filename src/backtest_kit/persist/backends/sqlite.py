@@ -16,8 +16,8 @@ from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
-from backtest_kit.errors import Damaged, OutOfSpace, RetryLater, UserError
-from backtest_kit.persist.backends import file_operations
+from backtest_kit.errors import BacktestKitError, Damaged, OutOfSpace, RetryLater, UserError
+from backtest_kit.persist.backends import file_operations, sqlite_diagnosis
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.sqlite_threads import Database
@@ -32,6 +32,7 @@ from backtest_kit.persist.codec import (
     unseal_head,
 )
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Durability, WriteRule
+from backtest_kit.persist.diagnosis import SAMPLES, Reading, Status
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
@@ -160,6 +161,17 @@ class SqliteStore:
         if await asyncio.to_thread(self._files.exists):
             found += await asyncio.to_thread(file_operations.check, self._files.root, deep=deep)
         return sorted(found, key=lambda finding: finding.path)
+
+    async def examine(self, *, samples: int = SAMPLES) -> list[Reading]:
+        """As `Examined.examine`."""
+        readings = await asyncio.to_thread(sqlite_diagnosis.examine_file, self.path, samples)
+        if {Status.FAULT, Status.NEW} & {reading.status for reading in readings}:
+            return readings
+        try:
+            readings += await self._database.read(sqlite_diagnosis.examine_connection)
+        except BacktestKitError as error:
+            return [*readings, Reading("schema", Status.FAULT, str(error))]
+        return [*readings, await asyncio.to_thread(sqlite_diagnosis.examine_write_lock, self.path)]
 
     async def quarantined(self) -> list[Quarantined]:
         files = await asyncio.to_thread(self._files.root.quarantine.list)

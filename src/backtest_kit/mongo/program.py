@@ -1,0 +1,128 @@
+"""`MongoSetup`: which servers a program uses, and which of its contracts are kept there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from backtest_kit.errors import UserError
+from backtest_kit.kit import Kit
+from backtest_kit.persist.backends.mongo_settings import MongoSettings, from_environment, with_changes
+from backtest_kit.persist.binding import EVERY, MODES, Mode
+from backtest_kit.persist.urls import import_backend
+
+if TYPE_CHECKING:
+    from pymongo import AsyncMongoClient
+    from redis.asyncio import Redis
+
+    from backtest_kit.persist.backends.mongo import MongoStore
+
+PROFILE: Final = "profile"
+"""Stands for the usual division: live and paper in MongoDB, a backtest in files and memory but for its
+candles and caches, logs in files. It is the default profile of `Persistence` with MongoDB as bound store."""
+
+LOGGER: Final = "backtest_kit.mongo"
+"""The logger in which the store says what it could not do otherwise, such as that Redis went away."""
+
+
+class MongoSetup:
+    """The MongoDB and Redis of one kit."""
+
+    def __init__(self, kit: Kit) -> None:
+        self._kit = kit
+        self._changes: dict[str, object] = {}
+        self._store: MongoStore | None = None
+        self._handler: logging.Handler | None = None
+
+    def setup(self, *, modes: Iterable[Mode] | Literal["profile"] = MODES, **config: object) -> None:
+        """Keep everything in MongoDB: `set_config(**config)`, then `install(modes=modes)`. Dials nothing.
+
+        Args:
+            modes: All sixteen contracts of these modes; by default of all. `setup(modes=["live"])` leaves
+                paper and backtests as they are; `setup(modes="profile")` moves what `PROFILE` says.
+            config: Settings by name, such as CC_REDIS_HOST="redis". What is not given comes from the
+                environment.
+
+        Raises:
+            UserError: as `set_config` and `install`.
+        """
+        self.set_config(**config)
+        self.install(modes=modes)
+
+    def install(self, *, modes: Iterable[Mode] | Literal["profile"] = MODES) -> None:
+        """Bind the contracts to MongoDB as it is configured now. A contract that was bound by its own name stays there.
+
+        Raises:
+            UserError: there is no such mode, the environment has a bad value, or a package is missing.
+        """
+        if isinstance(modes, str) and modes != PROFILE:
+            raise UserError(f"modes is {modes!r}: give a list of {', '.join(MODES)}, or {PROFILE!r}")
+        chosen: list[Mode | None] = [None] if isinstance(modes, str) else list(modes)
+        store = self._current()
+        for mode in chosen:
+            self._kit.persistence.bind(EVERY, store, mode=mode)
+
+    def set_config(self, **changes: object) -> None:
+        """Change settings by name. They count from the next `setup`, `install`, `get_mongo` or `get_redis`.
+
+        Raises:
+            UserError: unknown names or bad values, all in one message; nothing changes then.
+        """
+        with_changes(self.get_config(), changes)
+        self._changes |= changes
+
+    def get_config(self) -> MongoSettings:
+        """The settings in force: defaults, then the environment, then `set_config`. Its repr has no password.
+
+        Raises:
+            UserError: a variable of the environment has a bad value.
+        """
+        return with_changes(from_environment(os.environ), self._changes)
+
+    async def get_mongo(self) -> AsyncMongoClient[dict[str, Any]]:
+        """The client of MongoDB that the store has in this event loop. It connects when it is first used.
+
+        Raises:
+            UserError: the address cannot be read, or a package is missing.
+        """
+        return self._current().link().mongo
+
+    async def get_redis(self) -> Redis | None:
+        """The client of Redis that the store has in this event loop, or None where there is no Redis.
+
+        Raises:
+            UserError: the address cannot be read, or a package is missing.
+        """
+        ids = self._current().link().ids
+        return None if ids is None else ids.client
+
+    def set_logger(self, logger: logging.Logger) -> None:
+        """Hand what the store says to `logger`, in place of the logger `backtest_kit.mongo`."""
+        log = logging.getLogger(LOGGER)
+        if self._handler is not None:
+            log.removeHandler(self._handler)
+        self._handler = _Forwarding(logger)
+        log.addHandler(self._handler)
+        log.propagate = False
+
+    def _current(self) -> MongoStore:
+        """The store of the settings in force; the same one for as long as they are the same."""
+        settings = self.get_config()
+        if self._store is None or self._store.settings != settings:
+            backend = import_backend("backtest_kit.persist.backends.mongo")
+            self._store = backend.MongoStore(settings.CC_MONGO_CONNECTION_STRING, settings=settings)
+        return self._store
+
+
+class _Forwarding(logging.Handler):
+    """Hands records on to another logger."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._logger.isEnabledFor(record.levelno):
+            self._logger.handle(record)

@@ -1,0 +1,396 @@
+"""`MongoStore`: every record of a program in MongoDB, with Redis beside it if there is one.
+
+MongoDB alone is the truth. A write is one `find_one_and_update` by the key, guarded by the revision where
+one is expected; the unique index of each collection decides every race. Redis remembers which `_id` a key
+has; what it says is verified in the document that was found by it.
+
+A document that cannot be understood stays where it is, is marked with the reason in its field `hold`, and
+blocks its key: `quarantined`, `restore` and `drop` are for the operator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Any, Final
+
+from pymongo import ReturnDocument
+from pymongo.errors import DuplicateKeyError
+
+from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater
+from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis
+from backtest_kit.persist.backends.mongo_batch import Batch
+from backtest_kit.persist.backends.mongo_candles import MongoCandleStore
+from backtest_kit.persist.backends.mongo_client import Link, Links
+from backtest_kit.persist.backends.mongo_documents import (
+    ORDER,
+    ROWS,
+    Change,
+    Document,
+    change_of,
+    expectation,
+    id_from,
+    is_named,
+    matching,
+    name_of,
+    record_of,
+    record_of_change,
+    update_of,
+)
+from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, may_have_happened
+from backtest_kit.persist.backends.mongo_intents import replay, settle
+from backtest_kit.persist.backends.mongo_schema import flush, prepare
+from backtest_kit.persist.backends.mongo_settings import MongoSettings, from_environment, with_changes
+from backtest_kit.persist.contracts import Contract, Durability
+from backtest_kit.persist.crashpoints import crashpoint
+from backtest_kit.persist.diagnosis import SAMPLES, Reading
+from backtest_kit.persist.keys import check_key, escape, path_of, unescape
+from backtest_kit.persist.quarantine import Quarantined
+from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Key, Record, Write
+from backtest_kit.persist.upkeep import Finding
+from backtest_kit.persist.urls import import_backend
+from backtest_kit.persist.writing import check_batch, decide
+
+_CHUNK: Final = 256
+"""Documents that a listing reads at a time."""
+
+
+class MongoStore:
+    """The database at `url`, such as `mongodb://localhost:27017/backtest-kit`. Making the object dials nothing.
+
+    Every event loop that uses it has connections of its own, and so has a fork; `close` ends those of the
+    loop that calls it. With `existing` the database is opened to look at it: it has to be a store, and
+    nothing is made in it.
+
+    Raises:
+        UserError: `url` is no address of MongoDB.
+    """
+
+    capabilities: Final = frozenset(Capability)
+
+    def __init__(self, url: str, *, settings: MongoSettings | None = None, existing: bool = False) -> None:
+        """Without `settings`, they come from the environment, and Redis is used if that names one."""
+        if settings is None:
+            settings = from_environment(os.environ)
+            if not {"CC_REDIS_URL", "CC_REDIS_HOST"} & os.environ.keys():
+                settings = with_changes(settings, {"CC_REDIS_HOST": ""})
+        self._links = Links(with_changes(settings, {"CC_MONGO_CONNECTION_STRING": url}))
+        self._existing = existing
+        self._namespace = ""
+        self.candles = MongoCandleStore(self._opened, "")
+
+    @property
+    def settings(self) -> MongoSettings:
+        return self._links.settings
+
+    def link(self) -> Link:
+        """The clients of the running event loop, perhaps not connected yet.
+
+        Raises:
+            UserError: an address cannot be read.
+        """
+        return self._links.here()
+
+    async def open(self) -> None:
+        await self._opened()
+
+    async def close(self) -> None:
+        if self._namespace:
+            return
+        link = self._links.leave()
+        if link is None:
+            return
+        try:
+            if link.has_unflushed:
+                await link.finish(flush(link))
+        finally:
+            await link.close()
+
+    async def get(self, contract: Contract, key: Key) -> Record | None:
+        name = name_of(self._namespace, contract, check_key(contract, key))
+        link = await self._opened()
+        document = await self._find(link, contract, name)
+        return await self._record(link, contract, name, document)
+
+    async def put(self, write: Write) -> Record:
+        change = change_of(self._namespace, write)
+        return await self._links.here().finish(self._put(change))
+
+    async def batch(self, writes: Sequence[Write]) -> None:
+        check_batch(writes)
+        changes = [change_of(self._namespace, write) for write in writes]
+        if len(changes) == 1:
+            await self._links.here().finish(self._put(changes[0]))
+        elif changes:
+            await self._links.here().finish(self._batch(changes))
+
+    async def scan(
+        self,
+        contract: Contract,
+        prefix: Key = (),
+        *,
+        limit: int | None = None,
+        newest_first: bool = False,
+        include_removed: bool = False,
+    ) -> AsyncIterator[Record]:
+        name = name_of(self._namespace, contract, check_key(contract, prefix, prefix=True))
+        wanted = {**name, "rev": {"$ne": 0}, **({} if include_removed else {"removed": {"$ne": True}})}
+        sort = [(field, -1 if newest_first else 1) for field in ORDER]
+        link = await self._opened()
+        is_short = limit is not None and limit <= _CHUNK
+        found = await self._list(link, contract, wanted, sort, limit, None if is_short else ["_id"])
+        # Ids first and documents by id, unless one answer has all of them: what moves while somebody reads is
+        # neither missed nor seen twice, and no cursor is kept open on the server meanwhile.
+        for start in range(0, len(found), _CHUNK):
+            documents = found[start : start + _CHUNK]
+            if not is_short:
+                ids = [each["_id"] for each in documents]
+                read = await self._list(link, contract, {"_id": {"$in": ids}}, None, None, None)
+                by_id = {each["_id"]: each for each in read}
+                documents = [by_id[each] for each in ids if each in by_id]
+            for document in documents:
+                record = await self._record(link, contract, None, document)
+                if record is not None and (include_removed or not record.removed):
+                    yield record
+
+    def within(self, namespace: str) -> MongoStore:
+        if not namespace:
+            return self
+        inner = MongoStore.__new__(MongoStore)
+        inner._links, inner._existing = self._links, self._existing
+        inner._namespace = "/".join(filter(None, (self._namespace, escape(namespace, "namespace"))))
+        inner.candles = MongoCandleStore(inner._opened, inner._namespace)
+        return inner
+
+    async def namespaces(self) -> list[tuple[str, ...]]:
+        link = await self._opened()
+        questions = [partial(link.collection(row).distinct, "namespace") for row in ROWS.values()]
+        lists = await asyncio.gather(*(link.ask("list the namespaces", question) for question in questions))
+        above = f"{self._namespace}/" if self._namespace else ""
+        found = {name[len(above) :] for names in lists for name in names if name and name.startswith(above)}
+        return [tuple(str(unescape(part, "namespace") or part) for part in name.split("/")) for name in sorted(found)]
+
+    async def check(self, *, deep: bool = False) -> list[Finding]:
+        """As `Upkeep.check`; `deep` reads every candle as well. What MongoDB itself has stored is its own to verify."""
+        return await mongo_damage.check(await self._opened(), deep=deep)
+
+    async def examine(self, *, samples: int = SAMPLES) -> list[Reading]:
+        """As `Examined.examine`: both servers, without opening the store."""
+        link = self._links.here()
+        readings = await mongo_diagnosis.examine_mongo(link, samples)
+        redis_diagnosis = import_backend("backtest_kit.persist.backends.redis_diagnosis")
+        return [*readings, *await redis_diagnosis.examine_redis(link.ids, self.settings, samples)]
+
+    async def quarantined(self) -> list[Quarantined]:
+        return await mongo_damage.quarantined(await self._opened())
+
+    async def restore(self, path: str) -> Record | None:
+        link = await self._opened()
+        return await link.finish(mongo_damage.restore(link, path))
+
+    async def drop(self, path: str) -> Quarantined:
+        link = await self._opened()
+        return await link.finish(mongo_damage.drop(link, path))
+
+    async def _opened(self) -> Link:
+        """The open link of the running loop; whoever asks while it is being opened waits for the same opening."""
+        link = self._links.here()
+        if not link.is_open:
+            if link.opening is None:
+                link.opening = asyncio.ensure_future(self._open(link))
+                link.opening.add_done_callback(lambda task: _opening_is_over(link, task))
+            await asyncio.shield(link.opening)
+        return link
+
+    async def _open(self, link: Link) -> None:
+        await prepare(link, existing=self._existing)
+        if not self._existing:
+            await replay(link)
+
+    async def _find(self, link: Link, contract: Contract, name: Document) -> Document | None:
+        """The document of a name: by the id that Redis knows, if that is right, else by the index."""
+        entry = cache_name(contract, name)
+        if link.ids is not None and (text := await link.ids.get(entry)) is not None:
+            identity = id_from(text)
+            if identity is not None:
+                document = await self._find_one(link, contract, {"_id": identity})
+                if document is not None and is_named(document, name):
+                    return document
+            await link.ids.drop(entry)
+        document = await self._find_one(link, contract, name)
+        if document is not None and link.ids is not None:
+            await link.ids.set({entry: str(document["_id"])})
+        return document
+
+    async def _find_one(self, link: Link, contract: Contract, wanted: Document) -> Document | None:
+        return await link.ask(f"read a {contract.name}", lambda: link.collection(contract).find_one(wanted))
+
+    async def _list(
+        self,
+        link: Link,
+        contract: Contract,
+        wanted: Document,
+        sort: list[tuple[str, int]] | None,
+        limit: int | None,
+        fields: list[str] | None,
+    ) -> list[Document]:
+        if limit == 0:
+            return []
+
+        async def question() -> list[Document]:
+            return await link.collection(contract).find(wanted, fields, sort=sort, limit=limit or 0).to_list()
+
+        return await link.ask(f"list {contract.collection}", question)
+
+    async def _record(
+        self, link: Link, contract: Contract, name: Document | None, document: Document | None
+    ) -> Record | None:
+        """The record in a document that was read, once nothing holds it."""
+        patience = link.patience()
+        while document is not None:
+            hold = document.get("hold")
+            if not hold:
+                if document.get("rev") == 0:
+                    return None
+                try:
+                    return record_of(contract, document)
+                except Damaged as error:
+                    raise await mongo_damage.block(link, contract, document, error) from None
+            if "intent" not in hold:
+                raise mongo_damage.blocked(link, contract, document)
+            await settle(link, hold["intent"], contract, patience)
+            wanted = {"_id": document["_id"]} if name is None else name
+            document = await self._find_one(link, contract, wanted)
+        return None
+
+    async def _put(self, change: Change) -> Record:
+        link = self._links.here()
+        async with link.turns.hold([_turn(change)]):
+            await self._opened()
+            return await _Putting(self, link, change).run()
+
+    async def _batch(self, changes: Sequence[Change]) -> None:
+        link = self._links.here()
+        async with link.turns.hold([_turn(change) for change in changes]):
+            await self._opened()
+            batch = Batch(link, changes)
+            await batch.run()
+            crashpoint("mongo.after_batch")
+            if link.ids is not None:
+                await link.ids.set(
+                    {cache_name(each.contract, each.change.name): str(each.identity) for each in batch.done}
+                )
+
+
+class _Putting:
+    """One write, tried until it is known what became of it or the time is up."""
+
+    def __init__(self, store: MongoStore, link: Link, change: Change) -> None:
+        self._store = store
+        self._link = link
+        self._change = change
+        self._writer = link.next_writer()
+        self._doing = f"write a {change.contract.name}"
+        self._is_sent = False
+        """Whether the server was sent the write and gave no answer."""
+
+    async def run(self) -> Record:
+        patience = self._link.patience()
+        while True:
+            try:
+                record = await self._attempt(patience)
+            except FAILURES as error:
+                self._is_sent = self._is_sent or may_have_happened(error)
+                if not heals(error) or patience.is_over:
+                    outcome = Outcome.UNKNOWN if self._is_sent else Outcome.NOT_DONE
+                    raise self._link.failure(error, self._doing, outcome) from error
+                await patience.pause()
+                continue
+            except BacktestKitError as error:
+                if self._is_sent:
+                    error.outcome = Outcome.UNKNOWN
+                raise
+            if record is not None:
+                return record
+            if patience.is_over:
+                raise RetryLater(f"cannot {self._doing}: other writers were first, again and again")
+
+    async def _attempt(self, patience: Patience) -> Record | None:
+        """The record that stands now, or None if it must be tried again."""
+        expect = expectation(self._change.write)
+        if self._is_sent:
+            found = await self._look(patience)
+            if found is not None and found.get("writer") == self._writer:
+                return record_of_change(self._change, found["rev"])
+            if expect == ANY:
+                expect = self._guard(found)
+        document = await self._update(expect, patience)
+        if document is None:
+            return await self._refused(patience)
+        crashpoint("mongo.after_write")
+        if self._change.contract.durability is not Durability.MONEY:
+            self._link.has_unflushed = True
+        if self._link.ids is not None:
+            await self._link.ids.set({cache_name(self._change.contract, self._change.name): str(document["_id"])})
+            crashpoint("mongo.after_cache")
+        return record_of_change(self._change, document["rev"])
+
+    async def _update(self, expect: Expect, patience: Patience) -> Document | None:
+        """The one round trip: id and new revision, or None if the document is not as expected."""
+        collection = self._link.collection(self._change.contract)
+        crashpoint("mongo.before_write")
+        try:
+            return await collection.find_one_and_update(
+                matching(self._change.name, expect),
+                update_of(self._change, self._writer, self._link.next_tick()),
+                projection=["rev"],
+                upsert=isinstance(expect, str),
+                return_document=ReturnDocument.AFTER,
+                maxTimeMS=round(patience.left * 1000),
+            )
+        except DuplicateKeyError:
+            return None
+
+    async def _refused(self, patience: Patience) -> Record | None:
+        """Why the document is not as expected: a conflict, damage, or something that is over at the next attempt."""
+        found = await self._look(patience)
+        if found is not None and found.get("writer") == self._writer:
+            return record_of_change(self._change, found["rev"])
+        contract = self._change.contract
+        current = await self._store._record(self._link, contract, self._change.name, found)
+        record, changed = decide(self._change.write, current)
+        return None if changed else record
+
+    async def _look(self, patience: Patience) -> Document | None:
+        milliseconds = round(patience.left * 1000)
+        return await self._link.collection(self._change.contract).find_one(self._change.name, max_time_ms=milliseconds)
+
+    def _guard(self, found: Document | None) -> Expect:
+        """What must still hold for a write of unknown outcome to be sent again: nobody else was there meanwhile."""
+        if found is None:
+            return ABSENT
+        if self._link.is_mine(found.get("writer")):
+            return int(found["rev"])
+        raise RetryLater(
+            f"cannot {self._doing}: the connection to MongoDB was lost, and another process has written the record "
+            "since or had before: read it again",
+            outcome=Outcome.UNKNOWN,
+        )
+
+
+def cache_name(contract: Contract, name: Document) -> str:
+    """What the entry of a document is called in Redis; no two documents share one but by chance of a hash."""
+    namespace, *key = name.values()
+    return "/".join((contract.name, f"@{namespace}", *path_of(contract, tuple(key))))
+
+
+def _turn(change: Change) -> tuple[Any, ...]:
+    return change.contract.name, *change.name.values()
+
+
+def _opening_is_over(link: Link, task: asyncio.Task[None]) -> None:
+    link.opening = None
+    if not task.cancelled():
+        link.is_open = task.exception() is None

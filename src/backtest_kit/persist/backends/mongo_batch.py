@@ -1,0 +1,202 @@
+"""Batches: one transaction where the server has them, an intent where it has not.
+
+Both begin with reading the documents and judging every write, and both then insist on the very revisions
+that were judged; when one has moved on meanwhile, the batch begins anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from bson.objectid import ObjectId
+from pymongo import UpdateOne
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import BulkWriteError
+from pymongo.read_concern import ReadConcern
+from pymongo.read_preferences import ReadPreference
+
+from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater
+from backtest_kit.persist.backends import mongo_damage
+from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, Link
+from backtest_kit.persist.backends.mongo_documents import (
+    Change,
+    Document,
+    Planned,
+    is_named,
+    record_of,
+    update_of,
+)
+from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, is_duplicate, may_have_happened
+from backtest_kit.persist.backends.mongo_intents import carry_out, has_happened, settle
+from backtest_kit.persist.contracts import Contract, Durability
+from backtest_kit.persist.crashpoints import crashpoint
+from backtest_kit.persist.store import Record
+from backtest_kit.persist.writing import decide
+
+_DOING = "write a batch"
+
+
+class Batch:
+    """Several writes of different keys, which happen together or not at all."""
+
+    def __init__(self, link: Link, changes: Sequence[Change]) -> None:
+        self._link = link
+        # Writes to one collection travel together, in the order in which they were given.
+        self._changes = sorted(changes, key=lambda change: change.contract.name)
+        self._writer = link.next_writer()
+        self._is_money = any(change.contract.durability is Durability.MONEY for change in changes)
+        self._is_sent = False
+        """Whether the server was told to decide and gave no answer."""
+        self.done: list[Planned] = []
+        """What was written."""
+
+    async def run(self) -> None:
+        """Do them.
+
+        Raises:
+            Conflict, Damaged, RetryLater, UserError, OutOfSpace: as `Store.batch`.
+        """
+        patience = self._link.patience()
+        while not await self._attempt(patience):
+            if patience.is_over:
+                outcome = Outcome.UNKNOWN if self._is_sent else Outcome.NOT_DONE
+                raise RetryLater(f"cannot {_DOING}: other writers were first, again and again", outcome=outcome)
+            await patience.pause()
+        if not self._is_money:
+            self._link.has_unflushed = True
+
+    async def _attempt(self, patience: Patience) -> bool:
+        """True once they are done, False if they must be tried again."""
+        try:
+            if self._is_sent and not self._link.has_transactions and await has_happened(self._link, self._writer):
+                return True
+            planned = await self._plan(patience)
+            if not planned:
+                return True
+            is_done = await (self._transact(planned) if self._link.has_transactions else self._carry_out(planned))
+            self.done = planned if is_done else []
+            return is_done
+        except FAILURES as error:
+            if not heals(error) or patience.is_over:
+                outcome = Outcome.UNKNOWN if self._is_sent else Outcome.NOT_DONE
+                raise self._link.failure(error, _DOING, outcome) from error
+            return False
+        except BacktestKitError as error:
+            if self._is_sent:
+                error.outcome = Outcome.UNKNOWN
+            raise
+
+    async def _plan(self, patience: Patience) -> list[Planned]:
+        """What there is to do, and at which revision of each document; nothing, if it turns out to be done."""
+        groups = [list(group) for _, group in groupby(self._changes, lambda change: change.contract)]
+        found = await asyncio.gather(*(self._documents(group, patience) for group in groups))
+        documents = [document for group in found for document in group]
+        if self._is_sent and self._was_done(documents):
+            return []
+        planned = []
+        for change, document in zip(self._changes, documents, strict=True):
+            document, current = await self._record(change, document, patience)
+            _, changed = decide(change.write, current)
+            if changed:
+                identity = ObjectId() if document is None else document["_id"]
+                planned.append(Planned(change, 0 if current is None else current.rev, identity))
+        return planned
+
+    async def _documents(self, group: Sequence[Change], patience: Patience) -> list[Document | None]:
+        collection = self._link.collection(group[0].contract)
+        wanted = {"$or": [change.name for change in group]} if len(group) > 1 else group[0].name
+
+        async def question() -> list[Document]:
+            return await collection.find(wanted).to_list()
+
+        read = await self._link.ask(_DOING, question, patience)
+        found = {_identity(document, group[0].contract): document for document in read}
+        documents = [found.get(tuple(change.name.values())) for change in group]
+        return [
+            document if document is not None and is_named(document, change.name) else None
+            for change, document in zip(group, documents, strict=True)
+        ]
+
+    async def _record(
+        self, change: Change, document: Document | None, patience: Patience
+    ) -> tuple[Document | None, Record | None]:
+        """A document that was read, or as it is once nothing holds it, and the record in it."""
+        while document is not None and (hold := document.get("hold")):
+            if "intent" not in hold:
+                raise mongo_damage.blocked(self._link, change.contract, document)
+            await settle(self._link, hold["intent"], change.contract, patience)
+            (document,) = await self._documents([change], patience)
+        if document is None or document.get("rev") == 0:
+            return document, None
+        try:
+            return document, record_of(change.contract, document)
+        except Damaged as error:
+            raise await mongo_damage.block(self._link, change.contract, document, error) from None
+
+    def _was_done(self, documents: Sequence[Document | None]) -> bool:
+        writers = [document.get("writer") for document in documents if document is not None]
+        if self._writer in writers:
+            return True
+        if all(self._link.is_mine(writer) for writer in writers):
+            return False
+        raise RetryLater(
+            f"cannot {_DOING}: the connection to MongoDB was lost, and another process has written one of its records "
+            "since or had before: read them again",
+            outcome=Outcome.UNKNOWN,
+        )
+
+    async def _carry_out(self, planned: Sequence[Planned]) -> bool:
+        self._is_sent = True
+        is_done = await carry_out(self._link, planned, self._writer)
+        self._is_sent = False
+        return is_done
+
+    async def _transact(self, planned: Sequence[Planned]) -> bool:
+        async with self._link.mongo.start_session() as session:
+            await session.start_transaction(
+                read_concern=ReadConcern("snapshot"),
+                write_concern=self._link.journalled if self._is_money else ACKNOWLEDGED,
+                read_preference=ReadPreference.PRIMARY,
+            )
+            if not await self._write(planned, session):
+                await session.abort_transaction()
+                return False
+            crashpoint("mongo.after_transaction_writes")
+            try:
+                await session.commit_transaction()
+            except FAILURES as error:
+                self._is_sent = self._is_sent or may_have_happened(error)
+                raise
+        return True
+
+    async def _write(self, planned: Sequence[Planned], session: AsyncClientSession) -> bool:
+        """False if a document was not as planned."""
+        for contract, group in groupby(planned, lambda each: each.contract):
+            updates = [self._update(each) for each in group]
+            try:
+                done = await _collection(self._link, contract).bulk_write(updates, session=session)
+            except BulkWriteError as error:
+                if is_duplicate(error):
+                    return False
+                raise
+            if done.matched_count + done.upserted_count < len(updates):
+                return False
+        return True
+
+    def _update(self, each: Planned) -> UpdateOne:
+        changes = update_of(each.change, self._writer, self._link.next_tick())
+        if not each.rev:
+            changes["$setOnInsert"] = each.change.name
+        return UpdateOne(each.expected, changes, upsert=not each.rev)
+
+
+def _collection(link: Link, contract: Contract) -> Any:
+    """The documents of a contract for a transaction, whose concerns are its own."""
+    return link.database[contract.collection]
+
+
+def _identity(document: Document, contract: Contract) -> tuple[Any, ...]:
+    return tuple(document.get(field) for field in ("namespace", *contract.key_fields))

@@ -1,0 +1,154 @@
+"""Candles in MongoDB: a document each, of which the first one written stays for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, cast
+
+import bson
+import numpy as np
+from bson.int64 import Int64
+from pymongo.errors import BulkWriteError
+
+from backtest_kit.errors import Damaged
+from backtest_kit.model.candle import COLUMNS, CandleSeries
+from backtest_kit.persist.backends.mongo_client import Link
+from backtest_kit.persist.backends.mongo_documents import Document
+from backtest_kit.persist.backends.mongo_errors import is_duplicate
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.crashpoints import crashpoint
+from backtest_kit.persist.store import SeriesKey
+
+_CHUNK: Final = 2_000
+"""Candles in one request: enough to forget the way to the server, few enough to leave the loop to others."""
+_CANDLE: Final = CONTRACTS["candle"]
+_PROJECTION: Final = {"_id": False, **dict.fromkeys(COLUMNS, True)}
+
+_HEADS: Final = [b"\x12timestamp\0", *(b"\x01%b\0" % name.encode() for name in COLUMNS[1:])]
+"""Type and name of each field, as BSON has them before its value."""
+_ROW: Final = np.dtype(
+    [
+        ("length", "<i4"),
+        *(
+            part
+            for name, head in zip(COLUMNS, _HEADS, strict=True)
+            for part in ((f"{name} head", "u1", len(head)), (name, "<i8" if name == "timestamp" else "<f8"))
+        ),
+        ("end", "u1"),
+    ]
+)
+"""A document as this program writes it and the server sends it: every one of the same length."""
+
+Opened = Callable[[], Any]
+
+
+class MongoCandleStore:
+    """The candles of one namespace."""
+
+    def __init__(self, opened: Opened, namespace: str) -> None:
+        """`opened` is awaited for the open link of the running loop."""
+        self._opened = opened
+        self._namespace = namespace
+
+    async def read(self, series: SeriesKey, start_ms: int, stop_ms: int) -> CandleSeries:
+        link: Link = await self._opened()
+        wanted = {**self._name(series), "timestamp": {"$gte": Int64(start_ms), "$lt": Int64(stop_ms)}}
+
+        async def question() -> list[bytes]:
+            cursor = link.collection(_CANDLE).find_raw_batches(wanted, _PROJECTION, sort=[("timestamp", 1)])
+            return [cast(bytes, batch) async for batch in cursor]
+
+        batches = await link.ask(f"read candles of {series.symbol}", question)
+        return CandleSeries.concat([_columns(batch, series) for batch in batches if batch])
+
+    async def write(self, series: SeriesKey, candles: CandleSeries) -> int:
+        link: Link = await self._opened()
+        return await link.finish(self._write(link, series, candles)) if len(candles) else 0
+
+    async def series(self) -> list[SeriesKey]:
+        link: Link = await self._opened()
+        fields = _CANDLE.key_fields[:-1]
+        stages: list[Document] = [
+            {"$match": {"namespace": self._namespace}},
+            {"$group": {"_id": {field: f"${field}" for field in fields}}},
+        ]
+
+        async def question() -> list[Document]:
+            return await (await link.collection(_CANDLE).aggregate(stages)).to_list()
+
+        found = await link.ask("list the series of candles", question)
+        return sorted((SeriesKey(*(each["_id"][field] for field in fields)) for each in found), key=str)
+
+    async def _write(self, link: Link, series: SeriesKey, candles: CandleSeries) -> int:
+        written = 0
+        # One writer of a series at a time: of two who offer the same candles, one is first with all of them.
+        async with link.turns.hold([(_CANDLE.name, self._namespace, series)]):
+            for start in range(0, len(candles), _CHUNK):
+                written += await self._write_chunk(link, series, candles[start : start + _CHUNK])
+                crashpoint("mongo.between_candles")
+        return written
+
+    async def _write_chunk(self, link: Link, series: SeriesKey, candles: CandleSeries) -> int:
+        name = self._name(series)
+        span = {"$gte": Int64(candles.timestamp[0]), "$lte": Int64(candles.timestamp[-1])}
+
+        async def present() -> list[Document]:
+            cursor = link.collection(_CANDLE).find({**name, "timestamp": span}, {"_id": False, "timestamp": True})
+            return await cursor.to_list()
+
+        doing = f"write candles of {series.symbol}"
+        stored = [each["timestamp"] for each in await link.ask(doing, present)]
+        new = candles.take(~np.isin(candles.timestamp, stored)) if stored else candles
+        documents = _documents(name, new)
+        return await link.ask(doing, lambda: _insert(link, documents)) if documents else 0
+
+    def _name(self, series: SeriesKey) -> Document:
+        values = (series.exchange_name, series.symbol, series.interval)
+        return {"namespace": self._namespace, **dict(zip(_CANDLE.key_fields, values, strict=False))}
+
+
+def _documents(name: Document, candles: CandleSeries) -> list[Document]:
+    columns = (candles.timestamp.tolist(), *(column.tolist() for column in list(candles.columns().values())[1:]))
+    return [
+        {**name, "timestamp": Int64(timestamp), **dict(zip(COLUMNS[1:], prices, strict=True))}
+        for timestamp, *prices in zip(*columns, strict=True)
+    ]
+
+
+async def _insert(link: Link, documents: Sequence[Document]) -> int:
+    """Insert what is not there; the unique index turns away what another process was first with."""
+    try:
+        # Copies, because the driver adds an `_id` to what it is given, and a second attempt needs its own.
+        await link.collection(_CANDLE).insert_many([dict(each) for each in documents], ordered=False)
+    except BulkWriteError as error:
+        details = error.details or {}
+        refused = details.get("writeErrors", ())
+        if not is_duplicate(error) or any(each.get("code") != refused[0]["code"] for each in refused):
+            raise
+        return len(documents) - len(refused)
+    return len(documents)
+
+
+def _columns(batch: bytes, series: SeriesKey) -> CandleSeries:
+    """The columns of a batch of documents: without looking at each of them, if all have the form of our own."""
+    if len(batch) % _ROW.itemsize == 0:
+        rows = np.frombuffer(batch, _ROW)
+        ours = np.frombuffer(_template(), _ROW)[0]
+        fixed = [field for field in _ROW.names or () if field not in COLUMNS]
+        if all((rows[field] == ours[field]).all() for field in fixed):
+            return CandleSeries.trusted(*(rows[name].astype(rows[name].dtype.newbyteorder("=")) for name in COLUMNS))
+    found = bson.decode_all(batch)
+    for document in found:
+        if not _is_candle(document):
+            raise Damaged(f"a candle of {series.symbol} is {document!r:.120}: correct or delete that document")
+    return CandleSeries.from_rows([[document[name] for name in COLUMNS] for document in found])
+
+
+def _is_candle(document: Document) -> bool:
+    return isinstance(document.get("timestamp"), int) and all(
+        isinstance(document.get(name), int | float) and not isinstance(document[name], bool) for name in COLUMNS
+    )
+
+
+def _template() -> bytes:
+    return bson.encode({"timestamp": Int64(0), **dict.fromkeys(COLUMNS[1:], 0.0)})

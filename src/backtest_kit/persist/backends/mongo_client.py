@@ -1,0 +1,195 @@
+"""Connections of the Mongo store: those of one event loop of one process belong together, and to nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from pymongo import AsyncMongoClient
+from pymongo.asynchronous.collection import AsyncCollection
+from pymongo.errors import ConfigurationError, InvalidURI, PyMongoError
+from pymongo.read_concern import ReadConcern
+from pymongo.read_preferences import ReadPreference
+from pymongo.write_concern import WriteConcern
+
+from backtest_kit.errors import Outcome
+from backtest_kit.persist.backends.mongo_documents import Document
+from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, translate
+from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
+from backtest_kit.persist.contracts import Contract, Durability
+from backtest_kit.persist.turns import Turns
+from backtest_kit.persist.urls import import_backend
+
+T = TypeVar("T")
+
+DEFAULT_DATABASE: Final = "backtest-kit"
+ACKNOWLEDGED: Final = WriteConcern(w=1)
+"""For what may be lost or is flushed on close. The server writes it to its journal every 100 ms."""
+
+
+class Link:
+    """What one event loop has open: clients, the order of its writes, and whatever still runs."""
+
+    def __init__(self, settings: MongoSettings) -> None:
+        """Dials nothing.
+
+        Raises:
+            UserError: an address cannot be read.
+        """
+        self.settings: Final = settings
+        self.where: Final = mask(settings.CC_MONGO_CONNECTION_STRING)
+        self.database_name: Final = database_of(settings.CC_MONGO_CONNECTION_STRING)
+        self.mongo: Final[AsyncMongoClient[Document]] = _client(settings)
+        self.database: Final = self.mongo[self.database_name]
+        self.ids = None
+        if settings.redis_url:
+            self.ids = import_backend("backtest_kit.persist.backends.redis_ids").IdCache(settings, self.database_name)
+        self.journalled: Final = WriteConcern(w="majority", j=True, wtimeout=settings.CC_MONGO_OPERATION_TIMEOUT_MS)
+        """For money, and for what other processes must agree on: it is not rolled back and survives the server."""
+        self.turns: Final = Turns()
+        self.owner: Final = secrets.token_hex(8)
+        self.has_transactions = False
+        """Whether the server is part of a replica set or a cluster. Known once it is open."""
+        self.opening: asyncio.Task[None] | None = None
+        self.is_open = False
+        self.has_unflushed = False
+        """Whether something was written that only the server's memory is known to have."""
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._writes = 0
+        self._tick = 0
+
+    def next_writer(self) -> str:
+        """A name for one write, which tells it from every other of this and of other processes."""
+        self._writes += 1
+        return f"{self.owner}:{self._writes}"
+
+    def is_mine(self, writer: object) -> bool:
+        """Whether a write of this link has left that name."""
+        return isinstance(writer, str) and writer.startswith(f"{self.owner}:")
+
+    def next_tick(self) -> int:
+        """Grows with every write."""
+        self._tick = max(self._tick + 1, time.time_ns() // 1000)
+        return self._tick
+
+    def collection(self, contract: Contract) -> AsyncCollection[Document]:
+        """The documents of a contract, as safe as its durability asks."""
+        return self.named(contract.collection, contract.durability)
+
+    def named(self, name: str, durability: Durability) -> AsyncCollection[Document]:
+        """A collection that is always read from the primary; money as no election can take it back."""
+        is_money = durability is Durability.MONEY
+        # A server of its own has nothing to roll back, and not every version takes another concern there.
+        level = "majority" if is_money and self.has_transactions else "local"
+        return self.database.get_collection(
+            name,
+            write_concern=self.journalled if is_money else ACKNOWLEDGED,
+            read_concern=ReadConcern(level),
+            read_preference=ReadPreference.PRIMARY,
+        )
+
+    def patience(self) -> Patience:
+        return Patience(self.settings.CC_MONGO_OPERATION_TIMEOUT_MS / 1000)
+
+    async def ask(self, doing: str, question: Callable[[], Awaitable[T]], patience: Patience | None = None) -> T:
+        """The answer to something that may be asked twice; asked again while the failure can heal and there is time.
+
+        Raises:
+            RetryLater, UserError, OutOfSpace: it cannot, or the time is up.
+        """
+        patience = patience or self.patience()
+        while True:
+            try:
+                return await question()
+            except FAILURES as error:
+                if not heals(error) or patience.is_over:
+                    raise self.failure(error, doing) from error
+                await patience.pause()
+
+    def failure(self, error: BaseException, doing: str, outcome: Outcome = Outcome.NOT_DONE) -> Exception:
+        return translate(error, doing, self.where, outcome)
+
+    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do `work` to its end also if the caller is cancelled: half of a write must not land after the next one."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        return await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Wait for what is under way, then let go of every connection."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+        if self.ids is not None:
+            await self.ids.close()
+        await self.mongo.close()
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            # Its caller may be gone; then nobody else would look at it, and Python would say so.
+            task.exception()
+
+
+class Links:
+    """The links of one store. A fork has none, and the loop that asks first gets one of its own."""
+
+    def __init__(self, settings: MongoSettings) -> None:
+        self.settings: Final = settings
+        self._pid = os.getpid()
+        self._links: dict[asyncio.AbstractEventLoop, Link] = {}
+        self._inherited: list[dict[asyncio.AbstractEventLoop, Link]] = []
+
+    def here(self) -> Link:
+        """The link of the running loop.
+
+        Raises:
+            UserError: an address cannot be read.
+        """
+        if self._pid != os.getpid():
+            # Kept, and never touched: closing them here would speak on the sockets of the parent.
+            self._inherited.append(self._links)
+            self._pid, self._links = os.getpid(), {}
+        loop = asyncio.get_running_loop()
+        if loop not in self._links:
+            for old in [each for each in self._links if each.is_closed()]:
+                del self._links[old]
+            self._links[loop] = Link(self.settings)
+        return self._links[loop]
+
+    def leave(self) -> Link | None:
+        """The link of the running loop, which from now on has none."""
+        if self._pid != os.getpid():
+            return None
+        return self._links.pop(asyncio.get_running_loop(), None)
+
+
+def database_of(url: str) -> str:
+    """The name of the database in an address of MongoDB."""
+    return unquote(urlsplit(url).path.strip("/")) or DEFAULT_DATABASE
+
+
+def _client(settings: MongoSettings) -> AsyncMongoClient[Document]:
+    url = settings.CC_MONGO_CONNECTION_STRING
+    wanted: dict[str, Any] = {
+        "serverSelectionTimeoutMS": settings.CC_MONGO_SERVER_SELECTION_TIMEOUT_MS,
+        "connectTimeoutMS": settings.CC_MONGO_CONNECT_TIMEOUT_MS,
+        "socketTimeoutMS": settings.CC_MONGO_SOCKET_TIMEOUT_MS,
+        "maxPoolSize": settings.CC_MONGO_POOL_SIZE,
+        "appname": "backtest-kit",
+    }
+    given = {name.lower() for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True)}
+    options = {name: value for name, value in wanted.items() if name.lower() not in given}
+    try:
+        return AsyncMongoClient(url, **options)
+    except (ConfigurationError, InvalidURI, PyMongoError, ValueError, TypeError) as error:
+        raise translate(_as_address_error(error), "connect", mask(url)) from None
+
+
+def _as_address_error(error: Exception) -> Exception:
+    return error if isinstance(error, PyMongoError) else ConfigurationError("no address")

@@ -1,0 +1,221 @@
+"""Records as documents of MongoDB and back.
+
+The components of a key are fields of their own, under the names of the contract, so that people can query
+them; `payload` is the value. BSON has no NUL in a field name and gives names that begin with a dollar a
+meaning, so such a name, and one that begins with a percent sign, is written as `%` and the name with `%`
+and NUL as `%25` and `%00`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+from bson.int64 import Int64
+from bson.objectid import ObjectId
+
+from backtest_kit.errors import Damaged, UserError
+from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema
+from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind, WriteRule
+from backtest_kit.persist.keys import check_key
+from backtest_kit.persist.store import ABSENT, ANY, Expect, Key, Plain, Record, Write
+from backtest_kit.persist.writing import now_ms
+
+Document = dict[str, Any]
+
+ROWS: Final = ALL_CONTRACTS
+RECORD_ROWS: Final = tuple(row for row in ROWS.values() if row.kind is not Kind.SERIES)
+ORDER: Final = ("order", "tick")
+"""Order of writing: the server's own time, which on a MongoDB no two writes share, then the writer's count."""
+
+_ABSENT_BY_TYPE: Final = object()
+
+
+class Change(NamedTuple):
+    """A write made ready when it was issued: nobody can change its value while it waits for its turn."""
+
+    write: Write
+    name: Document
+    """The fields that identify its document."""
+    payload: Any
+    written_at: int
+
+    @property
+    def contract(self) -> Contract:
+        return self.write.contract
+
+
+class Planned(NamedTuple):
+    """A write of a batch, and the document that it was judged by."""
+
+    change: Change
+    rev: int
+    """The revision that the document must have; 0 where there is none."""
+    identity: ObjectId
+    """Its `_id`, or the one that it will be made with."""
+
+    @property
+    def contract(self) -> Contract:
+        return self.change.contract
+
+    @property
+    def expected(self) -> Document:
+        """The document as it was judged."""
+        return matching({"_id": self.identity}, self.rev or ABSENT)
+
+
+def change_of(namespace: str, write: Write) -> Change:
+    """Raises `UserError` if the key or the value cannot be stored."""
+    key = check_key(write.contract, write.key)
+    return Change(write, name_of(namespace, write.contract, key), to_bson(write.value), now_ms())
+
+
+def name_of(namespace: str, contract: Contract, key: Key) -> Document:
+    """The fields that identify a document, or with the beginning of a key those of its records."""
+    return {"namespace": namespace, **dict(zip(contract.key_fields, key, strict=False))}
+
+
+def matching(name: Document, expect: Expect) -> Document:
+    """The document that may be changed: nothing holds it, and this version can judge its revision."""
+    rev: Any = {"$gte": 0} if expect == ANY else {"$gte": 0, "$lt": 1} if expect == ABSENT else expect
+    return {**name, "rev": rev, "schemaVersion": {"$lte": SCHEMA_VERSION}, "hold": {"$exists": False}}
+
+
+def expectation(write: Write) -> Expect:
+    """What the filter of a write asks for. Where the first write wins, any other meets what is there."""
+    return ABSENT if write.contract.write_rule is WriteRule.FIRST_WINS else write.expect
+
+
+def update_of(change: Change, writer: str, tick: int) -> Document:
+    """What the write does to its document. `writer` tells this write from every other."""
+    return {
+        "$set": fields_of(change, writer, tick),
+        "$inc": {"rev": Int64(1)},
+        "$currentDate": {"order": {"$type": "timestamp"}},
+    }
+
+
+def fields_of(change: Change, writer: str, tick: int) -> Document:
+    write = change.write
+    return {
+        "payload": change.payload,
+        "when": None if write.when is None else Int64(write.when),
+        "writtenAt": Int64(change.written_at),
+        "removed": write.removed,
+        "schemaVersion": SCHEMA_VERSION,
+        "writer": writer,
+        "tick": Int64(tick),
+    }
+
+
+def record_of_change(change: Change, rev: int) -> Record:
+    """The record that a write has made."""
+    write = change.write
+    return Record(write.key, to_plain(change.payload), int(rev), write.when, change.written_at, write.removed)
+
+
+def record_of(contract: Contract, document: Mapping[str, Any]) -> Record:
+    """The record in a document.
+
+    Raises:
+        NewerSchema: a newer version wrote it.
+        Damaged: a field is missing or of another type than this program writes.
+    """
+    version = document.get("schemaVersion")
+    if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
+        raise NewerSchema(
+            f"it was written by a newer version of this program (schema {version}, this one reads up to "
+            f"{SCHEMA_VERSION}): upgrade, the document is untouched"
+        )
+    for field, types in _TYPES.items():
+        if type(document.get(field, _ABSENT_BY_TYPE)) not in types:
+            raise Damaged(f"its field {field} is {_shown(document, field)}")
+    try:
+        key = check_key(contract, [document.get(field) for field in contract.key_fields])
+    except UserError as error:
+        raise Damaged(f"its key is not one: {error}") from None
+    if "payload" not in document:
+        raise Damaged("its field payload is missing")
+    when = document["when"]
+    return Record(
+        key=key,
+        value=to_plain(document["payload"]),
+        rev=int(document["rev"]),
+        when=None if when is None else int(when),
+        written_at=int(document["writtenAt"]),
+        removed=document["removed"],
+        schema_version=int(document["schemaVersion"]),
+    )
+
+
+def is_named(document: Mapping[str, Any], name: Document) -> bool:
+    """Whether a document that was found by its `_id` is the one that was asked for."""
+    return all(type(document.get(field)) is type(part) and document[field] == part for field, part in name.items())
+
+
+def to_bson(value: Plain, path: str = "value") -> Any:
+    """A copy of a plain JSON tree whose names BSON can carry.
+
+    Raises:
+        UserError: it is not a plain JSON tree.
+    """
+    if isinstance(value, dict):
+        return {_escape(name, path): to_bson(item, path) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_bson(item, path) for item in value]
+    if value is None or isinstance(value, str | bool) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, int) and -(1 << 63) <= value < 1 << 63:
+        return value
+    raise UserError(f"the {path} has {value!r} in it, which is no plain JSON, encode it first")
+
+
+def to_plain(value: Any) -> Plain:
+    """The tree that `to_bson` made a copy of.
+
+    Raises:
+        Damaged: there is something in it that `to_bson` does not write.
+    """
+    kind = type(value)
+    if kind is str or kind is int or kind is bool or value is None or (kind is float and math.isfinite(value)):
+        return value  # type: ignore[no-any-return]  # one of the types of Plain
+    if kind is Int64:
+        return int(value)
+    if kind is dict:
+        return {_unescape(name): to_plain(item) for name, item in value.items()}
+    if kind is list:
+        return [to_plain(item) for item in value]
+    raise Damaged(f"its payload has {value!r:.60} in it, a {kind.__name__}, which this program does not write")
+
+
+def id_from(text: bytes) -> ObjectId | None:
+    """The id that a cache entry names, if it is one."""
+    name = text.decode("latin-1")
+    return ObjectId(name) if ObjectId.is_valid(name) and len(name) == len(str(ObjectId())) else None
+
+
+def _escape(name: object, path: str) -> str:
+    if not isinstance(name, str):
+        raise UserError(f"the {path} has the key {name!r}: keys are text, write {str(name)!r}")
+    if name[:1] in ("$", "%") or "\0" in name:
+        return "%" + name.replace("%", "%25").replace("\0", "%00")
+    return name
+
+
+def _unescape(name: str) -> str:
+    return name[1:].replace("%00", "\0").replace("%25", "%") if name[:1] == "%" else name
+
+
+def _shown(document: Mapping[str, Any], field: str) -> str:
+    return f"{document[field]!r:.60}" if field in document else "missing"
+
+
+_WHOLE: Final = (int, Int64)
+_TYPES: Final[dict[str, tuple[type, ...]]] = {
+    "schemaVersion": _WHOLE,
+    "rev": _WHOLE,
+    "when": (*_WHOLE, type(None)),
+    "writtenAt": _WHOLE,
+    "removed": (bool,),
+}

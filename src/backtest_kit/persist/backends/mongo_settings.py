@@ -1,0 +1,119 @@
+"""How to reach MongoDB and Redis, and how long to wait for them: the settings of the Mongo store."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Final
+from urllib.parse import quote
+
+import msgspec
+
+from backtest_kit.errors import UserError
+
+_AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class MongoSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the servers are, and how patient the store is with them. Passwords are not in its repr."""
+
+    CC_MONGO_CONNECTION_STRING: str = "mongodb://localhost:27017/backtest-kit?wtimeoutMS=15000"
+    """Address of MongoDB. Its path names the database, `backtest-kit` if it has none. Options in it for which
+    there is a setting below win over that setting; its write concern is not used."""
+    CC_MONGO_SERVER_SELECTION_TIMEOUT_MS: _AtLeastOne = 5_000
+    """How soon a server that cannot be reached is an error."""
+    CC_MONGO_CONNECT_TIMEOUT_MS: _AtLeastOne = 3_000
+    """How long one connection may take to be made."""
+    CC_MONGO_SOCKET_TIMEOUT_MS: _AtLeastOne = 10_000
+    """How long the server may take for one answer."""
+    CC_MONGO_OPERATION_TIMEOUT_MS: _AtLeastOne = 10_000
+    """How long one read or write may take, with all its retries."""
+    CC_MONGO_POOL_SIZE: _AtLeastOne = 50
+    """Most connections of one event loop."""
+    CC_REDIS_HOST: str = "127.0.0.1"
+    """Host of Redis; empty for none."""
+    CC_REDIS_PORT: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 6379
+    CC_REDIS_USER: str = ""
+    CC_REDIS_PASSWORD: str = ""
+    CC_REDIS_URL: str = ""
+    """Address of Redis in place of the four above: `redis://`, `rediss://` with TLS, or `unix://`."""
+    CC_REDIS_PREFIX: str = "backtest-kit"
+    """What every key in Redis begins with, followed by the name of the database."""
+    CC_REDIS_TIMEOUT_MS: _AtLeastOne = 250
+    """How long Redis may take before it is passed over."""
+    CC_REDIS_TTL_SECONDS: _AtLeastOne = 7 * 86_400
+    """How long an entry in Redis lasts."""
+
+    @property
+    def redis_url(self) -> str:
+        """The address of Redis, or nothing."""
+        if self.CC_REDIS_URL or not self.CC_REDIS_HOST:
+            return self.CC_REDIS_URL
+        secret = ""
+        if self.CC_REDIS_USER or self.CC_REDIS_PASSWORD:
+            secret = f"{quote(self.CC_REDIS_USER, safe='')}:{quote(self.CC_REDIS_PASSWORD, safe='')}@"
+        host = f"[{self.CC_REDIS_HOST}]" if ":" in self.CC_REDIS_HOST else self.CC_REDIS_HOST
+        return f"redis://{secret}{host}:{self.CC_REDIS_PORT}"
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={_shown(name, getattr(self, name))!r}" for name in self.__struct_fields__)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    __str__ = __repr__
+
+
+def mask(url: str) -> str:
+    """An address without what may be secret in it: the credentials, and the values of its options."""
+    head, query, options = url.partition("?")
+    # Up to the last @: a password that should have been escaped may have one, or a slash, in it.
+    head = re.sub(r"://.*@", "://***@", head if "@" not in options else url)
+    return head if "@" in options or not query else f"{head}?..."
+
+
+def from_environment(environ: Mapping[str, str]) -> MongoSettings:
+    """The defaults, changed by the variables of these names.
+
+    Raises:
+        UserError: a variable has a bad value.
+    """
+    return with_changes(
+        MongoSettings(), {name: environ[name] for name in MongoSettings.__struct_fields__ if name in environ}
+    )
+
+
+def with_changes(base: MongoSettings, changes: Mapping[str, object]) -> MongoSettings:
+    """`base` with `changes` applied.
+
+    Raises:
+        UserError: unknown names, wrong types, values out of range; all in one message.
+    """
+    types = {field.name: field.type for field in msgspec.structs.fields(MongoSettings)}
+    problems, values = [], {}
+    for name, value in changes.items():
+        if name not in types:
+            problems.append(f"{name} is no setting of the Mongo store; they are {', '.join(types)}")
+            continue
+        try:
+            values[name] = msgspec.convert(value, types[name], strict=False)
+        except msgspec.ValidationError as error:
+            problems.append(f"{name} is {_shown(name, value)!r}: {error}")
+    settings = msgspec.structs.replace(base, **values)
+    for name, schemes in _SCHEMES.items():
+        url = getattr(settings, name)
+        if url and not url.startswith(schemes):
+            problems.append(f"{name} is {mask(url)!r}: begin it with one of {', '.join(schemes)}")
+    if problems:
+        raise UserError("; ".join(problems))
+    return settings
+
+
+_SCHEMES: Final = {
+    "CC_MONGO_CONNECTION_STRING": ("mongodb://", "mongodb+srv://"),
+    "CC_REDIS_URL": ("redis://", "rediss://", "unix://"),
+}
+
+
+def _shown(name: str, value: object) -> object:
+    if name in _SCHEMES and isinstance(value, str):
+        return mask(value)
+    return "***" if name == "CC_REDIS_PASSWORD" and value else value

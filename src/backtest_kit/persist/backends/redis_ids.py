@@ -1,0 +1,138 @@
+"""`IdCache`: which `_id` a key has, in Redis. It saves time or does nothing: it never answers and never fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import redis.asyncio as redis_asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+
+from backtest_kit.errors import UserError
+from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
+
+_FAILURES_TO_OPEN: Final = 3
+_PAUSE_SECONDS: Final = 5.0
+
+_log = logging.getLogger("backtest_kit.mongo")
+
+
+class _Breaker:
+    """Passes Redis over after a few failures in a row, and lets one caller try it again after a pause."""
+
+    def __init__(self, where: str, pause_seconds: float) -> None:
+        self._where = where
+        self._pause_seconds = pause_seconds
+        self._failures = 0
+        self._try_again_at: float | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._try_again_at is not None
+
+    def lets_through(self) -> bool:
+        if self._try_again_at is None:
+            return True
+        now = time.monotonic()
+        if now < self._try_again_at:
+            return False
+        # This caller tries; the others go on without Redis until it knows.
+        self._try_again_at = now + self._pause_seconds
+        return True
+
+    def worked(self) -> None:
+        self._failures = 0
+        if self._try_again_at is not None:
+            self._try_again_at = None
+            _log.warning("Redis at %s answers again: reads take ids from it", self._where)
+
+    def failed(self, error: BaseException) -> None:
+        self._failures += 1
+        if self._try_again_at is None and self._failures >= _FAILURES_TO_OPEN:
+            self._try_again_at = time.monotonic() + self._pause_seconds
+            _log.warning(
+                "Redis at %s fails (%s): every read goes to MongoDB alone, which is slower and just as right; "
+                "it is tried again every %g s",
+                self._where,
+                type(error).__name__,
+                self._pause_seconds,
+            )
+
+
+class IdCache:
+    """The ids of one database, for one event loop. Every name begins with the prefix and the database."""
+
+    def __init__(self, settings: MongoSettings, database: str, *, pause_seconds: float = _PAUSE_SECONDS) -> None:
+        """Dials nothing.
+
+        Raises:
+            UserError: the address cannot be read.
+        """
+        seconds = settings.CC_REDIS_TIMEOUT_MS / 1000
+        self.prefix: Final = f"{settings.CC_REDIS_PREFIX}:{database}:"
+        self._ttl_seconds = settings.CC_REDIS_TTL_SECONDS
+        self._timeout_seconds = seconds
+        self._breaker = _Breaker(mask(settings.redis_url), pause_seconds)
+        try:
+            self.client: Final[redis_asyncio.Redis] = redis_asyncio.Redis.from_url(
+                settings.redis_url,
+                socket_timeout=seconds,
+                socket_connect_timeout=seconds,
+                retry=Retry(NoBackoff(), 0),
+            )
+        except ValueError:
+            # Its text may quote the address with the password in it.
+            raise UserError(
+                f"the address of Redis {mask(settings.redis_url)} is not one: correct CC_REDIS_URL"
+            ) from None
+
+    @property
+    def is_passed_over(self) -> bool:
+        """Whether Redis failed lately, so that it is not asked."""
+        return self._breaker.is_open
+
+    async def get(self, name: str) -> bytes | None:
+        """What is stored under a name; nothing, if there is nothing or Redis does not say."""
+        found = await self._try(lambda: self.client.get(self.prefix + name))
+        return found if isinstance(found, bytes) else None
+
+    async def set(self, entries: Mapping[str, str]) -> None:
+        """Store ids by name, over whatever is there."""
+        if len(entries) == 1:
+            ((name, value),) = entries.items()
+            await self._try(lambda: self.client.set(self.prefix + name, value, ex=self._ttl_seconds))
+        elif entries:
+            pipeline = self.client.pipeline(transaction=False)
+            for name, value in entries.items():
+                pipeline.set(self.prefix + name, value, ex=self._ttl_seconds)
+            await self._try(pipeline.execute)
+
+    async def drop(self, name: str) -> None:
+        """Forget a name."""
+        await self._try(lambda: self.client.delete(self.prefix + name))
+
+    async def close(self) -> None:
+        try:
+            await self.client.aclose()
+        except (RedisError, OSError) as error:
+            _log.debug("closing the connections to Redis: %s", type(error).__name__)
+
+    async def _try(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        if not self._breaker.lets_through():
+            return None
+        try:
+            async with asyncio.timeout(self._timeout_seconds * 2):
+                answer = await call()
+        except Exception as error:  # whatever a server that may be no Redis makes the client raise
+            if isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE"):
+                self._breaker.worked()
+            else:
+                self._breaker.failed(error)
+            return None
+        self._breaker.worked()
+        return answer

@@ -1,0 +1,143 @@
+"""Whether a store, and the place that it lies in, can be trusted with a live position.
+
+A backend measures what only it knows (`Examined`); what holds for every store is added here. Looking changes
+nothing, however often.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from enum import Enum
+from typing import Protocol, runtime_checkable
+
+import msgspec
+import numpy as np
+
+from backtest_kit.errors import BacktestKitError, UserError
+from backtest_kit.persist.lease import owners
+from backtest_kit.persist.store import Capability, Store
+from backtest_kit.persist.upkeep import Upkeep
+
+SAMPLES = 15
+"""How often something is measured for one median."""
+
+
+class Status(Enum):
+    """What follows from a reading."""
+
+    OK = "ok"
+    NEW = "new"
+    """There is nothing yet; the first run makes it."""
+    WARNING = "warning"
+    """Works, and could be better."""
+    DEGRADED = "degraded"
+    """Something that was asked for is out of order; everything is as right without it, and slower."""
+    WEAK = "weak"
+    """Good enough to replay. What a live position needs is not promised."""
+    FAULT = "fault"
+    """Does not work, or will not for long."""
+
+
+class Reading(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """One thing that was looked at."""
+
+    subject: str
+    status: Status
+    says: str
+    remedy: str = ""
+    """What to do about it: a command where there is one."""
+    median_ms: float | None = None
+    """How long it takes, where that was measured."""
+
+
+@runtime_checkable
+class Examined(Protocol):
+    """A store that can say how well it is kept."""
+
+    async def examine(self, *, samples: int = SAMPLES) -> list[Reading]:
+        """Look at the place where the records lie. Changes nothing, and makes nothing that is missing.
+
+        What cannot be reached is a reading, not an error.
+        """
+        ...
+
+
+async def examine(store: Store, *, samples: int = SAMPLES) -> list[Reading]:
+    """All that can be told of `store`, which may not exist yet. Times are the median of `samples`."""
+    readings = _promises(store)
+    if isinstance(store, Examined):
+        readings += await store.examine(samples=samples)
+    if not {Status.FAULT, Status.NEW} & {reading.status for reading in readings}:
+        readings += await _contents(store)
+    return readings
+
+
+async def require_live_grade(store: Store, *, allow_weak: bool = False) -> list[Reading]:
+    """What `examine` says of `store`, if a live position may be trusted to it. To be called before the first one is.
+
+    Raises:
+        UserError: it is weak, which `allow_weak` lets pass, or at fault; the message has every reason and its remedy.
+    """
+    readings = await examine(store, samples=1)
+    stops = {Status.FAULT} if allow_weak else {Status.FAULT, Status.WEAK}
+    reasons = [reading for reading in readings if reading.status in stops]
+    if reasons:
+        told = "; ".join(f"{each.subject}: {each.says}{each.remedy and f' - {each.remedy}'}" for each in reasons)
+        weak = any(each.status is Status.WEAK for each in reasons)
+        raise UserError(
+            f"the store is not fit for live trading: {told}. `backtest-kit doctor --live` shows all of it"
+            + (", and --allow-weak accepts what is only weak" if weak else "")
+        )
+    return readings
+
+
+def fails(readings: Iterable[Reading], *, live: bool = False, allow_weak: bool = False) -> bool:
+    """Whether something has to be done about them."""
+    bad = {Status.FAULT, Status.DEGRADED} | ({Status.WEAK} if live and not allow_weak else set())
+    return any(reading.status in bad for reading in readings)
+
+
+async def median_ms(call: Callable[[], Awaitable[object]], samples: int) -> float:
+    """How long `call` takes, in the median of some, after one that is not counted."""
+    if samples > 1:
+        await call()
+    spent = []
+    for _ in range(samples):
+        started = time.perf_counter()
+        await call()
+        spent.append(time.perf_counter() - started)
+    return round(float(np.median(spent)) * 1000, 3)
+
+
+def _promises(store: Store) -> list[Reading]:
+    missing = [each.value for each in Capability if each not in store.capabilities]
+    name = type(store).__name__
+    if not missing:
+        return [Reading("promises", Status.OK, f"{name}: " + ", ".join(each.value for each in Capability))]
+    remedy = "keep live positions in file:DIR, sqlite:FILE or mongodb://HOST/NAME"
+    return [Reading("promises", Status.WEAK, f"{name} does not promise: {', '.join(missing)}", remedy)]
+
+
+async def _contents(store: Store) -> list[Reading]:
+    """What is in the store that an operator has to know of."""
+    readings = []
+    try:
+        if isinstance(store, Upkeep):
+            readings.append(await _quarantine(store))
+        if Capability.ORDERED_SCAN in store.capabilities:
+            held = [str(holder) for _, holder in await owners(store)]
+            says = f"{len(held)} owned: {'; '.join(held[:3])}{'; ...' * (len(held) > 3)}" if held else "none owned"
+            readings.append(Reading("positions", Status.OK, says))
+    except BacktestKitError as error:
+        readings.append(Reading("records", Status.FAULT, str(error)))
+    return readings
+
+
+async def _quarantine(store: Upkeep) -> Reading:
+    kept = await store.quarantined()
+    if not kept:
+        return Reading("quarantine", Status.OK, "empty")
+    paths = ", ".join(each.path for each in kept[:3]) + ", ..." * (len(kept) > 3)
+    remedy = "backtest-kit store quarantine list shows why; restore or drop decides, and frees the keys"
+    return Reading("quarantine", Status.FAULT, f"{len(kept):,} could not be read: {paths}", remedy)

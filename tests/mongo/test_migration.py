@@ -1,0 +1,116 @@
+"""A program moves from files or SQLite to MongoDB and back: everything arrives, also when the move is killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pymongo
+import pytest
+from tests.persist.test_migration import BTC, RECORDS, fill, require_equal, run_child, spread
+
+from backtest_kit.persist.migration import migrate_store
+from backtest_kit.persist.store import Store
+from backtest_kit.persist.urls import store_at
+
+Addresses = Callable[[str, str], str]
+WAYS = [("file", "mongodb"), ("mongodb", "file"), ("sqlite", "mongodb"), ("mongodb", "sqlite"), ("mongodb", "mongodb")]
+
+
+SPACES: list[tuple[str, ...]] = [(), ("paper",), ("backtest-1", "Deeper/é"), ("candles only",)]
+
+
+async def contents(store: Store) -> list[Any]:
+    """What must arrive, read without the code that moves it."""
+    found: list[Any] = []
+    for path in SPACES:
+        space = reduce(lambda outer, name: outer.within(name), path, store)
+        found.append(await space.candles.read(BTC, -(2**53), 2**53))
+        for row in RECORDS:
+            records = [record async for record in space.scan(row, include_removed=True)]
+            found.append([(each.key, each.value, each.when, each.removed) for each in records])
+    return found
+
+
+@pytest.fixture
+def address(mongo_address: str, tmp_path: Path) -> Iterator[Addresses]:
+    """The address of a store of that kind and name; the databases are dropped afterwards."""
+    run = uuid.uuid4().hex[:12]
+    made: set[str] = set()
+
+    def of(kind: str, name: str) -> str:
+        if kind != "mongodb":
+            return f"{kind}:{tmp_path / name}"
+        made.add(f"test-{run}-{len(made)}")
+        parts = urlsplit(mongo_address)
+        return parts._replace(path=f"/test-{run}-{len(made) - 1}").geturl()
+
+    yield of
+    with pymongo.MongoClient[dict[str, object]](mongo_address) as client:
+        for database in made:
+            client.drop_database(database)
+
+
+def migrate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = str(Path(sys.executable).with_name("backtest-kit"))
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("CC_")}
+    command = [program, "store", "migrate", *arguments]
+    return subprocess.run(command, env=clean, text=True, capture_output=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize(("source_kind", "target_kind"), WAYS)
+async def test_everything_moves_and_is_proven(source_kind: str, target_kind: str, address: Addresses) -> None:
+    source_url, target_url = address(source_kind, "source"), address(target_kind, "target")
+    written = store_at(source_url)
+    await fill(written)
+    await written.close()
+    done = migrate(source_url, target_url, "--verify")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Both stores have the same, in the same order." in done.stdout
+    source, target = store_at(source_url, existing=True), store_at(target_url, existing=True)
+    assert await contents(target) == await contents(source)
+    await source.close()
+    await target.close()
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(("source_kind", "target_kind"), WAYS[:4])
+async def test_kill_at_any_point_and_resume(
+    source_kind: str, target_kind: str, address: Addresses, tmp_path: Path
+) -> None:
+    source_url = address(source_kind, "source")
+    source = store_at(source_url)
+    await fill(source, each=5)
+    await source.close()
+    whole = run_child(source_url, address(target_kind, "whole"))
+    assert whole.returncode == 0, whole.stderr
+    points = spread(whole.stdout, 3)
+    assert len(points) == 3
+    gone_on = 0
+    for point in points:
+        target_url = address(target_kind, point)
+        killed = run_child(source_url, target_url, point)
+        assert killed.returncode == -9, (point, killed.stdout, killed.stderr)
+        target = store_at(target_url)
+        moved = await migrate_store(source, target, resume=True)
+        gone_on += any(item.present for item in moved.contracts)
+        await require_equal(source, target)
+        await target.close()
+    assert gone_on, "the kills come too early to be resumed from"
+    await source.close()
+
+
+def test_password_of_neither_address_is_shown(address: Addresses) -> None:
+    empty = "mongodb://bot:geheim@127.0.0.1:9/bot?serverSelectionTimeoutMS=200"
+    for arguments in ((empty, address("file", "dump")), (empty, empty)):
+        done = migrate(*arguments)
+        assert done.returncode != 0
+        assert "geheim" not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr

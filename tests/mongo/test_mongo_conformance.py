@@ -1,0 +1,86 @@
+"""The conformance suite over MongoDB: with Redis, without, with one that dies, and without transactions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+from tests.servers import Server, redis_server
+
+from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo_client import database_of
+from backtest_kit.persist.backends.mongo_schema import META
+from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.store import Store
+from backtest_kit.persist.testing import StoreConformance
+
+
+class MongoConformance(StoreConformance):
+    """Every place is a database of its own."""
+
+    url = ""
+    redis_url = ""
+
+    @pytest.fixture(autouse=True)
+    def _address(self, mongo_url: str) -> None:
+        self.url = mongo_url
+
+    def make_store(self, place: Path) -> Store:
+        settings = MongoSettings(CC_REDIS_HOST="", CC_REDIS_URL=self.redis_url, CC_REDIS_PREFIX=database_of(self.url))
+        return MongoStore(self.url, settings=settings)
+
+    def obstruct(self, place: Path) -> Callable[[], None]:
+        client = pymongo.MongoClient[dict[str, Any]](self.url)
+        meta = client[database_of(self.url)][META]
+        meta.insert_one({"_id": "schema", "schemaVersion": 1_000})
+
+        def mend() -> None:
+            meta.delete_one({"_id": "schema"})
+            client.close()
+
+        return mend
+
+
+class TestMongoWithRedis(MongoConformance):
+    @pytest.fixture(autouse=True)
+    def _redis(self, redis_address: str) -> None:
+        self.redis_url = redis_address
+
+
+class TestMongoWithoutRedis(MongoConformance):
+    pass
+
+
+class TestMongoStandalone(MongoConformance):
+    @pytest.fixture(autouse=True)
+    def _address(self, standalone_url: str) -> None:
+        self.url = standalone_url
+
+
+class TestMongoWithRedisThatDies(MongoConformance):
+    """Redis is ended by SIGKILL after the first three operations of each case, which then goes on without it."""
+
+    @pytest.fixture(scope="class")
+    def mortal(self) -> Iterator[Server]:
+        server = redis_server()
+        yield server
+        server.remove()
+
+    @pytest.fixture(autouse=True)
+    def _redis(self, mortal: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        mortal.kill()
+        mortal.start()
+        self.redis_url = f"redis://127.0.0.1:{mortal.port}"
+        opened, calls = MongoStore._opened, 0
+
+        async def counted(store: MongoStore) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                mortal.kill()
+            return await opened(store)
+
+        monkeypatch.setattr(MongoStore, "_opened", counted)

@@ -1,0 +1,610 @@
+"""The Mongo store beyond the suite: opening, damage, batches that die, answers that never come, loops and forks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import numpy as np
+import pymongo
+import pytest
+import pytest_asyncio
+from bson.int64 import Int64
+from bson.objectid import ObjectId
+from tests.mongo.samples import ALWAYS, BTC, candles
+from tests.servers import mongo_server, running
+
+from backtest_kit.errors import Conflict, Damaged, Outcome, RetryLater, UserError
+from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo_client import database_of
+from backtest_kit.persist.backends.mongo_schema import indexes_of
+from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.codec import NewerSchema
+from backtest_kit.persist.contracts import CONTRACTS, LEASE
+from backtest_kit.persist.operations import check
+from backtest_kit.persist.store import ABSENT, SeriesKey, Write
+
+SIGNAL, STATE, MEMORY, LOG = (CONTRACTS[name] for name in ("signal", "state", "memory", "log"))
+KEY = ("trend", "binance", "BTCUSDT")
+NAME = {"namespace": "", "strategyName": "trend", "exchangeName": "binance", "symbol": "BTCUSDT"}
+
+Database = Any
+"""A database of the synchronous driver, for looking behind the store's back."""
+
+
+def store_over(url: str, **settings: Any) -> MongoStore:
+    return MongoStore(url, settings=MongoSettings(CC_REDIS_HOST="", **settings))
+
+
+@pytest.fixture
+def database(mongo_url: str) -> Iterator[Database]:
+    with pymongo.MongoClient[dict[str, Any]](mongo_url) as client:
+        yield client[database_of(mongo_url)]
+
+
+@pytest_asyncio.fixture
+async def store(mongo_url: str) -> AsyncIterator[MongoStore]:
+    store = store_over(mongo_url)
+    await store.open()
+    yield store
+    await store.close()
+
+
+class TestDocuments:
+    async def test_record_can_be_queried_by_its_key_and_its_value(self, store: MongoStore, database: Database) -> None:
+        await store.within("paper").put(Write(SIGNAL, KEY, {"priceOpen": 1.5, "note": None}, when=7))
+        found = database["signal-items"].find_one({"symbol": "BTCUSDT", "payload.priceOpen": {"$gt": 1}})
+        assert found["namespace"] == "paper"
+        assert (found["payload"], found["rev"], found["when"]) == ({"priceOpen": 1.5, "note": None}, 1, 7)
+        assert (found["removed"], found["schemaVersion"]) == (False, 1)
+        assert found["writtenAt"] > 1_600_000_000_000
+
+    async def test_removal_keeps_the_document(self, store: MongoStore, database: Database) -> None:
+        await store.put(Write(MEMORY, ("s", "b", "m"), {"seen": 1}))
+        await store.put(Write(MEMORY, ("s", "b", "m"), {"seen": 1}, removed=True))
+        assert database["memory-items"].find_one({"memoryId": "m"})["removed"] is True
+
+    async def test_every_index_serves_a_query_and_is_unique_where_the_table_says_so(
+        self, store: MongoStore, database: Database
+    ) -> None:
+        for contract in (*CONTRACTS.values(), LEASE):
+            found = database[contract.collection].index_information()
+            assert found["key"]["key"] == [(field, 1) for field in ("namespace", *contract.key_fields)]
+            assert found["key"]["unique"]
+            assert set(found) == {"_id_", *(index.document["name"] for index in indexes_of(contract))}
+        names = [(field, 1) for field in ("namespace", "exchangeName", "symbol", "interval", "timestamp")]
+        assert database["candle-items"].index_information()["key"]["key"] == names
+
+    async def test_value_too_large_for_a_document_is_refused(self, store: MongoStore) -> None:
+        with pytest.raises(UserError, match="16 MiB") as caught:
+            await store.put(Write(STATE, ("s", "b"), "x" * (17 << 20)))
+        assert caught.value.outcome is Outcome.NOT_DONE
+        assert await store.get(STATE, ("s", "b")) is None
+
+    async def test_commands_of_the_store_work_on_an_address(self, mongo_url: str, store: MongoStore) -> None:
+        await store.put(Write(SIGNAL, KEY, "here"))
+        for verb in (["ls", "signal"], ["get", "signal", "trend/binance/BTCUSDT"], ["du"], ["check", "--deep"]):
+            command = [
+                sys.executable,
+                "-c",
+                "from backtest_kit.cli import main; main()",
+                "store",
+                *verb,
+                "--store",
+                mongo_url,
+            ]
+            done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr + done.stdout
+
+
+class TestOpening:
+    async def test_many_processes_open_an_empty_database_at_once(self, mongo_url: str, database: Database) -> None:
+        program = (
+            "import asyncio, sys\nfrom backtest_kit.persist.backends.mongo import MongoStore\n"
+            "async def main():\n    store = MongoStore(sys.argv[1])\n    await store.open()\n    await store.close()\n"
+            "asyncio.run(main())\n"
+        )
+        commands = [[sys.executable, "-W", "error", "-c", program, mongo_url]] * 4
+        processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+        outcomes = [(process.communicate()[1], process.returncode) for process in processes]
+        assert [code for _, code in outcomes] == [0] * 4, outcomes
+        assert database["store-meta"].count_documents({"_id": "schema"}) == 1
+        assert set(database["log-items"].index_information()) == {"_id_", "key", "order"}
+
+    async def test_no_server_is_an_error_within_seconds(self) -> None:
+        store = store_over("mongodb://u:secret@127.0.0.1:9/db", CC_MONGO_SERVER_SELECTION_TIMEOUT_MS=300)
+        started = time.monotonic()
+        with pytest.raises(RetryLater, match="start it") as caught:
+            await store.put(Write(SIGNAL, KEY, 1))
+        assert time.monotonic() - started < 3
+        assert caught.value.outcome is Outcome.NOT_DONE
+        assert "secret" not in str(caught.value)
+        await store.close()
+
+    async def test_wrong_password_is_an_error_at_once(self) -> None:
+        with running(mongo_server()) as server:
+            with pymongo.MongoClient[dict[str, Any]]("127.0.0.1", server.port) as client:
+                roles = [{"role": "root", "db": "admin"}]
+                client.admin.command(
+                    {"createUser": "bot", "pwd": "right", "roles": roles, "writeConcern": {"w": 1, "j": True}}
+                )
+            server.stop()
+            server.options = ["--auth"]
+            server.start()
+            right = store_over(f"mongodb://bot:right@127.0.0.1:{server.port}/db?authSource=admin")
+            await right.put(Write(SIGNAL, KEY, 1))
+            await right.close()
+            for credentials in ("bot:wrong@", ""):
+                wrong = store_over(f"mongodb://{credentials}127.0.0.1:{server.port}/db?authSource=admin")
+                started = time.monotonic()
+                with pytest.raises(UserError, match="user, password and authSource") as caught:
+                    await wrong.open()
+                assert time.monotonic() - started < 3
+                assert "wrong@" not in str(caught.value)
+                await wrong.close()
+
+    async def test_newer_database_is_refused_and_untouched(self, mongo_url: str, database: Database) -> None:
+        database["store-meta"].insert_one({"_id": "schema", "schemaVersion": 2})
+        store = store_over(mongo_url)
+        with pytest.raises(NewerSchema, match="upgrade"):
+            await store.get(SIGNAL, KEY)
+        assert database.list_collection_names() == ["store-meta"]
+        await store.close()
+
+    async def test_duplicates_forbid_the_index_with_a_way_out(self, mongo_url: str, database: Database) -> None:
+        database["signal-items"].insert_many([dict(NAME), dict(NAME)])
+        store = store_over(mongo_url)
+        with pytest.raises(UserError, match=r"signal-items.*strategyName, exchangeName, symbol.*delete the others"):
+            await store.open()
+        database["signal-items"].delete_many({})
+        await store.open()
+        await store.close()
+
+    async def test_index_of_another_form_is_named(self, mongo_url: str, database: Database) -> None:
+        database["signal-items"].create_index([("symbol", 1)], name="key")
+        store = store_over(mongo_url)
+        with pytest.raises(UserError, match=r"signal-items.*dropIndex"):
+            await store.open()
+        await store.close()
+
+    async def test_looking_at_what_is_no_store_makes_nothing(self, mongo_url: str, database: Database) -> None:
+        store = MongoStore(mongo_url, settings=MongoSettings(CC_REDIS_HOST=""), existing=True)
+        with pytest.raises(UserError, match="no store"):
+            await store.open()
+        assert database.list_collection_names() == []
+        await store.close()
+
+
+DAMAGE: dict[str, dict[str, Any]] = {
+    "payload gone": {"$unset": {"payload": ""}},
+    "payload of another type": {"$set": {"payload.at": ObjectId()}},
+    "not a number in the payload": {"$set": {"payload.price": float("nan")}},
+    "revision as text": {"$set": {"rev": "7"}},
+    "removed as text": {"$set": {"removed": "no"}},
+    "time as text": {"$set": {"when": "yesterday"}},
+    "no version": {"$unset": {"schemaVersion": ""}},
+}
+
+
+class TestDamage:
+    @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE.keys())
+    async def test_damaged_document_stays_and_blocks_its_key(
+        self, store: MongoStore, database: Database, mongo_url: str, change: dict[str, Any]
+    ) -> None:
+        await store.put(Write(SIGNAL, KEY, {"price": 1.0}))
+        database["signal-items"].update_one(NAME, change)
+        before = database["signal-items"].find_one(NAME)
+        assert [finding.path for finding in await check(store)] == ["signal/trend/binance/BTCUSDT"]
+        assert repr(database["signal-items"].find_one(NAME)) == repr(before)
+        with pytest.raises(Damaged, match="signal/trend/binance/BTCUSDT"):
+            await store.get(SIGNAL, KEY)
+        other = store_over(mongo_url)
+        for blocked in (
+            other.put(Write(SIGNAL, KEY, "lost")),
+            other.put(Write(SIGNAL, KEY, "lost", expect=ABSENT)),
+            other.batch([Write(SIGNAL, KEY, "lost"), Write(STATE, ("s", "b"), "lost")]),
+            anext(other.scan(SIGNAL)),
+        ):
+            with pytest.raises(Damaged):
+                await blocked
+        assert await other.get(STATE, ("s", "b")) is None
+        after = database["signal-items"].find_one(NAME)
+        assert repr({**after, "hold": None}) == repr({**before, "hold": None})
+        await other.close()
+
+    async def test_operator_mends_or_drops(self, store: MongoStore, database: Database) -> None:
+        await store.within("paper").put(Write(SIGNAL, KEY, {"price": 1.0}))
+        name = {**NAME, "namespace": "paper"}
+        database["signal-items"].update_one(name, {"$set": {"payload": ObjectId()}})
+        with pytest.raises(Damaged):
+            await store.within("paper").get(SIGNAL, KEY)
+        (item,) = await store.quarantined()
+        assert (item.path, item.contract) == ("@paper/signal/trend/binance/BTCUSDT", "signal")
+        with pytest.raises(UserError, match="still damaged"):
+            await store.restore(item.path)
+        database["signal-items"].update_one(name, {"$set": {"payload": "mended"}})
+        restored = await store.restore(item.path)
+        assert restored is not None
+        assert (restored.value, restored.rev) == ("mended", 2)
+        assert await store.within("paper").get(SIGNAL, KEY) == restored
+        with pytest.raises(UserError, match="nothing in quarantine"):
+            await store.drop(item.path)
+
+    async def test_dropping_frees_the_key(self, store: MongoStore, database: Database) -> None:
+        await store.put(Write(SIGNAL, KEY, 1))
+        database["signal-items"].update_one(NAME, {"$set": {"rev": None}})
+        with pytest.raises(Damaged):
+            await store.get(SIGNAL, KEY)
+        await store.drop("signal/trend/binance/BTCUSDT")
+        assert (await store.put(Write(SIGNAL, KEY, 2))).rev == 1
+
+    async def test_record_of_a_newer_version_is_left_alone(self, store: MongoStore, database: Database) -> None:
+        await store.put(Write(SIGNAL, KEY, 1))
+        database["signal-items"].update_one(NAME, {"$set": {"schemaVersion": 2}})
+        before = database["signal-items"].find_one(NAME)
+        for refused in (store.get(SIGNAL, KEY), store.put(Write(SIGNAL, KEY, 2))):
+            with pytest.raises(NewerSchema, match="upgrade"):
+                await refused
+        assert database["signal-items"].find_one(NAME) == before
+
+    async def test_candles_written_by_hand_are_read_and_damaged_ones_named(
+        self, store: MongoStore, database: Database
+    ) -> None:
+        await store.candles.write(BTC, candles(0, 3))
+        name = {"namespace": "", "exchangeName": "binance", "symbol": "BTCUSDT", "interval": "1m"}
+        row = {"volume": 5, "close": 4.0, "low": 3.0, "high": 2, "open": 1.0}
+        last = int(candles(3, 1).timestamp[0])
+        database["candle-items"].insert_one({**row, "timestamp": Int64(last), **name})
+        found = await store.candles.read(BTC, *ALWAYS)
+        assert (len(found), found.open[-1], found.volume[-1]) == (4, 1.0, 5.0)
+        assert np.array_equal(found.open[:3], candles(0, 3).open)
+        database["candle-items"].update_one({"timestamp": last}, {"$set": {"open": "1"}})
+        with pytest.raises(Damaged, match="BTCUSDT"):
+            await store.candles.read(BTC, *ALWAYS)
+        assert [finding.path for finding in await check(store, deep=True)] == ["candle/binance/BTCUSDT/1m"]
+
+    async def test_series_and_namespaces_are_listed(self, store: MongoStore) -> None:
+        other = SeriesKey("okx", "ETHUSDT", "1h")
+        await store.candles.write(BTC, candles(0, 2))
+        await store.candles.write(other, candles(0, 2))
+        assert await store.candles.series() == [BTC, other]
+        await store.within("a").within("b/c").put(Write(LOG, ("1",), 1))
+        assert await store.namespaces() == [("a", "b/c")]
+        assert await store.within("a").namespaces() == [("b/c",)]
+
+
+CHILD = """
+import asyncio, sys
+from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.store import Write
+SIGNAL, STATE = CONTRACTS["signal"], CONTRACTS["state"]
+async def main():
+    store = MongoStore(sys.argv[1])
+    one, two = Write(SIGNAL, ("trend", "binance", "BTCUSDT"), "new"), Write(STATE, ("s", "b"), "new")
+    await (store.batch([one, two]) if sys.argv[2] == "batch" else store.put(one))
+    print("acknowledged", flush=True)
+asyncio.run(main())
+"""
+
+
+def run_child(url: str, what: str, point: str, **environment: str) -> str:
+    """What a process said that wrote and died at a crash point."""
+    command = [sys.executable, "-c", CHILD, url, what]
+    environ = {**os.environ, "BACKTEST_KIT_CRASH": point, **environment}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    return done.stdout
+
+
+class TestBatchesThatDie:
+    @pytest.mark.parametrize(
+        ("point", "expected"),
+        [
+            ("mongo.after_intent", "old"),
+            ("mongo.after_locks", "old"),
+            ("mongo.after_decision", "new"),
+            ("mongo.between_applies", "new"),
+            ("mongo.after_applies", "new"),
+            ("mongo.after_batch", "new"),
+        ],
+    )
+    @pytest.mark.parametrize("is_there", [True, False], ids=["over records", "over nothing"])
+    async def test_without_transactions(self, standalone_url: str, point: str, expected: str, is_there: bool) -> None:
+        store = store_over(standalone_url)
+        await store.open()
+        if is_there:
+            await store.put(Write(SIGNAL, KEY, "old"))
+            await store.put(Write(STATE, ("s", "b"), "old"))
+        await asyncio.to_thread(run_child, standalone_url, "batch", point)
+        # The store was open all the time: who meets what a dead process left settles it, without a restart.
+        await self.require(store, expected, is_there)
+        again = store_over(standalone_url)
+        await self.require(again, expected, is_there)
+        assert await again.link().database["store-intents"].count_documents({}) == 0
+        written = await again.put(Write(SIGNAL, KEY, "next"))
+        assert written.rev == 1 + is_there + (expected == "new")
+        await again.close()
+        await store.close()
+
+    @pytest.mark.parametrize(
+        ("point", "expected"), [("mongo.after_transaction_writes", "old"), ("mongo.after_batch", "new")]
+    )
+    async def test_with_transactions(self, point: str, expected: str) -> None:
+        # A server of its own: it keeps the transaction of a client that died, and its locks, for a minute.
+        with running(mongo_server()) as server:
+            url = f"mongodb://127.0.0.1:{server.port}/db"
+            store = store_over(url)
+            await store.put(Write(SIGNAL, KEY, "old"))
+            await store.put(Write(STATE, ("s", "b"), "old"))
+            await asyncio.to_thread(run_child, url, "batch", point)
+            await self.require(store, expected, True)
+            await store.close()
+
+    async def require(self, store: MongoStore, expected: str, is_there: bool) -> None:
+        found = [await store.get(SIGNAL, KEY), await store.get(STATE, ("s", "b"))]
+        listed = [record.value async for record in store.scan(STATE)]
+        values = [None if record is None else record.value for record in found]
+        if expected == "old" and not is_there:
+            assert (values, listed) == ([None, None], [])
+        else:
+            assert (values, listed) == ([expected] * 2, [expected])
+
+    @pytest.mark.parametrize("which", ["mongo_url", "standalone_url"])
+    async def test_batches_and_writes_of_several_stores_lose_nothing(
+        self, which: str, request: pytest.FixtureRequest
+    ) -> None:
+        url = request.getfixturevalue(which)
+        stores = [store_over(url) for _ in range(3)]
+        await stores[0].batch([Write(SIGNAL, KEY, 0), Write(STATE, ("s", "b"), 0)])
+
+        async def count(store: MongoStore) -> None:
+            for _ in range(5):
+                while True:
+                    signal, state = await store.get(SIGNAL, KEY), await store.get(STATE, ("s", "b"))
+                    assert signal is not None
+                    assert state is not None
+                    assert isinstance(signal.value, int)
+                    assert isinstance(state.value, int)
+                    both = (
+                        Write(SIGNAL, KEY, signal.value + 1, expect=signal.rev),
+                        Write(STATE, ("s", "b"), state.value + 1, expect=state.rev),
+                    )
+                    try:
+                        await store.batch(both)
+                    except Conflict:
+                        continue
+                    break
+
+        await asyncio.gather(*map(count, stores))
+        for contract, key in ((SIGNAL, KEY), (STATE, ("s", "b"))):
+            record = await stores[1].get(contract, key)
+            assert record is not None
+            assert (record.value, record.rev) == (15, 16)
+        for store in stores:
+            await store.close()
+
+
+class Proxy:
+    """A relay in front of a server that, once asked to, swallows the answer to the next write and hangs up."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.swallow = 0
+        self.swallowed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Proxy:
+        self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        is_cut = False
+
+        async def ask() -> None:
+            nonlocal is_cut
+            while True:
+                header = await reader.readexactly(4)
+                body = await reader.readexactly(int.from_bytes(header, "little") - 4)
+                if self.swallow and any(word in body for word in _DECISIONS):
+                    self.swallow -= 1
+                    is_cut = True
+                server_writer.write(header + body)
+
+        async def answer() -> None:
+            while data := await server_reader.read(1 << 16):
+                if is_cut:
+                    self.swallowed.set()
+                    return
+                writer.write(data)
+
+        ways = [asyncio.ensure_future(ask()), asyncio.ensure_future(answer())]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            server_writer.close()
+            writer.close()
+            self._tasks.discard(task)
+
+
+_DECISIONS = (b"findAndModify", b"commitTransaction", b"decided")
+"""What is in a request after which nothing is as before."""
+
+
+class TestAnswersThatNeverCome:
+    """The server did what it was told, and the connection went away before it could say so."""
+
+    @pytest_asyncio.fixture
+    async def proxy(self, standalone_url: str) -> AsyncIterator[Proxy]:
+        port = int(standalone_url.rpartition(":")[2].partition("/")[0])
+        async with Proxy(port) as proxy:
+            yield proxy
+
+    @pytest_asyncio.fixture
+    async def behind(self, standalone_url: str, proxy: Proxy) -> AsyncIterator[MongoStore]:
+        store = store_over(f"mongodb://127.0.0.1:{proxy.port}/{database_of(standalone_url)}?directConnection=true")
+        await store.open()
+        yield store
+        await store.close()
+
+    @pytest.mark.parametrize("expect", ["any", "absent", 1], ids=str)
+    async def test_write_is_found_to_be_done(self, behind: MongoStore, proxy: Proxy, expect: Any) -> None:
+        if expect == 1:
+            await behind.put(Write(SIGNAL, KEY, "old"))
+        proxy.swallow = 1
+        written = await behind.put(Write(SIGNAL, KEY, "new", expect=expect))
+        assert proxy.swallowed.is_set()
+        assert written.rev == (2 if expect == 1 else 1)
+        assert await behind.get(SIGNAL, KEY) == written
+
+    async def test_first_write_of_a_log_entry_is_found_to_be_done(self, behind: MongoStore, proxy: Proxy) -> None:
+        proxy.swallow = 1
+        written = await behind.put(Write(LOG, ("1",), "mine"))
+        assert (written.value, written.rev) == ("mine", 1)
+
+    async def test_batch_is_found_to_be_done(self, behind: MongoStore, proxy: Proxy) -> None:
+        await behind.put(Write(SIGNAL, KEY, "old"))
+        proxy.swallow = 1
+        await behind.batch([Write(SIGNAL, KEY, "new", expect=1), Write(STATE, ("s", "b"), "new")])
+        assert proxy.swallowed.is_set()
+        found = await behind.get(SIGNAL, KEY), await behind.get(STATE, ("s", "b"))
+        assert [record and (record.value, record.rev) for record in found] == [("new", 2), ("new", 1)]
+
+    async def test_outcome_is_unknown_if_another_process_wrote_meanwhile(
+        self, behind: MongoStore, proxy: Proxy, standalone_url: str
+    ) -> None:
+        other = store_over(standalone_url)
+        await other.put(Write(SIGNAL, KEY, "theirs"))
+        proxy.swallow = 1
+        writing = asyncio.ensure_future(behind.put(Write(SIGNAL, KEY, "mine")))
+        await proxy.swallowed.wait()
+        await other.put(Write(SIGNAL, KEY, "theirs again"))
+        outcome = await asyncio.gather(writing, return_exceptions=True)
+        found = await other.get(SIGNAL, KEY)
+        assert found is not None
+        if isinstance(outcome[0], BaseException):
+            assert isinstance(outcome[0], RetryLater)
+            assert outcome[0].outcome is Outcome.UNKNOWN
+        assert (found.value, found.rev) == ("theirs again", 3)
+        await other.close()
+
+    async def test_server_that_stays_away_is_an_unknown_outcome_in_time(self) -> None:
+        with running(mongo_server("--standalone")) as server:
+            async with Proxy(server.port) as proxy:
+                store = store_over(
+                    f"mongodb://127.0.0.1:{proxy.port}/db?directConnection=true",
+                    CC_MONGO_SERVER_SELECTION_TIMEOUT_MS=500,
+                    CC_MONGO_OPERATION_TIMEOUT_MS=1_500,
+                )
+                await store.put(Write(SIGNAL, KEY, "old"))
+                proxy.swallow = 1_000_000
+                writing = asyncio.ensure_future(store.put(Write(SIGNAL, KEY, "new")))
+                await proxy.swallowed.wait()
+                server.kill()
+                started = time.monotonic()
+                with pytest.raises(RetryLater) as caught:
+                    await writing
+                assert caught.value.outcome is Outcome.UNKNOWN
+                assert time.monotonic() - started < 4
+                proxy.swallow = 0
+                server.start()
+                assert (await store.put(Write(SIGNAL, KEY, "newest"))).rev == 3
+                await store.close()
+
+
+class TestLoopsAndForks:
+    def test_every_loop_has_connections_of_its_own(self, mongo_url: str) -> None:
+        store = store_over(mongo_url)
+
+        async def write(number: int) -> tuple[int, int]:
+            record = await store.put(Write(SIGNAL, KEY, number))
+            link = store.link()
+            await store.close()
+            return record.rev, id(link.mongo)
+
+        results = [asyncio.run(write(number)) for number in range(3)]
+        assert [rev for rev, _ in results] == [1, 2, 3]
+
+    async def test_two_loops_at_once(self, store: MongoStore, mongo_url: str) -> None:
+        async def elsewhere() -> Any:
+            await store.put(Write(STATE, ("s", "b"), "from a thread"))
+            other = store.link()
+            await store.close()
+            return other
+
+        other = await asyncio.to_thread(lambda: asyncio.run(elsewhere()))
+        assert other.mongo is not store.link().mongo
+        found = await store.get(STATE, ("s", "b"))
+        assert found is not None
+        assert found.value == "from a thread"
+
+    def test_fork_of_an_open_store_has_connections_of_its_own(self, mongo_url: str) -> None:
+        program = FORK.format(url=mongo_url)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert sorted(done.stdout.split()) == ["child", "parent"]
+
+    async def test_close_waits_for_writes_whose_callers_are_gone(self, store: MongoStore, database: Database) -> None:
+        writing = asyncio.ensure_future(store.put(Write(SIGNAL, KEY, "kept")))
+        await asyncio.sleep(0)
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        await store.close()
+        assert database["signal-items"].find_one(NAME)["payload"] == "kept"
+
+
+FORK = """
+import asyncio, os, warnings
+from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.store import Write
+warnings.simplefilter("ignore", DeprecationWarning)
+STATE = CONTRACTS["state"]
+store = MongoStore("{url}")
+async def work(name):
+    for number in range(20):
+        await store.put(Write(STATE, (name, "b"), number))
+        found = await store.get(STATE, (name, "b"))
+        assert found.value == number, found
+async def main():
+    await store.open()
+    await work("before")
+    child = os.fork()
+    if child == 0:
+        asyncio.events._set_running_loop(None)
+        try:
+            loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(loop)
+            loop.run_until_complete(work("child"))
+            loop.run_until_complete(store.close())
+            print("child", flush=True)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    await work("parent")
+    _, status = await asyncio.to_thread(os.waitpid, child, 0)
+    assert status == 0, status
+    await store.close()
+    print("parent", flush=True)
+asyncio.run(main())
+"""

