@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +17,7 @@ import msgspec
 from backtest_kit.engine.step import Holding, Resting, State
 from backtest_kit.errors import BacktestKitError, Conflict, Damaged, OutOfSpace, RetryLater
 from backtest_kit.model.position import Position, RestingEntry
+from backtest_kit.run.alarms import Alarms
 from backtest_kit.run.emergency import EmergencyFile
 from backtest_kit.run.ledger import Book, Ledger, RiskMoved, records_of
 from backtest_kit.run.live_risk import LiveRisk
@@ -41,12 +42,11 @@ class RiskRefused(Exception):
 class Keeper:
     """The book as it is, and how it is kept. Not for two tasks at once."""
 
-    def __init__(self, ledger: Ledger, risk: LiveRisk, emergency: EmergencyFile, changed: Callable[[], None]) -> None:
-        """`changed` is called when the run gets degraded or healed, and when what is aside changes."""
+    def __init__(self, ledger: Ledger, risk: LiveRisk, emergency: EmergencyFile, alarms: Alarms) -> None:
         self._ledger = ledger
         self._risk = risk
         self._emergency = emergency
-        self._changed = changed
+        self._alarms = alarms
         self._stale = True
         """Whether the risk profiles must be read before the next write."""
         self._stored = ("", 0)
@@ -121,7 +121,7 @@ class Keeper:
             self.written_ms = book.seen_ms
             if self.degraded:
                 self.degraded, self.aside = "", False
-                self._changed()
+                self._alarms.store_changed(self.degraded, kept=self.aside)
         self.book = book
 
     async def _store(self, book: Book) -> None:
@@ -156,7 +156,7 @@ class Keeper:
                 self.aside = False
                 _log.error("the emergency file does not help: %s", failure)
         if (bool(before[0]), before[1]) != (True, self.aside):
-            self._changed()
+            self._alarms.store_changed(self.degraded, kept=self.aside)
         if need == "store" or (need == "disk" and not self.aside):
             raise Unsaved(str(error)) from error
 

@@ -35,6 +35,7 @@ from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.lease import DEFAULT_TTL, Lease, acquire
+from backtest_kit.run.alarms import Alarms
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.desk import Desk
 from backtest_kit.run.emergency import EmergencyFile
@@ -99,8 +100,9 @@ class LiveRun:
         risk = LiveRisk(persistence, mode, identity, job.risks, scope, patience)
         strategy, exchange, symbol = path_of(CONTRACTS["signal"], scope)
         emergency = EmergencyFile(dump / "emergency" / mode / strategy / exchange / f"{symbol}.reserve")
-        self.keeper = Keeper(Ledger(persistence, mode, scope), risk, emergency, self._health_changed)
-        self.trader = Trader(self.desk, self.keeper, job.broker, observers)
+        alarms = Alarms(self.desk)
+        self.keeper = Keeper(Ledger(persistence, mode, scope), risk, emergency, alarms)
+        self.trader = Trader(self.desk, self.keeper, job.broker, alarms, observers)
         seat = risk if job.risks else None
         self.trader.minute = self._minute = Minute(
             self.desk, job.strategy, bus, cron, seat, self.trader, self._history_of, self.trader
@@ -117,6 +119,8 @@ class LiveRun:
         self._feed: CandleFeed | None = None
         self._histories: dict[str, History] = {}
         self._jumps = 0
+        self._resolved_ms = -1
+        """The minute in which the start has asked about an order under way."""
         self._commanded = False
         """Whether the run before has come as far as the commands of the minute in which this one begins."""
         self.began = asyncio.Event()
@@ -207,6 +211,7 @@ class LiveRun:
         self.began.set()
         told: list[Event] = []
         events = await self.trader.resolve()
+        self._resolved_ms = self.when_ms
         crashpoint("live.start.after_resolve")
         self._commanded = self.trader.book.command_ms >= self.when_ms
         if intent is not None:
@@ -238,7 +243,10 @@ class LiveRun:
         """Act at the minute that has come; nothing that goes wrong in it but the loss of the position ends the run."""
         trader, minute, told = self.trader, self._minute, list[Event]()
         try:
-            for event in (*await trader.resolve(), *await trader.check_venue()):
+            if self._resolved_ms != self.when_ms:
+                for event in await trader.resolve():
+                    await minute.tell(event, told)
+            for event in await trader.check_venue():
                 await minute.tell(event, told)
             await self._look_for_orphans(told)
             if trader.stopping and isinstance(self.desk.state, Resting):
@@ -362,9 +370,6 @@ class LiveRun:
 
     async def _handler_failed(self, what: str, error: Exception) -> None:
         _log.error("%s raised %s", what, type(error).__name__, exc_info=error)
-
-    def _health_changed(self) -> None:
-        self.trader.health_changed()
 
     # Candles
 

@@ -21,10 +21,7 @@ from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State
 from backtest_kit.engine.validation import check_signal
 from backtest_kit.errors import BacktestKitError, Conflict, Outcome, UserError
 from backtest_kit.model.event import (
-    Degraded,
     Event,
-    Healed,
-    OrderFailed,
     PositionClosed,
     PositionOpened,
     RiskRejected,
@@ -32,6 +29,7 @@ from backtest_kit.model.event import (
 )
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.crashpoints import crashpoint
+from backtest_kit.run.alarms import Alarms, words_of
 from backtest_kit.run.desk import Act, Desk
 from backtest_kit.run.keeper import Keeper, Need, RiskRefused, Unsaved
 from backtest_kit.run.ledger import LASTING, Book
@@ -67,15 +65,16 @@ class Trader(Watcher):
 
     minute: Minute
 
-    def __init__(self, desk: Desk, keeper: Keeper, broker: Broker, observers: Sequence[Observer]) -> None:
+    def __init__(
+        self, desk: Desk, keeper: Keeper, broker: Broker, alarms: Alarms, observers: Sequence[Observer]
+    ) -> None:
         self._desk = desk
         self._rules: Rules = desk.rules
         self._keeper = keeper
         self._broker = broker
         self._observers = observers
         self._lock = asyncio.Lock()
-        self._silent = 0
-        """How often in a row the venue did not tell how an order stands."""
+        self._alarms = alarms
         self._sent: list[str] = []
         """Kinds of the orders whose events nobody has heard of yet."""
         self._telling: Event | None = None
@@ -140,9 +139,9 @@ class Trader(Watcher):
             try:
                 report = await self._broker.find(intent.order)
             except Exception as error:
-                self._venue_silent(intent.order.client_order_id, error)
+                self._alarms.venue_silent(intent.order.client_order_id, error)
                 return ()
-            self._silent = 0
+            self._alarms.venue_answered()
             verdict = judged(intent.order, report)
             if verdict == "done":
                 return await self._done(intent, report.fill)
@@ -172,9 +171,9 @@ class Trader(Watcher):
                     after, events = cancelled(state, tick, self._rules)
                 return await self._conclude(None, after, events)
             except Exception as error:
-                self._venue_silent(signal_id_of(state), error)
+                self._alarms.venue_silent(signal_id_of(state), error)
                 return ()
-            self._silent = 0
+            self._alarms.venue_answered()
             if fill is None:
                 return ()
             if isinstance(state, Holding):
@@ -218,7 +217,9 @@ class Trader(Watcher):
             if kind in ENTRIES:
                 self._desk.state = self._used_up(intent)
                 return ()
-            self._fail(intent.order, str(error), "it was not sent, because nothing could keep a note of it", alarm=True)
+            self._alarms.order_failed(
+                intent.order, str(error), "it was not sent, because nothing could keep a note of it", alarm=True
+            )
             if kind not in COMMANDS:
                 return ()
             raise Refused(f"it could not be written down: {error}") from error
@@ -289,23 +290,23 @@ class Trader(Watcher):
             return await self._rejected(intent, str(error))
         if isinstance(error, OrderDeleted) and order.kind in EXITS:
             return await self._done(intent, None)
-        text = str(error) if isinstance(error, BacktestKitError) else f"{type(error).__name__}: {error}"
+        text = words_of(error)
         nothing_there = isinstance(error, OrderTransient) and error.outcome is Outcome.NOT_DONE
         if order.kind in ENTRIES or order.kind in EXITS:
             too_often = order.kind in EXITS and order.attempt >= self._rules.settings.CC_ORDER_CLOSE_RETRY_ATTEMPTS
-            self._fail(order, text, "the venue is asked about it at the next minute", alarm=too_often)
+            self._alarms.order_failed(order, text, "the venue is asked about it at the next minute", alarm=too_often)
             return ()
         if order.kind == "activate" and nothing_there:
             # The market was there and the venue's own book was not: the entry goes on resting.
             await self._conclude(order, _still_resting(state), ())
             if order.reason:
-                self._fail(order, text, "the entry goes on waiting for its price")
+                self._alarms.order_failed(order, text, "the entry goes on waiting for its price")
             return ()
         if order.kind in COMMANDS and (nothing_there or isinstance(error, OrderDeleted)):
             await self._conclude(order, state, ())
-            self._fail(order, text, "it was dropped")
+            self._alarms.order_failed(order, text, "it was dropped")
             raise Refused(text)
-        self._fail(order, text, "the venue is asked about it at the next minute")
+        self._alarms.order_failed(order, text, "the venue is asked about it at the next minute")
         if order.kind not in COMMANDS:
             return ()
         raise Refused(f"nobody knows whether the venue did it: {text}")
@@ -316,20 +317,22 @@ class Trader(Watcher):
             again = renamed(intent, signal_id_of(state), self.book.orders + 1)
             book = msgspec.structs.replace(self.book, intent=again, orders=self.book.orders + 1)
             await self._keep(book, "try")
-            self._fail(order, text, "it is sent again at the next minute, and until the venue confirms", alarm=True)
+            self._alarms.order_failed(
+                order, text, "it is sent again at the next minute, and until the venue confirms", alarm=True
+            )
             return ()
         if order.kind in ENTRIES:
             return await self._give_up(intent, text)
         if order.kind == "activate" and isinstance(state, Resting):
-            self._fail(order, text, "the entry is cancelled at the next minute", alarm=True)
+            self._alarms.order_failed(order, text, "the entry is cancelled at the next minute", alarm=True)
             return await self._conclude(order, msgspec.structs.replace(state, order="cancel"), ())
         await self._conclude(order, state, ())
-        self._fail(order, text, "it was dropped", alarm=True)
+        self._alarms.order_failed(order, text, "it was dropped", alarm=True)
         raise Refused(text)
 
     async def _give_up(self, intent: Intent, text: str, *, alarm: bool = True) -> tuple[Event, ...]:
         await self._conclude(intent.order, dropped(intent), ())
-        self._fail(intent.order, text, "it was given up", alarm=alarm)
+        self._alarms.order_failed(intent.order, text, "it was given up", alarm=alarm)
         return ()
 
     async def _send_again(self, intent: Intent, status: str) -> tuple[Event, ...]:
@@ -353,7 +356,7 @@ class Trader(Watcher):
         else:
             await self._conclude(order, _still_resting(state), ())
             if order.kind != "activate" or order.reason:
-                self._fail(order, f"the venue knows it as {status}", "it was dropped")
+                self._alarms.order_failed(order, f"the venue knows it as {status}", "it was dropped")
             return ()
         return await self._order(intent)
 
@@ -443,46 +446,6 @@ class Trader(Watcher):
         )
         return (rejected,)
 
-    def _venue_silent(self, order_id: str, error: Exception) -> None:
-        self._silent += 1
-        limit = self._rules.settings.CC_ORDER_CHECK_RETRY_ATTEMPTS
-        text = str(error) if isinstance(error, BacktestKitError) else f"{type(error).__name__}: {error}"
-        alarm = self._silent > limit
-        self._tell(
-            OrderFailed(
-                identity=self._rules.identity,
-                when_ms=self._desk.tick.when_ms,
-                kind="check",
-                client_order_id=order_id,
-                attempt=self._silent - 1,
-                reason=text,
-                next_step="the venue is asked again at the next minute",
-                alarm=alarm,
-            )
-        )
-
-    def _fail(self, order: Order, reason: str, next_step: str, *, alarm: bool = False) -> None:
-        self._tell(
-            OrderFailed(
-                identity=self._rules.identity,
-                when_ms=self._desk.tick.when_ms,
-                kind=order.kind,
-                client_order_id=order.client_order_id,
-                attempt=order.attempt,
-                reason=reason,
-                next_step=next_step,
-                alarm=alarm,
-            )
-        )
-
-    def _tell(self, event: OrderFailed) -> None:
-        level = logging.ERROR if event.alarm else logging.WARNING
-        _log.log(
-            level, "%s %s: %s; %s", event.kind, event.client_order_id, event.reason, event.next_step,
-            extra={"event": event},
-        )  # fmt: skip
-        self._desk.events.append(event)
-
     # What the minute says of its events, and of the user's code
 
     def account(self, event: Event) -> None:
@@ -497,26 +460,8 @@ class Trader(Watcher):
 
     async def failed(self, what: str, error: Exception) -> None:
         self._stop_if_lost()
-        identity = self._rules.identity
-        _log.error(
-            "%s of strategy %s for %s raised %s; the next minute goes on", what, identity.strategy_name,
-            identity.symbol, type(error).__name__, exc_info=error,
-        )  # fmt: skip
         # A handler that fails over the news of a failure would do so for ever.
-        if not isinstance(self._telling, StrategyFailed):
-            event = StrategyFailed(identity=identity, when_ms=self._desk.tick.when_ms, what=what, error=error)
-            self._desk.events.append(event)
-
-    def health_changed(self) -> None:
-        """The keeper has become degraded or healed."""
-        identity, when_ms, keeper = self._rules.identity, self._desk.tick.when_ms, self._keeper
-        event: Event = Healed(identity=identity, when_ms=when_ms)
-        if keeper.degraded:
-            event = Degraded(identity=identity, when_ms=when_ms, reason=keeper.degraded, kept=keeper.aside)
-            _log.error("nothing new is opened for %s: %s", identity.symbol, keeper.degraded)
-        else:
-            _log.warning("the store has everything of %s again", identity.symbol)
-        self._desk.events.append(event)
+        self._alarms.user_failed(what, error, tell=not isinstance(self._telling, StrategyFailed))
 
 
 def _is_told(state: State) -> bool:
