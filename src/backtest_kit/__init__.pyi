@@ -8,6 +8,9 @@ from .broker.base import (
     OrderReport as OrderReport,
     OrderTransient as OrderTransient,
 )
+from .broker.ccxt import (
+    CcxtBroker as CcxtBroker,
+)
 from .broker.paper import (
     PaperBroker as PaperBroker,
 )

@@ -60,14 +60,15 @@ class TestMongoStandalone(MongoConformance):
         self.url = standalone_url
 
 
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[Server]:
+    server = redis_server()
+    yield server
+    server.remove()
+
+
 class TestMongoWithRedisThatDies(MongoConformance):
     """Redis is ended by SIGKILL after the first three operations of each case, which then goes on without it."""
-
-    @pytest.fixture(scope="class")
-    def mortal(self) -> Iterator[Server]:
-        server = redis_server()
-        yield server
-        server.remove()
 
     @pytest.fixture(autouse=True)
     def _redis(self, mortal: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
-import importlib
-import re
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from backtest_kit.ccxt_client import find_market, library, open_client, said
 from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.market.sources.base import CandleSource
 from backtest_kit.model.candle import CandleSeries
@@ -79,50 +77,18 @@ class CcxtSource(CandleSource):
         loop = asyncio.get_running_loop()
         # A client holds the connections of its loop: a run in another loop needs another client.
         if loop not in self._own:
-            self._own[loop] = _open_client(self._id, self._options)
+            self._own[loop] = open_client(self._id, self._options)
         return self._own[loop]
 
     async def _market(self, client: Any, symbol: str) -> str:
-        markets: dict[str, Any] = await self._call(client.load_markets)
-        if symbol in markets:
-            return symbol
-        # One id may name several markets: BTCUSDT is a spot pair and a perpetual of Binance.
-        same_id: list[dict[str, Any]] = (client.markets_by_id or {}).get(symbol, [])
-        if same_id:
-            kind = (client.options or {}).get("defaultType", "spot")
-            return str(next((each for each in same_id if each.get("type") == kind), same_id[0])["symbol"])
-        known = {*markets, *(client.markets_by_id or {})}
-        near = difflib.get_close_matches(symbol.upper(), sorted(known), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {len(markets):,} others"
-        raise UserError(f"{self._id} has no market {symbol!r}: {hint}")
+        await self._call(client.load_markets)
+        return str(find_market(client, self._id, symbol)["symbol"])
 
     async def _call(self, request: Callable[[], Awaitable[T]]) -> T:
-        errors = _library()
+        errors = library()
         try:
             return await request()
         except errors.NetworkError as error:
-            raise RetryLater(f"{self._id} did not answer: {_said(error)}") from error
+            raise RetryLater(f"{self._id} did not answer: {said(error)}") from error
         except errors.BaseError as error:
-            raise UserError(f"{self._id} refused the request: {_said(error)}") from error
-
-
-def _open_client(exchange_id: str, options: dict[str, Any]) -> Any:
-    library = _library()
-    if exchange_id not in library.exchanges:
-        near = difflib.get_close_matches(exchange_id, library.exchanges, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see `ccxt.exchanges`"
-        raise UserError(f"ccxt knows no exchange {exchange_id!r}: {hint}")
-    return getattr(library, exchange_id)({"enableRateLimit": True, **options})
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("ccxt.async_support")
-    except ImportError:
-        raise UserError("candles from an exchange need ccxt: pip install 'backtest-kit[ccxt]'") from None
-
-
-def _said(error: Exception) -> str:
-    """The kind and text of an error, without query strings: those of signed requests are nobody's business."""
-    text = re.sub(r"\?\S+", "?...", str(error))
-    return f"{type(error).__name__}: {text:.300}"
+            raise UserError(f"{self._id} refused the request: {said(error)}") from error

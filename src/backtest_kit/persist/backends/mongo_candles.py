@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, cast
 
 import bson
@@ -80,27 +81,18 @@ class MongoCandleStore:
         return sorted((SeriesKey(*(each["_id"][field] for field in fields)) for each in found), key=str)
 
     async def _write(self, link: Link, series: SeriesKey, candles: CandleSeries) -> int:
+        doing = f"write candles of {series.symbol}"
+        name = self._name(series)
         written = 0
         # One writer of a series at a time: of two who offer the same candles, one is first with all of them.
         async with link.turns.hold([(_CANDLE.name, self._namespace, series)]):
-            for start in range(0, len(candles), _CHUNK):
-                written += await self._write_chunk(link, series, candles[start : start + _CHUNK])
+            stored = await link.ask(doing, partial(_stored, link, name, candles))
+            new = candles.take(~np.isin(candles.timestamp, stored))
+            for start in range(0, len(new), _CHUNK):
+                documents = _documents(name, new[start : start + _CHUNK])
+                written += await link.ask(doing, partial(_insert, link, documents))
                 crashpoint("mongo.between_candles")
         return written
-
-    async def _write_chunk(self, link: Link, series: SeriesKey, candles: CandleSeries) -> int:
-        name = self._name(series)
-        span = {"$gte": Int64(candles.timestamp[0]), "$lte": Int64(candles.timestamp[-1])}
-
-        async def present() -> list[Document]:
-            cursor = link.collection(_CANDLE).find({**name, "timestamp": span}, {"_id": False, "timestamp": True})
-            return await cursor.to_list()
-
-        doing = f"write candles of {series.symbol}"
-        stored = [each["timestamp"] for each in await link.ask(doing, present)]
-        new = candles.take(~np.isin(candles.timestamp, stored)) if stored else candles
-        documents = _documents(name, new)
-        return await link.ask(doing, lambda: _insert(link, documents)) if documents else 0
 
     def _name(self, series: SeriesKey) -> Document:
         values = (series.exchange_name, series.symbol, series.interval)
@@ -113,6 +105,13 @@ def _documents(name: Document, candles: CandleSeries) -> list[Document]:
         {**name, "timestamp": Int64(timestamp), **dict(zip(COLUMNS[1:], prices, strict=True))}
         for timestamp, *prices in zip(*columns, strict=True)
     ]
+
+
+async def _stored(link: Link, name: Document, candles: CandleSeries) -> list[int]:
+    """Which candles there are already in the span of `candles`: the index alone answers that."""
+    span = {"$gte": Int64(candles.timestamp[0]), "$lte": Int64(candles.timestamp[-1])}
+    cursor = link.collection(_CANDLE).find({**name, "timestamp": span}, {"_id": False, "timestamp": True})
+    return [each["timestamp"] for each in await cursor.to_list()]
 
 
 async def _insert(link: Link, documents: Sequence[Document]) -> int:

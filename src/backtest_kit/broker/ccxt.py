@@ -1,0 +1,367 @@
+"""`CcxtBroker`: spot markets and linear futures of an exchange, through the ccxt library.
+
+Nothing is remembered between two calls: what is held, what protects it and what became of an order are read
+from the exchange, by client order ids that follow from the signal id. A program that died between any two
+requests goes on by asking, and `check_position` sets right, once a minute, what such a death has left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, ClassVar, Final
+
+from backtest_kit.broker.base import (
+    Broker,
+    Fill,
+    Holding,
+    Order,
+    OrderDeleted,
+    OrderRejected,
+    OrderReport,
+    OrderTransient,
+)
+from backtest_kit.broker.ccxt_account import agrees, model_quantity, status_of
+from backtest_kit.broker.ccxt_connection import Connection, MarketKind
+from backtest_kit.broker.ccxt_dealer import OPENS, Dealer
+from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder, exit_side
+from backtest_kit.broker.ccxt_stops import StopFilled
+from backtest_kit.broker.ccxt_venue import CcxtVenue, Exposure
+from backtest_kit.broker.order_ids import SignalIds, is_stop
+from backtest_kit.broker.rounding import exact
+from backtest_kit.errors import BacktestKitError, UserError
+from backtest_kit.model.position import Direction, Position, RestingEntry
+
+_log = logging.getLogger(__name__)
+_CHECKS: Final = 3
+"""How often one check looks again where a stop is filled under its hands."""
+
+
+class CcxtBroker(Broker):
+    """Trades an account of an exchange. Each position has a stop on the exchange from its entry to its end.
+
+    The take profit is watched by the engine, minute by minute: only the stop has to work while nobody watches.
+    """
+
+    reports_fills: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        exchange_id: str,
+        *,
+        market: MarketKind = "spot",
+        api_key: str | None = None,
+        secret: str | None = None,
+        password: str | None = None,
+        settle: str | None = None,
+        leverage: int | None = 1,
+        max_slippage_pct: float | None = None,
+        stop_beyond_pct: float = 1.0,
+        timeout_ms: int = 10_000,
+        arrival_ms: int = 5_000,
+        rate_limit: bool = True,
+        test_network: bool = False,
+        urls: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            exchange_id: as ccxt names it: `binance`, `binanceusdm`, ...
+            market: `spot`, or `futures` for perpetuals that settle in quote currency.
+            api_key: the key; None takes CC_CCXT_API_KEY from the environment when the broker starts.
+            secret: likewise, CC_CCXT_SECRET.
+            password: likewise, CC_CCXT_PASSWORD, for the few exchanges that have one.
+            settle: the currency that futures settle in, where it is not their quote currency.
+            leverage: set for each future before an entry; None leaves that of the account.
+            max_slippage_pct: enters with a limit order this far beyond the price of the decision, in percent, and
+                leaves unfilled what would cost more. None enters at the market. Exits are always at the market.
+            stop_beyond_pct: where a market has no stop that becomes a market order, how far beyond its trigger its
+                limit is, in percent. A gap wider than that is not protected.
+            timeout_ms: of one request.
+            arrival_ms: how long a request may be under way: an order that is not found is not believed lost, and
+                never sent again, before this has passed. Binance refuses requests that take longer (recvWindow).
+            rate_limit: spaces requests as the exchange asks for. A simulated exchange does not mind.
+            test_network: trades on the exchange's demo account or test network, with keys made there.
+            urls: replaces addresses of ccxt's `urls["api"]`: a test network, a proxy, a simulated exchange.
+            options: added to ccxt's own `options`.
+
+        Raises:
+            UserError: an argument makes no sense.
+        """
+        if market not in ("spot", "futures"):
+            raise UserError(f"market is {market!r}: use 'spot' or 'futures'")
+        if leverage is not None and leverage < 1:
+            raise UserError(f"leverage is {leverage}: use 1 or more, or None to leave that of the account")
+        for name, value in (("max_slippage_pct", max_slippage_pct), ("stop_beyond_pct", stop_beyond_pct)):
+            if value is not None and not 0 < value < 100:
+                raise UserError(f"{name} is {value}: use a percentage between 0 and 100")
+        for name, milliseconds in (("timeout_ms", timeout_ms), ("arrival_ms", arrival_ms)):
+            if milliseconds <= 0:
+                raise UserError(f"{name} is {milliseconds}: use milliseconds above 0")
+        self._connection = Connection(
+            exchange_id=exchange_id,
+            kind=market,
+            credentials={"apiKey": api_key, "secret": secret, "password": password},
+            urls=urls or {},
+            options=options or {},
+            timeout_ms=timeout_ms,
+            arrival_ms=arrival_ms,
+            rate_limit=rate_limit,
+            test_network=test_network,
+        )
+        self._settle, self._leverage = settle, leverage
+        self._max_slippage_pct, self._stop_beyond_pct = max_slippage_pct, stop_beyond_pct
+        self._open: tuple[CcxtVenue, Dealer] | None = None
+        self._close: Callable[[], Awaitable[None]] | None = None
+
+    def __repr__(self) -> str:
+        return f"CcxtBroker({self._connection.exchange_id!r}, market={self._connection.kind!r})"
+
+    async def start(self) -> None:
+        """Connect, load the markets, check key, permissions, one-way position mode and clock.
+
+        Raises:
+            UserError: keys, permissions or account settings make trading impossible.
+            RetryLater: the exchange does not answer.
+        """
+        if self._open is None:
+            venue, self._close = await self._connection.open()
+            dealer = Dealer(
+                venue,
+                leverage=self._leverage,
+                max_slippage_pct=self._max_slippage_pct,
+                stop_beyond_pct=self._stop_beyond_pct,
+            )
+            self._open = venue, dealer
+
+    async def stop(self) -> None:
+        close, self._close, self._open = self._close, None, None
+        if close is not None:
+            await close()
+
+    async def find(self, order: Order) -> OrderReport:
+        """Asked of an entry, an addition or a reduction that was filled, it also sees to the stop of what is held."""
+        venue, dealer, stake = self._stake_of(order)
+        if order.kind == "move_take":
+            return OrderReport(status="filled")
+        if order.kind in ("move_stop", "breakeven"):
+            trigger = stake.market.stop_trigger(order.direction, order.stop_loss)
+            live = await dealer.stops.live(stake)
+            moved = bool(live) and all(stop.trigger == trigger for stop in live)
+            return OrderReport(status="filled" if moved else "absent")
+        if order.kind == "cancel":
+            entry = await venue.order(stake.market, stake.ids.entry)
+            gone = entry is not None and not entry.open and not entry.filled
+            return OrderReport(status="cancelled" if gone else "absent")
+        parts = await dealer.parts(stake, order, certain=True)
+        if not any(part.filled for part in parts):
+            return OrderReport(status=status_of(parts) if parts else "absent")
+        fill = await venue.executed(stake.market, parts)
+        if order.kind == "close":
+            left = await dealer.account.held(stake, recent=parts)
+            # Asked to close again, `close_position` sells the rest and answers for both.
+            done = bool(stake.market.unsellable(left, order.price))
+            return OrderReport(status=status_of(parts) if done else "absent", fill=fill)
+        await dealer.protect_what_is_held(stake, order, *parts)
+        return OrderReport(status=status_of(parts), fill=fill)
+
+    async def open_position(self, order: Order) -> Fill | None:
+        """Enter and place the stop. An entry that cannot be protected is closed again, and logged as an error."""
+        venue, dealer, stake = self._stake_of(order)
+        if order.kind == "activate":
+            entry = await dealer.activated(stake, order)
+        else:
+            entry = await dealer.enter(stake, stake.ids.entry, order)
+        received = await venue.received(stake.market, entry)
+        try:
+            if order.attempt or order.kind == "activate":
+                await dealer.protect_what_is_held(stake, order, entry)
+            else:
+                await dealer.protect(stake, received, order.stop_loss)
+        except StopFilled as error:
+            _log.info("%s", error)
+        except BacktestKitError as error:
+            await dealer.leave(stake, received, error)
+        return await venue.executed(stake.market, [entry])
+
+    async def place_entry(self, order: Order) -> None:
+        _, dealer, stake = self._stake_of(order)
+        market, client_id = stake.market, stake.ids.entry
+        sent = await dealer.known(stake, client_id, order)
+        if sent is None:
+            quantity = await dealer.affordable(stake, order)
+            limit = market.price_for(stake.entry_side, exact(order.price))
+            sent = await dealer.send(market, client_id, stake.entry_side, quantity, limit=limit)
+        if not sent.open and not sent.filled:
+            raise OrderRejected(f"{market.symbol}: the limit order {client_id} was {status_of([sent])} there")
+
+    async def cancel_entry(self, order: Order) -> Fill | None:
+        venue, dealer, stake = self._stake_of(order)
+        entry = await venue.order(stake.market, stake.ids.entry, certain=True)
+        if entry is None:
+            return None
+        last = await venue.cancel(stake.market, entry) if entry.open else entry
+        if not last.filled:
+            return None
+        await dealer.protect_what_is_held(stake, order, last)
+        return await venue.executed(stake.market, [last])
+
+    async def close_position(self, order: Order) -> Fill | None:
+        """Sell what is really held, and cancel all that is still open of the position."""
+        venue, dealer, stake = self._stake_of(order)
+        market, account = stake.market, dealer.account
+        live = await dealer.stops.live(stake)
+        model = None if order.quantity is None else exact(order.quantity)
+        sold = await dealer.parts(stake, order, certain=True) if order.attempt else []
+        held = await account.held(stake, live, model=None if sold else model, recent=sold)
+        if not market.contract and live:
+            try:
+                await dealer.stops.cancel(market, live)
+            except StopFilled:
+                held = await account.held(stake)
+        try:
+            left = await dealer.sell_out(stake, order, held, sold)
+        except OrderRejected:
+            # A future whose stop was faster: there is nothing left that could be reduced.
+            if not market.contract or not market.unsellable(await account.held(stake), order.price):
+                raise
+            left = Decimal(0)
+        await dealer.clear(stake)
+        if sold:
+            return await venue.executed(market, sold)
+        if left:
+            small = market.unsellable(left, order.price)
+            _log.warning("%s: what is left of %s is too little to sell: %s", market.symbol, stake.ids.entry, small)
+        try:
+            return await account.closing_fill(stake)
+        except OrderDeleted as error:
+            _log.warning("%s", error)
+            return None
+
+    async def add_to_position(self, order: Order) -> Fill | None:
+        """Buy, then widen the stop: what was held before stays protected all the time."""
+        venue, dealer, stake = self._stake_of(order)
+        added = await dealer.enter(stake, stake.ids.of(order.client_order_id), order)
+        await dealer.protect_what_is_held(stake, order, added)
+        return await venue.executed(stake.market, [added])
+
+    async def reduce_position(self, order: Order) -> Fill | None:
+        """Sell, then narrow the stop. On a spot market the stop has to make room first, while the sale takes place."""
+        venue, dealer, stake = self._stake_of(order)
+        reduced = await dealer.known(stake, stake.ids.of(order.client_order_id), order)
+        if reduced is None:
+            live = await dealer.stops.live(stake)
+            held = await dealer.account.held(stake)
+            quantity = await dealer.to_reduce(stake, order, held)
+            if not stake.market.contract:
+                await dealer.stops.cancel(stake.market, live)
+            reduced = await dealer.sell(stake, order, quantity, held=held)
+        reduced = dealer.filled(stake, reduced)
+        await dealer.protect_what_is_held(stake, order, reduced)
+        return await venue.executed(stake.market, [reduced])
+
+    async def move_stop(self, order: Order) -> None:
+        _, dealer, stake = self._stake_of(order)
+        if not await dealer.protect_what_is_held(stake, order):
+            raise OrderRejected(f"{stake.market.symbol}: nothing of {stake.ids.entry} is held any more")
+
+    async def check_position(self, position: Position) -> Fill | None:
+        """None while the position is held, with its stop set right where it is not as it should be.
+
+        Raises:
+            OrderDeleted: nothing is held, and the exchange does not tell why.
+            OrderTransient: the exchange does not answer, or the position could not be protected.
+        """
+        stake = self._stake(position.symbol, SignalIds(position.signal_id), position.position)
+        _, dealer = self._connected()
+        model, stop_loss = model_quantity(position), position.stop_loss
+        for _ in range(_CHECKS):
+            live = await dealer.stops.live(stake)
+            held = await dealer.account.held(stake, live, model=model)
+            if stake.market.unsellable(held, stop_loss):
+                await dealer.clear(stake)
+                return await dealer.account.closing_fill(stake)
+            protected = stake.market.lots(held) in [stop.quantity for stop in live]
+            if not protected and not agrees(stake.market, held, model):
+                told = "%s: %s of %s are held, %s by its fills: somebody else traded it; the stop follows what is held"
+                _log.warning(told, stake.market.symbol, f"{held:f}", position.signal_id, f"{model:.8f}")
+            try:
+                if await dealer.protect(stake, held, stop_loss, live):
+                    return None
+            except StopFilled as error:
+                _log.info("%s", error)
+        raise OrderTransient(f"{stake.market.symbol}: the stop of {position.signal_id} is just being filled")
+
+    async def check_entry(self, entry: RestingEntry) -> Fill | None:
+        """None while the limit order rests, or its fill. Whatever was filled has its stop at once."""
+        venue, dealer = self._connected()
+        stake = self._stake(entry.symbol, SignalIds(entry.signal_id), entry.position)
+        order = await venue.order(stake.market, stake.ids.entry, certain=True)
+        if order is None or (not order.open and not order.filled):
+            what = "is not known there" if order is None else f"was {status_of([order])} there"
+            raise OrderDeleted(f"{stake.market.symbol}: the limit order {stake.ids.entry} {what}")
+        if not order.filled:
+            return None
+        held = await dealer.account.held(stake, recent=[order])
+        if not stake.market.unsellable(held, entry.price_stop_loss):
+            try:
+                await dealer.protect(stake, held, entry.price_stop_loss)
+            except StopFilled as error:
+                _log.info("%s", error)
+        return None if order.open else await venue.executed(stake.market, [order])
+
+    async def holdings(self, symbols: Sequence[str]) -> list[Holding]:
+        """Of futures all positions. Of spot markets what a stop of this program protects: a balance by itself may
+        be anybody's savings."""
+        venue, _ = self._connected()
+        markets = {symbol: self._market(symbol) for symbol in symbols}
+        contracts = [market.symbol for market in markets.values() if market.contract]
+        exposures = await venue.exposures(contracts) if contracts else {}
+        found: list[Holding] = []
+        for symbol, market in markets.items():
+            exposure = exposures.get(market.symbol)
+            if exposure is not None or not market.contract:
+                held = _holding(symbol, exposure, await venue.open_orders(market))
+                found += [held] if held is not None else []
+        return found
+
+    def _connected(self) -> tuple[CcxtVenue, Dealer]:
+        if self._open is None:
+            raise UserError(f"{self!r} is not connected: await its start() first")
+        return self._open
+
+    def _market(self, symbol: str) -> Market:
+        futures = self._connection.kind == "futures"
+        if futures and "/" in symbol and ":" not in symbol:
+            symbol = f"{symbol}:{self._settle or symbol.partition('/')[2]}"
+        market = self._connected()[0].market(symbol)
+        if market.contract is not futures:
+            other = "spot" if futures else "futures"
+            raise UserError(f"{symbol} is no {self._connection.kind} market: use CcxtBroker(..., market={other!r})")
+        return market
+
+    def _stake(self, symbol: str, ids: SignalIds, direction: Direction) -> Stake:
+        return Stake(self._market(symbol), ids, direction)
+
+    def _stake_of(self, order: Order) -> tuple[CcxtVenue, Dealer, Stake]:
+        ids = SignalIds.of_order(order.client_order_id, opens=order.kind in OPENS)
+        return *self._connected(), self._stake(order.identity.symbol, ids, order.direction)
+
+
+def _holding(symbol: str, exposure: Exposure | None, orders: Sequence[VenueOrder]) -> Holding | None:
+    stops = [order for order in orders if is_stop(order.client_id) and order.trigger is not None]
+    if exposure is None:
+        if not stops:
+            return None
+        exposure = Exposure("long", sum((stop.remaining for stop in stops), Decimal(0)), None)
+    guards = [float(stop.trigger or 0) for stop in stops if stop.side == exit_side(exposure.direction)]
+    first = max if exposure.direction == "long" else min
+    return Holding(
+        symbol=symbol,
+        direction=exposure.direction,
+        quantity=float(exposure.quantity),
+        price_open=exposure.price_open,
+        stop_loss=first(guards) if guards else None,
+        client_order_ids=tuple(order.client_id for order in orders if order.client_id),
+    )

@@ -1,0 +1,152 @@
+"""What is really held of a position on an exchange, and what closed it: read there, from its own orders.
+
+An order belongs to a position by its client id and by nothing else, so that coins and orders of other
+strategies, or of the owner of the account, are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from typing import Any, Final, Literal
+
+import msgspec
+
+from backtest_kit.broker.base import Fill, OrderDeleted
+from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder
+from backtest_kit.broker.ccxt_venue import CcxtVenue
+from backtest_kit.broker.rounding import exact
+from backtest_kit.model.position import Position
+
+_CLOSE_ENOUGH: Final = Decimal("0.02")
+"""Fees that are taken in base currency, and lots, keep what is held below what the model says by less than this."""
+_CLOSES: Final = ("-p", "-c", "-x")
+_LISTED_AFTER_MS: Final = 60_000
+"""Lists of orders come from a database that lags behind the book; trades older than this have theirs listed."""
+
+
+def model_quantity(position: Position) -> Decimal:
+    """What the fills that the engine knows of leave in base currency."""
+    quantity = Decimal(0)
+    taken = 0
+    for reduction in position.reductions:
+        quantity += _bought(position, taken, reduction.entry_count)
+        taken = reduction.entry_count
+        quantity *= 1 - exact(reduction.percent) / 100
+    return quantity + _bought(position, taken, len(position.entries))
+
+
+def _bought(position: Position, first: int, stop: int) -> Decimal:
+    return sum((exact(entry.cost) / exact(entry.price) for entry in position.entries[first:stop]), Decimal(0))
+
+
+def agrees(market: Market, held: Decimal, model: Decimal) -> bool:
+    """Whether `held` is what the model says, give or take fees and lots."""
+    return abs(model - held) <= max(model * _CLOSE_ENOUGH, market.lot)
+
+
+class Account:
+    def __init__(self, venue: CcxtVenue) -> None:
+        self._venue = venue
+
+    async def held(
+        self,
+        stake: Stake,
+        live: Sequence[VenueOrder] = (),
+        *,
+        model: Decimal | None = None,
+        recent: Sequence[VenueOrder] = (),
+    ) -> Decimal:
+        """What is held in base currency: of a future the position, on a spot market what the position's own
+        orders have bought and not sold, as far as the balance still has it.
+
+        Args:
+            live: its live stops. One that agrees with `model` is the answer: the balance is locked for it.
+            recent: orders that were sent just now, which the exchange may not list yet.
+        """
+        market = stake.market
+        if market.contract:
+            exposure = (await self._venue.exposures([market.symbol])).get(market.symbol)
+            return exposure.quantity if exposure and exposure.direction == stake.direction else Decimal(0)
+        if len(live) == 1 and model is not None and agrees(market, live[0].remaining, model):
+            return live[0].remaining
+        orders = await self._orders(stake, recent)
+        left = Decimal(0)
+        for order, suffix in orders:
+            left += await self._venue.received(market, order) if _enters(suffix) else -order.filled
+        return min(left, (await self._venue.balance(market.base))[1]) if left > 0 else Decimal(0)
+
+    async def closing_fill(self, stake: Stake) -> Fill:
+        """The fill that closed a position which is no longer held.
+
+        Raises:
+            OrderDeleted: no order and no trade tells.
+        """
+        orders = await self._orders(stake)
+        exits = [(order, suffix) for order, suffix in orders if order.filled and suffix.startswith(_CLOSES)]
+        if exits:
+            stopped = any(suffix.startswith("-p") for _, suffix in exits)
+            fill = await self._venue.executed(stake.market, [order for order, _ in exits])
+            return msgspec.structs.replace(fill, reason="stop_loss" if stopped else "closed")
+        by_hand = await self._closed_by_hand(stake, orders) if orders else None
+        if by_hand is None:
+            raise OrderDeleted(
+                f"{stake.market.symbol} is not held any more, and neither an order nor a trade after {stake.ids.entry} "
+                "says why: it was closed or withdrawn by somebody else"
+            )
+        return by_hand
+
+    async def _orders(self, stake: Stake, recent: Sequence[VenueOrder] = ()) -> list[tuple[VenueOrder, str]]:
+        """All orders of the position with their suffixes, oldest first; none where its entry is not known."""
+        market = stake.market
+        entry = await self._venue.order(market, stake.ids.entry)
+        if entry is None:
+            return []
+        listed = {order.id: order for order in await self._venue.orders_since(market, entry.timestamp)}
+        listed |= {order.id: order for order in (entry, *recent)}
+        for order_id in await self._unlisted(stake, listed, entry.timestamp):
+            order = await self._venue.order_by_id(market, order_id)
+            listed[order.id] = order
+        ours = [(order, stake.ids.suffix(order.client_id)) for order in listed.values()]
+        return sorted(
+            ((order, suffix) for order, suffix in ours if suffix is not None), key=lambda each: each[0].timestamp
+        )
+
+    async def _unlisted(self, stake: Stake, listed: dict[str, VenueOrder], since_ms: int) -> set[str]:
+        """Orders that have just traded and are not in the list yet."""
+        recent_ms = max(since_ms, self._venue.now_ms() - _LISTED_AFTER_MS)
+        trades = await self._venue.trades_since(stake.market, recent_ms)
+        return {str(trade["order"]) for trade in trades if trade.get("order")} - set(listed)
+
+    async def _closed_by_hand(self, stake: Stake, orders: Sequence[tuple[VenueOrder, str]]) -> Fill | None:
+        ours = {order.id for order, _ in orders}
+        left = sum((order.filled if _enters(suffix) else -order.filled for order, suffix in orders), Decimal(0))
+        quantity = cost = Decimal(0)
+        timestamp = 0
+        trades: list[dict[str, Any]] = await self._venue.trades_since(stake.market, orders[0][0].timestamp)
+        for trade in reversed(trades):
+            if str(trade.get("order")) in ours or trade["side"] != stake.exit_side or quantity >= left:
+                continue
+            part = min(exact(trade["amount"]) * stake.market.contract_size, left - quantity)
+            quantity += part
+            cost += part * exact(trade["price"])
+            timestamp = max(timestamp, int(trade["timestamp"]))
+        if not quantity:
+            return None
+        price = float(cost / quantity)
+        return Fill(price=price, cost=float(cost), quantity=float(quantity), timestamp=timestamp, reason="closed")
+
+
+def status_of(orders: Iterable[VenueOrder]) -> Literal["resting", "partly_filled", "filled", "cancelled", "rejected"]:
+    """What became of the orders that carry out one order of the engine."""
+    orders = list(orders)
+    filled = any(order.filled for order in orders)
+    if any(order.open for order in orders):
+        return "partly_filled" if filled else "resting"
+    if filled:
+        return "filled"
+    return "rejected" if any(order.rejected for order in orders) else "cancelled"
+
+
+def _enters(suffix: str) -> bool:
+    return not suffix or suffix.startswith("-a")

@@ -1,0 +1,265 @@
+"""The steps that the hooks of `CcxtBroker` are made of: entering, leaving, and protecting what is held."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any, Final
+
+from backtest_kit.broker.base import Order, OrderRejected, OrderTransient
+from backtest_kit.broker.ccxt_account import Account, status_of
+from backtest_kit.broker.ccxt_errors import AlreadyThere, StopReached
+from backtest_kit.broker.ccxt_market import Market, Side, Stake, VenueOrder
+from backtest_kit.broker.ccxt_stops import StopFilled, Stops
+from backtest_kit.broker.ccxt_venue import CcxtVenue
+from backtest_kit.broker.rounding import exact
+from backtest_kit.errors import BacktestKitError, Outcome
+
+_log = logging.getLogger(__name__)
+OPENS: Final = ("open", "place", "activate")
+_MOST_PARTS: Final = 20
+_NAKED: Final = "held WITHOUT A STOP"
+
+
+class Dealer:
+    def __init__(
+        self, venue: CcxtVenue, *, leverage: int | None, max_slippage_pct: float | None, stop_beyond_pct: float
+    ) -> None:
+        self.account, self.stops = Account(venue), Stops(venue, beyond_pct=stop_beyond_pct)
+        self._venue, self._leverage = venue, leverage
+        self._max_slippage = None if max_slippage_pct is None else exact(max_slippage_pct) / 100
+        self._leverage_set: set[str] = set()
+
+    async def known(self, stake: Stake, client_id: str, order: Order) -> VenueOrder | None:
+        """What an attempt before this one has left on the exchange."""
+        return await self._venue.order(stake.market, client_id, certain=True) if order.attempt else None
+
+    async def parts(self, stake: Stake, order: Order, *, certain: bool) -> list[VenueOrder]:
+        """The orders on the exchange that carry out one order: one, but where a close had to sell a rest."""
+        found: list[VenueOrder] = []
+        while len(found) < (_MOST_PARTS if order.kind == "close" else 1):
+            opens = order.kind in OPENS
+            client_id = stake.ids.entry if opens else stake.ids.of(order.client_order_id, len(found))
+            part = await self._venue.order(stake.market, client_id, certain=certain and not found)
+            if part is None:
+                break
+            found.append(part)
+        return found
+
+    async def enter(self, stake: Stake, client_id: str, order: Order) -> VenueOrder:
+        """Buy for `order.cost`, or find that it was bought already."""
+        found = await self.known(stake, client_id, order)
+        if found is None:
+            quantity = await self.affordable(stake, order)
+            side, limit = stake.entry_side, None
+            if self._max_slippage is not None:
+                sign = 1 if side == "buy" else -1
+                limit = stake.market.price_for(side, exact(order.price) * (1 + sign * self._max_slippage))
+            found = await self.send(
+                stake.market, client_id, side, quantity, limit=limit, immediate=self._max_slippage is not None
+            )
+        return self.filled(stake, found)
+
+    async def affordable(self, stake: Stake, order: Order) -> Decimal:
+        """What `order.cost` buys, in whole lots.
+
+        Raises:
+            OrderRejected: the exchange would refuse it, or its stop.
+        """
+        market = stake.market
+        if stake.direction == "short" and not market.contract:
+            told = f"{market.symbol}: a spot market cannot be sold short: use CcxtBroker(..., market='futures')"
+            raise OrderRejected(told)
+        quantity = market.lots(exact(order.cost) / exact(order.price))
+        small = market.too_small(quantity, min(order.price, order.stop_loss))
+        if small:
+            paid = f"{order.cost:g} {market.quote} at {order.price:g}"
+            raise OrderRejected(f"{market.symbol}: {paid} are too little: {small}")
+        needed = exact(order.cost)
+        if market.contract:
+            if order.kind in OPENS:
+                await self._check_flat(market)
+            if self._leverage is None:
+                return quantity
+            needed /= self._leverage
+            await self._set_leverage(market, self._leverage)
+        free, _ = await self._venue.balance(market.quote)
+        if free < needed:
+            raise OrderRejected(f"{market.symbol}: {needed:.2f} {market.quote} are needed and {free:.2f} are free")
+        return quantity
+
+    async def _set_leverage(self, market: Market, leverage: int) -> None:
+        if market.symbol not in self._leverage_set:
+            await self._venue.set_leverage(market, leverage)
+            self._leverage_set.add(market.symbol)
+
+    async def _check_flat(self, market: Market) -> None:
+        exposure = (await self._venue.exposures([market.symbol])).get(market.symbol)
+        if exposure is not None:
+            raise OrderRejected(
+                f"{market.symbol}: the account already holds {exposure.quantity:f} {exposure.direction}: two positions "
+                "of one future would be one on the exchange; use one strategy for each future of an account"
+            )
+
+    async def send(self, market: Market, client_id: str, side: Side, quantity: Decimal, **how: Any) -> VenueOrder:
+        """Send, or find what was sent: an order whose answer was lost is looked for at once."""
+        try:
+            return await self._venue.send(market, client_id, side, quantity, **how)
+        except AlreadyThere:
+            found = await self._venue.order(market, client_id)
+            if found is None:
+                raise
+            return found
+        except OrderTransient as error:
+            if error.outcome is Outcome.NOT_DONE:
+                raise
+            try:
+                found = await self._venue.order(market, client_id)
+            except BacktestKitError:
+                raise error from None
+            if found is None:
+                raise
+            return found
+
+    def filled(self, stake: Stake, order: VenueOrder) -> VenueOrder:
+        """`order`, of which something was filled.
+
+        Raises:
+            OrderRejected: nothing was.
+        """
+        if not order.filled:
+            why = " within max_slippage_pct" if self._max_slippage is not None else ""
+            told = f"{stake.market.symbol}: {order.client_id} was not filled{why}: it was {status_of([order])}"
+            raise OrderRejected(told)
+        return order
+
+    async def activated(self, stake: Stake, order: Order) -> VenueOrder:
+        """The limit order that has become a position."""
+        symbol, client_id = stake.market.symbol, stake.ids.entry
+        entry = await self._venue.order(stake.market, client_id, certain=order.attempt > 0)
+        if entry is not None and entry.open:
+            told = f"{symbol}: of the limit order {client_id} {entry.filled:f} of {entry.quantity:f} are filled"
+            raise OrderTransient(told, outcome=Outcome.NOT_DONE)
+        if entry is None:
+            raise OrderRejected(f"{symbol}: the exchange does not know the limit order {client_id}")
+        return self.filled(stake, entry)
+
+    async def to_reduce(self, stake: Stake, order: Order, held: Decimal) -> Decimal:
+        """How much a reduction takes out, in whole lots.
+
+        Raises:
+            OrderRejected: that, or what it leaves, is too small for the exchange.
+        """
+        market = stake.market
+        wanted = exact(order.quantity or 0)
+        if order.quantity is None:
+            entry = await self._venue.order(market, stake.ids.entry)
+            paid = entry.average if entry is not None and entry.average else exact(order.price)
+            wanted = exact(order.cost) / paid
+        quantity = market.lots(min(held, wanted))
+        small = market.unsellable(quantity, order.price)
+        if small:
+            raise OrderRejected(f"{market.symbol}: too little to take out: {small}")
+        small = market.unsellable(held - quantity, min(order.price, order.stop_loss))
+        if small:
+            told = f"{market.symbol}: too little would be left to protect: {small}; close the position instead"
+            raise OrderRejected(told)
+        return quantity
+
+    async def sell_out(self, stake: Stake, order: Order, held: Decimal, sold: list[VenueOrder]) -> Decimal:
+        """Sell all of `held`, in as many orders as the market needs, added to `sold`; what cannot be sold is left."""
+        while len(sold) < _MOST_PARTS and not stake.market.unsellable(held, order.price):
+            part = await self.sell(stake, order, stake.market.lots(held), held=held, part=len(sold))
+            sold.append(part)
+            held -= part.filled
+        return held
+
+    async def sell(self, stake: Stake, order: Order, quantity: Decimal, *, held: Decimal, part: int = 0) -> VenueOrder:
+        """Take `quantity` of `held` out at the market. Where that is certain to have failed, a stop that had to
+        make room for it is put back."""
+        market, client_id = stake.market, stake.ids.of(order.client_order_id, part)
+        try:
+            sold = await self.send(market, client_id, stake.exit_side, quantity, reduce_only=True)
+            return self.filled(stake, sold)
+        except BacktestKitError as error:
+            if error.outcome is Outcome.NOT_DONE and not market.contract:
+                try:
+                    await self.protect(stake, held, order.stop_loss)
+                except BacktestKitError as failed:
+                    _log.error("%s", failed)
+            raise
+
+    async def protect(
+        self, stake: Stake, held: Decimal, stop_loss: float, live: list[VenueOrder] | None = None
+    ) -> bool:
+        """Leave one stop for all that is held. Where the market is beyond it already, do what it would have done,
+        and answer False: nothing is held any more.
+
+        Raises:
+            StopFilled: the stop before it has sold what is held, or a part of it.
+            OrderTransient: there may be no stop now.
+        """
+        try:
+            await self.stops.put(stake, held, stop_loss, live)
+        except StopReached as error:
+            _log.warning("%s: leaving at the market: %s", stake.market.symbol, error)
+            await self._exit(stake, stake.ids.stop, held)
+            await self.clear(stake)
+            return False
+        except StopFilled:
+            raise
+        except BacktestKitError as error:
+            told = f"{stake.market.symbol} may be {_NAKED} until the next check: {error}"
+            raise OrderTransient(told, outcome=Outcome.UNKNOWN) from None
+        return True
+
+    async def protect_what_is_held(self, stake: Stake, order: Order, *recent: VenueOrder) -> bool:
+        """The same for what the exchange says is held; False where that is nothing, or no more than dust.
+
+        Raises:
+            OrderTransient: there is no stop now.
+        """
+        live = await self.stops.live(stake)
+        # A stop that is only moved knows the size; anything else has changed it just now, or may have.
+        moved = order.kind in ("move_stop", "breakeven") and len(live) == 1
+        held = await self.account.held(stake, live, model=live[0].quantity if moved else None, recent=recent)
+        if stake.market.unsellable(held, order.stop_loss):
+            return False
+        try:
+            return await self.protect(stake, held, order.stop_loss, live)
+        except StopFilled:
+            return False
+
+    async def leave(self, stake: Stake, quantity: Decimal, why: BacktestKitError) -> None:
+        """Close again what was entered and cannot be protected. The next check reports that it is closed.
+
+        Raises:
+            OrderTransient: that cannot be done either.
+        """
+        symbol = stake.market.symbol
+        told = "%s: no stop can be placed for %s, so the position is closed again: %s"
+        _log.error(told, symbol, stake.ids.entry, why)
+        try:
+            await self._exit(stake, stake.ids.exit, quantity)
+        except BacktestKitError as error:
+            told = f"{symbol}: {quantity:f} are {_NAKED} and cannot be sold: {error}; before that: {why}"
+            raise OrderTransient(told, outcome=Outcome.UNKNOWN) from None
+        await self.clear(stake)
+
+    async def clear(self, stake: Stake) -> None:
+        """Cancel all that is still open of a position that is not held any more."""
+        for order in await self._venue.open_orders(stake.market):
+            if stake.ids.suffix(order.client_id) is not None:
+                await self._venue.cancel(stake.market, order)
+
+    async def _exit(self, stake: Stake, id_of: Callable[[int], str], quantity: Decimal) -> None:
+        amount = stake.market.lots(quantity)
+        for number in range(_MOST_PARTS):
+            try:
+                await self._venue.send(stake.market, id_of(number), stake.exit_side, amount, reduce_only=True)
+            except AlreadyThere:
+                continue
+            return
+        told = f"{stake.market.symbol}: {_MOST_PARTS} exits like {id_of(0)} are on the exchange already"
+        raise OrderRejected(told)

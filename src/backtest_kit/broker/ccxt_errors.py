@@ -1,0 +1,102 @@
+"""What an error of ccxt means to an order that was being sent."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Final
+
+from backtest_kit.broker.base import OrderRejected, OrderTransient
+from backtest_kit.ccxt_client import said
+from backtest_kit.errors import BacktestKitError, Outcome
+
+
+class OrderMissing(OrderRejected):
+    """The venue has no such order, or it is no longer open."""
+
+
+class AlreadyThere(OrderRejected):
+    """The venue has an order of this client id."""
+
+
+class StopReached(OrderRejected):
+    """A stop would trigger at once: the market is beyond it already."""
+
+
+class NoFunds(OrderRejected):
+    """The balance does not cover the order."""
+
+
+class NotAllowed(OrderRejected):
+    """The key, its permissions or the account do not allow it."""
+
+
+# The first row that fits decides, so the subclasses come before their bases.
+_TABLE: Final[tuple[tuple[str, type[BacktestKitError], Outcome], ...]] = (
+    ("DuplicateOrderId", AlreadyThere, Outcome.NOT_DONE),
+    ("OrderNotFound", OrderMissing, Outcome.NOT_DONE),
+    ("OrderImmediatelyFillable", StopReached, Outcome.NOT_DONE),
+    ("InsufficientFunds", NoFunds, Outcome.NOT_DONE),
+    ("InvalidOrder", OrderRejected, Outcome.NOT_DONE),
+    ("RateLimitExceeded", OrderTransient, Outcome.NOT_DONE),  # refused at the door
+    ("DDoSProtection", OrderTransient, Outcome.NOT_DONE),
+    ("InvalidNonce", OrderTransient, Outcome.NOT_DONE),
+    ("RequestTimeout", OrderTransient, Outcome.UNKNOWN),
+    ("OnMaintenance", OrderTransient, Outcome.NOT_DONE),
+    ("ExchangeNotAvailable", OrderTransient, Outcome.UNKNOWN),
+    ("NetworkError", OrderTransient, Outcome.UNKNOWN),
+    ("BadResponse", OrderTransient, Outcome.UNKNOWN),
+    ("OperationFailed", OrderTransient, Outcome.UNKNOWN),
+    ("AuthenticationError", NotAllowed, Outcome.NOT_DONE),
+    ("BadRequest", OrderRejected, Outcome.NOT_DONE),  # the base of BadSymbol
+    ("ArgumentsRequired", OrderRejected, Outcome.NOT_DONE),
+    ("NotSupported", OrderRejected, Outcome.NOT_DONE),
+    ("OperationRejected", OrderRejected, Outcome.NOT_DONE),
+)
+# What ccxt has no class of its own for, by the venue's words or code. Looked at first.
+_BY_TEXT: Final[tuple[tuple[re.Pattern[str], type[BacktestKitError], Outcome], ...]] = (
+    (re.compile(r"duplicate", re.IGNORECASE), AlreadyThere, Outcome.NOT_DONE),
+    (re.compile(r'"code":\s*-1021\b'), OrderTransient, Outcome.NOT_DONE),
+    (re.compile(r'"code":\s*-(1000|1001|1006|1007|1008|1016)\b'), OrderTransient, Outcome.UNKNOWN),
+    (re.compile(r'"code":\s*-(1003|1015)\b'), OrderTransient, Outcome.NOT_DONE),
+    (re.compile(r'"code":\s*-2011\b|unknown order', re.IGNORECASE), OrderMissing, Outcome.NOT_DONE),
+    (re.compile(r'"code":\s*-2018\b|"code":\s*-2019\b'), NoFunds, Outcome.NOT_DONE),
+    (re.compile(r'"code":\s*-2021\b|trigger immediately|immediately trigger'), StopReached, Outcome.NOT_DONE),
+)
+
+
+def order_error(error: Exception, doing: str, secrets: Iterable[str] = ()) -> BacktestKitError:
+    """`error` of ccxt as one of the three that hooks raise, saying what it came of `doing`.
+
+    An error that the table does not know leaves the outcome open: the order is looked up before it is sent again.
+    """
+    kind, outcome = _meaning(error)
+    return kind(f"{doing}: {said(error, secrets)}", outcome=outcome)
+
+
+def is_clock_skew(error: Exception) -> bool:
+    """Whether a request was refused because its time is not the venue's."""
+    return "-1021" in str(error) or type(error).__name__ == "InvalidNonce"
+
+
+def _meaning(error: Exception) -> tuple[type[BacktestKitError], Outcome]:
+    if _never_connected(error):
+        return OrderTransient, Outcome.NOT_DONE
+    text = str(error)
+    for words, kind, outcome in _BY_TEXT:
+        if words.search(text):
+            return kind, outcome
+    names = {each.__name__ for each in type(error).__mro__}
+    for name, kind, outcome in _TABLE:
+        if name in names:
+            return kind, outcome
+    return OrderTransient, Outcome.UNKNOWN
+
+
+def _never_connected(error: Exception) -> bool:
+    cause: Any = error
+    while cause is not None:
+        if any(each.__name__ == "ClientConnectorError" for each in type(cause).__mro__):
+            return True
+        cause = cause.__cause__
+    return False

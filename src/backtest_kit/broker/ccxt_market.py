@@ -1,0 +1,174 @@
+"""One market of an exchange: its ticks, lots and limits; and an order as the exchange reports it."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any, Literal
+
+import msgspec
+
+from backtest_kit.broker.order_ids import SignalIds
+from backtest_kit.broker.rounding import exact, lots, price_above, price_below, significant_tick
+from backtest_kit.errors import UserError
+from backtest_kit.model.position import Direction
+
+Side = Literal["buy", "sell"]
+
+
+class Market(msgspec.Struct, frozen=True, kw_only=True):
+    """What has to be known of a market before an order is sent there. Quantities are in base currency."""
+
+    symbol: str
+    """As ccxt writes it."""
+    base: str
+    quote: str
+    """The currency that is paid with: of a future, the one it settles in."""
+    contract: bool
+    contract_size: Decimal
+    lot: Decimal
+    tick: Decimal | None
+    """None where prices have a number of significant digits instead."""
+    price_digits: int = 0
+    min_quantity: Decimal
+    min_cost: Decimal
+    market_stop: bool
+    """Whether a stop may become a market order; else it becomes a limit order a little beyond its trigger."""
+
+    def lots(self, quantity: Decimal) -> Decimal:
+        """What may be sent of `quantity`: whole lots, rounded down."""
+        return lots(quantity, self.lot)
+
+    def price_for(self, side: Side, price: Decimal, *, at_worst: bool = True) -> Decimal:
+        """`price` in whole ticks. At worst, it is what is paid or earned; else it is sure to be reached."""
+        down = (side == "buy") is at_worst
+        tick = self.tick if self.tick is not None else significant_tick(price, self.price_digits)
+        return price_below(price, tick) if down else price_above(price, tick)
+
+    def stop_trigger(self, direction: Direction, price: float) -> Decimal:
+        """The trigger of a stop at `price`: the tick at which it protects rather too early than too late."""
+        return self.price_for("sell" if direction == "long" else "buy", exact(price))
+
+    def too_small(self, quantity: Decimal, price: float) -> str:
+        """Why the venue would not take an order of `quantity`; "" where it would."""
+        if quantity < self.min_quantity or quantity <= 0:
+            least = max(self.min_quantity, self.lot)
+            return f"{quantity:f} {self.base} is below the smallest quantity, {least:f}"
+        if quantity * exact(price) < self.min_cost:
+            worth = f"{quantity:f} {self.base} are worth {quantity * exact(price):.2f} {self.quote}"
+            return f"{worth}, and the least is {self.min_cost:f}"
+        return ""
+
+    def unsellable(self, quantity: Decimal, price: float) -> str:
+        """Why an exit of `quantity` would be refused; "" where it would not. Closing a future has no least value."""
+        return self.too_small(self.lots(quantity), float("inf") if self.contract else price)
+
+
+class VenueOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """An order as the exchange reports it. Quantities are in base currency."""
+
+    id: str
+    client_id: str | None
+    side: str
+    open: bool
+    rejected: bool
+    quantity: Decimal
+    filled: Decimal
+    average: Decimal | None
+    trigger: Decimal | None
+    timestamp: int
+    conditional: bool
+    """Whether it is kept in the book of conditional orders, which some exchanges have apart."""
+    spawned: str | None = None
+    """The id of the order that a conditional one became when it was triggered."""
+    fees: tuple[tuple[str, Decimal], ...] | None = None
+    """Currency and amount; None where the report does not tell."""
+
+    @property
+    def remaining(self) -> Decimal:
+        return self.quantity - self.filled
+
+
+class Stake(msgspec.Struct, frozen=True):
+    """A position as the exchange knows it: a market, a side, and the client ids of its orders."""
+
+    market: Market
+    ids: SignalIds
+    direction: Direction
+
+    @property
+    def entry_side(self) -> Side:
+        """Of what enters."""
+        return "buy" if self.direction == "long" else "sell"
+
+    @property
+    def exit_side(self) -> Side:
+        return exit_side(self.direction)
+
+
+def exit_side(direction: Direction) -> Side:
+    return "sell" if direction == "long" else "buy"
+
+
+def read_market(raw: dict[str, Any], precision_mode: int, digits: tuple[int, int, int]) -> Market:
+    """A market out of ccxt's description; `digits` are its modes (decimal places, significant digits, tick size).
+
+    Raises:
+        UserError: what the engine cannot trade: inverse contracts and options.
+    """
+    contract = bool(raw.get("contract"))
+    if contract and (not raw.get("linear") or raw.get("option")):
+        raise UserError(f"{raw['symbol']} is no linear future: only spot and contracts that settle in quote currency")
+    places, significant, _ = digits
+    size = exact(raw.get("contractSize") or 1) if contract else Decimal(1)
+    precision, limits = raw.get("precision") or {}, raw.get("limits") or {}
+
+    def step(kind: str) -> Decimal:
+        value = precision.get(kind)
+        if value is None:
+            return Decimal("1e-8")
+        return Decimal(1).scaleb(-int(value)) if precision_mode in (places, significant) else exact(value)
+
+    def least(kind: str) -> Decimal:
+        return exact((limits.get(kind) or {}).get("min") or 0)
+
+    by_digits = precision_mode == significant
+    kinds = (raw.get("info") or {}).get("orderTypes") or ()
+    return Market(
+        symbol=raw["symbol"],
+        base=raw["base"],
+        quote=raw["settle"] if contract else raw["quote"],
+        contract=contract,
+        contract_size=size,
+        lot=step("amount") * size,
+        tick=None if by_digits else step("price"),
+        price_digits=int(precision.get("price") or 8) if by_digits else 0,
+        min_quantity=least("amount") * size,
+        min_cost=least("cost"),
+        market_stop=not kinds or bool({"STOP_LOSS", "STOP_MARKET"} & set(kinds)),
+    )
+
+
+def read_order(raw: dict[str, Any], market: Market) -> VenueOrder:
+    """An order out of ccxt's report."""
+    info = raw.get("info") or {}
+    filled = exact(raw.get("filled") or 0) * market.contract_size
+    cost = exact(raw.get("cost") or 0)
+    average = raw.get("average")
+    fees = [fee for fee in (raw.get("fees") or []) if fee and fee.get("currency") and fee.get("cost") is not None]
+    spawned = info.get("actualOrderId")
+    status = raw.get("status")
+    return VenueOrder(
+        id=str(raw["id"]),
+        client_id=raw.get("clientOrderId"),
+        side=str(raw.get("side") or ""),
+        open=status in ("open", None),
+        rejected=status == "rejected",
+        quantity=exact(raw.get("amount") or 0) * market.contract_size,
+        filled=filled,
+        average=exact(average) if average else cost / filled if filled and cost else None,
+        trigger=exact(raw["triggerPrice"]) if raw.get("triggerPrice") else None,
+        timestamp=int(raw.get("timestamp") or 0),
+        conditional="algoId" in info,
+        spawned=str(spawned) if spawned and str(spawned) != "0" else None,
+        fees=tuple((str(fee["currency"]), exact(fee["cost"])) for fee in fees) or None,
+    )

@@ -1,0 +1,336 @@
+"""An account on an exchange, through ccxt: its orders, balances and positions, every call with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from decimal import Decimal
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from backtest_kit.broker.base import Fill, OrderTransient
+from backtest_kit.broker.ccxt_errors import OrderMissing, is_clock_skew, order_error
+from backtest_kit.broker.ccxt_market import Market, Side, VenueOrder, read_market, read_order
+from backtest_kit.broker.rounding import exact
+from backtest_kit.ccxt_client import find_market, library, said
+from backtest_kit.errors import BacktestKitError, Outcome
+from backtest_kit.model.position import Direction
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_DAY_MS: Final = 86_400_000
+_LOOKS_UP_BY_CLIENT_ID: Final = frozenset({"binance", "binanceusdm", "binanceus"})
+"""Exchanges whose `fetch_order` is known to look up by client id and to say so where there is none. Of any other
+one "no such order" is believed only when its lists of orders do not have it either."""
+_ONE_BOOK: Final = frozenset({"binance", "binanceus"})
+"""Exchanges that list the stops of their spot markets among all other orders."""
+_SETTLING_S: Final = 5.0
+
+
+class Exposure(msgspec.Struct, frozen=True):
+    """A position that the exchange keeps, of a future."""
+
+    direction: Direction
+    quantity: Decimal
+    price_open: float | None
+
+
+class CcxtVenue:
+    """A connected account. Raises what hooks raise: `OrderTransient`, `OrderRejected` and its kinds."""
+
+    def __init__(self, client: Any, exchange_id: str, *, deadline_s: float, arrival_s: float, secrets: Iterable[str]):
+        self._client, self._id = client, exchange_id
+        self._deadline_s, self._arrival_s = deadline_s, arrival_s
+        self._secrets = tuple(secret for secret in secrets if secret)
+        self._markets: dict[str, Market] = {}
+        now = asyncio.get_running_loop().time()
+        self._others_arrived_at = now + arrival_s
+        self._under_way: dict[str, float] = {}
+
+    def market(self, symbol: str) -> Market:
+        """Raises `UserError` where the exchange has none of that name."""
+        if symbol not in self._markets:
+            raw, ccxt = find_market(self._client, self._id, symbol), library()
+            modes = (ccxt.DECIMAL_PLACES, ccxt.SIGNIFICANT_DIGITS, ccxt.TICK_SIZE)
+            self._markets[symbol] = read_market(raw, self._client.precisionMode, modes)
+        return self._markets[symbol]
+
+    async def call(self, doing: str, request: Callable[[], Awaitable[T]], *, again: bool = True) -> T:
+        """The answer to `request`; asked once more where the venue's clock has run away from ours."""
+        told = f"{self._id}: {doing}"
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await request()
+        except TimeoutError:
+            told += f": no answer within {self._deadline_s:g} s"
+            raise OrderTransient(told, outcome=Outcome.UNKNOWN) from None
+        except library().BaseError as error:
+            if not (again and is_clock_skew(error)):
+                # The error of ccxt has the signed request in it: only what it says is passed on.
+                raise order_error(error, told, self._secrets) from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            told += f": an answer that ccxt cannot read: {said(error, self._secrets)}"
+            raise OrderTransient(told, outcome=Outcome.UNKNOWN) from None
+        await self.call("compare clocks", self._client.load_time_difference, again=False)
+        return await self.call(doing, request, again=False)
+
+    async def send(
+        self,
+        market: Market,
+        client_id: str,
+        side: Side,
+        quantity: Decimal,
+        *,
+        limit: Decimal | None = None,
+        immediate: bool = False,
+        trigger: Decimal | None = None,
+        reduce_only: bool = False,
+    ) -> VenueOrder:
+        """Send one order. Afterwards it rests, or, for a market order, it is done."""
+        params: dict[str, Any] = {"clientOrderId": client_id}
+        if trigger is not None:
+            params["stopLossPrice"] = float(trigger)
+        if reduce_only and market.contract:
+            params["reduceOnly"] = True
+        if immediate:
+            params["timeInForce"] = "IOC"
+        kind = "market" if limit is None else "limit"
+        price = None if limit is None else float(limit)
+        amount = float(quantity / market.contract_size)
+        doing = f"send {client_id}, {kind} {side} of {quantity:f} {market.base}"
+
+        def request() -> Awaitable[dict[str, Any]]:
+            return self._client.create_order(market.symbol, kind, side, amount, price, params)  # type: ignore[no-any-return]
+
+        # Set before the request: a task that is cancelled while it waits does not know what arrived.
+        self._under_way[client_id] = asyncio.get_running_loop().time() + self._arrival_s
+        try:
+            raw = await self.call(doing, request)
+        except BacktestKitError as error:
+            if error.outcome is Outcome.NOT_DONE:
+                self._under_way.pop(client_id, None)
+            raise
+        self._under_way.pop(client_id, None)
+        sent = read_order(raw, market)
+        return await self._settled(market, sent, client_id) if trigger is None and (immediate or not price) else sent
+
+    async def _settled(self, market: Market, order: VenueOrder, client_id: str) -> VenueOrder:
+        """A market order once it is done: some exchanges only say that they have received it."""
+        loop = asyncio.get_running_loop()
+        until, pause = loop.time() + _SETTLING_S, 0.05
+        while order.open or (order.filled and order.average is None):
+            if loop.time() > until:
+                told = f"{self._id}: {client_id} is still being filled after {_SETTLING_S:g} s"
+                raise OrderTransient(told, outcome=Outcome.UNKNOWN)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1.0)
+            order = await self.order(market, client_id) or order
+        return order
+
+    async def order(self, market: Market, client_id: str, *, certain: bool = False) -> VenueOrder | None:
+        """The order of a client id, None where the venue has none.
+
+        `certain` waits, where it has none, until nothing that was sent under that id can still arrive.
+        """
+        found = await self._look(market, client_id)
+        if found is None and certain:
+            arrives_at = self._under_way.get(client_id, self._others_arrived_at)
+            await asyncio.sleep(max(0.0, arrives_at - asyncio.get_running_loop().time()))
+            found = await self._look(market, client_id)
+        if found is not None or certain:
+            self._under_way.pop(client_id, None)
+        return found
+
+    async def _look(self, market: Market, client_id: str) -> VenueOrder | None:
+        params = {"clientOrderId": client_id}
+        doing = f"look up {client_id}"
+        try:
+            raw = await self.call(doing, lambda: self._client.fetch_order(client_id, market.symbol, params))
+        except OrderMissing:
+            if self._id in _LOOKS_UP_BY_CLIENT_ID:
+                return None
+            recent = self.now_ms() - _DAY_MS
+            listed = [*await self.open_orders(market), *await self.orders_since(market, recent)]
+            return next((order for order in listed if order.client_id == client_id), None)
+        return read_order(raw, market)
+
+    async def open_orders(self, market: Market) -> list[VenueOrder]:
+        found: dict[str, VenueOrder] = {}
+        for params in self._books(market):
+            raws = await self.call(
+                f"list the open orders of {market.symbol}",
+                lambda params=params: self._client.fetch_open_orders(market.symbol, None, None, params),  # type: ignore[misc]
+            )
+            found |= {order.id: order for order in (read_order(raw, market) for raw in raws) if order.open}
+        return list(found.values())
+
+    async def orders_since(self, market: Market, since_ms: int) -> list[VenueOrder]:
+        """All orders of a market from `since_ms` on, oldest first; what triggered stops became is filled in."""
+        has, client = self._client.has, self._client
+        lists = (
+            [client.fetch_orders]
+            if has.get("fetchOrders") is True
+            else [getattr(client, name) for name in _lists_of(has)]
+        )
+        found: dict[str, VenueOrder] = {}
+        for listing in lists:
+            for params in self._books(market):
+                doing = f"list the orders of {market.symbol}"
+                for raw in await self._pages(doing, listing, market, since_ms, params):
+                    order = read_order(raw, market)
+                    found[order.id] = await self._follow(market, order)
+        return sorted(found.values(), key=lambda order: order.timestamp)
+
+    async def trades_since(self, market: Market, since_ms: int) -> list[dict[str, Any]]:
+        """The account's own trades of a market, as ccxt reports them, oldest first."""
+        doing = f"list the trades of {market.symbol}"
+        trades = await self._pages(doing, self._client.fetch_my_trades, market, since_ms, {})
+        return sorted(trades, key=lambda trade: int(trade["timestamp"]))
+
+    async def _pages(
+        self, doing: str, listing: Any, market: Market, since_ms: int, params: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        now_ms = self.now_ms()
+        # Binance lists one day at most at a time.
+        while True:
+            until_ms = since_ms + _DAY_MS
+            window = params if until_ms > now_ms else {**params, "until": until_ms - 1}
+            page_ms = since_ms
+            while True:
+                raws = await self.call(doing, lambda: listing(market.symbol, page_ms, None, window))  # noqa: B023
+                fresh = [raw for raw in raws if str(raw["id"]) not in found]
+                if not fresh:
+                    break
+                found |= {str(raw["id"]): raw for raw in fresh}
+                page_ms = max(page_ms, *(int(raw["timestamp"] or 0) for raw in fresh))
+            if until_ms > now_ms:
+                return list(found.values())
+            since_ms = until_ms
+
+    async def _follow(self, market: Market, order: VenueOrder) -> VenueOrder:
+        """A stop that has become another order when it was triggered, with what that one has filled."""
+        if order.filled or order.spawned is None:
+            return order
+        done = await self.order_by_id(market, order.spawned)
+        return msgspec.structs.replace(done, client_id=order.client_id, trigger=order.trigger)
+
+    async def cancel(self, market: Market, order: VenueOrder) -> VenueOrder:
+        """Cancel an order, and say what had become of it by then."""
+        params = {"trigger": True} if order.conditional else {}
+        doing = f"cancel {order.client_id or order.id}"
+        try:
+            raw = await self.call(doing, lambda: self._client.cancel_order(order.id, market.symbol, params))
+        except OrderMissing:
+            return await self.final(market, order)
+        # A conditional order that could be cancelled was never triggered; some exchanges tell no more than the id.
+        return (
+            read_order(raw, market)
+            if order.conditional or raw.get("filled") is not None
+            else await self.final(market, order)
+        )
+
+    async def final(self, market: Market, order: VenueOrder) -> VenueOrder:
+        """`order` as it is now."""
+        return await self.order_by_id(market, order.id, conditional=order.conditional)
+
+    async def order_by_id(self, market: Market, order_id: str, *, conditional: bool = False) -> VenueOrder:
+        """An order by the exchange's own id, with what it became if it was triggered.
+
+        Raises:
+            OrderRejected: the exchange has none.
+        """
+        params = {"trigger": True} if conditional else {}
+        doing = f"look up {order_id}"
+        raw = await self.call(doing, lambda: self._client.fetch_order(order_id, market.symbol, params))
+        return await self._follow(market, read_order(raw, market))
+
+    async def balance(self, currency: str) -> tuple[Decimal, Decimal]:
+        """What is free, and all that there is, of a currency."""
+        raw = await self.call("read the balance", self._client.fetch_balance)
+        account = raw.get(currency) or {}
+        return exact(account.get("free") or 0), exact(account.get("total") or 0)
+
+    async def exposures(self, symbols: list[str]) -> dict[str, Exposure]:
+        """The open positions, of futures, by ccxt's symbol."""
+        raws = await self.call("read the positions", lambda: self._client.fetch_positions(symbols))
+        found = {}
+        for raw in raws:
+            quantity = exact(raw.get("contracts") or 0) * exact(raw.get("contractSize") or 1)
+            if quantity:
+                direction: Direction = "short" if raw["side"] == "short" else "long"
+                price = raw.get("entryPrice")
+                found[str(raw["symbol"])] = Exposure(direction, quantity, float(price) if price else None)
+        return found
+
+    async def executed(self, market: Market, orders: Iterable[VenueOrder]) -> Fill:
+        """What `orders` have done, added up, with their fees."""
+        quantity = cost = fee = Decimal(0)
+        timestamp = 0
+        for order in orders:
+            if order.filled:
+                price = order.average or Decimal(0)
+                fees, last_ms = await self._fees(market, order)
+                for currency, amount in fees:
+                    fee += await self._in_quote(market, currency, amount, price)
+                quantity += order.filled
+                cost += order.filled * price
+                timestamp = max(timestamp, last_ms)
+        average = float(cost / quantity) if quantity else 0.0
+        return Fill(price=average, cost=float(cost), quantity=float(quantity), fee=float(fee), timestamp=timestamp)
+
+    async def received(self, market: Market, order: VenueOrder) -> Decimal:
+        """The base currency that a purchase has brought in: without the fee, where that was taken in it."""
+        if market.contract or not order.filled:
+            return order.filled
+        fees, _ = await self._fees(market, order)
+        return order.filled - sum((amount for currency, amount in fees if currency == market.base), Decimal(0))
+
+    async def _fees(self, market: Market, order: VenueOrder) -> tuple[list[tuple[str, Decimal]], int]:
+        """The fees of an order, and the time of its last fill."""
+        if order.fees is not None:
+            return list(order.fees), order.timestamp
+        doing = f"read the trades of {order.client_id or order.id}"
+        if self._id in _LOOKS_UP_BY_CLIENT_ID:
+            by_id = {"orderId": order.id}
+            raws = await self.call(doing, lambda: self._client.fetch_my_trades(market.symbol, None, None, by_id))
+        elif self._client.has.get("fetchOrderTrades") is True:
+            raws = await self.call(doing, lambda: self._client.fetch_order_trades(order.id, market.symbol))
+        else:
+            raws = await self.trades_since(market, order.timestamp)
+        trades = [raw for raw in raws if str(raw.get("order")) == order.id]
+        fees = [trade.get("fee") or {} for trade in trades]
+        paid = [(str(fee["currency"]), exact(fee["cost"])) for fee in fees if fee.get("cost") and fee.get("currency")]
+        return paid, max([order.timestamp, *(int(trade["timestamp"] or 0) for trade in trades)])
+
+    async def _in_quote(self, market: Market, currency: str, amount: Decimal, price: Decimal) -> Decimal:
+        if currency == market.quote:
+            return amount
+        if currency == market.base:
+            return amount * price
+        pair = f"{currency}/{market.quote}"
+        pair = pair if pair in self._client.markets else f"{pair}:{market.quote}"
+        if pair not in self._client.markets:
+            _log.warning("%s: a fee of %s %s is not counted: no market %s", self._id, amount, currency, pair)
+            return Decimal(0)
+        ticker = await self.call(f"read the price of {pair}", lambda: self._client.fetch_ticker(pair))
+        return amount * exact(ticker["last"])
+
+    async def set_leverage(self, market: Market, leverage: int) -> None:
+        doing = f"set the leverage of {market.symbol} to {leverage}"
+        await self.call(doing, lambda: self._client.set_leverage(leverage, market.symbol))
+
+    def _books(self, market: Market) -> list[dict[str, Any]]:
+        one = self._id in _ONE_BOOK and not market.contract
+        return [{}] if one else [{}, {"trigger": True}]
+
+    def now_ms(self) -> int:
+        """The time at the exchange."""
+        return int(self._client.milliseconds()) - int(self._client.options.get("timeDifference") or 0)
+
+
+def _lists_of(has: dict[str, Any]) -> list[str]:
+    names = {"fetchClosedOrders": "fetch_closed_orders", "fetchCanceledOrders": "fetch_canceled_orders"}
+    return [method for name, method in names.items() if has.get(name)]
