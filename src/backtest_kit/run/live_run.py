@@ -126,7 +126,7 @@ class LiveRun:
         self.began = asyncio.Event()
         """Set once what the run before has left is taken in."""
         self.lease: Lease | None = None
-        self.when_ms = floor_ms(job.clock.now_ms(), MINUTE_MS)
+        self.when_ms = 0
         self.missed = 0
         self.drift_ms: int | None = None
 

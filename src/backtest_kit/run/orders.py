@@ -46,6 +46,7 @@ _SUFFIXES: Final[dict[OrderKind, str]] = {
     "move_take": "t",
 }
 _SAME_QUANTITY: Final = 1e-6
+_SAME_PRICE: Final = 1e-9
 
 
 class Intent(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +71,7 @@ def intended(
     if kind is None:
         return None
     held, cost, take, stop = _terms(kind, before, after)
-    price = held.price_open if kind == "place" and isinstance(held, RestingEntry) else tick.price
+    price = _booked(kind, held, events, tick)
     quantity = None
     if quantities and isinstance(held, Position) and kind in ("reduce", "close"):
         quantity = cost / effective_price(held.entries, held.reductions)
@@ -88,6 +89,15 @@ def intended(
         reason=_reason(before, events),
     )
     return Intent(order=order, target=after, events=events)
+
+
+def _booked(kind: OrderKind, held: Position | RestingEntry, events: tuple[Event, ...], tick: Tick) -> float:
+    """What the engine books the order at where the venue tells nothing else."""
+    if kind == "place":
+        return held.price_open
+    if kind in ("open", "activate", "add") and isinstance(held, Position):
+        return held.entries[-1].price
+    return next((event.trade.price_close for event in events if isinstance(event, PositionClosed)), tick.price)
 
 
 def suffix(kind: OrderKind, number: int) -> str:
@@ -211,6 +221,7 @@ def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tu
     order, target, events = intent.order, intent.target, intent.events
     if fill is None or fill.price <= 0:
         return target, events
+    fill = _as_decided(order, fill)
     if order.kind == "cancel" and isinstance(before, Resting):
         return _too_late(order, before, fill, rules)
     if order.kind == "close" and isinstance(before, Holding):
@@ -220,6 +231,15 @@ def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tu
         position = _filled(order, target.position, fill, rules)
         return _with_position(target, position, events)
     return target, events
+
+
+def _as_decided(order: Order, fill: Fill) -> Fill:
+    """The fill, with what differs from the order in the last digits alone taken as ordered."""
+    if abs(fill.price - order.price) <= order.price * _SAME_PRICE:
+        fill = msgspec.structs.replace(fill, price=order.price)
+    if abs(fill.cost - order.cost) <= order.cost * _SAME_PRICE:
+        fill = msgspec.structs.replace(fill, cost=order.cost)
+    return fill
 
 
 def _too_late(order: Order, before: Resting, fill: Fill, rules: Rules) -> tuple[State, tuple[Event, ...]]:
