@@ -1,7 +1,7 @@
 """Live: trade a strategy on a market as it goes on, with real orders or on paper.
 
-**A start.** The clock is started and the stores are opened. The position is taken: one process trades one (strategy,
-exchange, symbol), and a second one is told who has it. The broker connects. What the run before has left is read,
+**A start.** The stores are opened. The position is taken: one process trades one (strategy, exchange, symbol), and a
+second one is told who has it. The clock is started and the broker connects. What the run before has left is read,
 from the store and, if that lacked something, from the emergency file. The venue is asked what became of an order
 that was under way, and the order is concluded, sent again or dropped. Only then comes the first minute, with the
 `Recovered` event. A first start does all of this too, and finds nothing: there is no other way to recover.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -29,12 +29,12 @@ import msgspec
 
 from backtest_kit.broker.paper import PaperBroker
 from backtest_kit.engine.pnl import effective_price, profit
-from backtest_kit.engine.step import Fill, Holding, Resting, Rules
+from backtest_kit.engine.step import Fill, Flat, Holding, Resting, Rules
 from backtest_kit.errors import UserError
 from backtest_kit.events import EventBus
 from backtest_kit.market.clock import SystemClock
 from backtest_kit.model.event import Event, Identity, Mode
-from backtest_kit.model.interval import interval_ms
+from backtest_kit.model.interval import floor_ms, interval_ms
 from backtest_kit.model.position import Direction, Position, RestingEntry, Trade
 from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.lease import DEFAULT_TTL
@@ -63,6 +63,9 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The minute that was acted at last."""
     next_ms: int
     """The minute at which it acts next."""
+    decision_ms: int | None = None
+    """The minute at which the strategy is asked next, if nothing goes wrong until then; None while something is held,
+    and where it is not asked because the run is paused, stopping or degraded."""
     price: float
     position: Position | None = None
     entry: RestingEntry | None = None
@@ -353,11 +356,13 @@ class LiveRunner:
 class signals_stop:  # noqa: N801  # used as a function
     """While the block runs, the first SIGINT or SIGTERM stops the runs, and the second cancels them.
 
-    Where signals cannot be caught (another thread than the main one) it does nothing.
+    `told` is called after each with the number of signals so far. Where signals cannot be caught (another thread
+    than the main one) it does nothing.
     """
 
-    def __init__(self, handles: list[LiveHandle]) -> None:
+    def __init__(self, handles: Sequence[LiveHandle], told: Callable[[int], object] = lambda count: None) -> None:
         self._handles = handles
+        self._told = told
         self._caught: list[signal.Signals] = []
         self._count = 0
 
@@ -379,6 +384,7 @@ class signals_stop:  # noqa: N801  # used as a function
                 handle.stop()
             else:
                 handle.cancel()
+        self._told(self._count)
 
 
 def _status(run: LiveRun) -> LiveStatus:
@@ -408,6 +414,7 @@ def _status(run: LiveRun) -> LiveStatus:
         identity=job.identity,
         when_ms=run.when_ms,
         next_ms=run.next_ms,
+        decision_ms=_decision_ms(run),
         price=tick.price,
         under_way="" if book.intent is None else book.intent.order.client_order_id,
         paused=book.paused,
@@ -422,6 +429,14 @@ def _status(run: LiveRun) -> LiveStatus:
         trades=len(run.trader.trades),
         **held,
     )
+
+
+def _decision_ms(run: LiveRun) -> int | None:
+    state, interval_ms = run.desk.state, run.job.rules.interval_ms
+    if not isinstance(state, Flat) or run.trader.paused or run.trader.stopping:
+        return None
+    unused = floor_ms(run.next_ms, interval_ms) > state.last_slot_ms
+    return run.next_ms if unused else state.last_slot_ms + interval_ms
 
 
 def _distances(direction: Direction, price: float, take: float, stop: float) -> dict[str, float]:
