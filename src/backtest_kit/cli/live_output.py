@@ -151,4 +151,5 @@ class ViewOutput(Output):
             text, alarm = self._waiting.popleft()
             self._console.print(Text(f"{'ALARM  ' if alarm else ''}{text}", "red" if alarm else ""))
         if self._live is not None and self._statuses:
-            self._live.update(view(self.head, self._statuses, self._console.height), refresh=True)
+            size = self._console.size
+            self._live.update(view(self.head, self._statuses, size.width, size.height), refresh=True)

@@ -9,29 +9,32 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from backtest_kit.cli.live_words import price, troubles
+from backtest_kit.cli.live_words import lost, price, troubles
 from backtest_kit.model.interval import to_datetime
 from backtest_kit.run.live import LiveStatus
 
+_WIDE = 100
 _AROUND = 7
 """Lines of the view that are no row, and one above it for what happened last."""
 
 
-def view(head: str, statuses: Sequence[LiveStatus], height: int) -> RenderableType:
-    """The whole view, for a terminal of `height` lines."""
+def view(head: str, statuses: Sequence[LiveStatus], width: int, height: int) -> RenderableType:
+    """The whole view, for a terminal of this size in characters; a narrow one is shown the half of it."""
     room = max(1, height - _AROUND)
     shown = sorted(statuses, key=_boring)[:room] if len(statuses) > room else statuses
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, expand=True)
     table.add_column("Symbol", no_wrap=True)
     table.add_column("Price", no_wrap=True, justify="right")
     table.add_column("Position", no_wrap=True)
-    for heading in ("PnL %", "PnL", "To TP %", "To SL %"):
+    for heading in ("PnL %", "To TP %", "To SL %"):
         table.add_column(heading, no_wrap=True, justify="right")
-    for heading in ("Written", "Lease", "Asked"):
-        table.add_column(heading, no_wrap=True)
+    wide = width >= _WIDE
+    for heading in ("PnL", "Written", "Lease", "Next ask") if wide else ():
+        table.add_column(heading, no_wrap=True, justify="right")
     table.add_column("State", ratio=1, no_wrap=True, overflow="ellipsis")
     for status in shown:
-        table.add_row(*_row(status))
+        more = _more(status) if wide else ()
+        table.add_row(*_row(status), *more, _state(status))
     parts: list[RenderableType] = [_title(head, statuses), table]
     if len(shown) < len(statuses):
         parts.append(Text(f"and {len(statuses) - len(shown)} more, of which there is less to say", "dim"))
@@ -53,13 +56,6 @@ def _title(head: str, statuses: Sequence[LiveStatus]) -> Text:
 
 
 def _row(status: LiveStatus) -> Iterable[RenderableType]:
-    said = troubles(status)
-    if not status.when_ms:
-        state = Text("starting", "yellow")
-    elif said:
-        state = Text(", ".join(said), "bold red" if status.degraded or not status.held else "yellow")
-    else:
-        state = Text("ok", "green")
     if status.position is not None:
         held = Text(f"{status.direction} {price(status.price_open)}", "green" if status.direction == "long" else "red")
     elif status.entry is not None:
@@ -71,18 +67,26 @@ def _row(status: LiveStatus) -> Iterable[RenderableType]:
         price(status.price or None),
         held,
         _signed(status.pnl_pct),
-        _signed(status.pnl_cost),
         _distance(status.to_take_profit_pct),
         _distance(status.to_stop_loss_pct),
-        _minute(status.written_ms),
-        Text("held", "green") if status.held else Text("-", "dim") if not status.holder else Text("LOST", "bold red"),
-        "-" if status.decision_ms is None else _minute(status.decision_ms),
-        state,
     )
 
 
+def _more(status: LiveStatus) -> Iterable[RenderableType]:
+    lease = Text("LOST", "bold red") if lost(status) else Text("held", "green") if status.held else Text("-", "dim")
+    asked = "-" if status.decision_ms is None or not status.when_ms else _minute(status.decision_ms)
+    return _signed(status.pnl_cost), _minute(status.written_ms), lease, asked
+
+
+def _state(status: LiveStatus) -> Text:
+    said = troubles(status)
+    if said:
+        return Text(", ".join(said), "bold red" if status.degraded or lost(status) else "yellow")
+    return Text("ok", "green") if status.when_ms else Text("starting", "yellow")
+
+
 def _boring(status: LiveStatus) -> int:
-    if status.degraded or not status.held:
+    if status.degraded or lost(status):
         return 0
     return 1 if status.position is not None else 2 if status.entry is not None else 3
 

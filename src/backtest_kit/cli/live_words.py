@@ -107,17 +107,26 @@ def troubles(status: LiveStatus) -> list[str]:
     said = []
     if status.degraded:
         said.append("DEGRADED")
-    if status.when_ms and not status.held:
+    if lost(status):
         said.append("LEASE LOST")
     if status.under_way:
         said.append(f"order {status.under_way} under way")
-    if status.stopping:
+    if status.ended:
+        said.append("ended")
+    elif status.stopping:
         said.append("stopping")
     if status.paused:
         said.append("paused")
     if status.missed:
         said.append(f"{status.missed} minutes missed")
+    if status.written_ms > status.when_ms > 0:
+        said.append(f"the clock is behind the last write, of {iso(status.written_ms)}")
     return said
+
+
+def lost(status: LiveStatus) -> bool:
+    """Whether another process may trade the position by now."""
+    return bool(status.holder) and not status.held and not status.ended
 
 
 def awaited(status: LiveStatus) -> str:
@@ -161,7 +170,7 @@ def _trouble(event: Event) -> str:
         case Paused(paused=paused):
             return "paused: the strategy is not asked" if paused else "goes on: the strategy is asked again"
         case RunDone(cancelled=cancelled, trades=trades):
-            closed = f"{len(trades)} positions closed in this run"
+            closed = f"{len(trades)} position{'s' * (len(trades) != 1)} closed in this run"
             return f"ended at once and left as it is, {closed}" if cancelled else f"ended, {closed}"
         case RunFailed(error=error):
             return f"ended by an error: {words_of(error)}"
@@ -175,8 +184,8 @@ def _found(event: Recovered) -> str:
         held = f"{_position(event.position)}, opened {iso(event.position.opened_at_ms)}"
     elif event.entry is not None:
         held = f"a resting order, {_entry(event.entry)}"
-    down = f"after {event.down_ms // MINUTE_MS} minutes in which nobody watched: " if event.down_ms else ""
-    return "; ".join((f"starts {down}found {held}", *event.steps))
+    down = f" {event.down_ms // MINUTE_MS} minutes after the last write" if event.down_ms else ""
+    return "; ".join((f"starts{down}, with {held}", *event.steps))
 
 
 def _position(position: Position) -> str:

@@ -90,6 +90,8 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Who has the position, and since when."""
     held: bool = False
     """Whether this process may still think that it has."""
+    ended: bool = False
+    """Whether the run is over."""
     clock_drift_ms: int | None = None
     """How far the exchange's clock is ahead of ours, where it tells."""
     missed: int = 0
@@ -147,7 +149,7 @@ class LiveHandle:
     @property
     def status(self) -> LiveStatus:
         """How it stands now."""
-        return _status(self._run)
+        return _status(self._run, ended=self.done())
 
     def __repr__(self) -> str:
         identity = self._run.job.identity
@@ -387,7 +389,7 @@ class signals_stop:  # noqa: N801  # used as a function
         self._told(self._count)
 
 
-def _status(run: LiveRun) -> LiveStatus:
+def _status(run: LiveRun, *, ended: bool) -> LiveStatus:
     book, state, tick = run.trader.book, run.desk.state, run.desk.tick
     job, lease = run.job, run.lease
     held: dict[str, Any] = {}
@@ -423,6 +425,7 @@ def _status(run: LiveRun) -> LiveStatus:
         written_ms=run.keeper.written_ms,
         holder="" if lease is None else str(lease.holder),
         held=lease is not None and lease.held,
+        ended=ended,
         clock_drift_ms=run.drift_ms,
         missed=run.missed,
         gaps_filled=run.gaps_filled,
