@@ -24,7 +24,7 @@ from backtest_kit.cli.live_view import view
 from backtest_kit.cli.live_words import alarming, document, standing, words
 from backtest_kit.cli.strategy_file import told
 from backtest_kit.model.event import Event, StrategyFailed
-from backtest_kit.model.interval import MINUTE_MS, iso, to_datetime
+from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
 from backtest_kit.run.live import LiveStatus
 
 _PAUSE_S: Final = 0.25
@@ -83,11 +83,11 @@ class Output(logging.Handler):
             self.say(self.format(record), alarm=record.levelno >= logging.ERROR)
 
     def _is_new(self, status: LiveStatus, step_ms: int) -> bool:
-        """Whether another `step_ms` has begun since this was asked, and the minute is one that was acted at."""
-        number, symbol = status.when_ms // step_ms, status.identity.symbol
-        before = self._told_ms.setdefault(symbol, number)
-        self._told_ms[symbol] = number
-        return status.when_ms > 0 and number > before > 0
+        """Whether a minute was acted at, and another `step_ms` has begun since this was asked."""
+        begun_ms, symbol = floor_ms(status.when_ms, step_ms), status.identity.symbol
+        new = begun_ms > self._told_ms.get(symbol, 0)
+        self._told_ms[symbol] = begun_ms
+        return new
 
     def _put(self, text: str, *, alarm: bool = False) -> None:
         self._waiting.append((text, alarm))
