@@ -268,7 +268,7 @@ async def test_a_terminal_shows_how_it_stands(stage: Stage) -> None:
     for row in rows:
         assert row[2] == "long"
         float(row[1]), float(row[4])
-        assert row[-3:] == ["held", "-", "ok"]
+        assert row[-2:] == ["held", "ok"]
     assert "ended at once and left as it is" in last
     assert last.count("Symbol") == 1
     assert " ended" in last.splitlines()[-1]

@@ -75,7 +75,7 @@ class Output(logging.Handler):
         """Tell how the runs stand now; called as often as it pleases."""
         self._statuses = statuses
         for each in statuses:
-            if self._is_new(each, _HOUR_MS):
+            if not each.ended and self._is_new(each, _HOUR_MS):
                 self._put(f"{to_datetime(each.when_ms):%Y-%m-%d %H:%M}  {each.identity.symbol}  {standing(each)}")
 
     def emit(self, record: logging.LogRecord) -> None:
