@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -52,27 +53,25 @@ def record(dump: str) -> Terminal:
         terminal.see("$")
         terminal.type(f"{BOT}\n")
         terminal.see(lambda text: text.count("opened") >= 2)
-        wait_minutes(terminal, 4)
+        wait_minutes(terminal, 1, 4)
         [pid] = set(re.findall(r"process (\d+) on", terminal.text))
         os.kill(int(pid), signal.SIGKILL)
         terminal.see("Killed")
         terminal.type("# that was kill -9, from another terminal\n")
         terminal.type(f"{BOT}\n")
         terminal.see(lambda text: text.count("starts") >= 4)
-        wait_minutes(terminal, 3)
+        wait_minutes(terminal, 2, 5)
         return terminal
 
 
-def wait_minutes(terminal: Terminal, count: int) -> None:
-    """Watch until the clock at the foot of the screen has gone on by so much."""
+def wait_minutes(terminal: Terminal, views: int, count: int) -> None:
+    """Watch until so many views are on the screen, and the clock of the last one has gone on by so much."""
 
     def clock(text: str) -> int:
         hours, minutes = re.findall(r"(\d\d):(\d\d) UTC", text)[-1]
         return int(hours) * 60 + int(minutes)
 
-    before = len(re.findall(r" UTC ", terminal.text))
-    terminal.see(lambda text: " UTC " in text and len(re.findall(r" UTC ", text)) >= before)
-    begun = clock(terminal.text)
+    begun = clock(terminal.see(lambda text: text.count(" UTC ") == views))
     terminal.see(lambda text: clock(text) >= begun + count)
 
 
@@ -83,10 +82,11 @@ def drawn(terminal: Terminal) -> str:
     rows = terminal.text.count("\n") + 1
     for y in range(rows):
         line = Text()
-        for x in range(COLUMNS):
-            cell = screen.buffer[y][x]
-            colour = None if cell.fg == "default" else COLOURS.get(cell.fg, cell.fg)
-            line.append(cell.data, Style(color=colour, bold=cell.bold))
+        cells = [screen.buffer[y][x] for x in range(COLUMNS)]
+        for (fg, bold), run in groupby(cells, lambda cell: (cell.fg, cell.bold)):
+            colour = None if fg == "default" else COLOURS.get(fg, fg)
+            line.append("".join(cell.data for cell in run), Style(color=colour, bold=bold))
+        line.rstrip()
         console.print(line, soft_wrap=True)
     svg = console.export_svg(title="backtest-kit paper: killed and started again")
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)

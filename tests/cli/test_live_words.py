@@ -94,7 +94,7 @@ SAID: list[tuple[type[bk.Event], dict[str, Any], str, bool]] = [
     (
         bk.MinutesMissed,
         {"count": 3, "first_ms": NOON, "reason": "no candle"},
-        "3 minutes from 2024-06-01T12:00Z on were missed: no candle",
+        "3 minutes from 2024-06-01T12:00Z on missed: no candle",
         False,
     ),
     (bk.ClockJumped, {"by_ms": -2500}, "the wall clock was moved by -2.5 s", False),

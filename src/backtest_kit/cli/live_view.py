@@ -14,7 +14,7 @@ from backtest_kit.cli.live_words import lost, price, troubles
 from backtest_kit.model.interval import to_datetime
 from backtest_kit.run.live import LiveStatus
 
-_AROUND: Final = 7
+_AROUND: Final = 8
 """Lines of the view that are no row, and one above it for what happened last."""
 _NOTHING: Final = Text("-", "dim")
 
@@ -30,7 +30,7 @@ def view(head: str, statuses: Sequence[LiveStatus], width: int, height: int) -> 
     table.add_column("State", ratio=1, no_wrap=True, min_width=10, overflow="ellipsis")
     for status in shown:
         table.add_row(*(column.cell(status) for column in columns), _state(status))
-    parts: list[RenderableType] = [_title(head, statuses), table]
+    parts: list[RenderableType] = [Text(), _title(head, statuses), table]
     if len(shown) < len(statuses):
         parts.append(Text(f"and {len(statuses) - len(shown)} more, of which there is less to say", "dim"))
     reasons = dict.fromkeys(each.degraded for each in statuses if each.degraded)

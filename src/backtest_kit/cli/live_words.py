@@ -118,7 +118,7 @@ def troubles(status: LiveStatus) -> list[str]:
     if status.paused:
         said.append("paused")
     if status.missed:
-        said.append(f"{status.missed} minutes missed")
+        said.append(f"{_count(status.missed, 'minute')} missed")
     if status.written_ms > status.when_ms > 0:
         said.append(f"the clock is behind the last write, of {iso(status.written_ms)}")
     return said
@@ -164,13 +164,13 @@ def _trouble(event: Event) -> str:
         case StrategyFailed(what=what, error=error):
             return f"{what} raised {type(error).__name__}: {error}{where(error)}; the next minute goes on"
         case MinutesMissed(count=count, first_ms=first_ms, reason=reason):
-            return f"{count} minutes from {iso(first_ms)} on were missed: {reason}"
+            return f"{_count(count, 'minute')} from {iso(first_ms)} on missed: {reason}"
         case ClockJumped(by_ms=by_ms):
             return f"the wall clock was moved by {by_ms / 1000:+.1f} s"
         case Paused(paused=paused):
             return "paused: the strategy is not asked" if paused else "goes on: the strategy is asked again"
         case RunDone(cancelled=cancelled, trades=trades):
-            closed = f"{len(trades)} position{'s' * (len(trades) != 1)} closed in this run"
+            closed = f"{_count(len(trades), 'position')} closed in this run"
             return f"ended at once and left as it is, {closed}" if cancelled else f"ended, {closed}"
         case RunFailed(error=error):
             return f"ended by an error: {words_of(error)}"
@@ -184,7 +184,7 @@ def _found(event: Recovered) -> str:
         held = f"{_position(event.position)}, opened {iso(event.position.opened_at_ms)}"
     elif event.entry is not None:
         held = f"a resting order, {_entry(event.entry)}"
-    down = f" {event.down_ms // MINUTE_MS} minutes after the last write" if event.down_ms else ""
+    down = f" {_count(event.down_ms // MINUTE_MS, 'minute')} after the last write" if event.down_ms else ""
     return "; ".join((f"starts{down}, with {held}", *event.steps))
 
 
@@ -200,6 +200,10 @@ def _entry(entry: RestingEntry) -> str:
         f"{entry.position} {entry.cost:g} at {price(entry.price_open)}, "
         f"take profit {price(entry.price_take_profit)}, stop loss {price(entry.price_stop_loss)}"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _plain(name: str) -> str:
