@@ -24,10 +24,12 @@ from .default import (
     cron as cron,
     default_kit as default_kit,
     get_config as get_config,
+    interval as interval,
     list_exchange_schemas as list_exchange_schemas,
     list_frame_schemas as list_frame_schemas,
     list_risk_schemas as list_risk_schemas,
     list_strategy_schemas as list_strategy_schemas,
+    measure as measure,
     on as on,
     remove_cron as remove_cron,
     set_config as set_config,
@@ -134,6 +136,29 @@ from .persist_adapters import (
     PersistStateAdapter as PersistStateAdapter,
     PersistStorageAdapter as PersistStorageAdapter,
     PersistStrategyAdapter as PersistStrategyAdapter,
+)
+from .records import (
+    sinks as sinks,
+)
+from .records.log import (
+    Log as Log,
+    LogLine as LogLine,
+)
+from .records.memory import (
+    Memory as Memory,
+    MemoryEntry as MemoryEntry,
+)
+from .records.notification import (
+    Notification as Notification,
+)
+from .records.session import (
+    Session as Session,
+)
+from .records.signals import (
+    StoredSignal as StoredSignal,
+)
+from .records.state import (
+    State as State,
 )
 from .report.comparison import (
     Comparison as Comparison,

@@ -18,6 +18,7 @@ from backtest_kit.model.event import Event
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import CandleStore, Store
 from backtest_kit.persist.urls import store_at
+from backtest_kit.records import Records
 from backtest_kit.run.backtest import BacktestRunner
 from backtest_kit.run.cron import Cron, CronTick
 from backtest_kit.run.feeds import Feeds
@@ -65,6 +66,7 @@ class Kit:
         self._settings: Settings | None = None
         self._persistence: Persistence | None = None
         self._files_in_use = False
+        self.records = Records(lambda: self.persistence, self.get_config)
         self._live: LiveRunner | None = None
         self._feeds = Feeds(self._registry, self._candle_store, self._now_ms)
         self.backtest = BacktestRunner(
@@ -72,6 +74,7 @@ class Kit:
             self._feeds,
             self._bus,
             self._cron,
+            self.records,
             self.get_config,
             self._now_ms,
             lambda: self._dump / "backtest",
@@ -90,6 +93,7 @@ class Kit:
                 self._feeds,
                 self._bus,
                 self._cron,
+                self.records,
                 lambda: self.persistence,
                 self.get_config,
                 lambda: self._dump,
@@ -124,7 +128,8 @@ class Kit:
         return self._persistence
 
     async def close(self) -> None:
-        """Flush and close every store that was used."""
+        """Deliver and write down what waits, then flush and close every store that was used."""
+        await self.records.close()
         if self._persistence is not None:
             await self._persistence.close()
 

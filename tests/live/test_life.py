@@ -47,6 +47,8 @@ class FailingStore:
         self.candles = self._inner.candles
         self.error: Exception | None = None
         self.lossy = False
+        self.lease_too = False
+        self.refused_leases = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -57,6 +59,9 @@ class FailingStore:
     async def put(self, write: Write) -> Record:
         if write.contract is not LEASE:
             self._fail()
+        elif self.lease_too and self.error is not None:
+            self.refused_leases += 1
+            raise self.error
         return await self._inner.put(write)
 
     async def batch(self, writes: Sequence[Write]) -> None:
@@ -453,3 +458,29 @@ async def test_an_emergency_file_that_others_have_overtaken_is_left_alone(failin
     rig.now_ms = elsewhere.now_ms
     await rig.trade(1)
     assert rig.of(bk.Recovered)[-1].steps == ()
+
+
+async def test_a_full_disk_does_not_take_the_position_from_who_has_it(failing: tuple[Rig, FailingStore]) -> None:
+    rig, store = failing
+    store.lease_too = True
+    async with running(rig, 4, lease_ttl=0.15) as (handle, clock):
+        await clock.over.wait()
+        store.error = bk.OutOfSpace("the disk is full")
+        while store.refused_leases < 5:
+            await asyncio.sleep(0.01)
+        assert not handle.done()
+        store.error = bk.RetryLater("the server is away")
+        with pytest.raises(bk.Conflict, match="could not be renewed"):
+            await asyncio.wait_for(asyncio.shield(handle.task), 10)
+
+
+async def test_a_command_after_the_end_of_a_run_is_refused(memory_rig: Rig) -> None:
+    kept: list[bk.Context] = []
+    memory_rig.strategy["manage"] = kept.append
+    await memory_rig.trade(2)
+    position = kept[-1].position
+    assert position is not None
+    calls = len(memory_rig.venue.calls)
+    outcome = await position.close()
+    assert (bool(outcome), outcome.reason) == (False, "the run has ended")
+    assert len(memory_rig.venue.calls) == calls

@@ -66,7 +66,7 @@ def handle_until(events: list[bk.Event], start: int) -> int:
 async def test_at_reference_prices_the_venue_makes_the_trades_of_the_backtest(tmp_path: Path, seed: int) -> None:
     rows = engine.random_market(seed)
     start, strategy = rows[engine.LEAD][0], engine.RandomStrategy(seed)
-    schema = {"get_signal": strategy.get_signal, "interval": strategy.interval}
+    schema: dict[str, Any] = {"get_signal": strategy.get_signal, "interval": strategy.interval}
     kit = bk.Kit(tmp_path / "backtest")
     kit.set_config(**{**SETTINGS, "CC_MAX_SIGNAL_LIFETIME_MINUTES": math.inf})
     kit.add_exchange_schema("demo", source=source_of(rows))
@@ -84,7 +84,7 @@ async def test_at_reference_prices_the_venue_makes_the_trades_of_the_backtest(tm
 
 
 async def test_at_its_own_prices_the_venue_has_the_last_word(tmp_path: Path) -> None:
-    schema = {"get_signal": get_signal, "interval": "1m", "manage": manage}
+    schema: dict[str, Any] = {"get_signal": get_signal, "interval": "1m", "manage": manage}
     source = bk.sources.function(get_candles)
     events = await traded(tmp_path, source, START, schema, random.Random(1), "venue")  # noqa: S311
     trades = [event.trade for event in events if isinstance(event, bk.PositionClosed)]

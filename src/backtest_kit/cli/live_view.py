@@ -71,7 +71,8 @@ def _lease(status: LiveStatus) -> Text:
 
 
 def _asked(status: LiveStatus) -> Text:
-    return _NOTHING if status.decision_ms is None or not status.when_ms else _minute(status.decision_ms)
+    quiet = status.paused or status.stopping or status.ended or status.degraded or not status.when_ms
+    return _NOTHING if quiet or status.next_decision_ms is None else _minute(status.next_decision_ms)
 
 
 def _state(status: LiveStatus) -> Text:

@@ -1,7 +1,6 @@
 """The front doors: one object per contract, for binding a store and for reading and writing by name.
 
 The values that pass here are the caller's own: encoded once on the way in, decoded once on the way out.
-This is also the one place that keeps the future out of a read.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from backtest_kit.model.interval import to_ms
 from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Delete, Kind
 from backtest_kit.persist.keys import check_key
-from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, KeyPart, Record, SeriesKey, Store, Write
+from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, KeyPart, SeriesKey, Store, Write
 from backtest_kit.persist.urls import store_at
 from backtest_kit.persist.wrapper import AdapterStore
 
@@ -115,7 +114,8 @@ class ContractAdapter(_Door):
             Damaged, RetryLater: as `Store.get`.
         """
         record = await self._store(mode, run).get(self._contract, self._key(key))
-        return None if record is None or record.removed or _later(record, when) else decode(record.value)
+        now_ms = None if when is None else to_ms(when, what="when")
+        return None if record is None or record.removed or record.later_than(now_ms) else decode(record.value)
 
     async def write(
         self, value: object, *, when: When | None = None, mode: Mode = "live", run: str | None = None, **key: KeyPart
@@ -171,9 +171,10 @@ class ContractAdapter(_Door):
             UserError: the fields are not the first ones of the key.
             Damaged, RetryLater: as `Store.scan`.
         """
+        now_ms = None if when is None else to_ms(when, what="when")
         records = self._store(mode, run).scan(self._contract, self._key(prefix, prefix=True), newest_first=True)
         async for record in records:
-            if not _later(record, when):
+            if not record.later_than(now_ms):
                 yield dict(zip(self._fields, record.key, strict=True)), decode(record.value)
 
     def _store(self, mode: Mode, run: str | None) -> Store:
@@ -205,10 +206,6 @@ class CandleAdapter(_Door):
 
     def _candles(self, mode: Mode) -> CandleStore:
         return self._persistence.store_for(self._contract, mode).candles
-
-
-def _later(record: Record, when: When | None) -> bool:
-    return when is not None and record.when is not None and record.when > to_ms(when, what="when")
 
 
 def front_doors(persistence: Persistence) -> dict[str, ContractAdapter | CandleAdapter]:

@@ -68,6 +68,10 @@ class Record(msgspec.Struct, frozen=True):
     removed: bool = False
     schema_version: int = 1
 
+    def later_than(self, when_ms: int | None) -> bool:
+        """Whether it belongs to the future of a simulation time; without one, nothing does."""
+        return when_ms is not None and self.when is not None and self.when > when_ms
+
 
 class Write(msgspec.Struct, frozen=True):
     """One intended change of one key."""

@@ -1,3 +1,215 @@
 """What a run remembers: one module for each record, the same in backtest, paper and live."""
 
 from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from backtest_kit.errors import UserError
+from backtest_kit.model.event import Event, Identity, Mode
+from backtest_kit.model.interval import to_ms
+from backtest_kit.records import sinks as sinks
+from backtest_kit.records.delivery import Deliveries
+from backtest_kit.records.housekeeping import Housekeeping
+from backtest_kit.records.interval import Windows
+from backtest_kit.records.log import Log, Logs, LogWriter
+from backtest_kit.records.measure import Measure
+from backtest_kit.records.memory import Memory, Shelves
+from backtest_kit.records.notification import Notifications
+from backtest_kit.records.observer import Observer
+from backtest_kit.records.scope import Scope, Turns, check_texts, strategy_owner
+from backtest_kit.records.session import Session
+from backtest_kit.records.signals import Recent, Storage
+from backtest_kit.records.state import State
+from backtest_kit.settings import Settings
+
+if TYPE_CHECKING:
+    from backtest_kit.persist.binding import Persistence
+
+When = datetime | str | int
+
+
+class Records:
+    """The records of a program, from outside of its runs: `kit.records`.
+
+    A strategy has those of its own run in its context (`ctx.state`, `ctx.session`, ...), as of its own minute.
+    Here they are named in full: by mode, and for a backtest by the id of its run. `when` shows them as they
+    were seen at a moment; without it everything is seen.
+    """
+
+    def __init__(self, persistence: Callable[[], Persistence], settings: Callable[[], Settings] = Settings) -> None:
+        """`persistence` is called when a record is first read or written, and no earlier."""
+        self._persistence = persistence
+        self._turns = Turns()
+        self._deliveries = Deliveries(persistence)
+        self._observer = Observer(persistence, self._deliveries)
+        self._writer = LogWriter(persistence)
+        self._upkeep = Housekeeping(persistence, settings)
+        self.measure = Measure(self.scope)
+        self.interval = Windows(self.scope)
+        self.storage = Storage(self.scope)
+        self.recent = Recent(self.scope)
+        self.notification = Notifications(self.scope, self._deliveries)
+        self.log = Logs(self.scope, self._writer)
+
+    async def begin(self, mode: Mode) -> None:
+        """A run of this mode begins: sinks go on where they were, and what is too old is forgotten, now and daily."""
+        if mode != "backtest":
+            await self._deliveries.begin(mode)
+            self._upkeep.start()
+
+    async def close(self) -> None:
+        """Deliver and write down what can be, within some seconds, and end all that goes on in this event loop."""
+        self.log.unbridge()
+        await self._upkeep.close()
+        await self._deliveries.close()
+        await self._writer.flush()
+
+    def scope(self, mode: Mode, run_id: str | None = None, when: When | None = None) -> Scope:
+        """The records of one mode, or of one run of a backtest.
+
+        Raises:
+            UserError: a backtest without a run id, or a run id in another mode.
+        """
+        return Scope(self._persistence, self._turns, mode, run_id, None if when is None else to_ms(when, what="when"))
+
+    def of_run(self, identity: Identity, run_id: str | None) -> RunRecords:
+        """The records of a run, for its contexts."""
+        return RunRecords(self.scope(identity.mode, run_id), identity, self._observer, self._writer)
+
+    async def runs(self) -> list[str]:
+        """The ids of the backtests that have kept something. As `Persistence.runs`."""
+        return await self._persistence().runs()
+
+    def state(
+        self,
+        bucket: str,
+        *,
+        signal_id: str | None = None,
+        symbol: str | None = None,
+        strategy_name: str | None = None,
+        exchange_name: str | None = None,
+        mode: Mode = "live",
+        run_id: str | None = None,
+        when: When | None = None,
+    ) -> State:
+        """The state of a signal, or of a strategy on a symbol of an exchange.
+
+        Raises:
+            UserError: neither of the two is named, or the run is not.
+        """
+        owner = _owner(bucket, signal_id, strategy_name, exchange_name, symbol)
+        return State(self.scope(mode, run_id, when), bucket, (owner,))
+
+    def memory(
+        self,
+        bucket: str,
+        *,
+        signal_id: str | None = None,
+        symbol: str | None = None,
+        strategy_name: str | None = None,
+        exchange_name: str | None = None,
+        mode: Mode = "live",
+        run_id: str | None = None,
+        when: When | None = None,
+    ) -> Memory:
+        """The memory of a signal, or of a strategy on a symbol of an exchange.
+
+        Raises:
+            UserError: neither of the two is named, or the run is not.
+        """
+        owner = _owner(bucket, signal_id, strategy_name, exchange_name, symbol)
+        return Memory(self.scope(mode, run_id, when), bucket, (owner,), Shelves())
+
+    def session(
+        self,
+        *,
+        symbol: str,
+        strategy_name: str,
+        exchange_name: str,
+        frame_name: str = "",
+        mode: Mode = "live",
+        run_id: str | None = None,
+        when: When | None = None,
+    ) -> Session:
+        """The session of a strategy on a symbol.
+
+        Raises:
+            UserError: the run is not named.
+        """
+        identity = Identity(symbol, strategy_name, exchange_name, frame_name, mode)
+        return Session(self.scope(mode, run_id, when), identity)
+
+
+class RunRecords:
+    """The records of one run. Making it costs nothing: no store is asked before a record is used."""
+
+    __slots__ = ("_identity", "_observer", "_owner", "_scope", "_shelves", "_writer")
+
+    def __init__(self, scope: Scope, identity: Identity, observer: Observer, writer: LogWriter) -> None:
+        self._scope = scope
+        self._identity = identity
+        self._observer = observer
+        self._writer = writer
+        self._shelves = Shelves()
+        self._owner = strategy_owner(identity.strategy_name, identity.exchange_name, identity.symbol)
+
+    @property
+    def run_id(self) -> str | None:
+        return self._scope.run_id
+
+    async def observe(self, events: Sequence[Event]) -> None:
+        """Keep what has happened for good. The same events may come again. Raises as `Store.put`."""
+        await self._observer.observe(events, self._identity.mode, self._scope.run_id)
+
+    async def take_breath(self) -> None:
+        """Let other tasks have their turn, and the log, if it has fallen behind, all the time that it needs."""
+        if self._writer.crowded:
+            await self._writer.flush()
+        await asyncio.sleep(0)
+
+    async def end(self) -> None:
+        """The run is over: write down what it has said. Raises as `Store.put`."""
+        await self._writer.flush()
+
+    def log(self, when_ms: int) -> Log:
+        return Log(self._writer, self._identity, self._scope.run_id, when_ms)
+
+    def state(self, bucket: str, when_ms: int, held_id: str | None, signal_id: str | None, shared: bool) -> State:
+        return State(self._scope.at(when_ms), bucket, self._owners(bucket, held_id, signal_id, shared))
+
+    def memory(self, bucket: str, when_ms: int, held_id: str | None, signal_id: str | None, shared: bool) -> Memory:
+        owners = self._owners(bucket, held_id, signal_id, shared)
+        return Memory(self._scope.at(when_ms), bucket, owners, self._shelves)
+
+    def session(self, when_ms: int) -> Session:
+        return Session(self._scope.at(when_ms), self._identity)
+
+    def _owners(self, bucket: str, held_id: str | None, signal_id: str | None, shared: bool) -> tuple[str, ...]:
+        """Whose record it is, and after it whose it begins as."""
+        check_texts((("bucket", bucket),))
+        if signal_id is not None:
+            if shared:
+                raise UserError(f"bucket {bucket!r} is asked for as shared and of signal {signal_id!r}: choose one")
+            check_texts((("signal_id", signal_id),))
+            return (signal_id,)
+        return (self._owner,) if shared or held_id is None else (held_id, self._owner)
+
+
+def _owner(
+    bucket: str, signal_id: str | None, strategy_name: str | None, exchange_name: str | None, symbol: str | None
+) -> str:
+    check_texts((("bucket", bucket),))
+    named = (("strategy_name", strategy_name), ("exchange_name", exchange_name), ("symbol", symbol))
+    if signal_id is None:
+        check_texts(named)
+        return strategy_owner(*(str(value) for _, value in named))
+    check_texts((("signal_id", signal_id),))
+    if any(value is not None for _, value in named):
+        raise UserError(
+            f"bucket {bucket!r} is asked for by signal_id and by strategy: give signal_id alone, "
+            "or strategy_name, exchange_name and symbol"
+        )
+    return signal_id

@@ -54,6 +54,8 @@ class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=T
     """Those of them that came from the source; the others were in the cache."""
     report_path: Path = Path("dump/backtest")
     """Where reports go that are saved without a path."""
+    run_id: str = ""
+    """Whose records it used: `Backtest.run(..., run_id=...)` with it goes on with them."""
     show_note: bool = False
     """Whether reports show the note of each position."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import aclosing
 from pathlib import Path
@@ -16,7 +17,17 @@ from backtest_kit.events import EventBus
 from backtest_kit.market.price import resample
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.event import Event, Identity, RunDone, RunFailed
-from backtest_kit.model.interval import CANDLE_INTERVALS, DAY_MS, INTERVAL_MS, MINUTE_MS, floor_ms, interval_ms, iso
+from backtest_kit.model.interval import (
+    CANDLE_INTERVALS,
+    DAY_MS,
+    INTERVAL_MS,
+    MINUTE_MS,
+    floor_ms,
+    interval_ms,
+    iso,
+    to_datetime,
+)
+from backtest_kit.records import Records
 from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
@@ -39,17 +50,21 @@ class _Announced:
     Runs that are started together see each other from the start, however fast the first of them is.
     """
 
-    def __init__(self, identity: Identity, cron: Cron, seat: RiskSeat | None) -> None:
+    def __init__(self, job: Job, cron: Cron, seat: RiskSeat | None, under_way: set[tuple[str, Identity]]) -> None:
         self.seat = seat
-        self._identity = identity
+        self._identity = job.identity
+        self._run = (job.run_id, job.identity)
+        self._under_way = under_way
         self._cron: Cron | None = cron
-        cron.begin(identity)
+        cron.begin(job.identity)
+        under_way.add(self._run)
 
     def take_back(self) -> None:
         """The run has ended, in whatever way. Idempotent."""
         cron, self._cron = self._cron, None
         if cron is not None:
             cron.end(self._identity)
+            self._under_way.remove(self._run)
         if self.seat is not None:
             self.seat.leave()
 
@@ -73,6 +88,11 @@ class BacktestHandle:
     @property
     def symbol(self) -> str:
         return self._job.identity.symbol
+
+    @property
+    def run_id(self) -> str:
+        """Whose records it reads and writes."""
+        return self._job.run_id
 
     @property
     def progress(self) -> float:
@@ -115,6 +135,7 @@ class BacktestRunner:
         feeds: Feeds,
         bus: EventBus,
         cron: Cron,
+        records: Records,
         settings: Callable[[], Settings],
         now_ms: Callable[[], int],
         report_path: Callable[[], Path],
@@ -123,6 +144,8 @@ class BacktestRunner:
         self.feeds = feeds
         self._bus = bus
         self._cron = cron
+        self._records = records
+        self._under_way: set[tuple[str, Identity]] = set()
         self._risks = RiskBook()
         self._settings = settings
         self._now_ms = now_ms
@@ -137,12 +160,15 @@ class BacktestRunner:
         frame_name: str,
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        run_id: str | None = None,
     ) -> AsyncIterator[Event]:
         """Replay, yielding each event as it happens: opened, closed, scheduled, cancelled, rejected.
 
         Args:
             fill: "vwap" touches levels by the current price; "ohlc" by the wicks, stop before take.
             gaps: "error" refuses candles with missing minutes; "fill" puts flat candles there.
+            run_id: Whose state, session, memory and interval records it uses. By default a run has a new id and
+                begins without any; with that of an earlier run it goes on with what that one kept.
 
         Raises:
             UserError: bad names, options, candles or signals.
@@ -151,7 +177,7 @@ class BacktestRunner:
         Runs that share a risk profile or a cron job wait for each other: loop over each of them in a task
         of its own, and to its end, or close it (`contextlib.aclosing`).
         """
-        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
+        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, run_id)
         async with aclosing(self._replay(job, Control(job.frame.start_ms), self._announce(job))) as events:
             async for event in events:
                 yield event
@@ -165,13 +191,14 @@ class BacktestRunner:
         frame_name: str,
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        run_id: str | None = None,
     ) -> BacktestHandle:
         """Start a backtest on the running event loop and return its handle. Arguments as for `run`.
 
         Raises:
-            UserError: bad names or options, or no event loop runs in this thread.
+            UserError: bad names or options, no event loop runs in this thread, or the run is under way already.
         """
-        return self.start(self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps))
+        return self.start(self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, run_id))
 
     def start(self, job: Job) -> BacktestHandle:
         """Start a resolved backtest on the running event loop, as `background` does."""
@@ -197,9 +224,10 @@ class BacktestRunner:
         frame_name: str,
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        run_id: str | None = None,
     ) -> BacktestResult:
         """Run a backtest to its end and return its result. Arguments and errors as for `run`."""
-        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps)
+        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, run_id)
 
         async def main() -> BacktestResult:
             return await self.start(job)
@@ -208,29 +236,40 @@ class BacktestRunner:
 
     async def _replay(self, job: Job, control: Control, announced: _Announced) -> AsyncGenerator[Event, None]:
         """The events of a run, and to its listeners also how it ended."""
+        records = self._records.of_run(job.identity, job.run_id)
         if announced.seat is not None:
             announced.seat.enter()
         try:
             async with self.feeds.use(job.identity.exchange_name, job.settings) as feed:
-                replay = Replay(job, control, feed, self._bus, self._cron, announced.seat)
+                replay = Replay(job, control, feed, self._bus, self._cron, announced.seat, records)
                 async with aclosing(replay.events()) as events:
                     async for event in events:
                         yield event
+                await records.end()
                 await self._bus.emit(_done(job, control))
         except asyncio.CancelledError:
             await self._bus.emit(_done(job, control, cancelled=True))
             raise
         except Exception as error:
-            await self._bus.emit(RunFailed(identity=job.identity, when_ms=control.when_ms, error=error))
+            failed = RunFailed(identity=job.identity, when_ms=control.when_ms, error=error)
+            await records.observe((failed,))
+            await records.end()
+            await self._bus.emit(failed)
             raise
         finally:
             announced.take_back()
 
     def _announce(self, job: Job) -> _Announced:
+        identity = job.identity
+        if (job.run_id, identity) in self._under_way:
+            raise UserError(
+                f"run {job.run_id!r} of strategy {identity.strategy_name!r} for {identity.symbol} is under way, "
+                "and two at once would overwrite each other's records: wait for it, or choose another run_id"
+            )
         # Cron works for all runs of a frame, so none of them may be ahead of a boundary that it performs.
         shares = bool(job.risks) or bool(self._cron)
-        seat = self._risks.join(job.identity, job.risks, job.frame.start_ms) if shares else None
-        return _Announced(job.identity, self._cron, seat)
+        seat = self._risks.join(identity, job.risks, job.frame.start_ms) if shares else None
+        return _Announced(job, self._cron, seat, self._under_way)
 
     async def _collect(self, job: Job, control: Control, announced: _Announced) -> BacktestResult:
         async for _ in self._replay(job, control, announced):
@@ -244,6 +283,7 @@ class BacktestRunner:
             strategy_name=job.identity.strategy_name,
             exchange_name=job.identity.exchange_name,
             frame_name=job.identity.frame_name,
+            run_id=job.run_id,
             start_ms=frame.start_ms,
             stop_ms=control.when_ms,
             trades=tuple(control.trades),
@@ -264,6 +304,7 @@ class BacktestRunner:
         frame_name: str,
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        run_id: str | None = None,
     ) -> Job:
         """One backtest, resolved: of a registered strategy, or of a schema that is registered nowhere.
 
@@ -301,7 +342,12 @@ class BacktestRunner:
                 stop_ms=frame.stop_ms,
             ),
             gaps=gaps,
+            run_id=self._new_run_id() if run_id is None else check_name("run_id", run_id),
         )
+
+    def _new_run_id(self) -> str:
+        """An id that no other run has, and that sorts by when it was started."""
+        return f"{to_datetime(self._now_ms()):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
 def _done(job: Job, control: Control, *, cancelled: bool = False) -> RunDone:

@@ -10,6 +10,11 @@ from backtest_kit.market.history import History
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.event import Identity, Mode
 from backtest_kit.model.interval import to_datetime, to_ms
+from backtest_kit.records import RunRecords
+from backtest_kit.records.log import Log
+from backtest_kit.records.memory import Memory
+from backtest_kit.records.session import Session
+from backtest_kit.records.state import State
 from backtest_kit.run.desk import Desk, EntryView, PositionView
 
 HistoryOf = Callable[[str], Awaitable[History]]
@@ -18,10 +23,11 @@ HistoryOf = Callable[[str], Awaitable[History]]
 class Context:
     """The world at one minute. A context that is kept still sees its own minute, never a later one."""
 
-    __slots__ = ("_history_of", "_identity", "entry", "position", "price", "when_ms")
+    __slots__ = ("_history_of", "_identity", "_records", "entry", "position", "price", "when_ms")
 
     _identity: Identity
     _history_of: HistoryOf
+    _records: RunRecords
     price: float
     """The current price of the symbol: the volume-weighted average of the last closed minutes."""
     when_ms: int
@@ -31,10 +37,11 @@ class Context:
     entry: EntryView | None
     """The resting entry and its commands, or None."""
 
-    def __init__(self, identity: Identity, desk: Desk, history_of: HistoryOf) -> None:
+    def __init__(self, identity: Identity, desk: Desk, history_of: HistoryOf, records: RunRecords) -> None:
         put = super().__setattr__
         put("_identity", identity)
         put("_history_of", history_of)
+        put("_records", records)
         put("when_ms", desk.tick.when_ms)
         put("price", desk.tick.price)
         put("position", desk.position())
@@ -62,6 +69,11 @@ class Context:
         return self._identity.mode
 
     @property
+    def run_id(self) -> str | None:
+        """Whose records these are in a backtest; None live and on paper, which go on by themselves."""
+        return self._records.run_id
+
+    @property
     def when(self) -> datetime:
         """Now, as an aware UTC datetime."""
         return to_datetime(self.when_ms)
@@ -82,6 +94,45 @@ class Context:
         history = await self._history_of(self._identity.symbol if symbol is None else symbol)
         until_ms = None if until is None else to_ms(until, what="until")
         return await history.window(interval, limit, self.when_ms, until_ms=until_ms)
+
+    def state(self, bucket: str, *, signal_id: str | None = None, shared: bool = False) -> State:
+        """A value of any kind under a bucket name: `await ctx.state("plan").get(default)`, `.set(...)`, `.update(...)`.
+
+        In a position, or while an entry rests, it belongs to the signal, and begins as the strategy left it while
+        it held nothing. Otherwise it belongs to the strategy on this symbol. `shared` takes the strategy's in any
+        case, `signal_id` that of another signal.
+
+        Raises:
+            UserError: `bucket` or `signal_id` is no text, or both `signal_id` and `shared` are given.
+        """
+        return self._records.state(bucket, self.when_ms, self._held_id(), signal_id, shared)
+
+    def memory(self, bucket: str, *, signal_id: str | None = None, shared: bool = False) -> Memory:
+        """Notes of a model under a bucket name: `write`, `read`, `list`, `search`, `as_messages`, `remove`.
+
+        In a position, or while an entry rests, what is written belongs to the signal, and what the strategy noted
+        while it held nothing is there as well. Otherwise all of it belongs to the strategy on this symbol.
+        `shared` takes the strategy's alone in any case, `signal_id` that of another signal.
+
+        Raises:
+            UserError: `bucket` or `signal_id` is no text, or both `signal_id` and `shared` are given.
+        """
+        return self._records.memory(bucket, self.when_ms, self._held_id(), signal_id, shared)
+
+    @property
+    def session(self) -> Session:
+        """What the strategy has computed for this symbol and keeps over a restart, such as indicators."""
+        return self._records.session(self.when_ms)
+
+    @property
+    def log(self) -> Log:
+        """The log, with symbol, strategy, mode and this minute: `ctx.log.info("volume is thin", volume=12.5)`."""
+        return self._records.log(self.when_ms)
+
+    def _held_id(self) -> str | None:
+        if self.position is not None:
+            return self.position.signal_id
+        return None if self.entry is None else self.entry.value.signal_id
 
     def __repr__(self) -> str:
         return f"Context({self.symbol!r}, {self.when.isoformat()}, price={self.price:g}, mode={self.mode!r})"

@@ -29,15 +29,16 @@ import msgspec
 
 from backtest_kit.broker.paper import PaperBroker
 from backtest_kit.engine.pnl import effective_price, profit
-from backtest_kit.engine.step import Fill, Flat, Holding, Resting, Rules
+from backtest_kit.engine.step import Fill, Flat, Holding, Rules
 from backtest_kit.errors import UserError
 from backtest_kit.events import EventBus
 from backtest_kit.market.clock import SystemClock
 from backtest_kit.model.event import Event, Identity, Mode
-from backtest_kit.model.interval import floor_ms, interval_ms
+from backtest_kit.model.interval import interval_ms
 from backtest_kit.model.position import Direction, Position, RestingEntry, Trade
 from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.lease import DEFAULT_TTL
+from backtest_kit.records import Records
 from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
@@ -63,9 +64,8 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The minute that was acted at last."""
     next_ms: int
     """The minute at which it acts next."""
-    decision_ms: int | None = None
-    """The minute at which the strategy is asked next, if nothing goes wrong until then; None while something is held,
-    and where it is not asked because the run is paused, stopping or degraded."""
+    next_decision_ms: int | None = None
+    """The minute at which the strategy is asked next, if nothing is held until then; None while something is."""
     price: float
     position: Position | None = None
     entry: RestingEntry | None = None
@@ -165,6 +165,7 @@ class LiveRunner:
         feeds: Feeds,
         bus: EventBus,
         cron: Cron,
+        records: Records,
         persistence: Callable[[], Persistence],
         settings: Callable[[], Settings],
         dump: Callable[[], Path],
@@ -173,6 +174,7 @@ class LiveRunner:
         self._feeds = feeds
         self._bus = bus
         self._cron = cron
+        self._records = records
         self._persistence = persistence
         self._settings = settings
         self._dump = dump
@@ -202,7 +204,8 @@ class LiveRunner:
                 the minutes after one are missed.
             orphans: What is done about a position on the venue that nobody watches, or that has no stop there:
                 "alarm" tells, "adopt" makes it the strategy's own, "protect" places a stop. See `OrphanGuard`.
-            lease_ttl: Seconds of silence after which another machine may take the position over.
+            lease_ttl: Seconds of silence after which another machine may take the position over. As long does the
+                run go on while its store does not answer at all; then it ends with `Conflict`.
 
         Raises:
             UserError: bad names or options, no event loop runs in this thread, or a live run has no broker.
@@ -341,7 +344,16 @@ class LiveRunner:
             )
 
         run = LiveRun(
-            job, self._feeds, self._bus, self._cron, self._persistence(), self._dump(), self.observers, alone, yielded
+            job,
+            self._feeds,
+            self._bus,
+            self._cron,
+            self._records.of_run(identity, None),
+            self._persistence(),
+            self._dump(),
+            self.observers,
+            alone,
+            yielded,
         )
 
         async def main() -> tuple[Trade, ...]:
@@ -393,7 +405,10 @@ def _status(run: LiveRun, *, ended: bool) -> LiveStatus:
     book, state, tick = run.trader.book, run.desk.state, run.desk.tick
     job, lease = run.job, run.lease
     held: dict[str, Any] = {}
-    if isinstance(state, Holding):
+    if isinstance(state, Flat):
+        slot_ends = state.last_slot_ms + job.rules.interval_ms if state.last_slot_ms >= 0 else 0
+        held = {"next_decision_ms": max(run.next_ms, slot_ends)}
+    elif isinstance(state, Holding):
         position = state.position
         pct, cost = profit(position.position, position.entries, position.reductions, tick.price, job.settings)
         held = {
@@ -404,7 +419,7 @@ def _status(run: LiveRun, *, ended: bool) -> LiveStatus:
             "pnl_cost": cost,
             **_distances(position.position, tick.price, position.take_profit, position.stop_loss),
         }
-    elif isinstance(state, Resting):
+    else:
         entry = state.entry
         held = {
             "entry": entry,
@@ -416,7 +431,6 @@ def _status(run: LiveRun, *, ended: bool) -> LiveStatus:
         identity=job.identity,
         when_ms=run.when_ms,
         next_ms=run.next_ms,
-        decision_ms=_decision_ms(run),
         price=tick.price,
         under_way="" if book.intent is None else book.intent.order.client_order_id,
         paused=book.paused,
@@ -432,14 +446,6 @@ def _status(run: LiveRun, *, ended: bool) -> LiveStatus:
         trades=len(run.trader.trades),
         **held,
     )
-
-
-def _decision_ms(run: LiveRun) -> int | None:
-    state, interval_ms = run.desk.state, run.job.rules.interval_ms
-    if not isinstance(state, Flat) or run.trader.paused or run.trader.stopping:
-        return None
-    unused = floor_ms(run.next_ms, interval_ms) > state.last_slot_ms
-    return run.next_ms if unused else state.last_slot_ms + interval_ms
 
 
 def _distances(direction: Direction, price: float, take: float, stop: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ import msgspec
 
 from backtest_kit.broker.base import Broker
 from backtest_kit.engine.step import Flat, Resting, Rules, State
-from backtest_kit.errors import BacktestKitError, Conflict, RetryLater, UserError
+from backtest_kit.errors import BacktestKitError, Conflict, OutOfSpace, RetryLater, UserError
 from backtest_kit.events import EventBus
 from backtest_kit.market.clock import Clock
 from backtest_kit.market.fetch import CandleFeed
@@ -35,6 +35,7 @@ from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.lease import DEFAULT_TTL, Lease, acquire
+from backtest_kit.records import RunRecords
 from backtest_kit.run.alarms import Alarms
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.desk import Desk
@@ -85,6 +86,7 @@ class LiveRun:
         feeds: Feeds,
         bus: EventBus,
         cron: Cron,
+        records: RunRecords,
         persistence: Persistence,
         dump: Path,
         observers: Sequence[Observer],
@@ -105,7 +107,7 @@ class LiveRun:
         self.trader = Trader(self.desk, self.keeper, job.broker, alarms, observers)
         seat = risk if job.risks else None
         self.trader.minute = self._minute = Minute(
-            self.desk, job.strategy, bus, cron, seat, self.trader, self._history_of, self.trader
+            self.desk, job.strategy, bus, cron, seat, self.trader, self._history_of, records, self.trader
         )
         self._guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader.adopt)
         self._feeds = feeds
@@ -141,7 +143,7 @@ class LiveRun:
         identity = self.job.identity
         try:
             async with self._possession() as lease:
-                await beside(lease.keep(), self._trade())
+                await beside(_kept(lease), self._trade())
             await self._emit(RunDone(identity=identity, when_ms=self.when_ms, trades=tuple(self.trader.trades)))
         except asyncio.CancelledError:
             trades = tuple(self.trader.trades)
@@ -193,6 +195,7 @@ class LiveRun:
             self._cron.begin(job.identity)
             stack.callback(self._cron.end, job.identity)
             stack.callback(self.keeper.close)
+            stack.push_async_callback(self.trader.end)
             yield lease
 
     async def _trade(self) -> None:
@@ -431,6 +434,20 @@ class LiveRun:
     def gaps_filled(self) -> int:
         """Minutes without a candle that were taken as flat."""
         return sum(history.filled for history in self._histories.values())
+
+
+async def _kept(lease: Lease) -> None:
+    """Renew the lease for ever.
+
+    Raises:
+        Conflict: another process has it, or it could not be renewed in time.
+    """
+    while True:
+        try:
+            await lease.keep()
+        except OutOfSpace as error:
+            # The store has compared the revision before it found no room: nobody has taken the lease.
+            _log.warning("the lease could not be renewed, and is tried again: %s", error)
 
 
 async def _given_back(lease: Lease) -> None:

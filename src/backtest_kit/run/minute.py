@@ -29,6 +29,7 @@ from backtest_kit.model.event import (
 from backtest_kit.model.interval import iso
 from backtest_kit.model.position import RestingEntry
 from backtest_kit.model.signal import Signal
+from backtest_kit.records import RunRecords
 from backtest_kit.run.context import Context, HistoryOf
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.deadline import within
@@ -91,6 +92,7 @@ class Minute:
         seat: Asked | None,
         flags: Flags,
         history_of: HistoryOf,
+        records: RunRecords,
         watcher: Watcher,
     ) -> None:
         self._desk = desk
@@ -102,6 +104,7 @@ class Minute:
         self._seat = seat
         self._flags = flags
         self._history_of = history_of
+        self._records = records
         self._watcher = watcher
         self._wanted: Wanted = frozenset()
         self._bus_version = -1
@@ -123,7 +126,7 @@ class Minute:
 
     def context(self) -> Context:
         """What the user's code is given at this minute."""
-        return Context(self._identity, self._desk, self._history_of)
+        return Context(self._identity, self._desk, self._history_of, self._records)
 
     async def act(
         self, wanted: Wanted, told: list[Event], *, at_boundary: bool, settled: bool = False, managed: bool = False

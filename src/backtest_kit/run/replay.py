@@ -25,6 +25,7 @@ from backtest_kit.model.event import (
 )
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Trade
+from backtest_kit.records import RunRecords
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.desk import Desk
 from backtest_kit.run.minute import Minute, Watcher
@@ -48,6 +49,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     rules: Rules
     gaps: Gaps
+    run_id: str
+    """Whose records it reads and writes."""
 
 
 class Control:
@@ -68,7 +71,14 @@ class Replay(Watcher):
     """A replay in progress. `events` walks through it, once."""
 
     def __init__(
-        self, job: Job, control: Control, feed: CandleFeed, bus: EventBus, cron: Cron, seat: RiskSeat | None
+        self,
+        job: Job,
+        control: Control,
+        feed: CandleFeed,
+        bus: EventBus,
+        cron: Cron,
+        seat: RiskSeat | None,
+        records: RunRecords,
     ) -> None:
         self._job = job
         self._control = control
@@ -76,8 +86,9 @@ class Replay(Watcher):
         self._bus = bus
         self._cron = cron
         self._seat = seat
+        self._records = records
         self._desk = Desk(job.rules)
-        self._minute = Minute(self._desk, job.strategy, bus, cron, seat, control, self._history_of, self)
+        self._minute = Minute(self._desk, job.strategy, bus, cron, seat, control, self._history_of, records, self)
         self._percent = -1
         self._loading = asyncio.Lock()
 
@@ -108,10 +119,12 @@ class Replay(Watcher):
             await minute.act(wanted, told, at_boundary=when_ms == boundary_ms)
             if Progress in wanted:
                 await self._tell_progress()
+            if told:
+                await self._records.observe(told)
             for event in told:
                 yield event
             if time.perf_counter() >= turn_ends:
-                await asyncio.sleep(0)
+                await self._records.take_breath()
                 turn_ends = time.perf_counter() + _LONGEST_TURN_S
 
     def account(self, event: Event) -> None:

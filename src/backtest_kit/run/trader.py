@@ -78,6 +78,7 @@ class Trader(Watcher):
         self._sent: list[str] = []
         """Kinds of the orders whose events nobody has heard of yet."""
         self._telling: Event | None = None
+        self._ended = False
         self.stopping = False
         self.lost: Conflict | None = None
         """Why nothing may be done any more: another process has the position."""
@@ -104,9 +105,16 @@ class Trader(Watcher):
         crashpoint("live.start.after_commit")
         await self._deliver()
 
+    async def end(self) -> None:
+        """Wait for a command that is being carried out, and refuse every other from now on."""
+        async with self._lock:
+            self._ended = True
+
     async def settle(self, act: Act) -> tuple[Event, ...]:
         async with self._lock:
             self._stop_if_lost()
+            if self._ended:
+                raise Refused("the run has ended")
             if self.book.intent is not None:
                 raise Refused(f"the order {self.book.intent.order.client_order_id} is under way")
             before = self._desk.state

@@ -1,0 +1,167 @@
+"""`interval.once`: work that is due once in each window of time, however often it is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import MethodType
+from typing import Any, Final, Generic
+
+from backtest_kit.errors import BacktestKitError, Conflict, UserError
+from backtest_kit.model.interval import floor_ms, interval_ms
+from backtest_kit.persist.codec import encode
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.store import Key, Plain, Record, Write
+from backtest_kit.records.function import Call, Function, Moment, R, key_text, scope_of
+from backtest_kit.records.scope import Scope, Scopes, expectation
+
+_INTERVAL: Final = CONTRACTS["interval"]
+
+
+class Windows:
+    """Windows of time that are used up, in each run and over restarts."""
+
+    def __init__(self, scopes: Scopes) -> None:
+        self._scopes = scopes
+
+    def once(
+        self,
+        interval: str,
+        *,
+        key: Callable[..., Any] | None = None,
+        name: str | None = None,
+        version: str | None = None,
+    ) -> Callable[[Callable[..., Awaitable[R]]], Once[R]]:
+        """Decorate an async function that takes a context (or is called with `ctx=`): it runs once in each window.
+
+        Args:
+            interval: 1m to 1d; windows are aligned to UTC, in the time of the run.
+            key: A function of the same arguments that says what has windows of its own. By default each strategy
+                has them on each symbol of each exchange, whatever the other arguments are.
+            name, version: What the windows are kept under. By default the function's qualified name, so that a
+                corrected function does not run again in a window that is used up; another version would.
+
+        At most once: the window is taken in the store before the function runs, across processes, so a process that
+        is killed in between has used it up. If the function raises, or is cancelled, the window is free again. A
+        window is used up also if a later one was taken. Every backtest has windows of its own.
+
+        Raises:
+            UserError: the interval is unknown, or the function is not async, or uses variables of a function around
+                it and has no name of its own.
+        """
+        step_ms = interval_ms(interval)
+
+        def decorate(function: Callable[..., Awaitable[R]]) -> Once[R]:
+            named = Function("interval.once", function, name, version, hashed=False)
+            return Once(self._scopes, named, step_ms, key)
+
+        return decorate
+
+
+class Once(Generic[R]):
+    """A function that runs once in each window. Called like the function."""
+
+    def __init__(self, scopes: Scopes, function: Function[R], step_ms: int, key: Callable[..., Any] | None) -> None:
+        self._scopes = scopes
+        self._function = function
+        self._step_ms = step_ms
+        self._key = key
+        self.__wrapped__ = function.function
+        self.__doc__ = function.function.__doc__
+
+    @property
+    def bucket(self) -> str:
+        """What the windows are kept under: name and version."""
+        return self._function.bucket
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> R | None:
+        """What the function returns, or None if its window is used up.
+
+        Raises:
+            UserError: no context is given.
+            LookAhead: `when` is later than the context.
+            Damaged, OutOfSpace, RetryLater: the window cannot be taken; the function has not run.
+            Exception: what the function raises; the window is free again.
+        """
+        call = self._function.call(args, kwargs)
+        moment = call.moment
+        if moment is None:
+            raise UserError(
+                f"{self._function.title} is called without a context, and its windows belong to a run: "
+                "pass the context of the strategy, as an argument or as ctx=..."
+            )
+        start_ms = floor_ms(moment.when_ms if call.when_ms is None else call.when_ms, self._step_ms)
+        take = asyncio.ensure_future(self._take(scope_of(self._scopes, call), self._key_of(call, moment), start_ms))
+        try:
+            # To its end also if the caller is cancelled: a window that nobody knows to be taken would be lost.
+            taking = await asyncio.shield(take)
+            return None if taking is None else await self._function(call)
+        except BaseException as error:
+            await self._give_back(take, error)
+            raise
+
+    def __get__(self, instance: object, owner: type | None = None) -> Callable[..., Awaitable[R | None]]:
+        return self if instance is None else MethodType(self, instance)
+
+    async def _give_back(self, take: asyncio.Future[_Taking | None], error: BaseException) -> None:
+        """Free the window, if it was taken; that it cannot be freed is said in a note, as `error` comes first."""
+        try:
+            taking = await take
+            if taking is not None:
+                await taking.give_back()
+        except BacktestKitError as failure:
+            if failure is not error:
+                error.add_note(f"the window that {self._function.title} has taken could not be freed: {failure}")
+
+    async def _take(self, scope: Scope, key: Key, start_ms: int) -> _Taking | None:
+        """Take a window, unless it or a later one is taken."""
+        store = scope.store(_INTERVAL)
+        async with scope.turn(_INTERVAL, key):
+            while True:
+                found = await store.get(_INTERVAL, key)
+                if found is not None and not found.removed and start_ms <= _window(found):
+                    return None
+                value: Plain = {"windowMs": start_ms}
+                write = Write(_INTERVAL, key, value, when=scope.when_ms, expect=expectation(store, found))
+                try:
+                    return _Taking(scope, found, await store.put(write))
+                except Conflict:
+                    continue
+
+    def _key_of(self, call: Call, moment: Moment) -> Key:
+        if self._key is None:
+            return (self.bucket, key_text([moment.strategy_name, moment.exchange_name, moment.symbol]))
+        return (self.bucket, key_text(encode(self._key(*call.args, **call.kwargs), f"the key of {self.bucket}")))
+
+
+class _Taking:
+    """A window that was taken, and what was there before."""
+
+    def __init__(self, scope: Scope, before: Record | None, taken: Record) -> None:
+        self._scope = scope
+        self._before = before
+        self._taken = taken
+
+    async def give_back(self) -> None:
+        """Make it as if it had never been taken, unless a later one was."""
+        store, before, key = self._scope.store(_INTERVAL), self._before, self._taken.key
+        write = Write(
+            _INTERVAL,
+            key,
+            self._taken.value if before is None else before.value,
+            when=self._taken.when if before is None else before.when,
+            expect=expectation(store, self._taken),
+            removed=before is None or before.removed,
+        )
+        try:
+            await store.put(write)
+        except Conflict:
+            return
+
+
+def _window(record: Record) -> int:
+    value = record.value
+    window_ms = value.get("windowMs") if isinstance(value, dict) else None
+    if not isinstance(window_ms, int):
+        raise UserError(f"interval {'/'.join(map(str, record.key))} holds {value!r}, which is no window: remove it")
+    return window_ms

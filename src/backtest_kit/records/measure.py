@@ -1,0 +1,208 @@
+"""`measure.cached`: answers that cost time or money, such as those of a model or an API, are asked for once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from types import MethodType
+from typing import Any, Final, Generic
+
+from backtest_kit.errors import UserError
+from backtest_kit.model.event import Mode
+from backtest_kit.model.interval import floor_ms, interval_ms, to_datetime
+from backtest_kit.persist.codec import decode, encode
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.store import Key, Plain
+from backtest_kit.records.function import Call, Function, R, key_text, scope_of
+from backtest_kit.records.scope import Scope, Scopes
+
+_MEASURE: Final = CONTRACTS["measure"]
+_WINDOW: Final = "%Y-%m-%dT%H%MZ"
+
+_log = logging.getLogger(__name__)
+
+
+class Measure:
+    """Caches of function calls, kept over restarts and the same in backtest, paper and live."""
+
+    def __init__(self, scopes: Scopes) -> None:
+        self._scopes = scopes
+
+    def cached(
+        self,
+        interval: str | None = None,
+        *,
+        key: Callable[..., Any] | None = None,
+        name: str | None = None,
+        version: str | None = None,
+    ) -> Callable[[Callable[..., Awaitable[R]]], Cached[R]]:
+        """Decorate an async function: calls that ask for the same are answered from the store.
+
+        Args:
+            interval: 1m to 1d. An answer holds to the end of its aligned window, in the time of the call: that of
+                a context among its arguments, of `ctx=` or of `when=`, the last two of which the function need not
+                take. Without an interval an answer holds for ever.
+            key: A function of the same arguments that says what tells one call from another. By default all
+                arguments do, and of a context its exchange and symbol.
+            name, version: What the answers are kept under. By default the function's qualified name, and a hash of
+                its source: answers of an older source are not found. What the function calls is not in the hash,
+                so count `version` up where that changes the answers.
+
+        An answer of a later time than that of the call is not used. Callers that ask for the same at the same time
+        share one call; it is cancelled only with the last of them. What the function raises is not kept.
+
+        Raises:
+            UserError: the interval is unknown, or the function is not async, has no source to be hashed, or uses
+                variables of a function around it and has no name of its own.
+        """
+        step_ms = None if interval is None else interval_ms(interval)
+
+        def decorate(function: Callable[..., Awaitable[R]]) -> Cached[R]:
+            named = Function("measure.cached", function, name, version, hashed=True)
+            return Cached(self._scopes, named, interval, step_ms, key)
+
+        return decorate
+
+
+class _Flight:
+    """A call under way, and how many wait for it."""
+
+    __slots__ = ("call", "task", "waiting")
+
+    def __init__(self, call: Call, task: asyncio.Task[Plain]) -> None:
+        self.call = call
+        self.task = task
+        self.waiting = 0
+
+    def serves(self, call: Call) -> bool:
+        """Whether what it will answer is no news of the future to `call`."""
+        return call.now_ms is None or self.call.now_ms is None or self.call.now_ms <= call.now_ms
+
+
+class Cached(Generic[R]):
+    """A function whose answers are kept. Called like the function; what it returns is the caller's own copy."""
+
+    def __init__(
+        self,
+        scopes: Scopes,
+        function: Function[R],
+        interval: str | None,
+        step_ms: int | None,
+        key: Callable[..., Any] | None,
+    ) -> None:
+        self._scopes = scopes
+        self._function = function
+        self._interval = interval
+        self._step_ms = step_ms
+        self._key = key
+        self._flights: dict[tuple[object, ...], list[_Flight]] = {}
+        self.__wrapped__ = function.function
+        self.__doc__ = function.function.__doc__
+
+    @property
+    def bucket(self) -> str:
+        """What the answers are kept under: name and version."""
+        return self._function.bucket
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> R:
+        """The kept answer, or that of the function. What is returned has been through the store's codec: tuples are
+        lists, structs are dicts.
+
+        Raises:
+            UserError: the call has no time and the function an interval, or something cannot be stored.
+            LookAhead: `when` is later than the context.
+            Damaged, RetryLater: the store cannot be asked.
+            Exception: what the function raises.
+        """
+        call = self._function.call(args, kwargs)
+        scope, key = scope_of(self._scopes, call), self._key_of(call)
+        name = (asyncio.get_running_loop(), scope.store(_MEASURE), key)
+        flights = self._flights.setdefault(name, [])
+        flight = next((each for each in flights if each.serves(call)), None)
+        if flight is None:
+            flight = _Flight(call, asyncio.create_task(self._answer(call, scope, key), name=self._function.title))
+            flights.append(flight)
+            flight.task.add_done_callback(partial(self._land, name, flight))
+        flight.waiting += 1
+        try:
+            answer: R = decode(await asyncio.shield(flight.task))
+        finally:
+            flight.waiting -= 1
+            if not flight.waiting and not flight.task.done():
+                # Whoever asks from now on must not wait for an answer that will not come.
+                self._land(name, flight)
+                flight.task.cancel()
+        return answer
+
+    def __get__(self, instance: object, owner: type | None = None) -> Callable[..., Awaitable[R]]:
+        return self if instance is None else MethodType(self, instance)
+
+    async def list(self, *, mode: Mode = "live") -> dict[str, Any]:
+        """The kept answers by their keys, newest first.
+
+        Raises:
+            Damaged, RetryLater: as `Store.scan`.
+        """
+        store = self._scopes(mode).store(_MEASURE)
+        records = store.scan(_MEASURE, (self.bucket,), newest_first=True)
+        return {str(record.key[-1]): decode(record.value) async for record in records}
+
+    async def remove(self, *args: Any, **kwargs: Any) -> bool:
+        """Forget the answer to a call, given as it would be called, and say whether there was one.
+
+        Raises:
+            As a call.
+        """
+        call = self._function.call(args, kwargs)
+        return await scope_of(self._scopes, call).remove(_MEASURE, self._key_of(call))
+
+    async def clear(self, *, mode: Mode = "live") -> int:
+        """Forget every answer, and say how many there were. The store keeps them, marked as removed.
+
+        Raises:
+            Damaged, OutOfSpace, RetryLater: as `Store.put`.
+        """
+        scope = self._scopes(mode)
+        keys = [record.key async for record in scope.store(_MEASURE).scan(_MEASURE, (self.bucket,))]
+        return sum([await scope.remove(_MEASURE, key) for key in keys])
+
+    async def _answer(self, call: Call, scope: Scope, key: Key) -> Plain:
+        """What is kept, else what the function returns, which is then kept."""
+        record = await scope.read(_MEASURE, key)
+        if record is not None:
+            return record.value
+        answer = encode(await self._function(call), f"what {self._function.title} returned")
+        try:
+            await scope.write(_MEASURE, key, answer)
+        except Exception as error:
+            # The answer is in hand; a cache that cannot keep it costs the next caller another one.
+            _log.warning("an answer of %s could not be kept: %s", self.bucket, error, extra={"error": error})
+        return answer
+
+    def _land(self, name: tuple[object, ...], flight: _Flight, ended: asyncio.Task[Plain] | None = None) -> None:
+        """Nobody joins this flight any more. Idempotent."""
+        flights = self._flights.get(name, [])
+        if flight in flights:
+            flights.remove(flight)
+            if not flights:
+                del self._flights[name]
+        if ended is not None and not ended.cancelled():
+            ended.exception()  # seen, also where everyone who waited for it is gone
+
+    def _key_of(self, call: Call) -> Key:
+        function, moment = self._function, call.moment
+        if self._key is not None:
+            text = key_text(encode(self._key(*call.args, **call.kwargs), f"the key of {function.title}"))
+        else:
+            place: list[Plain] = [] if moment is None else [moment.exchange_name, moment.symbol]
+            text = key_text([*place, function.arguments(call)])
+        if self._step_ms is None:
+            return (self.bucket, text)
+        if call.when_ms is None:
+            raise UserError(
+                f"{function.title} is called without a time, and its answers hold for {self._interval}: "
+                "pass the context of the strategy (as an argument, or as ctx=...), or when=..."
+            )
+        return (self.bucket, f"{to_datetime(floor_ms(call.when_ms, self._step_ms)):{_WINDOW}} {self._interval} {text}")

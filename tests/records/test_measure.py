@@ -1,0 +1,403 @@
+"""Cached answers: asked for once, by everyone, whatever else is defined and however often the program starts."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import pytest
+from tests.records.conftest import MINUTE_MS, NOON_MS, Minute, kit_on
+
+import backtest_kit as bk
+from backtest_kit.persist.backends.memory import MemoryStore
+from backtest_kit.persist.store import Record, Write
+from backtest_kit.records.measure import Cached
+
+Ask = Callable[..., Cached[Any]]
+
+
+class Model:
+    """Something that costs money, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def cached_by(self, kit: bk.Kit, interval: str | None = "15m", **options: Any) -> Cached[Any]:
+        @kit.records.measure.cached(interval, **({"name": "ask", "version": "1"} | options))
+        async def ask(ctx: Any, prompt: str = "hello") -> Any:
+            self.asked.append(prompt)
+            await asyncio.sleep(0)
+            return {"answer": prompt.upper(), "number": len(self.asked), "pair": (1, 2)}
+
+        return ask
+
+
+async def test_an_answer_is_asked_for_once_in_each_window(kit: bk.Kit) -> None:
+    model = Model()
+    ask = model.cached_by(kit)
+    answers = [await ask(Minute(when_ms=NOON_MS + minute * MINUTE_MS), "hi") for minute in range(31)]
+    assert [answer["number"] for answer in answers] == [1] * 15 + [2] * 15 + [3]
+    assert answers[0] == answers[1] == {"answer": "HI", "number": 1, "pair": [1, 2]}
+    assert await ask(Minute(), "other") == {"answer": "OTHER", "number": 4, "pair": [1, 2]}
+    assert await ask(Minute(), prompt="other") == await ask(ctx=Minute(), prompt="other")
+    assert await ask(Minute()) == await ask(Minute(), "hello"), "a default is an argument like any other"
+    assert len(model.asked) == 5
+
+
+async def test_an_answer_without_an_interval_holds_for_ever(kit: bk.Kit) -> None:
+    model = Model()
+    ask = model.cached_by(kit, None)
+    for day in range(3):
+        assert (await ask(Minute(when_ms=NOON_MS + day * 24 * 60 * MINUTE_MS)))["number"] == 1
+    assert (await ask(None, "no time at all"))["number"] == 2
+    assert (await ask(None, "no time at all"))["number"] == 2
+
+
+async def test_what_tells_calls_apart(kit: bk.Kit) -> None:
+    model = Model()
+    ask = model.cached_by(kit)
+    for moment in (
+        Minute(), Minute(symbol="ETHUSDT"), Minute(exchange_name="kraken"), Minute(symbol="BTCUSDT", strategy_name="b"),
+        Minute(mode="paper"), Minute(mode="backtest", run_id="r"),
+    ):  # fmt: skip
+        await ask(moment)
+    assert len(model.asked) == 3, "exchange and symbol; strategies, modes and runs share what costs money"
+    by_key = Model()
+    ask = by_key.cached_by(kit, key=lambda ctx, prompt: prompt[0], name="by-key")
+    for symbol, prompt in (("BTCUSDT", "one"), ("ETHUSDT", "other"), ("BTCUSDT", "two")):
+        await ask(Minute(symbol=symbol), prompt)
+    assert by_key.asked == ["one", "two"]
+    long = "x" * 100_000
+    assert (await ask(Minute(), long))["answer"] == (await ask(Minute(), long))["answer"]
+
+
+async def test_a_time_can_be_given_by_hand(kit: bk.Kit) -> None:
+    times: list[object] = []
+
+    @kit.records.measure.cached("1h", name="dated", version="1")
+    async def plain(prompt: str) -> str:
+        times.append(prompt)
+        return prompt
+
+    @kit.records.measure.cached("1h", name="takes-when", version="1")
+    async def takes_when(when: str) -> str:
+        times.append(when)
+        return when
+
+    assert await plain("a", when="2024-06-01T12:10") == await plain("a", when=NOON_MS)
+    assert await plain("a", ctx=Minute(when_ms=NOON_MS + 59 * MINUTE_MS)) == "a"
+    assert await takes_when(when="2024-06-01") == "2024-06-01"
+    assert times == ["a", "a", "a", "2024-06-01"], "10 past is not seen at noon, and a context adds its symbol"
+    with pytest.raises(bk.UserError, match="called without a time"):
+        await plain("a")
+    with pytest.raises(bk.LookAhead, match="later than the context"):
+        await plain("a", ctx=Minute(), when=NOON_MS + MINUTE_MS)
+    with pytest.raises(bk.UserError, match=r"ctx of .* is 7"):
+        await plain("a", ctx=7)
+    with pytest.raises(bk.UserError, match="other arguments than it takes"):
+        await plain()
+
+
+async def test_an_answer_of_a_later_time_is_not_used(kit: bk.Kit) -> None:
+    model = Model()
+    ask = model.cached_by(kit, None)
+    later, now = Minute(when_ms=NOON_MS + MINUTE_MS), Minute()
+    assert (await ask(later))["number"] == 1
+    assert (await ask(now))["number"] == 2
+    assert (await ask(later))["number"] == 2, "the earlier answer serves both"
+
+
+async def test_an_answer_for_an_earlier_time_is_as_late_as_what_it_knows(kit: bk.Kit) -> None:
+    model = Model()
+    ask = model.cached_by(kit, "1h")
+    assert (await ask(Minute(when_ms=NOON_MS + 90 * MINUTE_MS), when=NOON_MS))["number"] == 1
+    assert (await ask(Minute(when_ms=NOON_MS + 95 * MINUTE_MS), when=NOON_MS))["number"] == 1
+    assert (await ask(Minute(when_ms=NOON_MS + 30 * MINUTE_MS)))["number"] == 2, "it knew of half past one"
+
+
+async def test_a_caller_does_not_wait_for_an_answer_of_its_future(kit: bk.Kit) -> None:
+    gate, asked = asyncio.Event(), []
+
+    @kit.records.measure.cached("1h", name="slow", version="1")
+    async def slow(ctx: Any) -> int:
+        asked.append(ctx.when_ms)
+        if ctx.when_ms > NOON_MS:
+            await gate.wait()
+        return int(ctx.when_ms)
+
+    late = asyncio.create_task(slow(Minute(when_ms=NOON_MS + MINUTE_MS)))
+    while not asked:
+        await asyncio.sleep(0)
+    assert await slow(Minute()) == NOON_MS
+    gate.set()
+    assert await late == NOON_MS + MINUTE_MS
+
+
+async def test_callers_at_the_same_time_share_one_call(kit: bk.Kit) -> None:
+    model = Model()
+    ask = model.cached_by(kit)
+    answers = await asyncio.gather(*(ask(Minute(), "hi") for _ in range(50)))
+    assert len(model.asked) == 1
+    answers[0]["answer"] = "changed"
+    assert {answer["answer"] for answer in answers[1:]} == {"HI"}, "each has a copy of its own"
+
+
+async def test_the_cancelling_of_one_caller_leaves_the_others_their_answer(kit: bk.Kit) -> None:
+    begun, gate, ended = asyncio.Event(), asyncio.Event(), list[str]()
+
+    @kit.records.measure.cached(name="slow", version="1")
+    async def slow(prompt: str) -> str:
+        begun.set()
+        try:
+            await gate.wait()
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+        ended.append("answered")
+        return prompt
+
+    async def started() -> list[asyncio.Task[Any]]:
+        begun.clear()
+        callers = [asyncio.create_task(slow("a")) for _ in range(3)]
+        await begun.wait()
+        return callers
+
+    callers = await started()
+    for caller in callers[:2]:
+        caller.cancel()
+    assert await asyncio.gather(*callers[:2], return_exceptions=True)
+    gate.set()
+    assert (await callers[2], ended) == ("a", ["answered"])
+
+    gate.clear()
+    await slow.clear()
+    callers = await started()
+    for caller in callers:
+        caller.cancel()
+    await asyncio.gather(*callers, return_exceptions=True)
+    gate.set()
+    assert await slow("a") == "a", "whoever comes after the last one asks anew"
+    while len(ended) < 3:
+        await asyncio.sleep(0)
+    assert sorted(ended) == ["answered", "answered", "cancelled"]
+
+
+async def test_what_the_function_raises_is_not_kept(kit: bk.Kit) -> None:
+    tries: list[int] = []
+
+    @kit.records.measure.cached(name="flaky", version="1")
+    async def flaky(prompt: str) -> str:
+        tries.append(1)
+        await asyncio.sleep(0)
+        if len(tries) < 3:
+            raise ConnectionError("down")
+        return prompt
+
+    failed = await asyncio.gather(*(flaky("a") for _ in range(5)), return_exceptions=True)
+    assert [type(each) for each in failed] == [ConnectionError] * 5
+    with pytest.raises(ConnectionError, match="down"):
+        await flaky("a")
+    assert await flaky("a") == await flaky("a") == "a"
+    assert len(tries) == 3
+
+
+async def test_an_answer_that_cannot_be_stored_is_refused(kit: bk.Kit) -> None:
+    @kit.records.measure.cached(name="strange", version="1")
+    async def strange(given: object) -> object:
+        return {"value": {1, 2}}
+
+    with pytest.raises(bk.UserError, match=r"returned.value is a set"):
+        await strange("a")
+    with pytest.raises(bk.UserError, match=r"given is a object.*key="):
+        await strange(object())
+
+
+async def test_none_is_an_answer(kit: bk.Kit) -> None:
+    asked: list[str] = []
+
+    @kit.records.measure.cached(name="none", version="1")
+    async def none(prompt: str) -> object:
+        asked.append(prompt)
+        return None
+
+    assert (await none("a"), await none("a")) == (None, None)
+    assert asked == ["a"]
+
+
+async def test_answers_are_listed_removed_and_cleared(kit: bk.Kit) -> None:
+    model, other = Model(), Model()
+    ask, beside = model.cached_by(kit), other.cached_by(kit, name="beside")
+    for prompt in ("a", "b", "c"):
+        await ask(Minute(), prompt)
+    await beside(Minute())
+    listed = await ask.list()
+    assert [answer["answer"] for answer in listed.values()] == ["C", "B", "A"]
+    assert all(key.startswith("2024-06-01T1200Z 15m ") for key in listed)
+    assert await ask.remove(Minute(), "b")
+    assert not await ask.remove(Minute(), "b")
+    assert len(await ask.list()) == 2
+    assert (await ask(Minute(), "b"))["number"] == 4
+    assert await ask.clear() == 3
+    assert (await ask.list(), len(await beside.list())) == ({}, 1)
+    assert (await ask(Minute(), "a"))["number"] == 5
+
+
+async def test_a_full_disk_costs_the_answer_s_keeping_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(MemoryStore):
+        async def put(self, write: Write) -> Record:
+            raise bk.OutOfSpace("no space left")
+
+    kit, model = bk.Kit(tmp_path), Model()
+    kit.persistence.bind("measure", Full())
+    ask = model.cached_by(kit)
+    with caplog.at_level(logging.WARNING):
+        assert (await ask(Minute()))["number"] == 1
+    assert "could not be kept: no space left" in caplog.text
+    assert (await ask(Minute()))["number"] == 2
+
+
+SOURCE = """
+import backtest_kit as bk
+from backtest_kit.records.measure import Measure
+
+def define(measure):
+    @measure.cached()
+    async def first(prompt: str) -> str:
+        return "first " + prompt
+
+    @measure.cached()
+    async def second(prompt: str) -> str:
+        return "second " + prompt
+
+    return first, second
+"""
+
+
+def module_of(path: Path, source: str) -> ModuleType:
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+async def test_a_bucket_is_a_name_and_a_source_and_no_order(kit: bk.Kit, tmp_path: Path) -> None:
+    first, second = module_of(tmp_path / "one.py", SOURCE).define(kit.records.measure)
+    assert (await first("a"), await second("a")) == ("first a", "second a")
+    head, _, tail = SOURCE.partition("    @measure.cached()\n    async def second")
+    swapped = (
+        head.split("    @measure")[0]
+        + "    @measure.cached()\n    async def second"
+        + tail.replace("    return first", head[head.index("    @measure") :] + "    return first")
+    )
+    moved = module_of(tmp_path / "two.py", swapped).define(kit.records.measure)
+    assert [each.bucket for each in moved] == [first.bucket, second.bucket]
+    assert await moved[0]("a") == "first a"
+    changed = module_of(tmp_path / "three.py", SOURCE.replace('"first "', '"new "')).define(kit.records.measure)
+    assert changed[0].bucket != first.bucket
+    assert changed[1].bucket == second.bucket
+    assert await changed[0]("a") == "new a"
+
+
+def test_functions_that_cannot_be_told_apart_need_a_name(kit: bk.Kit) -> None:
+    model = "large"
+    cached = kit.records.measure.cached
+
+    async def ask(prompt: str) -> str:
+        return model + prompt
+
+    with pytest.raises(bk.UserError, match="uses model of the function around it"):
+        cached()(ask)
+    assert cached(name="large")(ask).bucket.startswith("large@")
+    scope: dict[str, Any] = {}
+    exec("async def unseen(prompt): return prompt", scope)  # noqa: S102
+    with pytest.raises(bk.UserError, match="source of unseen is not to be found"):
+        cached(name="unseen")(scope["unseen"])
+    assert cached(version="2")(scope["unseen"]).bucket == "unseen@2"
+    with pytest.raises(bk.UserError, match="async def"):
+        cached()(lambda prompt: prompt)
+    with pytest.raises(bk.UserError, match="interval is '7m'"):
+        cached("7m")
+    with pytest.raises(bk.UserError, match="version is 2"):
+        cached(version=2)(ask)  # type: ignore[arg-type]
+
+
+async def test_answers_survive_the_program(shared_address: str, tmp_path: Path) -> None:
+    code = """
+        import asyncio, sys
+        from pathlib import Path
+        import backtest_kit as bk
+        from backtest_kit.persist.urls import store_at
+
+        kit = bk.Kit(sys.argv[2])
+        kit.persistence.bind("*", store_at(sys.argv[1]))
+
+        @kit.records.measure.cached("1h")
+        async def ask(prompt):
+            print("asked", flush=True)
+            return {"answer": prompt}
+
+        async def main():
+            print((await ask("hi", when="2024-06-01T12:30"))["answer"])
+            await kit.close()
+
+        asyncio.run(main())
+    """
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(code))
+    address = shared_address.format(place=tmp_path)
+    outputs = [
+        subprocess.run(
+            [sys.executable, program, address, tmp_path / "files"], capture_output=True, text=True, check=True
+        )
+        for _ in range(2)
+    ]
+    assert [done.stdout.split() for done in outputs] == [["asked", "hi"], ["hi"]]
+
+
+async def test_a_strategy_asks_its_model_once_in_each_window(kit: bk.Kit, backtest: Callable[..., Any]) -> None:
+    model = Model()
+    ask = model.cached_by(kit, "1h")
+
+    async def get_signal(ctx: bk.Context) -> None:
+        await ask(ctx, "what now?")
+
+    await backtest(get_signal)
+    assert len(model.asked) == 24
+    await backtest(get_signal)
+    assert len(model.asked) == 24, "a second run costs nothing"
+
+
+async def test_a_method_and_a_struct(kit: bk.Kit) -> None:
+    class Answer(msgspec.Struct):
+        text: str
+
+    class Desk:
+        @kit.records.measure.cached(key=lambda self, prompt: prompt, name="desk", version="1")
+        async def ask(self, prompt: str) -> Any:
+            return Answer(prompt)
+
+    assert await Desk().ask("a") == {"text": "a"}
+    assert await Desk().ask("a") == {"text": "a"}
+
+
+async def test_two_programs_see_each_other_s_answers(shared_address: str, tmp_path: Path) -> None:
+    kits, models = [kit_on(shared_address, tmp_path) for _ in range(2)], [Model(), Model()]
+    first, second = (model.cached_by(kit) for model, kit in zip(models, kits, strict=True))
+    assert await first(Minute()) == await second(Minute())
+    assert [len(model.asked) for model in models] == [1, 0]
+    for kit in kits:
+        await kit.close()
