@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from backtest_kit.model.interval import MINUTE_MS, to_ms
 from backtest_kit.simulation.server import VenueServer
 from backtest_kit.simulation.venue import Venue
 
+ROOT = Path(__file__).parents[2]
 COMMAND = str(Path(sys.executable).with_name("backtest-kit"))
 START = to_ms("2024-06-01T10:00")
 STRATEGY = """
@@ -131,6 +133,16 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
             bot.process.kill()
         await bot.process.communicate()
     await server.stop()
+
+
+async def test_the_example_trades_as_it_says(stage: Stage) -> None:
+    example = ROOT / "examples" / "paper.py"
+    found = re.search(r"^ *backtest-kit paper examples/paper.py (.+) --venue \S+$", example.read_text(), re.MULTILINE)
+    assert found
+    stage.write(example.read_text())
+    bot = await stage.start("paper", symbols=found[1].removeprefix("--symbol "))
+    for _ in range(2):
+        await bot.hear("opened")
 
 
 async def test_one_signal_carries_what_is_open_to_its_end(stage: Stage) -> None:
