@@ -82,12 +82,14 @@ class Output(logging.Handler):
         if not hasattr(record, "event"):
             self.say(self.format(record), alarm=record.levelno >= logging.ERROR)
 
-    def _is_new(self, status: LiveStatus, step_ms: int) -> bool:
-        """Whether a minute was acted at, and another `step_ms` has begun since this was asked."""
+    def _is_new(self, status: LiveStatus, step_ms: int) -> bool | None:
+        """Whether another `step_ms` has begun since this was asked; None where it was not asked before."""
+        if not status.when_ms:
+            return False
         begun_ms, symbol = floor_ms(status.when_ms, step_ms), status.identity.symbol
-        new = begun_ms > self._told_ms.get(symbol, 0)
+        before_ms = self._told_ms.get(symbol)
         self._told_ms[symbol] = begun_ms
-        return new
+        return None if before_ms is None else begun_ms > before_ms
 
     def _put(self, text: str, *, alarm: bool = False) -> None:
         self._waiting.append((text, alarm))
@@ -123,7 +125,7 @@ class JsonOutput(Output):
 
     def stand(self, statuses: Sequence[LiveStatus]) -> None:
         for each in statuses:
-            if self._is_new(each, MINUTE_MS):
+            if self._is_new(each, MINUTE_MS) is not False:
                 head = {"action": "status", "symbol": each.identity.symbol, "when": iso(each.when_ms)}
                 self._document({**head, **msgspec.to_builtins(each)})
 
