@@ -236,24 +236,6 @@ async def test_accelerated_time_runs_by_itself_and_fills_what_it_meets(serve: Se
     await clock.stop()
 
 
-async def test_a_clock_of_several_goes_on_for_who_is_left(serve: Serve) -> None:
-    server = await serve()
-    stepped = server.venue.clock
-    assert isinstance(stepped, SteppedClock)
-    clock = connect(server.url).clock("bot", sleepers=2)
-    await asyncio.gather(clock.start(), clock.start())
-    both = [asyncio.create_task(clock.sleep_until(START + minute * MINUTE_MS)) for minute in (1, 2)]
-    await both[0]
-    await clock.stop()
-    await asyncio.wait_for(both[1], 10)
-    await asyncio.wait_for(clock.sleep_until(START + 5 * MINUTE_MS), 10)
-    assert clock.now_ms() == stepped.now_ms() == START + 5 * MINUTE_MS
-    await clock.stop()
-    assert stepped.waiting() == {}
-    with pytest.raises(UserError, match="is not started"):
-        clock.now_ms()
-
-
 async def test_real_time_is_that_of_the_machine(serve: Serve) -> None:
     clock = connect((await serve(clock=SystemClock())).url).clock()
     with pytest.raises(UserError, match="is not started"):

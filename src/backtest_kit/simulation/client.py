@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, ClassVar, Final, TypeVar
 from urllib.parse import quote
 
@@ -25,7 +24,7 @@ from backtest_kit.broker.base import (
     OrderReport,
     OrderTransient,
 )
-from backtest_kit.errors import BacktestKitError, Outcome, RetryLater, UserError
+from backtest_kit.errors import Outcome, RetryLater, UserError
 from backtest_kit.market.clock import Clock
 from backtest_kit.market.sources import CandleSource
 from backtest_kit.model.candle import COLUMNS, CandleSeries
@@ -40,7 +39,6 @@ T = TypeVar("T")
 _AWAY_S: Final = 30.0
 """How long who waits for the time bears a venue that does not answer."""
 _ASK_AGAIN_S: Final = 0.1
-_NEVER_MS: Final = 2**53
 
 
 def connect(url: str) -> VenueClient:
@@ -66,7 +64,7 @@ class VenueClient:
 
     def clock(self, name: str = "bot", *, sleepers: int = 1) -> Clock:
         """The venue's time. Where it is stepped, it waits for `name` from the start on: until that many of his
-        tasks sleep, and for ever if he has died, until he starts again. Each task may start and stop it for itself."""
+        tasks sleep, and for ever if he has died, until he starts again."""
         return VenueClock(self.url, name, sleepers)
 
     def broker(self, account: str = API_KEY, *, kind: Kind = "futures", fill_at: FillAt = "venue") -> Broker:
@@ -106,16 +104,9 @@ class VenueSource(CandleSource):
 
 
 class VenueClock:
-    """The time of a venue, kept between answers by the elapsed time at its speed.
-
-    Several may use it: the first to start joins, the last to stop leaves. In between somebody sleeps on in the place
-    of each who has stopped, so that a time that waits for all of them goes on.
-    """
+    """The time of a venue, kept between answers by the elapsed time at its speed."""
 
     def __init__(self, url: str, name: str, sleepers: int) -> None:
-        self._users = 0
-        self._starting = asyncio.Lock()
-        self._left: list[asyncio.Task[None]] = []
         self._http = HttpClient(url)
         self._me = {"name": name, "sleepers": sleepers}
         self._speed = 0.0
@@ -131,22 +122,10 @@ class VenueClock:
         return self._latest_ms
 
     async def start(self) -> None:
-        async with self._starting:
-            if not self._users:
-                await self._join()
-            self._users += 1
+        self._hear(await self._ask("POST", "/sim/clock/join", self._me))
 
     async def stop(self) -> None:
-        self._users = max(0, self._users - 1)
-        if self._users:
-            if not self._speed:
-                self._left.append(asyncio.ensure_future(self._sleep_on()))
-            return
-        left, self._left = self._left, []
-        for each in left:
-            each.cancel()
         try:
-            await asyncio.gather(*left, return_exceptions=True)
             if self._told_ms:
                 await self._ask("POST", "/sim/clock/leave", {"name": self._me["name"]})
         except RetryLater:
@@ -161,7 +140,7 @@ class VenueClock:
         while self.now_ms() < when_ms:
             try:
                 if away_since_s is not None:
-                    await self._join()
+                    await self.start()
                 name = quote(str(self._me["name"]), safe="")
                 self._hear(await self._ask("GET", f"/sim/clock/wait?until={when_ms}&name={name}"))
                 away_since_s = None
@@ -170,13 +149,6 @@ class VenueClock:
                 if time.monotonic() - away_since_s > _AWAY_S:
                     raise
                 await asyncio.sleep(_ASK_AGAIN_S)
-
-    async def _join(self) -> None:
-        self._hear(await self._ask("POST", "/sim/clock/join", self._me))
-
-    async def _sleep_on(self) -> None:
-        with suppress(BacktestKitError):
-            await self.sleep_until(_NEVER_MS)
 
     def _hear(self, told: dict[str, Any]) -> None:
         self._told_ms, self._told_s = int(told["nowMs"]), time.monotonic()
