@@ -18,8 +18,7 @@ from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
 from backtest_kit.model.event import Event, Mode
 from backtest_kit.model.position import Trade
-from backtest_kit.persist.contracts import CONTRACTS, Durability
-from backtest_kit.persist.diagnosis import Status, require_live_grade
+from backtest_kit.persist.diagnosis import Status
 from backtest_kit.run.live import LiveHandle, signals_stop
 from backtest_kit.run.orphans import OrphanPolicy
 from backtest_kit.run.replay import Gaps
@@ -108,12 +107,9 @@ def _output(head: str, *, as_json: bool) -> Output:
 
 async def _check_stores(output: Output, *, allow_weak: bool) -> None:
     """Refuse to trust live positions to stores that may lose them."""
-    money = [row for row in CONTRACTS.values() if row.durability is Durability.MONEY]
-    stores = [default_kit.persistence.store_for(row, "live") for row in money]
-    for store in {id(each): each for each in stores}.values():
-        for reading in await require_live_grade(store, allow_weak=allow_weak):
-            if reading.status not in (Status.OK, Status.NEW):
-                output.say(f"{reading.subject} is {reading.status.value}: {reading.says} {reading.remedy}".rstrip())
+    for reading in await default_kit.persistence.require_live_grade(allow_weak=allow_weak):
+        if reading.status not in (Status.OK, Status.NEW):
+            output.say(f"{reading.subject} is {reading.status.value}: {reading.says} {reading.remedy}".rstrip())
 
 
 async def _trade(handles: Sequence[LiveHandle], output: Output) -> int:
