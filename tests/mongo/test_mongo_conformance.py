@@ -29,7 +29,14 @@ class MongoConformance(StoreConformance):
         self.url = mongo_url
 
     def make_store(self, place: Path) -> Store:
-        settings = MongoSettings(CC_REDIS_HOST="", CC_REDIS_URL=self.redis_url, CC_REDIS_PREFIX=database_of(self.url))
+        # Time enough for a server that tests start on a busy machine to sort forty days of minutes.
+        settings = MongoSettings(
+            CC_REDIS_HOST="",
+            CC_REDIS_URL=self.redis_url,
+            CC_REDIS_PREFIX=database_of(self.url),
+            CC_MONGO_SOCKET_TIMEOUT_MS=120_000,
+            CC_MONGO_OPERATION_TIMEOUT_MS=120_000,
+        )
         return MongoStore(self.url, settings=settings)
 
     def obstruct(self, place: Path) -> Callable[[], None]:

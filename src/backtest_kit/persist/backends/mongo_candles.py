@@ -22,6 +22,8 @@ from backtest_kit.persist.store import SeriesKey
 
 _CHUNK: Final = 2_000
 """Candles in one request: enough to forget the way to the server, few enough to leave the loop to others."""
+_ANSWER: Final = 10_000
+"""Candles in one answer: a slow server must be able to give it before the socket times out."""
 _CANDLE: Final = CONTRACTS["candle"]
 _PROJECTION: Final = {"_id": False, **dict.fromkeys(COLUMNS, True)}
 
@@ -56,7 +58,9 @@ class MongoCandleStore:
         wanted = {**self._name(series), "timestamp": {"$gte": Int64(start_ms), "$lt": Int64(stop_ms)}}
 
         async def question() -> list[bytes]:
-            cursor = link.collection(_CANDLE).find_raw_batches(wanted, _PROJECTION, sort=[("timestamp", 1)])
+            cursor = link.collection(_CANDLE).find_raw_batches(
+                wanted, _PROJECTION, sort=[("timestamp", 1)], batch_size=_ANSWER
+            )
             return [cast(bytes, batch) async for batch in cursor]
 
         batches = await link.ask(f"read candles of {series.symbol}", question)
@@ -110,7 +114,8 @@ def _documents(name: Document, candles: CandleSeries) -> list[Document]:
 async def _stored(link: Link, name: Document, candles: CandleSeries) -> list[int]:
     """Which candles there are already in the span of `candles`: the index alone answers that."""
     span = {"$gte": Int64(candles.timestamp[0]), "$lte": Int64(candles.timestamp[-1])}
-    cursor = link.collection(_CANDLE).find({**name, "timestamp": span}, {"_id": False, "timestamp": True})
+    wanted, fields = {**name, "timestamp": span}, {"_id": False, "timestamp": True}
+    cursor = link.collection(_CANDLE).find(wanted, fields, batch_size=_ANSWER)
     return [each["timestamp"] for each in await cursor.to_list()]
 
 
