@@ -39,7 +39,7 @@ from backtest_kit.persist.backends.mongo_documents import (
     record_of_change,
     update_of,
 )
-from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, may_have_happened
+from backtest_kit.persist.backends.mongo_errors import FAILURES, heals, may_have_happened
 from backtest_kit.persist.backends.mongo_intents import replay, settle
 from backtest_kit.persist.backends.mongo_schema import flush, prepare
 from backtest_kit.persist.backends.mongo_settings import MongoSettings, from_environment, with_changes
@@ -300,7 +300,8 @@ class _Putting:
         patience = self._link.patience()
         while True:
             try:
-                record = await self._attempt(patience)
+                with self._link.attempt(patience):
+                    record = await self._attempt()
             except FAILURES as error:
                 self._is_sent = self._is_sent or may_have_happened(error)
                 if not heals(error) or patience.is_over:
@@ -317,18 +318,18 @@ class _Putting:
             if patience.is_over:
                 raise RetryLater(f"cannot {self._doing}: other writers were first, again and again")
 
-    async def _attempt(self, patience: Patience) -> Record | None:
+    async def _attempt(self) -> Record | None:
         """The record that stands now, or None if it must be tried again."""
         expect = expectation(self._change.write)
         if self._is_sent:
-            found = await self._look(patience)
+            found = await self._look()
             if found is not None and found.get("writer") == self._writer:
                 return record_of_change(self._change, found["rev"])
             if expect == ANY:
                 expect = self._guard(found)
-        document = await self._update(expect, patience)
+        document = await self._update(expect)
         if document is None:
-            return await self._refused(patience)
+            return await self._refused()
         crashpoint("mongo.after_write")
         if self._change.contract.durability is not Durability.MONEY:
             self._link.has_unflushed = True
@@ -337,7 +338,7 @@ class _Putting:
             crashpoint("mongo.after_cache")
         return record_of_change(self._change, document["rev"])
 
-    async def _update(self, expect: Expect, patience: Patience) -> Document | None:
+    async def _update(self, expect: Expect) -> Document | None:
         """The one round trip: id and new revision, or None if the document is not as expected."""
         collection = self._link.collection(self._change.contract)
         crashpoint("mongo.before_write")
@@ -348,14 +349,13 @@ class _Putting:
                 projection=["rev"],
                 upsert=isinstance(expect, str),
                 return_document=ReturnDocument.AFTER,
-                maxTimeMS=round(patience.left * 1000),
             )
         except DuplicateKeyError:
             return None
 
-    async def _refused(self, patience: Patience) -> Record | None:
+    async def _refused(self) -> Record | None:
         """Why the document is not as expected: a conflict, damage, or something that is over at the next attempt."""
-        found = await self._look(patience)
+        found = await self._look()
         if found is not None and found.get("writer") == self._writer:
             return record_of_change(self._change, found["rev"])
         contract = self._change.contract
@@ -363,9 +363,8 @@ class _Putting:
         record, changed = decide(self._change.write, current)
         return None if changed else record
 
-    async def _look(self, patience: Patience) -> Document | None:
-        milliseconds = round(patience.left * 1000)
-        return await self._link.collection(self._change.contract).find_one(self._change.name, max_time_ms=milliseconds)
+    async def _look(self) -> Document | None:
+        return await self._link.collection(self._change.contract).find_one(self._change.name)
 
     def _guard(self, found: Document | None) -> Expect:
         """What must still hold for a write of unknown outcome to be sent again: nobody else was there meanwhile."""

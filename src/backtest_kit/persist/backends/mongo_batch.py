@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
+import pymongo
 from bson.objectid import ObjectId
 from pymongo import UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
@@ -36,7 +37,9 @@ from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.store import Record
 from backtest_kit.persist.writing import decide
 
-_DOING = "write a batch"
+_DOING: Final = "write a batch"
+_ABORT_SECONDS: Final = 0.1
+"""How long a server that may be gone is told to forget a transaction, when the time of the batch may be up."""
 
 
 class Batch:
@@ -71,12 +74,15 @@ class Batch:
     async def _attempt(self, patience: Patience) -> bool:
         """True once they are done, False if they must be tried again."""
         try:
-            if self._is_sent and not self._link.has_transactions and await has_happened(self._link, self._writer):
-                return True
+            if self._is_sent and not self._link.has_transactions:
+                with self._link.attempt(patience):
+                    if await has_happened(self._link, self._writer):
+                        return True
             planned = await self._plan(patience)
             if not planned:
                 return True
-            is_done = await (self._transact(planned) if self._link.has_transactions else self._carry_out(planned))
+            act = self._transact if self._link.has_transactions else self._carry_out
+            is_done = await act(planned, patience)
             self.done = planned if is_done else []
             return is_done
         except FAILURES as error:
@@ -148,29 +154,39 @@ class Batch:
             outcome=Outcome.UNKNOWN,
         )
 
-    async def _carry_out(self, planned: Sequence[Planned]) -> bool:
+    async def _carry_out(self, planned: Sequence[Planned], patience: Patience) -> bool:
         self._is_sent = True
-        is_done = await carry_out(self._link, planned, self._writer)
+        with self._link.attempt(patience):
+            is_done = await carry_out(self._link, planned, self._writer)
         self._is_sent = False
         return is_done
 
-    async def _transact(self, planned: Sequence[Planned]) -> bool:
+    async def _transact(self, planned: Sequence[Planned], patience: Patience) -> bool:
         async with self._link.mongo.start_session() as session:
             await session.start_transaction(
                 read_concern=ReadConcern("snapshot"),
                 write_concern=self._link.journalled if self._is_money else ACKNOWLEDGED,
                 read_preference=ReadPreference.PRIMARY,
             )
-            if not await self._write(planned, session):
-                await session.abort_transaction()
-                return False
-            crashpoint("mongo.after_transaction_writes")
             try:
-                await session.commit_transaction()
-            except FAILURES as error:
-                self._is_sent = self._is_sent or may_have_happened(error)
-                raise
-        return True
+                with self._link.attempt(patience):
+                    if await self._write(planned, session):
+                        crashpoint("mongo.after_transaction_writes")
+                        await self._commit(session)
+                        return True
+            finally:
+                # Not left to time: until then the server would keep others from these documents.
+                if session.in_transaction:
+                    with pymongo.timeout(_ABORT_SECONDS):
+                        await session.abort_transaction()
+        return False
+
+    async def _commit(self, session: AsyncClientSession) -> None:
+        try:
+            await session.commit_transaction()
+        except FAILURES as error:
+            self._is_sent = self._is_sent or may_have_happened(error)
+            raise
 
     async def _write(self, planned: Sequence[Planned], session: AsyncClientSession) -> bool:
         """False if a document was not as planned."""

@@ -7,9 +7,11 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractContextManager
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import pymongo
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import ConfigurationError, InvalidURI, PyMongoError
@@ -19,7 +21,7 @@ from pymongo.write_concern import WriteConcern
 
 from backtest_kit.errors import Outcome
 from backtest_kit.persist.backends.mongo_documents import Document
-from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, translate
+from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, may_have_happened, translate
 from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.turns import Turns
@@ -96,19 +98,29 @@ class Link:
     def patience(self) -> Patience:
         return Patience(self.settings.CC_MONGO_OPERATION_TIMEOUT_MS / 1000)
 
+    def attempt(self, patience: Patience) -> AbstractContextManager[None]:
+        """Within it the driver, with all that it tries again by itself, is as patient as one attempt may be."""
+        seconds = min(patience.left, self.settings.CC_MONGO_SOCKET_TIMEOUT_MS / 1000)
+        context: AbstractContextManager[None] = pymongo.timeout(seconds)
+        return context
+
     async def ask(self, doing: str, question: Callable[[], Awaitable[T]], patience: Patience | None = None) -> T:
-        """The answer to something that may be asked twice; asked again while the failure can heal and there is time.
+        """The answer to something that may be done twice; asked again while the failure can heal and there is time.
 
         Raises:
             RetryLater, UserError, OutOfSpace: it cannot, or the time is up.
         """
         patience = patience or self.patience()
+        outcome = Outcome.NOT_DONE
         while True:
             try:
-                return await question()
+                with self.attempt(patience):
+                    return await question()
             except FAILURES as error:
+                if may_have_happened(error):
+                    outcome = Outcome.UNKNOWN
                 if not heals(error) or patience.is_over:
-                    raise self.failure(error, doing) from error
+                    raise self.failure(error, doing, outcome) from error
                 await patience.pause()
 
     def failure(self, error: BaseException, doing: str, outcome: Outcome = Outcome.NOT_DONE) -> Exception:
