@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any, Final
 
+from bson.int64 import Int64
 from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
@@ -295,6 +296,8 @@ class _Putting:
         self._doing = f"write a {change.contract.name}"
         self._is_sent = False
         """Whether the server was sent the write and gave no answer."""
+        self._first_tick = 0
+        """That of the first attempt."""
 
     async def run(self) -> Record:
         patience = self._link.patience()
@@ -341,11 +344,15 @@ class _Putting:
     async def _update(self, expect: Expect) -> Document | None:
         """The one round trip: id and new revision, or None if the document is not as expected."""
         collection = self._link.collection(self._change.contract)
+        tick = self._link.next_tick()
+        self._first_tick = self._first_tick or tick
+        # A request may reach the server long after its connection was given up. Then it must not undo a later one.
+        wanted = {**matching(self._change.name, expect), "tick": {"$not": {"$gte": Int64(tick)}}}
         crashpoint("mongo.before_write")
         try:
             return await collection.find_one_and_update(
-                matching(self._change.name, expect),
-                update_of(self._change, self._writer, self._link.next_tick()),
+                wanted,
+                update_of(self._change, self._writer, tick),
                 projection=["rev"],
                 upsert=isinstance(expect, str),
                 return_document=ReturnDocument.AFTER,
@@ -358,6 +365,7 @@ class _Putting:
         found = await self._look()
         if found is not None and found.get("writer") == self._writer:
             return record_of_change(self._change, found["rev"])
+        self._link.saw_tick(found)
         contract = self._change.contract
         current = await self._store._record(self._link, contract, self._change.name, found)
         record, changed = decide(self._change.write, current)
@@ -370,11 +378,11 @@ class _Putting:
         """What must still hold for a write of unknown outcome to be sent again: nobody else was there meanwhile."""
         if found is None:
             return ABSENT
-        if self._link.is_mine(found.get("writer")):
+        if self._link.saw_tick(found) < self._first_tick:
             return int(found["rev"])
         raise RetryLater(
             f"cannot {self._doing}: the connection to MongoDB was lost, and another process has written the record "
-            "since or had before: read it again",
+            "since: read it again",
             outcome=Outcome.UNKNOWN,
         )
 

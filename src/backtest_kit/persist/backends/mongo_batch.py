@@ -39,7 +39,7 @@ from backtest_kit.persist.writing import decide
 
 _DOING: Final = "write a batch"
 _ABORT_SECONDS: Final = 0.1
-"""How long a server that may be gone is told to forget a transaction, when the time of the batch may be up."""
+"""How long a server is told to forget a transaction, at least; the time of the batch may be up."""
 
 
 class Batch:
@@ -53,6 +53,8 @@ class Batch:
         self._is_money = any(change.contract.durability is Durability.MONEY for change in changes)
         self._is_sent = False
         """Whether the server was told to decide and gave no answer."""
+        self._first_tick = 0
+        """Below every tick of its first attempt, and of none before."""
         self.done: list[Planned] = []
         """What was written."""
 
@@ -81,6 +83,7 @@ class Batch:
             planned = await self._plan(patience)
             if not planned:
                 return True
+            self._first_tick = self._first_tick or self._link.next_tick()
             act = self._transact if self._link.has_transactions else self._carry_out
             is_done = await act(planned, patience)
             self.done = planned if is_done else []
@@ -105,6 +108,7 @@ class Batch:
         planned = []
         for change, document in zip(self._changes, documents, strict=True):
             document, current = await self._record(change, document, patience)
+            self._link.saw_tick(document)
             _, changed = decide(change.write, current)
             if changed:
                 identity = ObjectId() if document is None else document["_id"]
@@ -143,14 +147,14 @@ class Batch:
             raise await mongo_damage.block(self._link, change.contract, document, error) from None
 
     def _was_done(self, documents: Sequence[Document | None]) -> bool:
-        writers = [document.get("writer") for document in documents if document is not None]
-        if self._writer in writers:
+        if any(document is not None and document.get("writer") == self._writer for document in documents):
             return True
-        if all(self._link.is_mine(writer) for writer in writers):
+        # Had it been done, each would have a later tick than its first attempt, whoever wrote it since.
+        if any(self._link.saw_tick(document) < self._first_tick for document in documents):
             return False
         raise RetryLater(
-            f"cannot {_DOING}: the connection to MongoDB was lost, and another process has written one of its records "
-            "since or had before: read them again",
+            f"cannot {_DOING}: the connection to MongoDB was lost, and another process has written its records "
+            "since: read them again",
             outcome=Outcome.UNKNOWN,
         )
 
@@ -177,7 +181,7 @@ class Batch:
             finally:
                 # Not left to time: until then the server would keep others from these documents.
                 if session.in_transaction:
-                    with pymongo.timeout(_ABORT_SECONDS):
+                    with pymongo.timeout(max(_ABORT_SECONDS, patience.left)):
                         await session.abort_transaction()
         return False
 

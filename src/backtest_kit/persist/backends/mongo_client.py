@@ -70,14 +70,18 @@ class Link:
         self._writes += 1
         return f"{self.owner}:{self._writes}"
 
-    def is_mine(self, writer: object) -> bool:
-        """Whether a write of this link has left that name."""
-        return isinstance(writer, str) and writer.startswith(f"{self.owner}:")
-
     def next_tick(self) -> int:
-        """Grows with every write."""
+        """Grows with every write, and is above every one that was seen."""
         self._tick = max(self._tick + 1, time.time_ns() // 1000)
         return self._tick
+
+    def saw_tick(self, document: Document | None) -> int:
+        """The tick of a document, 0 if it has none. Another process, whose clock may be ahead, may have written it."""
+        tick = None if document is None else document.get("tick")
+        if not isinstance(tick, int):
+            return 0
+        self._tick = max(self._tick, tick)
+        return tick
 
     def collection(self, contract: Contract) -> AsyncCollection[Document]:
         """The documents of a contract, as safe as its durability asks."""
