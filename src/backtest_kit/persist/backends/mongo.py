@@ -243,7 +243,7 @@ class MongoStore:
         async def question() -> list[Document]:
             return await link.collection(contract).find(wanted, fields, sort=sort, limit=limit or 0).to_list()
 
-        return await link.ask(f"list {contract.collection}", question)
+        return await link.ask(f"list {contract.collection}", question, in_parts=True)
 
     async def _record(
         self, link: Link, contract: Contract, name: Document | None, document: Document | None
@@ -303,7 +303,7 @@ class _Putting:
         patience = self._link.patience()
         while True:
             try:
-                with self._link.attempt(patience):
+                async with asyncio.timeout(patience.left):
                     record = await self._attempt()
             except FAILURES as error:
                 self._is_sent = self._is_sent or may_have_happened(error)

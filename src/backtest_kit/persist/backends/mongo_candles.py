@@ -63,7 +63,7 @@ class MongoCandleStore:
             )
             return [cast(bytes, batch) async for batch in cursor]
 
-        batches = await link.ask(f"read candles of {series.symbol}", question)
+        batches = await link.ask(f"read candles of {series.symbol}", question, in_parts=True)
         return CandleSeries.concat([_columns(batch, series) for batch in batches if batch])
 
     async def write(self, series: SeriesKey, candles: CandleSeries) -> int:
@@ -90,7 +90,7 @@ class MongoCandleStore:
         written = 0
         # One writer of a series at a time: of two who offer the same candles, one is first with all of them.
         async with link.turns.hold([(_CANDLE.name, self._namespace, series)]):
-            stored = await link.ask(doing, partial(_stored, link, name, candles))
+            stored = await link.ask(doing, partial(_stored, link, name, candles), in_parts=True)
             new = candles.take(~np.isin(candles.timestamp, stored))
             for start in range(0, len(new), _CHUNK):
                 documents = _documents(name, new[start : start + _CHUNK])

@@ -7,11 +7,9 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AbstractContextManager
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-import pymongo
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.errors import ConfigurationError, InvalidURI, PyMongoError
@@ -102,14 +100,17 @@ class Link:
     def patience(self) -> Patience:
         return Patience(self.settings.CC_MONGO_OPERATION_TIMEOUT_MS / 1000)
 
-    def attempt(self, patience: Patience) -> AbstractContextManager[None]:
-        """Within it the driver, with all that it tries again by itself, is as patient as one attempt may be."""
-        seconds = min(patience.left, self.settings.CC_MONGO_SOCKET_TIMEOUT_MS / 1000)
-        context: AbstractContextManager[None] = pymongo.timeout(seconds)
-        return context
-
-    async def ask(self, doing: str, question: Callable[[], Awaitable[T]], patience: Patience | None = None) -> T:
+    async def ask(
+        self,
+        doing: str,
+        question: Callable[[], Awaitable[T]],
+        patience: Patience | None = None,
+        *,
+        in_parts: bool = False,
+    ) -> T:
         """The answer to something that may be done twice; asked again while the failure can heal and there is time.
+
+        Where the answer comes in parts, however many, the server may take the time for each of them.
 
         Raises:
             RetryLater, UserError, OutOfSpace: it cannot, or the time is up.
@@ -118,7 +119,9 @@ class Link:
         outcome = Outcome.NOT_DONE
         while True:
             try:
-                with self.attempt(patience):
+                if in_parts:
+                    return await question()
+                async with asyncio.timeout(patience.left):
                     return await question()
             except FAILURES as error:
                 if may_have_happened(error):
@@ -195,9 +198,11 @@ def _client(settings: MongoSettings) -> AsyncMongoClient[Document]:
     wanted: dict[str, Any] = {
         "serverSelectionTimeoutMS": settings.CC_MONGO_SERVER_SELECTION_TIMEOUT_MS,
         "connectTimeoutMS": settings.CC_MONGO_CONNECT_TIMEOUT_MS,
-        "socketTimeoutMS": settings.CC_MONGO_SOCKET_TIMEOUT_MS,
+        "socketTimeoutMS": min(settings.CC_MONGO_SOCKET_TIMEOUT_MS, settings.CC_MONGO_OPERATION_TIMEOUT_MS),
         "maxPoolSize": settings.CC_MONGO_POOL_SIZE,
         "appname": "backtest-kit",
+        # What was not answered is asked again here, for as long as there is time, and not once more behind our back.
+        "retryReads": False,
     }
     given = {name.lower() for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True)}
     options = {name: value for name, value in wanted.items() if name.lower() not in given}

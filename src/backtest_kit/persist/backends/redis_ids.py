@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
@@ -18,6 +19,8 @@ from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
 
 _FAILURES_TO_OPEN: Final = 3
 _PAUSE_SECONDS: Final = 5.0
+_SCAN: Final = 1_000
+"""Names looked at in one request."""
 
 _log = logging.getLogger("backtest_kit.mongo")
 
@@ -81,6 +84,8 @@ class IdCache:
         """
         seconds = settings.CC_REDIS_TIMEOUT_MS / 1000
         self.prefix: Final = f"{settings.CC_REDIS_PREFIX}:{database}:"
+        self.pattern: Final = re.sub(r"([\[\]*?\\^])", r"\\\1", self.prefix) + "*"
+        """What matches the names of this cache and no others."""
         self._ttl_seconds = settings.CC_REDIS_TTL_SECONDS
         self._timeout_seconds = seconds
         where = mask(settings.redis_url)
@@ -129,6 +134,18 @@ class IdCache:
     async def drop(self, name: str) -> None:
         """Forget a name."""
         await self._ask(self._answers, lambda: self.client.delete(self.prefix + name))
+
+    async def forget(self) -> int:
+        """Remove every entry of this database, and nothing else; return how many those were.
+
+        Raises:
+            RedisError: Redis does not do it.
+        """
+        count = 0
+        names = [name async for name in self.client.scan_iter(match=self.pattern, count=_SCAN)]
+        for start in range(0, len(names), _SCAN):
+            count += await self.client.unlink(*names[start : start + _SCAN])
+        return count
 
     async def close(self) -> None:
         try:
