@@ -50,31 +50,49 @@ from .errors import (
 from .kit import (
     Kit as Kit,
 )
+from .live import (
+    Live as Live,
+)
 from .market import (
     sources as sources,
+)
+from .market.clock import (
+    AcceleratedClock as AcceleratedClock,
+    Clock as Clock,
+    SteppedClock as SteppedClock,
+    SystemClock as SystemClock,
 )
 from .model.candle import (
     CandleSeries as CandleSeries,
 )
 from .model.event import (
     BreakevenReached as BreakevenReached,
+    ClockJumped as ClockJumped,
+    Degraded as Degraded,
     EntryCancelled as EntryCancelled,
     EntryScheduled as EntryScheduled,
     EntryWaiting as EntryWaiting,
     Event as Event,
     FallReached as FallReached,
+    Healed as Healed,
     Identity as Identity,
     LevelReached as LevelReached,
     MarketEvent as MarketEvent,
+    MinutesMissed as MinutesMissed,
+    OrderFailed as OrderFailed,
+    OrphanFound as OrphanFound,
+    Paused as Paused,
     PeakReached as PeakReached,
     PositionActive as PositionActive,
     PositionChanged as PositionChanged,
     PositionClosed as PositionClosed,
     PositionOpened as PositionOpened,
     Progress as Progress,
+    Recovered as Recovered,
     RiskRejected as RiskRejected,
     RunDone as RunDone,
     RunFailed as RunFailed,
+    StrategyFailed as StrategyFailed,
 )
 from .model.position import (
     Entry as Entry,
@@ -119,12 +137,25 @@ from .persist_adapters import (
     PersistStorageAdapter as PersistStorageAdapter,
     PersistStrategyAdapter as PersistStrategyAdapter,
 )
+from .records import (
+    sinks as sinks,
+)
+from .records.log import (
+    Log as Log,
+    LogLine as LogLine,
+)
 from .records.memory import (
     Memory as Memory,
     MemoryEntry as MemoryEntry,
 )
+from .records.notification import (
+    Notification as Notification,
+)
 from .records.session import (
     Session as Session,
+)
+from .records.signals import (
+    StoredSignal as StoredSignal,
 )
 from .records.state import (
     State as State,
@@ -153,6 +184,10 @@ from .run.desk import (
     CommandOutcome as CommandOutcome,
     EntryView as EntryView,
     PositionView as PositionView,
+)
+from .run.live import (
+    LiveHandle as LiveHandle,
+    LiveStatus as LiveStatus,
 )
 from .run.risk import (
     ActivePosition as ActivePosition,

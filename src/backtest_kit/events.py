@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from types import TracebackType
@@ -243,8 +243,16 @@ class EventBus:
         """Whether anyone would get such an event. The answer holds as long as `version` does."""
         return any(each.wants(kind, symbol, strategy_name) for each in self._current())
 
-    async def emit(self, event: Event, ctx: object = None) -> None:
+    async def emit(
+        self,
+        event: Event,
+        ctx: object = None,
+        *,
+        failed: Callable[[str, Exception], Awaitable[None]] | None = None,
+    ) -> None:
         """Hand an event to all who want it, one after the other in the order of their registration.
+
+        `failed` is told of a handler's error, by the handler's name; where it does not raise, the others go on.
 
         Raises:
             UserError: a handler would wait for itself, because it led to this event and wants it too.
@@ -258,7 +266,12 @@ class EventBus:
                 if not subscription.live:
                     continue
                 self._end(subscription)
-            await subscription.deliver(event, ctx)
+            try:
+                await subscription.deliver(event, ctx)
+            except Exception as error:
+                if failed is None:
+                    raise
+                await failed(f"handler {subscription.name}", error)
 
     def close(self) -> None:
         """End all handlers and streams. What a stream holds can still be read."""

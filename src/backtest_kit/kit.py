@@ -9,8 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from backtest_kit.broker.base import Broker
 from backtest_kit.errors import UserError
 from backtest_kit.events import EventBus, EventStream, Handler
+from backtest_kit.market.clock import Clock
 from backtest_kit.market.sources import CandleSource
 from backtest_kit.model.event import Event
 from backtest_kit.persist.contracts import CONTRACTS
@@ -39,6 +41,7 @@ from backtest_kit.settings import Settings, from_environment, with_settings
 
 if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
+    from backtest_kit.run.live import LiveRunner
 
 E = TypeVar("E", bound=Event)
 
@@ -63,10 +66,12 @@ class Kit:
         self._settings: Settings | None = None
         self._persistence: Persistence | None = None
         self._files_in_use = False
-        self.records = Records(lambda: self.persistence)
+        self.records = Records(lambda: self.persistence, self.get_config)
+        self._live: LiveRunner | None = None
+        self._feeds = Feeds(self._registry, self._candle_store, self._now_ms)
         self.backtest = BacktestRunner(
             self._registry,
-            Feeds(self._registry, self._candle_store, self._now_ms),
+            self._feeds,
             self._bus,
             self._cron,
             self.records,
@@ -76,6 +81,24 @@ class Kit:
         )
 
         self.walker = Walker(self.backtest, lambda: self._dump / "walker")
+
+    @property
+    def live(self) -> LiveRunner:
+        """Runs strategies on a market as it goes on, with real orders or on paper."""
+        if self._live is None:
+            from backtest_kit.run.live import LiveRunner
+
+            self._live = LiveRunner(
+                self._registry,
+                self._feeds,
+                self._bus,
+                self._cron,
+                self.records,
+                lambda: self.persistence,
+                self.get_config,
+                lambda: self._dump,
+            )
+        return self._live
 
     @property
     def dump(self) -> Path:
@@ -105,22 +128,34 @@ class Kit:
         return self._persistence
 
     async def close(self) -> None:
-        """Flush and close every store that was used."""
+        """Deliver and write down what waits, then flush and close every store that was used."""
+        await self.records.close()
         if self._persistence is not None:
             await self._persistence.close()
 
     def add_exchange_schema(
-        self, exchange_name: str, *, source: CandleSource, note: str = "", replace: bool = False
+        self,
+        exchange_name: str,
+        *,
+        source: CandleSource,
+        broker: Broker | None = None,
+        clock: Clock | None = None,
+        note: str = "",
+        replace: bool = False,
     ) -> None:
         """Register an exchange and where its candles come from: one of `backtest_kit.sources`.
 
         Candles of a source that is not a local file are kept under the exchange's name, so one name
         stands for one market. `replace=True` overwrites an exchange of that name.
 
+        Args:
+            broker: What carries the orders of live runs to the venue; paper runs and backtests need none.
+            clock: What time it is there; the wall clock of this machine if left out.
+
         Raises:
-            UserError: the name is taken or empty, or `source` is no source.
+            UserError: the name is taken or empty, or one of the others is no such thing.
         """
-        self._registry.exchanges.add(exchange_schema(exchange_name, source, note), replace=replace)
+        self._registry.exchanges.add(exchange_schema(exchange_name, source, broker, clock, note), replace=replace)
 
     def add_frame_schema(
         self,

@@ -57,6 +57,35 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Profit beyond the round trip of costs at which a stop may go to breakeven, in percent. At least 0."""
     CC_POSITION_ENTRY_COST: float = 100.0
     """Cost of a position whose signal names none, in quote currency. Above 0."""
+    CC_ORDER_OPEN_RETRY_ATTEMPTS: int = 5
+    """How often an order to open or to rest an entry is sent again before it is given up. At least 0."""
+    CC_ORDER_CLOSE_RETRY_ATTEMPTS: int = 5
+    """How often an order to close or to cancel is sent again before each further failure is an alarm; it is
+    never given up. At least 0."""
+    CC_ORDER_CHECK_RETRY_ATTEMPTS: int = 5
+    """How often in a row the venue may fail to tell how an order stands before that is an alarm. At least 0."""
+    CC_RETENTION_LOG_DAYS: float = 30.0
+    """How long lines of the log are kept, in days; `inf` is for ever. Above 0, like all that follow."""
+    CC_RETENTION_LOG_COUNT: float = math.inf
+    """How many lines of the log are kept, the newest ones."""
+    CC_RETENTION_NOTIFICATION_DAYS: float = 90.0
+    """How long notifications are kept, in days."""
+    CC_RETENTION_NOTIFICATION_COUNT: float = math.inf
+    """How many notifications are kept, the newest ones."""
+    CC_RETENTION_STORAGE_DAYS: float = math.inf
+    """How long a signal is kept after its last change, in days."""
+    CC_RETENTION_STORAGE_COUNT: float = math.inf
+    """How many signals are kept, those that changed last."""
+    CC_RETENTION_MEASURE_DAYS: float = math.inf
+    """How long a cached answer is kept, in days."""
+    CC_RETENTION_INTERVAL_DAYS: float = 90.0
+    """How long it is remembered that the work of a window was done, in days."""
+    CC_RETENTION_REMOVED_DAYS: float = 90.0
+    """How long a removed record is kept for those who ask what was removed, in days."""
+    CC_RETENTION_RUN_DAYS: float = 30.0
+    """How long the records of a backtest's run are kept after its last write, in days."""
+    CC_RETENTION_RUN_COUNT: float = 100.0
+    """The records of how many runs are kept, those that wrote last."""
 
 
 _AT_LEAST: Final[dict[str, float]] = {
@@ -74,8 +103,14 @@ _AT_LEAST: Final[dict[str, float]] = {
     "CC_MAX_CANDLES_PER_REQUEST": 1,
     "CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR": 1,
     "CC_GET_CANDLES_MIN_CANDLES_FOR_MEDIAN": 1,
+    "CC_ORDER_OPEN_RETRY_ATTEMPTS": 0,
+    "CC_ORDER_CLOSE_RETRY_ATTEMPTS": 0,
+    "CC_ORDER_CHECK_RETRY_ATTEMPTS": 0,
 }
-_ABOVE_ZERO: Final = ("CC_MAX_SIGNAL_GENERATION_SECONDS", "CC_POSITION_ENTRY_COST")
+_RETENTION: Final = tuple(
+    field.name for field in msgspec.structs.fields(Settings) if field.name.startswith("CC_RETENTION_")
+)
+_ABOVE_ZERO: Final = ("CC_MAX_SIGNAL_GENERATION_SECONDS", "CC_POSITION_ENTRY_COST", *_RETENTION)
 _BOOLEANS: Final = {
     "true": True,
     "1": True,
@@ -152,7 +187,7 @@ def _problems(settings: Settings) -> list[str]:
     problems += [
         f"{name} is {value:g}: it must be finite"
         for name, value in values.items()
-        if math.isinf(value) and name != lifetime
+        if math.isinf(value) and name not in (lifetime, *_RETENTION)
     ]
     if not math.isinf(values[lifetime]) and not values[lifetime].is_integer():
         problems.append(f"{lifetime} is {values[lifetime]:g}: it must be whole minutes, or inf")

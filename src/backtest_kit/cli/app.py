@@ -174,6 +174,85 @@ def report(
 
 @app.command(
     epilog="Examples:\n\n"
+    "  backtest-kit log --follow --symbol BTCUSDT --level warning\n\n"
+    "  backtest-kit log --run 20240601-101500-1a2b3c4d -n 1000 > run.jsonl"
+)
+def log(
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with what is said from now on.")] = False,
+    symbol: options.OnlySymbol = None,
+    strategy: options.OnlyStrategy = None,
+    level: Annotated[
+        str, typer.Option("--level", metavar="debug|info|warning|error", help="Of this level or a higher one.")
+    ] = "info",
+    since: options.Since = None,
+    mode: options.RecordMode = "live",
+    run: options.RunId = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="How many of the last lines.")] = 50,
+    as_json: options.AsJson = False,
+    store: Annotated[
+        str | None, typer.Option("--store", metavar="URL", help="Where the log is; by default in the files of ./dump.")
+    ] = None,
+) -> None:
+    """Show the log: readable on a terminal, otherwise a line of JSON for each line."""
+    from backtest_kit.cli.log import run_log
+
+    run_log(
+        store,
+        mode=mode,
+        run_id=run,
+        symbol=symbol,
+        strategy_name=strategy,
+        level=level,
+        since=since,
+        limit=limit,
+        follow=follow,
+        as_json=as_json,
+    )
+
+
+records_app = typer.Typer(
+    help="Look at what runs remember: signals, notifications, state, memory, the log.",
+    no_args_is_help=True,
+    epilog="Every verb takes --store file:DIR or --store sqlite:FILE; without it, $CC_STORE, or else file:./dump.",
+)
+app.add_typer(records_app, name="records")
+
+
+@records_app.command("ls", epilog="Example: backtest-kit records ls storage --symbol BTCUSDT --since 2024-06-01")
+def records_ls(
+    contract: Annotated[str | None, typer.Argument(help="Such as storage; without it, how many of each.")] = None,
+    symbol: options.OnlySymbol = None,
+    strategy: options.OnlyStrategy = None,
+    mode: options.RecordMode = "live",
+    run: options.RunId = None,
+    since: options.Since = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many records at most.")] = 50,
+    as_json: options.AsJson = False,
+    store: options.StoreUrl = options.DEFAULT_STORE,
+) -> None:
+    """List records, newest first."""
+    from backtest_kit.cli.records import Filter, run_ls, since_ms
+
+    run_ls(store, contract, mode, run, Filter(symbol, strategy, since_ms(since)), limit, as_json)
+
+
+@records_app.command("show", epilog="Example: backtest-kit records show storage live/BTCUSDT-202406010915-1a2b3c4d")
+def records_show(
+    contract: Annotated[str, typer.Argument(help="Such as storage or notification.")],
+    key: Annotated[str, typer.Argument(help="The whole key, as `records ls` shows it.")],
+    mode: options.RecordMode = "live",
+    run: options.RunId = None,
+    as_json: options.AsJson = False,
+    store: options.StoreUrl = options.DEFAULT_STORE,
+) -> None:
+    """Show one record whole."""
+    from backtest_kit.cli.records import run_show
+
+    run_show(store, contract, key, mode, run, as_json)
+
+
+@app.command(
+    epilog="Examples:\n\n"
     "  backtest-kit venue\n\n"
     "  backtest-kit venue --start 2024-01-01 --speed 60 --symbols BTCUSDT,SOLUSDT --state venue.jsonl\n\n"
     "  backtest-kit venue --candles btc-2022.csv.gz --symbols BTCUSDT --speed 600 "
@@ -253,8 +332,8 @@ def doctor(
 store_app = typer.Typer(
     help="Look at what is kept, check it, move it.",
     no_args_is_help=True,
-    epilog="Every verb but migrate takes --store file:DIR or --store sqlite:FILE; without it, $CC_STORE, or else "
-    "file:./dump.",
+    epilog="Every verb but migrate takes --store file:DIR, sqlite:FILE or mongodb://HOST/NAME; without it, $CC_STORE, "
+    "or else file:./dump.",
 )
 quarantine_app = typer.Typer(help="What could not be read, and is kept until you decide.", no_args_is_help=True)
 store_app.add_typer(quarantine_app, name="quarantine")
@@ -295,6 +374,14 @@ def du(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
     from backtest_kit.cli.store import run_du
 
     run_du(store)
+
+
+@store_app.command(epilog="Example: CC_RETENTION_LOG_DAYS=7 backtest-kit store compact")
+def compact(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
+    """Forget what the CC_RETENTION_* settings say is too old; `store du` shows what that is. Trading may go on."""
+    from backtest_kit.cli.store import run_compact
+
+    run_compact(store)
 
 
 @store_app.command()

@@ -51,13 +51,23 @@ Exchange = Annotated[
 Trades = Annotated[int, typer.Option("--trades", min=0, metavar="N", help="How many of the last trades to print.")]
 StoreUrl = Annotated[
     str,
-    typer.Option("--store", envvar="CC_STORE", metavar="URL", help="Which store: file:DIR or sqlite:FILE."),
+    typer.Option(
+        "--store", envvar="CC_STORE", metavar="URL", help="Which store: file:DIR, sqlite:FILE or mongodb://HOST/NAME."
+    ),
 ]
 DEFAULT_STORE = "file:./dump"
 Namespace = Annotated[
     str, typer.Option("--namespace", metavar="NAME", help="Such as paper; without it, the records of live trading.")
 ]
 ContractName = Annotated[str, typer.Argument(help="Such as signal, risk or log; `store du` shows which there are.")]
+OnlySymbol = Annotated[str | None, typer.Option("--symbol", "-s", help="Only of this symbol.")]
+OnlyStrategy = Annotated[str | None, typer.Option("--strategy", metavar="NAME", help="Only of this strategy.")]
+Since = Annotated[
+    str | None, typer.Option("--since", metavar="TIME", help="Only from this moment on, such as 2024-06-01T09:15.")
+]
+RecordMode = Annotated[str, typer.Option("--mode", metavar="live|paper", help="Of live trading, or on paper.")]
+RunId = Annotated[str | None, typer.Option("--run", metavar="ID", help="Of this run of a backtest: `result.run_id`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="A line of JSON for each, for programs.")]
 QuarantinePath = Annotated[str, typer.Argument(help="The path that `store quarantine list` shows.")]
 
 

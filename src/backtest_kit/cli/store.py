@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -17,8 +18,10 @@ from backtest_kit.errors import UserError
 from backtest_kit.model.interval import iso
 from backtest_kit.persist import operations, transfer
 from backtest_kit.persist.contracts import contract
+from backtest_kit.persist.retention import Expired, compact, retention_of
 from backtest_kit.persist.store import Record, Store
 from backtest_kit.persist.urls import shown, store_at
+from backtest_kit.settings import from_environment
 
 T = TypeVar("T")
 
@@ -32,7 +35,7 @@ def run_ls(url: str, namespace: str, contract_name: str, prefix: str, limit: int
         return [record async for record in found]
 
     rows = table("Key", "Rev", "When", "Value")
-    for record in _with_store(url, read):
+    for record in with_store(url, read):
         value = json.dumps(record.value, ensure_ascii=False)
         add(
             rows,
@@ -47,7 +50,7 @@ def run_ls(url: str, namespace: str, contract_name: str, prefix: str, limit: int
 def run_get(url: str, namespace: str, contract_name: str, key_text: str) -> None:
     row = contract(contract_name)
     key = operations.key_from_text(row, key_text)
-    record = _with_store(url, lambda store: operations.get(store.within(namespace), row, key))
+    record = with_store(url, lambda store: operations.get(store.within(namespace), row, key))
     if record is None:
         raise UserError(f"{contract_name} has no record {key_text!r}: see backtest-kit store ls {contract_name}")
     shown = {
@@ -62,8 +65,17 @@ def run_get(url: str, namespace: str, contract_name: str, key_text: str) -> None
 
 
 def run_du(url: str) -> None:
-    rows = table("Namespace", "Contract", "Records", "Removed", "Bytes", "Fault")
-    for usage in _with_store(url, operations.du):
+    retention = retention_of(from_environment(os.environ))
+
+    async def read(store: Store) -> tuple[list[operations.Usage], list[Expired]]:
+        return await operations.du(store), await compact(store, retention, look_only=True)
+
+    usages, expired = with_store(url, read)
+    too_old = {(each.namespace, each.contract): each for each in expired}
+    rows = table("Namespace", "Contract", "Records", "Removed", "Bytes", "Too old", "Fault")
+    for usage in usages:
+        old = too_old.get((usage.namespace, usage.contract))
+        whole = (usage.namespace, "") in too_old
         add(
             rows,
             "/".join(usage.namespace) or "(live)",
@@ -71,14 +83,31 @@ def run_du(url: str) -> None:
             f"{usage.records:,}",
             f"{usage.removed:,}",
             f"{usage.size:,}",
+            "all" if whole else f"{old.records:,}" if old else "",
             usage.fault or "",
         )
     console().print(rows)
+    if expired:
+        say(f"`backtest-kit store compact` would forget {_sum(expired)}, by CC_RETENTION_*.")
+
+
+def run_compact(url: str) -> None:
+    """Forget what is too old by the settings of the environment."""
+    retention = retention_of(from_environment(os.environ))
+    expired = with_store(url, lambda store: compact(store, retention), existing=False)
+    for each in expired:
+        what = "/".join(filter(None, (*each.namespace, each.contract))) or "(live)"
+        say(f"{what}: {each.fault}" if each.fault else f"{what}: {each.records:,} records, {each.size:,} bytes")
+    say(f"{shown(url)}: {_sum(expired)} forgotten." if expired else f"{shown(url)}: nothing is too old.")
+
+
+def _sum(expired: list[Expired]) -> str:
+    return f"{sum(each.records for each in expired):,} records of {sum(each.size for each in expired):,} bytes"
 
 
 def run_check(url: str, deep: bool) -> int:
     """Print what is wrong; the exit code is 1 if anything is."""
-    findings = _with_store(url, lambda store: operations.check(store, deep=deep))
+    findings = with_store(url, lambda store: operations.check(store, deep=deep))
     for finding in findings:
         say(f"{finding.path}: {finding.problem}")
     many = "1 problem" if len(findings) == 1 else f"{len(findings):,} problems"
@@ -89,35 +118,35 @@ def run_check(url: str, deep: bool) -> int:
 
 def run_quarantine_list(url: str) -> None:
     rows = table("Path", "Contract", "Key", "Found", "Reason")
-    for each in _with_store(url, operations.quarantine_list):
+    for each in with_store(url, operations.quarantine_list):
         key = "/".join(map(str, each.key)) if each.key else "-"
         add(rows, each.path, each.contract or "-", key, iso(each.found_at), each.reason)
     console().print(rows)
 
 
 def run_quarantine_restore(url: str, path: str) -> None:
-    _with_store(url, lambda store: operations.quarantine_restore(store, path), existing=False)
+    with_store(url, lambda store: operations.quarantine_restore(store, path), existing=False)
     say(f"{path} is back in its place.")
 
 
 def run_quarantine_drop(url: str, path: str) -> None:
-    _with_store(url, lambda store: operations.quarantine_drop(store, path), existing=False)
+    with_store(url, lambda store: operations.quarantine_drop(store, path), existing=False)
     say(f"{path} is given up, and its key is free.")
 
 
 def run_export(url: str, file: Path) -> None:
-    counts = _with_store(url, lambda store: transfer.export_store(store, file))
+    counts = with_store(url, lambda store: transfer.export_store(store, file))
     say(f"{file}: {counts.records:,} records and {counts.candles:,} candles.")
 
 
 def run_import(url: str, file: Path) -> None:
     """Write what is in `file` into the store, which is made if it does not exist."""
-    counts = _with_store(url, lambda store: transfer.import_store(store, file), existing=False, make=True)
+    counts = with_store(url, lambda store: transfer.import_store(store, file), existing=False, make=True)
     there = f"; {counts.present:,} were there already" if counts.present else ""
     say(f"{shown(url)}: {counts.records:,} records and {counts.candles:,} candles{there}.")
 
 
-def _with_store(url: str, use: Callable[[Store], Awaitable[T]], *, existing: bool = True, make: bool = False) -> T:
+def with_store(url: str, use: Callable[[Store], Awaitable[T]], *, existing: bool = True, make: bool = False) -> T:
     async def main() -> T:
         store = store_at(url, existing=existing)
         try:

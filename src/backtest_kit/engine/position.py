@@ -10,7 +10,7 @@ import msgspec
 from backtest_kit.engine.pnl import effective_price, profit
 from backtest_kit.model.event import Identity
 from backtest_kit.model.interval import to_datetime
-from backtest_kit.model.position import CloseReason, Extreme, Position, Trade
+from backtest_kit.model.position import CloseReason, Entry, Extreme, Position, RestingEntry, Trade
 from backtest_kit.settings import Settings
 
 _NO_MARKS: Final = str.maketrans("", "", "-:T")
@@ -29,6 +29,30 @@ def make_signal_id(identity: Identity, when_ms: int) -> str:
     scope = f"{identity.symbol}\0{identity.strategy_name}\0{identity.exchange_name}"
     minute = to_datetime(when_ms).isoformat(timespec="minutes")[:16].translate(_NO_MARKS)
     return f"{symbol}-{minute}-{crc32(scope.encode()):08x}"
+
+
+def open_position(entry: RestingEntry, when_ms: int, settings: Settings) -> Position:
+    """The position that an entry becomes when it is filled at its price."""
+    entries = (Entry(entry.price_open, entry.cost, when_ms),)
+    pct, cost = profit(entry.position, entries, (), entry.price_open, settings)
+    return Position(
+        signal_id=entry.signal_id,
+        symbol=entry.symbol,
+        strategy_name=entry.strategy_name,
+        exchange_name=entry.exchange_name,
+        frame_name=entry.frame_name,
+        position=entry.position,
+        price_open=entry.price_open,
+        price_take_profit=entry.price_take_profit,
+        price_stop_loss=entry.price_stop_loss,
+        minutes=entry.minutes,
+        scheduled_at_ms=entry.scheduled_at_ms,
+        opened_at_ms=when_ms,
+        entries=entries,
+        peak=Extreme(entry.price_open, when_ms, 0.0, 0.0),
+        fall=Extreme(entry.price_open, when_ms, pct, cost),
+        note=entry.note,
+    )
 
 
 def watch(position: Position, price: float, when_ms: int, settings: Settings) -> Position:

@@ -18,8 +18,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from backtest_kit.engine.pnl import profit
-from backtest_kit.engine.position import LEVEL_STEP, close_trade, make_signal_id, watch
+from backtest_kit.engine.position import LEVEL_STEP, close_trade, make_signal_id, open_position, watch
 from backtest_kit.engine.validation import enters_now
 from backtest_kit.model.event import (
     BreakevenReached,
@@ -37,7 +36,7 @@ from backtest_kit.model.event import (
     PositionOpened,
 )
 from backtest_kit.model.interval import MINUTE_MS, floor_ms
-from backtest_kit.model.position import CloseReason, Entry, Extreme, Position, RestingEntry
+from backtest_kit.model.position import CloseReason, Position, RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.settings import Settings
 
@@ -163,26 +162,7 @@ def admit(state: Flat, signal: Signal | None, tick: Tick, rules: Rules) -> tuple
 
 
 def _open(entry: RestingEntry, slot: int, tick: Tick, rules: Rules) -> tuple[State, tuple[Event, ...]]:
-    entries = (Entry(entry.price_open, entry.cost, tick.when_ms),)
-    pct, cost = profit(entry.position, entries, (), entry.price_open, rules.settings)
-    position = Position(
-        signal_id=entry.signal_id,
-        symbol=entry.symbol,
-        strategy_name=entry.strategy_name,
-        exchange_name=entry.exchange_name,
-        frame_name=entry.frame_name,
-        position=entry.position,
-        price_open=entry.price_open,
-        price_take_profit=entry.price_take_profit,
-        price_stop_loss=entry.price_stop_loss,
-        minutes=entry.minutes,
-        scheduled_at_ms=entry.scheduled_at_ms,
-        opened_at_ms=tick.when_ms,
-        entries=entries,
-        peak=Extreme(entry.price_open, tick.when_ms, 0.0, 0.0),
-        fall=Extreme(entry.price_open, tick.when_ms, pct, cost),
-        note=entry.note,
-    )
+    position = open_position(entry, tick.when_ms, rules.settings)
     return Holding(position, slot), (
         PositionOpened(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, position=position),
     )

@@ -25,7 +25,7 @@ class History:
     volume-weighted average over candles i - price_window + 1 .. i, the price at the step that follows
     candle i. So the steps t, t + 1 min, ... read consecutive elements, and a run of steps is a slice.
 
-    `candles`, `prices` and `first_ms` are replaced together when history is prepended or appended.
+    `candles`, `prices` and `first_ms` are replaced together when history is prepended, appended or trimmed.
     Columns already taken stay as they are; take columns and their index with no `await` in between.
     """
 
@@ -41,6 +41,8 @@ class History:
         self._price_window: Final = price_window
         self._moving = asyncio.Lock()
         self._begins = False
+        self._depth_ms = DAY_MS
+        """How far back a strategy is known to look."""
         self._set(loaded.candles, vwap(loaded.candles, price_window))
 
     @classmethod
@@ -150,6 +152,18 @@ class History:
                 self._count(loaded)
                 newer = loaded.candles
                 self._join(self._candles, self._prices, newer, vwap(newer, self._price_window))
+                self._trim()
+
+    def _trim(self) -> None:
+        """Let go of what is twice as old as a strategy looks back: a run of months must not keep them all."""
+        keep = (self._depth_ms + DAY_MS) // MINUTE_MS
+        if len(self._candles) > 2 * keep:
+            self._begins = False
+            # Copies: a view would hold on to all of it.
+            self._set(
+                self._candles.take(np.arange(len(self._candles) - keep, len(self._candles))),
+                self._prices[-keep:].copy(),
+            )
 
     async def _prepend(self, start_ms: int) -> None:
         """Reach back to `start_ms` or as far as the data go."""
@@ -157,6 +171,7 @@ class History:
             # Another reader may have been here while this one waited for the lock.
             if self._begins or start_ms >= self._first_ms or start_ms < 0:
                 return
+            self._depth_ms = max(self._depth_ms, self._stop_ms - start_ms)
             # Reach further than asked: a strategy asks again at its next step, each time a bit later or deeper.
             span_ms = max(self._first_ms - start_ms, DAY_MS)
             low_ms = max(self._first_ms - span_ms, 0)

@@ -16,7 +16,7 @@ CancelReason = Literal["timeout", "price_reject", "frame_end", "user", "risk"]
 Change = Literal["reduced", "added", "stop_moved", "take_moved", "breakeven"]
 
 
-class Identity(msgspec.Struct, frozen=True):
+class Identity(msgspec.Struct, frozen=True, rename="camel"):
     """Which run something belongs to: one engine, holding at most one position or resting entry."""
 
     symbol: str
@@ -26,7 +26,7 @@ class Identity(msgspec.Struct, frozen=True):
     mode: Mode
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True):
+class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """Base of all events."""
 
     action: ClassVar[str] = ""
@@ -165,3 +165,93 @@ class RiskRejected(MarketEvent, frozen=True, kw_only=True):
     signal: Signal
     risk_name: str
     reason: str
+
+
+class Recovered(Event, frozen=True, kw_only=True):
+    """A live or paper run has begun: what it found of the run before it, and what it did about that."""
+
+    action: ClassVar[str] = "recovered"
+    position: Position | None = None
+    """The open position, as it goes on."""
+    entry: RestingEntry | None = None
+    """The resting entry, as it goes on."""
+    down_ms: int = 0
+    """How long nobody watched: since the last minute that was written down; 0 at the first start."""
+    steps: tuple[str, ...] = ()
+    """What was done, in plain words; empty where nothing was left to do."""
+
+
+class OrderFailed(Event, frozen=True, kw_only=True):
+    """An order did not go through, or nobody knows whether it did."""
+
+    action: ClassVar[str] = "order_failed"
+    kind: str
+    """What the order was for: open, place, activate, cancel, add, reduce, close, move_stop, move_take, breakeven;
+    or check, where the venue does not tell how a position or an entry stands there."""
+    client_order_id: str
+    attempt: int
+    """0 at the first call."""
+    reason: str
+    next_step: str
+    """What is done about it, in plain words."""
+    alarm: bool = False
+    """Whether somebody should look: it was refused for good, or has failed too often."""
+
+
+class StrategyFailed(Event, frozen=True, kw_only=True):
+    """Code of the user raised in a live or paper run, which goes on at the next minute."""
+
+    action: ClassVar[str] = "strategy_failed"
+    what: str
+    """get_signal, manage, a cron handler, or the name of a handler."""
+    error: Exception
+
+
+class Degraded(Event, frozen=True, kw_only=True):
+    """The store does not take writes: nothing is opened, and what is open is watched on and may close."""
+
+    action: ClassVar[str] = "degraded"
+    reason: str
+    kept: bool
+    """Whether the emergency file has what the store lacks: if not, a crash now loses it."""
+
+
+class Healed(Event, frozen=True, kw_only=True):
+    """The store has everything again, and takes writes."""
+
+    action: ClassVar[str] = "healed"
+
+
+class OrphanFound(Event, frozen=True, kw_only=True):
+    """Venue and books disagree: something is held that nobody watches, or not held that should be, or unprotected."""
+
+    action: ClassVar[str] = "orphan"
+    what: Literal["foreign_position", "missing_position", "unprotected_position"]
+    quantity: float
+    """In base currency, as the venue says."""
+    next_step: str
+    """What is done about it, in plain words."""
+
+
+class MinutesMissed(Event, frozen=True, kw_only=True):
+    """Minutes passed without a decision. They are not made up for."""
+
+    action: ClassVar[str] = "missed"
+    count: int
+    first_ms: int
+    reason: str
+
+
+class ClockJumped(Event, frozen=True, kw_only=True):
+    """Somebody set the wall clock, or the machine slept."""
+
+    action: ClassVar[str] = "clock"
+    by_ms: int
+    """Below 0 it was set back."""
+
+
+class Paused(Event, frozen=True, kw_only=True):
+    """The strategy is not asked for signals, or is again. What is open goes on either way."""
+
+    action: ClassVar[str] = "paused"
+    paused: bool

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Final, Literal, get_args
 
 from backtest_kit.errors import UserError
+from backtest_kit.persist import diagnosis
 from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
+from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, contract
 from backtest_kit.persist.store import Capability, Store, Write
 from backtest_kit.persist.upkeep import ListsNamespaces
@@ -78,6 +80,7 @@ class Persistence:
         self._bindings: dict[tuple[str, Mode | None], Store] = {}
         self._namespaces: dict[tuple[int, str], Store] = {}
         self._used: dict[int, Store] = {}
+        self._deferred: dict[str, list[Callable[[], Iterable[Write]]]] = {}
         address = (environ or {}).get("CC_STORE")
         if address:
             # The state of a program lies in one root: files are kept in the one that was named, not in ./dump.
@@ -123,7 +126,26 @@ class Persistence:
         key = (id(store), namespace)
         if key not in self._namespaces:
             self._namespaces[key] = store.within(namespace)
-        return self._namespaces[key]
+        space = self._namespaces[key]
+        if run in self._deferred and isinstance(space, MemoryStore) and store is self._homes.get(Home.MEMORY):
+            self._make_deferred(run, space)
+        return space
+
+    def in_memory(self, row: Contract, mode: Mode) -> bool:
+        """Whether `row` lies in the memory of this process, because nobody bound it elsewhere."""
+        return self._bound(row, mode) is self._homes.get(Home.MEMORY)
+
+    def defer(self, run: str, writes: Callable[[], Iterable[Write]]) -> None:
+        """Ask for writes of a backtest, all to contracts that are `in_memory`, when somebody first looks there.
+
+        Most backtests are only asked for their result, and so need not write down what nobody reads.
+        """
+        self._deferred.setdefault(run, []).append(writes)
+
+    def _make_deferred(self, run: str, memory: MemoryStore) -> None:
+        for writes in self._deferred.pop(run, ()):
+            for write in writes():
+                memory.put_now(write)
 
     async def runs(self) -> list[str]:
         """The ids of the backtests whose records are kept, sorted: by their start, where nobody has named them.
@@ -145,6 +167,13 @@ class Persistence:
         """The file store of this program, whatever is bound."""
         return self._home(Home.FILE)
 
+    def stores(self) -> list[Store]:
+        """Every store that was used or bound so far, each once, without a namespace."""
+        return list(self._all_stores().values())
+
+    def _all_stores(self) -> dict[int, Store]:
+        return {id(store): store for store in (*self._homes.values(), *self._bindings.values())} | self._used
+
     async def open(self, mode: Mode = "live") -> None:
         """Open every store that `mode` uses, so that what is wrong with one shows before the first trade.
 
@@ -155,9 +184,23 @@ class Persistence:
         self._used |= stores
         await asyncio.gather(*(store.open() for store in stores.values()))
 
+    async def require_live_grade(self, *, allow_weak: bool = False) -> None:
+        """Open the stores that keep money in live trading; do nothing more if it can be trusted to them.
+
+        Raises:
+            UserError: one is weak, which `allow_weak` lets pass, or at fault; see `diagnosis.require_live_grade`.
+            What `Store.open` of any of them raises.
+        """
+        rows = (row for row in CONTRACTS.values() if row.durability is Durability.MONEY)
+        stores = {id(store): store for store in (self._bound(row, "live") for row in rows)}
+        self._used |= stores
+        for store in stores.values():
+            await store.open()
+            await diagnosis.require_live_grade(store, allow_weak=allow_weak)
+
     async def close(self) -> None:
         """Flush and close every store that was used or bound, each once, also if one of them fails."""
-        stores = {id(store): store for store in (*self._homes.values(), *self._bindings.values())} | self._used
+        stores = self._all_stores()
         self._used.clear()
         self._namespaces.clear()
         results = await asyncio.gather(*(store.close() for store in stores.values()), return_exceptions=True)

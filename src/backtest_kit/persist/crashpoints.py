@@ -9,6 +9,9 @@ from typing import Final
 VARIABLE: Final = "BACKTEST_KIT_CRASH"
 """`name` or `name:3` in the environment kills the process when it passes that point (the third time)."""
 
+_ORDERS: Final = (
+    *("open", "place", "activate", "cancel", "add", "reduce", "close", "move_stop", "move_take", "breakeven"),
+)
 CRASHPOINTS: Final = (
     "file.after_mkdir",
     "file.after_create",
@@ -25,6 +28,8 @@ CRASHPOINTS: Final = (
     "feed.after_append",
     "feed.after_seal",
     "feed.after_compaction",
+    "feed.after_begin",
+    "feed.after_prune",
     "sqlite.after_begin",
     "sqlite.after_work",
     "sqlite.after_commit",
@@ -44,6 +49,13 @@ CRASHPOINTS: Final = (
     "mongo.between_applies",
     "mongo.after_applies",
     "mongo.after_batch",
+    *(f"live.{kind}.after_{step}" for kind in _ORDERS for step in ("intent", "broker", "commit", "emit")),
+    "live.start.after_lease",
+    "live.start.after_load",
+    "live.start.after_commit",
+    "live.start.after_resolve",
+    "live.minute.after_commit",
+    "live.emergency.after_write",
 )
 """Every point there is."""
 

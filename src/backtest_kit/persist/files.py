@@ -13,6 +13,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import stat
 import sys
 from collections import deque
@@ -198,6 +199,16 @@ class Disk:
 
     def remove(self, path: str) -> None:
         self._os.unlink(path)
+
+    def discard_directory(self, path: str) -> None:
+        """Remove a directory, if it is empty."""
+        with contextlib.suppress(OSError):
+            os.rmdir(path)  # noqa: PTH106
+
+    def remove_tree(self, path: str) -> None:
+        """Remove a directory and all that is in it. It may not exist."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
 
     def sync_file(self, path: str) -> None:
         """Make durable what was written to `path` under any descriptor; a file that is gone needs nothing."""

@@ -89,16 +89,16 @@ class Journal:
                 self.checkpoint()
                 self._spoiled = False
 
-    def entries_of_others(self, path: str) -> str | None:
-        """The journal file of another process in which there is a change of `path`, if there is one."""
+    def changed_by_others(self) -> dict[str, str]:
+        """What the journals of other processes have changes of, each with the journal file that has it."""
         with self._guard:
             own = {file.path for file in (*self._retired, *self._unfinished, *filter(None, (self._current,)))}
+        changed: dict[str, str] = {}
         for entry in self._disk.entries(self._directory):
             if entry.name.endswith(SUFFIX) and f"{self._directory}/{entry.name}" not in own:
                 with contextlib.suppress(FileNotFoundError):
-                    if any(change["path"] == path for change in _changes(self._disk.read(entry.path))):
-                        return entry.path
-        return None
+                    changed |= {change["path"]: entry.path for change in _changes(self._disk.read(entry.path))}
+        return changed
 
     def checkpoint(self) -> None:
         """Sync what the entries changed, then forget the entries.

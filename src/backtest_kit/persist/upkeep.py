@@ -1,16 +1,19 @@
-"""What a backend can tell an operator beyond its records. Optional: a store is complete without it.
+"""What a backend can do for an operator beyond keeping records. Optional: a store is complete without it.
 
-File and SQLite stores implement all of it, the memory store what lists.
+File and SQLite stores implement all of it, the memory store what lists and prunes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import msgspec
 
+from backtest_kit.errors import UserError
+from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import Record, SeriesKey
+from backtest_kit.persist.store import Key, Record, SeriesKey
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -58,6 +61,30 @@ class Upkeep(Protocol):
 
 
 @runtime_checkable
+class Prunes(Protocol):
+    """A store that can forget. What it forgets was never written: the next write of the key is revision 1."""
+
+    async def prune(self, contract: Contract, revisions: Mapping[Key, int]) -> int:
+        """Forget every key that still has the revision given for it; return how many those were.
+
+        What was written since, and what cannot be trusted, stays. A crash leaves a part of it forgotten.
+
+        Raises:
+            UserError: the contract is of money class, of which nothing is ever forgotten.
+            RetryLater, OutOfSpace: not all of it was forgotten.
+        """
+        ...
+
+    async def forget(self) -> None:
+        """Forget all that is in this namespace and in those below it. Nobody may be writing there.
+
+        Raises:
+            UserError: it is no namespace but the whole store.
+        """
+        ...
+
+
+@runtime_checkable
 class ListsNamespaces(Protocol):
     """A store that knows its namespaces."""
 
@@ -73,3 +100,15 @@ class ListsSeries(Protocol):
     async def series(self) -> list[SeriesKey]:
         """Every series that has candles."""
         ...
+
+
+def require_prunable(contract: Contract) -> None:
+    """Raise `UserError` if nothing of this contract may be forgotten."""
+    if contract.durability is Durability.MONEY:
+        raise UserError(f"{contract.name} is of money class: its records are never forgotten, write an empty value")
+
+
+def require_namespace(inside: bool) -> None:
+    """Raise `UserError` unless this is a namespace of a store."""
+    if not inside:
+        raise UserError("only a namespace can be forgotten as a whole, such as store.within('backtest-1')")

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from backtest_kit.errors import UserError
-from backtest_kit.model.event import Identity, Mode
+from backtest_kit.model.event import Event, Identity, Mode
 from backtest_kit.model.interval import to_ms
+from backtest_kit.records import sinks as sinks
+from backtest_kit.records.delivery import Deliveries
+from backtest_kit.records.housekeeping import Housekeeping
 from backtest_kit.records.interval import Windows
+from backtest_kit.records.log import Log, Logs, LogWriter
 from backtest_kit.records.measure import Measure
 from backtest_kit.records.memory import Memory, Shelves
+from backtest_kit.records.notification import Notifications
+from backtest_kit.records.observer import Observer
 from backtest_kit.records.scope import Scope, Turns, check_texts, strategy_owner
 from backtest_kit.records.session import Session
+from backtest_kit.records.signals import Recent, Storage
 from backtest_kit.records.state import State
+from backtest_kit.settings import Settings
 
 if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
@@ -30,12 +39,33 @@ class Records:
     were seen at a moment; without it everything is seen.
     """
 
-    def __init__(self, persistence: Callable[[], Persistence]) -> None:
+    def __init__(self, persistence: Callable[[], Persistence], settings: Callable[[], Settings] = Settings) -> None:
         """`persistence` is called when a record is first read or written, and no earlier."""
         self._persistence = persistence
         self._turns = Turns()
+        self._deliveries = Deliveries(persistence)
+        self._observer = Observer(persistence, self._deliveries)
+        self._writer = LogWriter(persistence)
+        self._upkeep = Housekeeping(persistence, settings)
         self.measure = Measure(self.scope)
         self.interval = Windows(self.scope)
+        self.storage = Storage(self.scope)
+        self.recent = Recent(self.scope)
+        self.notification = Notifications(self.scope, self._deliveries)
+        self.log = Logs(self.scope, self._writer)
+
+    async def begin(self, mode: Mode) -> None:
+        """A run of this mode begins: sinks go on where they were, and what is too old is forgotten, now and daily."""
+        if mode != "backtest":
+            await self._deliveries.begin(mode)
+            self._upkeep.start()
+
+    async def close(self) -> None:
+        """Deliver and write down what can be, within some seconds, and end all that goes on in this event loop."""
+        self.log.unbridge()
+        await self._upkeep.close()
+        await self._deliveries.close()
+        await self._writer.flush()
 
     def scope(self, mode: Mode, run_id: str | None = None, when: When | None = None) -> Scope:
         """The records of one mode, or of one run of a backtest.
@@ -47,7 +77,7 @@ class Records:
 
     def of_run(self, identity: Identity, run_id: str | None) -> RunRecords:
         """The records of a run, for its contexts."""
-        return RunRecords(self.scope(identity.mode, run_id), identity)
+        return RunRecords(self.scope(identity.mode, run_id), identity, self._observer, self._writer)
 
     async def runs(self) -> list[str]:
         """The ids of the backtests that have kept something. As `Persistence.runs`."""
@@ -116,17 +146,36 @@ class Records:
 class RunRecords:
     """The records of one run. Making it costs nothing: no store is asked before a record is used."""
 
-    __slots__ = ("_identity", "_owner", "_scope", "_shelves")
+    __slots__ = ("_identity", "_observer", "_owner", "_scope", "_shelves", "_writer")
 
-    def __init__(self, scope: Scope, identity: Identity) -> None:
+    def __init__(self, scope: Scope, identity: Identity, observer: Observer, writer: LogWriter) -> None:
         self._scope = scope
         self._identity = identity
+        self._observer = observer
+        self._writer = writer
         self._shelves = Shelves()
         self._owner = strategy_owner(identity.strategy_name, identity.exchange_name, identity.symbol)
 
     @property
     def run_id(self) -> str | None:
         return self._scope.run_id
+
+    async def observe(self, events: Sequence[Event]) -> None:
+        """Keep what has happened for good. The same events may come again. Raises as `Store.put`."""
+        await self._observer.observe(events, self._identity.mode, self._scope.run_id)
+
+    async def take_breath(self) -> None:
+        """Let other tasks have their turn, and the log, if it has fallen behind, all the time that it needs."""
+        if self._writer.crowded:
+            await self._writer.flush()
+        await asyncio.sleep(0)
+
+    async def end(self) -> None:
+        """The run is over: write down what it has said. Raises as `Store.put`."""
+        await self._writer.flush()
+
+    def log(self, when_ms: int) -> Log:
+        return Log(self._writer, self._identity, self._scope.run_id, when_ms)
 
     def state(self, bucket: str, when_ms: int, held_id: str | None, signal_id: str | None, shared: bool) -> State:
         return State(self._scope.at(when_ms), bucket, self._owners(bucket, held_id, signal_id, shared))

@@ -236,21 +236,25 @@ class BacktestRunner:
 
     async def _replay(self, job: Job, control: Control, announced: _Announced) -> AsyncGenerator[Event, None]:
         """The events of a run, and to its listeners also how it ended."""
+        records = self._records.of_run(job.identity, job.run_id)
         if announced.seat is not None:
             announced.seat.enter()
         try:
             async with self.feeds.use(job.identity.exchange_name, job.settings) as feed:
-                records = self._records.of_run(job.identity, job.run_id)
                 replay = Replay(job, control, feed, self._bus, self._cron, announced.seat, records)
                 async with aclosing(replay.events()) as events:
                     async for event in events:
                         yield event
+                await records.end()
                 await self._bus.emit(_done(job, control))
         except asyncio.CancelledError:
             await self._bus.emit(_done(job, control, cancelled=True))
             raise
         except Exception as error:
-            await self._bus.emit(RunFailed(identity=job.identity, when_ms=control.when_ms, error=error))
+            failed = RunFailed(identity=job.identity, when_ms=control.when_ms, error=error)
+            await records.observe((failed,))
+            await records.end()
+            await self._bus.emit(failed)
             raise
         finally:
             announced.take_back()

@@ -11,6 +11,7 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.event import Identity, Mode
 from backtest_kit.model.interval import to_datetime, to_ms
 from backtest_kit.records import RunRecords
+from backtest_kit.records.log import Log
 from backtest_kit.records.memory import Memory
 from backtest_kit.records.session import Session
 from backtest_kit.records.state import State
@@ -122,6 +123,11 @@ class Context:
     def session(self) -> Session:
         """What the strategy has computed for this symbol and keeps over a restart, such as indicators."""
         return self._records.session(self.when_ms)
+
+    @property
+    def log(self) -> Log:
+        """The log, with symbol, strategy, mode and this minute: `ctx.log.info("volume is thin", volume=12.5)`."""
+        return self._records.log(self.when_ms)
 
     def _held_id(self) -> str | None:
         if self.position is not None:

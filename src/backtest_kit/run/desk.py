@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -32,16 +34,42 @@ class CommandOutcome(msgspec.Struct, frozen=True):
 _ACCEPTED = CommandOutcome(True)
 
 
+Act = Callable[[State], tuple[State, tuple[Event, ...]]]
+"""What is done to the state: computes how it is afterwards and what happened, and changes nothing itself.
+
+Raises `commands.Refused` where the state or the market does not allow it."""
+
+
+class Books(Protocol):
+    """Where a run that may be killed writes down what is done, before it is done."""
+
+    async def settle(self, act: Act) -> tuple[Event, ...]:
+        """Do `act`: write it down, have the venue do its part, and set the state. Returns what happened.
+
+        Raises:
+            commands.Refused: `act` was not possible, or the venue refused it.
+        """
+        ...
+
+
 class Desk:
     """The state of one run, the minute it is at, and what commands have caused since the last look."""
 
-    __slots__ = ("events", "rules", "state", "tick")
+    __slots__ = ("books", "events", "rules", "state", "tick")
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, books: Books | None = None) -> None:
         self.rules = rules
+        self.books = books
         self.state: State = Flat()
         self.tick = Tick(0, 0.0, 0.0, 0.0, 0.0, 0.0)
         self.events: list[Event] = []
+
+    async def apply(self, act: Act) -> tuple[Event, ...]:
+        """Change the state, and return what happened: at once, or as the books have it."""
+        if self.books is not None:
+            return await self.books.settle(act)
+        self.state, events = act(self.state)
+        return events
 
     def position(self) -> PositionView | None:
         return PositionView(self, self.state.position) if isinstance(self.state, Holding) else None
@@ -173,7 +201,7 @@ class PositionView:
             UserError: not exactly one of the two, or no amount in range.
         """
         when_ms = self._desk.tick.when_ms
-        return self._change(
+        return await self._change(
             "reduced", lambda held, price: commands.reduce(held, price, when_ms, percent=percent, cost=cost)
         )
 
@@ -185,7 +213,7 @@ class PositionView:
         """
         settings, when_ms = self._desk.rules.settings, self._desk.tick.when_ms
         amount = settings.CC_POSITION_ENTRY_COST if cost is None else cost
-        return self._change("added", lambda held, price: commands.add(held, price, when_ms, amount, settings))
+        return await self._change("added", lambda held, price: commands.add(held, price, when_ms, amount, settings))
 
     async def move_stop(self, price: float) -> CommandOutcome:
         """Move the stop loss to an absolute price, towards profit.
@@ -194,7 +222,7 @@ class PositionView:
             UserError: `price` is no price.
         """
         settings = self._desk.rules.settings
-        return self._change("stop_moved", lambda held, now: commands.move_stop(held, now, price, settings))
+        return await self._change("stop_moved", lambda held, now: commands.move_stop(held, now, price, settings))
 
     async def move_take(self, price: float) -> CommandOutcome:
         """Move the take profit to an absolute price, towards the entry.
@@ -203,51 +231,51 @@ class PositionView:
             UserError: `price` is no price.
         """
         settings = self._desk.rules.settings
-        return self._change("take_moved", lambda held, now: commands.move_take(held, now, price, settings))
+        return await self._change("take_moved", lambda held, now: commands.move_take(held, now, price, settings))
 
     async def breakeven(self) -> CommandOutcome:
         """Move the stop loss to the effective entry price, once the price has earned the costs."""
         settings = self._desk.rules.settings
-        return self._change("breakeven", lambda held, now: commands.breakeven(held, now, settings))
+        return await self._change("breakeven", lambda held, now: commands.breakeven(held, now, settings))
 
     async def close(self, note: str = "") -> CommandOutcome:
         """Close it at the next minute, at the price of then, with the reason "closed"."""
         given: object = note
         if not isinstance(given, str):
             raise UserError(f"note is {given!r}: give a text")
-        state = self._held()
-        if isinstance(state, CommandOutcome):
-            return state
-        self._desk.state = msgspec.structs.replace(state, closing=note)
-        return _ACCEPTED
+        return await self._give(lambda state: (msgspec.structs.replace(self._held(state), closing=note), ()))
 
-    def _change(self, change: Change, act: Callable[[Position, float], Position]) -> CommandOutcome:
-        state, desk = self._held(), self._desk
-        if isinstance(state, CommandOutcome):
-            return state
+    async def _change(self, change: Change, act: Callable[[Position, float], Position]) -> CommandOutcome:
+        return await self._give(partial(self._changed, change, act))
+
+    async def _give(self, act: Act) -> CommandOutcome:
+        desk = self._desk
         try:
-            position = act(state.position, desk.tick.price)
+            desk.events += await desk.apply(act)
         except commands.Refused as refused:
             return CommandOutcome(False, str(refused))
-        closing = FULLY_REDUCED if commands.is_closed(position) else None
-        desk.state = Holding(position, state.last_slot_ms, closing)
-        desk.events.append(
-            PositionChanged(
-                identity=desk.rules.identity,
-                when_ms=desk.tick.when_ms,
-                price=desk.tick.price,
-                position=position,
-                change=change,
-            )
-        )
         return _ACCEPTED
 
-    def _held(self) -> Holding | CommandOutcome:
-        state = self._desk.state
+    def _changed(
+        self, change: Change, act: Callable[[Position, float], Position], state: State
+    ) -> tuple[State, tuple[Event, ...]]:
+        held, desk = self._held(state), self._desk
+        position = act(held.position, desk.tick.price)
+        closing = FULLY_REDUCED if commands.is_closed(position) else None
+        changed = PositionChanged(
+            identity=desk.rules.identity,
+            when_ms=desk.tick.when_ms,
+            price=desk.tick.price,
+            position=position,
+            change=change,
+        )
+        return Holding(position, held.last_slot_ms, closing), (changed,)
+
+    def _held(self, state: State) -> Holding:
         if not isinstance(state, Holding) or state.position.signal_id != self._last.signal_id:
-            return CommandOutcome(False, f"position {self._last.signal_id} is closed")
+            raise commands.Refused(f"position {self._last.signal_id} is closed")
         if state.closing is not None:
-            return CommandOutcome(False, f"position {self._last.signal_id} closes at the next minute")
+            raise commands.Refused(f"position {self._last.signal_id} closes at the next minute")
         return state
 
     def _profit(self) -> tuple[float, float]:
@@ -277,23 +305,28 @@ class EntryView:
 
     async def cancel(self) -> CommandOutcome:
         """Give it up at the next minute, with the reason "user"."""
-        return self._order("cancel")
+        return await self._order("cancel")
 
     async def activate(self) -> CommandOutcome:
         """Enter at the next minute without waiting for the price, at the price of then.
 
         It is cancelled with the reason "price_reject" if that price is not between its levels.
         """
-        return self._order("activate")
+        return await self._order("activate")
 
-    def _order(self, order: str) -> CommandOutcome:
-        state = self._desk.state
-        if not isinstance(state, Resting) or state.entry.signal_id != self.value.signal_id:
-            return CommandOutcome(False, f"entry {self.value.signal_id} rests no more")
-        if state.order:
-            return CommandOutcome(False, f"entry {self.value.signal_id} is already told to {state.order}")
-        self._desk.state = msgspec.structs.replace(state, order=order)
+    async def _order(self, order: Literal["cancel", "activate"]) -> CommandOutcome:
+        try:
+            await self._desk.apply(partial(self._ordered, order))
+        except commands.Refused as refused:
+            return CommandOutcome(False, str(refused))
         return _ACCEPTED
+
+    def _ordered(self, order: Literal["cancel", "activate"], state: State) -> tuple[State, tuple[Event, ...]]:
+        if not isinstance(state, Resting) or state.entry.signal_id != self.value.signal_id:
+            raise commands.Refused(f"entry {self.value.signal_id} rests no more")
+        if state.order:
+            raise commands.Refused(f"entry {self.value.signal_id} is already told to {state.order}")
+        return msgspec.structs.replace(state, order=order), ()
 
     def __repr__(self) -> str:
         return f"EntryView({self.value.position} {self.value.symbol} at {self.value.price_open:g})"

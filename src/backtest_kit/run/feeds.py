@@ -31,15 +31,22 @@ class Feeds:
         self._now_ms = now_ms
         self._loops: dict[asyncio.AbstractEventLoop, _OnLoop] = {}
 
+    def source(self, exchange_name: str) -> CandleSource:
+        """Where the candles of an exchange come from."""
+        return self._registry.exchanges.get(exchange_name).source
+
     @asynccontextmanager
-    async def use(self, exchange_name: str, settings: Settings) -> AsyncIterator[CandleFeed]:
-        """The feed of an exchange, for as long as the block runs."""
+    async def use(
+        self, exchange_name: str, settings: Settings, now_ms: Callable[[], int] | None = None
+    ) -> AsyncIterator[CandleFeed]:
+        """The feed of an exchange, for as long as the block runs; `now_ms` tells the time there if it has its own."""
+        now_ms = now_ms or self._now_ms
         loop = asyncio.get_running_loop()
-        source = self._registry.exchanges.get(exchange_name).source
+        source = self.source(exchange_name)
         here = self._loops.setdefault(loop, _OnLoop())
-        key = (exchange_name, source, settings)
+        key = (exchange_name, source, settings, now_ms)
         if key not in here.feeds:
-            here.feeds[key] = CandleFeed(exchange_name, source, self._store(), settings, self._now_ms)
+            here.feeds[key] = CandleFeed(exchange_name, source, self._store(), settings, now_ms)
         here.users += 1
         try:
             yield here.feeds[key]
@@ -47,7 +54,7 @@ class Feeds:
             here.users -= 1
             if not here.users:
                 del self._loops[loop]
-                for each in {source for _, source, _ in here.feeds}:
+                for each in {source for _, source, *_ in here.feeds}:
                     await each.close()
 
 
@@ -56,4 +63,4 @@ class _OnLoop:
 
     def __init__(self) -> None:
         self.users = 0
-        self.feeds: dict[tuple[str, CandleSource, Settings], CandleFeed] = {}
+        self.feeds: dict[tuple[str, CandleSource, Settings, Callable[[], int]], CandleFeed] = {}

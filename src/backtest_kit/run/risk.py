@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from backtest_kit.run.schema import RiskSchema
 
 
-class ActivePosition(msgspec.Struct, frozen=True, kw_only=True):
+class ActivePosition(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """A position, or a resting entry with its place reserved, that counts under a risk profile."""
 
     strategy_name: str
@@ -143,41 +143,15 @@ class RiskSeat:
             UserError: a validation returned something else than a text or None.
         """
         for risk, profile in zip(self._risks, self._profiles, strict=True):
-            request = RiskRequest(
-                identity=self._identity,
-                signal=signal,
-                price=price,
-                when_ms=when_ms,
-                positions=self._group.positions(profile, self._member),
-            )
-            for validation in risk.validations:
-                answer = validation(request)
-                if inspect.isawaitable(answer):
-                    answer = await answer
-                if answer is not None and not isinstance(answer, str):
-                    raise UserError(
-                        f"a validation of risk {risk.name!r} returned {answer!r}: "
-                        "return the reason of a refusal, or None"
-                    )
-                if answer:
-                    return risk.name, answer
+            positions = self._group.positions(profile, self._member)
+            reason = await judge(risk, self._identity, signal, price, when_ms, positions)
+            if reason:
+                return risk.name, reason
         return None
 
     def hold(self, held: Position | RestingEntry) -> None:
         """Count a position or a resting entry under every profile of the run."""
-        position = ActivePosition(
-            strategy_name=held.strategy_name,
-            exchange_name=held.exchange_name,
-            frame_name=held.frame_name,
-            symbol=held.symbol,
-            position=held.position,
-            price_open=held.price_open,
-            price_take_profit=held.price_take_profit,
-            price_stop_loss=held.price_stop_loss,
-            minutes=held.minutes,
-            cost=held.cost,
-            opened_at_ms=held.opened_at_ms if isinstance(held, Position) else held.scheduled_at_ms,
-        )
+        position = active(held)
         self._group.hold(self._profiles, self._member, position)
 
     def release(self) -> None:
@@ -189,3 +163,47 @@ class RiskSeat:
         self.release()
         self._group.lockstep.leave(self._member)
         self._book.close_group(self._scope, self._group)
+
+
+async def judge(
+    risk: RiskSchema,
+    identity: Identity,
+    signal: Signal,
+    price: float,
+    when_ms: int,
+    positions: tuple[ActivePosition, ...],
+) -> str:
+    """Why the first validation of a profile that refuses does so; empty where all allow.
+
+    Raises:
+        UserError: a validation returned something else than a text or None.
+    """
+    request = RiskRequest(identity=identity, signal=signal, price=price, when_ms=when_ms, positions=positions)
+    for validation in risk.validations:
+        answer = validation(request)
+        if inspect.isawaitable(answer):
+            answer = await answer
+        if answer is not None and not isinstance(answer, str):
+            raise UserError(
+                f"a validation of risk {risk.name!r} returned {answer!r}: return the reason of a refusal, or None"
+            )
+        if answer:
+            return answer
+    return ""
+
+
+def active(held: Position | RestingEntry) -> ActivePosition:
+    """How a position or a resting entry counts under a risk profile."""
+    return ActivePosition(
+        strategy_name=held.strategy_name,
+        exchange_name=held.exchange_name,
+        frame_name=held.frame_name,
+        symbol=held.symbol,
+        position=held.position,
+        price_open=held.price_open,
+        price_take_profit=held.price_take_profit,
+        price_stop_loss=held.price_stop_loss,
+        minutes=held.minutes,
+        cost=held.cost,
+        opened_at_ms=held.opened_at_ms if isinstance(held, Position) else held.scheduled_at_ms,
+    )

@@ -9,7 +9,9 @@ from typing import Final, Generic, TypeVar
 
 import msgspec
 
+from backtest_kit.broker.base import Broker
 from backtest_kit.errors import UserError
+from backtest_kit.market.clock import Clock
 from backtest_kit.market.sources import CandleSource
 from backtest_kit.model.interval import FRAME_INTERVALS, MINUTE_MS, STRATEGY_INTERVALS, floor_ms, interval_ms, to_ms
 from backtest_kit.model.signal import Signal
@@ -20,6 +22,8 @@ from backtest_kit.run.risk import RiskValidation
 _FIRST_MS: Final = 10**11
 _LAST_MS: Final = 253_402_300_800_000
 
+_CLOCK: Final = ("now_ms", "sleep_until", "start", "stop")
+
 GetSignal = Callable[[Context], Awaitable[Signal | None] | Signal | None]
 Manage = Callable[[Context], Awaitable[None] | None]
 
@@ -29,6 +33,8 @@ class ExchangeSchema(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     source: CandleSource
+    broker: Broker | None = None
+    clock: Clock | None = None
     note: str = ""
 
 
@@ -102,13 +108,22 @@ class Registry:
         self.risks: Schemas[RiskSchema] = Schemas("risk")
 
 
-def exchange_schema(exchange_name: str, source: CandleSource, note: str) -> ExchangeSchema:
+def exchange_schema(
+    exchange_name: str, source: CandleSource, broker: Broker | None, clock: Clock | None, note: str
+) -> ExchangeSchema:
     if not isinstance(source, CandleSource):
         raise UserError(
             f"source of exchange {exchange_name!r} is {source!r}: give one of backtest_kit.sources, "
             "such as sources.csv(path), sources.ccxt('binance') or sources.function(get_candles)"
         )
-    return ExchangeSchema(name=check_name("exchange_name", exchange_name), source=source, note=note)
+    if not (broker is None or isinstance(broker, Broker)):
+        raise UserError(
+            f"broker of exchange {exchange_name!r} is {broker!r}: give an object of a subclass of backtest_kit.Broker"
+        )
+    if not (clock is None or all(callable(getattr(clock, name, None)) for name in _CLOCK)):
+        raise UserError(f"clock of exchange {exchange_name!r} is {clock!r}: give an object with {', '.join(_CLOCK)}")
+    name = check_name("exchange_name", exchange_name)
+    return ExchangeSchema(name=name, source=source, broker=broker, clock=clock, note=note)
 
 
 def frame_schema(

@@ -48,6 +48,13 @@ class CandleSource(ABC):
         """
         return None
 
+    async def server_time_ms(self) -> int | None:
+        """What time it is at the exchange, to notice a clock of ours that is wrong. None where it does not tell.
+
+        Raises as `fetch`.
+        """
+        return None
+
     async def close(self) -> None:
         """Let go of connections. Idempotent; a closed source may be used again."""
         return

@@ -5,40 +5,31 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Final, NamedTuple, TypeVar
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
+from typing import Final, TypeVar
 
 from backtest_kit.errors import BacktestKitError
 from backtest_kit.persist.backends import disk_diagnosis, file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.file_commit import Change, Committer, Request
-from backtest_kit.persist.backends.file_feed import Feed
-from backtest_kit.persist.backends.file_paths import SUFFIX, record_path
+from backtest_kit.persist.backends.file_listing import Found, Listing, list_records
+from backtest_kit.persist.backends.file_paths import record_path
 from backtest_kit.persist.backends.file_root import Root
-from backtest_kit.persist.backends.file_segments import Place
 from backtest_kit.persist.codec import dump_value
-from backtest_kit.persist.contracts import Contract, Kind
+from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.diagnosis import SAMPLES, Reading
 from backtest_kit.persist.files import Disk, disk_error
-from backtest_kit.persist.keys import check_key, escape, path_of, unescape
+from backtest_kit.persist.keys import check_key, escape, unescape
 from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import CandleStore, Capability, Key, Record, Write
-from backtest_kit.persist.upkeep import Finding
+from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
 from backtest_kit.persist.writing import check_batch
 
 _T = TypeVar("_T")
 
 _FIRST_CHUNK: Final = 32
 _LARGEST_CHUNK: Final = 1024
-
-
-class _Found(NamedTuple):
-    """Something that a scan is to read."""
-
-    tick: int
-    path: str
-    feed: Feed | None = None
-    place: Place | None = None
 
 
 class FileStore:
@@ -111,10 +102,9 @@ class FileStore:
             return
         # Of a long feed only the end is listed, unless more of it turns out to be removed than not.
         last = 2 * limit + _FIRST_CHUNK if newest_first and limit is not None else None
-        found = await asyncio.to_thread(self._list, contract, prefix, last)
-        found.sort(key=lambda item: item.tick, reverse=newest_first)
+        listing = partial(list_records, self.root, self._prefix, contract, prefix, newest_first=newest_first)
         left = limit
-        async for record in self._read(contract, found, last, prefix):
+        async for record in self._read(contract, listing, last):
             if left == 0:
                 return
             if include_removed or not record.removed:
@@ -122,11 +112,12 @@ class FileStore:
                 left = None if left is None else left - 1
 
     async def _read(
-        self, contract: Contract, found: list[_Found], last: int | None, prefix: Key
+        self, contract: Contract, listing: Callable[[int | None], Listing], last: int | None
     ) -> AsyncIterator[Record]:
+        found = await asyncio.to_thread(listing, last)
         position, size = 0, _FIRST_CHUNK
         while position < len(found):
-            chunk = found[position : position + size]
+            chunk = found.part(position, position + size)
             for record in await asyncio.to_thread(self._read_chunk, contract, chunk):
                 if isinstance(record, BacktestKitError):
                     raise record
@@ -134,13 +125,22 @@ class FileStore:
             position += size
             size = min(2 * size, _LARGEST_CHUNK)
             if position >= len(found) and last is not None and len(found) == last:
-                older = [
-                    item for item in await asyncio.to_thread(self._list, contract, prefix) if item.tick < chunk[-1].tick
-                ]
-                found, position, last = sorted(older, key=lambda item: -item.tick), 0, None
+                found, last = await asyncio.to_thread(listing, None), None
+                position = found.older_than(chunk[-1].tick)
 
     async def namespaces(self) -> list[tuple[str, ...]]:
         return await asyncio.to_thread(self._namespaces, self._prefix)
+
+    async def prune(self, contract: Contract, revisions: Mapping[Key, int]) -> int:
+        require_prunable(contract)
+        doomed: dict[str, dict[Key, int]] = {}
+        for key, rev in revisions.items():
+            doomed.setdefault(record_path(self._prefix, contract, check_key(contract, key)), {})[key] = rev
+        return await asyncio.to_thread(file_operations.prune, self.root, contract, doomed)
+
+    async def forget(self) -> None:
+        require_namespace(bool(self._prefix))
+        await asyncio.to_thread(file_operations.forget, self.root, self._prefix)
 
     async def check(self, *, deep: bool = False) -> list[Finding]:
         return await asyncio.to_thread(file_operations.check, self.root, deep=deep)
@@ -192,45 +192,7 @@ class FileStore:
         self._committer.submit(request)
         return await request.future
 
-    # -- listing -------------------------------------------------------------------------------------
-
-    def _list(self, contract: Contract, prefix: Key, last: int | None = None) -> list[_Found]:
-        """What is below `prefix`; of a feed that is alone there, no more than the `last`."""
-        self.root.open()
-        directory = self._prefix + "/".join((contract.name, *path_of(contract, prefix)))
-        levels = len(contract.key_fields) - len(prefix) - 1
-        try:
-            if contract.kind is not Kind.FEED:
-                return [
-                    _Found(entry.stat().st_mtime_ns, f"{below}/{entry.name}")
-                    for below in self._below(directory, levels)
-                    for entry in self.root.disk.entries(f"{self.root.path}/{below}")
-                    if entry.name.endswith(SUFFIX)
-                ]
-            below = self._below(directory, levels)
-            feeds = [path for path in below if self.root.disk.exists(f"{self.root.path}/{path}")]
-            found = []
-            for path in feeds:
-                feed = self.root.feed(contract, path)
-                places = feed.places(last if len(feeds) == 1 else None)
-                found += [_Found(place.tick, path, feed, place) for place in places]
-        except OSError as error:
-            raise disk_error(error, "list", f"{self.root.path}/{directory}") from error
-        return found
-
-    def _below(self, directory: str, levels: int) -> list[str]:
-        """The directories `levels` below `directory`."""
-        directories = [directory]
-        for _ in range(levels):
-            directories = [
-                f"{above}/{entry.name}"
-                for above in directories
-                for entry in self.root.disk.entries(f"{self.root.path}/{above}")
-                if entry.is_dir()
-            ]
-        return directories
-
-    def _read_chunk(self, contract: Contract, chunk: list[_Found]) -> list[Record | BacktestKitError]:
+    def _read_chunk(self, contract: Contract, chunk: list[Found]) -> list[Record | BacktestKitError]:
         """The records of `chunk` that are still there, in its order; where one cannot be had, the reason."""
         records: list[Record | BacktestKitError] = []
         for feed, group in itertools.groupby(chunk, key=lambda item: item.feed):

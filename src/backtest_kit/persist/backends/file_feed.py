@@ -4,7 +4,8 @@ A line is the checksum and the record with the tick of its write. A new version 
 the older one is garbage. When a segment is full the next one is begun and the full one gets an index: for
 each line the hash of its key, its tick and its place. Opening a feed reads the indexes and the last
 segment; nothing else is parsed until it is asked for. When garbage outweighs data the full segments are
-merged into one, `00000001-00000007.jsonl`, without it.
+merged into one, `00000001-00000007.jsonl`, without it. Of a full segment whose lines are forgotten a smaller
+one is made, under a name of its own, so that whoever knows the old one notices.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -22,7 +23,9 @@ from backtest_kit.persist.backends.file_feed_damage import FeedDamage
 from backtest_kit.persist.backends.file_feed_index import FeedIndex
 from backtest_kit.persist.backends.file_segments import (
     LINE,
+    SUFFIX,
     Place,
+    Places,
     Row,
     Tail,
     Unsound,
@@ -32,6 +35,7 @@ from backtest_kit.persist.backends.file_segments import (
     last_number,
     merge,
     merged_name,
+    next_name,
     read_index,
     segment_name,
     segments_of,
@@ -48,6 +52,7 @@ from backtest_kit.persist.store import Key, Record
 
 SEGMENT_BYTES: Final = 8 << 20
 """A segment that has reached this size is full. What opening a feed has to parse is at most one of it."""
+_CHUNK: Final = 1024
 
 
 class Feed:
@@ -101,7 +106,7 @@ class Feed:
             except Unsound as unsound:
                 self._set_aside(unsound, locked=locked)
 
-    def places(self, last: int | None = None) -> list[Place]:
+    def places(self, last: int | None = None) -> Places:
         """The newest line of every key, or the `last` ones of them.
 
         Raises:
@@ -118,7 +123,7 @@ class Feed:
             try:
                 return self._read(places)
             except _Moved:
-                now = {place.tick: place for place in self.places()}
+                now = {place.tick: place for place in self.places().of([place.hash for place in places])}
                 places = [now[place.tick] for place in places if place.tick in now]
             except Unsound as unsound:
                 self._set_aside(unsound, locked=False)
@@ -180,8 +185,9 @@ class Feed:
             if not self._loaded:
                 self._load()
             while not self._is_current():
-                if self._tail_size() < self._index.tail.size:
-                    self._load()  # somebody has cut what was there
+                size = self._tail_size()
+                if size < self._index.tail.size or (size == 0 and self._is_overtaken()):
+                    self._load()  # somebody has cut or forgotten what was there
                     return
                 self._take_in_tail()
                 if self._disk.exists(self._following()):
@@ -249,6 +255,80 @@ class Feed:
                 self._remove(name)
             self._loaded = False
 
+    def prune(self, revisions: Mapping[Key, int]) -> int:
+        """Forget the keys that have these revisions still; return how many those were.
+
+        Readers and writers go on meanwhile. What was written since stays.
+        """
+        doomed = self._doomed(revisions)
+        with self._locks.hold((self.path,)), self._guard:
+            self.catch_up()
+            if any(known in self._index.tail.last for known in doomed):
+                self._begin_segment()
+            newest = self._index.sealed[self._index.newest()]
+            gone = [known for known, tick in newest[["hash", "tick"]].tolist() if doomed.get(known) == tick]
+            dead = np.isin(self._index.sealed["hash"], np.array(gone, np.uint64))
+            rows, numbers = self._index.sealed, np.unique(self._index.sealed["segment"][dead])
+            kept = {self._index.names[number]: rows[(rows["segment"] == number) & ~dead] for number in numbers}
+        for name, lines in kept.items():
+            if not self._shrink(name, lines):
+                return 0
+        return len(gone)
+
+    def _doomed(self, revisions: Mapping[Key, int]) -> dict[int, int]:
+        """The hash of each of these keys and the tick of its newest line, if that has the revision given."""
+        doomed: dict[int, int] = {}
+        places = self.places().of(np.array([hash_of(key) for key in revisions], np.uint64))
+        for start in range(0, len(places), _CHUNK):
+            ticks = {place.hash: place.tick for place in places[start : start + _CHUNK]}
+            for record in self.read(places[start : start + _CHUNK]):
+                if revisions.get(record.key) == record.rev:
+                    doomed[hash_of(record.key)] = ticks[hash_of(record.key)]
+        return doomed
+
+    def _begin_segment(self) -> None:
+        """Make the segment that is being written a full one. The caller holds the lock of the feed.
+
+        The next one begins with a blank line, from which others see that it has begun.
+        """
+        path = self._following()
+        fd = self._disk.open_for_append(path)
+        try:
+            self._disk.write_all(fd, b"\n")
+        finally:
+            self._disk.close(fd)
+        self._disk.sync_directory(self._directory)
+        crashpoint("feed.after_begin")
+        self._seal()
+        self._take_in_tail()
+
+    def _shrink(self, name: str, rows: Any) -> bool:
+        """Keep only `rows` of a full segment. False if it is not there any more."""
+        rows = rows.copy()
+        rows["segment"] = 0
+        temp = None
+        if len(rows):
+            try:
+                lines, index = merge(self._disk, self._directory, [name], rows)
+            except (Unsound, FileNotFoundError):
+                return False
+            temp = self._disk.write_temp(self._directory, lines, sync=True)
+        with self._locks.hold((self.path,)), self._guard:
+            self.catch_up()
+            if name not in self._index.names:
+                if temp is not None:
+                    self._disk.discard(temp)
+                return False
+            if temp is not None:
+                smaller = next_name(name)
+                self._disk.rename(temp, f"{self._directory}/{smaller}")
+                write_index(self._disk, self._directory, smaller, index, len(lines))
+                self._disk.sync_directory(self._directory)
+            crashpoint("feed.after_prune")
+            self._remove(name)
+            self._loaded = False
+            return True
+
     def forget(self) -> None:
         """Load everything anew at the next use."""
         with self._guard:
@@ -259,8 +339,16 @@ class Feed:
     def _is_current(self) -> bool:
         if self._tail_size() != self._index.tail.size:
             return False
+        if not self._index.tail.size:
+            return not self._is_overtaken()
         # Only a full segment has one that follows it.
-        return self._index.tail.size < SEGMENT_BYTES or not self._disk.exists(self._following())
+        return not self._disk.exists(self._following())
+
+    def _is_overtaken(self) -> bool:
+        """Whether the segment that nobody had begun was begun, filled and replaced meanwhile."""
+        number, name = self._index.tail.number, self._index.tail.name
+        names = (entry.name for entry in self._disk.entries(self._directory) if entry.name.endswith(SUFFIX))
+        return any(last_number(each) >= number and each != name for each in names)
 
     def _following(self) -> str:
         return f"{self._directory}/{segment_name(self._index.tail.number + 1)}"

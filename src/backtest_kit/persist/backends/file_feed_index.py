@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from backtest_kit.persist.backends.file_segments import LINE, Place, Row, Tail
+from backtest_kit.persist.backends.file_segments import LINE, Place, Places, Row, Tail
 
 
 class FeedIndex:
@@ -26,7 +26,7 @@ class FeedIndex:
         self.names.append(name)
         self.sealed = np.concatenate((self.sealed, index))
 
-    def latest(self, blocked: Collection[int | None], last: int | None) -> list[Place]:
+    def latest(self, blocked: Collection[int | None], last: int | None) -> Places:
         """The newest line of every key whose hash is not `blocked`, or the `last` ones of them."""
         left_out = np.array([*self.tail.last, *blocked], np.uint64)
         sealed = self.sealed[self.newest()]
@@ -37,7 +37,7 @@ class FeedIndex:
         if last is not None:
             sealed = sealed[max(0, len(sealed) + len(rows) - last) :]
             rows = rows[-last:]
-        return [self.place(row) for row in (*sealed.tolist(), *rows)]
+        return Places(np.concatenate((sealed, np.array(rows, LINE))), (*self.names, self.tail.name))
 
     def newest(self) -> Any:
         """Which of the sealed lines are the newest of their key. Two keys share a hash once in 10**7 feeds of

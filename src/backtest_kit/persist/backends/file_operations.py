@@ -1,14 +1,14 @@
-"""What an operator does with a root: check all of it, and decide about what is in quarantine."""
+"""What an operator does with a root: check all of it, decide about what is in quarantine, forget what is old."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import msgspec
 
-from backtest_kit.errors import Damaged, UserError
+from backtest_kit.errors import Damaged, RetryLater, UserError
 from backtest_kit.persist.backends.file_candles import SUFFIX as CANDLE_SUFFIX, verify as verify_candles
 from backtest_kit.persist.backends.file_paths import MARKER, OWN_DIRECTORY, SUFFIX as RECORD_SUFFIX, unseal_at
 from backtest_kit.persist.backends.file_root import Root
@@ -17,7 +17,7 @@ from backtest_kit.persist.codec import dump_record, open_envelope, parse, reseal
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
 from backtest_kit.persist.files import STALE_TEMP_SECONDS, TEMP_NAME, disk_error
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE, Quarantined
-from backtest_kit.persist.store import Record
+from backtest_kit.persist.store import Key, Record
 from backtest_kit.persist.upkeep import Finding
 
 _REPORTS: Final = ("backtest", "walker")
@@ -178,6 +178,59 @@ def drop(root: Root, path: str) -> Quarantined:
         if row is not None and row.kind is Kind.FEED:
             root.feed(row, path.rpartition("/")[0]).forget()
     return item
+
+
+def prune(root: Root, contract: Contract, doomed: Mapping[str, Mapping[Key, int]]) -> int:
+    """Forget records, by path, that still have the revision given; return how many those were.
+
+    Raises:
+        RetryLater, OutOfSpace: the disk does not let it, or a lock was kept from it for too long.
+    """
+    root.open()
+    root.checkpoint()  # else a journal could bring them back
+    # What a process writes after this list was made has another revision and stays.
+    elsewhere = root.changed_by_others()
+    pruned = 0
+    try:
+        for path, revisions in doomed.items():
+            if path in elsewhere:
+                continue
+            if contract.kind is Kind.FEED:
+                pruned += root.feed(contract, path).prune(revisions)
+                continue
+            for key, rev in revisions.items():
+                pruned += _prune_file(root, contract, key, rev, path)
+    except OSError as error:
+        raise disk_error(error, "forget records below", root.path) from error
+    return pruned
+
+
+def _prune_file(root: Root, contract: Contract, key: Key, rev: int, path: str) -> bool:
+    with root.locked((path,), patient=True):
+        try:
+            current = root.load(contract, key, path, locked=True)
+        except Damaged:
+            return False  # it is told to whoever reads it
+        if current is None or current.rev != rev:
+            return False
+        root.writes.remove(path)
+        return True
+
+
+def forget(root: Root, prefix: str) -> None:
+    """Forget whatever lies in a namespace; what is in quarantine stays there.
+
+    Raises:
+        RetryLater: another process was writing there a moment ago, or the disk does not let it.
+    """
+    root.open()
+    root.checkpoint()
+    if any(path.startswith(prefix) for path in root.changed_by_others()):
+        raise RetryLater(f"another process was writing below {root.path}/{prefix} just now: try again in some seconds")
+    try:
+        root.forget_below(prefix)
+    except OSError as error:
+        raise disk_error(error, "forget", f"{root.path}/{prefix}") from error
 
 
 def _check_file(root: Root, path: str) -> Iterator[Finding]:

@@ -322,9 +322,20 @@ class Root:
         Raises:
             RetryLater: one has; carried out after its death it would come back over whatever begins anew here.
         """
-        found = self._journal.entries_of_others(path)
+        found = self._journal.changed_by_others().get(path)
         if found is not None:
             raise RetryLater(
                 f"the journal {found} of another process still has {path}: try again in some seconds, "
                 "when it is emptied, or stop that process and open the store once"
             )
+
+    def changed_by_others(self) -> set[str]:
+        """What must not begin anew now: the journal of another process may bring it back, see above."""
+        return set(self._journal.changed_by_others())
+
+    def forget_below(self, prefix: str) -> None:
+        """Remove whatever lies in the directory `prefix` of a namespace."""
+        with self._guard:
+            for path in [path for path in self._feeds if path.startswith(prefix)]:
+                del self._feeds[path]
+            self.writes.forget_below(prefix)

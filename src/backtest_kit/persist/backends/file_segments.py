@@ -50,6 +50,29 @@ class Place(NamedTuple):
     hash: int
 
 
+class Places:
+    """Many of them, in order of writing, as the rows of an index; a `Place` is made when it is asked for."""
+
+    def __init__(self, rows: Any, names: tuple[str, ...]) -> None:
+        self.rows = rows
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Place:
+        known, tick, offset, length, segment = self.rows[index].item()
+        return Place(tick, self._names[segment], offset, length, known)
+
+    @property
+    def ticks(self) -> Any:
+        return self.rows["tick"]
+
+    def of(self, hashes: Any) -> list[Place]:
+        """Those of the keys with these hashes."""
+        return [self[int(index)] for index in np.flatnonzero(np.isin(self.rows["hash"], hashes))]
+
+
 class Unsound(Exception):
     """A line that is not what was written. `hash` is that of its key, None where it cannot be known any more."""
 
@@ -83,6 +106,16 @@ def segment_name(number: int) -> str:
 def last_number(segment: str) -> int:
     """The number of a segment, or of the last one that a merged segment covers."""
     return int(segment.removesuffix(SUFFIX)[-8:])
+
+
+def generation(segment: str) -> int:
+    """How often lines were taken out of a segment: `00000003.0002-00000003.jsonl` has lost some twice."""
+    return int(segment[9 : segment.index("-")] or 0) if "-" in segment else 0
+
+
+def next_name(segment: str) -> str:
+    """What a segment is called after lines were taken out of it."""
+    return f"{segment[:8]}.{generation(segment) + 1:04d}-{last_number(segment):08d}{SUFFIX}"
 
 
 def merged_name(segments: list[str]) -> str:
@@ -121,9 +154,10 @@ def _mark_check(digits: bytes, length: int) -> bytes:
 
 
 def segments_of(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The segments among `names` in order, and those that a merged one covers: a crash has left them behind."""
+    """The segments among `names` in order, and those that another one replaces: a crash has left them behind."""
     found = sorted(
-        (name for name in names if name.endswith(SUFFIX)), key=lambda name: (name[:8], -last_number(name), -len(name))
+        (name for name in names if name.endswith(SUFFIX)),
+        key=lambda name: (name[:8], -last_number(name), -generation(name), -len(name)),
     )
     segments: list[str] = []
     leftovers: list[str] = []

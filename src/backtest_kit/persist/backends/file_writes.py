@@ -70,6 +70,21 @@ class Writes:
         for temp in temps:
             self._disk.discard(temp)
 
+    def remove(self, path: str) -> None:
+        """Remove the file of a record, and the directory that it leaves empty."""
+        self._disk.remove(f"{self._root}/{path}")
+        directory = f"{self._root}/{path}".rpartition("/")[0]
+        self._disk.discard_directory(directory)
+        self._anchored.discard(directory)
+        self._noted.discard(directory)
+
+    def forget_below(self, prefix: str) -> None:
+        """Remove a directory and all that is in it."""
+        directory = f"{self._root}/{prefix}"
+        for known in (self._anchored, self._noted):
+            known.difference_update([path for path in known if f"{path}/".startswith(directory)])
+        self._disk.remove_tree(directory)
+
     def sync_soon(self, path: str) -> None:
         """Make a file durable within the delay of a record, and the directories above it, if they may be new."""
         file = f"{self._root}/{path}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -11,6 +11,7 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.keys import check_key
 from backtest_kit.persist.store import Capability, Key, KeyPart, Plain, Record, SeriesKey, Write
+from backtest_kit.persist.upkeep import require_namespace, require_prunable
 from backtest_kit.persist.writing import check_batch, decide
 
 
@@ -62,6 +63,13 @@ class _Table:
         group.pop(record.key, None)
         group[record.key] = None
 
+    def forget(self, key: Key) -> None:
+        del self.records[key]
+        group = self.groups[key[0]]
+        del group[key]
+        if not group:
+            del self.groups[key[0]]
+
     def keys(self, prefix: Key, newest_first: bool) -> Iterator[Key]:
         keys = self.groups.get(prefix[0], {}) if prefix else self.records
         width = len(prefix)
@@ -79,6 +87,7 @@ class MemoryStore:
         self.candles = MemoryCandleStore()
         self._tables: dict[str, _Table] = {}
         self._namespaces: dict[str, MemoryStore] = {}
+        self._inside = False
 
     async def open(self) -> None:
         """There is nothing to open."""
@@ -91,6 +100,10 @@ class MemoryStore:
         return None if record is None else _copy_record(record)
 
     async def put(self, write: Write) -> Record:
+        return self.put_now(write)
+
+    def put_now(self, write: Write) -> Record:
+        """As `put`, for those who cannot wait."""
         record, changed = self._decide(write)
         if changed:
             self._table(write.contract).set(_copy_record(record))
@@ -121,7 +134,23 @@ class MemoryStore:
     def within(self, namespace: str) -> MemoryStore:
         if not namespace:
             return self
-        return self._namespaces.setdefault(namespace, MemoryStore())
+        space = self._namespaces.setdefault(namespace, MemoryStore())
+        space._inside = True
+        return space
+
+    async def prune(self, contract: Contract, revisions: Mapping[Key, int]) -> int:
+        require_prunable(contract)
+        table = self._table(contract)
+        doomed = [key for key, rev in revisions.items() if key in table.records and table.records[key].rev == rev]
+        for key in doomed:
+            table.forget(key)
+        return len(doomed)
+
+    async def forget(self) -> None:
+        require_namespace(self._inside)
+        self._tables.clear()
+        self._namespaces.clear()
+        self.candles = MemoryCandleStore()
 
     async def namespaces(self) -> list[tuple[str, ...]]:
         found: list[tuple[str, ...]] = []

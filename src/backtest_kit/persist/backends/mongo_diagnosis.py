@@ -55,7 +55,7 @@ async def examine_mongo(link: Link, samples: int) -> list[Reading]:
 
 def clock_reading(subject: str, told: float, asked: float, answered: float) -> Reading:
     """How far a server's clock is from that of this host. Times are seconds; the answer took a while."""
-    apart_ms = round((told - (asked + answered) / 2) * 1000) + 0
+    apart_ms = round((told - (asked + answered) / 2) * 1000)
     uncertain_ms = (answered - asked) * 1000 / 2
     says = f"{apart_ms:+,} ms from this host's, known to {max(1, uncertain_ms):,.0f} ms"
     if abs(apart_ms) - uncertain_ms <= CLOCKS_APART_MS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -37,7 +37,7 @@ from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Capability, Key, Record, Write
-from backtest_kit.persist.upkeep import Finding
+from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
 from backtest_kit.persist.writing import check_batch, decide, now_ms
 
 T = TypeVar("T")
@@ -146,6 +146,20 @@ class SqliteStore:
         found |= {*await asyncio.to_thread(self._files.namespaces, self._namespace)}
         paths = [[str(unescape(name, "namespace") or name) for name in text.split("/")[depth:-1]] for text in found]
         return [tuple(path) for path in paths]
+
+    async def prune(self, contract: Contract, revisions: Mapping[Key, int]) -> int:
+        require_prunable(contract)
+        doomed = [(self._name(contract, check_key(contract, key)), key, rev) for key, rev in revisions.items()]
+        pruned = 0
+        # In parts, because whoever trades waits for the end of each.
+        for start in range(0, len(doomed), _CHUNK):
+            pruned += await self._database.write(partial(_prune, contract, doomed[start : start + _CHUNK]))
+        return pruned
+
+    async def forget(self) -> None:
+        require_namespace(bool(self._namespace))
+        await self._database.write(partial(_forget, self._namespace))
+        await asyncio.to_thread(self._files.forget, self._namespace)
 
     async def check(self, *, deep: bool = False) -> list[Finding]:
         found = [
@@ -296,6 +310,20 @@ def _apply(changes: Sequence[_Change], connection: sqlite3.Connection) -> list[R
     return records
 
 
+def _prune(contract: Contract, doomed: Sequence[tuple[_Name, Key, int]], connection: sqlite3.Connection) -> int:
+    pruned = 0
+    for name, key, rev in doomed:
+        found = _read(contract, name, key, connection, unseal_head)
+        if isinstance(found, Record) and found.rev == rev:
+            connection.execute("DELETE FROM records WHERE namespace = ? AND contract = ? AND key = ?", name)
+            pruned += 1
+    return pruned
+
+
+def _forget(namespace: str, connection: sqlite3.Connection) -> None:
+    connection.execute("DELETE FROM records WHERE substr(namespace, 1, ?) = ?", (len(namespace), namespace))
+
+
 def _keep_copy(suspect: _Suspect, connection: sqlite3.Connection) -> None:
     connection.execute(_QUARANTINE, (now_ms(), *suspect.name, str(suspect.error), suspect.data))
 
@@ -398,6 +426,11 @@ class _CandleFiles:
         return FileCandleStore(
             root.path, prefix=_directory(namespace), disk=root.disk, locks=root.locks, quarantine=root.quarantine
         )
+
+    def forget(self, namespace: str) -> None:
+        if self.exists():
+            self.root.open()
+            file_operations.forget(self.root, _directory(namespace))
 
     def namespaces(self, above: str) -> list[str]:
         """The namespaces below `above` that have a directory of candles, as their rows would have them."""

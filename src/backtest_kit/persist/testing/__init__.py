@@ -25,4 +25,4 @@ def __getattr__(name: str) -> Any:
     return StoreConformance
 
 
-_PARTS = ("record", "value", "change", "scan", "life", "candle", "look_ahead")
+_PARTS = ("record", "value", "change", "scan", "prune", "life", "candle", "look_ahead")

@@ -6,12 +6,15 @@ from backtest_kit.persist.testing.candle_cases import CandleCases
 from backtest_kit.persist.testing.change_cases import ChangeCases
 from backtest_kit.persist.testing.life_cases import LifeCases
 from backtest_kit.persist.testing.look_ahead_cases import LookAheadCases
+from backtest_kit.persist.testing.prune_cases import PruneCases
 from backtest_kit.persist.testing.record_cases import RecordCases
 from backtest_kit.persist.testing.scan_cases import ScanCases
 from backtest_kit.persist.testing.value_cases import ValueCases
 
 
-class StoreConformance(RecordCases, ValueCases, ChangeCases, ScanCases, LifeCases, CandleCases, LookAheadCases):
+class StoreConformance(
+    RecordCases, ValueCases, ChangeCases, ScanCases, PruneCases, LifeCases, CandleCases, LookAheadCases
+):
     """Subclass it in a pytest file, say how a store is made, and get the whole suite.
 
         class TestMyStore(StoreConformance):

@@ -32,6 +32,7 @@ from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.persist import crashpoints
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Kind, WriteRule
 from backtest_kit.persist.store import Key, Record, SeriesKey, Store, Write
+from backtest_kit.persist.upkeep import Prunes
 from backtest_kit.persist.urls import store_at
 
 WRITERS: Final = 4
@@ -115,6 +116,9 @@ def candle_of(writer: int, version: int) -> CandleSeries:
     return CandleSeries([version * _MINUTE_MS], *([float(writer * 1_000_000 + version)] for _ in COLUMNS[1:]))
 
 
+_FORGOTTEN: Final = "forgotten"
+
+
 class Child:
     """The process that is going to be killed."""
 
@@ -129,6 +133,8 @@ class Child:
         for row in _RECORDS:
             try:
                 async for record in self._store.scan(row, include_removed=True):
+                    if str(record.key[-1]).startswith(_FORGOTTEN):
+                        continue
                     stored[name_of(row, record.key)] = _version(row, record, unreadable)
             except BacktestKitError as error:
                 unreadable.append(f"{row.name}: {error}")
@@ -160,6 +166,14 @@ class Child:
             else:
                 await self.write([rows[version % len(rows)]], writer, version)
             version += 1
+
+    async def write_and_forget(self, row: Contract, version: int) -> None:
+        """Write records that no promise is kept of, and forget them: what lies beside them must stay."""
+        keys = [(*key_of(row, 0, version)[:-1], f"{_FORGOTTEN}-{version}-{number}") for number in range(3)]
+        for key in keys:
+            await self._store.put(Write(row, key, "soon forgotten"))
+        if isinstance(self._store, Prunes):
+            await self._store.prune(row, dict.fromkeys(keys, 1))
 
     async def write(self, rows: list[Contract], writer: int, version: int) -> None:
         if rows[0].kind is Kind.SERIES:

@@ -1,0 +1,138 @@
+"""`backtest-kit log`: what runs have said, and what they are saying."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from backtest_kit.cli.records import since_ms, space_of
+from backtest_kit.cli.store import require_existing
+from backtest_kit.errors import Damaged
+from backtest_kit.model.interval import iso, to_datetime
+from backtest_kit.persist.store import Record, Store
+from backtest_kit.persist.urls import store_at
+from backtest_kit.records.log import LOG, LogLine, at_least, line_of
+
+_POLL_S: Final = 0.25
+_KNOWN: Final = 4096
+"""Lines that are remembered, so that none is shown twice."""
+_COLOURS: Final = {"debug": "dim", "info": "cyan", "warning": "yellow", "error": "bold red"}
+
+
+def run_log(
+    url: str | None,
+    *,
+    mode: str,
+    run_id: str | None,
+    symbol: str | None,
+    strategy_name: str | None,
+    level: str,
+    since: str | None,
+    limit: int,
+    follow: bool,
+    as_json: bool,
+) -> None:
+    """Show the last lines and, to follow, those that come: with colours on a terminal, else as JSON."""
+    wanted_levels, from_ms = at_least(level), since_ms(since)
+
+    def wanted(line: LogLine) -> bool:
+        return (
+            line.level in wanted_levels
+            and symbol in (None, line.symbol)
+            and strategy_name in (None, line.strategy_name)
+            and (from_ms is None or (line.said_at_ms if line.when_ms is None else line.when_ms) >= from_ms)
+        )
+
+    async def main() -> None:
+        store = store_at(address, existing=True)
+        try:
+            space = space_of(store, mode, run_id)
+            await _show(space, wanted, limit, show, follow=follow)
+        finally:
+            await store.close()
+
+    address = url or _address_of_files()
+    require_existing(address)
+    console = Console(highlight=False, soft_wrap=True)
+    show = _write_json if as_json or not console.is_terminal else lambda line: console.print(_readable(line))
+    asyncio.run(main())
+
+
+async def _show(
+    store: Store, wanted: Callable[[LogLine], bool], limit: int, show: Callable[[LogLine], None], *, follow: bool
+) -> None:
+    seen: list[str] = []
+    last: list[LogLine] = []
+    async for record in _newest_first(store):
+        if len(seen) < _KNOWN:
+            seen.append(str(record.key[0]))
+        line = line_of(record)
+        if wanted(line) and len(last) < limit:
+            last.append(line)
+        if len(last) == limit:
+            break
+    for line in reversed(last):
+        show(line)
+    known = deque(reversed(seen), maxlen=_KNOWN)
+    while follow:
+        await asyncio.sleep(_POLL_S)
+        for record in await _news(store, known):
+            known.append(str(record.key[0]))
+            line = line_of(record)
+            if wanted(line):
+                show(line)
+
+
+async def _news(store: Store, known: deque[str]) -> list[Record]:
+    """What was written since, the oldest first.
+
+    The feed itself is asked and not its file, so that it may be rotated, merged or shortened meanwhile.
+    """
+    news: list[Record] = []
+    async for record in _newest_first(store):
+        key = str(record.key[0])
+        # Should all that is known be forgotten by now: an id begins with its time.
+        if known and (key in known or key < known[0]):
+            break
+        news.append(record)
+    return list(reversed(news))
+
+
+async def _newest_first(store: Store) -> AsyncIterator[Record]:
+    try:
+        async for record in store.scan(LOG, newest_first=True):
+            yield record
+    except Damaged as error:
+        sys.stderr.write(f"damaged: {error}\n")
+
+
+def _write_json(line: LogLine) -> None:
+    sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
+    sys.stdout.flush()
+
+
+def _readable(line: LogLine) -> Text:
+    said = to_datetime(line.said_at_ms).strftime("%Y-%m-%d %H:%M:%S")
+    when = "" if line.when_ms is None else iso(line.when_ms)
+    text = Text(f"{said} ", style="dim")
+    text.append(f"{line.level:<7} ", style=_COLOURS[line.level])
+    text.append(" ".join(filter(None, (when, line.symbol, line.strategy_name, line.logger))) + " ", style="blue")
+    text.append(line.message)
+    for name, value in line.fields.items():
+        text.append(f" {name}=", style="dim")
+        text.append(str(value))
+    return text
+
+
+def _address_of_files() -> str:
+    """The log lies in files wherever the rest is bound."""
+    address = os.environ.get("CC_STORE", "")
+    return address if address.startswith("file:") else "file:./dump"

@@ -1,0 +1,188 @@
+"""How long records are kept, and forgetting those whose time has come. Nothing of money class ever is.
+
+The age of a record is that of its last write, by the wall clock. Records of live and paper trading go one by
+one; those of a backtest's run go together, when the run is old or there are many newer ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from typing import Final
+
+import msgspec
+
+from backtest_kit.errors import Damaged
+from backtest_kit.persist.codec import dump_value
+from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Kind
+from backtest_kit.persist.operations import RECORD_CONTRACTS, spaces
+from backtest_kit.persist.store import Capability, Key, Record, Store
+from backtest_kit.persist.upkeep import Prunes
+from backtest_kit.persist.writing import now_ms
+from backtest_kit.settings import Settings
+
+DAY_MS: Final = 86_400_000
+RUN_PREFIX: Final = "backtest-"
+_PART: Final = 20_000
+"""Keys that are forgotten in one go."""
+_PRUNABLE: Final = tuple(
+    row for row in CONTRACTS.values() if row.kind is not Kind.SERIES and row.durability is not Durability.MONEY
+)
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """What is kept of a contract; `math.inf` is for ever."""
+
+    days: float = math.inf
+    last: float = math.inf
+    """How many records at most, the newest ones."""
+
+
+class Retention(msgspec.Struct, frozen=True):
+    """What is kept of everything."""
+
+    rules: dict[str, Rule]
+    removed_days: float
+    """How long a softly removed record is kept for those who ask what was removed."""
+    runs: Rule
+
+    def of(self, contract: Contract) -> Rule:
+        return self.rules.get(contract.name, Rule())
+
+
+class Expired(msgspec.Struct, frozen=True):
+    """What was forgotten, or is to be, of one contract in one namespace; of a whole run if `contract` is empty."""
+
+    namespace: tuple[str, ...]
+    contract: str
+    records: int
+    size: int
+    """Bytes of the values as JSON."""
+    fault: str | None = None
+    """Why not everything was looked at."""
+
+
+def retention_of(settings: Settings) -> Retention:
+    """What the settings say."""
+    return Retention(
+        rules={
+            "log": Rule(settings.CC_RETENTION_LOG_DAYS, settings.CC_RETENTION_LOG_COUNT),
+            "notification": Rule(settings.CC_RETENTION_NOTIFICATION_DAYS, settings.CC_RETENTION_NOTIFICATION_COUNT),
+            "storage": Rule(settings.CC_RETENTION_STORAGE_DAYS, settings.CC_RETENTION_STORAGE_COUNT),
+            "measure": Rule(settings.CC_RETENTION_MEASURE_DAYS),
+            "interval": Rule(settings.CC_RETENTION_INTERVAL_DAYS),
+        },
+        removed_days=settings.CC_RETENTION_REMOVED_DAYS,
+        runs=Rule(settings.CC_RETENTION_RUN_DAYS, settings.CC_RETENTION_RUN_COUNT),
+    )
+
+
+async def compact(
+    store: Store, retention: Retention, *, at_ms: int | None = None, look_only: bool = False
+) -> list[Expired]:
+    """Forget what is not to be kept at `at_ms` (now, if None); return what that was. What takes nothing is left out.
+
+    Traders and readers go on meanwhile, and a crash leaves a part of it undone, for the next time. With
+    `look_only` nothing is forgotten.
+
+    Raises:
+        OutOfSpace, RetryLater: not all of it was forgotten.
+    """
+    at_ms = now_ms() if at_ms is None else at_ms
+    found: list[Expired] = []
+    runs: list[tuple[int, tuple[str, ...], Store]] = []
+    for namespace, space in await spaces(store):
+        if not isinstance(space, Prunes) or Capability.ORDERED_SCAN not in space.capabilities:
+            continue
+        if namespace and namespace[0].startswith(RUN_PREFIX):
+            if len(namespace) == 1:
+                runs.append((await _last_write(space), namespace, space))
+            continue
+        found += [
+            await _compact_contract(namespace, space, row, retention, at_ms, look_only=look_only) for row in _PRUNABLE
+        ]
+    runs.sort(key=lambda run: run[:2], reverse=True)
+    for number, (written_at, namespace, space) in enumerate(runs):
+        # However many runs there are, one that wrote today may be going on.
+        too_many = number >= retention.runs.last and _is_older(written_at, at_ms, 1)
+        if too_many or _is_older(written_at, at_ms, retention.runs.days):
+            found.append(await _measure_run(namespace, space))
+            if isinstance(space, Prunes) and not look_only:
+                await space.forget()
+    return [each for each in found if each.records or each.fault]
+
+
+async def _compact_contract(
+    namespace: tuple[str, ...], store: Store, row: Contract, retention: Retention, at_ms: int, *, look_only: bool
+) -> Expired:
+    rule = retention.of(row)
+    records = size = 0
+    doomed: dict[Key, int] = {}
+    fault = None
+    try:
+        async for record in _expired(store, row, rule, retention.removed_days, at_ms):
+            records += 1
+            size += len(dump_value(record.value))
+            if not look_only:
+                doomed[record.key] = record.rev
+            if len(doomed) >= _PART:
+                await _prune(store, row, doomed)
+    except Damaged as error:
+        fault = str(error)
+    await _prune(store, row, doomed)
+    return Expired(namespace, row.name, records, size, fault)
+
+
+async def _prune(store: Store, row: Contract, doomed: dict[Key, int]) -> None:
+    if doomed and isinstance(store, Prunes):
+        await store.prune(row, doomed)
+    doomed.clear()
+
+
+async def _expired(store: Store, row: Contract, rule: Rule, removed_days: float, at_ms: int) -> AsyncIterator[Record]:
+    """What is not to be kept, the oldest first, or those that are too many first."""
+    shortest = min(rule.days, removed_days)
+    surplus = 0
+    if not math.isinf(rule.last):
+        surplus = -int(rule.last)
+        async for _ in store.scan(row):
+            surplus += 1
+    elif math.isinf(shortest):
+        return
+    async for record in store.scan(row, include_removed=True):
+        await asyncio.sleep(0)
+        counts = not record.removed
+        if (counts and surplus > 0) or _is_older(record.written_at, at_ms, rule.days if counts else removed_days):
+            yield record
+        elif surplus <= 0 and not _is_older(record.written_at, at_ms, shortest):
+            return  # they come in the order of their writing
+        surplus -= counts
+
+
+def _is_older(written_at: int, at_ms: int, days: float) -> bool:
+    return written_at < at_ms - days * DAY_MS
+
+
+async def _last_write(store: Store) -> int:
+    newest = 0
+    for row in RECORD_CONTRACTS:
+        try:
+            async for record in store.scan(row, newest_first=True, limit=1, include_removed=True):
+                newest = max(newest, record.written_at)
+        except Damaged:
+            continue  # it is told where somebody reads it; that it is there does not make the run younger
+    return newest
+
+
+async def _measure_run(namespace: tuple[str, ...], store: Store) -> Expired:
+    records = size = 0
+    fault = None
+    for row in RECORD_CONTRACTS:
+        try:
+            async for record in store.scan(row, include_removed=True):
+                records += 1
+                size += len(dump_value(record.value))
+        except Damaged as error:
+            fault = str(error)
+    return Expired(namespace, "", records, size, fault)

@@ -1,0 +1,230 @@
+"""`Deliveries`: notifications on their way from the store to sinks, beside the trading and across restarts.
+
+Nothing waits in memory. A sink has a place in the feed of notifications, which is stored; behind it is what was
+delivered. However long a sink is dead, what is still to be delivered lies in the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+import msgspec
+
+from backtest_kit.errors import BacktestKitError, UserError
+from backtest_kit.persist.codec import encode
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.store import Key, Record, Store, Write
+from backtest_kit.persist.writing import now_ms
+from backtest_kit.records.signals import read_as
+
+if TYPE_CHECKING:
+    from backtest_kit.model.event import Mode
+    from backtest_kit.persist.binding import Persistence
+    from backtest_kit.records.notification import Notification
+
+Deliver = Callable[["Notification"], object]
+
+NOTIFICATION: Final = CONTRACTS["notification"]
+STATE: Final = CONTRACTS["state"]
+OWNER: Final = "notification sinks"
+"""Whose state the places of the sinks are; no signal is called so."""
+CHUNK: Final = 256
+FIRST_PAUSE_S: Final = 1.0
+LONGEST_PAUSE_S: Final = 300.0
+DRAIN_S: Final = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class Refused(BacktestKitError):
+    """A sink that will never take this notification: the next one is delivered instead."""
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Where notifications go."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def deliver(self, notification: Notification) -> None:
+        """Hand it over; raise if that failed and is to be tried again, `Refused` if it is not."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections. It may be used again afterwards."""
+        ...
+
+
+class _Place(msgspec.Struct, frozen=True, rename="camel"):
+    """Up to where a sink has got everything."""
+
+    since_ms: int
+    """Wall clock: what was written before this sink was there is not for it."""
+    last_id: str = ""
+
+
+class _Route(msgspec.Struct, frozen=True):
+    name: str
+    deliver: Deliver
+    close: Callable[[], Awaitable[None]] | None
+    kinds: tuple[str, ...]
+
+
+class Deliveries:
+    """The sinks of a program, and a task for each of them in every event loop and mode that has notifications."""
+
+    def __init__(self, persistence: Callable[[], Persistence]) -> None:
+        self._persistence = persistence
+        self._routes: dict[str, _Route] = {}
+        self._workers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, Mode], _Worker]] = (
+            WeakKeyDictionary()
+        )
+
+    def add(self, sink: Sink | Deliver, name: str | None, kinds: tuple[str, ...]) -> None:
+        if isinstance(sink, Sink):
+            route = _Route(name or sink.name, sink.deliver, sink.close, kinds)
+        elif callable(sink):
+            route = _Route(name or str(getattr(sink, "__qualname__", "")), sink, None, kinds)
+        else:
+            raise UserError(f"sink is {sink!r}: give one of backtest_kit.sinks, or a function of a notification")
+        if not route.name:
+            raise UserError("the sink has no name: give name=, under which its progress is kept")
+        if route.name in self._routes:
+            raise UserError(f"a sink is called {route.name!r} already: give this one another name=")
+        self._routes[route.name] = route
+
+    async def begin(self, mode: Mode) -> None:
+        """Have every sink go on where it was, in this event loop. What it has missed is delivered."""
+        workers = self._workers.setdefault(asyncio.get_running_loop(), {})
+        for route in self._routes.values():
+            if (route.name, mode) not in workers:
+                worker = _Worker(
+                    route,
+                    self._persistence().store_for(NOTIFICATION, mode),
+                    self._persistence().store_for(STATE, mode),
+                )
+                await worker.find_place()
+                if workers.setdefault((route.name, mode), worker) is worker:
+                    worker.start()
+
+    def wake(self, mode: Mode) -> None:
+        """Something was told."""
+        for (_, of_mode), worker in self._workers.get(asyncio.get_running_loop(), {}).items():
+            if of_mode == mode:
+                worker.news.set()
+
+    async def close(self) -> None:
+        """Deliver what can be delivered within `DRAIN_S` and end the tasks of this loop. The rest stays stored."""
+        workers = self._workers.pop(asyncio.get_running_loop(), {})
+        await asyncio.gather(*(worker.end() for worker in workers.values()))
+        for route in self._routes.values():
+            if route.close is not None and workers:
+                await route.close()
+
+
+class _Worker:
+    """Hands the notifications of one mode to one sink, the oldest first."""
+
+    def __init__(self, route: _Route, store: Store, places: Store) -> None:
+        self.news = asyncio.Event()
+        self._route = route
+        self._store = store
+        self._places = places
+        self._key: Key = (OWNER, route.name)
+        self._place = _Place(0)
+        self._ending = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def find_place(self) -> None:
+        record = await self._places.get(STATE, self._key)
+        if record is None:
+            await self._move(_Place(now_ms()))
+        else:
+            self._place = read_as(_Place, record.value)
+
+    def start(self) -> None:
+        self.news.set()
+        self._task = asyncio.create_task(self._run(), name=f"notifications to {self._route.name}")
+
+    async def end(self) -> None:
+        self._ending = True
+        self.news.set()
+        if self._task is not None:
+            done, _ = await asyncio.wait({self._task}, timeout=DRAIN_S)
+            if not done:
+                _log.warning("sink %s: not everything was delivered, the rest follows after the next start", self)
+                self._task.cancel()
+                await asyncio.wait({self._task})
+
+    async def _run(self) -> None:
+        failures = 0
+        while True:
+            try:
+                if await self._deliver_some():
+                    failures = 0
+                    continue
+                failures = 0
+                if self._ending:
+                    return
+                await self.news.wait()
+                self.news.clear()
+            except Exception as error:  # whatever a sink or its store raises, it may work later
+                failures += 1
+                if failures == 1 or failures % 10 == 0:
+                    _log.warning("sink %s: attempt %d failed: %s", self, failures, _describe(error))
+                pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(failures - 1, 20))
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
+
+    async def _deliver_some(self) -> bool:
+        """Deliver the oldest of what is to be delivered; False if there was nothing."""
+        waiting = await self._oldest()
+        for record in waiting:
+            await self._deliver(record)
+        return bool(waiting)
+
+    async def _oldest(self) -> list[Record]:
+        """The `CHUNK` oldest notifications behind the place of the sink, however many there are."""
+        oldest: deque[Record] = deque(maxlen=CHUNK)
+        last, since_ms = (False, self._place.last_id), self._place.since_ms
+        # The clock is asked only where there is no last one, or it is forgotten by now: clocks are set back.
+        known = bool(self._place.last_id) and await self._store.get(NOTIFICATION, last) is not None
+        async for record in self._store.scan(NOTIFICATION, newest_first=True):
+            if record.key == last or (not known and record.written_at < since_ms):
+                break
+            oldest.append(record)
+        return list(reversed(oldest))
+
+    async def _deliver(self, record: Record) -> None:
+        from backtest_kit.records.notification import Notification
+
+        notification = read_as(Notification, record.value)
+        if not self._route.kinds or notification.kind in self._route.kinds:
+            try:
+                answer: Any = self._route.deliver(notification)
+                if inspect.isawaitable(answer):
+                    await answer
+            except Refused as error:
+                _log.error("sink %s: %s was refused for good: %s", self, notification.notification_id, error)
+        await self._move(_Place(record.written_at, notification.notification_id))
+
+    async def _move(self, place: _Place) -> None:
+        await self._places.put(Write(STATE, self._key, encode(place)))
+        self._place = place
+
+    def __str__(self) -> str:
+        return self._route.name
+
+
+def _describe(error: Exception) -> str:
+    """Our own messages are free of secrets; of others only the kind is told, for a URL may be a secret."""
+    if isinstance(error, BacktestKitError):
+        return str(error)
+    return type(error).__name__

@@ -1,0 +1,60 @@
+"""`Housekeeping`: what is too old is forgotten, at the start of trading and daily from then on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from backtest_kit.errors import BacktestKitError
+from backtest_kit.settings import Settings
+
+if TYPE_CHECKING:
+    from backtest_kit.persist.binding import Persistence
+
+PAUSE_S: Final = 86_400.0
+
+_log = logging.getLogger(__name__)
+
+
+class Housekeeping:
+    """One task, in the event loop that trades."""
+
+    def __init__(self, persistence: Callable[[], Persistence], settings: Callable[[], Settings]) -> None:
+        self._persistence = persistence
+        self._settings = settings
+        self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Begin, if that has not been done in this loop."""
+        loop = asyncio.get_running_loop()
+        if self._task is None or self._task.done() or self._loop is not loop:
+            self._loop = loop
+            self._task = loop.create_task(self._run(), name="retention")
+
+    async def close(self) -> None:
+        """End it; what is half forgotten is forgotten the next time."""
+        task, self._task = self._task, None
+        if task is not None and self._loop is asyncio.get_running_loop():
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _run(self) -> None:
+        while True:
+            await self.compact()
+            await asyncio.sleep(PAUSE_S)
+
+    async def compact(self) -> None:
+        """Forget what is too old in every store of the program; a store that does not let it is told in the log."""
+        from backtest_kit.persist.retention import compact, retention_of
+
+        retention = retention_of(self._settings())
+        for store in self._persistence().stores():
+            try:
+                for expired in await compact(store, retention):
+                    what = f"{'/'.join((*expired.namespace, expired.contract))}: {expired.records} records"
+                    _log.info("forgot what was too old of %s, %d bytes", what, expired.size)
+            except BacktestKitError as error:
+                _log.warning("not all that is too old was forgotten, it is tried again tomorrow: %s", error)

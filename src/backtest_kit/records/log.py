@@ -1,0 +1,361 @@
+"""`Log`: structured lines, kept in the order in which they were said and never in the way of who says them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
+
+import msgspec
+
+from backtest_kit.errors import BacktestKitError, UserError
+from backtest_kit.model.event import Identity, Mode
+from backtest_kit.model.interval import to_datetime
+from backtest_kit.persist.codec import encode
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.store import Plain, Record, Store, Write
+from backtest_kit.persist.writing import now_ms
+from backtest_kit.records.signals import ScopeOf, read_as, seen
+
+if TYPE_CHECKING:
+    from backtest_kit.persist.binding import Persistence
+
+Level = Literal["debug", "info", "warning", "error"]
+
+LOG: Final = CONTRACTS["log"]
+LEVELS: Final[tuple[Level, ...]] = get_args(Level)
+"""From the least to the most important."""
+_GROUP: Final = 128
+_FULL: Final = 10_000
+"""Lines that may wait. Whoever can wait does so at half of it; where nobody can, the oldest are dropped and counted."""
+_PAUSE_S: Final = 1.0
+
+
+class LogLine(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """One line of a log."""
+
+    entry_id: str
+    level: Level
+    message: str
+    mode: Mode
+    symbol: str = ""
+    strategy_name: str = ""
+    exchange_name: str = ""
+    frame_name: str = ""
+    logger: str = ""
+    """The logger of the standard library that it came from; empty for lines of a strategy."""
+    when_ms: int | None = None
+    """Simulation time, None where there is none."""
+    said_at_ms: int
+    """Wall clock."""
+    fields: dict[str, Any] = {}
+    """What was said beside the message."""
+
+    @property
+    def when(self) -> datetime | None:
+        return None if self.when_ms is None else to_datetime(self.when_ms)
+
+
+def line_of(record: Record) -> LogLine:
+    """The line in a stored record. Raises `Damaged` if it is none."""
+    return read_as(LogLine, record.value)
+
+
+class _Waiting(NamedTuple):
+    mode: Mode
+    run_id: str | None
+    write: Write
+
+
+class LogWriter:
+    """Takes lines from any thread and writes them in the background, many in one go."""
+
+    def __init__(self, persistence: Callable[[], Persistence]) -> None:
+        self._persistence = persistence
+        self._waiting: deque[_Waiting] = deque()
+        self._guard = threading.Lock()
+        self._dropped = 0
+        self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._turn = asyncio.Lock()
+        # Ids of two processes differ by the token, and those of one are in order.
+        self._token = secrets.token_hex(4)
+        self._serial = itertools.count()
+
+    def new_id(self) -> str:
+        return f"{time.time_ns():020d}-{self._token}-{next(self._serial)}"
+
+    def add(self, mode: Mode, run_id: str | None, line: LogLine) -> None:
+        """Take a line. It is written as soon as the event loop has its turn."""
+        write = Write(LOG, (line.entry_id,), _plain(line), when=line.when_ms)
+        with self._guard:
+            if len(self._waiting) >= _FULL:
+                self._waiting.popleft()
+                self._dropped += 1
+            self._waiting.append(_Waiting(mode, run_id, write))
+        self._wake()
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so much waits that whoever can wait should `flush` first."""
+        return len(self._waiting) > _FULL // 2
+
+    async def flush(self) -> None:
+        """Write what waits.
+
+        Raises:
+            As `Store.put`; what was not written waits on.
+        """
+        await self._write_all()
+
+    def _wake(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # said in another thread, or while no loop runs: then with the next line, or by flush
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._start, self._loop)
+        else:
+            self._start(loop)
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._task is None or self._task.done() or self._task.get_loop() is not loop:
+            self._use(loop)
+            self._task = loop.create_task(self._write_on(), name="log")
+
+    async def _write_on(self) -> None:
+        """Write until nothing waits. A store that does not take lines is asked again, without end."""
+        failed = False
+        while self._waiting:
+            try:
+                await self._write_all()
+            except BacktestKitError as error:
+                if not failed:
+                    logging.getLogger(__name__).warning("lines of the log wait for the store: %s", error)
+                failed = True
+                await asyncio.sleep(_PAUSE_S)
+
+    def _use(self, loop: asyncio.AbstractEventLoop) -> asyncio.Lock:
+        if self._loop is not loop:
+            self._loop, self._turn = loop, asyncio.Lock()
+        return self._turn
+
+    async def _write_all(self) -> None:
+        # One at a time, because what is refused goes back to the front of the queue.
+        async with self._use(asyncio.get_running_loop()):
+            while group := self._take():
+                results: Sequence[object] | None = None
+                try:
+                    results = await asyncio.gather(
+                        *(self._store(each).put(each.write) for each in group), return_exceptions=True
+                    )
+                finally:
+                    self._put_back(group, results)
+                for result in results:
+                    if isinstance(result, BaseException):
+                        raise result
+
+    def _put_back(self, group: list[_Waiting], results: Sequence[object] | None) -> None:
+        """Have those wait again that were refused, or all of a group that was cancelled.
+
+        A line that was written all the same is not written twice, for its id is taken.
+        """
+        if results is not None:
+            group = [each for each, result in zip(group, results, strict=True) if isinstance(result, BaseException)]
+        with self._guard:
+            self._waiting.extendleft(reversed(group))
+
+    def _take(self) -> list[_Waiting]:
+        with self._guard:
+            if self._dropped:
+                dropped, self._dropped = self._dropped, 0
+                first = self._waiting[0]
+                line = LogLine(
+                    entry_id=self.new_id(),
+                    level="warning",
+                    message=f"{dropped} lines of the log were dropped: the store could not keep up",
+                    mode=first.mode,
+                    said_at_ms=now_ms(),
+                )
+                write = Write(LOG, (line.entry_id,), _plain(line), when=first.write.when)
+                self._waiting.appendleft(_Waiting(first.mode, first.run_id, write))
+            return [self._waiting.popleft() for _ in range(min(_GROUP, len(self._waiting)))]
+
+    def _store(self, waiting: _Waiting) -> Store:
+        return self._persistence().store_for(LOG, waiting.mode, waiting.run_id)
+
+
+class Log:
+    """The log of a run at one minute: `ctx.log.info("volume is thin", volume=12.5)`.
+
+    Saying a line costs microseconds and does not wait; it is kept within 50 ms, as structured JSON with symbol,
+    strategy, mode and the simulation time of its minute.
+    """
+
+    __slots__ = ("_identity", "_run_id", "_when_ms", "_writer")
+
+    def __init__(self, writer: LogWriter, identity: Identity, run_id: str | None, when_ms: int | None) -> None:
+        self._writer = writer
+        self._identity = identity
+        self._run_id = run_id
+        self._when_ms = when_ms
+
+    def debug(self, message: str, **fields: Any) -> None:
+        """What only helps to find errors."""
+        self._say("debug", message, fields)
+
+    def info(self, message: str, **fields: Any) -> None:
+        """What happened. `fields` are anything that can be stored."""
+        self._say("info", message, fields)
+
+    def warning(self, message: str, **fields: Any) -> None:
+        """What somebody should look at some day."""
+        self._say("warning", message, fields)
+
+    def error(self, message: str, **fields: Any) -> None:
+        """What went wrong."""
+        self._say("error", message, fields)
+
+    def _say(self, level: Level, message: str, fields: dict[str, Any]) -> None:
+        identity = self._identity
+        line = LogLine(
+            entry_id=self._writer.new_id(),
+            level=level,
+            message=message,
+            mode=identity.mode,
+            symbol=identity.symbol,
+            strategy_name=identity.strategy_name,
+            exchange_name=identity.exchange_name,
+            frame_name=identity.frame_name,
+            when_ms=self._when_ms,
+            said_at_ms=now_ms(),
+            fields=fields,
+        )
+        self._writer.add(identity.mode, self._run_id, line)
+
+
+class Logs:
+    """The logs of a program, from outside of its runs: `kit.records.log`."""
+
+    def __init__(self, scope: ScopeOf, writer: LogWriter) -> None:
+        self._scope = scope
+        self._writer = writer
+        self._bridge: tuple[logging.Logger, _Bridge] | None = None
+
+    async def list(
+        self,
+        *,
+        level: Level = "debug",
+        symbol: str | None = None,
+        strategy_name: str | None = None,
+        limit: int | None = 1000,
+        mode: Mode = "live",
+        run_id: str | None = None,
+        when: datetime | str | int | None = None,
+    ) -> list[LogLine]:
+        """The lines that are all of this and of that level or a higher one, the newest first; at most `limit`.
+
+        Raises:
+            UserError: `level` is none, or a backtest has no run id.
+            Damaged, RetryLater: as `Store.scan`.
+        """
+        wanted = at_least(level)
+        await self.flush()
+        found: list[LogLine] = []
+        async for record in seen(self._scope(mode, run_id, when), LOG, ()):
+            line = line_of(record)
+            if line.level in wanted and symbol in (None, line.symbol) and strategy_name in (None, line.strategy_name):
+                found.append(line)
+                if len(found) == limit:
+                    break
+        return found
+
+    def bridge(self, logger: str = "", *, level: Level = "info", mode: Mode = "live") -> None:
+        """Keep what a logger of the standard library and those below it are told as well; "" is all of them.
+
+        It changes no levels of the standard library: what a logger passes over is not kept.
+
+        Raises:
+            UserError: `level` is none, or there is a bridge already.
+        """
+        at_least(level)
+        if self._bridge is not None:
+            raise UserError("there is a bridge already: kit.records.log.unbridge() ends it")
+        source, bridge = logging.getLogger(logger), _Bridge(self._writer, mode, level)
+        source.addHandler(bridge)
+        self._bridge = source, bridge
+
+    def unbridge(self) -> None:
+        """End the bridge, if there is one."""
+        if self._bridge is not None:
+            source, bridge = self._bridge
+            source.removeHandler(bridge)
+            self._bridge = None
+
+    async def flush(self) -> None:
+        """Write what was said so far. Raises as `Store.put`."""
+        await self._writer.flush()
+
+
+class _Bridge(logging.Handler):
+    """From the standard library's logging to the log."""
+
+    def __init__(self, writer: LogWriter, mode: Mode, level: Level) -> None:
+        super().__init__(getattr(logging, level.upper()))
+        self._writer = writer
+        self._mode = mode
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == __name__:
+            return  # that the log cannot be written, the log need not be told
+        fields = {} if record.exc_info is None else {"traceback": "".join(traceback.format_exception(*record.exc_info))}
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):
+            message = f"{record.msg} {record.args}"
+        line = LogLine(
+            entry_id=self._writer.new_id(),
+            level=_level_of(record.levelno),
+            message=message,
+            mode=self._mode,
+            logger=record.name,
+            said_at_ms=int(record.created * 1000),
+            fields=fields,
+        )
+        self._writer.add(self._mode, None, line)
+
+
+def at_least(level: str) -> frozenset[str]:
+    """This level and the higher ones.
+
+    Raises:
+        UserError: it is none.
+    """
+    if level not in LEVELS:
+        raise UserError(f"level is {level!r}: use one of {', '.join(LEVELS)}")
+    return frozenset(LEVELS[LEVELS.index(level) :])
+
+
+def _level_of(number: int) -> Level:
+    if number >= logging.ERROR:
+        return "error"
+    if number >= logging.WARNING:
+        return "warning"
+    return "info" if number >= logging.INFO else "debug"
+
+
+def _plain(line: LogLine) -> Plain:
+    """The line as it is stored. What cannot be stored is told as text: a log must not end a strategy."""
+    try:
+        return encode(line)
+    except UserError:
+        fields = {str(name): repr(value) for name, value in line.fields.items()}
+        message = str(line.message).encode("utf-8", "backslashreplace").decode()
+        return encode(msgspec.structs.replace(line, message=message, fields=fields))

@@ -1,0 +1,190 @@
+"""`Notifications`: what people want to hear of a run, kept once each and handed to sinks until they took it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Final, Literal
+from zlib import crc32
+
+import msgspec
+
+from backtest_kit.model.event import (
+    EntryCancelled,
+    EntryScheduled,
+    Event,
+    Mode,
+    PositionChanged,
+    PositionClosed,
+    PositionOpened,
+    RiskRejected,
+    RunFailed,
+)
+from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
+from backtest_kit.persist.codec import encode
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.store import ABSENT, Write
+from backtest_kit.records.delivery import Deliver, Deliveries, Sink
+from backtest_kit.records.signals import ScopeOf, read_as, seen
+
+Severity = Literal["info", "warning", "alarm"]
+
+NOTIFICATION: Final = CONTRACTS["notification"]
+
+
+class Notification(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """One thing that somebody should hear of. The same event always makes the same one, with the same id."""
+
+    notification_id: str
+    kind: str
+    """What happened, as `Event.action` says it: opened, closed, changed, scheduled, cancelled, rejected, failed, ..."""
+    severity: Severity
+    """An alarm wants somebody to look now; a warning says that something was refused."""
+    mode: Mode
+    symbol: str
+    strategy_name: str
+    exchange_name: str
+    frame_name: str
+    when_ms: int
+    signal_id: str = ""
+    """Empty where it is about no signal."""
+    price: float | None = None
+    pnl_pct: float | None = None
+    """Of a closed position, in percent after costs."""
+    pnl_cost: float | None = None
+    reason: str = ""
+    text: str
+    """One line for people."""
+
+    @property
+    def when(self) -> datetime:
+        return to_datetime(self.when_ms)
+
+
+def notification_of(event: Event) -> Notification | None:
+    """What is told of `event`, or None if that is nothing to disturb people with."""
+    match event:
+        case EntryScheduled():
+            entry = event.entry
+            what = f"{entry.position} entry at {entry.price_open:g}"
+            return _about(event, what, signal_id=entry.signal_id, price=event.price)
+        case EntryCancelled():
+            what = f"entry cancelled: {event.reason}"
+            return _about(event, what, signal_id=event.entry.signal_id, price=event.price, reason=event.reason)
+        case PositionOpened():
+            held = event.position
+            what = f"{held.position} at {held.price_open:g}, take {held.take_profit:g}, stop {held.stop_loss:g}"
+            return _about(event, what, signal_id=held.signal_id, price=event.price)
+        case PositionChanged():
+            what = event.change.replace("_", " ")
+            now = event.position
+            state = f"{len(now.entries)} {len(now.reductions)} {now.take_profit} {now.stop_loss}"
+            return _about(event, what, signal_id=now.signal_id, price=event.price, reason=event.change, state=state)
+        case PositionClosed():
+            trade = event.trade
+            what = f"{trade.close_reason.replace('_', ' ')} at {trade.price_close:g}, {trade.pnl_pct:+.2f} %"
+            told = _about(event, what, signal_id=trade.signal_id, price=event.price, reason=trade.close_reason)
+            return msgspec.structs.replace(told, pnl_pct=trade.pnl_pct, pnl_cost=trade.pnl_cost)
+        case RiskRejected():
+            what = f"refused by {event.risk_name}: {event.reason}"
+            signal_id = event.signal.id or ""
+            return _about(event, what, "warning", signal_id=signal_id, price=event.price, reason=event.reason)
+        case RunFailed():
+            reason = f"{type(event.error).__name__}: {event.error}"
+            return _about(event, f"failed: {reason}", "alarm", reason=reason)
+        case _:
+            return None
+
+
+def notification_writes(events: Iterable[Event]) -> list[Write]:
+    """One write for each event that is told, which does nothing if it was told before."""
+    told = filter(None, map(notification_of, events))
+    return [
+        Write(NOTIFICATION, (each.mode == "backtest", each.notification_id), encode(each), each.when_ms, ABSENT)
+        for each in {each.notification_id: each for each in told}.values()
+    ]
+
+
+class Notifications:
+    """What was told, and who is told of it: `kit.records.notification`."""
+
+    def __init__(self, scope: ScopeOf, deliveries: Deliveries) -> None:
+        self._scope = scope
+        self._deliveries = deliveries
+
+    def sink(self, deliver: Sink | Deliver, *, name: str | None = None, kinds: Sequence[str] = ()) -> None:
+        """Hand every notification of live and paper runs to `deliver`, from now on.
+
+        A sink gets them in order, one at a time, beside the trading. What it raises is tried again, for as long as
+        it takes and also after a restart, when a sink of that name goes on where it was. So it gets each of them
+        at least once; `notification_id` tells a repetition.
+
+        Args:
+            deliver: One of `backtest_kit.sinks`, or a function of a `Notification`, which should be async.
+            name: What its progress is kept under; by default that of the sink, or of the function.
+            kinds: Only these kinds, such as ["opened", "closed"]; by default all.
+
+        Raises:
+            UserError: it is neither, has no name, or the name is taken.
+        """
+        self._deliveries.add(deliver, name, tuple(kinds))
+
+    async def list(
+        self,
+        *,
+        kind: str | None = None,
+        symbol: str | None = None,
+        strategy_name: str | None = None,
+        limit: int | None = None,
+        mode: Mode = "live",
+        run_id: str | None = None,
+        when: datetime | str | int | None = None,
+    ) -> list[Notification]:
+        """The notifications that are all of this, the newest first; no more than `limit`.
+
+        Raises:
+            UserError: a backtest without its run id.
+            Damaged, RetryLater: as `Store.scan`.
+        """
+        found: list[Notification] = []
+        async for record in seen(self._scope(mode, run_id, when), NOTIFICATION, (mode == "backtest",)):
+            each = read_as(Notification, record.value)
+            if kind in (None, each.kind) and symbol in (None, each.symbol):
+                if strategy_name in (None, each.strategy_name):
+                    found.append(each)
+                if len(found) == limit:
+                    break
+        return found
+
+
+def _about(
+    event: Event,
+    what: str,
+    severity: Severity = "info",
+    *,
+    signal_id: str = "",
+    price: float | None = None,
+    reason: str = "",
+    state: str = "",
+) -> Notification:
+    """`state` tells apart what may happen several times in one minute."""
+    identity = event.identity
+    # Whatever is not of one signal is of the run; the minute tells two of them apart.
+    whose = signal_id or "-".join((identity.strategy_name, identity.exchange_name, identity.symbol))
+    minute = floor_ms(event.when_ms, MINUTE_MS)
+    detail = f"-{crc32(f'{what} {state}'.encode()):08x}" if state or not signal_id else ""
+    return Notification(
+        notification_id=f"{whose}-{event.action}-{minute}{detail}",
+        kind=event.action,
+        severity=severity,
+        mode=identity.mode,
+        symbol=identity.symbol,
+        strategy_name=identity.strategy_name,
+        exchange_name=identity.exchange_name,
+        frame_name=identity.frame_name,
+        when_ms=event.when_ms,
+        signal_id=signal_id,
+        price=price,
+        reason=reason,
+        text=f"{iso(event.when_ms)} {identity.symbol} {identity.strategy_name}: {event.action} {what}",
+    )

@@ -1,0 +1,89 @@
+"""`Observer`: what the events of runs leave behind: signals, the last of them, and notifications."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from backtest_kit.errors import Conflict
+from backtest_kit.model.event import Event, Mode
+from backtest_kit.persist.store import ABSENT, ANY, Capability, Write
+from backtest_kit.records.notification import NOTIFICATION, notification_writes
+from backtest_kit.records.signals import RECENT, STORAGE, signal_writes
+
+if TYPE_CHECKING:
+    from backtest_kit.persist.binding import Persistence
+    from backtest_kit.records.delivery import Deliveries
+
+ROWS: Final = (STORAGE, RECENT, NOTIFICATION)
+KEPT_EVENTS: Final = 20_000
+"""Of backtests whose records are in memory and were not asked for yet. Beyond it the oldest runs are let go of."""
+
+
+class Observer:
+    """Is told of events once they have happened for good, and may be told of them again."""
+
+    def __init__(self, persistence: Callable[[], Persistence], deliveries: Deliveries) -> None:
+        self._persistence = persistence
+        self._deliveries = deliveries
+        self._unwritten: OrderedDict[str, list[Event]] = OrderedDict()
+        self._count = 0
+
+    async def observe(self, events: Sequence[Event], mode: Mode, run_id: str | None) -> None:
+        """Keep what `events` say, with one write for each record that they change.
+
+        Raises:
+            Damaged, OutOfSpace, RetryLater: as `Store.put`. Told again, it is done as if for the first time.
+        """
+        persistence = self._persistence()
+        in_memory = [row for row in ROWS if run_id is not None and persistence.in_memory(row, mode)]
+        if run_id is not None and in_memory:
+            self._put_off(events, run_id, persistence)
+            if len(in_memory) == len(ROWS):
+                return
+        if mode != "backtest":
+            await self._deliveries.begin(mode)
+        writes = [write for write in _writes(events) if write.contract not in in_memory]
+        results = await asyncio.gather(
+            *(self._put(persistence, write, mode, run_id) for write in writes), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        if mode != "backtest" and any(write.contract is NOTIFICATION for write in writes):
+            self._deliveries.wake(mode)
+
+    async def _put(self, persistence: Persistence, write: Write, mode: Mode, run_id: str | None) -> None:
+        store = persistence.store_for(write.contract, mode, run_id)
+        if write.expect == ABSENT and Capability.COMPARE_AND_SET not in store.capabilities:
+            write = Write(write.contract, write.key, write.value, write.when, ANY)
+        try:
+            await store.put(write)
+        except Conflict:
+            return  # a notification that was told before
+
+    def _put_off(self, events: Sequence[Event], run_id: str, persistence: Persistence) -> None:
+        if run_id not in self._unwritten:
+            self._unwritten[run_id] = []
+            persistence.defer(run_id, partial(self._make, run_id, persistence))
+        self._unwritten[run_id].extend(events)
+        self._count += len(events)
+        while self._count > KEPT_EVENTS and len(self._unwritten) > 1:
+            _, dropped = self._unwritten.popitem(last=False)
+            self._count -= len(dropped)
+
+    def _make(self, run_id: str, persistence: Persistence) -> list[Write]:
+        events = self._unwritten.pop(run_id, [])
+        self._count -= len(events)
+        made: dict[tuple[str, object], Write] = {}
+        for write in _writes(events):
+            if persistence.in_memory(write.contract, "backtest"):
+                made[write.contract.name, write.key] = Write(write.contract, write.key, write.value, write.when)
+        return list(made.values())
+
+
+def _writes(events: Sequence[Event]) -> list[Write]:
+    return [*signal_writes(events), *notification_writes(events)]

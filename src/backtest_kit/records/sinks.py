@@ -1,0 +1,142 @@
+"""Sinks of notifications over HTTP. Where they go may be a secret: no message, repr or log shows it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from backtest_kit.errors import RetryLater, UserError
+from backtest_kit.records.delivery import Refused
+
+if TYPE_CHECKING:
+    import httpx
+
+    from backtest_kit.records.notification import Notification
+
+_TIMEOUT_S: Final = 10.0
+_TRIED_AGAIN: Final = frozenset((401, 403, 404, 408, 425, 429))
+"""Refusals that say nothing about the notification: a token or an address is mended, a limit passes."""
+
+
+class HttpSink:
+    """Sends each notification as one POST of JSON."""
+
+    def __init__(self, name: str, url: str, headers: dict[str, str], timeout_s: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"the address of sink {name!r} is none: give https://host/path")
+        self.name = name
+        self._host = parts.hostname
+        self._url = url
+        self._headers = headers
+        self._timeout_s = timeout_s
+        self._transport: tuple[asyncio.AbstractEventLoop, httpx.AsyncHTTPTransport] | None = None
+
+    def body(self, notification: Notification) -> Any:
+        """What is sent, as JSON."""
+        return notification
+
+    async def deliver(self, notification: Notification) -> None:
+        """Send it.
+
+        Raises:
+            RetryLater: nobody answered, or the answer was that it may work later.
+            Refused: the receiver does not want this notification.
+        """
+        httpx = _httpx()
+        request = httpx.Request(
+            "POST",
+            self._url,
+            headers={"Content-Type": "application/json", "Idempotency-Key": notification.notification_id}
+            | self._headers,
+            content=msgspec.json.encode(self.body(notification)),
+        )
+        try:
+            # The transport and not a client: a client logs the whole address of every request.
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._open().handle_async_request(request)
+                try:
+                    await response.aread()
+                finally:
+                    await response.aclose()
+        except (httpx.HTTPError, TimeoutError, OSError) as error:
+            await self.close()
+            raise RetryLater(f"{self._host} did not answer ({type(error).__name__}): it is tried again") from None
+        self._judge(response.status_code)
+
+    async def close(self) -> None:
+        """Close the connection. The next delivery opens another one."""
+        transport, self._transport = self._transport, None
+        if transport is not None and transport[0] is asyncio.get_running_loop():
+            await transport[1].aclose()
+
+    def _open(self) -> httpx.AsyncHTTPTransport:
+        loop = asyncio.get_running_loop()
+        if self._transport is None or self._transport[0] is not loop:
+            self._transport = loop, _httpx().AsyncHTTPTransport()
+        return self._transport[1]
+
+    def _judge(self, status: int) -> None:
+        if status < 300:
+            return
+        if 400 <= status < 500 and status not in _TRIED_AGAIN:
+            raise Refused(f"{self._host} answered with status {status}")
+        raise RetryLater(f"{self._host} answered with status {status}: it is tried again")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self._host!r})"
+
+
+class Telegram(HttpSink):
+    """Sends the text of each notification to a chat."""
+
+    def __init__(self, name: str, token: str, chat_id: int | str, base_url: str, timeout_s: float) -> None:
+        super().__init__(name, f"{base_url}/bot{token}/sendMessage", {}, timeout_s)
+        self._chat_id = chat_id
+
+    def body(self, notification: Notification) -> Any:
+        return {"chat_id": self._chat_id, "text": notification.text}
+
+
+def webhook(
+    url: str, *, headers: dict[str, str] | None = None, name: str = "webhook", timeout_s: float = _TIMEOUT_S
+) -> HttpSink:
+    """A sink that posts each notification as JSON to `url`. Needs the extra `notify`.
+
+    The header `Idempotency-Key` is the id of the notification: a receiver that got it before may pass over it.
+
+    Raises:
+        UserError: `url` is no address, or httpx is not installed.
+    """
+    _httpx()
+    return HttpSink(name, url, headers or {}, timeout_s)
+
+
+def telegram(
+    token: str,
+    chat_id: int | str,
+    *,
+    name: str = "telegram",
+    base_url: str = "https://api.telegram.org",
+    timeout_s: float = _TIMEOUT_S,
+) -> HttpSink:
+    """A sink that sends each notification as a message of a Telegram bot. Needs the extra `notify`.
+
+    Raises:
+        UserError: a token or a chat is missing, or httpx is not installed.
+    """
+    _httpx()
+    if not token or chat_id in ("", 0):
+        raise UserError(f"sink {name!r} needs the token of a bot and the id of a chat: @BotFather makes a bot")
+    return Telegram(name, token, chat_id, base_url, timeout_s)
+
+
+def _httpx() -> Any:
+    try:
+        import httpx
+    except ImportError:
+        raise UserError("this sink needs httpx: pip install backtest-kit[notify]") from None
+    return httpx

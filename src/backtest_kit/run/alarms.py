@@ -1,0 +1,94 @@
+"""What goes wrong in a live run, as events for its listeners and as lines of the log."""
+
+from __future__ import annotations
+
+import logging
+
+from backtest_kit.broker.base import Order
+from backtest_kit.errors import BacktestKitError
+from backtest_kit.model.event import Degraded, Event, Healed, OrderFailed, StrategyFailed
+from backtest_kit.run.desk import Desk
+
+_log = logging.getLogger("backtest_kit")
+
+
+class Alarms:
+    """Tells of what went wrong at the minute of a desk, with the next events of that desk."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._identity = desk.rules.identity
+        self._settings = desk.rules.settings
+        self._silent = 0
+        """How often in a row the venue did not tell how an order stands."""
+
+    def order_failed(self, order: Order, reason: str, next_step: str, *, alarm: bool = False) -> None:
+        """An order did not go through, or nobody knows."""
+        self._tell(
+            OrderFailed(
+                identity=self._identity,
+                when_ms=self._desk.tick.when_ms,
+                kind=order.kind,
+                client_order_id=order.client_order_id,
+                attempt=order.attempt,
+                reason=reason,
+                next_step=next_step,
+                alarm=alarm,
+            )
+        )
+
+    def venue_silent(self, order_id: str, error: Exception) -> None:
+        """The venue did not tell how an order, a position or an entry stands; too often is an alarm."""
+        self._silent += 1
+        self._tell(
+            OrderFailed(
+                identity=self._identity,
+                when_ms=self._desk.tick.when_ms,
+                kind="check",
+                client_order_id=order_id,
+                attempt=self._silent - 1,
+                reason=words_of(error),
+                next_step="the venue is asked again at the next minute",
+                alarm=self._silent > self._settings.CC_ORDER_CHECK_RETRY_ATTEMPTS,
+            )
+        )
+
+    def venue_answered(self) -> None:
+        """The venue has told."""
+        self._silent = 0
+
+    def user_failed(self, what: str, error: Exception, *, tell: bool) -> None:
+        """Code of the user raised; without `tell` only the log has it."""
+        identity = self._identity
+        _log.error(
+            "%s of strategy %s for %s raised %s; the next minute goes on", what, identity.strategy_name,
+            identity.symbol, type(error).__name__, exc_info=error,
+        )  # fmt: skip
+        if tell:
+            self._desk.events.append(
+                StrategyFailed(identity=identity, when_ms=self._desk.tick.when_ms, what=what, error=error)
+            )
+
+    def store_changed(self, degraded: str, *, kept: bool) -> None:
+        """The store does not take writes, for the reason given, or does again where that is empty."""
+        identity, when_ms = self._identity, self._desk.tick.when_ms
+        event: Event = Healed(identity=identity, when_ms=when_ms)
+        if degraded:
+            event = Degraded(identity=identity, when_ms=when_ms, reason=degraded, kept=kept)
+            _log.error("nothing new is opened for %s: %s", identity.symbol, degraded)
+        else:
+            _log.warning("the store has everything of %s again", identity.symbol)
+        self._desk.events.append(event)
+
+    def _tell(self, event: OrderFailed) -> None:
+        level = logging.ERROR if event.alarm else logging.WARNING
+        _log.log(
+            level, "%s %s: %s; %s", event.kind, event.client_order_id, event.reason, event.next_step,
+            extra={"event": event},
+        )  # fmt: skip
+        self._desk.events.append(event)
+
+
+def words_of(error: Exception) -> str:
+    """An error in one line; of those that are not ours also the type."""
+    return str(error) if isinstance(error, BacktestKitError) else f"{type(error).__name__}: {error}"

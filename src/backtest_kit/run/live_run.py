@@ -1,0 +1,485 @@
+"""One live or paper run from its start to its end: see `run.live` for the story."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from backtest_kit.broker.base import Broker
+from backtest_kit.engine.step import Flat, Resting, Rules, State
+from backtest_kit.errors import BacktestKitError, Conflict, OutOfSpace, RetryLater, UserError
+from backtest_kit.events import EventBus
+from backtest_kit.market.clock import Clock
+from backtest_kit.market.fetch import CandleFeed
+from backtest_kit.market.history import History
+from backtest_kit.model.event import (
+    ClockJumped,
+    Event,
+    Identity,
+    MinutesMissed,
+    Paused,
+    Recovered,
+    RunDone,
+    RunFailed,
+)
+from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso
+from backtest_kit.model.position import Position, RestingEntry
+from backtest_kit.persist.binding import Persistence
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.crashpoints import crashpoint
+from backtest_kit.persist.keys import path_of
+from backtest_kit.persist.lease import DEFAULT_TTL, Lease, acquire
+from backtest_kit.records import RunRecords
+from backtest_kit.run.alarms import Alarms
+from backtest_kit.run.cron import Cron
+from backtest_kit.run.desk import Desk
+from backtest_kit.run.emergency import EmergencyFile
+from backtest_kit.run.feeds import Feeds
+from backtest_kit.run.keeper import Keeper, held_by
+from backtest_kit.run.ledger import Ledger
+from backtest_kit.run.live_risk import LiveRisk
+from backtest_kit.run.minute import Minute
+from backtest_kit.run.orphans import OrphanGuard, OrphanPolicy
+from backtest_kit.run.replay import Gaps, columns_of
+from backtest_kit.run.schema import RiskSchema, StrategySchema
+from backtest_kit.run.trader import Observer, Trader
+from backtest_kit.settings import Settings
+
+_POLL_MS: Final = 1000
+"""How often a candle that is not published yet is asked for."""
+_log = logging.getLogger("backtest_kit")
+
+
+class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
+    """One live run, resolved: every name looked up, every option checked."""
+
+    identity: Identity
+    strategy: StrategySchema
+    risks: tuple[RiskSchema, ...]
+    settings: Settings
+    rules: Rules
+    broker: Broker
+    clock: Clock
+    gaps: Gaps
+    orphans: OrphanPolicy
+    lease_ttl: float = DEFAULT_TTL
+    """Seconds after which another machine may take the position of a process that is silent."""
+
+    @property
+    def scope(self) -> tuple[str, str, str]:
+        """The key of the position's records."""
+        return self.identity.strategy_name, self.identity.exchange_name, self.identity.symbol
+
+
+class LiveRun:
+    """A live run in progress. `live` is all of it, once."""
+
+    def __init__(
+        self,
+        job: LiveJob,
+        feeds: Feeds,
+        bus: EventBus,
+        cron: Cron,
+        records: RunRecords,
+        persistence: Persistence,
+        dump: Path,
+        observers: Sequence[Observer],
+        alone: Callable[[], bool],
+        yielded: Callable[[Event], None],
+    ) -> None:
+        """`alone` says whether no other run of the program trades the symbol there; `yielded` takes each event."""
+        self.job = job
+        self.desk = Desk(job.rules)
+        identity, scope = job.identity, job.scope
+        patience = job.settings.CC_SCHEDULE_AWAIT_MINUTES
+        mode = identity.mode
+        risk = LiveRisk(persistence, mode, identity, job.risks, scope, patience)
+        strategy, exchange, symbol = path_of(CONTRACTS["signal"], scope)
+        emergency = EmergencyFile(dump / "emergency" / mode / strategy / exchange / f"{symbol}.reserve")
+        alarms = Alarms(self.desk)
+        self.keeper = Keeper(Ledger(persistence, mode, scope), risk, emergency, alarms)
+        self.trader = Trader(self.desk, self.keeper, job.broker, alarms, observers)
+        seat = risk if job.risks else None
+        self.trader.minute = self._minute = Minute(
+            self.desk, job.strategy, bus, cron, seat, self.trader, self._history_of, records, self.trader
+        )
+        self._guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader.adopt)
+        self._feeds = feeds
+        self._bus = bus
+        self._cron = cron
+        self._persistence = persistence
+        self._alone = alone
+        self._yielded = yielded
+        self._woken = asyncio.Event()
+        self._loading = asyncio.Lock()
+        self._feed: CandleFeed | None = None
+        self._histories: dict[str, History] = {}
+        self._jumps = 0
+        self._resolved_ms = -1
+        """The minute in which the start has asked about an order under way."""
+        self._commanded = False
+        """Whether the run before has come as far as the commands of the minute in which this one begins."""
+        self.began = asyncio.Event()
+        """Set once what the run before has left is taken in."""
+        self.lease: Lease | None = None
+        self.when_ms = 0
+        self.missed = 0
+        self.drift_ms: int | None = None
+
+    async def live(self) -> None:
+        """Trade until stopped, and tell the listeners how it ended.
+
+        Raises:
+            Conflict: another process has the position, from the start or since.
+            UserError: bad settings, candles or credentials.
+            Damaged, RetryLater: what was left by the run before cannot be read, or a service is away, at the start.
+        """
+        identity = self.job.identity
+        try:
+            async with self._possession() as lease:
+                await beside(_kept(lease), self._trade())
+            await self._emit(RunDone(identity=identity, when_ms=self.when_ms, trades=tuple(self.trader.trades)))
+        except asyncio.CancelledError:
+            trades = tuple(self.trader.trades)
+            await self._emit(RunDone(identity=identity, when_ms=self.when_ms, trades=trades, cancelled=True))
+            raise
+        except Exception as error:
+            _log.error("the run of %s for %s ends: %s", identity.strategy_name, identity.symbol, error)
+            await self._emit(RunFailed(identity=identity, when_ms=self.when_ms, error=error))
+            raise
+
+    def stop(self) -> None:
+        """Open nothing more, and end once nothing is held."""
+        self.trader.stopping = True
+        self._woken.set()
+
+    async def pause(self, paused: bool) -> None:
+        """Ask the strategy no more, or again. Returns once that is written down.
+
+        Raises:
+            BacktestKitError: it could not be written down.
+        """
+        await self.began.wait()
+        if self.trader.book.paused != paused:
+            await self.trader.pause(paused)
+            await self._emit(Paused(identity=self.job.identity, when_ms=self.when_ms, paused=paused))
+
+    # The start and the end
+
+    @asynccontextmanager
+    async def _possession(self) -> AsyncIterator[Lease]:
+        """Everything that the run needs, and the position itself; given back in the reverse order."""
+        job, mode = self.job, self.job.identity.mode
+        async with AsyncExitStack() as stack:
+            await job.clock.start()
+            stack.push_async_callback(job.clock.stop)
+            await self._persistence.open(mode)
+            lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl)
+            self.lease = lease
+            stack.push_async_callback(_given_back, lease)
+            crashpoint("live.start.after_lease")
+            await job.broker.start()
+            stack.push_async_callback(job.broker.stop)
+            self._feed = await stack.enter_async_context(
+                self._feeds.use(job.identity.exchange_name, job.settings, job.clock.now_ms)
+            )
+            self._cron.begin(job.identity)
+            stack.callback(self._cron.end, job.identity)
+            stack.callback(self.keeper.close)
+            stack.push_async_callback(self.trader.end)
+            yield lease
+
+    async def _trade(self) -> None:
+        await self._recover()
+        while not self._finished():
+            await self._act()
+            if self._finished() or not await self._next_minute():
+                return
+
+    async def _recover(self) -> None:
+        """Take in what the run before has left, and finish what it had begun."""
+        owner = "" if self.lease is None else self.lease.holder.owner
+        steps = list(await self.keeper.load(owner))
+        crashpoint("live.start.after_load")
+        seen_ms, intent = self.trader.book.seen_ms, self.trader.book.intent
+        self.desk.state = self.trader.book.state
+        await self._first_history()
+        await self.trader.begin()
+        self.began.set()
+        told: list[Event] = []
+        events = await self.trader.resolve()
+        self._resolved_ms = self.when_ms
+        crashpoint("live.start.after_resolve")
+        self._commanded = self.trader.book.command_ms >= self.when_ms
+        if intent is not None:
+            order = intent.order
+            left = self.trader.book.intent
+            became = "carried out" if events else "given up" if left is None else "still open"
+            steps.append(f"asked the venue about the order {order.client_order_id} to {order.kind}: {became}")
+        held = held_by(self.desk.state)
+        recovered = Recovered(
+            identity=self.job.identity,
+            when_ms=self.when_ms,
+            position=held if isinstance(held, Position) else None,
+            entry=held if isinstance(held, RestingEntry) else None,
+            down_ms=max(0, self.when_ms - seen_ms) if seen_ms > 0 else 0,
+            steps=tuple(steps),
+        )
+        _log.info("%s", _words(recovered), extra={"event": recovered})
+        for event in (recovered, *events):
+            await self._minute.tell(event, told)
+        await self._hand_over(told)
+
+    def _finished(self) -> bool:
+        book = self.trader.book
+        return self.trader.stopping and isinstance(book.state, Flat) and book.intent is None
+
+    # A minute
+
+    async def _act(self) -> None:
+        """Act at the minute that has come; nothing that goes wrong in it but the loss of the position ends the run."""
+        trader, minute, told = self.trader, self._minute, list[Event]()
+        try:
+            if self._resolved_ms != self.when_ms:
+                for event in await trader.resolve():
+                    await minute.tell(event, told)
+            for event in await trader.check_venue():
+                await minute.tell(event, told)
+            await self._look_for_orphans(told)
+            if trader.stopping and isinstance(self.desk.state, Resting):
+                await self.desk.apply(_given_up)
+            book = trader.book
+            if book.intent is None:
+                when_ms, symbol = self.when_ms, self.job.identity.symbol
+                await minute.act(
+                    minute.wanted(),
+                    told,
+                    at_boundary=self._cron.next_boundary(when_ms - MINUTE_MS, symbol) == when_ms,
+                    settled=book.when_ms >= when_ms or self._commanded,
+                    managed=self._commanded,
+                )
+        except Exception as error:
+            await trader.failed("the minute", error)
+        await self._hand_over(told)
+        self._commanded = False
+        if trader.lost is not None:
+            raise trader.lost
+
+    async def _look_for_orphans(self, told: list[Event]) -> None:
+        if self.trader.book.intent is not None or not self._alone():
+            return
+        try:
+            found = await self._guard.look()
+        except Conflict:
+            raise
+        except Exception as error:
+            _log.warning("what the venue holds could not be compared: %s", error)
+            return
+        if found is not None:
+            await self._minute.tell(found, told)
+
+    async def _hand_over(self, told: list[Event]) -> None:
+        await self._minute.tell_commands(told)
+        for event in told:
+            self._yielded(event)
+            await self._notify(event)
+
+    async def _notify(self, event: Event) -> None:
+        try:
+            await self.job.broker.notify(event)
+        except Exception as error:
+            _log.warning("the broker took no notice of %s: %s", event.action, error)
+
+    async def _next_minute(self) -> bool:
+        """Wait for the next minute whose candles are there; False if the run is told to stop meanwhile."""
+        when_ms = self.when_ms + MINUTE_MS
+        while True:
+            await self._sleep_until(when_ms)
+            if self._finished():
+                return False
+            await self._watch_clock()
+            now_ms = floor_ms(self.job.clock.now_ms(), MINUTE_MS)
+            if now_ms > when_ms:
+                await self._miss(when_ms, (now_ms - when_ms) // MINUTE_MS, "the minute before took too long")
+                when_ms = now_ms
+            reason = await self._published(when_ms)
+            if not reason:
+                break
+            await self._miss(when_ms, 1, reason)
+            when_ms += MINUTE_MS
+        self.when_ms = when_ms
+        self.desk.tick = columns_of(self._histories[self.job.identity.symbol]).tick(when_ms)
+        return True
+
+    async def _published(self, when_ms: int) -> str:
+        """Wait for the candles up to a minute, but not into the next one: why they are not there, or nothing."""
+        clock, history = self.job.clock, self._histories[self.job.identity.symbol]
+        while True:
+            reason = "its candles came too late"
+            try:
+                await history.extend(when_ms)
+                if clock.now_ms() < when_ms + MINUTE_MS:
+                    return ""
+            except BacktestKitError as error:
+                reason = str(error)
+            if clock.now_ms() >= when_ms + MINUTE_MS:
+                return reason
+            await clock.sleep_until(min(clock.now_ms() + _POLL_MS, when_ms + MINUTE_MS))
+
+    async def _sleep_until(self, when_ms: int) -> None:
+        """Sleep, but wake up to be told to stop."""
+        if self.trader.stopping:
+            await self.job.clock.sleep_until(when_ms)
+            return
+        sleep = asyncio.ensure_future(self.job.clock.sleep_until(when_ms))
+        woken = asyncio.ensure_future(self._woken.wait())
+        try:
+            await asyncio.wait({sleep, woken}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            woken.cancel()
+            if not sleep.done():
+                sleep.cancel()
+            await asyncio.wait({sleep, woken})
+        if not sleep.cancelled():
+            sleep.result()
+        elif not self._finished():
+            await self.job.clock.sleep_until(when_ms)
+
+    async def _miss(self, first_ms: int, count: int, reason: str) -> None:
+        self.missed += count
+        identity = self.job.identity
+        _log.warning("%d minutes of %s from %s on were missed: %s", count, identity.symbol, iso(first_ms), reason)
+        await self._emit(
+            MinutesMissed(identity=identity, when_ms=first_ms, count=count, first_ms=first_ms, reason=reason)
+        )
+
+    async def _watch_clock(self) -> None:
+        jumps: Sequence[Any] = getattr(self.job.clock, "jumps", ())
+        for jump in jumps[self._jumps :]:
+            _log.warning("the wall clock was moved by %d ms", jump.by_ms)
+            await self._emit(ClockJumped(identity=self.job.identity, when_ms=self.when_ms, by_ms=jump.by_ms))
+        self._jumps = len(jumps)
+
+    async def _emit(self, event: Event) -> None:
+        """Tell of something that is no part of a minute."""
+        await self._bus.emit(event, self._minute.context(), failed=self._handler_failed)
+        self._yielded(event)
+
+    async def _handler_failed(self, what: str, error: Exception) -> None:
+        _log.error("%s raised %s", what, type(error).__name__, exc_info=error)
+
+    # Candles
+
+    async def _first_history(self) -> None:
+        """Wait for the candles that the first minute takes."""
+        clock, symbol = self.job.clock, self.job.identity.symbol
+        while True:
+            self.when_ms = floor_ms(clock.now_ms(), MINUTE_MS)
+            try:
+                history = await self._load(symbol)
+                break
+            except RetryLater as error:
+                _log.warning("no candles of %s yet: %s", symbol, error)
+                await clock.sleep_until(clock.now_ms() + _POLL_MS)
+        self.desk.tick = columns_of(history).tick(self.when_ms)
+        await self._measure_drift()
+
+    async def _measure_drift(self) -> None:
+        source = self._feeds.source(self.job.identity.exchange_name)
+        with suppress(RetryLater, UserError):
+            there_ms = await source.server_time_ms()
+            self.drift_ms = None if there_ms is None else there_ms - self.job.clock.now_ms()
+        if self.drift_ms is not None and abs(self.drift_ms) > 1000:
+            _log.warning("the clock differs from the exchange's by %d ms: set it by NTP", -self.drift_ms)
+
+    async def _history_of(self, symbol: str) -> History:
+        """The candles of a symbol up to the minute that the desk shows."""
+        history = self._histories.get(symbol) or await self._load(symbol)
+        await history.extend(self.when_ms)
+        return history
+
+    async def _load(self, symbol: str) -> History:
+        async with self._loading:
+            if symbol not in self._histories:
+                if self._feed is None:
+                    raise UserError(f"the candles of {symbol} were asked for before the run began, or after its end")
+                self._histories[symbol] = await History.load(
+                    self._feed,
+                    symbol,
+                    self.when_ms - MINUTE_MS,
+                    self.when_ms,
+                    gaps=self.job.gaps,
+                    price_window=self.job.settings.CC_AVG_PRICE_CANDLES_COUNT,
+                )
+            return self._histories[symbol]
+
+    @property
+    def next_ms(self) -> int:
+        """The minute at which it acts next."""
+        return self.when_ms + MINUTE_MS
+
+    @property
+    def gaps_filled(self) -> int:
+        """Minutes without a candle that were taken as flat."""
+        return sum(history.filled for history in self._histories.values())
+
+
+async def _kept(lease: Lease) -> None:
+    """Renew the lease for ever.
+
+    Raises:
+        Conflict: another process has it, or it could not be renewed in time.
+    """
+    while True:
+        try:
+            await lease.keep()
+        except OutOfSpace as error:
+            # The store has compared the revision before it found no room: nobody has taken the lease.
+            _log.warning("the lease could not be renewed, and is tried again: %s", error)
+
+
+async def _given_back(lease: Lease) -> None:
+    """Released, unless the store cannot be reached: it lapses then."""
+    try:
+        await lease.release()
+    except BacktestKitError as error:
+        _log.warning("the lease could not be released, it lapses by itself: %s", error)
+
+
+def _given_up(state: State) -> tuple[State, tuple[Event, ...]]:
+    return (msgspec.structs.replace(state, order="cancel") if isinstance(state, Resting) else state), ()
+
+
+def _words(found: Recovered) -> str:
+    identity = found.identity
+    held = "no position"
+    if found.position is not None:
+        held = f"a {found.position.position} position opened {iso(found.position.opened_at_ms)}"
+    elif found.entry is not None:
+        held = f"an entry resting since {iso(found.entry.scheduled_at_ms)}"
+    down = f", after {found.down_ms // MINUTE_MS} minutes in which nobody watched" if found.down_ms else ""
+    steps = "; ".join(found.steps) or "nothing was left to do"
+    return f"{identity.strategy_name} for {identity.symbol} starts with {held}{down}: {steps}"
+
+
+async def beside(keeper: Coroutine[Any, Any, None], work: Coroutine[Any, Any, None]) -> None:
+    """Do `work` while `keeper` goes on; an error of the keeper ends the work at once, and is raised."""
+    keeping, working = asyncio.ensure_future(keeper), asyncio.ensure_future(work)
+    both = {keeping, working}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in both:
+            each.cancel()
+        while not (keeping.done() and working.done()):
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait(both)
+    if not keeping.cancelled() and (error := keeping.exception()) is not None:
+        raise error
+    working.result()

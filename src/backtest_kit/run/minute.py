@@ -1,0 +1,298 @@
+"""One minute of a run, the same in backtest, paper and live: the market, then cron, then the strategy."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import CoroutineType
+from typing import Final, Protocol
+
+import msgspec
+
+from backtest_kit.engine.step import Flat, Resting, State, Wanted, activates, admit, decision_due, step
+from backtest_kit.engine.validation import check_signal
+from backtest_kit.errors import UserError
+from backtest_kit.events import EventBus
+from backtest_kit.model.event import (
+    BreakevenReached,
+    EntryWaiting,
+    Event,
+    FallReached,
+    LevelReached,
+    PeakReached,
+    PositionActive,
+    Progress,
+    RiskRejected,
+)
+from backtest_kit.model.interval import iso
+from backtest_kit.model.position import RestingEntry
+from backtest_kit.model.signal import Signal
+from backtest_kit.records import RunRecords
+from backtest_kit.run.context import Context, HistoryOf
+from backtest_kit.run.cron import Cron
+from backtest_kit.run.deadline import within
+from backtest_kit.run.desk import Desk
+from backtest_kit.run.schema import StrategySchema
+
+ON_DEMAND: Final = (
+    PositionActive,
+    EntryWaiting,
+    LevelReached,
+    BreakevenReached,
+    PeakReached,
+    FallReached,
+    Progress,
+)
+"""Events that are only made where somebody listens: each of them stops a replay's skip-ahead more often."""
+
+
+class Asked(Protocol):
+    """Who answers for the risk profiles of a run."""
+
+    async def refusal(self, signal: Signal, price: float, when_ms: int) -> tuple[str, str] | None:
+        """(profile, reason) of the first validation that refuses, or None if all profiles allow."""
+        ...
+
+
+class Flags(Protocol):
+    """What the handle of a run has asked for."""
+
+    @property
+    def stopping(self) -> bool: ...
+
+    @property
+    def paused(self) -> bool: ...
+
+
+class Watcher:
+    """What a run does beside telling its listeners. A backtest counts its trades, a live run much more."""
+
+    def account(self, event: Event) -> None:
+        """Take note of an event, before anybody hears of it."""
+
+    def told(self, event: Event) -> None:
+        """Everybody has heard of it."""
+
+    async def failed(self, what: str, error: Exception) -> None:
+        """The user's code raised. Raises it again where that ends the run."""
+        raise error
+
+
+class Minute:
+    """Acts at the minute that the desk shows."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        strategy: StrategySchema,
+        bus: EventBus,
+        cron: Cron,
+        seat: Asked | None,
+        flags: Flags,
+        history_of: HistoryOf,
+        records: RunRecords,
+        watcher: Watcher,
+    ) -> None:
+        self._desk = desk
+        self._identity = desk.rules.identity
+        self._settings = desk.rules.settings
+        self._strategy = strategy
+        self._bus = bus
+        self._cron = cron
+        self._seat = seat
+        self._flags = flags
+        self._history_of = history_of
+        self._records = records
+        self._watcher = watcher
+        self._wanted: Wanted = frozenset()
+        self._bus_version = -1
+
+    def wanted(self) -> Wanted:
+        """The events on demand that somebody listens to now."""
+        if self._bus_version != self._bus.version:
+            self._bus_version = self._bus.version
+            identity = self._identity
+            wanted = {
+                kind
+                for kind in ON_DEMAND
+                if self._bus.wanted(kind, symbol=identity.symbol, strategy_name=identity.strategy_name)
+            }
+            if self._strategy.manage is not None:
+                wanted |= {PositionActive, EntryWaiting}
+            self._wanted = frozenset(wanted)
+        return self._wanted
+
+    def context(self) -> Context:
+        """What the user's code is given at this minute."""
+        return Context(self._identity, self._desk, self._history_of, self._records)
+
+    async def act(
+        self, wanted: Wanted, told: list[Event], *, at_boundary: bool, settled: bool = False, managed: bool = False
+    ) -> None:
+        """Act, tell who listens, and add to `told` what happened for good.
+
+        The market comes first: nobody's command can undo what this minute's range has touched. Then cron,
+        whose work a decision of the same minute may build on, and last the strategy.
+
+        Args:
+            settled: This minute's one transition was made already: nothing opens or closes any more.
+            managed: Its commands were given already.
+        """
+        desk = self._desk
+        was_flat = isinstance(desk.state, Flat)
+        if not was_flat and not settled:
+            rejected = await self._check_activation()
+            for event in (*rejected, *await desk.apply(partial(self._stepped, wanted, bool(rejected)))):
+                await self.tell(event, told)
+        if at_boundary:
+            await self._call(
+                "a cron handler", partial(self._cron.fire, desk.tick.when_ms, self._identity, self.context())
+            )
+            await self.tell_commands(told)
+        if was_flat and not settled and isinstance(desk.state, Flat) and self._asks(desk.state):
+            for event in await self._decide(desk.state):
+                await self.tell(event, told)
+        if self._strategy.manage is not None and not managed and not isinstance(desk.state, Flat):
+            await self._call("manage", partial(self._strategy.manage, self.context()))
+        if desk.events:
+            await self.tell_commands(told)
+
+    async def tell(self, event: Event, told: list[Event]) -> None:
+        """Count an event, hand it to its listeners, and go on with what their commands have caused."""
+        watcher = self._watcher
+        watcher.account(event)
+        if not isinstance(event, ON_DEMAND):
+            told.append(event)
+        if self._bus.listened:
+            await self._call("a handler", partial(self._bus.emit, event, self.context(), failed=watcher.failed))
+            watcher.told(event)
+            await self.tell_commands(told)
+        else:
+            watcher.told(event)
+
+    async def tell_commands(self, told: list[Event]) -> None:
+        """Tell what commands, and the books, have caused since the last look."""
+        for caused in self._desk.take_events():
+            await self.tell(caused, told)
+
+    def _stepped(self, wanted: Wanted, refused: bool, state: State) -> tuple[State, tuple[Event, ...]]:
+        if refused and isinstance(state, Resting):
+            state = msgspec.structs.replace(state, order="refuse")
+        return step(state, self._desk.tick, self._desk.rules, wanted)
+
+    async def _check_activation(self) -> tuple[Event, ...]:
+        """A resting entry that is reached asks its risk profiles once more: the world has moved on since."""
+        desk = self._desk
+        if self._seat is None or not isinstance(desk.state, Resting):
+            return ()
+        if not activates(desk.state, desk.tick, desk.rules):
+            return ()
+        return await self.refusal(as_signal(desk.state.entry))
+
+    def _asks(self, state: Flat) -> bool:
+        return not self._flags.paused and decision_due(state, self._desk.tick.when_ms, self._desk.rules)
+
+    async def _decide(self, state: Flat) -> tuple[Event, ...]:
+        """Ask the strategy, check its answer, ask the risk profiles about it, and act on it."""
+        desk, signal, rejected = self._desk, None, tuple[Event, ...]()
+        try:
+            signal = await self._ask()
+            if self._flags.stopping:
+                signal = None
+            if signal is not None:
+                check_signal(signal, self._identity, desk.tick.price, desk.tick.when_ms, self._settings)
+                rejected = await self.refusal(signal)
+        except Exception as error:
+            # The slot is used up all the same: what raises would raise again at every minute.
+            await self._watcher.failed("get_signal", error)
+            signal = None
+        admitted = await desk.apply(partial(self._admitted, None if rejected else signal))
+        return (*rejected, *admitted)
+
+    def _admitted(self, signal: Signal | None, state: State) -> tuple[State, tuple[Event, ...]]:
+        if not isinstance(state, Flat):
+            return state, ()
+        return admit(state, signal, self._desk.tick, self._desk.rules)
+
+    async def refusal(self, signal: Signal) -> tuple[Event, ...]:
+        """What to tell if a risk profile refuses the signal; nothing if all allow it."""
+        if self._seat is None:
+            return ()
+        tick = self._desk.tick
+        refusal = await self._seat.refusal(signal, tick.price, tick.when_ms)
+        if refusal is None:
+            return ()
+        risk_name, reason = refusal
+        return (
+            RiskRejected(
+                identity=self._identity,
+                when_ms=tick.when_ms,
+                price=tick.price,
+                signal=signal,
+                risk_name=risk_name,
+                reason=reason,
+            ),
+        )
+
+    async def _ask(self) -> Signal | None:
+        strategy, context = self._strategy, self.context()
+        seconds = self._settings.CC_MAX_SIGNAL_GENERATION_SECONDS
+        deadline = asyncio.timeout(seconds)
+        try:
+            answer = await self._by_user("get_signal", partial(strategy.get_signal, context), deadline)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise UserError(
+                f"{self._place('get_signal')} took longer than {seconds:g} s: "
+                "raise CC_MAX_SIGNAL_GENERATION_SECONDS or do less"
+            ) from None
+        if answer is None or isinstance(answer, Signal):
+            return answer
+        raise UserError(f"{self._place('get_signal')} returned {answer!r}: return a backtest_kit.Signal or None")
+
+    async def _call(self, what: str, call: Callable[[], object]) -> None:
+        try:
+            await self._by_user(what, call)
+        except Exception as error:
+            await self._watcher.failed(what, error)
+
+    async def _by_user(self, what: str, call: Callable[[], object], deadline: asyncio.Timeout | None = None) -> object:
+        """What the user's function returns, awaited if need be.
+
+        Raises:
+            UserError: it raised what would end a loop or a process that is not its own.
+            Exception: what else it raised.
+        """
+        try:
+            answer = call()
+            if type(answer) is not CoroutineType and not inspect.isawaitable(answer):
+                return answer
+            return await (answer if deadline is None else within(deadline, answer))
+        except (StopIteration, StopAsyncIteration, SystemExit) as error:
+            raise UserError(f"{self._place(what)} raised {type(error).__name__}") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise UserError(f"{self._place(what)} raised CancelledError, and nobody had cancelled it") from error
+
+    def _place(self, what: str) -> str:
+        identity = self._identity
+        return f"{what} of strategy {identity.strategy_name!r} for {identity.symbol} at {iso(self._desk.tick.when_ms)}"
+
+
+def as_signal(entry: RestingEntry) -> Signal:
+    """The signal that a resting entry came from."""
+    return Signal(
+        position=entry.position,
+        price_take_profit=entry.price_take_profit,
+        price_stop_loss=entry.price_stop_loss,
+        price_open=entry.price_open,
+        minutes=entry.minutes,
+        cost=entry.cost,
+        note=entry.note,
+        id=entry.signal_id,
+    )

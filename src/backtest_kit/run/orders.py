@@ -1,0 +1,344 @@
+"""Orders of a live run, as values: which one a change of state needs, and what became of it.
+
+Everything here is pure. An `Intent` is written down before its order is sent, and the outcome after it.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+from backtest_kit.broker.base import Fill, Order, OrderKind, OrderReport
+from backtest_kit.engine.pnl import effective_price, remaining_cost
+from backtest_kit.engine.position import close_trade, open_position
+from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State, Tick
+from backtest_kit.model.event import (
+    Change,
+    EntryCancelled,
+    Event,
+    PositionChanged,
+    PositionClosed,
+    PositionOpened,
+)
+from backtest_kit.model.position import CloseReason, Entry, Position, RestingEntry, Trade
+
+ENTRIES: Final = ("open", "place")
+"""Orders that put money at risk and that can be let be."""
+COMMANDS: Final = ("add", "reduce", "move_stop", "move_take", "breakeven")
+"""Orders that somebody waits for, who is told what became of them."""
+EXITS: Final = ("close", "cancel")
+"""Orders that are carried out, however long it takes, once they were decided."""
+_KINDS: Final[dict[Change, OrderKind]] = {
+    "reduced": "reduce",
+    "added": "add",
+    "stop_moved": "move_stop",
+    "take_moved": "move_take",
+    "breakeven": "breakeven",
+}
+_SUFFIXES: Final[dict[OrderKind, str]] = {
+    "close": "c",
+    "cancel": "x",
+    "reduce": "r",
+    "add": "a",
+    "move_stop": "s",
+    "breakeven": "s",
+    "move_take": "t",
+}
+_SAME_QUANTITY: Final = 1e-6
+_SAME_PRICE: Final = 1e-9
+
+
+class Intent(msgspec.Struct, frozen=True, kw_only=True):
+    """An order that is about to be sent, or was sent and nobody knows what became of it."""
+
+    order: Order
+    target: State
+    """The state once it is done as decided."""
+    events: tuple[Event, ...]
+    """What has happened then."""
+
+
+def intended(
+    before: State, after: State, events: tuple[Event, ...], tick: Tick, rules: Rules, number: int, *, quantities: bool
+) -> Intent | None:
+    """The order that a venue needs for a change of state, or None where the change is ours alone.
+
+    `number` counts the orders in the life of the position. With `quantities` the fills of the position have
+    said how much of the base currency is held.
+    """
+    kind = _kind(before, after, events)
+    if kind is None:
+        return None
+    held, cost, take, stop = _terms(kind, before, after)
+    price = _booked(kind, held, events, tick)
+    quantity = None
+    if quantities and isinstance(held, Position) and kind in ("reduce", "close"):
+        quantity = cost / effective_price(held.entries, held.reductions)
+    order = Order(
+        kind=kind,
+        client_order_id=held.signal_id + suffix(kind, number),
+        identity=rules.identity,
+        when_ms=tick.when_ms,
+        direction=held.position,
+        price=price,
+        cost=cost,
+        quantity=quantity,
+        take_profit=take,
+        stop_loss=stop,
+        reason=_reason(before, events),
+    )
+    return Intent(order=order, target=after, events=events)
+
+
+def _booked(kind: OrderKind, held: Position | RestingEntry, events: tuple[Event, ...], tick: Tick) -> float:
+    """What the engine books the order at where the venue tells nothing else."""
+    if kind == "place":
+        return held.price_open
+    if kind in ("open", "activate", "add") and isinstance(held, Position):
+        return held.entries[-1].price
+    return next((event.trade.price_close for event in events if isinstance(event, PositionClosed)), tick.price)
+
+
+def suffix(kind: OrderKind, number: int) -> str:
+    """What tells an order of a position from the one that opened it; the first to close is always `-c`."""
+    letter = _SUFFIXES.get(kind)
+    if letter is None:
+        return ""
+    return f"-{letter}" if kind in EXITS and not number else f"-{letter}{number}"
+
+
+def _kind(before: State, after: State, events: tuple[Event, ...]) -> OrderKind | None:
+    if isinstance(before, Flat):
+        return "open" if isinstance(after, Holding) else "place" if isinstance(after, Resting) else None
+    if isinstance(before, Resting):
+        return "activate" if isinstance(after, Holding) else "cancel" if isinstance(after, Flat) else None
+    if isinstance(after, Flat):
+        return "close"
+    return next((_KINDS[event.change] for event in events if isinstance(event, PositionChanged)), None)
+
+
+def _terms(kind: OrderKind, before: State, after: State) -> tuple[Position | RestingEntry, float, float, float]:
+    """Whom the order is about, how much it moves at cost, and the levels in force once it is done."""
+    resting = after if isinstance(after, Resting) else before
+    if isinstance(resting, Resting) and not isinstance(after, Holding):
+        entry = resting.entry
+        return entry, entry.cost if kind == "place" else 0.0, entry.price_take_profit, entry.price_stop_loss
+    holding = after if isinstance(after, Holding) else before
+    if not isinstance(holding, Holding):
+        raise TypeError(f"{kind} is no change of {before!r} to {after!r}")
+    position = holding.position
+    cost = 0.0
+    if kind in ("open", "activate", "add"):
+        cost = position.entries[-1].cost
+    elif kind == "close":
+        cost = remaining_cost(position.entries, position.reductions)
+    elif kind == "reduce":
+        cost = position.reductions[-1].cost_basis * position.reductions[-1].percent / 100
+    return position, cost, position.take_profit, position.stop_loss
+
+
+def _reason(before: State, events: tuple[Event, ...]) -> str:
+    for event in events:
+        if isinstance(event, PositionClosed):
+            return event.trade.close_reason
+        if isinstance(event, EntryCancelled):
+            return event.reason
+    return "user" if isinstance(before, Resting) and before.order == "activate" else ""
+
+
+def retried(intent: Intent) -> Intent:
+    """The same order at its next attempt."""
+    order = msgspec.structs.replace(intent.order, attempt=intent.order.attempt + 1)
+    return msgspec.structs.replace(intent, order=order)
+
+
+def renamed(intent: Intent, signal_id: str, number: int) -> Intent:
+    """The same order under an id of its own: the venue has refused the one before for good."""
+    order = msgspec.structs.replace(
+        intent.order, client_order_id=signal_id + suffix(intent.order.kind, number), attempt=0
+    )
+    return msgspec.structs.replace(intent, order=order)
+
+
+def renewed(intent: Intent, before: State, tick: Tick, rules: Rules) -> Intent:
+    """The same order at a later minute, at the price of now; a limit order keeps its price."""
+    order = msgspec.structs.replace(intent.order, when_ms=tick.when_ms)
+    if order.kind != "place":
+        order = msgspec.structs.replace(order, price=tick.price)
+    target, events = intent.target, tuple(_at(event, tick) for event in intent.events)
+    if order.kind == "open" and isinstance(target, Holding):
+        position = open_position(
+            msgspec.structs.replace(entry_of(target.position), price_open=tick.price), tick.when_ms, rules.settings
+        )
+        target, events = _with_position(target, position, events)
+    elif order.kind == "close" and isinstance(before, Holding):
+        events = tuple(_closed_at(event, before.position, tick.price, tick, rules) for event in events)
+    return Intent(order=order, target=target, events=events)
+
+
+def _at(event: Event, tick: Tick) -> Event:
+    return msgspec.structs.replace(event, when_ms=tick.when_ms, price=tick.price)
+
+
+def entry_of(position: Position) -> RestingEntry:
+    """The entry that a position with one entry came from."""
+    return RestingEntry(
+        signal_id=position.signal_id,
+        symbol=position.symbol,
+        strategy_name=position.strategy_name,
+        exchange_name=position.exchange_name,
+        frame_name=position.frame_name,
+        position=position.position,
+        price_open=position.entries[0].price,
+        price_take_profit=position.price_take_profit,
+        price_stop_loss=position.price_stop_loss,
+        minutes=position.minutes,
+        cost=position.entries[0].cost,
+        scheduled_at_ms=position.scheduled_at_ms,
+        note=position.note,
+    )
+
+
+def judged(order: Order, report: OrderReport) -> Literal["done", "undone", "open"]:
+    """Whether an order was carried out, was not and never will be, or is still being carried out."""
+    status, bought = report.status, report.fill is not None and report.fill.quantity > 0
+    if order.kind == "cancel":
+        return "done" if status in ("cancelled", "filled") else "undone"
+    if status == "filled":
+        return "done"
+    if status == "resting":
+        rests = order.kind in ("place", "move_stop", "move_take", "breakeven")
+        return "done" if rests else "undone" if order.kind == "activate" else "open"
+    if order.kind == "close":
+        return "open" if status == "partly_filled" else "undone"
+    # Of what opens or changes a position counts what was really bought or sold.
+    return "done" if bought else "open" if status == "partly_filled" else "undone"
+
+
+def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tuple[State, tuple[Event, ...]]:
+    """The state and the events of an order that was carried out, as the venue filled it."""
+    order, target, events = intent.order, intent.target, intent.events
+    if fill is None or fill.price <= 0:
+        return target, events
+    fill = _as_decided(order, fill)
+    if order.kind == "cancel" and isinstance(before, Resting):
+        return _too_late(order, before, fill, rules)
+    if order.kind == "close" and isinstance(before, Holding):
+        tick = Tick(order.when_ms, order.price, *[order.price] * 4)
+        return target, tuple(_closed_at(event, before.position, fill.price, tick, rules) for event in events)
+    if isinstance(target, Holding):
+        position = _filled(order, target.position, fill, rules)
+        return _with_position(target, position, events)
+    return target, events
+
+
+def _as_decided(order: Order, fill: Fill) -> Fill:
+    """The fill, with what differs from the order in the last digits alone taken as ordered."""
+    if abs(fill.price - order.price) <= order.price * _SAME_PRICE:
+        fill = msgspec.structs.replace(fill, price=order.price)
+    if abs(fill.cost - order.cost) <= order.cost * _SAME_PRICE:
+        fill = msgspec.structs.replace(fill, cost=order.cost)
+    return fill
+
+
+def _too_late(order: Order, before: Resting, fill: Fill, rules: Rules) -> tuple[State, tuple[Event, ...]]:
+    """An entry that was to be cancelled and was filled instead: the position is open."""
+    entry = msgspec.structs.replace(before.entry, price_open=fill.price, cost=fill.cost or before.entry.cost)
+    position = open_position(entry, order.when_ms, rules.settings)
+    opened = PositionOpened(identity=order.identity, when_ms=order.when_ms, price=order.price, position=position)
+    return Holding(position, before.last_slot_ms), (opened,)
+
+
+def _filled(order: Order, position: Position, fill: Fill, rules: Rules) -> Position:
+    """The position with the venue's price and amount in the place of those decided."""
+    if order.kind in ("open", "activate"):
+        entry = msgspec.structs.replace(
+            entry_of(position), price_open=fill.price, cost=fill.cost or position.entries[0].cost
+        )
+        return open_position(entry, position.opened_at_ms, rules.settings)
+    if order.kind == "add":
+        last = position.entries[-1]
+        bought = Entry(fill.price, fill.cost or last.cost, last.timestamp)
+        return msgspec.structs.replace(position, entries=(*position.entries[:-1], bought))
+    if order.kind == "reduce":
+        last_part, earlier = position.reductions[-1], position.reductions[:-1]
+        percent = last_part.percent
+        held = last_part.cost_basis / effective_price(position.entries, earlier)
+        wanted = held * percent / 100
+        if fill.quantity > 0 and abs(fill.quantity - wanted) > wanted * _SAME_QUANTITY:
+            percent = min(100.0, fill.quantity / held * 100)
+        part = msgspec.structs.replace(last_part, price=fill.price, percent=percent)
+        return msgspec.structs.replace(position, reductions=(*earlier, part))
+    return position
+
+
+def _with_position(target: Holding, position: Position, events: tuple[Event, ...]) -> tuple[Holding, tuple[Event, ...]]:
+    changed = tuple(
+        msgspec.structs.replace(event, position=position)
+        if isinstance(event, PositionOpened | PositionChanged)
+        else event
+        for event in events
+    )
+    return msgspec.structs.replace(target, position=position), changed
+
+
+def _closed_at(event: Event, position: Position, price: float, tick: Tick, rules: Rules) -> Event:
+    if not isinstance(event, PositionClosed):
+        return event
+    trade = event.trade
+    again = close_trade(position, trade.close_reason, price, tick.when_ms, rules.settings, trade.close_note)
+    return msgspec.structs.replace(event, trade=again, when_ms=tick.when_ms)
+
+
+def closed(
+    state: Holding, reason: CloseReason, price: float, tick: Tick, rules: Rules
+) -> tuple[Flat, tuple[Event, ...]]:
+    """A position that the venue has closed by itself."""
+    trade: Trade = close_trade(state.position, reason, price, tick.when_ms, rules.settings, state.closing or "")
+    event = PositionClosed(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, trade=trade)
+    return Flat(state.last_slot_ms, state.position.signal_id), (event,)
+
+
+def cancelled(state: Resting, tick: Tick, rules: Rules) -> tuple[Flat, tuple[Event, ...]]:
+    """An entry that somebody has cancelled on the venue."""
+    event = EntryCancelled(
+        identity=rules.identity, when_ms=tick.when_ms, price=tick.price, entry=state.entry, reason="user"
+    )
+    return Flat(state.last_slot_ms, state.entry.signal_id), (event,)
+
+
+def activated(state: Resting, fill: Fill, tick: Tick, rules: Rules) -> tuple[Holding, tuple[Event, ...]]:
+    """An entry that the venue has filled."""
+    entry = msgspec.structs.replace(state.entry, price_open=fill.price, cost=fill.cost or state.entry.cost)
+    position = open_position(entry, tick.when_ms, rules.settings)
+    event = PositionOpened(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, position=position)
+    return Holding(position, state.last_slot_ms), (event,)
+
+
+def dropped(intent: Intent) -> Flat:
+    """The state once an order to open was given up: its id is used up."""
+    return Flat(intent.target.last_slot_ms, signal_id_of(intent.target))
+
+
+def signal_id_of(state: State) -> str:
+    """The signal that a state belongs to, or that was acted on last."""
+    if isinstance(state, Holding):
+        return state.position.signal_id
+    return state.entry.signal_id if isinstance(state, Resting) else state.last_signal_id
+
+
+def done_already(intent: Intent, state: State) -> bool:
+    """Whether the outcome of an intent was written down, and only the intent is left: a torn batch."""
+    target = intent.target
+    if type(state) is not type(target) or signal_id_of(state) != signal_id_of(target):
+        return False
+    if isinstance(state, Holding) and isinstance(target, Holding):
+        mine, decided = state.position, target.position
+        return (len(mine.entries), len(mine.reductions), mine.take_profit, mine.stop_loss) == (
+            len(decided.entries),
+            len(decided.reductions),
+            decided.take_profit,
+            decided.stop_loss,
+        )
+    return True

@@ -1,0 +1,96 @@
+"""A run that is cancelled at any moment leaves a state from which the next one ends where it would have ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.live.rig import WHERE, Rig, UntilClock, Venue
+from tests.live.scenario import KINDS, MINUTES, facts, prepared
+
+import backtest_kit as bk
+from backtest_kit.persist.store import Store
+
+MINUTE_MS = 60_000
+
+
+class SlowVenue(Venue):
+    """Lets others run before it has an order, and after it has carried it out: both answers can be lost."""
+
+    async def _do(self, hook: str, order: bk.Order) -> bk.Fill:
+        await asyncio.sleep(0)
+        fill = await super()._do(hook, order)
+        await asyncio.sleep(0)
+        return fill
+
+
+class Records:
+    """What the records of a program would have: each event once, whoever was killed when."""
+
+    def __init__(self) -> None:
+        self.events: list[bk.Event] = []
+
+    async def __call__(self, events: Sequence[bk.Event]) -> None:
+        await asyncio.sleep(0)
+        self.events += events
+
+
+def slow_rig(tmp_path: Path, store: Store) -> tuple[Rig, Records]:
+    rig = prepared(Rig(tmp_path, store))
+    rig.venue = SlowVenue()
+    return rig, Records()
+
+
+async def part(rig: Rig, records: Records, steps: int | None) -> bool:
+    """Run on from where it was left, and cancel after so many turns of the loop; whether it came to the end."""
+    end_ms = rig.begin_ms + MINUTES * MINUTE_MS
+    clock = UntilClock(rig.now_ms, end_ms)
+    kit = rig.kit(clock)
+    kit.live.observers.append(records)
+    handle = kit.live.background("BTCUSDT", **WHERE)
+    turns = 0
+    while not clock.over.is_set() and not handle.done() and (steps is None or turns < steps):
+        await asyncio.sleep(0)
+        turns += handle._run.began.is_set()  # how long threads take before that is different each time
+    over = clock.over.is_set()
+    rig.now_ms = clock.now_ms()
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    assert handle.task.cancelled() or handle.task.exception() is None, handle.task.exception()
+    rig.turns = turns
+    return over
+
+
+async def whole(tmp_path: Path) -> tuple[dict[Any, Any], int]:
+    rig, records = slow_rig(tmp_path / "whole", bk.MemoryStore())
+    assert await part(rig, records, None)
+    assert {hook for hook, *_ in rig.venue.calls} == {*KINDS}
+    assert facts(rig.events) == facts(records.events)
+    return facts(records.events), rig.turns
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+async def test_cancelled_at_any_turn_of_the_loop(tmp_path: Path, offset: int) -> None:
+    expected, turns = await whole(tmp_path)
+    assert turns > 250
+    for steps in range(offset, turns, 8):
+        rig, records = slow_rig(tmp_path / "part", bk.MemoryStore())
+        over = await part(rig, records, steps)
+        while not over:
+            over = await part(rig, records, None)
+        assert facts(records.events) == expected, steps
+        assert set(rig.venue.times_done.values()) == {1}, steps
+        assert not rig.of(bk.StrategyFailed, bk.Degraded), steps
+
+
+async def test_cancelled_every_few_turns(tmp_path: Path, store: Store) -> None:
+    expected, _ = await whole(tmp_path)
+    rig, records = slow_rig(tmp_path / "part", store)
+    steps = 30
+    while not await part(rig, records, steps):
+        steps = steps + 19 if steps < 400 else 30
+    assert facts(records.events) == expected
+    assert set(rig.venue.times_done.values()) == {1}

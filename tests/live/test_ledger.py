@@ -1,0 +1,163 @@
+"""What is on the disk: torn batches, stores of the user's own, the emergency file, and every crash point passed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.live.rig import START, Rig
+from tests.live.scenario import MINUTES, facts, prepared
+
+import backtest_kit as bk
+from backtest_kit.errors import OutOfSpace, RetryLater
+from backtest_kit.persist import crashpoints
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.wrapper import AdapterStore
+from backtest_kit.run.emergency import SIZE, EmergencyFile
+
+MONEY = ("signal", "schedule", "strategy", "partial", "breakeven", "risk")
+SCOPE = ("trend", "demo", "BTCUSDT")
+
+
+class Slots:
+    """A user's own adapter: no batches, no capabilities but what is made for it. It breaks after so many writes."""
+
+    left = 10**9
+    data: dict[str, Any]
+
+    def __init__(self) -> None:
+        self.data = {}
+
+    async def read_value(self, entity_id: str) -> Any:
+        return self.data.get(entity_id)
+
+    async def write_value(self, entity_id: str, entity: Any) -> None:
+        if Slots.left <= 0:
+            raise RetryLater("the adapter is away")
+        Slots.left -= 1
+        self.data[entity_id] = entity
+
+
+class OwnRig(Rig):
+    """A rig whose money contracts live in an adapter each."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        super().__init__(tmp_path, bk.MemoryStore())
+        self.own = {name: AdapterStore(CONTRACTS[name], Slots()) for name in MONEY}
+
+    def kit(self, clock: Any) -> bk.Kit:
+        kit = super().kit(clock)
+        for name, store in self.own.items():
+            kit.persistence.bind(name, store)
+        return kit
+
+
+@pytest.mark.parametrize("writes", range(4, 60, 3))
+async def test_a_change_that_got_half_way_into_stores_of_ones_own_heals(tmp_path: Path, writes: int) -> None:
+    Slots.left = 10**9
+    whole = prepared(OwnRig(tmp_path / "whole"))
+    await whole.trade(MINUTES)
+    rig = prepared(OwnRig(tmp_path / "torn"))
+    Slots.left = writes
+    while rig.now_ms < START + MINUTES * 60_000:
+        with pytest.MonkeyPatch.context() as patch:
+            # Without its emergency file it has nothing but what got through.
+            patch.setattr(EmergencyFile, "write", _no_file)
+            await rig.trade(1)
+        if Slots.left <= 0:
+            Slots.left = 10**9
+    assert set(rig.venue.times_done.values()) <= {1}
+    assert {key for key, _ in facts(rig.events).items() if key[0] == "closed"} <= {
+        key for key, _ in facts(whole.events).items()
+    } or rig.of(bk.Degraded)
+    status = (await rig.trade(1)).status
+    assert status.position is None
+    assert status.entry is None
+    assert not status.under_way
+
+
+def _no_file(self: EmergencyFile, data: bytes) -> None:
+    raise OutOfSpace("no file")
+
+
+async def test_the_records_are_what_the_contracts_say(rig: Rig) -> None:
+    prepared(rig)
+    await rig.trade(5)
+    kit = rig.kit(None)
+    where: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "demo", "symbol": "BTCUSDT"}
+    signal = await kit.persistence.signal.read(**where)
+    assert signal["priceOpen"] == pytest.approx(99.8)
+    assert len(signal["entries"]) == 2
+    reached = await kit.persistence.breakeven.read(**where, signal_id=signal["signalId"])
+    assert reached == {signal["signalId"]: {"reached": True}}
+    await rig.trade(5)
+    assert await rig.kit(None).persistence.signal.read(**where) is None
+    schedule = await rig.kit(None).persistence.schedule.read(**where)
+    assert schedule["priceOpen"] < 101
+    strategy = await rig.kit(None).persistence.strategy.read(**where)
+    assert strategy["lastSignalId"] == schedule["signalId"]
+    assert strategy["intent"] is None
+
+
+async def test_a_record_that_is_no_position_stops_the_start_and_stays(rig: Rig) -> None:
+    kit = rig.kit(None)
+    where: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "demo", "symbol": "BTCUSDT"}
+    await kit.persistence.signal.write({"hello": "world"}, **where)
+    with pytest.raises(bk.Damaged, match="is no position of this program"):
+        await rig.trade(1)
+    assert await kit.persistence.signal.read(**where) == {"hello": "world"}
+    assert not rig.venue.calls
+
+
+async def test_every_crash_point_of_a_live_run_is_passed(memory_rig: Rig) -> None:
+    passed = crashpoints.record()
+    await prepared(memory_rig).trade(MINUTES)
+    live = {name for name in crashpoints.CRASHPOINTS if name.startswith("live.")}
+    assert len(live) >= 40
+    assert live - set(passed) == {"live.emergency.after_write"}
+
+
+def test_an_emergency_file_keeps_the_last_whole_write(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "file"
+    file = EmergencyFile(path)
+    file.open()
+    assert path.stat().st_size == SIZE
+    assert path.stat().st_blocks * 512 >= SIZE
+    assert file.read() is None
+    file.write(b"one")
+    file.write(b"two")
+    assert file.read() == b"two"
+    file.close()
+    again = EmergencyFile(path)
+    again.open()
+    assert again.read() == b"two"
+    again.write(b"three")
+    again.close()
+    whole = path.read_bytes()
+    for cut in (whole.index(b"three"), whole.index(b"three") + 4):
+        path.write_bytes(whole[:cut] + b"\xff" + whole[cut + 1 :])
+        torn = EmergencyFile(path)
+        torn.open()
+        assert torn.read() == b"two"
+        torn.close()
+
+
+def test_an_emergency_file_takes_a_write_on_a_full_disk(tmp_path: Path) -> None:
+    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=200k tmpfs {tmp_path} 2>/dev/null"):  # noqa: S605
+        pytest.skip("this machine does not let a test mount a small disk")
+    try:
+        file = EmergencyFile(tmp_path / "file")
+        file.open()
+        with pytest.raises(OSError, match="No space left"):
+            (tmp_path / "filler").write_bytes(bytes(1 << 20))
+        file.write(b"kept" * 1000)
+        assert file.read() == b"kept" * 1000
+        with pytest.raises(OutOfSpace, match="were to be kept"):
+            file.write(bytes(SIZE))
+        file.close()
+        with pytest.raises(OutOfSpace, match="cannot reserve"):
+            EmergencyFile(tmp_path / "another").open()
+    finally:
+        os.system(f"umount {tmp_path}")  # noqa: S605

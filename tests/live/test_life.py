@@ -1,0 +1,486 @@
+"""A run from outside: who may start it, how it stops and pauses, what it tells, and what a failing store does to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.live.rig import START, WHERE, Rig, UntilClock
+from tests.live.scenario import get_candles, prepared
+
+import backtest_kit as bk
+from backtest_kit.errors import Outcome
+from backtest_kit.market.clock import Jump
+from backtest_kit.model.interval import MINUTE_MS
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract
+from backtest_kit.persist.store import ANY, Key, Record, Store, Write
+
+SCOPE = ("trend", "demo", "BTCUSDT")
+
+
+@asynccontextmanager
+async def running(rig: Rig, minutes: int, **options: Any) -> AsyncIterator[tuple[bk.LiveHandle, UntilClock]]:
+    clock = UntilClock(rig.now_ms, rig.now_ms + minutes * MINUTE_MS)
+    handle = rig.kit(clock).live.background("BTCUSDT", **{**WHERE, **options})
+    try:
+        yield handle, clock
+    finally:
+        handle.cancel()
+        await asyncio.wait({handle.task})
+
+
+class FailingStore:
+    """A memory store that takes no writes while `error` is set, and loses the answer of the next while `lossy` is."""
+
+    def __init__(self) -> None:
+        self._inner = bk.MemoryStore()
+        self.capabilities = self._inner.capabilities
+        self.candles = self._inner.candles
+        self.error: Exception | None = None
+        self.lossy = False
+        self.lease_too = False
+        self.refused_leases = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    async def get(self, contract: Contract, key: Key) -> Record | None:
+        return await self._inner.get(contract, key)
+
+    async def put(self, write: Write) -> Record:
+        if write.contract is not LEASE:
+            self._fail()
+        elif self.lease_too and self.error is not None:
+            self.refused_leases += 1
+            raise self.error
+        return await self._inner.put(write)
+
+    async def batch(self, writes: Sequence[Write]) -> None:
+        self._fail()
+        await self._inner.batch(writes)
+        if self.lossy:
+            self.lossy = False
+            raise bk.RetryLater("the answer was lost", outcome=Outcome.UNKNOWN)
+
+    def within(self, namespace: str) -> Store:
+        return self
+
+    def _fail(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def failing(tmp_path: Path) -> tuple[Rig, FailingStore]:
+    store = FailingStore()
+    return prepared(Rig(tmp_path, store)), store
+
+
+# Ownership
+
+
+async def test_a_second_run_is_told_who_has_the_position(rig: Rig) -> None:
+    async with running(rig, 3, lease_ttl=1) as (_, clock):
+        await clock.over.wait()
+        with pytest.raises(bk.Conflict, match=f"process {os.getpid()} on"):
+            await rig.kit(UntilClock(rig.now_ms, rig.now_ms)).live.background("BTCUSDT", **WHERE, lease_ttl=1)
+        async with running(rig, 1, paper=True) as (_, paper_clock):
+            await paper_clock.over.wait()  # paper is kept apart
+    assert rig.of(bk.RunFailed)
+
+
+async def test_a_run_whose_position_was_taken_stops_and_sends_nothing_more(rig: Rig) -> None:
+    prepared(rig)
+    calls = 0
+    key = SCOPE
+
+    async def taken() -> None:
+        nonlocal calls
+        found = await rig.store.get(CONTRACTS["strategy"], key)
+        assert found is not None
+        await rig.store.put(Write(CONTRACTS["strategy"], key, found.value, expect=ANY))
+        calls = len(rig.venue.calls)
+
+    async def manage(ctx: bk.Context) -> None:
+        if ctx.when_ms == START + 3 * MINUTE_MS and ctx.position is not None:
+            await taken()
+            await ctx.position.reduce(percent=50)
+
+    rig.strategy["manage"] = manage
+    with pytest.raises(bk.Conflict, match="another process trades this position"):
+        await rig.trade(9)
+    assert len(rig.venue.calls) == calls
+    assert [type(event.error) for event in rig.of(bk.RunFailed)] == [bk.Conflict]
+    assert not rig.of(bk.StrategyFailed)
+
+
+async def test_a_run_that_loses_its_lease_stops_where_it_is(memory_rig: Rig) -> None:
+    async with running(memory_rig, 2, lease_ttl=0.3) as (handle, clock):
+        await clock.over.wait()
+        found = await memory_rig.store.get(LEASE, SCOPE)
+        assert found is not None
+        assert isinstance(found.value, dict)
+        await memory_rig.store.put(Write(LEASE, SCOPE, {**found.value, "owner": "somebody", "pid": 1}))
+        with pytest.raises(bk.Conflict, match="is traded by process 1"):
+            await asyncio.wait_for(asyncio.shield(handle.task), 10)
+    assert not memory_rig.venue.sent("close")
+
+
+# Stop, pause, cancel
+
+
+async def test_stop_ends_a_run_that_holds_nothing_at_once(memory_rig: Rig) -> None:
+    memory_rig.strategy["get_signal"] = lambda ctx: None
+    async with running(memory_rig, 3) as (handle, clock):
+        await clock.over.wait()
+        handle.stop()
+        assert await handle == ()
+    assert [event.cancelled for event in memory_rig.of(bk.RunDone)] == [False]
+
+
+async def test_stop_carries_a_position_to_its_end_and_opens_no_other(memory_rig: Rig) -> None:
+    async with running(memory_rig, 2000) as (handle, _):
+        memory_rig.strategy["get_signal"] = None
+        while not memory_rig.of(bk.PositionOpened):
+            await asyncio.sleep(0)
+        handle.stop()
+        assert handle.status.stopping
+        (trade,) = await handle
+    assert trade.close_reason in ("take_profit", "stop_loss", "time_expired")
+    assert len(memory_rig.of(bk.PositionOpened)) == 1
+
+
+async def test_stop_cancels_a_resting_entry(memory_rig: Rig) -> None:
+    prepared(memory_rig)
+    memory_rig.strategy["manage"] = None
+    memory_rig.strategy["get_signal"] = lambda ctx: bk.Signal("long", 110, 80, price_open=90)
+    async with running(memory_rig, 100) as (handle, _):
+        while not memory_rig.of(bk.EntryScheduled):
+            await asyncio.sleep(0)
+        handle.stop()
+        assert await handle == ()
+    assert [event.reason for event in memory_rig.of(bk.EntryCancelled)] == ["user"]
+    assert memory_rig.venue.sent("cancel")
+
+
+async def test_a_pause_holds_after_a_restart(rig: Rig) -> None:
+    asked: list[int] = []
+    rig.strategy = {"get_signal": lambda ctx: asked.append(ctx.when_ms), "interval": "1m"}
+    async with running(rig, 2) as (handle, clock):
+        await clock.over.wait()
+        await handle.pause()
+        assert handle.status.paused
+        rig.now_ms = clock.now_ms()
+    rig.now_ms += MINUTE_MS
+    asked.clear()
+    async with running(rig, 3) as (handle, clock):
+        await clock.over.wait()
+        assert handle.status.paused
+        assert not asked
+        await handle.resume()
+        rig.now_ms = clock.now_ms() + MINUTE_MS
+    await rig.trade(1)
+    assert asked
+    assert [event.paused for event in rig.of(bk.Paused)] == [True, False]
+
+
+async def test_leaving_the_loop_over_the_events_cancels_the_run(rig: Rig) -> None:
+    clock = UntilClock(START, START + 5 * MINUTE_MS)
+    kit = rig.kit(clock)
+    seen: list[bk.Event] = []
+    events = kit.live.run("BTCUSDT", **WHERE)
+    async for event in events:
+        seen.append(event)
+        if isinstance(event, bk.PositionOpened):
+            break
+    await events.aclose()  # type: ignore[attr-defined]
+    assert [type(each) for each in seen] == [bk.Recovered, bk.PositionOpened]
+    rig.now_ms = clock.now_ms()
+    assert (await rig.trade(1)).status.position is not None
+    assert isinstance(seen[1], bk.PositionOpened)
+    assert rig.of(bk.Recovered)[-1].position == seen[1].position
+
+
+async def test_the_loop_raises_why_a_run_could_not_start(rig: Rig) -> None:
+    async with running(rig, 1, lease_ttl=1) as (_, clock):
+        await clock.over.wait()
+        with pytest.raises(bk.Conflict):
+            async for _ in rig.kit(UntilClock(START, START)).live.run("BTCUSDT", **WHERE):
+                pass
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_signals_end_a_blocking_run(tmp_path: Path, signals: int) -> None:
+    program = f"""
+import sys, backtest_kit as bk
+hold = {signals} == 2
+def get_signal(ctx):
+    return bk.Signal.bracket("long", price=ctx.price, take_profit_pct=9, stop_loss_pct=9) if hold else None
+bk.default_kit.dump = {str(tmp_path)!r}
+bk.add_exchange_schema("demo", source=bk.sources.synthetic(seed=7))
+bk.add_strategy_schema("trend", get_signal=get_signal)
+bk.on((bk.Recovered, bk.PositionOpened), lambda event: print(event.action, flush=True))
+print("trades", bk.Live.run_sync("BTCUSDT", strategy_name="trend", exchange_name="demo", paper=True))
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for wanted in ["recovered", *(["opened"] if signals == 2 else [])]:
+            assert process.stdout.readline().strip() == wanted
+        process.send_signal(signal.SIGINT)
+        if signals == 2:
+            process.send_signal(signal.SIGTERM)
+        assert process.stdout.read().strip() == "trades ()"
+    assert process.returncode == 0
+
+
+async def test_a_live_run_needs_a_broker(memory_rig: Rig) -> None:
+    kit = bk.Kit(memory_rig.tmp_path)
+    kit.add_exchange_schema("demo", source=bk.sources.synthetic())
+    kit.add_strategy_schema("trend", get_signal=lambda ctx: None)
+    with pytest.raises(bk.UserError, match="has no broker"):
+        kit.live.background("BTCUSDT", **WHERE)
+    with pytest.raises(bk.UserError, match="orphans is 'kill': use one of alarm, adopt, protect"):
+        kit.live.background("BTCUSDT", **WHERE, paper=True, orphans="kill")  # type: ignore[arg-type]
+
+
+# What goes wrong in the user's code
+
+
+async def test_an_error_of_the_strategy_is_told_and_the_next_slot_goes_on(
+    memory_rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+
+    def get_signal(ctx: bk.Context) -> bk.Signal | None:
+        asked.append((ctx.when_ms - START) // MINUTE_MS)
+        if len(asked) < 3:
+            raise ZeroDivisionError("oops")
+        return None if len(asked) > 3 else bk.Signal("long", ctx.price * 2, ctx.price * 3)
+
+    memory_rig.strategy = {"get_signal": get_signal, "interval": "5m"}
+    with caplog.at_level(logging.ERROR):
+        await memory_rig.trade(16)
+    assert asked == [0, 5, 10, 15]
+    failed = memory_rig.of(bk.StrategyFailed)
+    assert [type(event.error) for event in failed] == [ZeroDivisionError, ZeroDivisionError, bk.UserError]
+    assert {event.what for event in failed} == {"get_signal"}
+    assert "ZeroDivisionError: oops" in caplog.text
+
+
+async def test_handlers_that_fail_stop_nobody_else(memory_rig: Rig) -> None:
+    heard: list[bk.Event] = []
+
+    def broken(event: bk.Event) -> None:
+        raise RuntimeError("broken handler")
+
+    clock = UntilClock(START, START + 3 * MINUTE_MS)
+    kit = memory_rig.kit(clock)
+    kit.on(bk.Event, broken)
+    kit.on(bk.PositionOpened, heard.append)
+    handle = kit.live.background("BTCUSDT", **WHERE)
+    await clock.over.wait()
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    assert heard
+    assert [event for event in memory_rig.of(bk.StrategyFailed) if "broken" in event.what]
+    assert isinstance(handle.status.position, bk.Position)
+
+
+# Clock and candles
+
+
+async def test_minutes_that_were_slept_through_are_told_and_not_made_up_for(memory_rig: Rig) -> None:
+    asked: list[int] = []
+
+    def get_signal(ctx: bk.Context) -> None:
+        asked.append((ctx.when_ms - START) // MINUTE_MS)
+        if len(asked) == 3:
+            clock.advance_to(START + 7 * MINUTE_MS + 20_000)
+
+    memory_rig.strategy = {"get_signal": get_signal, "interval": "1m"}
+    clock = UntilClock(START, START + 9 * MINUTE_MS)
+    clock.jumps = [Jump(START, 5000)]  # type: ignore[attr-defined]
+    handle = memory_rig.kit(clock).live.background("BTCUSDT", **WHERE)
+    await clock.over.wait()
+    assert handle.status.missed == 4
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    assert asked == [0, 1, 2, 7, 8, 9]
+    (missed,) = memory_rig.of(bk.MinutesMissed)
+    assert ((missed.first_ms - START) // MINUTE_MS, missed.count) == (3, 4)
+    assert [event.by_ms for event in memory_rig.of(bk.ClockJumped)] == [5000]
+
+
+async def test_a_candle_that_comes_late_is_waited_for_and_one_that_does_not_is_missed(memory_rig: Rig) -> None:
+    asked: list[tuple[int, int]] = []
+    clock = UntilClock(START, START + 6 * MINUTE_MS)
+
+    async def late(symbol: str, interval: str, since_ms: int, limit: int) -> list[list[float]]:
+        rows = await get_candles(symbol, interval, since_ms, limit)
+        now_ms = clock.now_ms()
+        # The candle of minute 1 comes 20 s late, that of minute 3 after the next.
+        late_by = {START + MINUTE_MS: 20_000, START + 3 * MINUTE_MS: 70_000}
+        return [row for row in rows if now_ms >= row[0] + MINUTE_MS + late_by.get(int(row[0]), 0)]
+
+    memory_rig.source = bk.sources.function(late)
+    memory_rig.strategy = {
+        "get_signal": lambda ctx: asked.append(((ctx.when_ms - START) // MINUTE_MS, clock.now_ms() - ctx.when_ms)),
+        "interval": "1m",
+    }
+    handle = memory_rig.kit(clock).live.background("BTCUSDT", **WHERE)
+    await clock.over.wait()
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    assert asked == [(0, 0), (1, 0), (2, 20_000), (3, 0), (5, 10_000), (6, 0)]
+    (missed,) = memory_rig.of(bk.MinutesMissed)
+    assert "not published" in missed.reason
+
+
+async def test_months_of_minutes_do_not_pile_up(memory_rig: Rig) -> None:
+    prepared(memory_rig)
+    async with running(memory_rig, 1) as (handle, clock):
+        await clock.over.wait()
+        history = handle._run._histories["BTCUSDT"]
+        clock.advance_to(START + 9 * 1440 * MINUTE_MS)
+        for day in range(1, 9):
+            await history.extend(START + day * 1440 * MINUTE_MS)
+        assert len(history.candles) <= 4 * 1440
+        assert history.stop_ms == START + 8 * 1440 * MINUTE_MS
+        deep = await history.window("1d", 5, history.stop_ms)
+        assert len(deep) == 5
+        prices = history.prices
+        assert len(prices) == len(history.candles)
+
+
+# Stores that fail
+
+
+@pytest.mark.parametrize("error", [bk.OutOfSpace("the disk is full"), bk.RetryLater("the server is away")])
+async def test_without_a_store_nothing_is_opened(failing: tuple[Rig, FailingStore], error: Exception) -> None:
+    rig, store = failing
+    rig.strategy["get_signal"] = lambda ctx: bk.Signal.bracket(
+        "long", price=ctx.price, take_profit_pct=5, stop_loss_pct=5
+    )
+    rig.strategy["manage"] = None
+    rig.source = bk.sources.function(get_candles)
+    clock = UntilClock(START, START + 8 * MINUTE_MS)
+
+    def breaks(event: bk.Event) -> None:
+        store.error = error
+
+    kit = rig.kit(clock)
+    kit.on(bk.Recovered, breaks)
+    handle = kit.live.background("BTCUSDT", **WHERE)
+    while clock.now_ms() < START + 5 * MINUTE_MS:
+        await asyncio.sleep(0)
+    assert str(error) in handle.status.degraded
+    assert not rig.venue.calls
+    store.error = None
+    await clock.over.wait()
+    assert not handle.status.degraded
+    assert len(rig.venue.sent("open")) == 1
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    assert [type(event) for event in rig.of(bk.Degraded, bk.Healed)] == [bk.Degraded, bk.Healed]
+
+
+@pytest.mark.parametrize("restart", ["after", "meanwhile"])
+async def test_without_a_store_a_position_is_closed_all_the_same(
+    failing: tuple[Rig, FailingStore], restart: str
+) -> None:
+    rig, store = failing
+    rig.strategy["get_signal"] = lambda ctx: (
+        bk.Signal.bracket("long", price=ctx.price, take_profit_pct=0.5, stop_loss_pct=5)
+        if ctx.when_ms == START
+        else None
+    )
+    rig.strategy["manage"] = None
+    await rig.trade(2)
+    store.error = bk.OutOfSpace("the disk is full")
+    end = await rig.trade(6)
+    assert end.status.position is None
+    (close,) = rig.venue.sent("close")
+    degraded = rig.of(bk.Degraded)
+    assert degraded
+    assert degraded[-1].kept
+    if restart == "after":
+        store.error = None
+    end = await rig.trade(3)
+    assert "took what the store lacked from the emergency file" in rig.of(bk.Recovered)[-1].steps
+    assert end.status.position is None
+    assert rig.venue.sent("close") == [close]
+    assert len(rig.trades()) == 1
+    store.error = None
+    end = await rig.trade(2)
+    assert not end.status.degraded
+    found = await store.get(CONTRACTS["signal"], SCOPE)
+    assert found is not None
+    assert found.value is None
+
+
+async def test_a_write_whose_answer_was_lost_is_looked_up(failing: tuple[Rig, FailingStore]) -> None:
+    rig, store = failing
+
+    def lose(event: bk.Event) -> None:
+        store.lossy = True
+
+    clock = UntilClock(START, START + 15 * MINUTE_MS)
+    kit = rig.kit(clock)
+    kit.on(bk.Event, lose)
+    handle = kit.live.background("BTCUSDT", **WHERE)
+    await clock.over.wait()
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    assert len(rig.trades()) == 2
+    assert not rig.of(bk.Degraded)
+    assert set(rig.venue.times_done.values()) == {1}
+
+
+async def test_an_emergency_file_that_others_have_overtaken_is_left_alone(failing: tuple[Rig, FailingStore]) -> None:
+    rig, store = failing
+    await rig.trade(2)
+    store.error = bk.OutOfSpace("the disk is full")
+    await rig.trade(1)
+    store.error = None
+    elsewhere = Rig(rig.tmp_path / "another machine", rig.store)
+    elsewhere.venue, elsewhere.now_ms = rig.venue, rig.now_ms
+    prepared(elsewhere)
+    await elsewhere.trade(1)
+    rig.now_ms = elsewhere.now_ms
+    await rig.trade(1)
+    assert rig.of(bk.Recovered)[-1].steps == ()
+
+
+async def test_a_full_disk_does_not_take_the_position_from_who_has_it(failing: tuple[Rig, FailingStore]) -> None:
+    rig, store = failing
+    store.lease_too = True
+    async with running(rig, 4, lease_ttl=0.15) as (handle, clock):
+        await clock.over.wait()
+        store.error = bk.OutOfSpace("the disk is full")
+        while store.refused_leases < 5:
+            await asyncio.sleep(0.01)
+        assert not handle.done()
+        store.error = bk.RetryLater("the server is away")
+        with pytest.raises(bk.Conflict, match="could not be renewed"):
+            await asyncio.wait_for(asyncio.shield(handle.task), 10)
+
+
+async def test_a_command_after_the_end_of_a_run_is_refused(memory_rig: Rig) -> None:
+    kept: list[bk.Context] = []
+    memory_rig.strategy["manage"] = kept.append
+    await memory_rig.trade(2)
+    position = kept[-1].position
+    assert position is not None
+    calls = len(memory_rig.venue.calls)
+    outcome = await position.close()
+    assert (bool(outcome), outcome.reason) == (False, "the run has ended")
+    assert len(memory_rig.venue.calls) == calls

@@ -1,0 +1,132 @@
+"""What is too old is forgotten, what is of money never is, on every store that forgets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from backtest_kit.errors import UserError
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, Durability, Kind
+from backtest_kit.persist.retention import DAY_MS, Retention, Rule, compact, retention_of
+from backtest_kit.persist.store import Key, Store, Write
+from backtest_kit.persist.testing.harness import sample_key
+from backtest_kit.persist.urls import store_at
+from backtest_kit.persist.writing import now_ms
+from backtest_kit.settings import Settings, with_settings
+
+LOG, MEMORY, STORAGE = CONTRACTS["log"], CONTRACTS["memory"], CONTRACTS["storage"]
+ROWS = [*(row for row in CONTRACTS.values() if row.kind is not Kind.SERIES), LEASE]
+
+
+@pytest_asyncio.fixture(params=["memory:", "file:{place}/dump", "sqlite:{place}/bot.db"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    store = store_at(request.param.format(place=tmp_path))
+    yield store
+    await store.close()
+
+
+async def lines(store: Store) -> list[object]:
+    return [record.key[0] async for record in store.scan(LOG)]
+
+
+async def say(store: Store, *names: str) -> None:
+    for name in names:
+        await store.put(Write(LOG, (name,), {"message": name}))
+
+
+async def test_only_the_last_are_kept(store: Store) -> None:
+    await say(store, *"abcdef")
+    kept = Retention({"log": Rule(last=2)}, math.inf, Rule())
+    (planned,) = await compact(store, kept, look_only=True)
+    assert (planned.contract, planned.records) == ("log", 4)
+    assert await lines(store) == list("abcdef")
+    assert await compact(store, kept) == [planned]
+    assert await lines(store) == list("ef")
+    assert await compact(store, kept) == []
+
+
+async def test_what_is_too_old_goes_and_what_is_young_stays(store: Store) -> None:
+    await say(store, *"abc")
+    kept = Retention({"log": Rule(days=2)}, math.inf, Rule())
+    assert await compact(store, kept, at_ms=now_ms() + 2 * DAY_MS - 60_000) == []
+    (expired,) = await compact(store, kept, at_ms=now_ms() + 2 * DAY_MS + 60_000)
+    assert (expired.records, expired.size > 0) == (3, True)
+    assert await lines(store) == []
+    await say(store, "d")
+    assert await lines(store) == ["d"]
+
+
+async def test_paper_has_the_same_rules(store: Store) -> None:
+    await say(store, "live")
+    await say(store.within("paper"), "paper")
+    await compact(store, Retention({"log": Rule(days=1)}, math.inf, Rule()), at_ms=now_ms() + 2 * DAY_MS)
+    assert await lines(store) == await lines(store.within("paper")) == []
+
+
+async def test_removed_records_are_kept_for_a_time_of_their_own(store: Store) -> None:
+    def note(name: str) -> Key:
+        return ("s-1", "notes", name)
+
+    for name in "abc":
+        await store.put(Write(MEMORY, note(name), name))
+    await store.put(Write(MEMORY, note("b"), "b", removed=True))
+    kept = Retention({}, 10, Rule())
+    assert await compact(store, kept, at_ms=now_ms() + 9 * DAY_MS) == []
+    (expired,) = await compact(store, kept, at_ms=now_ms() + 11 * DAY_MS)
+    assert expired.records == 1
+    assert await store.get(MEMORY, note("b")) is None
+    assert [record.value async for record in store.scan(MEMORY)] == ["a", "c"]
+
+
+async def test_a_run_goes_as_a_whole_by_age_or_number(store: Store) -> None:
+    for number in range(5):
+        run = store.within(f"backtest-{number}")
+        await run.put(Write(STORAGE, (True, f"s-{number}"), number))
+        await say(run, "line")
+    await say(store.within("backtester"), "no run")
+    crowded = Retention({}, math.inf, Rule(last=2))
+    assert await compact(store, crowded) == []  # they may be going on
+    expired = await compact(store, crowded, at_ms=now_ms() + 2 * DAY_MS)
+    assert sorted((each.namespace, each.contract, each.records) for each in expired) == [
+        ((f"backtest-{number}",), "", 2) for number in range(3)
+    ]
+    assert [await lines(store.within(f"backtest-{number}")) for number in range(5)] == [[], [], [], ["line"], ["line"]]
+    assert len(await compact(store, Retention({}, math.inf, Rule(days=3)), at_ms=now_ms() + 4 * DAY_MS)) == 2
+    assert await lines(store.within("backtester")) == ["no run"]
+
+
+async def test_nothing_of_money_is_forgotten_by_any_setting(store: Store) -> None:
+    for space in (store, store.within("paper")):
+        for row in ROWS:
+            await space.put(Write(row, sample_key(row), "kept"))
+    changes = {name: 1e-9 for name in Settings.__struct_fields__ if name.startswith("CC_RETENTION_")}
+    await compact(store, retention_of(with_settings(Settings(), changes)), at_ms=now_ms() + 10_000 * DAY_MS)
+    for space in (store, store.within("paper")):
+        kept = {row.name for row in ROWS if await space.get(row, sample_key(row)) is not None}
+        assert {row.name for row in ROWS if row.durability is Durability.MONEY} <= kept
+        assert kept.isdisjoint(("log", "notification", "storage", "measure", "interval"))
+
+
+async def test_by_default_signals_memory_and_state_are_kept_for_ever(store: Store) -> None:
+    for row in ROWS:
+        await store.put(Write(row, sample_key(row), "kept"))
+    await compact(store, retention_of(Settings()), at_ms=now_ms() + 10_000 * DAY_MS)
+    gone = {row.name for row in ROWS if await store.get(row, sample_key(row)) is None}
+    assert gone == {"log", "notification", "interval"}
+
+
+async def test_many_are_forgotten_in_parts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backtest_kit.persist.retention._PART", 7)
+    await say(store, *(f"{number:03d}" for number in range(50)))
+    await compact(store, Retention({"log": Rule(last=5)}, math.inf, Rule()))
+    assert await lines(store) == [f"{number:03d}" for number in range(45, 50)]
+
+
+def test_the_settings_are_checked() -> None:
+    assert math.inf == with_settings(Settings(), {"CC_RETENTION_LOG_DAYS": "inf"}).CC_RETENTION_LOG_DAYS
+    with pytest.raises(UserError, match="CC_RETENTION_LOG_DAYS is 0: it must be above 0"):
+        with_settings(Settings(), {"CC_RETENTION_LOG_DAYS": 0})

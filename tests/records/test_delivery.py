@@ -1,0 +1,221 @@
+"""Sinks over real sockets: in order, at least once, across restarts, and never a secret in sight."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+from tests.records.conftest import kit_on
+from tests.records.happenings import closed, observe, opened
+
+import backtest_kit as bk
+from backtest_kit.errors import UserError
+from backtest_kit.records import delivery, sinks
+from backtest_kit.records.notification import Notification
+
+SECRET = "s3cr3t"  # noqa: S105
+
+
+class Receiver:
+    """A server that answers as it is told, and keeps what it accepted."""
+
+    def __init__(self) -> None:
+        self.got: list[dict[str, Any]] = []
+        self.asked = 0
+        self.status: Callable[[dict[str, Any]], int] = lambda body: 200
+        self.port = 0
+
+    async def answer(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.asked += 1
+        status = self.status(body)
+        if status == 200:
+            self.got.append(body | {"path": request.path_qs, "key": request.headers.get("Idempotency-Key")})
+        return web.Response(status=status)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def ids(self) -> list[str]:
+        return [str(each["notificationId"]) for each in self.got]
+
+    async def until(self, true: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not true():
+                await asyncio.sleep(0.002)
+
+
+@pytest_asyncio.fixture
+async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Receiver]:
+    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.002)
+    monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(delivery, "DRAIN_S", 0.5)
+    receiver = Receiver()
+    app = web.Application()
+    app.router.add_post("/{tail:.*}", receiver.answer)
+    runner = web.AppRunner(app, access_log=None)  # it would tell the whole address
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    receiver.port = runner.addresses[0][1]
+    yield receiver
+    await runner.cleanup()
+
+
+def hook(receiver: Receiver, **options: Any) -> sinks.HttpSink:
+    return sinks.webhook(f"{receiver.url}/hook?token={SECRET}", **options)
+
+
+async def test_notifications_arrive_once_and_in_order(kit: bk.Kit, receiver: Receiver) -> None:
+    kit.records.notification.sink(hook(receiver))
+    for number in range(20):
+        await observe(kit, [opened(f"s-{number}", number)])
+    await observe(kit, [opened("s-3", 3)])
+    await kit.close()
+    told = await kit.records.notification.list()
+    assert receiver.ids == [each.notification_id for each in reversed(told)]
+    assert len(set(receiver.ids)) == 20
+    assert receiver.got[0]["key"] == receiver.ids[0]
+    assert receiver.got[0]["text"].endswith("opened long at 100, take 110, stop 90")
+
+
+async def test_what_was_told_before_a_sink_was_there_is_not_for_it(kit: bk.Kit, receiver: Receiver) -> None:
+    await observe(kit, [opened("early")])
+    await asyncio.sleep(0.002)  # the clock has milliseconds
+    kit.records.notification.sink(hook(receiver), kinds=["closed"])
+    await observe(kit, [opened("late", 1), closed("late", 2)])
+    await kit.close()
+    assert [each["signalId"] for each in receiver.got] == ["late"]
+    assert receiver.got[0]["kind"] == "closed"
+
+
+async def test_a_dead_receiver_loses_nothing_over_a_restart(
+    shared_address: str, tmp_path: Path, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    receiver.status = lambda body: 503
+    kit = kit_on(shared_address, tmp_path)
+    kit.records.notification.sink(hook(receiver))
+    for number in range(5):
+        await observe(kit, [opened(f"s-{number}", number)])
+    await receiver.until(lambda: receiver.asked > 3)
+    await kit.close()
+    assert receiver.got == []
+    receiver.status = lambda body: 200
+    kit = kit_on(shared_address, tmp_path)
+    kit.records.notification.sink(hook(receiver))
+    await kit.records.begin("live")
+    await receiver.until(lambda: len(receiver.got) == 5)
+    await observe(kit, [opened("s-9", 9)])
+    await kit.close()
+    assert [each["signalId"] for each in receiver.got] == [*(f"s-{number}" for number in range(5)), "s-9"]
+    said = [record.getMessage() for record in caplog.records]
+    assert any("127.0.0.1 answered with status 503" in message for message in said)
+    assert not any(SECRET in message for message in said)
+
+
+async def test_a_dead_receiver_keeps_nothing_in_memory(
+    kit: bk.Kit, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "CHUNK", 8)
+    receiver.status = lambda body: 500
+    kit.records.notification.sink(hook(receiver))
+    for number in range(100):
+        await observe(kit, [opened(f"s-{number:03d}", number)])
+    await receiver.until(lambda: receiver.asked > 2)
+    receiver.status = lambda body: 200
+    await receiver.until(lambda: len(receiver.got) == 100)
+    assert [each["signalId"] for each in receiver.got] == [f"s-{number:03d}" for number in range(100)]
+    await kit.close()
+
+
+async def test_a_refusal_for_good_does_not_stop_the_rest(
+    kit: bk.Kit, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    receiver.status = lambda body: 422 if body["signalId"] == "s-1" else 200
+    kit.records.notification.sink(hook(receiver))
+    await observe(kit, [opened(f"s-{number}", number) for number in range(3)])
+    await kit.close()
+    assert [each["signalId"] for each in receiver.got] == ["s-0", "s-2"]
+    assert "refused for good" in caplog.text
+
+
+async def test_a_receiver_that_hangs_stops_neither_the_trading_nor_the_closing(
+    kit: bk.Kit, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = asyncio.Event()
+
+    async def hang(notification: Notification) -> None:
+        await held.wait()
+
+    kit.records.notification.sink(hang, name="hanging")
+    kit.records.notification.sink(hook(receiver))
+    async with asyncio.timeout(20):
+        await observe(kit, [opened("s-1")])
+        await kit.close()
+    assert len(receiver.got) == 1
+    assert "sink hanging: not everything was delivered" in caplog.text
+
+
+async def test_a_function_is_a_sink_and_its_errors_are_tried_again(
+    kit: bk.Kit, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[str] = []
+
+    def note(notification: Notification) -> None:
+        calls.append(notification.signal_id)
+        if len(calls) < 4:
+            raise OSError(f"https://example.com/?token={SECRET}")
+
+    kit.records.notification.sink(note)
+    await observe(kit, [opened("s-1"), opened("s-2", 1)])
+    await receiver.until(lambda: len(calls) == 5)
+    await kit.close()
+    assert calls == ["s-1"] * 4 + ["s-2"]
+    assert "OSError" in caplog.text
+    assert SECRET not in caplog.text
+
+
+async def test_telegram_gets_the_text(kit: bk.Kit, receiver: Receiver) -> None:
+    sink = sinks.telegram(SECRET, 42, base_url=receiver.url)
+    assert SECRET not in repr(sink)
+    kit.records.notification.sink(sink)
+    await observe(kit, [closed("s-1")])
+    await kit.close()
+    (got,) = receiver.got
+    assert (got["path"], got["chat_id"]) == (f"/bot{SECRET}/sendMessage", 42)
+    assert "take profit at 110, +9.50 %" in got["text"]
+
+
+async def test_backtests_disturb_nobody(kit: bk.Kit, backtest: Callable[..., Any], receiver: Receiver) -> None:
+    def long(ctx: bk.Context) -> bk.Signal:
+        return bk.Signal.bracket("long", price=ctx.price, take_profit_pct=1, stop_loss_pct=1)
+
+    kit.records.notification.sink(hook(receiver))
+    assert len((await backtest(long)).trades) > 0
+    await kit.close()
+    assert receiver.asked == 0
+
+
+def test_what_is_no_sink_is_refused(tmp_path: Path) -> None:
+    notifications = bk.Kit(tmp_path).records.notification
+    with pytest.raises(UserError, match="give one of"):
+        notifications.sink("https://example.com")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="address") as error:
+        sinks.webhook(f"example.com/{SECRET}")
+    assert SECRET not in str(error.value)
+    with pytest.raises(UserError, match="chat"):
+        sinks.telegram(SECRET, "")
+    sink = sinks.webhook(f"https://user:{SECRET}@example.com/{SECRET}?token={SECRET}")
+    assert repr(sink) == "HttpSink('webhook', 'example.com')"
+    notifications.sink(sink)
+    with pytest.raises(UserError, match="called 'webhook' already"):
+        notifications.sink(sink)

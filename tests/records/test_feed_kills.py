@@ -1,0 +1,57 @@
+"""SIGKILL: nothing that was acknowledged is lost, and of what was only said at most the last 50 ms."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.records.conftest import kit_on
+
+pytestmark = pytest.mark.crash
+
+PROGRAM = Path(__file__).with_name("said_and_killed.py")
+PROMISE_NS = 50_000_000
+
+
+async def test_what_is_acknowledged_stays_and_what_is_said_soon_does(shared_address: str, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+    kept: list[str] = []
+    said: list[str] = []
+    for life in range(5):
+        with subprocess.Popen(
+            [sys.executable, PROGRAM, shared_address, tmp_path, str(life)],
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+        ) as child:
+            assert child.stdout is not None
+            told = [child.stdout.readline() for _ in range(random.randrange(20, 200))]  # noqa: S311
+            killed_ns = time.monotonic_ns()
+            child.send_signal(signal.SIGKILL)
+            # What is in the pipe was done before the kill; its last line may be cut short.
+            told += [line for line in child.stdout.read().splitlines(keepends=True) if line.endswith(b"\n")]
+        for kind, name, at_ns in (line.decode().split() for line in told):
+            if kind == "kept":
+                kept.append(name)
+            elif int(at_ns) < killed_ns - PROMISE_NS:
+                said.append(name)
+    kit = kit_on(shared_address, tmp_path)
+    stored = {each.signal_id for each in await kit.records.storage.list()}
+    heard = {each.signal_id for each in await kit.records.notification.list()}
+    assert set(kept) <= stored
+    assert set(kept) <= heard
+    for name in kept:
+        where: Any = {"strategy_name": "trend", "exchange_name": "binance", "symbol": f"S{name}"}
+        assert await kit.persistence.signal.read(**where) == {"id": name}
+    lines = [line.message for line in await kit.records.log.list(limit=None)]
+    assert set(said) <= set(lines)
+    assert len(lines) == len(set(lines))
+    assert len(kept) > 5
+    assert len(said) > 5
+    await kit.close()

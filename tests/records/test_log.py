@@ -1,0 +1,162 @@
+"""The log: structured, in order, never in the way, bounded, and written once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.records.conftest import NOON_MS, kit_on, run_of
+
+import backtest_kit as bk
+from backtest_kit.errors import RetryLater, UserError
+from backtest_kit.persist.backends.memory import MemoryStore
+from backtest_kit.persist.store import Record, Write
+from backtest_kit.records import log as log_module
+
+
+async def test_a_line_has_its_context_and_its_fields(kit: bk.Kit) -> None:
+    log = run_of(kit).log(NOON_MS)
+    log.info("volume is thin", volume=12.5, far=float("inf"), levels=[1, 2])
+    log.error("broken")
+    last, first = await kit.records.log.list()
+    assert (first.level, first.message, first.symbol, first.strategy_name, first.mode) == (
+        "info",
+        "volume is thin",
+        "BTCUSDT",
+        "trend",
+        "live",
+    )
+    assert first.fields == {"volume": 12.5, "far": float("inf"), "levels": [1, 2]}
+    assert first.when_ms == NOON_MS
+    assert last.level == "error"
+    assert [line.message for line in await kit.records.log.list(level="warning")] == ["broken"]
+    assert await kit.records.log.list(symbol="ETHUSDT") == []
+    assert await kit.records.log.list(mode="paper") == []
+    with pytest.raises(UserError, match="level is 'loud'"):
+        await kit.records.log.list(level="loud")  # type: ignore[arg-type]
+
+
+async def test_what_cannot_be_stored_is_told_as_text(kit: bk.Kit) -> None:
+    run_of(kit).log(NOON_MS).warning("odd \ud800", what=object(), count=1)
+    (line,) = await kit.records.log.list()
+    assert line.message == "odd \\ud800"
+    assert line.fields["what"].startswith("<object object")
+
+
+async def test_lines_come_in_the_order_in_which_they_were_said(kit: bk.Kit) -> None:
+    log = run_of(kit).log(NOON_MS)
+    for number in range(1000):
+        log.info(str(number))
+    await kit.records.log.flush()
+    found = await kit.records.log.list()
+    assert [line.message for line in reversed(found)] == [str(number) for number in range(1000)]
+
+
+async def test_a_line_is_written_without_anybody_waiting_for_it(kit: bk.Kit) -> None:
+    run_of(kit).log(NOON_MS).info("soon")
+    async with asyncio.timeout(10):
+        while not [each async for each in kit.persistence.log.list()]:
+            await asyncio.sleep(0.001)
+
+
+async def test_runs_of_a_backtest_have_logs_of_their_own(kit: bk.Kit, backtest: Callable[..., Any]) -> None:
+    def say(ctx: bk.Context) -> None:
+        ctx.log.info("asked", price=ctx.price)
+
+    one, two = await asyncio.gather(backtest(say, run_id="one"), backtest(say, run_id="two", symbol="ETHUSDT"))
+    for result in (one, two):
+        lines = await kit.records.log.list(mode="backtest", run_id=result.run_id)
+        assert {line.symbol for line in lines} == {result.symbol}
+        assert len(lines) == 24 * 4
+        whens = [line.when_ms for line in reversed(lines)]
+        assert whens == sorted(whens, key=lambda when: when or 0)
+
+
+async def test_the_standard_library_can_be_bridged(kit: bk.Kit) -> None:
+    logger = logging.getLogger("someone.else")
+    kit.records.log.bridge("someone", level="warning")
+    with pytest.raises(UserError, match="bridge already"):
+        kit.records.log.bridge()
+    logger.info("too low")
+    logger.warning("%d left", 3)
+    thread = threading.Thread(target=logger.error, args=("from a thread",))
+    thread.start()
+    thread.join()
+    try:
+        raise ValueError("inside")
+    except ValueError:
+        logger.exception("caught")
+    kit.records.log.unbridge()
+    logger.error("not any more")
+    lines = (await kit.records.log.list())[::-1]
+    assert [line.message for line in lines] == ["3 left", "from a thread", "caught"]
+    assert lines[0].logger == "someone.else"
+    assert "ValueError: inside" in lines[2].fields["traceback"]
+
+
+class Failing(MemoryStore):
+    """Takes nothing until it is mended."""
+
+    mended = False
+
+    async def put(self, write: Write) -> Record:
+        if not self.mended:
+            raise RetryLater("the store is away: try again")
+        return await super().put(write)
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[bk.Kit, Failing]:
+    monkeypatch.setattr(log_module, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(log_module, "_FULL", 100)
+    kit, store = bk.Kit(tmp_path), Failing()
+    kit.persistence.bind("log", store)
+    return kit, store
+
+
+async def test_a_store_that_is_away_loses_nothing_that_has_room(failing: tuple[bk.Kit, Failing]) -> None:
+    kit, store = failing
+    for number in range(100):
+        run_of(kit).log(NOON_MS).info(str(number))
+    with pytest.raises(RetryLater):
+        await kit.records.log.flush()
+    store.mended = True
+    lines = await kit.records.log.list()
+    assert [line.message for line in reversed(lines)] == [str(number) for number in range(100)]
+    await kit.close()
+
+
+async def test_a_dead_store_does_not_fill_the_memory(failing: tuple[bk.Kit, Failing]) -> None:
+    kit, store = failing
+    log = run_of(kit).log(NOON_MS)
+    for number in range(1000):
+        log.info(str(number))
+    await asyncio.sleep(0)
+    store.mended = True
+    lines = (await kit.records.log.list())[::-1]
+    assert lines[0].message.startswith("900 lines of the log were dropped")
+    assert [line.message for line in lines[1:]] == [str(number) for number in range(900, 1000)]
+    await kit.close()
+
+
+async def test_a_backtest_that_says_much_waits_for_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "_FULL", 2_000)
+    kit = kit_on("memory:", tmp_path)
+    kit.add_exchange_schema("demo", source=bk.sources.synthetic(seed=7))
+    kit.add_frame_schema("day", start_date="2024-06-01", end_date="2024-06-02")
+
+    def say(ctx: bk.Context) -> None:
+        for number in range(10):
+            ctx.log.info("line", number=number)
+
+    kit.add_strategy_schema("talker", interval="1m", get_signal=say)
+    where: Any = {"strategy_name": "talker", "exchange_name": "demo", "frame_name": "day"}
+    result = await kit.backtest.background("BTCUSDT", **where)
+    lines = await kit.records.log.list(mode="backtest", run_id=result.run_id, limit=None)
+    assert len(lines) == 1440 * 10
+    await kit.close()

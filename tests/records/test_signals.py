@@ -1,0 +1,182 @@
+"""Storage, recent and notifications: what the events of runs leave behind, on every store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings, strategies as st
+from tests.records.conftest import MINUTE_MS, NOON_MS, kit_on
+from tests.records.happenings import IDENTITY, closed, observe, opened
+
+import backtest_kit as bk
+from backtest_kit.persist.backends.memory import MemoryStore
+from backtest_kit.persist.store import Record, Write
+
+RECENT: dict[str, Any] = {"symbol": "BTCUSDT", "strategy_name": "trend", "exchange_name": "binance"}
+
+
+async def trend(ctx: bk.Context) -> bk.Signal | None:
+    close = (await ctx.candles("15m", 50)).close
+    if close[-1] < close.mean():
+        return None
+    return bk.Signal.bracket("long", price=ctx.price, take_profit_pct=1, stop_loss_pct=1)
+
+
+async def test_a_signal_is_found_in_its_latest_state(kit: bk.Kit) -> None:
+    storage, recent = kit.records.storage, kit.records.recent
+    assert await storage.get("s-1") is None
+    assert await recent.get(**RECENT) is None
+    await observe(kit, [opened("s-1")])
+    found = await storage.get("s-1")
+    assert found is not None
+    assert (found.status, found.price_open, found.minutes, found.pnl_pct) == ("opened", 100.0, 60.0, None)
+    await observe(kit, [closed("s-1", 5)])
+    found = await storage.get("s-1")
+    assert found is not None
+    assert (found.status, found.close_reason, found.pnl_pct, found.closed_at_ms) == (
+        "closed",
+        "take_profit",
+        9.5,
+        NOON_MS + 5 * MINUTE_MS,
+    )
+    assert await recent.get(**RECENT) == found
+    await observe(kit, [opened("s-2", 6)])
+    assert [each.signal_id for each in await storage.list()] == ["s-2", "s-1"]
+    assert [each.signal_id for each in await storage.list(status="closed")] == ["s-1"]
+    assert await storage.list(symbol="ETHUSDT") == []
+    last = await recent.get(**RECENT)
+    assert last is not None
+    assert last.signal_id == "s-2"
+
+
+async def test_events_that_come_again_change_nothing(kit: bk.Kit) -> None:
+    events = [opened("s-1"), closed("s-1", 5)]
+    await observe(kit, events)
+    before = await kit.records.storage.list(), await kit.records.notification.list()
+    await observe(kit, events)
+    await observe(kit, events[1:])
+    assert (await kit.records.storage.list(), await kit.records.notification.list()) == before
+    assert [each.kind for each in before[1]] == ["closed", "opened"]
+    assert "take profit at 110, +9.50 %" in before[1][0].text
+
+
+async def test_changes_of_one_minute_are_told_apart(kit: bk.Kit) -> None:
+    event = opened("s-1")
+    first, second = (
+        bk.PositionChanged(
+            identity=IDENTITY,
+            when_ms=event.when_ms,
+            price=100.0,
+            position=msgspec.structs.replace(event.position, moved_stop_loss=stop),
+            change="stop_moved",
+        )
+        for stop in (95.0, 96.0)
+    )
+    await observe(kit, [first, second, first])
+    assert len(await kit.records.notification.list(kind="changed")) == 2
+
+
+class Counting(MemoryStore):
+    """Counts writes by contract."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: Counter[str] = Counter()
+
+    async def put(self, write: Write) -> Record:
+        self.writes[write.contract.name] += 1
+        return await super().put(write)
+
+    async def batch(self, writes: Any) -> None:
+        self.writes.update(write.contract.name for write in writes)
+        await super().batch(writes)
+
+
+async def test_an_event_is_one_write_however_much_is_kept(tmp_path: Path) -> None:
+    kit, store = bk.Kit(tmp_path), Counting()
+    kit.persistence.bind("*", store)
+    kit.persistence.bind("log", store)
+    log = kit.records.of_run(IDENTITY, None).log(NOON_MS)
+    for number in range(100):
+        store.writes.clear()
+        await observe(kit, [opened(f"s-{number}", number)])
+        log.info("a line")
+        await kit.records.log.flush()
+        assert store.writes == {"storage": 1, "recent": 1, "notification": 1, "log": 1}
+    await kit.close()
+
+
+async def test_a_backtest_keeps_its_own(kit: bk.Kit, backtest: Callable[..., Any]) -> None:
+    results = await asyncio.gather(backtest(trend, run_id="one"), backtest(trend, run_id="two"))
+    for result in results:
+        where: Any = {"mode": "backtest", "run_id": result.run_id}
+        found = await kit.records.storage.list(**where)
+        assert [each.signal_id for each in reversed(found)] == [trade.signal_id for trade in result.trades]
+        assert [each.pnl_pct for each in reversed(found)] == [trade.pnl_pct for trade in result.trades]
+        told = await kit.records.notification.list(kind="closed", **where)
+        assert len(told) == len(result.trades) > 0
+    assert await kit.records.storage.list() == []
+    result = await backtest(trend)
+    assert len(await kit.records.storage.list(mode="backtest", run_id=result.run_id)) == len(result.trades)
+    assert len(await kit.records.storage.list(mode="backtest", run_id="one")) == len(results[0].trades)
+
+
+async def test_backtests_keep_it_in_memory_and_write_it_down_when_asked(tmp_path: Path) -> None:
+    kit = bk.Kit(tmp_path)
+    kit.add_exchange_schema("demo", source=bk.sources.synthetic(seed=7))
+    kit.add_frame_schema("day", start_date="2024-06-01", end_date="2024-06-02")
+    kit.add_strategy_schema("trend", interval="15m", get_signal=trend)
+    where: Any = {"strategy_name": "trend", "exchange_name": "demo", "frame_name": "day"}
+    result = await kit.backtest.background("BTCUSDT", **where)
+    by_door = [key async for key, _ in kit.persistence.storage.list(mode="backtest", run=result.run_id)]
+    assert len(by_door) == len(result.trades)
+    assert not list(tmp_path.rglob("storage"))
+    # The same run goes on elsewhere, after it was looked at.
+    await kit.backtest.background("ETHUSDT", **where, run_id=result.run_id)
+    found = await kit.records.storage.list(mode="backtest", run_id=result.run_id)
+    assert {each.symbol for each in found} == {"BTCUSDT", "ETHUSDT"}
+    last = await kit.records.recent.get(symbol="BTCUSDT", mode="backtest", run_id=result.run_id, **where)
+    assert last is not None
+    assert last.signal_id == result.trades[-1].signal_id
+    await kit.close()
+
+
+async def test_a_failed_run_is_an_alarm(kit: bk.Kit, backtest: Callable[..., Any]) -> None:
+    async def fail(ctx: bk.Context) -> None:
+        raise ValueError("no luck")
+
+    with pytest.raises(ValueError, match="no luck"):
+        await backtest(fail, run_id="bad")
+    (told,) = await kit.records.notification.list(mode="backtest", run_id="bad")
+    assert (told.kind, told.severity) == ("failed", "alarm")
+    assert "no luck" in told.text
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 20), st.booleans()), min_size=1, max_size=12))
+def test_no_read_shows_what_came_later(steps: list[tuple[str, int, bool]]) -> None:
+    async def main() -> None:
+        kit = kit_on("memory:", Path("unused"))
+        for name, minute, ends in steps:
+            await observe(kit, [(closed if ends else opened)(name, minute)])
+            kit.records.of_run(IDENTITY, None).log(NOON_MS + minute * MINUTE_MS).info(name)
+        for minute in range(-1, 21):
+            when = NOON_MS + minute * MINUTE_MS
+            records = kit.records
+            seen = [each.updated_at_ms for each in await records.storage.list(when=when)]
+            seen += [each.when_ms for each in await records.notification.list(when=when)]
+            seen += [each.when_ms or 0 for each in await records.log.list(when=when)]
+            one = [await records.storage.get(name, when=when) for name in "abc"]
+            one.append(await records.recent.get(**RECENT, when=when))
+            seen += [each.updated_at_ms for each in one if each is not None]
+            assert all(moment <= when for moment in seen)
+        assert len(await kit.records.log.list()) == len(steps)
+        await kit.close()
+
+    asyncio.run(main())
