@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater
-from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis
+from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis, mongo_prune
 from backtest_kit.persist.backends.mongo_batch import Batch
 from backtest_kit.persist.backends.mongo_candles import MongoCandleStore
 from backtest_kit.persist.backends.mongo_client import Link, Links
@@ -50,7 +50,7 @@ from backtest_kit.persist.diagnosis import SAMPLES, Reading
 from backtest_kit.persist.keys import check_key, escape, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Key, Record, Write
-from backtest_kit.persist.upkeep import Finding
+from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
 from backtest_kit.persist.urls import import_backend
 from backtest_kit.persist.writing import check_batch, decide
 
@@ -183,6 +183,16 @@ class MongoStore:
         readings = await mongo_diagnosis.examine_mongo(link, samples)
         redis_diagnosis = import_backend("backtest_kit.persist.backends.redis_diagnosis")
         return [*readings, *await redis_diagnosis.examine_redis(link.ids, self.settings, samples)]
+
+    async def prune(self, contract: Contract, revisions: Mapping[Key, int]) -> int:
+        require_prunable(contract)
+        link = await self._opened()
+        return await link.finish(mongo_prune.prune(link, self._namespace, contract, revisions))
+
+    async def forget(self) -> None:
+        require_namespace(bool(self._namespace))
+        link = await self._opened()
+        await link.finish(mongo_prune.forget(link, self._namespace))
 
     async def quarantined(self) -> list[Quarantined]:
         return await mongo_damage.quarantined(await self._opened())
