@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from tests.records.stores import MONGO, SHARED, STORES
+from tests.records.stores import SHARED, STORES
 
 import backtest_kit as bk
 from backtest_kit.model.event import Mode
@@ -47,22 +47,14 @@ def run_of(kit: bk.Kit, mode: Mode = "live", run_id: str | None = None, **identi
     return kit.records.of_run(bk.Identity(**names, mode=mode), run_id)
 
 
-def address_of(name: str, request: pytest.FixtureRequest) -> str:
-    if name != MONGO:
-        return STORES[name]
-    request.getfixturevalue("monkeypatch").setenv("CC_REDIS_URL", request.getfixturevalue("redis_address"))
-    url: str = request.getfixturevalue("mongo_url")
-    return url
-
-
-@pytest.fixture(params=[*STORES, MONGO])
+@pytest.fixture(params=STORES)
 def address(request: pytest.FixtureRequest) -> str:
-    return address_of(request.param, request)
+    return STORES[request.param]
 
 
-@pytest.fixture(params=[*SHARED, MONGO])
+@pytest.fixture(params=SHARED)
 def shared_address(request: pytest.FixtureRequest) -> str:
-    return address_of(request.param, request)
+    return SHARED[request.param]
 
 
 @pytest_asyncio.fixture

@@ -7,6 +7,3 @@ STORES = {"memory": "memory:", "file": "file:{place}/dump", "sqlite": "sqlite:{p
 
 SHARED = {name: address for name, address in STORES.items() if name != "memory"}
 """Those that several processes may have open at once."""
-
-MONGO = "mongo"
-"""MongoDB with Redis, whose address is known only once they run."""
