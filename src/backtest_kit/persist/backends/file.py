@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Final, TypeVar
 
 from backtest_kit.errors import BacktestKitError
 from backtest_kit.persist.backends import disk_diagnosis, file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.backends.file_commit import Change, Committer, Request
-from backtest_kit.persist.backends.file_listing import Found, Listing, list_records
+from backtest_kit.persist.backends.file_listing import Found, list_records
 from backtest_kit.persist.backends.file_paths import record_path
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.codec import dump_value
@@ -100,33 +99,20 @@ class FileStore:
             if only is not None and (include_removed or not only.removed):
                 yield only
             return
-        # Of a long feed only the end is listed, unless more of it turns out to be removed than not.
-        last = 2 * limit + _FIRST_CHUNK if newest_first and limit is not None else None
-        listing = partial(list_records, self.root, self._prefix, contract, prefix, newest_first=newest_first)
-        left = limit
-        async for record in self._read(contract, listing, last):
-            if left == 0:
-                return
-            if include_removed or not record.removed:
-                yield record
-                left = None if left is None else left - 1
-
-    async def _read(
-        self, contract: Contract, listing: Callable[[int | None], Listing], last: int | None
-    ) -> AsyncIterator[Record]:
-        found = await asyncio.to_thread(listing, last)
-        position, size = 0, _FIRST_CHUNK
-        while position < len(found):
-            chunk = found.part(position, position + size)
-            for record in await asyncio.to_thread(self._read_chunk, contract, chunk):
+        found = list_records(
+            self.root, self._prefix, contract, prefix, newest_first=newest_first, include_removed=include_removed
+        )
+        left, size = limit, _FIRST_CHUNK
+        while left != 0 and (chunk := await asyncio.to_thread(self._read_next, contract, found, size)) is not None:
+            for record in chunk:
+                if left == 0:
+                    return
                 if isinstance(record, BacktestKitError):
                     raise record
-                yield record
-            position += size
+                if include_removed or not record.removed:
+                    yield record
+                    left = None if left is None else left - 1
             size = min(2 * size, _LARGEST_CHUNK)
-            if position >= len(found) and last is not None and len(found) == last:
-                found, last = await asyncio.to_thread(listing, None), None
-                position = found.older_than(chunk[-1].tick)
 
     async def namespaces(self) -> list[tuple[str, ...]]:
         return await asyncio.to_thread(self._namespaces, self._prefix)
@@ -191,6 +177,13 @@ class FileStore:
         request = Request(changes)
         self._committer.submit(request)
         return await request.future
+
+    def _read_next(
+        self, contract: Contract, found: Iterator[Found], size: int
+    ) -> list[Record | BacktestKitError] | None:
+        """The records of the next `size` places, None behind the last one."""
+        chunk = list(itertools.islice(found, size))
+        return self._read_chunk(contract, chunk) if chunk else None
 
     def _read_chunk(self, contract: Contract, chunk: list[Found]) -> list[Record | BacktestKitError]:
         """The records of `chunk` that are still there, in its order; where one cannot be had, the reason."""

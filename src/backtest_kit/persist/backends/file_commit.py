@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 from backtest_kit.errors import BacktestKitError, Outcome
 from backtest_kit.persist.backends.file_promises import Promised
 from backtest_kit.persist.backends.file_root import Root
+from backtest_kit.persist.backends.file_segments import Line
 from backtest_kit.persist.codec import dump_record, dump_value, seal_text
 from backtest_kit.persist.contracts import Durability, Kind
 from backtest_kit.persist.crashpoints import crashpoint
@@ -318,7 +319,7 @@ class Committer:
         if not lines:
             return
         feed = self._root.feed(lines[0].change.write.contract, lines[0].change.path)
-        if feed.append([(item.tick, item.dumped) for item in lines]):
+        if feed.append([Line(item.tick, item.record, item.dumped) for item in lines]):
             self._root.run_later(feed.compact)
         self._root.writes.sync_soon(f"{feed.path}/{feed.tail_name}")
 
