@@ -243,6 +243,11 @@ def _encode_dict(value: Any, path: str, depth: int) -> Plain:
         if not isinstance(name, str):
             raise UserError(f"{path} has the key {name!r}: keys are text, write {str(name)!r}")
         plain[str(_encode_text(name, f"a key of {path}", depth))] = _encode(item, f"{path}.{name}", depth + 1)
+    return _wrapped(plain)
+
+
+def _wrapped(plain: dict[str, Plain]) -> Plain:
+    """As it is, or where it looks like a tag, inside of one."""
     if len(plain) == 1 and next(iter(plain)).startswith(_TAG):
         return {_WRAPPED: plain}
     return plain
@@ -251,12 +256,14 @@ def _encode_dict(value: Any, path: str, depth: int) -> Plain:
 def _encode_struct(value: Any, path: str, depth: int) -> Plain:
     kind = type(value)
     config = kind.__struct_config__
-    fields = {config.tag_field: config.tag} if config.tag is not None else {}
+    plain: dict[str, Plain] = {} if config.tag is None else {config.tag_field: config.tag}
     for name, renamed in zip(kind.__struct_fields__, kind.__struct_encode_fields__, strict=True):
         item = getattr(value, name)
-        if item is not msgspec.UNSET:
-            fields[renamed] = item
-    return _encode_dict(fields, path, depth)
+        if type(item) is str and item.isascii():
+            plain[renamed] = item
+        elif item is not msgspec.UNSET:
+            plain[renamed] = _encode(item, f"{path}.{renamed}", depth + 1)
+    return _wrapped(plain)
 
 
 def _encode_enum(value: Any, path: str, depth: int) -> Plain:

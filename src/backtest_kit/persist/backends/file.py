@@ -11,12 +11,12 @@ from typing import Final, TypeVar
 from backtest_kit.errors import BacktestKitError
 from backtest_kit.persist.backends import disk_diagnosis, file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
-from backtest_kit.persist.backends.file_commit import Change, Committer, Request
-from backtest_kit.persist.backends.file_listing import Found, list_records
+from backtest_kit.persist.backends.file_commit import Change, Committer, Request, Submission
+from backtest_kit.persist.backends.file_listing import Found, count_lines, list_records
 from backtest_kit.persist.backends.file_paths import record_path
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.codec import dump_value
-from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.contracts import Contract, Kind
 from backtest_kit.persist.diagnosis import SAMPLES, Reading
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, unescape
@@ -76,13 +76,17 @@ class FileStore:
         return await asyncio.to_thread(self._get, contract, key, path)
 
     async def put(self, write: Write) -> Record:
-        (record,) = await self._submit([write])
-        return record
+        return _told(await self._submit([[write]]))[0]
+
+    async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
+        """As `PutsEach.put_each`."""
+        done = await self._submit([[write] for write in writes])
+        return [request.error or request.records[0] for request in done]
 
     async def batch(self, writes: Sequence[Write]) -> None:
         check_batch(writes)
         if writes:
-            await self._submit(writes)
+            _told(await self._submit([writes]))
 
     async def scan(
         self,
@@ -123,6 +127,11 @@ class FileStore:
         for key, rev in revisions.items():
             doomed.setdefault(record_path(self._prefix, contract, check_key(contract, key)), {})[key] = rev
         return await asyncio.to_thread(file_operations.prune, self.root, contract, doomed)
+
+    async def count(self, contract: Contract) -> int:
+        if contract.kind is not Kind.FEED:
+            return sum([1 async for _ in self.scan(contract)])
+        return await asyncio.to_thread(count_lines, self.root, self._prefix, contract)
 
     async def forget(self) -> None:
         require_namespace(bool(self._prefix))
@@ -169,14 +178,17 @@ class FileStore:
         self.root.open()
         return self.root.load(contract, key, path)
 
-    async def _submit(self, writes: Sequence[Write]) -> list[Record]:
-        changes = []
-        for write in writes:
-            path = record_path(self._prefix, write.contract, check_key(write.contract, write.key))
-            changes.append(Change(write, path, dump_value(write.value)))
-        request = Request(changes)
-        self._committer.submit(request)
-        return await request.future
+    async def _submit(self, requests: Sequence[Sequence[Write]]) -> list[Request]:
+        """Carry out each of `requests`, which stand and fall alone."""
+        submission = Submission([self._change(write) for write in writes] for writes in requests)
+        if submission.requests:
+            self._committer.submit(submission)
+            await submission.future
+        return submission.requests
+
+    def _change(self, write: Write) -> Change:
+        path = record_path(self._prefix, write.contract, check_key(write.contract, write.key))
+        return Change(write, path, dump_value(write.value))
 
     def _read_next(
         self, contract: Contract, found: Iterator[Found], size: int
@@ -209,3 +221,11 @@ class FileStore:
             return self.root.load(contract, None, path)
         except BacktestKitError as error:
             return error
+
+
+def _told(done: Sequence[Request]) -> list[Record]:
+    """What the one request that was carried out has written. Raises what it failed with."""
+    (request,) = done
+    if request.error is not None:
+        raise request.error
+    return request.records

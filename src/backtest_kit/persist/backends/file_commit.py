@@ -13,12 +13,12 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, NamedTuple
 
 from backtest_kit.errors import BacktestKitError, Outcome
-from backtest_kit.persist.backends.file_promises import Promised
+from backtest_kit.persist.backends.file_promises import Promised, Target
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.file_segments import Line
 from backtest_kit.persist.codec import dump_record, dump_value, seal_text
@@ -26,7 +26,7 @@ from backtest_kit.persist.contracts import Durability, Kind
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import disk_error
 from backtest_kit.persist.locks import Locked
-from backtest_kit.persist.store import Key, Record, Write
+from backtest_kit.persist.store import Record, Write
 from backtest_kit.persist.writing import decide
 
 GROUP_LIMIT: Final = 128
@@ -45,30 +45,38 @@ class Change(NamedTuple):
     value: bytes
 
     @property
-    def target(self) -> tuple[str, Key]:
+    def target(self) -> Target:
         return self.path, self.write.key if self.write.contract.kind is Kind.FEED else ()
 
 
 class Request:
-    """What one caller asked for: all of `changes` or none."""
+    """What stands and falls together: all of `changes` or none."""
 
-    def __init__(self, changes: Sequence[Change]) -> None:
+    def __init__(self, changes: Sequence[Change], submission: Submission) -> None:
         self.changes = changes
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[list[Record]] = self.loop.create_future()
+        self.submission = submission
         self.records: list[Record] = []
         self.error: BaseException | None = None
         self.paths = {change.path for change in changes}
         self.give_up_at = 0.0
         """When it has waited long enough for a lock; 0 if it has not had to wait."""
 
+
+class Submission:
+    """Requests that one caller waits for. `future` is done when each of them has its outcome."""
+
+    def __init__(self, requests: Iterable[Sequence[Change]]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[None] = self.loop.create_future()
+        self.requests = [Request(changes, self) for changes in requests]
+        self._waiting = len(self.requests)
+
     def settle(self) -> None:
-        if self.future.done():
-            return  # cancelled meanwhile: the write took place all the same
-        if self.error is not None:
-            self.future.set_exception(self.error)
-        else:
-            self.future.set_result(self.records)
+        """One more of them has its outcome."""
+        self._waiting -= 1
+        # Whoever was cancelled meanwhile does not wait any more: the write took place all the same.
+        if not self._waiting and not self.future.done():
+            self.future.set_result(None)
 
 
 class _Staged(NamedTuple):
@@ -81,19 +89,19 @@ class _Staged(NamedTuple):
 
 
 class Committer:
-    """Takes requests in the order of `submit` and carries them out."""
+    """Takes submissions in the order of `submit` and carries them out."""
 
     def __init__(self, root: Root) -> None:
         self._root = root
-        self._queue: queue.SimpleQueue[Request | Future[None]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Submission | Future[None]] = queue.SimpleQueue()
         self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
         self._last_size = 1
         self._parked: list[Request] = []
 
-    def submit(self, request: Request) -> None:
+    def submit(self, submission: Submission) -> None:
         self._root.check_process()
-        self._enqueue(request)
+        self._enqueue(submission)
 
     def close(self) -> None:
         """Carry out what was submitted, close the root and end the thread; what is submitted later opens it again."""
@@ -103,7 +111,7 @@ class Committer:
         self._enqueue(closing)
         closing.result()
 
-    def _enqueue(self, item: Request | Future[None]) -> None:
+    def _enqueue(self, item: Submission | Future[None]) -> None:
         with self._guard:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="backtest-kit-write", daemon=True)
@@ -141,7 +149,6 @@ class Committer:
         group, self._parked = [*self._parked, *group], []
         if not group:
             return
-        self._last_size = len(group)
         failure: BaseException | None = None
         try:
             self._root.open()
@@ -158,12 +165,13 @@ class Committer:
 
     def _take(self) -> tuple[list[Request], Future[None] | None]:
         group: list[Request] = []
-        deadline = 0.0
+        closing: Future[None] | None = None
+        deadline, size = 0.0, 0
         while len(group) < GROUP_LIMIT:
             try:
                 if not group:
                     item = self._queue.get(block=not self._parked)
-                elif len(group) < self._last_size:
+                elif size < self._last_size:
                     deadline = deadline or time.monotonic() + LINGER_SECONDS
                     item = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
                 else:
@@ -171,10 +179,13 @@ class Committer:
             except queue.Empty:
                 break
             if isinstance(item, Future):
-                return group, item
+                closing = item
+                break
             if not item.future.cancelled():
-                group.append(item)
-        return group, None
+                group += item.requests
+                size += 1
+        self._last_size = size
+        return group, closing
 
     # -- a group -------------------------------------------------------------------------------------
 
@@ -229,7 +240,7 @@ class Committer:
     def _commit_alone(self, request: Request, ticks: Iterator[int]) -> None:
         """Carry out a request of one change without the journal."""
         for change in request.changes:
-            staged, record = self._decide(change, {}, ticks)
+            staged, record = self._decide(change, {}, set(), ticks)
             request.records.append(record)
             if staged is None:
                 continue
@@ -281,15 +292,16 @@ class Committer:
 
     def _decide_all(
         self, group: list[Request], ticks: Iterator[int]
-    ) -> tuple[list[list[_Staged]], dict[tuple[str, Key], _Staged]]:
+    ) -> tuple[list[list[_Staged]], dict[Target, _Staged]]:
         """What each request that holds changes, and the last state of every record that they change."""
         accepted: list[list[_Staged]] = []
-        staged: dict[tuple[str, Key], _Staged] = {}
+        staged: dict[Target, _Staged] = {}
+        absent = self._absent(group)
         for request in group:
             with _failing(request):
                 records, items = [], []
                 for change in request.changes:
-                    item, record = self._decide(change, staged, ticks)
+                    item, record = self._decide(change, staged, absent, ticks)
                     records.append(record)
                     if item is not None:
                         items.append(item)
@@ -299,16 +311,29 @@ class Committer:
                     staged.update({item.change.target: item for item in items})
         return accepted, staged
 
+    def _absent(self, group: list[Request]) -> set[Target]:
+        """Which lines are certainly not there yet, asked for all of the group at once."""
+        feeds: dict[str, list[Change]] = {}
+        for request in group:
+            for change in request.changes:
+                if change.write.contract.kind is Kind.FEED:
+                    feeds.setdefault(change.path, []).append(change)
+        found: set[Target] = set()
+        for path, changes in feeds.items():
+            keys = [change.write.key for change in changes]
+            found |= {(path, key) for key in self._root.absent(changes[0].write.contract, path, keys)}
+        return found
+
     def _decide(
-        self, change: Change, staged: dict[tuple[str, Key], _Staged], ticks: Iterator[int]
+        self, change: Change, staged: dict[Target, _Staged], absent: set[Target], ticks: Iterator[int]
     ) -> tuple[_Staged | None, Record]:
-        write = change.write
-        earlier = staged.get(change.target)
-        current = (
-            earlier.record
-            if earlier
-            else self._root.load(write.contract, write.key, change.path, locked=True, head=True)
-        )
+        write, target = change.write, change.target
+        if target in staged:
+            current: Record | None = staged[target].record
+        elif target in absent:
+            current = None
+        else:
+            current = self._root.load(write.contract, write.key, change.path, locked=True, head=True)
         record, changed = decide(write, current)
         if not changed:
             return None, record
@@ -354,7 +379,7 @@ def _answer(group: list[Request]) -> None:
     """Wake the callers: one call for all that wait in one loop."""
     waiting: dict[Any, list[Request]] = {}
     for request in group:
-        waiting.setdefault(request.loop, []).append(request)
+        waiting.setdefault(request.submission.loop, []).append(request)
     for loop, requests in waiting.items():
         with contextlib.suppress(RuntimeError):  # the loop is closed, nobody waits
             loop.call_soon_threadsafe(_settle, requests)
@@ -362,4 +387,4 @@ def _answer(group: list[Request]) -> None:
 
 def _settle(requests: list[Request]) -> None:
     for request in requests:
-        request.settle()
+        request.submission.settle()

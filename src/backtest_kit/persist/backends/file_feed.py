@@ -116,18 +116,18 @@ class Feed:
         with self._guard:
             return set() if self._damage.found else {key for key, some in zip(keys, held, strict=True) if not some}
 
-    def count(self, *, include_removed: bool) -> int:
-        """How many records there are."""
+    def count(self) -> int:
+        """How many records there are, removed ones left out."""
+        return self._ask(self._count, locked=False)
 
-        def counted() -> int:
-            view = self._index.view()
-            found = sum(1 for row in newest_in_tail(view, newest_first=True) if include_removed or not row[5])
-            for name in view.names:
-                rows = self._index.newest(name, view)
-                found += len(rows) if include_removed else int(np.count_nonzero(~rows["removed"]))
-            return found
-
-        return self._ask(counted, locked=False)
+    def _count(self) -> int:
+        view, blocked = self._index.view(), self._damage.blocked()
+        found = sum(1 for row in newest_in_tail(view, newest_first=True) if not row[5] and row[0] not in blocked)
+        left_out = np.array([*blocked], np.uint64)
+        for name in view.names:
+            rows = self._index.newest(name, view)
+            found += int(np.count_nonzero(~rows["removed"] & ~np.isin(rows["hash"], left_out)))
+        return found
 
     def places(self, *, newest_first: bool, include_removed: bool) -> Iterator[Place]:
         """The newest line of every key that there is now, in order of writing, or in the reverse of it.

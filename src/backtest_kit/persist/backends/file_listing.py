@@ -44,14 +44,23 @@ def list_records(
             return
         found = [
             _lines(feed, newest_first=newest_first, include_removed=include_removed)
-            for feed in feeds(root, namespace, contract, prefix)
+            for feed in _feeds(root, namespace, contract, prefix)
         ]
         yield from heapq.merge(*found, key=_tick, reverse=newest_first)
     except OSError as error:
         raise disk_error(error, "list", f"{root.path}/{directory}") from error
 
 
-def feeds(root: Root, namespace: str, contract: Contract, prefix: Key) -> list[Feed]:
+def count_lines(root: Root, namespace: str, contract: Contract) -> int:
+    """How many records there are in the feeds of a contract, removed ones left out."""
+    root.open()
+    try:
+        return sum(feed.count() for feed in _feeds(root, namespace, contract, ()))
+    except OSError as error:
+        raise disk_error(error, "count", f"{root.path}/{_directory(namespace, contract, ())}") from error
+
+
+def _feeds(root: Root, namespace: str, contract: Contract, prefix: Key) -> list[Feed]:
     """The feeds of a contract below `prefix`."""
     below = _below(root, _directory(namespace, contract, prefix), len(contract.key_fields) - len(prefix) - 1)
     return [root.feed(contract, path) for path in below if root.disk.exists(f"{root.path}/{path}")]

@@ -53,6 +53,11 @@ class Promises:
         self._feed = feed
         self._promised: dict[Target, Promised] = {}
 
+    @property
+    def any(self) -> bool:
+        """Whether anything is promised."""
+        return bool(self._promised)
+
     def find(self, target: Target) -> Record | None:
         """The record that is promised there."""
         promised = self._promised.get(target)
