@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 from backtest_kit.errors import BacktestKitError
 from backtest_kit.persist.backends import disk_diagnosis, file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
-from backtest_kit.persist.backends.file_commit import Change, Committer, Request, Submission
+from backtest_kit.persist.backends.file_commit import Change, Committer, Request, Waiter
 from backtest_kit.persist.backends.file_listing import Found, count_lines, list_records
 from backtest_kit.persist.backends.file_paths import record_path
 from backtest_kit.persist.backends.file_root import Root
@@ -180,11 +180,12 @@ class FileStore:
 
     async def _submit(self, requests: Sequence[Sequence[Write]]) -> list[Request]:
         """Carry out each of `requests`, which stand and fall alone."""
-        submission = Submission([self._change(write) for write in writes] for writes in requests)
-        if submission.requests:
-            self._committer.submit(submission)
-            await submission.future
-        return submission.requests
+        waiter = Waiter(len(requests))
+        waiting = [Request([self._change(write) for write in writes], waiter) for writes in requests]
+        if waiting:
+            self._committer.submit(waiting)
+            await waiter.future
+        return waiting
 
     def _change(self, write: Write) -> Change:
         path = record_path(self._prefix, write.contract, check_key(write.contract, write.key))

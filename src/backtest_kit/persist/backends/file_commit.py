@@ -13,7 +13,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, NamedTuple
 
@@ -49,34 +49,33 @@ class Change(NamedTuple):
         return self.path, self.write.key if self.write.contract.kind is Kind.FEED else ()
 
 
+class Waiter:
+    """Whoever waits for some requests. `future` is done when each of them has its outcome."""
+
+    def __init__(self, count: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[None] = self.loop.create_future()
+        self._count = count
+
+    def settle(self) -> None:
+        """One more of them has its outcome."""
+        self._count -= 1
+        # Whoever was cancelled meanwhile does not wait any more: the write took place all the same.
+        if not self._count and not self.future.done():
+            self.future.set_result(None)
+
+
 class Request:
     """What stands and falls together: all of `changes` or none."""
 
-    def __init__(self, changes: Sequence[Change], submission: Submission) -> None:
+    def __init__(self, changes: Sequence[Change], waiter: Waiter) -> None:
         self.changes = changes
-        self.submission = submission
+        self.waiter = waiter
         self.records: list[Record] = []
         self.error: BaseException | None = None
         self.paths = {change.path for change in changes}
         self.give_up_at = 0.0
         """When it has waited long enough for a lock; 0 if it has not had to wait."""
-
-
-class Submission:
-    """Requests that one caller waits for. `future` is done when each of them has its outcome."""
-
-    def __init__(self, requests: Iterable[Sequence[Change]]) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[None] = self.loop.create_future()
-        self.requests = [Request(changes, self) for changes in requests]
-        self._waiting = len(self.requests)
-
-    def settle(self) -> None:
-        """One more of them has its outcome."""
-        self._waiting -= 1
-        # Whoever was cancelled meanwhile does not wait any more: the write took place all the same.
-        if not self._waiting and not self.future.done():
-            self.future.set_result(None)
 
 
 class _Staged(NamedTuple):
@@ -89,19 +88,19 @@ class _Staged(NamedTuple):
 
 
 class Committer:
-    """Takes submissions in the order of `submit` and carries them out."""
+    """Takes requests in the order of `submit` and carries them out."""
 
     def __init__(self, root: Root) -> None:
         self._root = root
-        self._queue: queue.SimpleQueue[Submission | Future[None]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Sequence[Request] | Future[None]] = queue.SimpleQueue()
         self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
         self._last_size = 1
         self._parked: list[Request] = []
 
-    def submit(self, submission: Submission) -> None:
+    def submit(self, requests: Sequence[Request]) -> None:
         self._root.check_process()
-        self._enqueue(submission)
+        self._enqueue(requests)
 
     def close(self) -> None:
         """Carry out what was submitted, close the root and end the thread; what is submitted later opens it again."""
@@ -111,7 +110,7 @@ class Committer:
         self._enqueue(closing)
         closing.result()
 
-    def _enqueue(self, item: Submission | Future[None]) -> None:
+    def _enqueue(self, item: Sequence[Request] | Future[None]) -> None:
         with self._guard:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="backtest-kit-write", daemon=True)
@@ -181,8 +180,8 @@ class Committer:
             if isinstance(item, Future):
                 closing = item
                 break
-            if not item.future.cancelled():
-                group += item.requests
+            if not item[0].waiter.future.cancelled():
+                group += item
                 size += 1
         self._last_size = size
         return group, closing
@@ -379,7 +378,7 @@ def _answer(group: list[Request]) -> None:
     """Wake the callers: one call for all that wait in one loop."""
     waiting: dict[Any, list[Request]] = {}
     for request in group:
-        waiting.setdefault(request.submission.loop, []).append(request)
+        waiting.setdefault(request.waiter.loop, []).append(request)
     for loop, requests in waiting.items():
         with contextlib.suppress(RuntimeError):  # the loop is closed, nobody waits
             loop.call_soon_threadsafe(_settle, requests)
@@ -387,4 +386,4 @@ def _answer(group: list[Request]) -> None:
 
 def _settle(requests: list[Request]) -> None:
     for request in requests:
-        request.submission.settle()
+        request.waiter.settle()
