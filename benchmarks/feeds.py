@@ -25,12 +25,12 @@ _BEGAN = time.perf_counter()
 
 import backtest_kit as bk  # noqa: E402
 
-IMPORT_S = time.perf_counter() - _BEGAN
-
 from backtest_kit.model.position import Extreme  # noqa: E402
 from backtest_kit.persist.contracts import CONTRACTS  # noqa: E402
 from backtest_kit.persist.retention import compact, retention_of  # noqa: E402
 from backtest_kit.persist.urls import store_at  # noqa: E402
+
+IMPORT_S = time.perf_counter() - _BEGAN
 
 STORES = {"file": "file:{place}/dump", "sqlite": "sqlite:{place}/bot.db"}
 IDENTITY = bk.Identity("BTCUSDT", "trend", "binance", "", "live")
