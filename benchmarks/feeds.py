@@ -24,7 +24,6 @@ from typing import NamedTuple
 _BEGAN = time.perf_counter()
 
 import backtest_kit as bk  # noqa: E402
-
 from backtest_kit.model.position import Extreme  # noqa: E402
 from backtest_kit.persist.contracts import CONTRACTS  # noqa: E402
 from backtest_kit.persist.retention import compact, retention_of  # noqa: E402
