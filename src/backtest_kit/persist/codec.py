@@ -201,6 +201,16 @@ def _encode(value: object, path: str, depth: int) -> Plain:
     return encoder(value, path, depth)
 
 
+def _is_plain(value: object) -> bool:
+    """Whether it is a scalar that stands for itself, as nearly all do."""
+    kind = type(value)
+    if kind is str:
+        return value.isascii()  # type: ignore[attr-defined, no-any-return]
+    if kind is float:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    return value is None or kind is bool or (kind is int and -_INT_LIMIT <= value < _INT_LIMIT)  # type: ignore[operator]
+
+
 def _encode_text(value: Any, path: str, depth: int) -> Plain:
     if not value.isascii():
         try:
@@ -242,7 +252,14 @@ def _encode_dict(value: Any, path: str, depth: int) -> Plain:
     for name, item in value.items():
         if not isinstance(name, str):
             raise UserError(f"{path} has the key {name!r}: keys are text, write {str(name)!r}")
-        plain[str(_encode_text(name, f"a key of {path}", depth))] = _encode(item, f"{path}.{name}", depth + 1)
+        plain[str(_encode_text(name, f"a key of {path}", depth))] = (
+            item if _is_plain(item) else _encode(item, f"{path}.{name}", depth + 1)
+        )
+    return _wrapped(plain)
+
+
+def _wrapped(plain: dict[str, Plain]) -> Plain:
+    """As it is, or where it looks like a tag, inside of one."""
     if len(plain) == 1 and next(iter(plain)).startswith(_TAG):
         return {_WRAPPED: plain}
     return plain
@@ -251,12 +268,14 @@ def _encode_dict(value: Any, path: str, depth: int) -> Plain:
 def _encode_struct(value: Any, path: str, depth: int) -> Plain:
     kind = type(value)
     config = kind.__struct_config__
-    fields = {config.tag_field: config.tag} if config.tag is not None else {}
+    plain: dict[str, Plain] = {} if config.tag is None else {config.tag_field: config.tag}
     for name, renamed in zip(kind.__struct_fields__, kind.__struct_encode_fields__, strict=True):
         item = getattr(value, name)
-        if item is not msgspec.UNSET:
-            fields[renamed] = item
-    return _encode_dict(fields, path, depth)
+        if _is_plain(item):
+            plain[renamed] = item
+        elif item is not msgspec.UNSET:
+            plain[renamed] = _encode(item, f"{path}.{renamed}", depth + 1)
+    return _wrapped(plain)
 
 
 def _encode_enum(value: Any, path: str, depth: int) -> Plain:

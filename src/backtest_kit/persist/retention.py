@@ -26,6 +26,8 @@ DAY_MS: Final = 86_400_000
 RUN_PREFIX: Final = "backtest-"
 _PART: Final = 20_000
 """Keys that are forgotten in one go."""
+_TURN: Final = 64
+"""Records after which others have their turn: about a millisecond."""
 _PRUNABLE: Final = tuple(
     row for row in CONTRACTS.values() if row.kind is not Kind.SERIES and row.durability is not Durability.MONEY
 )
@@ -143,15 +145,15 @@ async def _prune(store: Store, row: Contract, doomed: dict[Key, int]) -> None:
 async def _expired(store: Store, row: Contract, rule: Rule, removed_days: float, at_ms: int) -> AsyncIterator[Record]:
     """What is not to be kept, the oldest first, or those that are too many first."""
     shortest = min(rule.days, removed_days)
-    surplus = 0
-    if not math.isinf(rule.last):
-        surplus = -int(rule.last)
-        async for _ in store.scan(row):
-            surplus += 1
+    surplus = seen = 0
+    if not math.isinf(rule.last) and isinstance(store, Prunes):
+        surplus = await store.count(row) - int(rule.last)
     elif math.isinf(shortest):
         return
     async for record in store.scan(row, include_removed=True):
-        await asyncio.sleep(0)
+        seen += 1
+        if seen % _TURN == 0:
+            await asyncio.sleep(0)
         counts = not record.removed
         if (counts and surplus > 0) or _is_older(record.written_at, at_ms, rule.days if counts else removed_days):
             yield record

@@ -75,6 +75,10 @@ class Prunes(Protocol):
         """
         ...
 
+    async def count(self, contract: Contract) -> int:
+        """How many records of a contract `scan` would list, removed ones left out, without reading them."""
+        ...
+
     async def forget(self) -> None:
         """Forget all that is in this namespace and in those below it. Nobody may be writing there.
 

@@ -21,8 +21,8 @@ from backtest_kit.model.event import Identity, Mode
 from backtest_kit.model.interval import to_datetime
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.store import Plain, Record, Store, Write
-from backtest_kit.persist.writing import now_ms
+from backtest_kit.persist.store import Plain, Record, Write
+from backtest_kit.persist.writing import now_ms, put_each
 from backtest_kit.records.signals import ScopeOf, read_as, seen
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Level = Literal["debug", "info", "warning", "error"]
 LOG: Final = CONTRACTS["log"]
 LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 """From the least to the most important."""
-_GROUP: Final = 128
+_GROUP: Final = 500
 _FULL: Final = 10_000
 """Lines that may wait. Whoever can wait does so at half of it; where nobody can, the oldest are dropped and counted."""
 _PAUSE_S: Final = 1.0
@@ -153,14 +153,24 @@ class LogWriter:
             while group := self._take():
                 results: Sequence[object] | None = None
                 try:
-                    results = await asyncio.gather(
-                        *(self._store(each).put(each.write) for each in group), return_exceptions=True
-                    )
+                    results = await self._put(group)
                 finally:
                     self._put_back(group, results)
                 for result in results:
                     if isinstance(result, BaseException):
                         raise result
+
+    async def _put(self, group: list[_Waiting]) -> list[object]:
+        """Write a group, what is of one store in one go; return the outcome of each."""
+        places: dict[tuple[Mode, str | None], list[int]] = {}
+        for place, each in enumerate(group):
+            places.setdefault((each.mode, each.run_id), []).append(place)
+        results: list[object] = [None] * len(group)
+        for (mode, run_id), some in places.items():
+            store = self._persistence().store_for(LOG, mode, run_id)
+            for place, result in zip(some, await put_each(store, [group[at].write for at in some]), strict=True):
+                results[place] = result
+        return results
 
     def _put_back(self, group: list[_Waiting], results: Sequence[object] | None) -> None:
         """Have those wait again that were refused, or all of a group that was cancelled.
@@ -187,9 +197,6 @@ class LogWriter:
                 write = Write(LOG, (line.entry_id,), _plain(line), when=first.write.when)
                 self._waiting.appendleft(_Waiting(first.mode, first.run_id, write))
             return [self._waiting.popleft() for _ in range(min(_GROUP, len(self._waiting)))]
-
-    def _store(self, waiting: _Waiting) -> Store:
-        return self._persistence().store_for(LOG, waiting.mode, waiting.run_id)
 
 
 class Log:

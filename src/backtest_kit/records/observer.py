@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 from backtest_kit.errors import Conflict
 from backtest_kit.model.event import Event, Mode
-from backtest_kit.persist.store import ABSENT, ANY, Capability, Write
+from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.store import ANY, Capability, Write
+from backtest_kit.persist.writing import put_each
 from backtest_kit.records.notification import NOTIFICATION, notification_writes
 from backtest_kit.records.signals import RECENT, STORAGE, signal_writes
 
@@ -48,7 +50,11 @@ class Observer:
             await self._deliveries.begin(mode)
         writes = [write for write in _writes(events) if write.contract not in in_memory]
         results = await asyncio.gather(
-            *(self._put(persistence, write, mode, run_id) for write in writes), return_exceptions=True
+            *(
+                self._put(persistence, row, [write for write in writes if write.contract is row], mode, run_id)
+                for row in ROWS
+            ),
+            return_exceptions=True,
         )
         for result in results:
             if isinstance(result, BaseException):
@@ -56,14 +62,18 @@ class Observer:
         if mode != "backtest" and any(write.contract is NOTIFICATION for write in writes):
             self._deliveries.wake(mode)
 
-    async def _put(self, persistence: Persistence, write: Write, mode: Mode, run_id: str | None) -> None:
-        store = persistence.store_for(write.contract, mode, run_id)
-        if write.expect == ABSENT and Capability.COMPARE_AND_SET not in store.capabilities:
-            write = Write(write.contract, write.key, write.value, write.when, ANY)
-        try:
-            await store.put(write)
-        except Conflict:
-            return  # a notification that was told before
+    async def _put(
+        self, persistence: Persistence, row: Contract, writes: list[Write], mode: Mode, run_id: str | None
+    ) -> None:
+        if not writes:
+            return
+        store = persistence.store_for(row, mode, run_id)
+        if Capability.COMPARE_AND_SET not in store.capabilities:
+            writes = [Write(row, write.key, write.value, write.when, ANY) for write in writes]
+        for result in await put_each(store, writes):
+            # A conflict is a notification that was told before.
+            if isinstance(result, BaseException) and not isinstance(result, Conflict):
+                raise result
 
     def _put_off(self, events: Sequence[Event], run_id: str, persistence: Persistence) -> None:
         if run_id not in self._unwritten:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Final, TypeVar
 
 from backtest_kit.errors import BacktestKitError
 from backtest_kit.persist.backends import disk_diagnosis, file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
-from backtest_kit.persist.backends.file_commit import Change, Committer, Request
-from backtest_kit.persist.backends.file_listing import Found, Listing, list_records
+from backtest_kit.persist.backends.file_commit import Change, Committer, Request, Waiter
+from backtest_kit.persist.backends.file_listing import Found, count_lines, list_records
 from backtest_kit.persist.backends.file_paths import record_path
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.codec import dump_value
-from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.contracts import Contract, Kind
 from backtest_kit.persist.diagnosis import SAMPLES, Reading
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, unescape
@@ -77,13 +76,17 @@ class FileStore:
         return await asyncio.to_thread(self._get, contract, key, path)
 
     async def put(self, write: Write) -> Record:
-        (record,) = await self._submit([write])
-        return record
+        return _told(await self._submit([[write]]))[0]
+
+    async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
+        """As `PutsEach.put_each`."""
+        done = await self._submit([[write] for write in writes])
+        return [request.error or request.records[0] for request in done]
 
     async def batch(self, writes: Sequence[Write]) -> None:
         check_batch(writes)
         if writes:
-            await self._submit(writes)
+            _told(await self._submit([writes]))
 
     async def scan(
         self,
@@ -100,33 +103,20 @@ class FileStore:
             if only is not None and (include_removed or not only.removed):
                 yield only
             return
-        # Of a long feed only the end is listed, unless more of it turns out to be removed than not.
-        last = 2 * limit + _FIRST_CHUNK if newest_first and limit is not None else None
-        listing = partial(list_records, self.root, self._prefix, contract, prefix, newest_first=newest_first)
-        left = limit
-        async for record in self._read(contract, listing, last):
-            if left == 0:
-                return
-            if include_removed or not record.removed:
-                yield record
-                left = None if left is None else left - 1
-
-    async def _read(
-        self, contract: Contract, listing: Callable[[int | None], Listing], last: int | None
-    ) -> AsyncIterator[Record]:
-        found = await asyncio.to_thread(listing, last)
-        position, size = 0, _FIRST_CHUNK
-        while position < len(found):
-            chunk = found.part(position, position + size)
-            for record in await asyncio.to_thread(self._read_chunk, contract, chunk):
+        found = list_records(
+            self.root, self._prefix, contract, prefix, newest_first=newest_first, include_removed=include_removed
+        )
+        left, size = limit, _FIRST_CHUNK
+        while left != 0 and (chunk := await asyncio.to_thread(self._read_next, contract, found, size)) is not None:
+            for record in chunk:
+                if left == 0:
+                    return
                 if isinstance(record, BacktestKitError):
                     raise record
-                yield record
-            position += size
+                if include_removed or not record.removed:
+                    yield record
+                    left = None if left is None else left - 1
             size = min(2 * size, _LARGEST_CHUNK)
-            if position >= len(found) and last is not None and len(found) == last:
-                found, last = await asyncio.to_thread(listing, None), None
-                position = found.older_than(chunk[-1].tick)
 
     async def namespaces(self) -> list[tuple[str, ...]]:
         return await asyncio.to_thread(self._namespaces, self._prefix)
@@ -137,6 +127,11 @@ class FileStore:
         for key, rev in revisions.items():
             doomed.setdefault(record_path(self._prefix, contract, check_key(contract, key)), {})[key] = rev
         return await asyncio.to_thread(file_operations.prune, self.root, contract, doomed)
+
+    async def count(self, contract: Contract) -> int:
+        if contract.kind is not Kind.FEED:
+            return sum([1 async for _ in self.scan(contract)])
+        return await asyncio.to_thread(count_lines, self.root, self._prefix, contract)
 
     async def forget(self) -> None:
         require_namespace(bool(self._prefix))
@@ -183,14 +178,25 @@ class FileStore:
         self.root.open()
         return self.root.load(contract, key, path)
 
-    async def _submit(self, writes: Sequence[Write]) -> list[Record]:
-        changes = []
-        for write in writes:
-            path = record_path(self._prefix, write.contract, check_key(write.contract, write.key))
-            changes.append(Change(write, path, dump_value(write.value)))
-        request = Request(changes)
-        self._committer.submit(request)
-        return await request.future
+    async def _submit(self, requests: Sequence[Sequence[Write]]) -> list[Request]:
+        """Carry out each of `requests`, which stand and fall alone."""
+        waiter = Waiter(len(requests))
+        waiting = [Request([self._change(write) for write in writes], waiter) for writes in requests]
+        if waiting:
+            self._committer.submit(waiting)
+            await waiter.future
+        return waiting
+
+    def _change(self, write: Write) -> Change:
+        path = record_path(self._prefix, write.contract, check_key(write.contract, write.key))
+        return Change(write, path, dump_value(write.value))
+
+    def _read_next(
+        self, contract: Contract, found: Iterator[Found], size: int
+    ) -> list[Record | BacktestKitError] | None:
+        """The records of the next `size` places, None behind the last one."""
+        chunk = list(itertools.islice(found, size))
+        return self._read_chunk(contract, chunk) if chunk else None
 
     def _read_chunk(self, contract: Contract, chunk: list[Found]) -> list[Record | BacktestKitError]:
         """The records of `chunk` that are still there, in its order; where one cannot be had, the reason."""
@@ -216,3 +222,11 @@ class FileStore:
             return self.root.load(contract, None, path)
         except BacktestKitError as error:
             return error
+
+
+def _told(done: Sequence[Request]) -> list[Record]:
+    """What the one request that was carried out has written. Raises what it failed with."""
+    (request,) = done
+    if request.error is not None:
+        raise request.error
+    return request.records

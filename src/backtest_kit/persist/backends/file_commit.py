@@ -18,14 +18,15 @@ from concurrent.futures import Future
 from typing import Any, Final, NamedTuple
 
 from backtest_kit.errors import BacktestKitError, Outcome
-from backtest_kit.persist.backends.file_promises import Promised
+from backtest_kit.persist.backends.file_promises import Promised, Target
 from backtest_kit.persist.backends.file_root import Root
+from backtest_kit.persist.backends.file_segments import Line
 from backtest_kit.persist.codec import dump_record, dump_value, seal_text
 from backtest_kit.persist.contracts import Durability, Kind
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import disk_error
 from backtest_kit.persist.locks import Locked
-from backtest_kit.persist.store import Key, Record, Write
+from backtest_kit.persist.store import Record, Write
 from backtest_kit.persist.writing import decide
 
 GROUP_LIMIT: Final = 128
@@ -44,30 +45,37 @@ class Change(NamedTuple):
     value: bytes
 
     @property
-    def target(self) -> tuple[str, Key]:
+    def target(self) -> Target:
         return self.path, self.write.key if self.write.contract.kind is Kind.FEED else ()
 
 
-class Request:
-    """What one caller asked for: all of `changes` or none."""
+class Waiter:
+    """Whoever waits for some requests. `future` is done when each of them has its outcome."""
 
-    def __init__(self, changes: Sequence[Change]) -> None:
-        self.changes = changes
+    def __init__(self, count: int) -> None:
         self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[list[Record]] = self.loop.create_future()
+        self.future: asyncio.Future[None] = self.loop.create_future()
+        self._count = count
+
+    def settle(self) -> None:
+        """One more of them has its outcome."""
+        self._count -= 1
+        # Whoever was cancelled meanwhile does not wait any more: the write took place all the same.
+        if not self._count and not self.future.done():
+            self.future.set_result(None)
+
+
+class Request:
+    """What stands and falls together: all of `changes` or none."""
+
+    def __init__(self, changes: Sequence[Change], waiter: Waiter) -> None:
+        self.changes = changes
+        self.waiter = waiter
         self.records: list[Record] = []
         self.error: BaseException | None = None
         self.paths = {change.path for change in changes}
         self.give_up_at = 0.0
         """When it has waited long enough for a lock; 0 if it has not had to wait."""
-
-    def settle(self) -> None:
-        if self.future.done():
-            return  # cancelled meanwhile: the write took place all the same
-        if self.error is not None:
-            self.future.set_exception(self.error)
-        else:
-            self.future.set_result(self.records)
 
 
 class _Staged(NamedTuple):
@@ -84,15 +92,15 @@ class Committer:
 
     def __init__(self, root: Root) -> None:
         self._root = root
-        self._queue: queue.SimpleQueue[Request | Future[None]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Sequence[Request] | Future[None]] = queue.SimpleQueue()
         self._guard = threading.Lock()
         self._thread: threading.Thread | None = None
         self._last_size = 1
         self._parked: list[Request] = []
 
-    def submit(self, request: Request) -> None:
+    def submit(self, requests: Sequence[Request]) -> None:
         self._root.check_process()
-        self._enqueue(request)
+        self._enqueue(requests)
 
     def close(self) -> None:
         """Carry out what was submitted, close the root and end the thread; what is submitted later opens it again."""
@@ -102,7 +110,7 @@ class Committer:
         self._enqueue(closing)
         closing.result()
 
-    def _enqueue(self, item: Request | Future[None]) -> None:
+    def _enqueue(self, item: Sequence[Request] | Future[None]) -> None:
         with self._guard:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="backtest-kit-write", daemon=True)
@@ -140,7 +148,6 @@ class Committer:
         group, self._parked = [*self._parked, *group], []
         if not group:
             return
-        self._last_size = len(group)
         failure: BaseException | None = None
         try:
             self._root.open()
@@ -157,12 +164,13 @@ class Committer:
 
     def _take(self) -> tuple[list[Request], Future[None] | None]:
         group: list[Request] = []
-        deadline = 0.0
+        closing: Future[None] | None = None
+        deadline, size = 0.0, 0
         while len(group) < GROUP_LIMIT:
             try:
                 if not group:
                     item = self._queue.get(block=not self._parked)
-                elif len(group) < self._last_size:
+                elif size < self._last_size:
                     deadline = deadline or time.monotonic() + LINGER_SECONDS
                     item = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
                 else:
@@ -170,10 +178,13 @@ class Committer:
             except queue.Empty:
                 break
             if isinstance(item, Future):
-                return group, item
-            if not item.future.cancelled():
-                group.append(item)
-        return group, None
+                closing = item
+                break
+            if not item[0].waiter.future.cancelled():
+                group += item
+                size += 1
+        self._last_size = size
+        return group, closing
 
     # -- a group -------------------------------------------------------------------------------------
 
@@ -228,7 +239,7 @@ class Committer:
     def _commit_alone(self, request: Request, ticks: Iterator[int]) -> None:
         """Carry out a request of one change without the journal."""
         for change in request.changes:
-            staged, record = self._decide(change, {}, ticks)
+            staged, record = self._decide(change, {}, set(), ticks)
             request.records.append(record)
             if staged is None:
                 continue
@@ -280,15 +291,16 @@ class Committer:
 
     def _decide_all(
         self, group: list[Request], ticks: Iterator[int]
-    ) -> tuple[list[list[_Staged]], dict[tuple[str, Key], _Staged]]:
+    ) -> tuple[list[list[_Staged]], dict[Target, _Staged]]:
         """What each request that holds changes, and the last state of every record that they change."""
         accepted: list[list[_Staged]] = []
-        staged: dict[tuple[str, Key], _Staged] = {}
+        staged: dict[Target, _Staged] = {}
+        absent = self._absent(group)
         for request in group:
             with _failing(request):
                 records, items = [], []
                 for change in request.changes:
-                    item, record = self._decide(change, staged, ticks)
+                    item, record = self._decide(change, staged, absent, ticks)
                     records.append(record)
                     if item is not None:
                         items.append(item)
@@ -298,16 +310,29 @@ class Committer:
                     staged.update({item.change.target: item for item in items})
         return accepted, staged
 
+    def _absent(self, group: list[Request]) -> set[Target]:
+        """Which lines are certainly not there yet, asked for all of the group at once."""
+        feeds: dict[str, list[Change]] = {}
+        for request in group:
+            for change in request.changes:
+                if change.write.contract.kind is Kind.FEED:
+                    feeds.setdefault(change.path, []).append(change)
+        found: set[Target] = set()
+        for path, changes in feeds.items():
+            keys = [change.write.key for change in changes]
+            found |= {(path, key) for key in self._root.absent(changes[0].write.contract, path, keys)}
+        return found
+
     def _decide(
-        self, change: Change, staged: dict[tuple[str, Key], _Staged], ticks: Iterator[int]
+        self, change: Change, staged: dict[Target, _Staged], absent: set[Target], ticks: Iterator[int]
     ) -> tuple[_Staged | None, Record]:
-        write = change.write
-        earlier = staged.get(change.target)
-        current = (
-            earlier.record
-            if earlier
-            else self._root.load(write.contract, write.key, change.path, locked=True, head=True)
-        )
+        write, target = change.write, change.target
+        if target in staged:
+            current: Record | None = staged[target].record
+        elif target in absent:
+            current = None
+        else:
+            current = self._root.load(write.contract, write.key, change.path, locked=True, head=True)
         record, changed = decide(write, current)
         if not changed:
             return None, record
@@ -318,7 +343,7 @@ class Committer:
         if not lines:
             return
         feed = self._root.feed(lines[0].change.write.contract, lines[0].change.path)
-        if feed.append([(item.tick, item.dumped) for item in lines]):
+        if feed.append([Line(item.tick, item.record, item.dumped) for item in lines]):
             self._root.run_later(feed.compact)
         self._root.writes.sync_soon(f"{feed.path}/{feed.tail_name}")
 
@@ -353,7 +378,7 @@ def _answer(group: list[Request]) -> None:
     """Wake the callers: one call for all that wait in one loop."""
     waiting: dict[Any, list[Request]] = {}
     for request in group:
-        waiting.setdefault(request.loop, []).append(request)
+        waiting.setdefault(request.waiter.loop, []).append(request)
     for loop, requests in waiting.items():
         with contextlib.suppress(RuntimeError):  # the loop is closed, nobody waits
             loop.call_soon_threadsafe(_settle, requests)
@@ -361,4 +386,4 @@ def _answer(group: list[Request]) -> None:
 
 def _settle(requests: list[Request]) -> None:
     for request in requests:
-        request.settle()
+        request.waiter.settle()

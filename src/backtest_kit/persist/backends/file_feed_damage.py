@@ -25,6 +25,11 @@ class FeedDamage:
         self._blocked: dict[str, int | None] = {}
         """What is in quarantine, and the hash of its key, or None where it may be any key of the feed."""
 
+    @property
+    def found(self) -> bool:
+        """Whether anything is in quarantine."""
+        return bool(self._blocked)
+
     def load(self) -> None:
         """Find out what is in quarantine."""
         paths = [f"{self._path}/{name}" for name in sorted(self._quarantine.names(self._path))]

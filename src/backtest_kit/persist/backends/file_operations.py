@@ -12,7 +12,7 @@ from backtest_kit.errors import Damaged, RetryLater, UserError
 from backtest_kit.persist.backends.file_candles import SUFFIX as CANDLE_SUFFIX, verify as verify_candles
 from backtest_kit.persist.backends.file_paths import MARKER, OWN_DIRECTORY, SUFFIX as RECORD_SUFFIX, unseal_at
 from backtest_kit.persist.backends.file_root import Root
-from backtest_kit.persist.backends.file_segments import SUFFIX as FEED_SUFFIX
+from backtest_kit.persist.backends.file_segments import SUFFIX as FEED_SUFFIX, Line
 from backtest_kit.persist.codec import dump_record, open_envelope, parse, reseal, seal, unseal_line
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
 from backtest_kit.persist.files import STALE_TEMP_SECONDS, TEMP_NAME, disk_error
@@ -125,7 +125,7 @@ def restore(root: Root, path: str) -> Record | None:
             record = _next_revision(record)
             if row.kind is Kind.FEED:
                 feed = root.feed(row, path.rpartition("/")[0])
-                feed.append([(next(ticks), dump_record(row, record))])
+                feed.append([Line(next(ticks), record, dump_record(row, record))])
                 root.disk.sync_file(f"{root.path}/{feed.path}/{feed.tail_name}")
             else:
                 root.writes.write_durably(path, seal(row, record), next(ticks))

@@ -27,13 +27,14 @@ def unseal_at(row: Contract, key: Key | None, path: str, data: bytes) -> Record:
     return record
 
 
-@functools.lru_cache(maxsize=4096)
 def record_path(prefix: str, row: Contract, key: Key) -> str:
     """Where a record lies: the file of a slot or bucket record, the directory of the feed of a line."""
-    names = path_of(row, key)
-    if row.kind is Kind.FEED:
-        return prefix + "/".join((row.name, *names[:-1]))
-    return prefix + "/".join((row.name, *names)) + SUFFIX
+    return _path(prefix, row, key[:-1]) if row.kind is Kind.FEED else _path(prefix, row, key) + SUFFIX
+
+
+@functools.lru_cache(maxsize=4096)
+def _path(prefix: str, row: Contract, key: Key) -> str:
+    return prefix + "/".join((row.name, *path_of(row, key)))
 
 
 def key_of(row: Contract, path: str) -> list[object]:

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from backtest_kit.errors import Damaged, RetryLater
 from backtest_kit.persist.backends.file_feed import Feed
+from backtest_kit.persist.backends.file_segments import Line
 from backtest_kit.persist.backends.file_writes import Writes
 from backtest_kit.persist.codec import NewerSchema, dump_value, open_envelope, parse, seal_text, unseal
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
@@ -52,6 +53,11 @@ class Promises:
         self._feed = feed
         self._promised: dict[Target, Promised] = {}
 
+    @property
+    def any(self) -> bool:
+        """Whether anything is promised."""
+        return bool(self._promised)
+
     def find(self, target: Target) -> Record | None:
         """The record that is promised there."""
         promised = self._promised.get(target)
@@ -93,7 +99,7 @@ class Promises:
             feed = self._feed(item.contract, path)
             current = feed.find(item.record.key, locked=True)
             if current is None or current.rev < item.record.rev:
-                feed.append([(item.tick, item.dumped)])
+                feed.append([Line(item.tick, item.record, item.dumped)])
                 self._disk.sync_file(f"{self._root}/{path}/{feed.tail_name}")
             return
         promised = open_envelope(item.contract, None, parse(item.dumped))

@@ -276,6 +276,15 @@ class Root:
         except OSError as error:
             raise disk_error(error, "read", f"{self.path}/{path}") from error
 
+    def absent(self, row: Contract, path: str, keys: Sequence[Key]) -> set[Key]:
+        """Those of `keys` that certainly are not in a feed. The caller holds its lock."""
+        if self._promises.any:
+            return set()
+        try:
+            return self.feed(row, path).absent(keys)
+        except OSError as error:
+            raise disk_error(error, "read", f"{self.path}/{path}") from error
+
     def feed(self, row: Contract, path: str) -> Feed:
         with self._guard:
             if path not in self._feeds:

@@ -15,16 +15,19 @@ from backtest_kit.errors import Damaged
 from backtest_kit.persist.codec import open_envelope, parse, seal_line, unseal_line
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.files import Disk
-from backtest_kit.persist.store import Key
+from backtest_kit.persist.store import Key, Record
 
 SUFFIX: Final = ".jsonl"
 INDEX_SUFFIX: Final = ".index"
-LINE: Final = np.dtype([("hash", "<u8"), ("tick", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("segment", "<u4")])
-"""A row of an index; the segment is the number of its name in the feed that holds it in memory."""
+LINE: Final = np.dtype(
+    [("hash", "<u8"), ("tick", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("rev", "<u4"), ("removed", "?")]
+)
+"""A row of an index."""
 
-Row = tuple[int, int, int, int, int]
+Row = tuple[int, int, int, int, int, bool]
 
-_MAGIC: Final = b"BKI1"
+_MAGIC: Final = b"BKI2"
+_HEAD_BYTES: Final = 28
 _MARK: Final = re.compile(rb'"mark":"([0-9a-f]{16})([0-9a-f]{8})"')
 
 
@@ -34,6 +37,8 @@ class _Keyed(msgspec.Struct):
 
 class _Head(_Keyed):
     at: int
+    rev: int
+    removed: bool
 
 
 _KEYED: Final = msgspec.json.Decoder(_Keyed)
@@ -50,27 +55,12 @@ class Place(NamedTuple):
     hash: int
 
 
-class Places:
-    """Many of them, in order of writing, as the rows of an index; a `Place` is made when it is asked for."""
+class Line(NamedTuple):
+    """A record that is to be appended, dumped as JSON, and the tick of its write."""
 
-    def __init__(self, rows: Any, names: tuple[str, ...]) -> None:
-        self.rows = rows
-        self._names = names
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Place:
-        known, tick, offset, length, segment = self.rows[index].item()
-        return Place(tick, self._names[segment], offset, length, known)
-
-    @property
-    def ticks(self) -> Any:
-        return self.rows["tick"]
-
-    def of(self, hashes: Any) -> list[Place]:
-        """Those of the keys with these hashes."""
-        return [self[int(index)] for index in np.flatnonzero(np.isin(self.rows["hash"], hashes))]
+    tick: int
+    record: Record
+    dumped: bytes
 
 
 class Unsound(Exception):
@@ -167,33 +157,51 @@ def segments_of(names: Iterable[str]) -> tuple[list[str], list[str]]:
     return segments, leftovers
 
 
-def join_lines(lines: Iterable[tuple[int, bytes]]) -> bytes:
-    """Records, dumped as JSON and each with its tick, as lines.
+def join_lines(lines: Iterable[Line], start: int) -> tuple[bytes, list[Row]]:
+    """The bytes of `lines` and the row of each, if they are written at byte `start` of a segment.
 
     The mark of a line is the hash of its key, with a checksum of its own: when the line is damaged it still
     says which key is.
     """
-    return b"".join(_line(tick, dumped) for tick, dumped in lines)
+    parts, rows = [], []
+    for tick, record, dumped in lines:
+        known = hash_of(record.key)
+        parts.append(line := _line(tick, known, dumped))
+        rows.append((known, tick, start, len(line), record.rev, record.removed))
+        start += len(line)
+    return b"".join(parts), rows
 
 
-def _line(tick: int, dumped: bytes) -> bytes:
-    digits = b"%016x" % hash_of(tuple(_KEYED.decode(dumped).key.values()))
+def _line(tick: int, known: int, dumped: bytes) -> bytes:
+    digits = b"%016x" % known
     head = b'{"at":%d,"mark":"%b' % (tick, digits)
     length = len(b"00000000 ") + len(head) + len(b'00000000",') + len(dumped[1:]) + len(b"\n")
     return seal_line(b'%b%b",%b' % (head, _mark_check(digits, length), dumped[1:]))
 
 
-def split_lines(name: str, data: bytes, start: int, segment: int) -> Iterator[Row | Unsound]:
+def split_lines(name: str, data: bytes, start: int) -> Iterator[Row | Unsound]:
     """A row for each line of `data`, which begins at byte `start` of the segment `name`; blank lines have none."""
     offset = start
     for line in (part + b"\n" for part in data.split(b"\n")[:-1]):
         if not line.isspace():
             try:
                 head = _HEAD.decode(unseal_line(line))
-                yield hash_of(tuple(head.key.values())), head.at, offset, len(line), segment
+                yield hash_of(tuple(head.key.values())), head.at, offset, len(line), head.rev, head.removed
             except (Damaged, msgspec.MsgspecError) as error:
                 yield Unsound(name, offset, line, str(error), hash_in(line))
         offset += len(line)
+
+
+def has_index(disk: Disk, directory: str, segment: str) -> bool:
+    """Whether there is an index of a full segment, as far as its first bytes tell."""
+    path = f"{directory}/{index_name(segment)}"
+    try:
+        ((head,), size) = disk.read_spans(path, [(0, _HEAD_BYTES)]), disk.stat(path).st_size
+    except FileNotFoundError:
+        return False
+    count = int.from_bytes(head[16:24], "little")
+    whole = size == _HEAD_BYTES + count * LINE.itemsize
+    return whole and head == _index_head(segment, disk.stat(f"{directory}/{segment}").st_size, count, head[24:])
 
 
 def read_index(disk: Disk, directory: str, segment: str) -> Any:
@@ -202,40 +210,47 @@ def read_index(disk: Disk, directory: str, segment: str) -> Any:
         data = disk.read(f"{directory}/{index_name(segment)}")
     except FileNotFoundError:
         return None
-    size = disk.stat(f"{directory}/{segment}").st_size
-    body = data[16:]
-    return np.frombuffer(body, LINE).copy() if data[:16] == _index_head(segment, size, body) else None
+    size, body = disk.stat(f"{directory}/{segment}").st_size, data[_HEAD_BYTES:]
+    sound = data[:_HEAD_BYTES] == _index_head(segment, size, len(body) // LINE.itemsize, _checksum(body))
+    return np.frombuffer(body, LINE) if sound else None
 
 
 def write_index(disk: Disk, directory: str, segment: str, index: Any, size: int) -> None:
     body = index.tobytes()
-    temp = disk.write_temp(directory, _index_head(segment, size, body) + body, sync=False)
+    temp = disk.write_temp(directory, _index_head(segment, size, len(index), _checksum(body)) + body, sync=False)
     disk.rename(temp, f"{directory}/{index_name(segment)}")
 
 
-def merge(disk: Disk, directory: str, segments: list[str], rows: Any) -> tuple[bytes, Any]:
-    """The lines at `rows` of `segments`, one after the other, and their index.
+def merge(disk: Disk, directory: str, segments: Iterable[tuple[str, Any]]) -> tuple[bytes, Any]:
+    """The lines at some rows of each of `segments`, one after the other, and their index.
 
     Raises:
         Unsound: one of the lines is.
+        FileNotFoundError: one of the segments is gone.
     """
     parts: list[bytes] = []
+    indexes = []
     size = 0
-    for number, name in enumerate(segments):
+    for name, kept in segments:
         data = disk.read(f"{directory}/{name}")
-        for row in np.flatnonzero(rows["segment"] == number):
-            offset, length = int(rows["offset"][row]), int(rows["length"][row])
+        rows = kept.copy()
+        indexes.append(rows)
+        for number, (known, _, offset, length, *_) in enumerate(kept.tolist()):
             line = data[offset : offset + length]
             try:
                 unseal_line(line)
             except Damaged as error:
-                raise Unsound(name, offset, line, str(error), int(rows["hash"][row])) from None
+                raise Unsound(name, offset, line, str(error), known) from None
             parts.append(line)
-            rows["offset"][row] = size
+            rows["offset"][number] = size
             size += length
-    return b"".join(parts), rows
+    return b"".join(parts), np.concatenate(indexes)
 
 
-def _index_head(segment: str, size: int, body: bytes) -> bytes:
-    checksum = zlib.crc32(body, zlib.crc32(segment.encode()))
-    return _MAGIC + checksum.to_bytes(4, "little") + size.to_bytes(8, "little")
+def _checksum(body: bytes) -> bytes:
+    return zlib.crc32(body).to_bytes(4, "little")
+
+
+def _index_head(segment: str, size: int, count: int, checksum: bytes) -> bytes:
+    told = size.to_bytes(8, "little") + count.to_bytes(8, "little") + checksum
+    return _MAGIC + zlib.crc32(told, zlib.crc32(segment.encode())).to_bytes(4, "little") + told

@@ -146,6 +146,9 @@ class MemoryStore:
             table.forget(key)
         return len(doomed)
 
+    async def count(self, contract: Contract) -> int:
+        return sum(1 for record in self._table(contract).records.values() if not record.removed)
+
     async def forget(self) -> None:
         require_namespace(self._inside)
         self._tables.clear()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from array import array
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -98,6 +99,16 @@ class SqliteStore:
         (record,) = await self._write((write,))
         return record
 
+    async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
+        """As `PutsEach.put_each`."""
+        changes, durable = self._changes(writes)
+        try:
+            done = await self._database.write(partial(_apply_each, changes), durable=durable)
+        except BacktestKitError:
+            # One value too large, say, must not fail the others; what was written all the same is written again.
+            return await asyncio.gather(*map(self.put, writes), return_exceptions=True)
+        return [await self._quarantine(each) if isinstance(each, _Suspect) else each for each in done]
+
     async def batch(self, writes: Sequence[Write]) -> None:
         check_batch(writes)
         if writes:
@@ -112,19 +123,19 @@ class SqliteStore:
         newest_first: bool = False,
         include_removed: bool = False,
     ) -> AsyncIterator[Record]:
-        names = await self._database.read(
+        ids = await self._database.read(
             partial(
-                _list_names,
+                _list_ids,
                 self._name(contract, check_key(contract, prefix, prefix=True)),
                 limit,
                 newest_first,
                 include_removed,
             )
         )
-        # Names first and records by name, instead of one long select: that would keep an old state of
-        # the whole file alive for as long as somebody reads, and would miss what moves while he does.
-        for start in range(0, len(names), _CHUNK):
-            for found in await self._database.read(partial(_read_all, contract, names[start : start + _CHUNK])):
+        # Numbers of rows first, 8 bytes each, and records by them, instead of one long select: that would keep an
+        # old state of the whole file alive for as long as somebody reads, and would miss what moves while he does.
+        for start in range(0, len(ids), _CHUNK):
+            for found in await self._database.read(partial(_read_all, contract, ids[start : start + _CHUNK])):
                 if isinstance(found, _Suspect):
                     raise await self._quarantine(found)
                 if include_removed or not found.removed:
@@ -155,6 +166,9 @@ class SqliteStore:
         for start in range(0, len(doomed), _CHUNK):
             pruned += await self._database.write(partial(_prune, contract, doomed[start : start + _CHUNK]))
         return pruned
+
+    async def count(self, contract: Contract) -> int:
+        return await self._database.read(partial(_count, self._name(contract, ())))
 
     async def forget(self) -> None:
         require_namespace(bool(self._namespace))
@@ -205,16 +219,20 @@ class SqliteStore:
         return self._namespace, contract.name, "/".join(path_of(contract, key))
 
     async def _write(self, writes: Sequence[Write]) -> list[Record]:
+        changes, durable = self._changes(writes)
+        done = await self._database.write(partial(_apply, changes), durable=durable)
+        if isinstance(done, _Suspect):
+            raise await self._quarantine(done)
+        return done
+
+    def _changes(self, writes: Sequence[Write]) -> tuple[list[_Change], bool]:
+        """`writes` on their way, and whether they have to be on the disk when they return."""
         # The values are written out here and now: nobody can change them while they wait for their turn.
         changes = [
             _Change(write, self._name(write.contract, check_key(write.contract, write.key)), dump_value(write.value))
             for write in writes
         ]
-        durable = any(write.contract.durability is not Durability.CACHE for write in writes)
-        done = await self._database.write(partial(_apply, changes), durable=durable)
-        if isinstance(done, _Suspect):
-            raise await self._quarantine(done)
-        return done
+        return changes, any(write.contract.durability is not Durability.CACHE for write in writes)
 
     async def _quarantine(self, suspect: _Suspect) -> Damaged:
         """Keep a copy of the bytes, and say what happened. The row stays: it is what blocks the key."""
@@ -274,23 +292,37 @@ def _read(
     return record
 
 
-def _read_all(contract: Contract, names: Sequence[_Name], connection: sqlite3.Connection) -> list[Record | _Suspect]:
-    found = (_read(contract, name, None, connection) for name in names)
-    return [record for record in found if record is not None]
+def _read_all(contract: Contract, ids: Iterable[int], connection: sqlite3.Connection) -> list[Record | _Suspect]:
+    found = []
+    for number in ids:
+        name = connection.execute("SELECT namespace, contract, key FROM records WHERE id = ?", (number,)).fetchone()
+        record = None if name is None or name[1] != contract.name else _read(contract, name, None, connection)
+        if record is not None:
+            found.append(record)
+    return found
 
 
-def _list_names(
+def _list_ids(
     prefix: _Name, limit: int | None, newest_first: bool, include_removed: bool, connection: sqlite3.Connection
-) -> list[_Name]:
+) -> array[int]:
     namespace, contract, start = prefix
     # A slash never stands inside a component, and "0" is the character after it.
     inside = "AND (key = :start OR key > :start || '/' AND key < :start || '0')" if start else ""
+    # What was removed is passed over when it is read, and here only where it would count.
+    present = "" if include_removed or limit is None else "AND NOT removed"
     rows = connection.execute(
-        f"SELECT key FROM records WHERE namespace = :namespace AND contract = :contract {inside} "  # noqa: S608
-        f"{'' if include_removed else 'AND NOT removed'} ORDER BY seq {'DESC' if newest_first else ''} LIMIT :limit",
+        f"SELECT id FROM records WHERE namespace = :namespace AND contract = :contract {inside} "  # noqa: S608
+        f"{present} ORDER BY seq {'DESC' if newest_first else ''} LIMIT :limit",
         {"namespace": namespace, "contract": contract, "start": start, "limit": -1 if limit is None else limit},
     )
-    return [(namespace, contract, key) for (key,) in rows]
+    return array("q", (number for (number,) in rows))
+
+
+def _count(name: _Name, connection: sqlite3.Connection) -> int:
+    row = connection.execute(
+        "SELECT count(*) FROM records WHERE namespace = ? AND contract = ? AND NOT removed", name[:2]
+    ).fetchone()
+    return int(row[0])
 
 
 def _apply(changes: Sequence[_Change], connection: sqlite3.Connection) -> list[Record] | _Suspect:
@@ -308,6 +340,18 @@ def _apply(changes: Sequence[_Change], connection: sqlite3.Connection) -> list[R
     for row in rows:
         connection.execute(_WRITE, row)
     return records
+
+
+def _apply_each(changes: Sequence[_Change], connection: sqlite3.Connection) -> list[Record | BaseException | _Suspect]:
+    done: list[Record | BaseException | _Suspect] = []
+    for change in changes:
+        try:
+            applied = _apply((change,), connection)
+        except BacktestKitError as error:
+            done.append(error)
+        else:
+            done.append(applied if isinstance(applied, _Suspect) else applied[0])
+    return done
 
 
 def _prune(contract: Contract, doomed: Sequence[tuple[_Name, Key, int]], connection: sqlite3.Connection) -> int:

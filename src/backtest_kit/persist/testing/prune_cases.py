@@ -35,6 +35,7 @@ class PruneCases(Harness):
             return
         old, kept = sample_key(contract, "-1"), sample_key(contract, "-2")
         await put_all(store, [Write(contract, old, 1), Write(contract, kept, 2)])
+        assert await store.count(contract) == 2
         if contract not in PRUNABLE:
             with pytest.raises(UserError, match="money"):
                 await store.prune(contract, {old: 1})
@@ -43,6 +44,7 @@ class PruneCases(Harness):
         assert await store.prune(contract, {old: 1, sample_key(contract, "-3"): 1}) == 1
         assert await store.get(contract, old) is None
         assert [record.key for record in await collect(store.scan(contract, include_removed=True))] == [kept]
+        assert await store.count(contract) == 1
         assert (await store.put(Write(contract, old, 3, expect=ABSENT))).rev == 1
         assert [record.value for record in await collect(store.scan(contract))] == [2, 3]
 
