@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from ipaddress import IPv6Address
 from typing import Annotated, Final
 from urllib.parse import quote
@@ -56,8 +56,8 @@ class MongoSettings(msgspec.Struct, frozen=True, kw_only=True):
         host = f"[{self.CC_REDIS_HOST}]" if ":" in self.CC_REDIS_HOST else self.CC_REDIS_HOST
         return f"redis://{secret}{host}:{self.CC_REDIS_PORT}"
 
-    def __rich_repr__(self) -> Iterator[tuple[str, object]]:
-        return ((name, _shown(name, getattr(self, name))) for name in self.__struct_fields__)
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        return [(name, _shown(name, getattr(self, name))) for name in self.__struct_fields__]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
