@@ -236,6 +236,25 @@ async def test_database_with_an_index_that_loses_records_is_not_opened(
     await store.close()
 
 
+async def test_position_that_another_program_has_left_is_named_and_keeps_live_from_starting(
+    mongo_url: str, database: Database
+) -> None:
+    await fill(mongo_url)
+    theirs = {"strategyName": "trend", "exchangeName": "binance", "symbol": "SOLUSDT", "payload": {"id": "s-9"}}
+    database["signal-items"].insert_one(theirs)
+    database["candle-items"].insert_one({"symbol": "BTCUSDT", "interval": "1m", "timestamp": 0})
+    faults = found(await diagnosis(mongo_url), Status.FAULT)
+    assert "signal-items has documents of another program" in faults
+    assert "SOLUSDT" in faults
+    assert "candle-items" not in faults
+    store = store_at(mongo_url)
+    with pytest.raises(UserError, match="SOLUSDT"):
+        await require_live_grade(store, allow_weak=True)
+    database["signal-items"].delete_one({"symbol": "SOLUSDT"})
+    await require_live_grade(store)
+    await store.close()
+
+
 async def test_missing_expiring_and_idle_indexes_are_named_and_mended(mongo_url: str, database: Database) -> None:
     await fill(mongo_url)
     database["signal-items"].drop_index("key")

@@ -55,7 +55,11 @@ async def examine_mongo(link: Link, samples: int) -> list[Reading]:
         readings += [await _reading(link, samples), await _writing(link, samples), *await _space(link)]
         schema = await _schema(link)
         is_cluster = hello.get("msg") == "isdbgrid"
-        readings += [schema, *await _all_indexes(link, is_new=schema.status is Status.NEW, is_cluster=is_cluster)]
+        readings += [
+            schema,
+            *await _strangers(link),
+            *await _all_indexes(link, is_new=schema.status is Status.NEW, is_cluster=is_cluster),
+        ]
     except BacktestKitError as error:
         readings.append(Reading("database", Status.FAULT, str(error)))
     return readings
@@ -150,6 +154,25 @@ async def _schema(link: Link) -> Reading:
     except BacktestKitError as error:
         return Reading("schema", Status.FAULT, str(error))
     return Reading("schema", Status.OK, f"version {version['schemaVersion']}")
+
+
+async def _strangers(link: Link) -> list[Reading]:
+    """Positions that another program has left under the same names: no read of this one finds them."""
+    readings = []
+    for contract in ROWS.values():
+        if contract.durability is not Durability.MONEY:
+            continue
+        money = link.collection(contract)
+        found = await link.ask("look for strangers", lambda items=money: items.find_one({"namespace": None}))  # type: ignore[misc]
+        if found is not None:
+            key = {field: found[field] for field in contract.key_fields if field in found}
+            says = f"{contract.collection} has documents of another program, such as {key}: this one does not see them"
+            remedy = (
+                "name a database of its own in CC_MONGO_CONNECTION_STRING; or close what they hold with the program "
+                "that made them, and delete them"
+            )
+            readings.append(Reading("records of others", Status.FAULT, says, remedy))
+    return readings
 
 
 # -- indexes ---------------------------------------------------------------------------------------------
