@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,12 @@ def test_setup_of_one_mode_leaves_the_others(kit: Kit, tmp_path: Path) -> None:
     assert kinds(kit, "backtest") == before
 
 
-def test_profile_is_the_table_of_the_reference(kit: Kit) -> None:
-    MongoSetup(kit).setup(modes=PROFILE)
+@pytest.mark.parametrize("before", [None, MODES, ["backtest"]], ids=str)
+def test_profile_is_the_table_of_the_reference(kit: Kit, before: Sequence[Mode] | None) -> None:
+    setup = MongoSetup(kit)
+    if before is not None:
+        setup.setup(modes=before)
+    setup.setup(modes=PROFILE)
     live, backtest = kinds(kit, "live"), kinds(kit, "backtest")
     table = {
         "session": ("MongoStore", "FileStore"),

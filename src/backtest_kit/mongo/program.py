@@ -41,7 +41,8 @@ class MongoSetup:
 
         Args:
             modes: All sixteen contracts of these modes; by default of all. `setup(modes=["live"])` leaves
-                paper and backtests as they are; `setup(modes="profile")` moves what `PROFILE` says.
+                paper and backtests as they are; `setup(modes="profile")` moves what `PROFILE` says, in place of
+                whatever was bound for a whole mode before.
             config: Settings by name, such as CC_REDIS_HOST="redis". What is not given comes from the
                 environment.
 
@@ -106,6 +107,10 @@ class MongoSetup:
     def _bind(self, modes: Iterable[Mode | None]) -> None:
         store = self._current()
         for mode in modes:
+            if mode is None:
+                # What was bound for a whole mode would hide the profile.
+                for each in MODES:
+                    self._kit.persistence.unbind(each)
             self._kit.persistence.bind(EVERY, store, mode=mode)
 
     def _current(self) -> MongoStore:
