@@ -78,9 +78,7 @@ def backtest(
     gaps: options.GapRule = "error",
     fill: options.FillModel = "vwap",
     dump: options.Dump = Path("dump"),
-    strategy: Annotated[
-        str | None, typer.Option("--strategy", metavar="NAME", help="Which strategy, if the file registers several.")
-    ] = None,
+    strategy: options.Strategy = None,
     exchange: options.Exchange = None,
     trades: options.Trades = 20,
 ) -> None:
@@ -170,6 +168,94 @@ def report(
     from backtest_kit.cli.report import run_report
 
     run_report(files, html=html, markdown=markdown, trades_shown=trades)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  backtest-kit paper mine.py --symbol BTCUSDT,ETHUSDT\n\n"
+    "  backtest-kit paper examples/paper.py --symbol BTCUSDT --venue http://127.0.0.1:8899"
+)
+def paper(
+    strategy_file: options.StrategyFile,
+    symbol: options.Symbols,
+    venue: Annotated[
+        str | None,
+        typer.Option("--venue", metavar="URL", help="Take candles and time from a simulated exchange at this address."),
+    ] = None,
+    exchange: options.Exchange = None,
+    strategy: options.Strategy = None,
+    dump: options.LiveDump = Path("dump"),
+    fill: options.FillModel = "vwap",
+    gaps: options.GapRule = "fill",
+    as_json: options.AsJson = False,
+) -> None:
+    """Trade on paper: real candles and real time, and every order is filled at the price that the engine decided.
+
+    A terminal shows how every symbol stands; elsewhere there is a line for each thing that happens. The first Ctrl-C or
+    SIGTERM opens nothing more and carries what is open to its end; the second ends at once and leaves everything as it
+    is. Either way, and after any crash, the next start goes on from there.
+    """
+    from backtest_kit.cli.live import run_live
+
+    raise typer.Exit(
+        run_live(
+            strategy_file,
+            options.separated(symbol),
+            mode="paper",
+            exchange_name=exchange,
+            strategy_name=strategy,
+            dump=dump,
+            fill=fill,
+            gaps=gaps,
+            orphans="alarm",
+            venue=venue,
+            allow_weak=True,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  backtest-kit live mine.py --symbol BTCUSDT\n\n"
+    "  CC_STORE=sqlite:bot.db backtest-kit live mine.py --symbol BTCUSDT,ETHUSDT --orphans protect --json"
+)
+def live(
+    strategy_file: options.StrategyFile,
+    symbol: options.Symbols,
+    exchange: options.Exchange = None,
+    strategy: options.Strategy = None,
+    dump: options.LiveDump = Path("dump"),
+    fill: options.FillModel = "vwap",
+    gaps: options.GapRule = "fill",
+    orphans: options.Orphans = "alarm",
+    allow_weak: Annotated[
+        bool, typer.Option("--allow-weak", help="Trust positions to a store that `doctor --live` calls weak.")
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Trade with real orders, through the broker of the file's exchange. Output and signals as of `paper`.
+
+    Ends with code 3 if another process trades a position, and says which; 2 for bad input; 130 if ended at once.
+    """
+    from backtest_kit.cli.live import run_live
+
+    raise typer.Exit(
+        run_live(
+            strategy_file,
+            options.separated(symbol),
+            mode="live",
+            exchange_name=exchange,
+            strategy_name=strategy,
+            dump=dump,
+            fill=fill,
+            gaps=gaps,
+            orphans=orphans,
+            venue=None,
+            allow_weak=allow_weak,
+            as_json=as_json,
+        )
+    )
 
 
 @app.command(

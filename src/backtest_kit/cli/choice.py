@@ -1,4 +1,4 @@
-"""What a command runs: the user's file, and out of it an exchange and a frame."""
+"""What a command runs: the user's file, and out of it a strategy, an exchange and a frame."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backtest_kit.model.interval import MINUTE_MS, iso
 
 
 class Choice(NamedTuple):
-    """Names that are registered in the default kit."""
+    """What a replay takes: names that are registered in the default kit."""
 
     strategies: list[str]
     exchange: str
@@ -37,12 +37,7 @@ def choose(
         UserError: it registers too little, or too much to choose from; or `dump` cannot be written to.
     """
     kit = default_kit
-    _make_dump(dump)
-    kit.dump = dump
-    load_strategy_file(strategy_file)
-    strategies = [each.name for each in kit.list_strategy_schemas()]
-    if not strategies:
-        pick("strategy", None, strategies, strategy_file)
+    strategies = load_strategies(strategy_file, dump / "backtest")
     known = {each.name: each.source for each in kit.list_exchange_schemas()}
     exchange = (
         "file" if candles is not None and not known else pick("exchange", exchange_name, list(known), strategy_file)
@@ -53,6 +48,21 @@ def choose(
         known[exchange] = file_source(candles)
         kit.add_exchange_schema(exchange, source=known[exchange], replace=True)
     return Choice(strategies, exchange, _frame(frame, known[exchange], symbol, strategy_file))
+
+
+def load_strategies(strategy_file: Path, folder: Path) -> list[str]:
+    """Load the file, with everything kept under the directory in which `folder` lies, and name its strategies.
+
+    Raises:
+        UserError: it registers none, or `folder` cannot be made or written to.
+    """
+    _make_folder(folder)
+    default_kit.dump = folder.parent
+    load_strategy_file(strategy_file)
+    strategies = [each.name for each in default_kit.list_strategy_schemas()]
+    if not strategies:
+        pick("strategy", None, strategies, strategy_file)
+    return strategies
 
 
 def pick(kind: str, asked: str | None, registered: Sequence[str], strategy_file: Path) -> str:
@@ -68,12 +78,14 @@ def pick(kind: str, asked: str | None, registered: Sequence[str], strategy_file:
     raise UserError(f"strategy file {strategy_file} registers several: choose with --{kind} {' or '.join(registered)}")
 
 
-def _make_dump(dump: Path) -> None:
-    """Find out before the work, not after it, that its reports have no place."""
+def _make_folder(folder: Path) -> None:
+    """Find out before the work, not after it, that what comes of it has no place."""
     try:
-        (dump / "backtest").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--dump {dump} cannot be written to ({error.strerror}): name another directory") from None
+        raise UserError(
+            f"--dump {folder.parent} cannot be written to ({error.strerror}): name another directory"
+        ) from None
 
 
 def file_source(candles: str) -> CandleSource:

@@ -48,6 +48,21 @@ Dump = Annotated[
 Exchange = Annotated[
     str | None, typer.Option("--exchange", metavar="NAME", help="Which exchange, if the file registers several.")
 ]
+Strategy = Annotated[
+    str | None, typer.Option("--strategy", metavar="NAME", help="Which strategy, if the file registers several.")
+]
+Orphans = Annotated[
+    str,
+    typer.Option(
+        "--orphans",
+        metavar="alarm|adopt|protect",
+        help="A position on the venue that nobody watches, or that has no stop there: tell, make it the strategy's "
+        "own, or place a stop.",
+    ),
+]
+LiveDump = Annotated[
+    Path, typer.Option("--dump", "-d", metavar="DIR", help="Where state and candles are kept, unless a store is bound.")
+]
 Trades = Annotated[int, typer.Option("--trades", min=0, metavar="N", help="How many of the last trades to print.")]
 StoreUrl = Annotated[
     str,

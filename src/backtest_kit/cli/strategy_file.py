@@ -48,12 +48,15 @@ def strategy_failure(error: BaseException, path: Path) -> Exception:
     if not isinstance(error, BacktestKitError):
         return StrategyFailed(_explain(error, f"strategy file {path} raised"))
     if error.__cause__ is not None and _own_frames(error.__cause__):
-        return StrategyFailed(f"error: {error}\n{_told(error.__cause__)}")
+        return StrategyFailed(f"error: {error}\n{told(error.__cause__)}")
+    place = where(error)
+    return type(error)(f"{error}{place}", outcome=error.outcome) if place else error
+
+
+def where(error: BaseException) -> str:
+    """The line of the user's code that raised, in brackets; nothing where it is not his."""
     own = _own_frames(error)
-    if not own:
-        return error
-    last = own[-1]
-    return type(error)(f"{error} ({last.filename}, line {last.lineno}, in {last.name})", outcome=error.outcome)
+    return f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
 
 
 def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
@@ -68,16 +71,16 @@ def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def _explain(error: BaseException, headline: str) -> str:
-    return f"error: {headline} {type(error).__name__}\n{_told(error)}"
+    return f"error: {headline} {type(error).__name__}\n{told(error)}"
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """The error with the user's frames, and before it what it was raised from or while handling."""
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    parts = [f"{_told(before)}\n\nand then:\n"] if before is not None else []
+    parts = [f"{told(before)}\n\nand then:\n"] if before is not None else []
     frames = "".join(traceback.format_list(_own_frames(error)))
     parts.append(f"in your code:\n{frames}" if frames else "")
     parts += traceback.format_exception_only(error)
     if isinstance(error, BaseExceptionGroup):
-        parts += [f"\n{_told(each)}" for each in error.exceptions]
+        parts += [f"\n{told(each)}" for each in error.exceptions]
     return "".join(parts).rstrip()

@@ -190,8 +190,9 @@ class Persistence:
         self._used |= stores
         await asyncio.gather(*(store.open() for store in stores.values()))
 
-    async def require_live_grade(self, *, allow_weak: bool = False) -> None:
-        """Open the stores that keep money in live trading; do nothing more if it can be trusted to them.
+    async def require_live_grade(self, *, allow_weak: bool = False) -> list[diagnosis.Reading]:
+        """Open the stores that keep money in live trading, and return what there is to say of them if it can be
+        trusted to them. To be called before the first live run; the command `backtest-kit live` does.
 
         Raises:
             UserError: one is weak, which `allow_weak` lets pass, or at fault; see `diagnosis.require_live_grade`.
@@ -200,9 +201,11 @@ class Persistence:
         rows = (row for row in CONTRACTS.values() if row.durability is Durability.MONEY)
         stores = {id(store): store for store in (self._bound(row, "live") for row in rows)}
         self._used |= stores
+        readings = []
         for store in stores.values():
             await store.open()
-            await diagnosis.require_live_grade(store, allow_weak=allow_weak)
+            readings += await diagnosis.require_live_grade(store, allow_weak=allow_weak)
+        return readings
 
     async def close(self) -> None:
         """Flush and close every store that was used or bound, each once, also if one of them fails."""

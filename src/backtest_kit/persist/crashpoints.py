@@ -7,7 +7,8 @@ import signal
 from typing import Final
 
 VARIABLE: Final = "BACKTEST_KIT_CRASH"
-"""`name` or `name:3` in the environment kills the process when it passes that point (the third time)."""
+"""`name` or `name:3` in the environment kills the process when it passes that point (the third time), and
+`name:3:STOP` lets it stand still there until it is sent SIGCONT."""
 
 _ORDERS: Final = (
     *("open", "place", "activate", "cancel", "add", "reduce", "close", "move_stop", "move_take", "breakeven"),
@@ -66,27 +67,29 @@ class _Armed:
     def __init__(self) -> None:
         self.name = ""
         self.left = 0
+        self.signal = signal.SIGKILL
         self.passed: dict[str, int] | None = None
         self.arm(os.environ.get(VARIABLE, ""))
 
     def arm(self, order: str) -> None:
-        name, _, count = order.partition(":")
+        name, count, kind = (*order.split(":"), "", "")[:3]
         if name and name not in CRASHPOINTS:
             raise ValueError(f"{VARIABLE} names {name!r}: use one of {', '.join(CRASHPOINTS)}")
         self.name, self.left = name, int(count or 1)
+        self.signal = signal.Signals[f"SIG{kind or 'KILL'}"]
 
 
 _armed: Final = _Armed()
 
 
 def crashpoint(name: str) -> None:
-    """Die here by SIGKILL if this is the point and the time that was asked for; otherwise do nothing."""
+    """Die here if this is the point and the time that was asked for; otherwise do nothing."""
     if _armed.passed is not None:
         _armed.passed[name] = _armed.passed.get(name, 0) + 1
     if name == _armed.name:
         _armed.left -= 1
         if _armed.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), _armed.signal)
 
 
 def arm(order: str) -> None:

@@ -1,6 +1,6 @@
 """What a backend can do for an operator beyond keeping records. Optional: a store is complete without it.
 
-File and SQLite stores implement all of it, the memory store what lists and prunes.
+File, SQLite and Mongo stores implement all of it, the memory store what lists and prunes.
 """
 
 from __future__ import annotations

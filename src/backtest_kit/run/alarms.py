@@ -60,14 +60,13 @@ class Alarms:
     def user_failed(self, what: str, error: Exception, *, tell: bool) -> None:
         """Code of the user raised; without `tell` only the log has it."""
         identity = self._identity
+        event = StrategyFailed(identity=identity, when_ms=self._desk.tick.when_ms, what=what, error=error)
         _log.error(
             "%s of strategy %s for %s raised %s; the next minute goes on", what, identity.strategy_name,
-            identity.symbol, type(error).__name__, exc_info=error,
+            identity.symbol, type(error).__name__, exc_info=error, extra={"event": event} if tell else None,
         )  # fmt: skip
         if tell:
-            self._desk.events.append(
-                StrategyFailed(identity=identity, when_ms=self._desk.tick.when_ms, what=what, error=error)
-            )
+            self._desk.events.append(event)
 
     def store_changed(self, degraded: str, *, kept: bool) -> None:
         """The store does not take writes, for the reason given, or does again where that is empty."""
@@ -75,9 +74,9 @@ class Alarms:
         event: Event = Healed(identity=identity, when_ms=when_ms)
         if degraded:
             event = Degraded(identity=identity, when_ms=when_ms, reason=degraded, kept=kept)
-            _log.error("nothing new is opened for %s: %s", identity.symbol, degraded)
+            _log.error("nothing new is opened for %s: %s", identity.symbol, degraded, extra={"event": event})
         else:
-            _log.warning("the store has everything of %s again", identity.symbol)
+            _log.warning("the store has everything of %s again", identity.symbol, extra={"event": event})
         self._desk.events.append(event)
 
     def _tell(self, event: OrderFailed) -> None:

@@ -1,7 +1,7 @@
 """Live: trade a strategy on a market as it goes on, with real orders or on paper.
 
-**A start.** The clock is started and the stores are opened. The position is taken: one process trades one (strategy,
-exchange, symbol), and a second one is told who has it. The broker connects. What the run before has left is read,
+**A start.** The stores are opened. The position is taken: one process trades one (strategy, exchange, symbol), and a
+second one is told who has it. The clock is started and the broker connects. What the run before has left is read,
 from the store and, if that lacked something, from the emergency file. The venue is asked what became of an order
 that was under way, and the order is concluded, sent again or dropped. Only then comes the first minute, with the
 `Recovered` event. A first start does all of this too, and finds nothing: there is no other way to recover.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -46,6 +46,7 @@ from backtest_kit.run.live_run import LiveJob, LiveRun
 from backtest_kit.run.orphans import OrphanPolicy
 from backtest_kit.run.replay import Gaps
 from backtest_kit.run.schema import Registry, StrategySchema, check_name
+from backtest_kit.run.services import Services
 from backtest_kit.run.trader import Observer
 from backtest_kit.settings import Settings
 
@@ -90,6 +91,8 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Who has the position, and since when."""
     held: bool = False
     """Whether this process may still think that it has."""
+    ended: bool = False
+    """Whether the run is over."""
     clock_drift_ms: int | None = None
     """How far the exchange's clock is ahead of ours, where it tells."""
     missed: int = 0
@@ -147,7 +150,7 @@ class LiveHandle:
     @property
     def status(self) -> LiveStatus:
         """How it stands now."""
-        return _status(self._run)
+        return _status(self._run, ended=self.done())
 
     def __repr__(self) -> str:
         identity = self._run.job.identity
@@ -176,6 +179,7 @@ class LiveRunner:
         self._persistence = persistence
         self._settings = settings
         self._dump = dump
+        self._services = Services()
         self._running: set[LiveRun] = set()
         self.observers: list[Observer] = []
         """Who keeps records of what happened: each is given the events of a change once that is written down, and
@@ -344,6 +348,7 @@ class LiveRunner:
         run = LiveRun(
             job,
             self._feeds,
+            self._services,
             self._bus,
             self._cron,
             self._records.of_run(identity, None),
@@ -368,11 +373,13 @@ class LiveRunner:
 class signals_stop:  # noqa: N801  # used as a function
     """While the block runs, the first SIGINT or SIGTERM stops the runs, and the second cancels them.
 
-    Where signals cannot be caught (another thread than the main one) it does nothing.
+    `told` is called after each with the number of signals so far. Where signals cannot be caught (another thread
+    than the main one) it does nothing.
     """
 
-    def __init__(self, handles: list[LiveHandle]) -> None:
+    def __init__(self, handles: Sequence[LiveHandle], told: Callable[[int], object] = lambda count: None) -> None:
         self._handles = handles
+        self._told = told
         self._caught: list[signal.Signals] = []
         self._count = 0
 
@@ -394,9 +401,10 @@ class signals_stop:  # noqa: N801  # used as a function
                 handle.stop()
             else:
                 handle.cancel()
+        self._told(self._count)
 
 
-def _status(run: LiveRun) -> LiveStatus:
+def _status(run: LiveRun, *, ended: bool) -> LiveStatus:
     book, state, tick = run.trader.book, run.desk.state, run.desk.tick
     job, lease = run.job, run.lease
     held: dict[str, Any] = {}
@@ -434,6 +442,7 @@ def _status(run: LiveRun) -> LiveStatus:
         written_ms=run.keeper.written_ms,
         holder="" if lease is None else str(lease.holder),
         held=lease is not None and lease.held,
+        ended=ended,
         clock_drift_ms=run.drift_ms,
         missed=run.missed,
         gaps_filled=run.gaps_filled,

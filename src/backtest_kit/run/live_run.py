@@ -48,6 +48,7 @@ from backtest_kit.run.minute import Minute
 from backtest_kit.run.orphans import OrphanGuard, OrphanPolicy
 from backtest_kit.run.replay import Gaps, columns_of
 from backtest_kit.run.schema import RiskSchema, StrategySchema
+from backtest_kit.run.services import Services
 from backtest_kit.run.trader import Observer, Trader
 from backtest_kit.settings import Settings
 
@@ -84,6 +85,7 @@ class LiveRun:
         self,
         job: LiveJob,
         feeds: Feeds,
+        services: Services,
         bus: EventBus,
         cron: Cron,
         records: RunRecords,
@@ -111,6 +113,7 @@ class LiveRun:
         )
         self._guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader.adopt)
         self._feeds = feeds
+        self._services = services
         self._bus = bus
         self._cron = cron
         self._persistence = persistence
@@ -129,6 +132,7 @@ class LiveRun:
         """Set once what the run before has left is taken in."""
         self.lease: Lease | None = None
         self.when_ms = 0
+        """The minute that is acted at; 0 until the clock is started."""
         self.missed = 0
         self.drift_ms: int | None = None
 
@@ -150,8 +154,11 @@ class LiveRun:
             await self._emit(RunDone(identity=identity, when_ms=self.when_ms, trades=trades, cancelled=True))
             raise
         except Exception as error:
-            _log.error("the run of %s for %s ends: %s", identity.strategy_name, identity.symbol, error)
-            await self._emit(RunFailed(identity=identity, when_ms=self.when_ms, error=error))
+            failed = RunFailed(identity=identity, when_ms=self.when_ms, error=error)
+            _log.error(
+                "the run of %s for %s ends: %s", identity.strategy_name, identity.symbol, error, extra={"event": failed}
+            )
+            await self._emit(failed)
             raise
 
     def stop(self) -> None:
@@ -177,15 +184,14 @@ class LiveRun:
         """Everything that the run needs, and the position itself; given back in the reverse order."""
         job, mode = self.job, self.job.identity.mode
         async with AsyncExitStack() as stack:
-            await job.clock.start()
-            stack.push_async_callback(job.clock.stop)
             await self._persistence.open(mode)
             lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl)
             self.lease = lease
             stack.push_async_callback(_given_back, lease)
             crashpoint("live.start.after_lease")
-            await job.broker.start()
-            stack.push_async_callback(job.broker.stop)
+            await stack.enter_async_context(self._services.use(job.clock))
+            self.when_ms = floor_ms(job.clock.now_ms(), MINUTE_MS)
+            await stack.enter_async_context(self._services.use(job.broker))
             self._feed = await stack.enter_async_context(
                 self._feeds.use(job.identity.exchange_name, job.settings, job.clock.now_ms)
             )
@@ -354,16 +360,19 @@ class LiveRun:
     async def _miss(self, first_ms: int, count: int, reason: str) -> None:
         self.missed += count
         identity = self.job.identity
-        _log.warning("%d minutes of %s from %s on were missed: %s", count, identity.symbol, iso(first_ms), reason)
-        await self._emit(
-            MinutesMissed(identity=identity, when_ms=first_ms, count=count, first_ms=first_ms, reason=reason)
-        )
+        event = MinutesMissed(identity=identity, when_ms=first_ms, count=count, first_ms=first_ms, reason=reason)
+        _log.warning(
+            "%d minutes of %s from %s on were missed: %s", count, identity.symbol, iso(first_ms), reason,
+            extra={"event": event},
+        )  # fmt: skip
+        await self._emit(event)
 
     async def _watch_clock(self) -> None:
         jumps: Sequence[Any] = getattr(self.job.clock, "jumps", ())
         for jump in jumps[self._jumps :]:
-            _log.warning("the wall clock was moved by %d ms", jump.by_ms)
-            await self._emit(ClockJumped(identity=self.job.identity, when_ms=self.when_ms, by_ms=jump.by_ms))
+            event = ClockJumped(identity=self.job.identity, when_ms=self.when_ms, by_ms=jump.by_ms)
+            _log.warning("the wall clock was moved by %d ms", jump.by_ms, extra={"event": event})
+            await self._emit(event)
         self._jumps = len(jumps)
 
     async def _emit(self, event: Event) -> None:

@@ -207,13 +207,15 @@ def judged(order: Order, report: OrderReport) -> Literal["done", "undone", "open
         return "done" if status in ("cancelled", "filled") else "undone"
     if status == "filled":
         return "done"
+    if status in ("resting", "partly_filled") and order.kind in ("place", "activate"):
+        # What rests goes on resting until all of it is filled, or it is cancelled.
+        return "done" if order.kind == "place" else "undone"
     if status == "resting":
-        rests = order.kind in ("place", "move_stop", "move_take", "breakeven")
-        return "done" if rests else "undone" if order.kind == "activate" else "open"
-    if order.kind == "close":
-        return "open" if status == "partly_filled" else "undone"
+        return "done" if order.kind in ("move_stop", "move_take", "breakeven") else "open"
+    if status == "partly_filled":
+        return "open"
     # Of what opens or changes a position counts what was really bought or sold.
-    return "done" if bought else "open" if status == "partly_filled" else "undone"
+    return "done" if bought and order.kind != "close" else "undone"
 
 
 def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tuple[State, tuple[Event, ...]]:
@@ -266,7 +268,9 @@ def _filled(order: Order, position: Position, fill: Fill, rules: Rules) -> Posit
         percent = last_part.percent
         held = last_part.cost_basis / effective_price(position.entries, earlier)
         wanted = held * percent / 100
-        if fill.quantity > 0 and abs(fill.quantity - wanted) > wanted * _SAME_QUANTITY:
+        # Against all that was bought: of the dust that is left of a position, rounding is a large part.
+        total = sum(entry.cost / entry.price for entry in position.entries)
+        if fill.quantity > 0 and abs(fill.quantity - wanted) > total * _SAME_QUANTITY:
             percent = min(100.0, fill.quantity / held * 100)
         part = msgspec.structs.replace(last_part, price=fill.price, percent=percent)
         return msgspec.structs.replace(position, reductions=(*earlier, part))

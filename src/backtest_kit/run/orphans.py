@@ -65,9 +65,13 @@ class OrphanGuard:
         next_step = await self._act(what, held)
         self._told = finding
         identity, tick = self._desk.rules.identity, self._desk.tick
-        _log.error("%s of %s on %s: %s", what.replace("_", " "), symbol, identity.exchange_name, next_step)
         quantity = 0.0 if held is None else held.quantity
-        return OrphanFound(identity=identity, when_ms=tick.when_ms, what=what, quantity=quantity, next_step=next_step)
+        found = OrphanFound(identity=identity, when_ms=tick.when_ms, what=what, quantity=quantity, next_step=next_step)
+        _log.error(
+            "%s of %s on %s: %s", what.replace("_", " "), symbol, identity.exchange_name, next_step,
+            extra={"event": found},
+        )  # fmt: skip
+        return found
 
     def _finding(self, held: VenueHolding | None) -> What | None:
         state = self._desk.state

@@ -98,7 +98,9 @@ class _Job:
             return OrderReport(status="absent")
         fill = self._fill(order) if order.filled else None
         if order.status == "expired" and fill is not None:
-            return OrderReport(status="filled", fill=fill)  # all that there will ever be
+            # All that there will ever be; of a close that is not enough while something is held.
+            left = self._order.kind == "close" and self._held(self._group())
+            return OrderReport(status="cancelled" if left else "filled", fill=fill)
         status: Literal["resting", "partly_filled", "filled", "cancelled"] = (
             "filled"
             if order.status == "filled"
@@ -166,7 +168,8 @@ class _Job:
         group = self._group()
         if not self._held(group) and self._known(self._order.client_order_id) is None:
             self._drop_protection(group)
-            return self._closing_fill(group)
+            # At reference it closes as decided, also where reductions have left nothing to close.
+            return None if self._at_reference else self._closing_fill(group)
         return self._leave(whole=True)
 
     def move(self) -> None:
@@ -258,7 +261,10 @@ class _Job:
             # What is left over when everything is closed would be below a lot: it goes along.
             rounded = None if whole else self._exchange.market(self._symbol).round_quantity(quantity)
             order = self._do(self._new(side, "market", quantity=rounded, group=group, reduce=True))
-        return self._filled(order)
+        fill = self._filled(order)
+        if whole and self._held(group):
+            raise _Failed(Problem("transient", f"{order.client_order_id} has closed a part of {group}", "UNKNOWN"))
+        return fill
 
     def _new(
         self,

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
+from bson.int64 import Int64
 from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater
-from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis
+from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis, mongo_prune
 from backtest_kit.persist.backends.mongo_batch import Batch
 from backtest_kit.persist.backends.mongo_candles import MongoCandleStore
 from backtest_kit.persist.backends.mongo_client import Link, Links
@@ -39,7 +40,7 @@ from backtest_kit.persist.backends.mongo_documents import (
     record_of_change,
     update_of,
 )
-from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, may_have_happened
+from backtest_kit.persist.backends.mongo_errors import FAILURES, heals, may_have_happened
 from backtest_kit.persist.backends.mongo_intents import replay, settle
 from backtest_kit.persist.backends.mongo_schema import flush, prepare
 from backtest_kit.persist.backends.mongo_settings import MongoSettings, from_environment, with_changes
@@ -49,7 +50,7 @@ from backtest_kit.persist.diagnosis import SAMPLES, Reading
 from backtest_kit.persist.keys import check_key, escape, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Key, Record, Write
-from backtest_kit.persist.upkeep import Finding
+from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
 from backtest_kit.persist.urls import import_backend
 from backtest_kit.persist.writing import check_batch, decide
 
@@ -183,6 +184,16 @@ class MongoStore:
         redis_diagnosis = import_backend("backtest_kit.persist.backends.redis_diagnosis")
         return [*readings, *await redis_diagnosis.examine_redis(link.ids, self.settings, samples)]
 
+    async def prune(self, contract: Contract, revisions: Mapping[Key, int]) -> int:
+        require_prunable(contract)
+        link = await self._opened()
+        return await link.finish(mongo_prune.prune(link, self._namespace, contract, revisions))
+
+    async def forget(self) -> None:
+        require_namespace(bool(self._namespace))
+        link = await self._opened()
+        await link.finish(mongo_prune.forget(link, self._namespace))
+
     async def quarantined(self) -> list[Quarantined]:
         return await mongo_damage.quarantined(await self._opened())
 
@@ -242,7 +253,7 @@ class MongoStore:
         async def question() -> list[Document]:
             return await link.collection(contract).find(wanted, fields, sort=sort, limit=limit or 0).to_list()
 
-        return await link.ask(f"list {contract.collection}", question)
+        return await link.ask(f"list {contract.collection}", question, in_parts=True)
 
     async def _record(
         self, link: Link, contract: Contract, name: Document | None, document: Document | None
@@ -295,12 +306,15 @@ class _Putting:
         self._doing = f"write a {change.contract.name}"
         self._is_sent = False
         """Whether the server was sent the write and gave no answer."""
+        self._first_tick = 0
+        """That of the first attempt."""
 
     async def run(self) -> Record:
         patience = self._link.patience()
         while True:
             try:
-                record = await self._attempt(patience)
+                async with asyncio.timeout(patience.left):
+                    record = await self._attempt()
             except FAILURES as error:
                 self._is_sent = self._is_sent or may_have_happened(error)
                 if not heals(error) or patience.is_over:
@@ -317,18 +331,18 @@ class _Putting:
             if patience.is_over:
                 raise RetryLater(f"cannot {self._doing}: other writers were first, again and again")
 
-    async def _attempt(self, patience: Patience) -> Record | None:
+    async def _attempt(self) -> Record | None:
         """The record that stands now, or None if it must be tried again."""
         expect = expectation(self._change.write)
         if self._is_sent:
-            found = await self._look(patience)
+            found = await self._look()
             if found is not None and found.get("writer") == self._writer:
                 return record_of_change(self._change, found["rev"])
             if expect == ANY:
                 expect = self._guard(found)
-        document = await self._update(expect, patience)
+        document = await self._update(expect)
         if document is None:
-            return await self._refused(patience)
+            return await self._refused()
         crashpoint("mongo.after_write")
         if self._change.contract.durability is not Durability.MONEY:
             self._link.has_unflushed = True
@@ -337,45 +351,48 @@ class _Putting:
             crashpoint("mongo.after_cache")
         return record_of_change(self._change, document["rev"])
 
-    async def _update(self, expect: Expect, patience: Patience) -> Document | None:
+    async def _update(self, expect: Expect) -> Document | None:
         """The one round trip: id and new revision, or None if the document is not as expected."""
         collection = self._link.collection(self._change.contract)
+        tick = self._link.next_tick()
+        self._first_tick = self._first_tick or tick
+        # A request may reach the server long after its connection was given up. Then it must not undo a later one.
+        wanted = {**matching(self._change.name, expect), "tick": {"$not": {"$gte": Int64(tick)}}}
         crashpoint("mongo.before_write")
         try:
             return await collection.find_one_and_update(
-                matching(self._change.name, expect),
-                update_of(self._change, self._writer, self._link.next_tick()),
+                wanted,
+                update_of(self._change, self._writer, tick),
                 projection=["rev"],
                 upsert=isinstance(expect, str),
                 return_document=ReturnDocument.AFTER,
-                maxTimeMS=round(patience.left * 1000),
             )
         except DuplicateKeyError:
             return None
 
-    async def _refused(self, patience: Patience) -> Record | None:
+    async def _refused(self) -> Record | None:
         """Why the document is not as expected: a conflict, damage, or something that is over at the next attempt."""
-        found = await self._look(patience)
+        found = await self._look()
         if found is not None and found.get("writer") == self._writer:
             return record_of_change(self._change, found["rev"])
+        self._link.saw_tick(found)
         contract = self._change.contract
         current = await self._store._record(self._link, contract, self._change.name, found)
         record, changed = decide(self._change.write, current)
         return None if changed else record
 
-    async def _look(self, patience: Patience) -> Document | None:
-        milliseconds = round(patience.left * 1000)
-        return await self._link.collection(self._change.contract).find_one(self._change.name, max_time_ms=milliseconds)
+    async def _look(self) -> Document | None:
+        return await self._link.collection(self._change.contract).find_one(self._change.name)
 
     def _guard(self, found: Document | None) -> Expect:
         """What must still hold for a write of unknown outcome to be sent again: nobody else was there meanwhile."""
         if found is None:
             return ABSENT
-        if self._link.is_mine(found.get("writer")):
+        if self._link.saw_tick(found) < self._first_tick:
             return int(found["rev"])
         raise RetryLater(
             f"cannot {self._doing}: the connection to MongoDB was lost, and another process has written the record "
-            "since or had before: read it again",
+            "since: read it again",
             outcome=Outcome.UNKNOWN,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
 from bson.objectid import ObjectId
 from pymongo import UpdateOne
@@ -36,7 +36,9 @@ from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.store import Record
 from backtest_kit.persist.writing import decide
 
-_DOING = "write a batch"
+_DOING: Final = "write a batch"
+_ABORT_SECONDS: Final = 0.1
+"""How long a server is told to forget a transaction, at least; the time of the batch may be up."""
 
 
 class Batch:
@@ -50,6 +52,8 @@ class Batch:
         self._is_money = any(change.contract.durability is Durability.MONEY for change in changes)
         self._is_sent = False
         """Whether the server was told to decide and gave no answer."""
+        self._first_tick = 0
+        """Below every tick of its first attempt, and of none before."""
         self.done: list[Planned] = []
         """What was written."""
 
@@ -71,12 +75,16 @@ class Batch:
     async def _attempt(self, patience: Patience) -> bool:
         """True once they are done, False if they must be tried again."""
         try:
-            if self._is_sent and not self._link.has_transactions and await has_happened(self._link, self._writer):
-                return True
+            if self._is_sent and not self._link.has_transactions:
+                async with asyncio.timeout(patience.left):
+                    if await has_happened(self._link, self._writer):
+                        return True
             planned = await self._plan(patience)
             if not planned:
                 return True
-            is_done = await (self._transact(planned) if self._link.has_transactions else self._carry_out(planned))
+            self._first_tick = self._first_tick or self._link.next_tick()
+            act = self._transact if self._link.has_transactions else self._carry_out
+            is_done = await act(planned, patience)
             self.done = planned if is_done else []
             return is_done
         except FAILURES as error:
@@ -99,6 +107,7 @@ class Batch:
         planned = []
         for change, document in zip(self._changes, documents, strict=True):
             document, current = await self._record(change, document, patience)
+            self._link.saw_tick(document)
             _, changed = decide(change.write, current)
             if changed:
                 identity = ObjectId() if document is None else document["_id"]
@@ -137,40 +146,53 @@ class Batch:
             raise await mongo_damage.block(self._link, change.contract, document, error) from None
 
     def _was_done(self, documents: Sequence[Document | None]) -> bool:
-        writers = [document.get("writer") for document in documents if document is not None]
-        if self._writer in writers:
+        if any(document is not None and document.get("writer") == self._writer for document in documents):
             return True
-        if all(self._link.is_mine(writer) for writer in writers):
+        # Had it been done, each would have a later tick than its first attempt, whoever wrote it since.
+        if any(self._link.saw_tick(document) < self._first_tick for document in documents):
             return False
         raise RetryLater(
-            f"cannot {_DOING}: the connection to MongoDB was lost, and another process has written one of its records "
-            "since or had before: read them again",
+            f"cannot {_DOING}: the connection to MongoDB was lost, and another process has written its records "
+            "since: read them again",
             outcome=Outcome.UNKNOWN,
         )
 
-    async def _carry_out(self, planned: Sequence[Planned]) -> bool:
+    async def _carry_out(self, planned: Sequence[Planned], patience: Patience) -> bool:
         self._is_sent = True
-        is_done = await carry_out(self._link, planned, self._writer)
+        async with asyncio.timeout(patience.left):
+            is_done = await carry_out(self._link, planned, self._writer)
         self._is_sent = False
         return is_done
 
-    async def _transact(self, planned: Sequence[Planned]) -> bool:
+    async def _transact(self, planned: Sequence[Planned], patience: Patience) -> bool:
         async with self._link.mongo.start_session() as session:
             await session.start_transaction(
                 read_concern=ReadConcern("snapshot"),
                 write_concern=self._link.journalled if self._is_money else ACKNOWLEDGED,
                 read_preference=ReadPreference.PRIMARY,
             )
-            if not await self._write(planned, session):
-                await session.abort_transaction()
-                return False
-            crashpoint("mongo.after_transaction_writes")
             try:
-                await session.commit_transaction()
-            except FAILURES as error:
-                self._is_sent = self._is_sent or may_have_happened(error)
-                raise
-        return True
+                async with asyncio.timeout(patience.left):
+                    if await self._write(planned, session):
+                        crashpoint("mongo.after_transaction_writes")
+                        await self._commit(session)
+                        return True
+            finally:
+                # Not left to time: until then the server would keep others from these documents.
+                if session.in_transaction:
+                    async with asyncio.timeout(max(_ABORT_SECONDS, patience.left)):
+                        await session.abort_transaction()
+        return False
+
+    async def _commit(self, session: AsyncClientSession) -> None:
+        try:
+            await session.commit_transaction()
+        except asyncio.CancelledError:
+            self._is_sent = True
+            raise
+        except FAILURES as error:
+            self._is_sent = self._is_sent or may_have_happened(error)
+            raise
 
     async def _write(self, planned: Sequence[Planned], session: AsyncClientSession) -> bool:
         """False if a document was not as planned."""

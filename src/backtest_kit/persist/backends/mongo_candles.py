@@ -11,7 +11,7 @@ import numpy as np
 from bson.int64 import Int64
 from pymongo.errors import BulkWriteError
 
-from backtest_kit.errors import Damaged
+from backtest_kit.errors import BacktestKitError, Damaged, Outcome
 from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.persist.backends.mongo_client import Link
 from backtest_kit.persist.backends.mongo_documents import Document
@@ -63,7 +63,7 @@ class MongoCandleStore:
             )
             return [cast(bytes, batch) async for batch in cursor]
 
-        batches = await link.ask(f"read candles of {series.symbol}", question)
+        batches = await link.ask(f"read candles of {series.symbol}", question, in_parts=True)
         return CandleSeries.concat([_columns(batch, series) for batch in batches if batch])
 
     async def write(self, series: SeriesKey, candles: CandleSeries) -> int:
@@ -90,11 +90,16 @@ class MongoCandleStore:
         written = 0
         # One writer of a series at a time: of two who offer the same candles, one is first with all of them.
         async with link.turns.hold([(_CANDLE.name, self._namespace, series)]):
-            stored = await link.ask(doing, partial(_stored, link, name, candles))
+            stored = await link.ask(doing, partial(_stored, link, name, candles), in_parts=True)
             new = candles.take(~np.isin(candles.timestamp, stored))
             for start in range(0, len(new), _CHUNK):
                 documents = _documents(name, new[start : start + _CHUNK])
-                written += await link.ask(doing, partial(_insert, link, documents))
+                try:
+                    written += await link.ask(doing, partial(_insert, link, documents))
+                except BacktestKitError as error:
+                    if written:
+                        error.outcome = Outcome.UNKNOWN
+                    raise
                 crashpoint("mongo.between_candles")
         return written
 
@@ -121,15 +126,18 @@ async def _stored(link: Link, name: Document, candles: CandleSeries) -> list[int
 
 async def _insert(link: Link, documents: Sequence[Document]) -> int:
     """Insert what is not there; the unique index turns away what another process was first with."""
+    collection = link.collection(_CANDLE)
     try:
-        # Copies, because the driver adds an `_id` to what it is given, and a second attempt needs its own.
-        await link.collection(_CANDLE).insert_many([dict(each) for each in documents], ordered=False)
+        await collection.insert_many(documents, ordered=False)
     except BulkWriteError as error:
         details = error.details or {}
         refused = details.get("writeErrors", ())
         if not is_duplicate(error) or any(each.get("code") != refused[0]["code"] for each in refused):
             raise
-        return len(documents) - len(refused)
+        # The driver has given each an id. Those that are there were stored by an attempt that was not answered.
+        ids = [documents[each["index"]]["_id"] for each in refused]
+        ours = await collection.find({"_id": {"$in": ids}}, ["_id"]).to_list()
+        return len(documents) - len(refused) + len(ours)
     return len(documents)
 
 

@@ -19,7 +19,7 @@ from pymongo.write_concern import WriteConcern
 
 from backtest_kit.errors import Outcome, UserError
 from backtest_kit.persist.backends.mongo_documents import Document
-from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, translate
+from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, may_have_happened, translate
 from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.turns import Turns
@@ -68,14 +68,18 @@ class Link:
         self._writes += 1
         return f"{self.owner}:{self._writes}"
 
-    def is_mine(self, writer: object) -> bool:
-        """Whether a write of this link has left that name."""
-        return isinstance(writer, str) and writer.startswith(f"{self.owner}:")
-
     def next_tick(self) -> int:
-        """Grows with every write."""
+        """Grows with every write, and is above every one that was seen."""
         self._tick = max(self._tick + 1, time.time_ns() // 1000)
         return self._tick
+
+    def saw_tick(self, document: Document | None) -> int:
+        """The tick of a document, 0 if it has none. Another process, whose clock may be ahead, may have written it."""
+        tick = None if document is None else document.get("tick")
+        if not isinstance(tick, int):
+            return 0
+        self._tick = max(self._tick, tick)
+        return tick
 
     def collection(self, contract: Contract) -> AsyncCollection[Document]:
         """The documents of a contract, as safe as its durability asks."""
@@ -96,19 +100,34 @@ class Link:
     def patience(self) -> Patience:
         return Patience(self.settings.CC_MONGO_OPERATION_TIMEOUT_MS / 1000)
 
-    async def ask(self, doing: str, question: Callable[[], Awaitable[T]], patience: Patience | None = None) -> T:
-        """The answer to something that may be asked twice; asked again while the failure can heal and there is time.
+    async def ask(
+        self,
+        doing: str,
+        question: Callable[[], Awaitable[T]],
+        patience: Patience | None = None,
+        *,
+        in_parts: bool = False,
+    ) -> T:
+        """The answer to something that may be done twice; asked again while the failure can heal and there is time.
+
+        Where the answer comes in parts, however many, the server may take the time for each of them.
 
         Raises:
             RetryLater, UserError, OutOfSpace: it cannot, or the time is up.
         """
         patience = patience or self.patience()
+        outcome = Outcome.NOT_DONE
         while True:
             try:
-                return await question()
+                if in_parts:
+                    return await question()
+                async with asyncio.timeout(patience.left):
+                    return await question()
             except FAILURES as error:
+                if may_have_happened(error):
+                    outcome = Outcome.UNKNOWN
                 if not heals(error) or patience.is_over:
-                    raise self.failure(error, doing) from error
+                    raise self.failure(error, doing, outcome) from error
                 await patience.pause()
 
     def failure(self, error: BaseException, doing: str, outcome: Outcome = Outcome.NOT_DONE) -> Exception:
@@ -187,9 +206,11 @@ def _client(settings: MongoSettings) -> AsyncMongoClient[Document]:
     wanted: dict[str, Any] = {
         "serverSelectionTimeoutMS": settings.CC_MONGO_SERVER_SELECTION_TIMEOUT_MS,
         "connectTimeoutMS": settings.CC_MONGO_CONNECT_TIMEOUT_MS,
-        "socketTimeoutMS": settings.CC_MONGO_SOCKET_TIMEOUT_MS,
+        "socketTimeoutMS": min(settings.CC_MONGO_SOCKET_TIMEOUT_MS, settings.CC_MONGO_OPERATION_TIMEOUT_MS),
         "maxPoolSize": settings.CC_MONGO_POOL_SIZE,
         "appname": "backtest-kit",
+        # What was not answered is asked again here, for as long as there is time, and not once more behind our back.
+        "retryReads": False,
     }
     given = {name.lower() for name, _ in parse_qsl(url.partition("?")[2], keep_blank_values=True)}
     options = {name: value for name, value in wanted.items() if name.lower() not in given}

@@ -113,6 +113,8 @@ def _labelled(error: BaseException) -> bool:
 
 
 def _text(error: BaseException) -> str:
+    if type(error) is TimeoutError:
+        return "no answer in time"
     if isinstance(error, errors.OperationFailure):
         return str((error.details or {}).get("errmsg") or error)[:300]
     return f"{type(error).__name__}: {error}"[:300].partition(", Timeout:")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -92,10 +91,9 @@ def _persistence(info: Mapping[str, Any]) -> str:
 
 async def _keys(ids: IdCache) -> Reading:
     """How many entries are ours, and about what they take."""
-    pattern = re.sub(r"([\[\]*?\\^])", r"\\\1", ids.prefix) + "*"
     count, weighed, size, until = 0, 0, 0, time.monotonic() + _SCAN_SECONDS
     cut = ""
-    async for key in ids.client.scan_iter(match=pattern, count=1000):
+    async for key in ids.client.scan_iter(match=ids.pattern, count=1000):
         count += 1
         if weighed < _WEIGHED:
             size += await ids.client.memory_usage(key) or 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
@@ -11,22 +12,29 @@ from typing import Any, Final
 import redis.asyncio as redis_asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError, TimeoutError as RedisTimeoutError
 
 from backtest_kit.errors import UserError
 from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
 
 _FAILURES_TO_OPEN: Final = 3
 _PAUSE_SECONDS: Final = 5.0
+_SCAN: Final = 1_000
+"""Names looked at in one request."""
 
 _log = logging.getLogger("backtest_kit.mongo")
 
 
 class _Breaker:
-    """Passes Redis over after a few failures in a row, and lets one caller try it again after a pause."""
+    """Passes over what fails: at once if it is refused, after a few times if it is late.
 
-    def __init__(self, where: str, pause_seconds: float) -> None:
-        self._where = where
+    After a pause it lets one caller try again.
+    """
+
+    def __init__(self, broken: str, mended: str, pause_seconds: float) -> None:
+        """What the log says when it opens and when it closes."""
+        self._broken = broken
+        self._mended = mended
         self._pause_seconds = pause_seconds
         self._failures = 0
         self._try_again_at: float | None = None
@@ -49,16 +57,17 @@ class _Breaker:
         self._failures = 0
         if self._try_again_at is not None:
             self._try_again_at = None
-            _log.warning("Redis at %s answers again: reads take ids from it", self._where)
+            _log.warning("%s", self._mended)
 
     def failed(self, error: BaseException) -> None:
         self._failures += 1
-        if self._try_again_at is None and self._failures >= _FAILURES_TO_OPEN:
+        if self.is_open:
+            self._try_again_at = time.monotonic() + self._pause_seconds
+        elif self._failures >= _FAILURES_TO_OPEN or not isinstance(error, TimeoutError | RedisTimeoutError):
             self._try_again_at = time.monotonic() + self._pause_seconds
             _log.warning(
-                "Redis at %s fails (%s): every read goes to MongoDB alone, which is slower and just as right; "
-                "it is tried again every %g s",
-                self._where,
+                "%s (%s): slower, and just as right; it is tried again every %g s",
+                self._broken,
                 type(error).__name__,
                 self._pause_seconds,
             )
@@ -75,9 +84,21 @@ class IdCache:
         """
         seconds = settings.CC_REDIS_TIMEOUT_MS / 1000
         self.prefix: Final = f"{settings.CC_REDIS_PREFIX}:{database}:"
+        self.pattern: Final = re.sub(r"([\[\]*?\\^])", r"\\\1", self.prefix) + "*"
+        """What matches the names of this cache and no others."""
         self._ttl_seconds = settings.CC_REDIS_TTL_SECONDS
         self._timeout_seconds = seconds
-        self._breaker = _Breaker(mask(settings.redis_url), pause_seconds)
+        where = mask(settings.redis_url)
+        self._answers = _Breaker(
+            f"Redis at {where} fails, every read goes to MongoDB alone",
+            f"Redis at {where} answers again: reads take ids from it",
+            pause_seconds,
+        )
+        self._stores = _Breaker(
+            f"Redis at {where} takes no ids, reads of keys that it does not know go to MongoDB alone",
+            f"Redis at {where} takes ids again",
+            pause_seconds,
+        )
         try:
             self.client: Final[redis_asyncio.Redis] = redis_asyncio.Redis.from_url(
                 settings.redis_url,
@@ -87,34 +108,44 @@ class IdCache:
             )
         except ValueError:
             # Its text may quote the address with the password in it.
-            raise UserError(
-                f"the address of Redis {mask(settings.redis_url)} is not one: correct CC_REDIS_URL"
-            ) from None
+            raise UserError(f"the address of Redis {where} is not one: correct CC_REDIS_URL") from None
 
     @property
     def is_passed_over(self) -> bool:
         """Whether Redis failed lately, so that it is not asked."""
-        return self._breaker.is_open
+        return self._answers.is_open
 
     async def get(self, name: str) -> bytes | None:
         """What is stored under a name; nothing, if there is nothing or Redis does not say."""
-        found = await self._try(lambda: self.client.get(self.prefix + name))
+        found = await self._ask(self._answers, lambda: self.client.get(self.prefix + name))
         return found if isinstance(found, bytes) else None
 
     async def set(self, entries: Mapping[str, str]) -> None:
         """Store ids by name, over whatever is there."""
         if len(entries) == 1:
             ((name, value),) = entries.items()
-            await self._try(lambda: self.client.set(self.prefix + name, value, ex=self._ttl_seconds))
+            await self._ask(self._stores, lambda: self.client.set(self.prefix + name, value, ex=self._ttl_seconds))
         elif entries:
             pipeline = self.client.pipeline(transaction=False)
             for name, value in entries.items():
                 pipeline.set(self.prefix + name, value, ex=self._ttl_seconds)
-            await self._try(pipeline.execute)
+            await self._ask(self._stores, pipeline.execute)
 
     async def drop(self, name: str) -> None:
         """Forget a name."""
-        await self._try(lambda: self.client.delete(self.prefix + name))
+        await self._ask(self._answers, lambda: self.client.delete(self.prefix + name))
+
+    async def forget(self) -> int:
+        """Remove every entry of this database, and nothing else; return how many those were.
+
+        Raises:
+            RedisError: Redis does not do it.
+        """
+        count = 0
+        names = [name async for name in self.client.scan_iter(match=self.pattern, count=_SCAN)]
+        for start in range(0, len(names), _SCAN):
+            count += await self.client.unlink(*names[start : start + _SCAN])
+        return count
 
     async def close(self) -> None:
         try:
@@ -122,17 +153,24 @@ class IdCache:
         except (RedisError, OSError) as error:
             _log.debug("closing the connections to Redis: %s", type(error).__name__)
 
-    async def _try(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        if not self._breaker.lets_through():
+    async def _ask(self, refusals: _Breaker, call: Callable[[], Awaitable[Any]]) -> Any:
+        """What Redis answers, or nothing. `refusals` is told if the answer is that it will not."""
+        breaker = self._answers if self._answers.is_open else refusals
+        if not breaker.lets_through():
             return None
         try:
             async with asyncio.timeout(self._timeout_seconds * 2):
                 answer = await call()
-        except Exception as error:  # whatever a server that may be no Redis makes the client raise
-            if isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE"):
-                self._breaker.worked()
-            else:
-                self._breaker.failed(error)
+        except ResponseError as error:
+            is_refusal = not str(error).startswith("WRONGTYPE")
+            if is_refusal:
+                refusals.failed(error)
+            if not is_refusal or refusals is not self._answers:
+                self._answers.worked()
             return None
-        self._breaker.worked()
+        except Exception as error:  # whatever a server that may be no Redis makes the client raise
+            self._answers.failed(error)
+            return None
+        self._answers.worked()
+        refusals.worked()
         return answer

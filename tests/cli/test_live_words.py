@@ -1,0 +1,190 @@
+"""What `backtest-kit live` says and shows, without a run."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from rich.console import Console
+
+import backtest_kit as bk
+from backtest_kit.cli.live_view import view
+from backtest_kit.cli.live_words import TOLD, alarming, awaited, document, standing, words
+from backtest_kit.model.event import Identity
+from backtest_kit.model.interval import to_ms
+from backtest_kit.model.position import Entry, Extreme, Position, RestingEntry, Trade
+from backtest_kit.run.live import LiveStatus
+
+NOON = to_ms("2024-06-01T12:00")
+WHO = Identity("BTCUSDT", "trend", "binance", "", "live")
+NAMES: dict[str, Any] = {
+    "signal_id": "s-1", "symbol": "BTCUSDT", "strategy_name": "trend", "exchange_name": "binance", "frame_name": "",
+    "position": "long", "scheduled_at_ms": NOON,
+}  # fmt: skip
+MARK = Extreme(50_000.0, NOON, 0.0, 0.0)
+POSITION = Position(
+    **NAMES, price_open=50_000.0, price_take_profit=51_000.0, price_stop_loss=49_000.0, minutes=float("inf"),
+    opened_at_ms=NOON, entries=(Entry(50_000.0, 100.0, NOON),), peak=MARK, fall=MARK,
+)  # fmt: skip
+ENTRY = RestingEntry(
+    **NAMES, price_open=48_000.0, price_take_profit=51_000.0, price_stop_loss=47_000.0, minutes=60, cost=100.0
+)
+TRADE = Trade(
+    **NAMES, opened_at_ms=NOON, closed_at_ms=NOON, price_open=50_000.0, price_close=51_000.0,
+    price_take_profit=51_000.0,
+    price_stop_loss=49_000.0, original_price_open=50_000.0, original_price_take_profit=51_000.0,
+    original_price_stop_loss=49_000.0, close_reason="take_profit", cost=100.0, pnl_pct=1.6, pnl_cost=1.6, peak_pct=2.0,
+    fall_pct=-1.0, entries=POSITION.entries,
+)  # fmt: skip
+ORDER: dict[str, Any] = {"client_order_id": "s-1-2", "attempt": 1, "reason": "no answer", "next_step": "it waits"}
+SIGNAL = bk.Signal.bracket("long", price=50_000.0, take_profit_pct=2, stop_loss_pct=1)
+
+SAID: list[tuple[type[bk.Event], dict[str, Any], str, bool]] = [
+    (bk.Recovered, {}, "starts, with nothing held", False),
+    (
+        bk.Recovered,
+        {"position": POSITION, "down_ms": 720_000, "steps": ("asked the venue",)},
+        "starts 12 minutes after the last write, with long 100 from 50000, take profit 51000, stop loss 49000, "
+        "opened 2024-06-01T12:00Z; asked the venue",
+        False,
+    ),
+    (bk.Recovered, {"entry": ENTRY}, "starts, with a resting order, long 100 at 48000, take profit 51000, stop", False),
+    (bk.EntryScheduled, {"price": 1.0, "entry": ENTRY}, "rests an order: long 100 at 48000, take profit 51000", False),
+    (
+        bk.EntryCancelled,
+        {"price": 1.0, "entry": ENTRY, "reason": "price_reject"},
+        "gives up the long entry at 48000: price reject",
+        False,
+    ),
+    (bk.PositionOpened, {"price": 1.0, "position": POSITION}, "opened long 100 from 50000, take profit 51000", False),
+    (
+        bk.PositionChanged,
+        {"price": 1.0, "position": POSITION, "change": "stop_moved"},
+        "stop moved: long 100 from 50000, take profit 51000, stop loss 49000",
+        False,
+    ),
+    (bk.PositionClosed, {"price": 1.0, "trade": TRADE}, "closed long at 51000, take profit: +1.60 % (+1.60)", False),
+    (bk.BreakevenReached, {"price": 1.0, "position": POSITION}, "has earned its costs", False),
+    (
+        bk.RiskRejected,
+        {"price": 1.0, "signal": SIGNAL, "risk_name": "few", "reason": "too many"},
+        "signal refused by risk profile few: too many",
+        False,
+    ),
+    (bk.OrderFailed, {**ORDER, "kind": "move_stop"}, "order s-1-2 to move stop: no answer; it waits", False),
+    (
+        bk.OrderFailed,
+        {**ORDER, "kind": "check", "alarm": True},
+        "the venue does not tell how it stands there: no",
+        True,
+    ),
+    (
+        bk.OrphanFound,
+        {"what": "foreign_position", "quantity": 0.5, "next_step": "look at the venue"},
+        "foreign position: the venue holds 0.5; look at the venue",
+        True,
+    ),
+    (bk.Degraded, {"reason": "disk full", "kept": True}, "disk full; the emergency file has what it lacks", True),
+    (bk.Degraded, {"reason": "disk full", "kept": False}, "disk full; A CRASH NOW LOSES WHAT IT LACKS", True),
+    (bk.Healed, {}, "the store has everything again", False),
+    (bk.StrategyFailed, {"what": "manage", "error": KeyError("x")}, "manage raised KeyError: 'x'; the next", True),
+    (
+        bk.MinutesMissed,
+        {"count": 3, "first_ms": NOON, "reason": "no candle"},
+        "3 minutes from 2024-06-01T12:00Z on missed: no candle",
+        False,
+    ),
+    (bk.ClockJumped, {"by_ms": -2500}, "the wall clock was moved by -2.5 s", False),
+    (bk.Paused, {"paused": True}, "paused: the strategy is not asked", False),
+    (bk.Paused, {"paused": False}, "goes on: the strategy is asked again", False),
+    (bk.RunDone, {"trades": (TRADE,)}, "ended, 1 position closed in this run", False),
+    (bk.RunDone, {"trades": (), "cancelled": True}, "ended at once and left as it is, 0 positions closed", False),
+    (bk.RunFailed, {"error": bk.Conflict("taken")}, "ended by an error: taken", True),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "said", "alarm"), SAID)
+def test_an_event_in_words_and_as_json(kind: type[bk.Event], fields: dict[str, Any], said: str, alarm: bool) -> None:
+    event = kind(identity=WHO, when_ms=NOON, **fields)
+    assert said in words(event)
+    assert alarming(event) is alarm
+    told = json.loads(msgspec.json.encode(document(event)))
+    assert (told["action"], told["symbol"], told["when"]) == (kind.action, "BTCUSDT", "2024-06-01T12:00Z")
+
+
+def test_every_kind_that_is_told_is_tried() -> None:
+    assert set(TOLD) == {kind for kind, *_ in SAID} - {bk.RunFailed}
+
+
+def status_of(**fields: Any) -> LiveStatus:
+    given = {"identity": WHO, "when_ms": NOON, "next_ms": NOON + 60_000, "price": 50_100.0, "written_ms": NOON}
+    return LiveStatus(**{**given, "holder": "process 7 on here", "held": True, **fields})
+
+
+HELD: dict[str, Any] = {
+    "position": POSITION, "direction": "long", "price_open": 50_000.0, "pnl_pct": 0.2, "pnl_cost": 0.2,
+    "to_take_profit_pct": 1.8, "to_stop_loss_pct": 2.2,
+}  # fmt: skip
+WAITING: dict[str, Any] = {"entry": ENTRY, "direction": "long", "price_open": 48_000.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "at 50100, nothing held"),
+        (HELD, "long from 50000, +0.20 %, 1.80 % to its take profit, 2.20 % to its stop loss"),
+        (WAITING, "long waits for 48000"),
+        ({"degraded": "disk full"}, "DEGRADED"),
+        ({"held": False}, "LEASE LOST"),
+        ({"held": False, "ended": True, "stopping": True}, "nothing held, ended"),
+        ({"under_way": "s-1"}, "order s-1 under way"),
+        ({"paused": True, "missed": 4}, "paused, 4 minutes missed"),
+        ({"written_ms": NOON + 60_000}, "the clock is behind the last write, of 2024-06-01T12:01Z"),
+    ],
+)
+def test_how_a_run_stands(fields: dict[str, Any], said: str) -> None:
+    assert said in standing(status_of(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (HELD, "until its long position ends by itself: at 51000 or 49000"),
+        (WAITING, "for the next minute, to cancel its resting entry"),
+        ({"under_way": "s-1"}, "for the outcome of order s-1"),
+        ({"when_ms": 0}, "for its start to be over"),
+    ],
+)
+def test_what_a_stop_waits_for(fields: dict[str, Any], said: str) -> None:
+    assert awaited(status_of(**fields)) == said
+
+
+def drawn(statuses: list[LiveStatus], *, width: int = 120, height: int = 30) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
+    console.print(view("live  trend on binance", statuses, width, height))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("height", [12, 30, 60])
+def test_a_thousand_symbols_fit_and_what_matters_is_shown(height: int) -> None:
+    many = [status_of(identity=msgspec.structs.replace(WHO, symbol=f"COIN{n}")) for n in range(1000)]
+    many[500] = msgspec.structs.replace(many[500], **HELD)
+    many[900] = msgspec.structs.replace(many[900], held=False)
+    lines = drawn(many, height=height)
+    assert len(lines) < height
+    rows = [line.split()[0] for line in lines if "COIN" in line]
+    assert rows[:2] == ["COIN900", "COIN500"]
+    assert f"and {1000 - len(rows)} more" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+    troubled = status_of(**HELD, degraded="the disk is full " * 20, missed=7, under_way="s-1-2", clock_drift_ms=5000)
+    lines = drawn([troubled, status_of(**WAITING), status_of(when_ms=0, held=False, holder="")], width=width)
+    assert all(len(line) <= width for line in lines)
+    assert sum("DEGRADED, nothing new is opened: the disk is full" in line for line in lines) == 1
+    assert any(line.split()[:4] == ["BTCUSDT", "50100", "long", "50000"] for line in lines)

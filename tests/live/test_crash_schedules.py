@@ -1,0 +1,134 @@
+"""Random strategies on real candles, killed at random places, up to five times a run: their trades stay the same.
+
+The places are passages of crash points, of the runner and of its files. The seed of a failure is in its message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from tests.engine import test_against_reference as engine
+from tests.live.scripts import Random
+from tests.live.stage import Forks, Stage, fast_place, forking, stage
+
+import backtest_kit as bk
+from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.interval import MINUTE_MS
+
+pytestmark = [pytest.mark.crash, pytest.mark.slow]
+
+STRATEGIES = 20
+SCHEDULES = 10
+"""Of each strategy."""
+MINUTES = 240
+SEATS = 4
+
+
+def market(number: int) -> list[Any]:
+    """Minutes that really were; made-up ones where the recorded candles are not beside the project."""
+    name = engine.REAL[number % len(engine.REAL)]
+    if not (engine.DATA / f"{name}.csv.gz").exists():
+        print(f"{name} is not beside the project: the candles of this run are made up")
+        return engine.random_market(number)
+    return engine.real_market(name, number // len(engine.REAL))
+
+
+async def test_two_hundred_crash_schedules(tmp_path: Path) -> None:
+    seats = asyncio.Semaphore(SEATS)
+    with fast_place(tmp_path) as place:
+        async with forking() as forks:
+            plays = [play(forks, place / str(number), number, seats) for number in range(STRATEGIES)]
+            kills, wrong, trades = zip(*await asyncio.gather(*plays), strict=True)
+    deaths = [count for each in kills for count in each]
+    assert not any(wrong), "\n".join(each for found in wrong for each in found)
+    assert len(deaths) == STRATEGIES * SCHEDULES
+    assert min(deaths) >= 1
+    assert sum(deaths) >= 2 * STRATEGIES * SCHEDULES
+    assert sum(trades) > 5 * STRATEGIES
+
+
+async def play(forks: Forks, place: Path, seed: int, seats: asyncio.Semaphore) -> tuple[list[int], list[str], int]:
+    """How often each schedule has killed, what went wrong, and how many trades there were."""
+    rows = market(seed)
+    place.mkdir()
+    np.save(place / "market.npy", np.array(rows).T)
+    begin_ms = rows[engine.LEAD][0]
+    job = {
+        "script": f"random:{seed}",
+        "market": str(place / "market.npy"),
+        "begin_ms": begin_ms,
+        "end_ms": begin_ms + MINUTES * MINUTE_MS,
+    }
+    candles = CandleSeries.from_rows(rows)
+
+    async def run(name: str, crashes: list[str]) -> tuple[Stage, dict[str, Any]]:
+        async with (
+            seats,
+            stage(forks, place / name, candles=candles, symbols=("COINUSDT",), start_ms=begin_ms, **job) as here,
+        ):
+            await here.trade(crashes)
+            return here, here.outcome()
+
+    whole, expected = await run("whole", [])
+    wrong = [] if whole.check() == [] else [f"seed {seed}, unharmed: {whole.check()}"]
+    backtest = await asyncio.to_thread(backtested, place, rows, seed)
+    for live, tested in zip_longest(terms(expected["trades"]), backtest):
+        if live is None or tested is None or live[0] != tested[0] or live[1] != pytest.approx(tested[1], 1e-4, 1e-4):
+            wrong.append(f"seed {seed}: live made {live} and the backtest {tested}")
+    passed = {point: count for point, count in whole.end().passed.items() if point != "live.start.after_lease"}
+    kills = []
+    for number in range(SCHEDULES):
+        crashes = schedule(random.Random(f"{seed}-{number}"), passed)  # noqa: S311  # repeatable, not secret
+        here, found = await run(f"killed-{number}", crashes)
+        kills.append(here.kills)
+        said = f"seed {seed}, schedule {number}, killed at {crashes[: here.kills]}"
+        wrong += [f"{said}: {each}" for each in here.check()]
+        wrong += [
+            f"{said}: other {what}"
+            for what in ("trades", "records", "wallet", "books")
+            if found[what] != expected[what]
+        ]
+    return kills, wrong, len(expected["trades"])
+
+
+def schedule(dice: random.Random, passed: dict[str, int]) -> list[str]:
+    """One to five passages, one of each life."""
+    runner = [point for point in passed if point.startswith("live.")]
+    files = [point for point in passed if not point.startswith("live.")]
+    count = dice.randint(1, 5)
+    points = [dice.choice(dice.choice((runner, files))) for _ in range(count)]
+    return [f"{point}:{dice.randint(1, max(1, passed[point] // count))}" for point in points]
+
+
+def backtested(place: Path, rows: list[Any], seed: int) -> list[Any]:
+    """The trades of a backtest on the same candles that live would have known of by then."""
+    script = Random(seed)
+    kit = bk.Kit(place / "backtest")
+    kit.set_config(**script.settings)
+    first = rows[0][0]
+
+    async def get_candles(symbol: str, interval: str, since_ms: int, limit: int) -> list[Any]:
+        begin = (since_ms - first) // MINUTE_MS
+        return rows[max(begin, 0) : max(begin + limit, 0)]
+
+    kit.add_exchange_schema("venue", source=bk.sources.function(get_candles))
+    start_ms = rows[engine.LEAD][0]
+    kit.add_frame_schema("frame", start_date=start_ms, end_date=start_ms + (MINUTES + 1) * MINUTE_MS)
+    kit.add_strategy_schema("story", get_signal=script.get_signal, manage=script.manage, interval=script.interval)
+    result = kit.backtest.run_sync("COINUSDT", strategy_name="story", exchange_name="venue", frame_name="frame")
+    end_ms = start_ms + MINUTES * MINUTE_MS
+    return terms([msgspec.to_builtins(trade) for trade in result.trades if trade.closed_at_ms <= end_ms])
+
+
+def terms(trades: list[Any]) -> list[Any]:
+    """What every mode tells of its trades; costs at the venue are rounded in the last digits."""
+    exact = ("position", "openedAtMs", "closedAtMs", "closeReason", "closeNote")
+    close = ("priceOpen", "priceClose", "cost", "pnlPct", "pnlCost", "peakPct", "fallPct")
+    return [([trade[name] for name in exact], [trade[name] for name in close]) for trade in trades]

@@ -1,0 +1,231 @@
+"""Killed at every live crash point, whatever the exchange made of the order: it ends as the run that nobody killed.
+
+A bot trades the story of `scripts` on a venue's socket. For every crash point and every fate of an order it dies
+there by SIGKILL, starts again, dies there once more, and goes on to the end. Then position, cash, orders, fills,
+books and trades are those of a run with the same fate and no death, no order was sent again that the venue had
+carried out, and nobody has heard of anything twice.
+
+On files it is the whole matrix. On MongoDB + Redis it is a sample, every second crash point with one fate each, and
+the whole with KILL_MATRIX=whole in the environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pymongo
+import pytest
+from tests.live.scripts import START, STORY_MINUTES
+from tests.live.stage import Forks, differences, fast_place, forking, stage
+
+from backtest_kit.model.interval import MINUTE_MS
+from backtest_kit.persist.crashpoints import CRASHPOINTS
+from backtest_kit.simulation.faults import Fault
+
+pytestmark = pytest.mark.crash
+
+POINTS: Final = tuple(point for point in CRASHPOINTS if point.startswith("live."))
+KINDS: Final = tuple(dict.fromkeys(point.split(".")[1] for point in POINTS if point.endswith(".after_intent")))
+FATES: Final[dict[str, dict[str, Any] | None]] = {
+    "not_received": {"kind": "lose_request"},
+    "answer_lost": {"kind": "lose_response"},
+    "filled": None,
+    "partly_filled": {"kind": "partial", "fraction": "0.4"},
+    "filled_in_part_only": {"kind": "partial", "fraction": "0.4", "rest_expires": True},
+    "rejected": {"kind": "reject"},
+}
+"""What becomes of the first order of a kind."""
+REQUESTS: Final = {"move_take": ("move", 0), "breakeven": ("move", 1), "move_stop": ("move", 2)}
+"""Operation of the broker for a kind, where it is another one, and how many of them come before."""
+AT_ONCE: Final = (
+    ("open", "not_received"),
+    ("close", "not_received"),
+    ("close", "rejected"),
+    ("close", "filled_in_part_only"),
+)
+"""What is sent again by each start, and next minute by who was not killed: with a start more it goes through in the
+minute of the decision, as if nothing had been wrong."""
+SEATS: Final = 4
+"""Bots that trade at the same time."""
+Cell = tuple[str, str, str]
+"""A crash point, the kind of order whose fate it is, and that fate."""
+
+
+def impossible(kind: str, fate: str) -> str:
+    """Why a venue cannot treat an order of this kind so; empty where it can."""
+    if fate in ("partly_filled", "filled_in_part_only") and kind in ("move_take", "move_stop", "breakeven", "cancel"):
+        return "it buys and sells nothing"
+    if fate == "rejected" and kind == "activate":
+        return "it sends no order: the entry was taken when it was placed"
+    return ""
+
+
+def cells() -> list[Cell]:
+    found = []
+    for point in POINTS:
+        kind = point.split(".")[1]
+        struck = [kind] if kind in KINDS else ["close"] if kind in ("minute", "emergency") else ["open", "close"]
+        found += [(point, each, fate) for each in struck for fate in FATES if not impossible(each, fate)]
+    return found
+
+
+def faults_of(kind: str, fate: str) -> list[Fault]:
+    fault = FATES[fate]
+    if fault is None:
+        return []
+    operation, skip = REQUESTS.get(kind, (kind, 0))
+    if kind == "activate" and fault["kind"] == "partial":
+        operation = "place"  # what is activated later is filled as the entry was taken
+    return [Fault.convert({**fault, "endpoint": f"POST /broker/{operation}", "skip": skip})]
+
+
+def schedule(cell: Cell) -> tuple[list[str], dict[str, Any]]:
+    """Where to die one life after the other, and what else is wrong in the first."""
+    point, kind, _ = cell
+    if point.startswith("live.start."):
+        return [f"live.{kind}.after_intent", point, point], {}
+    if point.startswith("live.emergency."):
+        return [point], {"full_from_ms": START + 7 * MINUTE_MS}
+    return [point, point], {}
+
+
+class Theatre:
+    """Plays cells, a few at a time, and compares each with the run of its fate that nobody killed."""
+
+    def __init__(self, forks: Forks, place: Path, mongo: str = "") -> None:
+        self._forks = forks
+        self._place = place
+        self._mongo = mongo
+        """Address of the server whose databases are the stores; without one, they are files."""
+        self._seats = asyncio.Semaphore(SEATS)
+        self._oracles: dict[tuple[str, str], asyncio.Task[dict[str, Any]]] = {}
+        self.kills = 0
+        self.hit: set[str] = set()
+
+    async def play(self, cell: Cell) -> list[str]:
+        """What went wrong."""
+        point, kind, fate = cell
+        sooner = point == "live.start.after_resolve" and (kind, fate) in AT_ONCE
+        expected = await self.oracle(kind, "filled" if sooner else fate)
+        crashes, first = schedule(cell)
+        async with self._seats, self.stage("-".join(cell), kind, fate) as here:
+            await here.trade(crashes, **first)
+            wrong = here.check()
+            if here.kills:
+                self.hit.add(point)
+            else:
+                wrong.append("it was never killed")
+            self.kills += here.kills
+            if sooner and fate == "filled_in_part_only":
+                expected = {what: value for what, value in expected.items() if what not in ("orders", "fills")}
+            wrong += differences(expected, here.outcome())
+            return [f"{cell}: {each}" for each in wrong]
+
+    async def oracle(self, kind: str, fate: str) -> dict[str, Any]:
+        struck = ("", "filled") if fate == "filled" else (kind, fate)
+        if struck not in self._oracles:
+            self._oracles[struck] = asyncio.create_task(self._undisturbed(*struck))
+        return await self._oracles[struck]
+
+    async def _undisturbed(self, kind: str, fate: str) -> dict[str, Any]:
+        async with self._seats, self.stage(f"oracle-{kind}-{fate}", kind, fate) as here:
+            await here.trade()
+            assert here.check() == [], (kind, fate)
+            hits = [fault["hit"] for fault in here.faults.listed()]
+            assert hits == [1] * len(hits), (kind, fate, hits)
+            outcome: dict[str, Any] = here.outcome()
+            return outcome
+
+    def stage(self, name: str, kind: str, fate: str) -> Any:
+        store: dict[str, Any] = {"store": f"{self._mongo}{database(name)}"} if self._mongo else {}
+        return stage(
+            self._forks,
+            self._place / name,
+            faults=faults_of(kind, fate),
+            end_ms=START + STORY_MINUTES * MINUTE_MS,
+            **store,
+        )
+
+
+def database(name: str) -> str:
+    """A name for the database of a stage, short enough for a server."""
+    return f"kill-{zlib.crc32(name.encode()):08x}"
+
+
+async def play(cells: list[Cell], place: Path, mongo: str = "", **environment: str) -> Theatre:
+    async with forking(**environment) as forks:
+        theatre = Theatre(forks, place, mongo)
+        wrong = [each for found in await asyncio.gather(*map(theatre.play, cells)) for each in found]
+    assert not wrong, f"{len(wrong)} differences, the first are\n" + "\n".join(wrong[:20])
+    return theatre
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    with fast_place(tmp_path) as place:
+        yield place
+
+
+def test_the_matrix_is_whole() -> None:
+    assert len(POINTS) >= 40
+    assert len(cells()) >= 200
+    assert {point for point, *_ in cells()} == set(POINTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fate", FATES)
+async def test_killed_at_every_point_on_files(place: Path, fate: str) -> None:
+    chosen = [cell for cell in cells() if cell[2] == fate]
+    theatre = await play(chosen, place)
+    assert theatre.hit == {point for point, *_ in chosen}
+    assert theatre.kills >= len(chosen) * 1.5
+
+
+@pytest.mark.slow
+async def test_killed_on_mongo_and_redis(place: Path, mongo_address: str, redis_address: str) -> None:
+    # The disk that is full is the one of the bot's own files.
+    whole = [cell for cell in cells() if cell[0] != "live.emergency.after_write"]
+    chosen = whole if os.environ.get("KILL_MATRIX") == "whole" else sample(whole)
+    try:
+        theatre = await play(chosen, place, mongo_address, CC_REDIS_URL=redis_address, CC_REDIS_PREFIX="kill-matrix")
+    finally:
+        with pymongo.MongoClient[dict[str, Any]](mongo_address) as client:
+            for name in client.list_database_names():
+                if name.startswith("kill-"):
+                    client.drop_database(name)
+    assert theatre.hit == {point for point, *_ in chosen}
+
+
+def sample(whole: list[Cell]) -> list[Cell]:
+    chosen = []
+    for number, point in enumerate(POINTS[::2]):
+        fates = [cell for cell in whole if cell[0] == point]
+        chosen += fates[number % len(fates) : number % len(fates) + 1] if fates else []
+    return chosen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("done", [False, True], ids=["before_it_is_done", "once_it_is_done"])
+async def test_killed_while_the_answer_is_awaited(place: Path, done: bool) -> None:
+    """The venue has the request, and who sent it is dead: before it is carried out, and before the answer is sent."""
+    async with forking() as forks:
+        theatre = Theatre(forks, place)
+
+        async def play(kind: str) -> list[str]:
+            operation, skip = REQUESTS.get(kind, (kind, 0))
+            expected = await theatre.oracle("", "filled")
+            async with theatre.stage(f"{kind}-{done}", "", "filled") as here:
+                if not done:
+                    here.faults.add(Fault(kind="lose_request", endpoint=f"POST /broker/{operation}", skip=skip))
+                here.faults.deaths.append((operation, skip))
+                await here.trade()
+                wrong = here.check() + differences(expected, here.outcome())
+                return [f"{kind}: {each}" for each in [*wrong, *["it was not killed"] * (here.kills != 1)]]
+
+        wrong = [each for found in await asyncio.gather(*map(play, KINDS)) for each in found]
+    assert not wrong, "\n".join(wrong[:20])

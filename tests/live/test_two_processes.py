@@ -1,0 +1,101 @@
+"""Two processes on one position: one trades, the other is told; who was paused and taken over is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tests.live.scripts import START
+from tests.live.stage import Forks, fast_place, flat_candles, forking, stage, story_candles
+
+from backtest_kit.market.clock import AcceleratedClock
+from backtest_kit.model.interval import MINUTE_MS
+from backtest_kit.simulation.exchange import Terms
+
+pytestmark = pytest.mark.crash
+
+SYMBOLS = tuple(f"C{number}USDT" for number in range(20))
+KINDS = ("open", "place", "activate", "cancel", "add", "reduce", "close", "move_stop", "move_take", "breakeven")
+MOMENTS = ("after_intent", "after_broker", "after_commit")
+SEATS = 6
+
+
+async def test_of_two_that_race_for_a_position_one_trades_it(tmp_path: Path) -> None:
+    """Twenty positions in each of five races. The loser has sent nothing and names the winner."""
+    with fast_place(tmp_path) as place:
+        async with forking() as forks:
+            won = await asyncio.gather(*(race(forks, place / str(number)) for number in range(5)))
+    assert sum(won, start=0) == 5 * len(SYMBOLS)
+
+
+async def race(forks: Forks, place: Path) -> int:
+    candles = flat_candles(lambda minute: 100.0, 30)
+    # A clock that goes on: who has lost some of his positions does not wait for them any more.
+    clock = AcceleratedClock(START, 15.0)
+    async with stage(
+        forks, place, candles=candles, clock=clock, symbols=SYMBOLS, end_ms=START + 3 * MINUTE_MS, script="always",
+        lease_ttl=3.0,
+    ) as here:  # fmt: skip
+        bots = [await here.bot(actor=name, name=name, symbols=SYMBOLS) for name in ("one", "other")]
+        assert [await bot.ended() for bot in bots] == [0, 0], here.said()
+        errors = [here.end(name).errors for name in ("one", "other")]
+        for symbol in SYMBOLS:
+            refused = [each[symbol] for each in errors if symbol in each]
+            assert len(refused) == 1, (symbol, errors)
+            assert refused[0].startswith("Conflict")
+            assert f"{symbol} " in refused[0]
+            assert any(str(bot.pid) in refused[0] for bot in bots) or "taken by another process" in refused[0]
+        orders = [order for order in here.server.venue.exchanges["futures"].orders.values() if order.type == "market"]
+        assert sorted(order.symbol for order in orders) == sorted(SYMBOLS)
+        sent = [request for request in here.server.requests if request["path"] == "/broker/open"]
+        assert len(sent) == len(SYMBOLS)
+        assert here.heard("trouble") == []
+        return len(orders)
+
+
+async def test_who_was_paused_and_taken_over_is_refused(tmp_path: Path) -> None:
+    """Stopped at the worst moments of every kind of order; the successor goes on with it, once, and to the end."""
+    seats = asyncio.Semaphore(SEATS)
+    with fast_place(tmp_path) as place:
+        async with forking() as forks:
+
+            async def play(kind: str, moment: str) -> list[str]:
+                async with seats:
+                    return await paused(forks, place / f"{kind}-{moment}", f"live.{kind}.{moment}")
+
+            plays = [play(kind, moment) for kind in KINDS for moment in MOMENTS]
+            wrong = [each for found in await asyncio.gather(*plays) for each in found]
+    assert not wrong, "\n".join(wrong)
+
+
+async def paused(forks: Forks, place: Path, point: str) -> list[str]:
+    terms = Terms(client_ids="ever")
+    async with stage(
+        forks, place, candles=story_candles(), end_ms=START + 47 * MINUTE_MS, lease_ttl=2.0, venue={"terms": terms}
+    ) as here:
+        owner = await here.bot(actor="owner", crash=f"{point}:1:STOP")
+        await standing_still(owner.pid)
+        heir = await here.bot(actor="bot")
+        assert await heir.ended() == 0, here.said()
+        left = here.outcome()
+        written = {path: path.read_bytes() for path in sorted((place / "store").rglob("*.json"))}
+        os.kill(owner.pid, signal.SIGCONT)
+        assert await owner.ended() == 0, here.said()
+        wrong = [] if here.end("owner").errors.get("BTCUSDT", "").startswith("Conflict") else ["it was not refused"]
+        now = here.outcome()
+        wrong += [f"{what} has changed" for what in left if now[what] != left[what]]
+        wrong += [f"{path} has changed" for path, data in written.items() if path.read_bytes() != data]
+        trades = [trade["closeReason"] for trade in left["trades"]]
+        wrong += [] if trades == ["closed", "closed", "stop_loss", "closed"] else [f"trades: {trades}"]
+        return [f"{point}: {each}" for each in wrong]
+
+
+async def standing_still(pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < deadline, "it does not stop"
+        await asyncio.sleep(0.005)
