@@ -210,14 +210,48 @@ async def test_older_unique_index_is_named_and_the_shown_command_mends_it(
     assert not fails(await diagnosis(mongo_url), live=True)
 
 
-async def test_older_session_index_is_what_refuses_a_second_symbol(mongo_url: str, database: Database) -> None:
-    database["session-items"].create_index([("strategyName", 1), ("exchangeName", 1), ("frameName", 1)], unique=True)
-    store = store_at(mongo_url, CC_MONGO_OPERATION_TIMEOUT_MS=300)
-    await store.put(Write(SESSION, ("trend", "binance", "", "BTCUSDT", False), 1))
-    with pytest.raises(RetryLater):
-        await store.put(Write(SESSION, ("trend", "binance", "", "ETHUSDT", False), 2))
-    mend(database, await diagnosis(mongo_url))
-    await store.put(Write(SESSION, ("trend", "binance", "", "ETHUSDT", False), 2))
+OTHERS: list[tuple[str, dict[str, int], dict[str, Any], str]] = [
+    ("candle-items", {"symbol": 1, "interval": 1, "timestamp": 1}, {"unique": True}, "without namespace, exchangeName"),
+    ("session-items", {"strategyName": 1, "exchangeName": 1, "frameName": 1}, {"unique": True}, "symbol, backtest"),
+    ("signal-items", {"writtenAt": 1}, {"expireAfterSeconds": 3600}, "deletes documents after 3600 s"),
+]
+
+
+@pytest.mark.parametrize(("collection", "keys", "options", "said"), OTHERS, ids=[each[0] for each in OTHERS])
+async def test_database_with_an_index_that_loses_records_is_not_opened(
+    mongo_url: str, database: Database, collection: str, keys: dict[str, int], options: dict[str, Any], said: str
+) -> None:
+    """Such an index lets candles of a second exchange go without a word, and refuses or deletes what is money."""
+    name = database[collection].create_index(list(keys.items()), **options)
+    database[collection].create_index([("symbol", 1), ("when", -1)])  # of no use, and of no harm
+    store = store_at(mongo_url)
+    with pytest.raises(UserError, match=said) as caught:
+        await store.put(Write(SIGNAL, KEY, 1))
+    assert database["store-meta"].count_documents({}) == 0, "half a store was made"
+    shown = str(caught.value)
+    remedy = shown[shown.index("mongosh:") : shown.index(", or name")]
+    assert name in remedy
+    mend(database, [Reading("index", Status.FAULT, shown, remedy)])
+    await store.put(Write(SIGNAL, KEY, 1))
+    await store.close()
+
+
+async def test_position_that_another_program_has_left_is_named_and_keeps_live_from_starting(
+    mongo_url: str, database: Database
+) -> None:
+    await fill(mongo_url)
+    theirs = {"strategyName": "trend", "exchangeName": "binance", "symbol": "SOLUSDT", "payload": {"id": "s-9"}}
+    database["signal-items"].insert_one(theirs)
+    database["candle-items"].insert_one({"symbol": "BTCUSDT", "interval": "1m", "timestamp": 0})
+    faults = found(await diagnosis(mongo_url), Status.FAULT)
+    assert "signal-items has documents of another program" in faults
+    assert "SOLUSDT" in faults
+    assert "candle-items" not in faults
+    store = store_at(mongo_url)
+    with pytest.raises(UserError, match="SOLUSDT"):
+        await require_live_grade(store, allow_weak=True)
+    database["signal-items"].delete_one({"symbol": "SOLUSDT"})
+    await require_live_grade(store)
     await store.close()
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.pretty import pretty_repr
 
 from backtest_kit.errors import UserError
 from backtest_kit.kit import Kit
@@ -51,8 +53,12 @@ def test_setup_of_one_mode_leaves_the_others(kit: Kit, tmp_path: Path) -> None:
     assert kinds(kit, "backtest") == before
 
 
-def test_profile_is_the_table_of_the_reference(kit: Kit) -> None:
-    MongoSetup(kit).setup(modes=PROFILE)
+@pytest.mark.parametrize("before", [None, MODES, ["backtest"]], ids=str)
+def test_profile_is_the_table_of_the_reference(kit: Kit, before: Sequence[Mode] | None) -> None:
+    setup = MongoSetup(kit)
+    if before is not None:
+        setup.setup(modes=before)
+    setup.setup(modes=PROFILE)
     live, backtest = kinds(kit, "live"), kinds(kit, "backtest")
     table = {
         "session": ("MongoStore", "FileStore"),
@@ -76,10 +82,15 @@ def test_contract_bound_by_its_name_stays_there(kit: Kit) -> None:
     assert kinds(kit, "live")["log"] == "MemoryStore"
 
 
-@pytest.mark.parametrize("modes", ["live", ["dream"]], ids=str)
-def test_unknown_modes_are_refused(kit: Kit, modes: Any) -> None:
+@pytest.mark.parametrize("modes", ["live", ["dream"], ["live", "dream"], []], ids=str)
+def test_unknown_modes_and_none_are_refused_and_change_nothing(kit: Kit, modes: Any) -> None:
+    before, setup = kinds(kit, "live"), MongoSetup(kit)
     with pytest.raises(UserError, match="live, paper, backtest"):
-        MongoSetup(kit).setup(modes=modes)
+        setup.setup(modes=modes, CC_REDIS_HOST="cache")
+    with pytest.raises(UserError, match="live, paper, backtest"):
+        setup.install(modes=modes)
+    assert kinds(kit, "live") == before
+    assert setup.get_config() == MongoSettings()
 
 
 def test_settings_come_from_the_environment_and_then_from_the_program(
@@ -119,6 +130,7 @@ def test_bad_settings_are_named_together_and_change_nothing(kit: Kit) -> None:
         "mongodb://user:se/secret@x@host/db",
         "mongodb+srv://user:secret@host/?authMechanismProperties=AWS_SESSION_TOKEN:secret@x",
         "redis://:secret@host:6379",
+        "mongodb://user:se#secret[@host/db",
     ],
 )
 def test_no_password_is_shown(kit: Kit, url: str) -> None:
@@ -127,8 +139,69 @@ def test_no_password_is_shown(kit: Kit, url: str) -> None:
     field = "CC_REDIS_URL" if url.startswith("redis") else "CC_MONGO_CONNECTION_STRING"
     setup.set_config(**{field: url, "CC_REDIS_PASSWORD": "secret"})
     config = setup.get_config()
-    assert "secret" not in repr(config) + str(config) + f"{config}"
+    assert "secret" not in repr(config) + str(config) + f"{config}" + pretty_repr(config)
+    assert "CC_REDIS_PASSWORD='***'" in pretty_repr(config)
     assert config.redis_url.count("secret") == 1 or field == "CC_REDIS_URL"
+
+
+@pytest.mark.parametrize(
+    ("changes", "way_out"),
+    [
+        ({"CC_MONGO_CONNECTION_STRING": "user:secret@host/db"}, "mongodb://"),
+        ({"CC_MONGO_CONNECTION_STRING": "mongodb:user:secret@host/db"}, "mongodb://"),
+        ({"CC_MONGO_CONNECTION_STRING": ""}, "mongodb://"),
+        ({"CC_REDIS_URL": "default:se://secret@host:6379"}, "redis://"),
+        ({"CC_REDIS_HOST": "redis://:secret@host:6379"}, "CC_REDIS_URL"),
+        ({"CC_REDIS_HOST": "host:6379"}, "CC_REDIS_PORT"),
+    ],
+    ids=str,
+)
+def test_address_in_the_wrong_form_is_refused_without_its_password(
+    kit: Kit, changes: dict[str, Any], way_out: str
+) -> None:
+    setup = MongoSetup(kit)
+    with pytest.raises(UserError, match=next(iter(changes))) as caught:
+        setup.setup(**changes)
+    assert way_out in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert setup.get_config() == MongoSettings()
+
+
+@pytest.mark.parametrize("url", ["bot:secret@host/db", "mongodb:bot:secret@host/db", "mongo://bot:secret@host/db"])
+def test_address_of_no_store_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(UserError, match="mongodb://") as caught:
+        store_at(url)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "mongodb://127.0.0.1:9/live",
+        "mongodb://127.0.0.1:9",
+        "mongodb://127.0.0.1:9/?appName=bot",
+        "mongodb://127.0.0.1:9,127.0.0.1:10/live%2Done?replicaSet=rs0",
+        "mongodb://[::1]:9/live",
+        "mongodb://bot:p#w@127.0.0.1:9/live",
+        "mongodb://bot:p[w]@127.0.0.1:9/live?serverSelectionTimeoutMS=70",
+    ],
+)
+async def test_database_and_options_are_those_that_the_driver_reads(address: str) -> None:
+    """A position must not be looked for in another database, whatever letters the password has."""
+    store = store_at(address)
+    assert isinstance(store, MongoStore)
+    link = store.link()
+    assert link.database_name == link.mongo.get_default_database("backtest-kit").name
+    wanted = 0.07 if "serverSelectionTimeoutMS" in address else 5.0
+    assert link.mongo.options.server_selection_timeout == wanted
+    await store.close()
+
+
+async def test_name_of_a_collection_in_the_address_is_refused() -> None:
+    store = store_at("mongodb://bot:secret@127.0.0.1:9/live.signal-items")
+    with pytest.raises(UserError, match="has a dot") as caught:
+        await store.open()
+    assert "secret" not in str(caught.value)
 
 
 async def test_address_that_the_driver_refuses_is_named_without_its_password(kit: Kit) -> None:

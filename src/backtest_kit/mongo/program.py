@@ -41,15 +41,17 @@ class MongoSetup:
 
         Args:
             modes: All sixteen contracts of these modes; by default of all. `setup(modes=["live"])` leaves
-                paper and backtests as they are; `setup(modes="profile")` moves what `PROFILE` says.
+                paper and backtests as they are; `setup(modes="profile")` moves what `PROFILE` says, in place of
+                whatever was bound for a whole mode before.
             config: Settings by name, such as CC_REDIS_HOST="redis". What is not given comes from the
                 environment.
 
         Raises:
             UserError: as `set_config` and `install`.
         """
+        chosen = _checked(modes)
         self.set_config(**config)
-        self.install(modes=modes)
+        self._bind(chosen)
 
     def install(self, *, modes: Iterable[Mode] | Literal["profile"] = MODES) -> None:
         """Bind the contracts to MongoDB as it is configured now. A contract that was bound by its own name stays there.
@@ -57,12 +59,7 @@ class MongoSetup:
         Raises:
             UserError: there is no such mode, the environment has a bad value, or a package is missing.
         """
-        if isinstance(modes, str) and modes != PROFILE:
-            raise UserError(f"modes is {modes!r}: give a list of {', '.join(MODES)}, or {PROFILE!r}")
-        chosen: list[Mode | None] = [None] if isinstance(modes, str) else list(modes)
-        store = self._current()
-        for mode in chosen:
-            self._kit.persistence.bind(EVERY, store, mode=mode)
+        self._bind(_checked(modes))
 
     def set_config(self, **changes: object) -> None:
         """Change settings by name. They count from the next `setup`, `install`, `get_mongo` or `get_redis`.
@@ -107,6 +104,15 @@ class MongoSetup:
         log.addHandler(self._handler)
         log.propagate = False
 
+    def _bind(self, modes: Iterable[Mode | None]) -> None:
+        store = self._current()
+        for mode in modes:
+            if mode is None:
+                # What was bound for a whole mode would hide the profile.
+                for each in MODES:
+                    self._kit.persistence.unbind(each)
+            self._kit.persistence.bind(EVERY, store, mode=mode)
+
     def _current(self) -> MongoStore:
         """The store of the settings in force; the same one for as long as they are the same."""
         settings = self.get_config()
@@ -114,6 +120,16 @@ class MongoSetup:
             backend = import_backend("backtest_kit.persist.backends.mongo")
             self._store = backend.MongoStore(settings.CC_MONGO_CONNECTION_STRING, settings=settings)
         return self._store
+
+
+def _checked(modes: Iterable[Mode] | Literal["profile"]) -> list[Mode | None]:
+    """The modes to bind, where None stands for the profile; a `UserError` before anything is bound if one is none."""
+    if modes == PROFILE:
+        return [None]
+    chosen: list[Mode | None] = [] if isinstance(modes, str) else list(modes)
+    if not chosen or not {*chosen} <= {*MODES}:
+        raise UserError(f"modes is {modes!r}: give a list of {', '.join(MODES)}, or {PROFILE!r}")
+    return chosen
 
 
 class _Forwarding(logging.Handler):

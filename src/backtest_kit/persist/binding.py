@@ -114,6 +114,12 @@ class Persistence:
         else:
             self._bindings[contract_name, mode] = store
 
+    def unbind(self, mode: Mode) -> None:
+        """Undo `bind("*", store, mode=mode)`, if it was called: the default profile holds in that mode again."""
+        store = self._bindings.pop((EVERY, mode), None)
+        if store is not None:
+            self._used[id(store)] = store  # it is closed with this object all the same
+
     def store_for(self, row: Contract, mode: Mode, run: str | None = None) -> Store:
         """The store that keeps `row` in `mode`, in the namespace of that mode and run."""
         check_mode(mode)

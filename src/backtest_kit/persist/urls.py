@@ -38,7 +38,7 @@ def store_at(url: str, *, existing: bool = False) -> Store:
         return cast(Store, import_backend("backtest_kit.persist.backends.mongo").MongoStore(url, existing=existing))
     if scheme not in _BACKENDS:
         forms = ", ".join(f"{name}:{example}" for name, (_, _, example) in _BACKENDS.items()) + ", mongodb://host/name"
-        raise UserError(f"the store {shown(url)!r} has no known backend: write one of {forms}")
+        raise UserError(f"the store {mask(url)!r} has no known backend: write one of {forms}")
     module, name, example = _BACKENDS[scheme]
     if bool(path) != bool(example):
         raise UserError(f"the store {url!r} is not complete or says too much: write {scheme}:{example}")

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote_plus
 
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.collection import AsyncCollection
@@ -17,7 +17,7 @@ from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
-from backtest_kit.errors import Outcome
+from backtest_kit.errors import Outcome, UserError
 from backtest_kit.persist.backends.mongo_documents import Document
 from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, may_have_happened, translate
 from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
@@ -189,8 +189,16 @@ class Links:
 
 
 def database_of(url: str) -> str:
-    """The name of the database in an address of MongoDB."""
-    return unquote(urlsplit(url).path.strip("/")) or DEFAULT_DATABASE
+    """The name of the database in an address of MongoDB, read as the driver reads it.
+
+    Raises:
+        UserError: it names a collection as well.
+    """
+    # Not as other addresses are read: a # or a [ is an ordinary letter of a password here.
+    name = unquote_plus(url.partition("://")[2].partition("?")[0].partition("/")[2])
+    if "." in name:
+        raise UserError(f"the database in {mask(url)} has a dot in its name: correct CC_MONGO_CONNECTION_STRING")
+    return name or DEFAULT_DATABASE
 
 
 def _client(settings: MongoSettings) -> AsyncMongoClient[Document]:
@@ -204,7 +212,7 @@ def _client(settings: MongoSettings) -> AsyncMongoClient[Document]:
         # What was not answered is asked again here, for as long as there is time, and not once more behind our back.
         "retryReads": False,
     }
-    given = {name.lower() for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True)}
+    given = {name.lower() for name, _ in parse_qsl(url.partition("?")[2], keep_blank_values=True)}
     options = {name: value for name, value in wanted.items() if name.lower() not in given}
     try:
         return AsyncMongoClient(url, **options)

@@ -14,12 +14,20 @@ from pymongo.errors import OperationFailure
 from backtest_kit.errors import BacktestKitError
 from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, Link
 from backtest_kit.persist.backends.mongo_documents import ROWS, Document
-from backtest_kit.persist.backends.mongo_schema import META, VERSION, check_version, indexes_of
+from backtest_kit.persist.backends.mongo_schema import (
+    META,
+    VERSION,
+    check_version,
+    drop_command,
+    harm_of,
+    indexes_of,
+    indexes_there,
+    shown_fields,
+)
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.diagnosis import Reading, Status, median_ms
 
 CLOCKS_APART_MS: Final = 1_000
-_NO_NAMESPACE: Final = 26
 _FULL_BYTES: Final = 64 << 20
 _TIGHT_BYTES: Final = 1 << 30
 
@@ -47,7 +55,11 @@ async def examine_mongo(link: Link, samples: int) -> list[Reading]:
         readings += [await _reading(link, samples), await _writing(link, samples), *await _space(link)]
         schema = await _schema(link)
         is_cluster = hello.get("msg") == "isdbgrid"
-        readings += [schema, *await _all_indexes(link, is_new=schema.status is Status.NEW, is_cluster=is_cluster)]
+        readings += [
+            schema,
+            *await _strangers(link),
+            *await _all_indexes(link, is_new=schema.status is Status.NEW, is_cluster=is_cluster),
+        ]
     except BacktestKitError as error:
         readings.append(Reading("database", Status.FAULT, str(error)))
     return readings
@@ -144,28 +156,37 @@ async def _schema(link: Link) -> Reading:
     return Reading("schema", Status.OK, f"version {version['schemaVersion']}")
 
 
+async def _strangers(link: Link) -> list[Reading]:
+    """Positions that another program has left under the same names: no read of this one finds them."""
+    readings = []
+    for contract in ROWS.values():
+        if contract.durability is not Durability.MONEY:
+            continue
+        money = link.collection(contract)
+        found = await link.ask("look for strangers", lambda items=money: items.find_one({"namespace": None}))  # type: ignore[misc]
+        if found is not None:
+            key = {field: found[field] for field in contract.key_fields if field in found}
+            says = f"{contract.collection} has documents of another program, such as {key}: this one does not see them"
+            remedy = (
+                "name a database of its own in CC_MONGO_CONNECTION_STRING; or close what they hold with the program "
+                "that made them, and delete them"
+            )
+            readings.append(Reading("records of others", Status.FAULT, says, remedy))
+    return readings
+
+
 # -- indexes ---------------------------------------------------------------------------------------------
 
 
 async def _all_indexes(link: Link, *, is_new: bool, is_cluster: bool) -> list[Reading]:
     readings = []
     for contract in ROWS.values():
-        found = await link.ask("list the indexes", lambda row=contract: _indexes_there(link, row))  # type: ignore[misc]
+        found = await link.ask("list the indexes", lambda row=contract: indexes_there(link, row))  # type: ignore[misc]
         readings += _indexes_of(contract, found, is_new=is_new, is_cluster=is_cluster)
     if not readings:
         says = "none yet" if is_new else f"all there, in {len(ROWS)} collections, and no others"
         readings.append(Reading("indexes", Status.OK, says))
     return readings
-
-
-async def _indexes_there(link: Link, contract: Contract) -> list[Document]:
-    try:
-        cursor = await link.database[contract.collection].list_indexes()
-        return [dict(each) for each in await cursor.to_list() if each["name"] != "_id_"]
-    except OperationFailure as error:
-        if error.code == _NO_NAMESPACE:
-            return []
-        raise
 
 
 def _indexes_of(contract: Contract, found: Sequence[Document], *, is_new: bool, is_cluster: bool) -> list[Reading]:
@@ -176,11 +197,11 @@ def _indexes_of(contract: Contract, found: Sequence[Document], *, is_new: bool, 
     readings = []
     for index in found:
         name = index["name"]
-        reason = None if name in there else _harm(contract, index)
+        reason = None if name in there else harm_of(contract, index)
         if name in ours and name not in there:
-            reason = reason or f"{name} is of another form than this version's: {_fields(index)}"
+            reason = reason or f"{name} is of another form than this version's: {shown_fields(index)}"
         if reason:
-            remedy = f"mongosh: {collection}.dropIndex({json.dumps(name)})"
+            remedy = drop_command(contract, name)
             readings.append(Reading(subject, Status.FAULT, reason, remedy))
     for name, model in ours.items():
         if not is_new and name not in {each["name"] for each in found}:
@@ -192,25 +213,13 @@ def _indexes_of(contract: Contract, found: Sequence[Document], *, is_new: bool, 
             readings.append(
                 Reading(subject, Status.FAULT if is_unique else Status.WARNING, f"{name} is missing: {lost}", remedy)
             )
-    idle = sorted(each["name"] for each in found if each["name"] not in ours and not _harm(contract, each))
+    idle = sorted(each["name"] for each in found if each["name"] not in ours and not harm_of(contract, each))
     # On a cluster, the index of a shard key is needed whatever it looks like.
     if idle and not is_cluster:
         says = f"{', '.join(idle)}: no query of this program uses them, and every write pays for them"
         drop = f"dropIndexes({json.dumps(idle)})" if len(idle) > 1 else f"dropIndex({json.dumps(idle[0])})"
         readings.append(Reading(subject, Status.WARNING, says, f"mongosh: {collection}.{drop}"))
     return readings
-
-
-def _harm(contract: Contract, index: Document) -> str | None:
-    """Why an index must not be there: it refuses records that are different ones, or removes them."""
-    if "expireAfterSeconds" in index:
-        return f"{index['name']} deletes documents after {index['expireAfterSeconds']} s"
-    full = {"namespace", *contract.key_fields}
-    if index.get("unique") and not full <= set(index["key"]):
-        missing = ", ".join(field for field in ("namespace", *contract.key_fields) if field not in index["key"])
-        says = f"{index['name']} is unique on {_fields(index)}, without {missing}"
-        return f"{says}: it refuses the second record that differs only there"
-    return None
 
 
 def _is_same(index: Document, model: IndexModel) -> bool:
@@ -220,7 +229,3 @@ def _is_same(index: Document, model: IndexModel) -> bool:
     return (
         plain and same_keys == list(wanted["key"].items()) and bool(index.get("unique")) == bool(wanted.get("unique"))
     )
-
-
-def _fields(index: Document) -> str:
-    return f"({', '.join(index['key'])})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Final
 
 from pymongo import IndexModel
@@ -22,6 +23,7 @@ VERSION: Final = {"_id": "schema"}
 _FLUSH: Final = {"_id": "flush"}
 _INDEX_OF_ANOTHER_FORM: Final = frozenset((85, 86))
 _DUPLICATES: Final = 11000
+_NO_NAMESPACE: Final = 26
 
 
 def indexes_of(contract: Contract) -> list[IndexModel]:
@@ -39,7 +41,8 @@ async def prepare(link: Link, *, existing: bool) -> None:
     With `existing` nothing is made.
 
     Raises:
-        UserError: a unique index is forbidden by what is in a collection; with `existing`, it is no store.
+        UserError: a unique index is forbidden by what is in a collection, or an index of somebody else's refuses or
+            deletes records; with `existing`, it is no store.
         NewerSchema: a newer version of this program has written to the database.
         RetryLater: the server cannot be asked.
     """
@@ -52,7 +55,10 @@ async def prepare(link: Link, *, existing: bool) -> None:
         if version is None:
             raise UserError(f"the database {link.database_name} at {link.where} is no store: name another one")
         return
-    await asyncio.gather(*(_make_indexes(link, contract) for contract in ROWS.values()))
+    # All to their end, also when one fails: none may still be at work on a link that is closed because of it.
+    for outcome in await asyncio.gather(*(_make_indexes(link, row) for row in ROWS.values()), return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
     crashpoint("mongo.after_indexes")
     if version is None:
         first = {"$setOnInsert": {"schemaVersion": SCHEMA_VERSION, "createdAt": now_ms()}}
@@ -83,20 +89,67 @@ def check_version(link: Link, version: Document | None) -> None:
 
 
 async def _make_indexes(link: Link, contract: Contract) -> None:
-    collection = link.collection(contract).with_options(write_concern=link.named(META, Durability.MONEY).write_concern)
+    doing = f"make the indexes of {contract.collection}"
     try:
-        await link.ask(f"make the indexes of {contract.collection}", lambda: _create(collection, contract))
+        there = await link.ask(doing, lambda: _create(link, contract))
     except _Refused as refused:
         raise UserError(_explain(link, contract, refused.error)) from refused.error
+    if there == 1 + len(indexes_of(contract)):
+        return  # ours and that of the ids
+    for index in await link.ask(doing, lambda: indexes_there(link, contract)):
+        if harm := harm_of(contract, index):
+            raise UserError(
+                f"the collection {contract.collection} of {link.database_name} at {link.where} has an index of another "
+                f"program or version: {harm}. Drop it, {drop_command(contract, index['name'])}, or name a new database "
+                "in CC_MONGO_CONNECTION_STRING"
+            )
 
 
-async def _create(collection: object, contract: Contract) -> None:
+async def _create(link: Link, contract: Contract) -> int | None:
+    """Make the indexes that are missing; returns how many the collection has now, where the server says so."""
+    indexes = [model.document for model in indexes_of(contract)]
+    concern = link.named(META, Durability.MONEY).write_concern.document
     try:
-        await collection.create_indexes(indexes_of(contract))  # type: ignore[attr-defined]
+        answer: Document = await link.database.command(
+            "createIndexes", contract.collection, indexes=indexes, writeConcern=concern
+        )
     except OperationFailure as error:
         if error.code in (_DUPLICATES, *_INDEX_OF_ANOTHER_FORM):
             raise _Refused(error) from error
         raise
+    return answer.get("numIndexesAfter")
+
+
+async def indexes_there(link: Link, contract: Contract) -> list[Document]:
+    """Every index of a collection but that of the ids."""
+    try:
+        cursor = await link.database[contract.collection].list_indexes()
+        return [dict(each) for each in await cursor.to_list() if each["name"] != "_id_"]
+    except OperationFailure as error:
+        if error.code == _NO_NAMESPACE:
+            return []
+        raise
+
+
+def harm_of(contract: Contract, index: Document) -> str | None:
+    """Why an index must not be there: it refuses records that are different ones, or removes them."""
+    if "expireAfterSeconds" in index:
+        return f"{index['name']} deletes documents after {index['expireAfterSeconds']} s"
+    full = {"namespace", *contract.key_fields}
+    if index.get("unique") and not full <= set(index["key"]):
+        missing = ", ".join(field for field in ("namespace", *contract.key_fields) if field not in index["key"])
+        says = f"{index['name']} is unique on {shown_fields(index)}, without {missing}"
+        return f"{says}: it refuses the second record that differs only there"
+    return None
+
+
+def shown_fields(index: Document) -> str:
+    return f"({', '.join(index['key'])})"
+
+
+def drop_command(contract: Contract, name: str) -> str:
+    """The line that removes an index."""
+    return f"mongosh: db[{json.dumps(contract.collection)}].dropIndex({json.dumps(name)})"
 
 
 class _Refused(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from ipaddress import IPv6Address
 from typing import Annotated, Final
 from urllib.parse import quote
 
@@ -55,9 +56,11 @@ class MongoSettings(msgspec.Struct, frozen=True, kw_only=True):
         host = f"[{self.CC_REDIS_HOST}]" if ":" in self.CC_REDIS_HOST else self.CC_REDIS_HOST
         return f"redis://{secret}{host}:{self.CC_REDIS_PORT}"
 
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        return [(name, _shown(name, getattr(self, name))) for name in self.__struct_fields__]
+
     def __repr__(self) -> str:
-        shown = (f"{name}={_shown(name, getattr(self, name))!r}" for name in self.__struct_fields__)
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
 
     __str__ = __repr__
 
@@ -66,7 +69,7 @@ def mask(url: str) -> str:
     """An address without what may be secret in it: the credentials, and the values of its options."""
     head, query, options = url.partition("?")
     # Up to the last @: a password that should have been escaped may have one, or a slash, in it.
-    head = re.sub(r"://.*@", "://***@", head if "@" not in options else url)
+    head = re.sub(r"(?s)^(\w[\w+.-]*://)?.*@", r"\1***@", head if "@" not in options else url)
     return head if "@" in options or not query else f"{head}?..."
 
 
@@ -100,8 +103,13 @@ def with_changes(base: MongoSettings, changes: Mapping[str, object]) -> MongoSet
     settings = msgspec.structs.replace(base, **values)
     for name, schemes in _SCHEMES.items():
         url = getattr(settings, name)
-        if url and not url.startswith(schemes):
+        if not url.startswith(schemes) and (url or name == "CC_MONGO_CONNECTION_STRING"):
             problems.append(f"{name} is {mask(url)!r}: begin it with one of {', '.join(schemes)}")
+    if not _is_host(settings.CC_REDIS_HOST):
+        problems.append(
+            f"CC_REDIS_HOST is {mask(settings.CC_REDIS_HOST)!r}: write the name of a host or its IP address alone; "
+            "its port goes into CC_REDIS_PORT, a whole address into CC_REDIS_URL"
+        )
     if problems:
         raise UserError("; ".join(problems))
     return settings
@@ -111,6 +119,16 @@ _SCHEMES: Final = {
     "CC_MONGO_CONNECTION_STRING": ("mongodb://", "mongodb+srv://"),
     "CC_REDIS_URL": ("redis://", "rediss://", "unix://"),
 }
+
+
+def _is_host(text: str) -> bool:
+    """Whether it is a host, or nothing."""
+    if ":" in text:
+        try:
+            return bool(IPv6Address(text))
+        except ValueError:
+            return False
+    return not re.search(r"[\s/@?#]", text)
 
 
 def _shown(name: str, value: object) -> object:
