@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from backtest_kit.errors import Conflict
 from backtest_kit.model.event import Event, Mode
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Write
-from backtest_kit.records.notification import NOTIFICATION, notification_writes
+from backtest_kit.records.notification import NOTIFICATION, notification_of, notification_writes
 from backtest_kit.records.signals import RECENT, STORAGE, signal_writes
 
 if TYPE_CHECKING:
@@ -55,6 +55,10 @@ class Observer:
                 raise result
         if mode != "backtest" and any(write.contract is NOTIFICATION for write in writes):
             self._deliveries.wake(mode)
+
+    def urge(self, events: Sequence[Event], mode: Mode) -> None:
+        """Have people hear of `events` that could not be kept. Kept later, they are not told again."""
+        self._deliveries.urge(mode, filter(None, map(notification_of, events)))
 
     async def _put(self, persistence: Persistence, write: Write, mode: Mode, run_id: str | None) -> None:
         store = persistence.store_for(write.contract, mode, run_id)
