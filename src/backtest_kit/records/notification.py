@@ -101,7 +101,7 @@ def notification_of(event: Event) -> Notification | None:
             return _about(event, what, "warning", signal_id=signal_id, price=event.price, reason=event.reason)
         case RunFailed():
             reason = f"{type(event.error).__name__}: {event.error}"
-            return _about(event, f"failed: {reason}", "alarm", reason=reason)
+            return _about(event, reason, "alarm", reason=reason)
         case _:
             return _of_trading(event)
 
