@@ -26,20 +26,26 @@ def plain(text: str) -> list[str]:
     return [line.rstrip() for line in WALL_CLOCK.sub(r"\1...", text).splitlines() if line.strip()]
 
 
+def renamed(text: str, names: dict[str, str]) -> str:
+    return RUN_ID.sub(lambda found: names.get(found[0], found[0]), text)
+
+
 def test_the_page_shows_what_its_commands_print(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("CC_", "MODEL_"))}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    shown = session()
-    assert len(shown) > 5
-    names: dict[str, str] = {}
-    for command, expected in shown:
-        typed = RUN_ID.sub(lambda found: names.get(found[0], found[0]), command)
+    assert len(session()) > 5
+    real: dict[str, str] = {}
+    for command, expected in session():
         done = subprocess.run(  # noqa: S602  # the page is typed into a shell
-            typed, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            renamed(command, real),
+            shell=True,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
-        names |= dict(zip(RUN_ID.findall(expected), RUN_ID.findall(done.stdout), strict=False))
-        ours = {real: shown_id for shown_id, real in names.items()}
-        printed = RUN_ID.sub(lambda found: ours.get(found[0], found[0]), done.stdout)  # noqa: B023
-        assert plain(printed) == plain(expected), command
+        real |= dict(zip(RUN_ID.findall(expected), RUN_ID.findall(done.stdout), strict=False))
+        assert plain(renamed(done.stdout, {ours: shown for shown, ours in real.items()})) == plain(expected), command
