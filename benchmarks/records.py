@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import backtest_kit as bk
 from backtest_kit.persist.urls import store_at
@@ -53,6 +54,18 @@ async def measure(address: str, place: Path, notes: int, times: int) -> None:
         ("state.get", state.get),
         ("a cached answer", lambda: ask("up or down?", when=0)),
         ("memory.write", lambda: memory.write("again", text(chance))),
+    ):
+        print(f"  {name:38} {await median_ms(times, call):8.3f} ms")
+    kit.persistence.keep_history("state")
+    kept = kit.persistence.state
+    slot: dict[str, Any] = {"signal_id": "s-1", "bucket_name": "plan"}
+    moments = iter(range(1, times + 1))
+    chance_of = iter(chance.choices(range(1, times + 1), k=times))
+    for name, call in (
+        ("state.update, with history", lambda: state.update(lambda count: count + 1, 0)),
+        ("state.write, with history", lambda: kept.write("a plan", when=next(moments), **slot)),
+        ("state.read as_of the last moment", lambda: kept.read(as_of=times, **slot)),
+        (f"state.read as_of any of {times} moments", lambda: kept.read(as_of=next(chance_of), **slot)),
     ):
         print(f"  {name:38} {await median_ms(times, call):8.3f} ms")
     for start in range(0, notes, 100):

@@ -80,6 +80,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How long a cached answer is kept, in days."""
     CC_RETENTION_INTERVAL_DAYS: float = 90.0
     """How long it is remembered that the work of a window was done, in days."""
+    CC_RETENTION_HISTORY_DAYS: float = 30.0
+    """How long what a record was before is kept after it was replaced, in days, where history is kept at all."""
     CC_RETENTION_REMOVED_DAYS: float = 90.0
     """How long a removed record is kept for those who ask what was removed, in days."""
     CC_RETENTION_RUN_DAYS: float = 30.0

@@ -15,6 +15,7 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import to_ms
 from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Delete, Kind
+from backtest_kit.persist.history import HistoryStore
 from backtest_kit.persist.keys import check_key
 from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, KeyPart, SeriesKey, Store, Write
 from backtest_kit.persist.urls import store_at
@@ -104,16 +105,40 @@ class ContractAdapter(_Door):
     than that moment is not there.
     """
 
+    def keep_history(self) -> None:
+        """Keep what these records were before, for reads `as_of` a moment. As `Persistence.keep_history`."""
+        self._persistence.keep_history(self._contract.name)
+
     async def read(
-        self, *, when: When | None = None, mode: Mode = "live", run: str | None = None, **key: KeyPart
+        self,
+        *,
+        when: When | None = None,
+        as_of: When | None = None,
+        mode: Mode = "live",
+        run: str | None = None,
+        **key: KeyPart,
     ) -> Any:
         """The value under a key, or None if there is none, it was removed, or it is later than `when`.
 
+        `as_of` takes the value as it stood at that moment, whatever has replaced it since.
+
         Raises:
-            UserError: the key has missing, unknown or ill-typed fields; the message lists them.
+            UserError: the key has missing, unknown or ill-typed fields; the message lists them. Or `as_of` is given
+                and no history was kept, or not that far back (`NotKept`).
             Damaged, RetryLater: as `Store.get`.
         """
-        record = await self._store(mode, run).get(self._contract, self._key(key))
+        store, name = self._store(mode, run), self._key(key)
+        if as_of is not None:
+            if when is not None:
+                raise UserError(f"when={when!r} and as_of={as_of!r} are both given: choose one")
+            if not isinstance(store, HistoryStore):
+                raise UserError(
+                    f"no history is kept of {self._contract.name}, so nobody knows what it was at {as_of}: call "
+                    f"{adapter_name(self._contract)}.keep_history() where the program starts, for what comes then"
+                )
+            was = await store.as_of(self._contract, name, to_ms(as_of, what="as_of"))
+            return None if was is None or was.removed else decode(was.value)
+        record = await store.get(self._contract, name)
         now_ms = None if when is None else to_ms(when, what="when")
         return None if record is None or record.removed or record.later_than(now_ms) else decode(record.value)
 

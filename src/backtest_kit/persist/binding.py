@@ -12,6 +12,7 @@ from backtest_kit.persist import diagnosis
 from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, contract
+from backtest_kit.persist.history import HistoryStore, check_history
 from backtest_kit.persist.store import Capability, Store, Write
 from backtest_kit.persist.upkeep import ListsNamespaces
 from backtest_kit.persist.urls import store_at
@@ -79,6 +80,8 @@ class Persistence:
         self._homes: dict[Home, Store] = {}
         self._bindings: dict[tuple[str, Mode | None], Store] = {}
         self._namespaces: dict[tuple[int, str], Store] = {}
+        self._with_history: set[str] = set()
+        self._histories: dict[tuple[int, str, str], HistoryStore] = {}
         self._used: dict[int, Store] = {}
         self._deferred: dict[str, list[Callable[[], Iterable[Write]]]] = {}
         address = (environ or {}).get("CC_STORE")
@@ -120,14 +123,31 @@ class Persistence:
         if store is not None:
             self._used[id(store)] = store  # it is closed with this object all the same
 
+    def keep_history(self, *contract_names: str) -> None:
+        """Keep what the records of these contracts were before, for reads `as_of` a moment, from now on.
+
+        Each write that replaces something then costs a read and a second write. What was replaced is kept for
+        CC_RETENTION_HISTORY_DAYS.
+
+        Raises:
+            UserError: there is no such contract, or its records have no history.
+        """
+        for name in contract_names:
+            check_history(contract(name))
+        self._with_history |= set(contract_names)
+
     def store_for(self, row: Contract, mode: Mode, run: str | None = None) -> Store:
         """The store that keeps `row` in `mode`, in the namespace of that mode and run."""
         check_mode(mode)
         store = self._bound(row, mode)
         self._used[id(store)] = store
         namespace = _namespace(row, mode, run)
-        if not namespace:
-            return store
+        space = self._within(store, namespace, run) if namespace else store
+        if row.name not in self._with_history:
+            return space
+        return self._histories.setdefault((id(store), namespace, row.name), HistoryStore(space, row))
+
+    def _within(self, store: Store, namespace: str, run: str | None) -> Store:
         # One object per namespace, because a store may keep the order of writes in it.
         key = (id(store), namespace)
         if key not in self._namespaces:
@@ -138,8 +158,8 @@ class Persistence:
         return space
 
     def in_memory(self, row: Contract, mode: Mode) -> bool:
-        """Whether `row` lies in the memory of this process, because nobody bound it elsewhere."""
-        return self._bound(row, mode) is self._homes.get(Home.MEMORY)
+        """Whether `row` lies in the memory of this process, because nobody bound it elsewhere, and has no history."""
+        return row.name not in self._with_history and self._bound(row, mode) is self._homes.get(Home.MEMORY)
 
     def defer(self, run: str, writes: Callable[[], Iterable[Write]]) -> None:
         """Ask for writes of a backtest, all to contracts that are `in_memory`, when somebody first looks there.
@@ -212,6 +232,7 @@ class Persistence:
         stores = self._all_stores()
         self._used.clear()
         self._namespaces.clear()
+        self._histories.clear()
         results = await asyncio.gather(*(store.close() for store in stores.values()), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):

@@ -59,7 +59,7 @@ class Contract(msgspec.Struct, frozen=True):
 
     name: str
     key_fields: tuple[str, ...]
-    """In the order of the path; `timestamp` is an int, `backtest` a bool, every other field a str."""
+    """In the order of the path; `timestamp` and `revision` are ints, `backtest` a bool, every other field a str."""
     kind: Kind
     write_rule: WriteRule
     delete: Delete
@@ -115,7 +115,13 @@ MIGRATION: Final = Contract("migration", ("name",), _S, _R, Delete.NULL_VALUE, D
 is complete. Like a lease it says nothing of a strategy, and never moves."""
 MIGRATION_KEY: Final = ("checkpoint",)
 
-ALL_CONTRACTS: Final = {**CONTRACTS, LEASE.name: LEASE, MIGRATION.name: MIGRATION}
+HISTORY: Final = Contract(
+    "history", ("contractName", "recordKey", "revision"), Kind.FEED, _R, Delete.NEVER, Durability.RECORD
+)
+"""Revisions of records that were replaced, see `persist.history`. They count the revisions of one store, so they stay
+in it: a migration does not take them along."""
+
+ALL_CONTRACTS: Final = {**CONTRACTS, **{row.name: row for row in (LEASE, MIGRATION, HISTORY)}}
 """Whatever may lie in a store, by name: the contracts of the user, and what stores keep for themselves."""
 
 

@@ -40,6 +40,8 @@ _BASE_36: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 _DEVICES: Final = frozenset(
     ("con", "prn", "aux", "nul", *(f"com{n}" for n in range(10)), *(f"lpt{n}" for n in range(10)))
 )
+_TYPES: Final[dict[str, type]] = {"timestamp": int, "revision": int, "backtest": bool}
+"""Of the fields that are no text."""
 _MODES: Final = {True: "backtest", False: "live"}
 
 
@@ -53,7 +55,7 @@ def check_key(contract: Contract, key: Sequence[object], *, prefix: bool = False
     if len(key) > len(fields) or (len(key) < len(fields) and not prefix):
         raise UserError(f"a {contract.name} key is ({', '.join(fields)}): got {len(key)} components")
     for field, part in zip(fields, key, strict=False):
-        expected = {"timestamp": int, "backtest": bool}.get(field, str)
+        expected = _TYPES.get(field, str)
         if type(part) is not expected:
             raise UserError(f"{contract.name} key: {field} is {part!r}, give a {expected.__name__}")
         if isinstance(part, str) and not part.isascii():
@@ -89,7 +91,7 @@ def unescape(name: str, field: str) -> KeyPart | None:
     """The component whose file name is `name`, or None if it was cut or no component is called so."""
     if field == "backtest":
         return next((mode for mode, text in _MODES.items() if text == name), None)
-    if field == "timestamp":
+    if _TYPES.get(field) is int:
         return int(name) if name.isascii() and name.isdigit() else None
     text, _, _ = name.partition(_CASE_MARK)
     try:

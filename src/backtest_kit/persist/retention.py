@@ -15,7 +15,7 @@ import msgspec
 
 from backtest_kit.errors import Damaged
 from backtest_kit.persist.codec import dump_value
-from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Kind
+from backtest_kit.persist.contracts import CONTRACTS, HISTORY, Contract, Durability, Kind
 from backtest_kit.persist.operations import RECORD_CONTRACTS, spaces
 from backtest_kit.persist.store import Capability, Key, Record, Store
 from backtest_kit.persist.upkeep import Prunes
@@ -29,7 +29,9 @@ _PART: Final = 20_000
 _TURN: Final = 64
 """Records after which others have their turn: about a millisecond."""
 _PRUNABLE: Final = tuple(
-    row for row in CONTRACTS.values() if row.kind is not Kind.SERIES and row.durability is not Durability.MONEY
+    row
+    for row in (*CONTRACTS.values(), HISTORY)
+    if row.kind is not Kind.SERIES and row.durability is not Durability.MONEY
 )
 
 
@@ -74,6 +76,7 @@ def retention_of(settings: Settings) -> Retention:
             "storage": Rule(settings.CC_RETENTION_STORAGE_DAYS, settings.CC_RETENTION_STORAGE_COUNT),
             "measure": Rule(settings.CC_RETENTION_MEASURE_DAYS),
             "interval": Rule(settings.CC_RETENTION_INTERVAL_DAYS),
+            "history": Rule(settings.CC_RETENTION_HISTORY_DAYS),
         },
         removed_days=settings.CC_RETENTION_REMOVED_DAYS,
         runs=Rule(settings.CC_RETENTION_RUN_DAYS, settings.CC_RETENTION_RUN_COUNT),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,10 @@ class Records:
     async def close(self) -> None:
         """Deliver and write down what can be, within some seconds, and end all that goes on in this event loop."""
         self.log.unbridge()
+        await self.leave()
+
+    async def leave(self) -> None:
+        """The same, before the event loop of a blocking call ends and the program goes on."""
         await self._upkeep.close()
         await self._deliveries.close()
         await self._writer.flush()
@@ -77,7 +81,7 @@ class Records:
 
     def of_run(self, identity: Identity, run_id: str | None) -> RunRecords:
         """The records of a run, for its contexts."""
-        return RunRecords(self.scope(identity.mode, run_id), identity, self._observer, self._writer)
+        return RunRecords(self.scope(identity.mode, run_id), identity, self._observer, self._writer, self.begin)
 
     async def runs(self) -> list[str]:
         """The ids of the backtests that have kept something. As `Persistence.runs`."""
@@ -146,9 +150,17 @@ class Records:
 class RunRecords:
     """The records of one run. Making it costs nothing: no store is asked before a record is used."""
 
-    __slots__ = ("_identity", "_observer", "_owner", "_scope", "_shelves", "_writer")
+    __slots__ = ("_begin", "_identity", "_observer", "_owner", "_scope", "_shelves", "_writer")
 
-    def __init__(self, scope: Scope, identity: Identity, observer: Observer, writer: LogWriter) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        identity: Identity,
+        observer: Observer,
+        writer: LogWriter,
+        begin: Callable[[Mode], Awaitable[None]],
+    ) -> None:
+        self._begin = begin
         self._scope = scope
         self._identity = identity
         self._observer = observer
@@ -159,6 +171,14 @@ class RunRecords:
     @property
     def run_id(self) -> str | None:
         return self._scope.run_id
+
+    async def begin(self) -> None:
+        """The run begins. As `Records.begin`."""
+        await self._begin(self._identity.mode)
+
+    def urge(self, events: Sequence[Event]) -> None:
+        """Have people hear of what could not be kept yet: the sinks get it without the store."""
+        self._observer.urge(events, self._identity.mode)
 
     async def observe(self, events: Sequence[Event]) -> None:
         """Keep what has happened for good. The same events may come again. Raises as `Store.put`."""

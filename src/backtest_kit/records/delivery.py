@@ -1,7 +1,8 @@
 """`Deliveries`: notifications on their way from the store to sinks, beside the trading and across restarts.
 
-Nothing waits in memory. A sink has a place in the feed of notifications, which is stored; behind it is what was
-delivered. However long a sink is dead, what is still to be delivered lies in the store.
+A sink has a place in the feed of notifications, which is stored; behind it is what was delivered. However long a
+sink is dead, what is still to be delivered lies in the store, and nothing waits in memory. The exception is what the
+store does not take, because the disk is full or the server is away: people must hear of just that, and get it at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import inspect
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -39,6 +41,8 @@ CHUNK: Final = 256
 FIRST_PAUSE_S: Final = 1.0
 LONGEST_PAUSE_S: Final = 300.0
 DRAIN_S: Final = 5.0
+URGENT: Final = 1000
+"""How many notifications that the store does not take wait for a sink; beyond it the oldest are let go of."""
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +106,10 @@ class Deliveries:
         self._routes[route.name] = route
 
     async def begin(self, mode: Mode) -> None:
-        """Have every sink go on where it was, in this event loop. What it has missed is delivered."""
+        """Have every sink go on where it was, in this event loop. What it has missed is delivered.
+
+        Where the store does not tell a sink's place, it is asked again beside the trading.
+        """
         workers = self._workers.setdefault(asyncio.get_running_loop(), {})
         for route in self._routes.values():
             if (route.name, mode) not in workers:
@@ -111,15 +118,27 @@ class Deliveries:
                     self._persistence().store_for(NOTIFICATION, mode),
                     self._persistence().store_for(STATE, mode),
                 )
-                await worker.find_place()
+                try:
+                    await worker.find_place()
+                except BacktestKitError as error:
+                    _log.warning("sink %s: its place is not known yet: %s", worker, error)
                 if workers.setdefault((route.name, mode), worker) is worker:
                     worker.start()
 
     def wake(self, mode: Mode) -> None:
         """Something was told."""
-        for (_, of_mode), worker in self._workers.get(asyncio.get_running_loop(), {}).items():
-            if of_mode == mode:
-                worker.news.set()
+        for worker in self._of(mode):
+            worker.news.set()
+
+    def urge(self, mode: Mode, notifications: Iterable[Notification]) -> None:
+        """Hand over what the store does not take. Once it does, each sink that had it then is spared it."""
+        told = list(notifications)
+        for worker in self._of(mode):
+            worker.urge(told)
+
+    def _of(self, mode: Mode) -> list[_Worker]:
+        workers = self._workers.get(asyncio.get_running_loop(), {})
+        return [worker for (_, of_mode), worker in workers.items() if of_mode == mode]
 
     async def close(self) -> None:
         """Deliver what can be delivered within `DRAIN_S` and end the tasks of this loop. The rest stays stored."""
@@ -135,20 +154,35 @@ class _Worker:
 
     def __init__(self, route: _Route, store: Store, places: Store) -> None:
         self.news = asyncio.Event()
+        self._hurried = asyncio.Event()
         self._route = route
         self._store = store
         self._places = places
         self._key: Key = (OWNER, route.name)
-        self._place = _Place(0)
+        self._place: _Place | None = None
+        self._born_ms = now_ms()
+        self._urgent: dict[str, Notification] = {}
+        """What the store does not take and this sink has not got, by its id."""
+        self._handed: dict[str, None] = {}
+        """What it got without the store, by its id."""
         self._ending = False
         self._task: asyncio.Task[None] | None = None
 
-    async def find_place(self) -> None:
-        record = await self._places.get(STATE, self._key)
-        if record is None:
-            await self._move(_Place(now_ms()))
-        else:
-            self._place = read_as(_Place, record.value)
+    async def find_place(self) -> _Place:
+        if self._place is None:
+            record = await self._places.get(STATE, self._key)
+            if record is None:
+                await self._move(_Place(self._born_ms))
+            else:
+                self._place = read_as(_Place, record.value)
+        return self._place or _Place(self._born_ms)
+
+    def urge(self, notifications: Iterable[Notification]) -> None:
+        for each in notifications:
+            if each.notification_id not in self._handed:
+                _remember(self._urgent, each.notification_id, each)
+        self.news.set()
+        self._hurried.set()
 
     def start(self) -> None:
         self.news.set()
@@ -168,6 +202,8 @@ class _Worker:
         failures = 0
         while True:
             try:
+                self.news.clear()
+                await self._deliver_urgent()
                 if await self._deliver_some():
                     failures = 0
                     continue
@@ -175,13 +211,23 @@ class _Worker:
                 if self._ending:
                     return
                 await self.news.wait()
-                self.news.clear()
             except Exception as error:  # whatever a sink or its store raises, it may work later
                 failures += 1
                 if failures == 1 or failures % 10 == 0:
                     _log.warning("sink %s: attempt %d failed: %s", self, failures, _describe(error))
                 pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(failures - 1, 20))
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
+                with suppress(TimeoutError):
+                    # What comes meanwhile is tried at once: a store that is away does not hold up what is urgent.
+                    async with asyncio.timeout(pause * random.uniform(0.5, 1.0)):  # noqa: S311
+                        await self._hurried.wait()
+
+    async def _deliver_urgent(self) -> None:
+        """Deliver what the store does not take."""
+        self._hurried.clear()
+        for name, notification in list(self._urgent.items()):
+            await self._hand_over(notification)
+            self._urgent.pop(name, None)
+            _remember(self._handed, name, None)
 
     async def _deliver_some(self) -> bool:
         """Deliver the oldest of what is to be delivered; False if there was nothing."""
@@ -193,9 +239,10 @@ class _Worker:
     async def _oldest(self) -> list[Record]:
         """The `CHUNK` oldest notifications behind the place of the sink, however many there are."""
         oldest: deque[Record] = deque(maxlen=CHUNK)
-        last, since_ms = (False, self._place.last_id), self._place.since_ms
+        place = await self.find_place()
+        last, since_ms = (False, place.last_id), place.since_ms
         # The clock is asked only where there is no last one, or it is forgotten by now: clocks are set back.
-        known = bool(self._place.last_id) and await self._store.get(NOTIFICATION, last) is not None
+        known = bool(place.last_id) and await self._store.get(NOTIFICATION, last) is not None
         async for record in self._store.scan(NOTIFICATION, newest_first=True):
             if record.key == last or (not known and record.written_at < since_ms):
                 break
@@ -206,14 +253,20 @@ class _Worker:
         from backtest_kit.records.notification import Notification
 
         notification = read_as(Notification, record.value)
-        if not self._route.kinds or notification.kind in self._route.kinds:
-            try:
-                answer: Any = self._route.deliver(notification)
-                if inspect.isawaitable(answer):
-                    await answer
-            except Refused as error:
-                _log.error("sink %s: %s was refused for good: %s", self, notification.notification_id, error)
+        if notification.notification_id not in self._handed:
+            self._urgent.pop(notification.notification_id, None)
+            await self._hand_over(notification)
         await self._move(_Place(record.written_at, notification.notification_id))
+
+    async def _hand_over(self, notification: Notification) -> None:
+        if self._route.kinds and notification.kind not in self._route.kinds:
+            return
+        try:
+            answer: Any = self._route.deliver(notification)
+            if inspect.isawaitable(answer):
+                await answer
+        except Refused as error:
+            _log.error("sink %s: %s was refused for good: %s", self, notification.notification_id, error)
 
     async def _move(self, place: _Place) -> None:
         await self._places.put(Write(STATE, self._key, encode(place)))
@@ -221,6 +274,12 @@ class _Worker:
 
     def __str__(self) -> str:
         return self._route.name
+
+
+def _remember(kept: dict[str, Any], name: str, value: object) -> None:
+    kept[name] = value
+    if len(kept) > URGENT:
+        del kept[next(iter(kept))]
 
 
 def _describe(error: Exception) -> str:

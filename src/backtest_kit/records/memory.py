@@ -139,8 +139,10 @@ class Memory:
         store, now_ms = self._scope.store(_MEMORY), self._scope.when_ms
         found: dict[KeyPart | Key, Record] = {}
         for owner in reversed(self._owners):
-            for record in await self._shelves.shelf(store, (owner, self._bucket)).read():
-                if not record.later_than(now_ms) and (removed or not record.removed):
+            for newest in await self._shelves.shelf(store, (owner, self._bucket)).read():
+                # One that is later now may have been another one at this moment.
+                record = await self._scope.seen(_MEMORY, newest) if newest.later_than(now_ms) else newest
+                if record is not None and (removed or not record.removed):
                     found[record.key if record.removed else record.key[-1]] = record
         if len(self._owners) == 1:
             return list(found.values())

@@ -10,15 +10,25 @@ from zlib import crc32
 import msgspec
 
 from backtest_kit.model.event import (
+    ClockJumped,
+    Degraded,
     EntryCancelled,
     EntryScheduled,
     Event,
+    Healed,
+    MinutesMissed,
     Mode,
+    OrderFailed,
+    OrphanFound,
+    Paused,
     PositionChanged,
     PositionClosed,
     PositionOpened,
+    Recovered,
     RiskRejected,
+    RunDone,
     RunFailed,
+    StrategyFailed,
 )
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
 from backtest_kit.persist.codec import encode
@@ -91,7 +101,42 @@ def notification_of(event: Event) -> Notification | None:
             return _about(event, what, "warning", signal_id=signal_id, price=event.price, reason=event.reason)
         case RunFailed():
             reason = f"{type(event.error).__name__}: {event.error}"
-            return _about(event, f"failed: {reason}", "alarm", reason=reason)
+            return _about(event, reason, "alarm", reason=reason)
+        case _:
+            return _of_trading(event)
+
+
+def _of_trading(event: Event) -> Notification | None:
+    """What is told of what only happens live and on paper: to the run, its orders, its store and its venue."""
+    match event:
+        case Recovered():
+            held = "with a position" if event.position is not None else "with an entry" if event.entry else "flat"
+            steps = "".join(f"; {step}" for step in event.steps)
+            return _about(event, f"{held}, after {event.down_ms // MINUTE_MS} minutes{steps}")
+        case OrderFailed():
+            what = f"{event.kind} {event.client_order_id}: {event.reason}; {event.next_step}"
+            severity: Severity = "alarm" if event.alarm else "warning"
+            return _about(event, what, severity, reason=event.reason, state=str(event.attempt))
+        case StrategyFailed():
+            reason = f"{type(event.error).__name__}: {event.error}"
+            return _about(event, f"{event.what} raised {reason}", "alarm", reason=reason)
+        case Degraded():
+            lacks = "" if event.kept else "; what it lacks is only in this process"
+            return _about(event, f"nothing is opened: {event.reason}{lacks}", "alarm", reason=event.reason)
+        case Healed():
+            return _about(event, "the store has everything again")
+        case OrphanFound():
+            what = f"{event.what.replace('_', ' ')} of {event.quantity:g}: {event.next_step}"
+            return _about(event, what, "alarm", reason=event.what)
+        case MinutesMissed():
+            return _about(event, f"{event.count} minutes: {event.reason}", "warning", reason=event.reason)
+        case ClockJumped():
+            return _about(event, f"the wall clock was moved by {event.by_ms} ms", "warning")
+        case Paused():
+            return _about(event, "asks for no signals" if event.paused else "asks for signals again")
+        case RunDone():
+            how = "cancelled" if event.cancelled else "ended"
+            return _about(event, f"{how}, {len(event.trades)} trades")
         case _:
             return None
 

@@ -13,7 +13,7 @@ from backtest_kit.model.event import Event, Mode
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.store import ANY, Capability, Write
 from backtest_kit.persist.writing import put_each
-from backtest_kit.records.notification import NOTIFICATION, notification_writes
+from backtest_kit.records.notification import NOTIFICATION, notification_of, notification_writes
 from backtest_kit.records.signals import RECENT, STORAGE, signal_writes
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ class Observer:
                 raise result
         if mode != "backtest" and any(write.contract is NOTIFICATION for write in writes):
             self._deliveries.wake(mode)
+
+    def urge(self, events: Sequence[Event], mode: Mode) -> None:
+        """Have people hear of `events` that could not be kept. Kept later, they are not told again."""
+        self._deliveries.urge(mode, filter(None, map(notification_of, events)))
 
     async def _put(
         self, persistence: Persistence, row: Contract, writes: list[Write], mode: Mode, run_id: str | None

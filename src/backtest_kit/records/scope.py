@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 from backtest_kit.errors import Conflict, UserError
 from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.history import HistoryStore, NotKept
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Key, Plain, Record, Store, Write
 
 if TYPE_CHECKING:
@@ -63,7 +64,16 @@ class Scope:
 
     async def read(self, row: Contract, key: Key) -> Record | None:
         """The record under `key` as far as this moment sees it. Raises as `Store.get`."""
-        record = await self.store(row).get(row, key)
+        return await self.seen(row, await self.store(row).get(row, key))
+
+    async def seen(self, row: Contract, record: Record | None) -> Record | None:
+        """What this moment sees of a record that was found: where history is kept of it, what it was then."""
+        store = self.store(row)
+        if self.when_ms is not None and isinstance(store, HistoryStore):
+            try:
+                record = await store.before(row, record, self.when_ms)
+            except NotKept:
+                return None
         return record if self.sees(record) else None
 
     async def write(self, row: Contract, key: Key, value: Plain) -> Record:
@@ -75,9 +85,10 @@ class Scope:
         store = self.store(row)
         while True:
             found = await store.get(row, key)
-            if found is None or not self.sees(found):
+            seen = await self.seen(row, found)
+            if seen is None:
                 return False
-            write = Write(row, key, found.value, when=self.when_ms, expect=expectation(store, found), removed=True)
+            write = Write(row, key, seen.value, when=self.when_ms, expect=expectation(store, found), removed=True)
             try:
                 await store.put(write)
             except Conflict:
@@ -101,7 +112,7 @@ class Scope:
         async with self.turn(row, key):
             while True:
                 found = await store.get(row, key)
-                value = await change(found if self.sees(found) else None)
+                value = await change(await self.seen(row, found))
                 write = Write(row, key, value, when=self.when_ms, expect=expectation(store, found))
                 try:
                     return await store.put(write)

@@ -30,7 +30,7 @@ import msgspec
 from backtest_kit.broker.paper import PaperBroker
 from backtest_kit.engine.pnl import effective_price, profit
 from backtest_kit.engine.step import Fill, Flat, Holding, Rules
-from backtest_kit.errors import UserError
+from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.events import EventBus
 from backtest_kit.market.clock import SystemClock
 from backtest_kit.model.event import Event, Identity, Mode
@@ -40,6 +40,7 @@ from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.lease import DEFAULT_TTL
 from backtest_kit.records import Records
 from backtest_kit.run.blocking import run_blocking
+from backtest_kit.run.chronicle import Observer
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.live_run import LiveJob, LiveRun
@@ -47,7 +48,6 @@ from backtest_kit.run.orphans import OrphanPolicy
 from backtest_kit.run.replay import Gaps
 from backtest_kit.run.schema import Registry, StrategySchema, check_name
 from backtest_kit.run.services import Services
-from backtest_kit.run.trader import Observer
 from backtest_kit.settings import Settings
 
 _OPTIONS: Final[dict[str, tuple[str, ...]]] = {
@@ -182,8 +182,8 @@ class LiveRunner:
         self._services = Services()
         self._running: set[LiveRun] = set()
         self.observers: list[Observer] = []
-        """Who keeps records of what happened: each is given the events of a change once that is written down, and
-        again at a start, or with the next change, those that it may not have taken in."""
+        """Who keeps records of what happened, beside those of the kit: each is given the events of a change once that
+        is written down, and again at a start, or at the next minute, those that it may not have taken in."""
 
     def background(
         self,
@@ -270,13 +270,16 @@ class LiveRunner:
 
         async def main() -> tuple[Trade, ...]:
             handle = self._start(job, lambda _: None)
-            with signals_stop([handle]):
-                try:
+            try:
+                with signals_stop([handle]):
                     return await handle
-                except asyncio.CancelledError:
-                    if not handle.task.cancelled():
-                        raise
-                    return tuple(handle._run.trader.trades)
+            except asyncio.CancelledError:
+                if not handle.task.cancelled():
+                    raise
+                return tuple(handle._run.trader.trades)
+            finally:
+                with suppress(BacktestKitError):  # the end of the run has told of it
+                    await self._records.leave()
 
         return run_blocking(main)
 

@@ -37,6 +37,7 @@ from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.lease import DEFAULT_TTL, Lease, acquire
 from backtest_kit.records import RunRecords
 from backtest_kit.run.alarms import Alarms
+from backtest_kit.run.chronicle import Chronicle, Observer
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.desk import Desk
 from backtest_kit.run.emergency import EmergencyFile
@@ -49,7 +50,7 @@ from backtest_kit.run.orphans import OrphanGuard, OrphanPolicy
 from backtest_kit.run.replay import Gaps, columns_of
 from backtest_kit.run.schema import RiskSchema, StrategySchema
 from backtest_kit.run.services import Services
-from backtest_kit.run.trader import Observer, Trader
+from backtest_kit.run.trader import Trader
 from backtest_kit.settings import Settings
 
 _POLL_MS: Final = 1000
@@ -106,7 +107,8 @@ class LiveRun:
         emergency = EmergencyFile(dump / "emergency" / mode / strategy / exchange / f"{symbol}.reserve")
         alarms = Alarms(self.desk)
         self.keeper = Keeper(Ledger(persistence, mode, scope), risk, emergency, alarms)
-        self.trader = Trader(self.desk, self.keeper, job.broker, alarms, observers)
+        self._chronicle = Chronicle(records, observers)
+        self.trader = Trader(self.desk, self.keeper, job.broker, alarms, self._chronicle)
         seat = risk if job.risks else None
         self.trader.minute = self._minute = Minute(
             self.desk, job.strategy, bus, cron, seat, self.trader, self._history_of, records, self.trader
@@ -148,17 +150,17 @@ class LiveRun:
         try:
             async with self._possession() as lease:
                 await beside(_kept(lease), self._trade())
-            await self._emit(RunDone(identity=identity, when_ms=self.when_ms, trades=tuple(self.trader.trades)))
+            await self._end(RunDone(identity=identity, when_ms=self.when_ms, trades=tuple(self.trader.trades)))
         except asyncio.CancelledError:
             trades = tuple(self.trader.trades)
-            await self._emit(RunDone(identity=identity, when_ms=self.when_ms, trades=trades, cancelled=True))
+            await self._end(RunDone(identity=identity, when_ms=self.when_ms, trades=trades, cancelled=True))
             raise
         except Exception as error:
             failed = RunFailed(identity=identity, when_ms=self.when_ms, error=error)
             _log.error(
                 "the run of %s for %s ends: %s", identity.strategy_name, identity.symbol, error, extra={"event": failed}
             )
-            await self._emit(failed)
+            await self._end(failed)
             raise
 
     def stop(self) -> None:
@@ -185,6 +187,7 @@ class LiveRun:
         job, mode = self.job, self.job.identity.mode
         async with AsyncExitStack() as stack:
             await self._persistence.open(mode)
+            await self._chronicle.begin()
             lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl)
             self.lease = lease
             stack.push_async_callback(_given_back, lease)
@@ -295,6 +298,7 @@ class LiveRun:
         for event in told:
             self._yielded(event)
             await self._notify(event)
+        await self._chronicle.note(*told)
 
     async def _notify(self, event: Event) -> None:
         try:
@@ -379,6 +383,11 @@ class LiveRun:
         """Tell of something that is no part of a minute."""
         await self._bus.emit(event, self._minute.context(), failed=self._handler_failed)
         self._yielded(event)
+        await self._chronicle.note(event)
+
+    async def _end(self, event: Event) -> None:
+        await self._emit(event)
+        await self._chronicle.end()
 
     async def _handler_failed(self, what: str, error: Exception) -> None:
         _log.error("%s raised %s", what, type(error).__name__, exc_info=error)

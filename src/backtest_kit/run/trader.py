@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable
 from contextlib import suppress
 
 import msgspec
@@ -30,6 +30,7 @@ from backtest_kit.model.event import (
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.run.alarms import Alarms, words_of
+from backtest_kit.run.chronicle import Chronicle
 from backtest_kit.run.desk import Act, Desk
 from backtest_kit.run.keeper import Keeper, Need, RiskRefused, Unsaved
 from backtest_kit.run.ledger import LASTING, Book
@@ -54,9 +55,6 @@ from backtest_kit.run.orders import (
     signal_id_of,
 )
 
-Observer = Callable[[Sequence[Event]], Awaitable[None]]
-"""Takes events that are written down into records of its own. Told again of what it may have had already."""
-
 _log = logging.getLogger("backtest_kit")
 
 
@@ -65,14 +63,12 @@ class Trader(Watcher):
 
     minute: Minute
 
-    def __init__(
-        self, desk: Desk, keeper: Keeper, broker: Broker, alarms: Alarms, observers: Sequence[Observer]
-    ) -> None:
+    def __init__(self, desk: Desk, keeper: Keeper, broker: Broker, alarms: Alarms, chronicle: Chronicle) -> None:
         self._desk = desk
         self._rules: Rules = desk.rules
         self._keeper = keeper
         self._broker = broker
-        self._observers = observers
+        self._chronicle = chronicle
         self._lock = asyncio.Lock()
         self._alarms = alarms
         self._sent: list[str] = []
@@ -139,6 +135,7 @@ class Trader(Watcher):
         async with self._lock:
             self._stop_if_lost()
             await self._guarded(self._keeper.flush())
+            await self._deliver()
             intent = self.book.intent
             if intent is None:
                 return ()
@@ -422,17 +419,10 @@ class Trader(Watcher):
             raise self.lost
 
     async def _deliver(self) -> None:
-        """Hand what happened to who keeps records of it; what fails is handed over again with the next."""
+        """Hand what happened to who keeps records of it; what fails is handed over again at the next minute."""
         outbox = self.book.outbox
-        if not outbox:
-            return
-        for observer in self._observers:
-            try:
-                await observer(outbox)
-            except Exception:
-                _log.exception("%d events could not be taken into the records yet", len(outbox))
-                return
-        self._keeper.book = msgspec.structs.replace(self.book, outbox=())
+        if outbox and await self._chronicle.take_in(outbox):
+            self._keeper.book = msgspec.structs.replace(self.book, outbox=())
 
     def _used_up(self, intent: Intent) -> Flat:
         """The decision slot is used, the signal is not."""
