@@ -47,7 +47,8 @@ def test_promises_are_those_of_the_contracts() -> None:
 
 
 def test_statuses_and_shard_keys_are_all_of_them() -> None:
-    assert [row[0] for row in table("Status | Means | Code | `backtest-kit live`")] == [status.value for status in Status]
+    heading = "Status | Means | Code | `backtest-kit live`"
+    assert [row[0] for row in table(heading)] == [status.value for status in Status]
     keys = {row[0]: row[1].split(", ") for row in table("Collection | Shard key: all of it, or its beginning")}
     assert keys == {row.collection: ["namespace", *row.key_fields] for row in CONTRACTS.values()}
     assert f"after its {DEFAULT_TTL:g} seconds" in PAGE

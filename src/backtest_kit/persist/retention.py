@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Final
 
 import msgspec
@@ -123,29 +124,32 @@ async def _compact_contract(
 ) -> Expired:
     rule = retention.of(row)
     records = size = 0
-    doomed: dict[Key, int] = {}
     fault = None
-    try:
-        async for record in _expired(store, row, rule, retention.removed_days, at_ms):
-            records += 1
-            size += len(dump_value(record.value))
-            if not look_only:
-                doomed[record.key] = record.rev
-            if len(doomed) >= _PART:
-                await _prune(store, row, doomed)
-    except Damaged as error:
-        fault = str(error)
-    await _prune(store, row, doomed)
+    more = True
+    while more:
+        more = False
+        doomed: dict[Key, int] = {}
+        try:
+            async with aclosing(_expired(store, row, rule, retention.removed_days, at_ms)) as expired:
+                async for record in expired:
+                    records += 1
+                    size += len(dump_value(record.value))
+                    if not look_only:
+                        doomed[record.key] = record.rev
+                    if len(doomed) >= _PART:
+                        more = True
+                        break
+        except Damaged as error:
+            fault = str(error)
+        # Between two scans and not inside of one, which would have to find its place again among what is left.
+        pruned = await store.prune(row, doomed) if doomed and isinstance(store, Prunes) else 0
+        more = more and pruned > 0
     return Expired(namespace, row.name, records, size, fault)
 
 
-async def _prune(store: Store, row: Contract, doomed: dict[Key, int]) -> None:
-    if doomed and isinstance(store, Prunes):
-        await store.prune(row, doomed)
-    doomed.clear()
-
-
-async def _expired(store: Store, row: Contract, rule: Rule, removed_days: float, at_ms: int) -> AsyncIterator[Record]:
+async def _expired(
+    store: Store, row: Contract, rule: Rule, removed_days: float, at_ms: int
+) -> AsyncGenerator[Record, None]:
     """What is not to be kept, the oldest first, or those that are too many first."""
     shortest = min(rule.days, removed_days)
     surplus = seen = 0

@@ -189,6 +189,11 @@ class MongoStore:
         link = await self._opened()
         return await link.finish(mongo_prune.prune(link, self._namespace, contract, revisions))
 
+    async def count(self, contract: Contract) -> int:
+        wanted = {**name_of(self._namespace, contract, ()), "rev": {"$ne": 0}, "removed": {"$ne": True}}
+        link = await self._opened()
+        return await link.ask("count records", partial(link.collection(contract).count_documents, wanted))
+
     async def forget(self) -> None:
         require_namespace(bool(self._namespace))
         link = await self._opened()
