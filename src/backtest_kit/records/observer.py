@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from backtest_kit.records.delivery import Deliveries
 
 ROWS: Final = (STORAGE, RECENT, NOTIFICATION)
-KEPT_EVENTS: Final = 20_000
+KEPT_EVENTS: Final = 5_000
 """Of backtests whose records are in memory and were not asked for yet. Beyond it the oldest runs are let go of."""
 
 
@@ -33,6 +33,8 @@ class Observer:
         self._deliveries = deliveries
         self._unwritten: OrderedDict[str, list[Event]] = OrderedDict()
         self._count = 0
+        self._put_off_whole: set[str] = set()
+        """Runs among them of which nothing is written anywhere else."""
 
     async def observe(self, events: Sequence[Event], mode: Mode, run_id: str | None) -> None:
         """Keep what `events` say, with one write for each record that they change.
@@ -40,11 +42,17 @@ class Observer:
         Raises:
             Damaged, OutOfSpace, RetryLater: as `Store.put`. Told again, it is done as if for the first time.
         """
+        if run_id in self._put_off_whole:
+            # The common case, in the middle of a replay: nothing is looked up.
+            self._unwritten[run_id].extend(events)
+            self._count += len(events)
+            return
         persistence = self._persistence()
         in_memory = [row for row in ROWS if run_id is not None and persistence.in_memory(row, mode)]
         if run_id is not None and in_memory:
             self._put_off(events, run_id, persistence)
             if len(in_memory) == len(ROWS):
+                self._put_off_whole.add(run_id)
                 return
         if mode != "backtest":
             await self._deliveries.begin(mode)
@@ -86,11 +94,13 @@ class Observer:
         self._unwritten[run_id].extend(events)
         self._count += len(events)
         while self._count > KEPT_EVENTS and len(self._unwritten) > 1:
-            _, dropped = self._unwritten.popitem(last=False)
+            oldest, dropped = self._unwritten.popitem(last=False)
+            self._put_off_whole.discard(oldest)
             self._count -= len(dropped)
 
     def _make(self, run_id: str, persistence: Persistence) -> list[Write]:
         events = self._unwritten.pop(run_id, [])
+        self._put_off_whole.discard(run_id)
         self._count -= len(events)
         made: dict[tuple[str, object], Write] = {}
         for write in _writes(events):
