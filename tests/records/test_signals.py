@@ -16,6 +16,7 @@ from tests.records.happenings import IDENTITY, closed, observe, opened
 
 import backtest_kit as bk
 from backtest_kit.persist.backends.memory import MemoryStore
+from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Record, Write
 
 RECENT: dict[str, Any] = {"symbol": "BTCUSDT", "strategy_name": "trend", "exchange_name": "binance"}
@@ -180,3 +181,17 @@ def test_no_read_shows_what_came_later(steps: list[tuple[str, int, bool]]) -> No
         await kit.close()
 
     asyncio.run(main())
+
+
+async def test_who_was_overtaken_does_not_undo_what_came_after_him(kit: bk.Kit) -> None:
+    await observe(kit, [opened("s-1", 1)])
+    await observe(kit, [closed("s-1", 5)])
+    store = kit.persistence.store_for(CONTRACTS["recent"], "live")
+    key = ("trend", "binance", "", "BTCUSDT", False)
+    before = await store.get(CONTRACTS["recent"], key)
+    assert before is not None
+    await observe(kit, [opened("s-1", 1)])  # by a process that was paused, and has been taken over since
+    await observe(kit, [closed("s-1", 5)])
+    (signal,) = await kit.records.storage.list()
+    assert signal.status == "closed"
+    assert await store.get(CONTRACTS["recent"], key) == before

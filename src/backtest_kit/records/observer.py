@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from backtest_kit.errors import Conflict
 from backtest_kit.model.event import Event, Mode
 from backtest_kit.persist.contracts import Contract
-from backtest_kit.persist.store import ANY, Capability, Write
+from backtest_kit.persist.store import ANY, Capability, Store, Write
 from backtest_kit.persist.writing import put_each
 from backtest_kit.records.notification import NOTIFICATION, notification_of, notification_writes
+from backtest_kit.records.scope import expectation
 from backtest_kit.records.signals import RECENT, STORAGE, signal_writes
 
 if TYPE_CHECKING:
@@ -82,10 +85,19 @@ class Observer:
         store = persistence.store_for(row, mode, run_id)
         if Capability.COMPARE_AND_SET not in store.capabilities:
             writes = [Write(row, write.key, write.value, write.when, ANY) for write in writes]
-        for result in await put_each(store, writes):
-            # A conflict is a notification that was told before.
-            if isinstance(result, BaseException) and not isinstance(result, Conflict):
-                raise result
+        # A backtest that is repeated replaces what it wrote; live, whoever was paused and overtaken may not.
+        compares = row is not NOTIFICATION and mode != "backtest" and Capability.COMPARE_AND_SET in store.capabilities
+        while writes:
+            checked = await asyncio.gather(*(_compared(store, write) for write in writes)) if compares else writes
+            news = [write for write in checked if write is not None]
+            refused = []
+            for write, result in zip(news, await put_each(store, news), strict=True):
+                if isinstance(result, Conflict):
+                    refused.append(write)
+                elif isinstance(result, BaseException):
+                    raise result
+            # A notification is refused that was told before.
+            writes = [msgspec.structs.replace(write, expect=ANY) for write in refused] if compares else []
 
     def _put_off(self, events: Sequence[Event], run_id: str, persistence: Persistence) -> None:
         if run_id not in self._unwritten:
@@ -111,3 +123,11 @@ class Observer:
 
 def _writes(events: Sequence[Event]) -> list[Write]:
     return [*signal_writes(events), *notification_writes(events)]
+
+
+async def _compared(store: Store, write: Write) -> Write | None:
+    """`write`, expecting what is there now; None where that is the same already, or of a later moment."""
+    found = await store.get(write.contract, write.key)
+    if found is not None and (found.value == write.value or found.later_than(write.when)):
+        return None
+    return msgspec.structs.replace(write, expect=expectation(store, found))
