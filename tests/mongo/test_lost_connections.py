@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
+import psutil
 import pymongo
 import pytest
 from tests.mongo.relay import Relay, Side
@@ -262,9 +263,12 @@ async def test_server_that_stalls_ends_no_call_late(mortal: Server) -> None:
         async for _ in store.scan(SIGNAL):
             pass
 
-    until = time.monotonic() + stall
     os.kill(mortal.pid, signal.SIGSTOP)
     try:
+        # A signal takes its time on a busy machine.
+        while psutil.Process(mortal.pid).status() != psutil.STATUS_STOPPED:
+            await asyncio.sleep(0)
+        until = time.monotonic() + stall
         async with heartbeat() as gaps:
             while time.monotonic() < until - deadline:
                 calls = [
