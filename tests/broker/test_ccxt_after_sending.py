@@ -1,4 +1,4 @@
-"""What goes wrong with a question that follows an order: the order is on the exchange, and nothing may say it is not."""
+"""What goes wrong with a question that follows an order: the order is there, and nothing may say that it is not."""
 
 from __future__ import annotations
 

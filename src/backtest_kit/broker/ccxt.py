@@ -29,7 +29,7 @@ from backtest_kit.broker.ccxt_errors import order_is_there
 from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder, exit_side
 from backtest_kit.broker.ccxt_stops import StopFilled
 from backtest_kit.broker.ccxt_venue import CcxtVenue, Exposure
-from backtest_kit.broker.order_ids import SignalIds, is_stop
+from backtest_kit.broker.order_ids import SignalIds, is_stop, signal_of_stop
 from backtest_kit.broker.rounding import exact
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.model.position import Direction, Position, RestingEntry
@@ -361,6 +361,7 @@ def _holding(symbol: str, exposure: Exposure | None, orders: Sequence[VenueOrder
         exposure = Exposure("long", sum((stop.remaining for stop in stops), Decimal(0)), None)
     guards = [float(stop.trigger or 0) for stop in stops if stop.side == exit_side(exposure.direction)]
     first = max if exposure.direction == "long" else min
+    signals = {signal_of_stop(stop.client_id) for stop in stops if stop.client_id}
     return Holding(
         symbol=symbol,
         direction=exposure.direction,
@@ -368,4 +369,5 @@ def _holding(symbol: str, exposure: Exposure | None, orders: Sequence[VenueOrder
         price_open=exposure.price_open,
         stop_loss=first(guards) if guards else None,
         client_order_ids=tuple(order.client_id for order in orders if order.client_id),
+        signal_id=signals.pop() if len(signals) == 1 else None,
     )
