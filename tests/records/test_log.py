@@ -48,6 +48,45 @@ async def test_what_cannot_be_stored_is_told_as_text(kit: bk.Kit) -> None:
     assert line.fields["what"].startswith("<object object")
 
 
+class Mute:
+    def __repr__(self) -> str:
+        raise RuntimeError("not a word")
+
+
+async def test_whatever_is_said_ends_no_strategy_and_leaves_the_log_readable(kit: bk.Kit) -> None:
+    log = run_of(kit).log(NOON_MS)
+    log.info("before")
+    log.info({"answer": "long"})
+    log.info(None)
+    log.error(ValueError("no price"))
+    log.info("named so", message="hello", level="high", self=1, when=2)
+    log.info("mute", what=Mute(), **{"odd \ud800": 1})
+    log.warning(Mute())
+    lines = [(line.message, line.fields) for line in reversed(await kit.records.log.list())]
+    assert [message for message, _ in lines] == [
+        "before",
+        "{'answer': 'long'}",
+        "None",
+        "no price",
+        "named so",
+        "mute",
+        "<Mute that cannot be shown: RuntimeError>",
+    ]
+    assert lines[4][1] == {"message": "hello", "level": "high", "self": 1, "when": 2}
+    assert lines[5][1] == {"what": "<Mute that cannot be shown: RuntimeError>", "odd \\ud800": "1"}
+
+
+async def test_a_message_that_does_not_fit_its_arguments_ends_nobody(
+    kit: bk.Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("tests.bridged"), "propagate", False)  # to handlers that do not take it
+    kit.records.log.bridge("tests.bridged")
+    logging.getLogger("tests.bridged").warning("%(price)s is low", {"volume": 1})
+    logging.getLogger("tests.bridged").warning("%s", Mute())
+    messages = [line.message for line in reversed(await kit.records.log.list())]
+    assert messages == ["%(price)s is low {'volume': 1}", "%s <tuple that cannot be shown: RuntimeError>"]
+
+
 async def test_lines_come_in_the_order_in_which_they_were_said(kit: bk.Kit) -> None:
     log = run_of(kit).log(NOON_MS)
     for number in range(1000):
