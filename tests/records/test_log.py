@@ -142,6 +142,13 @@ class Failing(MemoryStore):
     """Takes nothing until it is mended."""
 
     mended = False
+    closed = False
+
+    def within(self, namespace: str) -> MemoryStore:
+        return self
+
+    async def close(self) -> None:
+        self.closed = True
 
     async def put(self, write: Write) -> Record:
         if not self.mended:
@@ -199,3 +206,31 @@ async def test_a_backtest_that_says_much_waits_for_the_log(tmp_path: Path, monke
     lines = await kit.records.log.list(mode="backtest", run_id=result.run_id, limit=None)
     assert len(lines) == 1440 * 10
     await kit.close()
+
+
+async def test_a_log_that_cannot_be_written_costs_nobody_a_result(failing: tuple[bk.Kit, Failing]) -> None:
+    kit, store = failing
+    kit.add_exchange_schema("demo", source=bk.sources.synthetic(seed=7))
+    kit.add_frame_schema("day", start_date="2024-06-01", end_date="2024-06-02")
+
+    def say(ctx: bk.Context) -> bk.Signal:
+        for number in range(10):
+            ctx.log.info(str(number))
+        return bk.Signal.bracket("long", price=ctx.price, take_profit_pct=1, stop_loss_pct=1)
+
+    kit.add_strategy_schema("talker", interval="1m", get_signal=say)
+    where: Any = {"strategy_name": "talker", "exchange_name": "demo", "frame_name": "day"}
+    result = await kit.backtest.background("BTCUSDT", **where)
+    assert result.trades
+    store.mended = True
+    lines = await kit.records.log.list(mode="backtest", run_id=result.run_id)
+    assert lines[0].message == "9"
+    await kit.close()
+
+
+async def test_a_log_that_cannot_be_written_leaves_no_store_open(failing: tuple[bk.Kit, Failing]) -> None:
+    kit, store = failing
+    run_of(kit).log(NOON_MS).info("unwritten")
+    with pytest.raises(RetryLater):
+        await kit.close()
+    assert store.closed
