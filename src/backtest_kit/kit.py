@@ -129,9 +129,11 @@ class Kit:
 
     async def close(self) -> None:
         """Deliver and write down what waits, then flush and close every store that was used."""
-        await self.records.close()
-        if self._persistence is not None:
-            await self._persistence.close()
+        try:
+            await self.records.close()
+        finally:
+            if self._persistence is not None:
+                await self._persistence.close()
 
     def add_exchange_schema(
         self,

@@ -21,6 +21,7 @@ from tests.records.happenings import IDENTITY, closed, observe, opened
 import backtest_kit as bk
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.retention import DAY_MS, Retention, Rule, compact
+from backtest_kit.persist.urls import store_at
 from backtest_kit.persist.writing import now_ms
 
 COMMAND = str(Path(sys.executable).with_name("backtest-kit"))
@@ -178,6 +179,30 @@ def test_records_are_listed_and_shown(place: Path) -> None:
     assert "in a run" in run("records", "ls", "log", "--run", "one", cwd=place)
     assert "records ls storage" in run("records", "show", "storage", "live/nothing", cwd=place, code=2)
     assert "store ls signal" in run("records", "ls", "signal", cwd=place, code=2)
+
+
+def test_records_in_files_are_found_wherever_the_rest_is_bound(tmp_path: Path) -> None:
+    async def keep() -> None:
+        kit = bk.Kit(tmp_path / "dump")
+        kit.persistence.bind("*", store_at(f"sqlite:{tmp_path}/bot.db"))
+        where = {"symbol": "BTCUSDT", "strategy_name": "trend", "exchange_name": "binance"}
+        await kit.records.state("plan", **where, mode="backtest", run_id="one").set({"stop": 95})
+        kit.records.of_run(IDENTITY, None).log(NOON_MS).info("live")
+        if bound:
+            await kit.records.state("plan", **where).set({"stop": 99})
+        await kit.close()
+
+    for bound in (False, True):
+        asyncio.run(keep())
+        assert (tmp_path / "bot.db").exists() == bound
+        store = {"CC_STORE": "sqlite:bot.db"}
+        listed = run("records", "ls", "state", "--run", "one", "--json", cwd=tmp_path, **store)
+        (record,) = map(json.loads, listed.splitlines())
+        assert record["value"] == {"stop": 95}
+        key = "/".join(record["key"].values())
+        assert "95" in run("records", "show", "state", key, "--run", "one", cwd=tmp_path, **store)
+        assert "live" in run("records", "ls", "log", cwd=tmp_path, **store)
+    assert "99" in run("records", "show", "state", key, cwd=tmp_path, **store)
 
 
 def test_what_is_too_old_is_shown_and_forgotten(place: Path) -> None:

@@ -18,7 +18,7 @@ from backtest_kit.persist.urls import store_at
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.settings import Settings, with_settings
 
-LOG, MEMORY, STORAGE = CONTRACTS["log"], CONTRACTS["memory"], CONTRACTS["storage"]
+LOG, MEMORY, STATE, STORAGE = (CONTRACTS[name] for name in ("log", "memory", "state", "storage"))
 ROWS = [*(row for row in CONTRACTS.values() if row.kind is not Kind.SERIES), LEASE]
 
 
@@ -97,6 +97,27 @@ async def test_a_run_goes_as_a_whole_by_age_or_number(store: Store) -> None:
     assert [await lines(store.within(f"backtest-{number}")) for number in range(5)] == [[], [], [], ["line"], ["line"]]
     assert len(await compact(store, Retention({}, math.inf, Rule(days=3)), at_ms=now_ms() + 4 * DAY_MS)) == 2
     assert await lines(store.within("backtester")) == ["no run"]
+
+
+async def test_a_run_with_a_damaged_record_is_not_forgotten(tmp_path: Path) -> None:
+    store = store_at(f"file:{tmp_path}/dump")
+    run = store.within("backtest-1")
+    for bucket in ("damaged", "intact"):
+        await run.put(Write(STATE, ("s-1", bucket), {"stop": 95}))
+    await store.close()
+    (damaged,) = tmp_path.rglob("damaged.json")
+    damaged.write_text("garbage")
+    store = store_at(f"file:{tmp_path}/dump")
+    try:
+        (told,) = await compact(store, Retention({}, math.inf, Rule(days=1, last=0)))
+        assert (told.namespace, told.records) == (("backtest-1",), 0)
+        assert "damaged" in (told.fault or "")
+        await compact(store, Retention({}, math.inf, Rule(days=1, last=0)))  # by now it is in quarantine
+        intact = await store.within("backtest-1").get(STATE, ("s-1", "intact"))
+        assert intact is not None
+        assert intact.value == {"stop": 95}
+    finally:
+        await store.close()
 
 
 async def test_nothing_of_money_is_forgotten_by_any_setting(store: Store) -> None:

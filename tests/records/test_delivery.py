@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from aiohttp import web
-from tests.records.conftest import kit_on
-from tests.records.happenings import closed, observe, opened
+from tests.records.conftest import NOON_MS, kit_on
+from tests.records.happenings import IDENTITY, closed, observe, opened
 
 import backtest_kit as bk
 from backtest_kit.errors import UserError
@@ -193,6 +194,45 @@ async def test_telegram_gets_the_text(kit: bk.Kit, receiver: Receiver) -> None:
     (got,) = receiver.got
     assert (got["path"], got["chat_id"]) == (f"/bot{SECRET}/sendMessage", 42)
     assert "take profit at 110, +9.50 %" in got["text"]
+
+
+async def test_telegram_gets_the_beginning_of_what_is_too_long_for_it(kit: bk.Kit, receiver: Receiver) -> None:
+    receiver.status = lambda body: 200 if len(body["text"].encode("utf-16-le")) <= 2 * 4096 else 400
+    kit.records.notification.sink(sinks.telegram(SECRET, 42, base_url=receiver.url))
+    failed = bk.RunFailed(identity=IDENTITY, when_ms=NOON_MS, error=RuntimeError("no margin " + "\U0001f4c9" * 9000))
+    await observe(kit, [failed])
+    await receiver.until(lambda: receiver.asked > 0)
+    await kit.close()
+    (got,) = receiver.got
+    assert "RuntimeError: no margin" in got["text"]
+
+
+async def test_telegram_loses_nothing_while_its_chat_is_unknown(kit: bk.Kit, receiver: Receiver) -> None:
+    receiver.status = lambda body: 400  # chat not found: nobody has spoken to the bot yet
+    kit.records.notification.sink(sinks.telegram(SECRET, 42, base_url=receiver.url))
+    await observe(kit, [opened("s-1"), closed("s-2")])
+    await receiver.until(lambda: receiver.asked >= 3)
+    receiver.status = lambda body: 200
+    await receiver.until(lambda: len(receiver.got) == 2)
+    await kit.close()
+
+
+async def test_a_function_that_blocks_stops_no_trading(kit: bk.Kit, receiver: Receiver) -> None:
+    trading, told = threading.Event(), list[str]()
+
+    def post(notification: Notification) -> None:
+        assert trading.wait(20), "nobody trades while this waits"
+        told.append(notification.signal_id)
+
+    kit.records.notification.sink(post)
+    await observe(kit, [opened("s-1")])
+    async with asyncio.timeout(5):
+        for _ in range(100):
+            await asyncio.sleep(0.001)  # minutes of trading, in which the sink has long begun
+    assert told == []
+    trading.set()
+    await receiver.until(lambda: told == ["s-1"])
+    await kit.close()
 
 
 async def test_backtests_disturb_nobody(kit: bk.Kit, backtest: Callable[..., Any], receiver: Receiver) -> None:

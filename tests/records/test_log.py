@@ -48,6 +48,45 @@ async def test_what_cannot_be_stored_is_told_as_text(kit: bk.Kit) -> None:
     assert line.fields["what"].startswith("<object object")
 
 
+class Mute:
+    def __repr__(self) -> str:
+        raise RuntimeError("not a word")
+
+
+async def test_whatever_is_said_ends_no_strategy_and_leaves_the_log_readable(kit: bk.Kit) -> None:
+    log = run_of(kit).log(NOON_MS)
+    log.info("before")
+    log.info({"answer": "long"})
+    log.info(None)
+    log.error(ValueError("no price"))
+    log.info("named so", message="hello", level="high", self=1, when=2)
+    log.info("mute", what=Mute(), **{"odd \ud800": 1})
+    log.warning(Mute())
+    lines = [(line.message, line.fields) for line in reversed(await kit.records.log.list())]
+    assert [message for message, _ in lines] == [
+        "before",
+        "{'answer': 'long'}",
+        "None",
+        "no price",
+        "named so",
+        "mute",
+        "<Mute that cannot be shown: RuntimeError>",
+    ]
+    assert lines[4][1] == {"message": "hello", "level": "high", "self": 1, "when": 2}
+    assert lines[5][1] == {"what": "<Mute that cannot be shown: RuntimeError>", "odd \\ud800": "1"}
+
+
+async def test_a_message_that_does_not_fit_its_arguments_ends_nobody(
+    kit: bk.Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("tests.bridged"), "propagate", False)  # to handlers that do not take it
+    kit.records.log.bridge("tests.bridged")
+    logging.getLogger("tests.bridged").warning("%(price)s is low", {"volume": 1})
+    logging.getLogger("tests.bridged").warning("%s", Mute())
+    messages = [line.message for line in reversed(await kit.records.log.list())]
+    assert messages == ["%(price)s is low {'volume': 1}", "%s <tuple that cannot be shown: RuntimeError>"]
+
+
 async def test_lines_come_in_the_order_in_which_they_were_said(kit: bk.Kit) -> None:
     log = run_of(kit).log(NOON_MS)
     for number in range(1000):
@@ -103,6 +142,13 @@ class Failing(MemoryStore):
     """Takes nothing until it is mended."""
 
     mended = False
+    closed = False
+
+    def within(self, namespace: str) -> MemoryStore:
+        return self
+
+    async def close(self) -> None:
+        self.closed = True
 
     async def put(self, write: Write) -> Record:
         if not self.mended:
@@ -160,3 +206,31 @@ async def test_a_backtest_that_says_much_waits_for_the_log(tmp_path: Path, monke
     lines = await kit.records.log.list(mode="backtest", run_id=result.run_id, limit=None)
     assert len(lines) == 1440 * 10
     await kit.close()
+
+
+async def test_a_log_that_cannot_be_written_costs_nobody_a_result(failing: tuple[bk.Kit, Failing]) -> None:
+    kit, store = failing
+    kit.add_exchange_schema("demo", source=bk.sources.synthetic(seed=7))
+    kit.add_frame_schema("day", start_date="2024-06-01", end_date="2024-06-02")
+
+    def say(ctx: bk.Context) -> bk.Signal:
+        for number in range(10):
+            ctx.log.info(str(number))
+        return bk.Signal.bracket("long", price=ctx.price, take_profit_pct=1, stop_loss_pct=1)
+
+    kit.add_strategy_schema("talker", interval="1m", get_signal=say)
+    where: Any = {"strategy_name": "talker", "exchange_name": "demo", "frame_name": "day"}
+    result = await kit.backtest.background("BTCUSDT", **where)
+    assert result.trades
+    store.mended = True
+    lines = await kit.records.log.list(mode="backtest", run_id=result.run_id)
+    assert lines[0].message == "9"
+    await kit.close()
+
+
+async def test_a_log_that_cannot_be_written_leaves_no_store_open(failing: tuple[bk.Kit, Failing]) -> None:
+    kit, store = failing
+    run_of(kit).log(NOON_MS).info("unwritten")
+    with pytest.raises(RetryLater):
+        await kit.close()
+    assert store.closed

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from backtest_kit.cli.store import add, console, table, with_store
+from backtest_kit.cli import options
+from backtest_kit.cli.store import add, console, require_existing, table, with_store
 from backtest_kit.errors import UserError
 from backtest_kit.model.interval import iso, to_ms
 from backtest_kit.persist import operations
@@ -46,7 +48,9 @@ def run_ls(
         space = space_of(store, mode, run_id)
         return [(row, *await _read(space, row, only, limit)) for row in contracts]
 
-    found = with_store(url, read)
+    listed = [with_store(address, read) for address in _addresses(url)]
+    # Of each contract, from the first place that has any of it.
+    found = [next((each for each in places if each[2]), places[0]) for places in zip(*listed, strict=True)]
     if as_json:
         for row, records, _ in found:
             for record in records:
@@ -69,7 +73,10 @@ def run_show(url: str, contract_name: str, key_text: str, mode: str, run_id: str
     """Show one record whole."""
     row = record_contract(contract_name)
     key = operations.key_from_text(row, key_text)
-    record = with_store(url, lambda store: space_of(store, mode, run_id).get(row, key))
+    found = (
+        with_store(address, lambda store: space_of(store, mode, run_id).get(row, key)) for address in _addresses(url)
+    )
+    record = next((each for each in found if each is not None), None)
     if record is None:
         raise UserError(f"{contract_name} has no record {key_text!r}: see backtest-kit records ls {contract_name}")
     if as_json:
@@ -84,6 +91,22 @@ def run_show(url: str, contract_name: str, key_text: str, mode: str, run_id: str
     for name, item in (dict(zip(row.key_fields, record.key, strict=True)) | value).items():
         add(rows, name, _readable(name, item))
     console().print(rows)
+
+
+def _addresses(url: str) -> list[str]:
+    """Where records may lie: also in files, as the log and what backtests keep do wherever the rest is bound.
+
+    Raises:
+        UserError: there is no such store, and no files.
+    """
+    files = options.DEFAULT_STORE
+    if url.startswith("file:") or not Path(files.partition(":")[2]).is_dir():
+        return [url]
+    try:
+        require_existing(url)
+    except UserError:
+        return [files]  # nothing was traded yet, and so nothing was kept in the store that is bound
+    return [url, files]
 
 
 def space_of(store: Store, mode: str, run_id: str | None) -> Store:

@@ -75,7 +75,7 @@ def run_du(url: str) -> None:
     rows = table("Namespace", "Contract", "Records", "Removed", "Bytes", "Too old", "Fault")
     for usage in usages:
         old = too_old.get((usage.namespace, usage.contract))
-        whole = (usage.namespace, "") in too_old
+        run = too_old.get((usage.namespace, ""))
         add(
             rows,
             "/".join(usage.namespace) or "(live)",
@@ -83,11 +83,11 @@ def run_du(url: str) -> None:
             f"{usage.records:,}",
             f"{usage.removed:,}",
             f"{usage.size:,}",
-            "all" if whole else f"{old.records:,}" if old else "",
+            "all" if run and not run.fault else f"{old.records:,}" if old else "",
             usage.fault or "",
         )
     console().print(rows)
-    if expired:
+    if any(each.records for each in expired):
         say(f"`backtest-kit store compact` would forget {_sum(expired)}, by CC_RETENTION_*.")
 
 

@@ -103,7 +103,11 @@ async def compact(
             continue
         if namespace and namespace[0].startswith(RUN_PREFIX):
             if len(namespace) == 1:
-                runs.append((await _last_write(space), namespace, space))
+                written_at, fault = await _last_write(space)
+                if fault is None:
+                    runs.append((written_at, namespace, space))
+                else:
+                    found.append(Expired(namespace, "", 0, 0, fault))
             continue
         found += [
             await _compact_contract(namespace, space, row, retention, at_ms, look_only=look_only) for row in _PRUNABLE
@@ -173,15 +177,16 @@ def _is_older(written_at: int, at_ms: int, days: float) -> bool:
     return written_at < at_ms - days * DAY_MS
 
 
-async def _last_write(store: Store) -> int:
+async def _last_write(store: Store) -> tuple[int, str | None]:
+    """When a run wrote last, or why nobody knows: what is damaged may be the latest, and what is with it intact."""
     newest = 0
     for row in RECORD_CONTRACTS:
         try:
             async for record in store.scan(row, newest_first=True, limit=1, include_removed=True):
                 newest = max(newest, record.written_at)
-        except Damaged:
-            continue  # it is told where somebody reads it; that it is there does not make the run younger
-    return newest
+        except Damaged as error:
+            return newest, str(error)
+    return newest, None
 
 
 async def _measure_run(namespace: tuple[str, ...], store: Store) -> Expired:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from backtest_kit.errors import UserError
+from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.model.event import Event, Identity, Mode
 from backtest_kit.model.interval import to_ms
 from backtest_kit.records import sinks as sinks
@@ -187,7 +188,9 @@ class RunRecords:
     async def take_breath(self) -> None:
         """Let other tasks have their turn, and the log, if it has fallen behind, all the time that it needs."""
         if self._writer.crowded:
-            await self._writer.flush()
+            # A store that does not take lines is asked again by the writer, which tells of it and drops the oldest.
+            with suppress(BacktestKitError):
+                await self._writer.flush()
         await asyncio.sleep(0)
 
     async def end(self) -> None:

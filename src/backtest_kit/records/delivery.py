@@ -96,7 +96,7 @@ class Deliveries:
         if isinstance(sink, Sink):
             route = _Route(name or sink.name, sink.deliver, sink.close, kinds)
         elif callable(sink):
-            route = _Route(name or str(getattr(sink, "__qualname__", "")), sink, None, kinds)
+            route = _Route(name or str(getattr(sink, "__qualname__", "")), _never_in_the_way(sink), None, kinds)
         else:
             raise UserError(f"sink is {sink!r}: give one of backtest_kit.sinks, or a function of a notification")
         if not route.name:
@@ -263,8 +263,8 @@ class _Worker:
             return
         try:
             answer: Any = self._route.deliver(notification)
-            if inspect.isawaitable(answer):
-                await answer
+            while inspect.isawaitable(answer):  # what a thread brings may be another one: of a lambda around a call
+                answer = await answer
         except Refused as error:
             _log.error("sink %s: %s was refused for good: %s", self, notification.notification_id, error)
 
@@ -274,6 +274,13 @@ class _Worker:
 
     def __str__(self) -> str:
         return self._route.name
+
+
+def _never_in_the_way(function: Deliver) -> Deliver:
+    """A function as it is if it is async; any other in a thread, for it may wait, and who trades may not."""
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        return function
+    return lambda notification: asyncio.to_thread(function, notification)
 
 
 def _remember(kept: dict[str, Any], name: str, value: object) -> None:

@@ -54,7 +54,11 @@ class Housekeeping:
         for store in self._persistence().stores():
             try:
                 for expired in await compact(store, retention):
-                    what = f"{'/'.join((*expired.namespace, expired.contract))}: {expired.records} records"
-                    _log.info("forgot what was too old of %s, %d bytes", what, expired.size)
+                    what = "/".join(filter(None, (*expired.namespace, expired.contract)))
+                    _log.info(
+                        "forgot of %s what was too old: %d records, %d bytes", what, expired.records, expired.size
+                    )
+                    if expired.fault:
+                        _log.warning("not all of %s could be looked at for what is too old: %s", what, expired.fault)
             except BacktestKitError as error:
                 _log.warning("not all that is too old was forgotten, it is tried again tomorrow: %s", error)

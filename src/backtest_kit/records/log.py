@@ -214,28 +214,28 @@ class Log:
         self._run_id = run_id
         self._when_ms = when_ms
 
-    def debug(self, message: str, **fields: Any) -> None:
+    def debug(self, message: object, /, **fields: Any) -> None:
         """What only helps to find errors."""
         self._say("debug", message, fields)
 
-    def info(self, message: str, **fields: Any) -> None:
-        """What happened. `fields` are anything that can be stored."""
+    def info(self, message: object, /, **fields: Any) -> None:
+        """What happened. `message` is kept as text; `fields` are anything that can be stored, under any name."""
         self._say("info", message, fields)
 
-    def warning(self, message: str, **fields: Any) -> None:
+    def warning(self, message: object, /, **fields: Any) -> None:
         """What somebody should look at some day."""
         self._say("warning", message, fields)
 
-    def error(self, message: str, **fields: Any) -> None:
+    def error(self, message: object, /, **fields: Any) -> None:
         """What went wrong."""
         self._say("error", message, fields)
 
-    def _say(self, level: Level, message: str, fields: dict[str, Any]) -> None:
+    def _say(self, level: Level, message: object, fields: dict[str, Any]) -> None:
         identity = self._identity
         line = LogLine(
             entry_id=self._writer.new_id(),
             level=level,
-            message=message,
+            message=message if isinstance(message, str) else _told(message),
             mode=identity.mode,
             symbol=identity.symbol,
             strategy_name=identity.strategy_name,
@@ -325,8 +325,8 @@ class _Bridge(logging.Handler):
         fields = {} if record.exc_info is None else {"traceback": "".join(traceback.format_exception(*record.exc_info))}
         try:
             message = record.getMessage()
-        except (TypeError, ValueError):
-            message = f"{record.msg} {record.args}"
+        except Exception:  # whatever arguments that do not fit raise: who says a line must not fail for it
+            message = f"{_told(record.msg)} {_told(record.args)}"
         line = LogLine(
             entry_id=self._writer.new_id(),
             level=_level_of(record.levelno),
@@ -363,6 +363,18 @@ def _plain(line: LogLine) -> Plain:
     try:
         return encode(line)
     except UserError:
-        fields = {str(name): repr(value) for name, value in line.fields.items()}
-        message = str(line.message).encode("utf-8", "backslashreplace").decode()
+        fields = {_utf8(name): _utf8(_told(value)) for name, value in line.fields.items()}
+        message = _utf8(line.message)
         return encode(msgspec.structs.replace(line, message=message, fields=fields))
+
+
+def _told(value: object) -> str:
+    """A value as text, also where it cannot tell it itself."""
+    try:
+        return str(value) if isinstance(value, (str, BaseException)) else repr(value)
+    except Exception as error:
+        return f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"
+
+
+def _utf8(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

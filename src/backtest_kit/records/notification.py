@@ -165,7 +165,8 @@ class Notifications:
         at least once; `notification_id` tells a repetition.
 
         Args:
-            deliver: One of `backtest_kit.sinks`, or a function of a `Notification`, which should be async.
+            deliver: One of `backtest_kit.sinks`, or a function of a `Notification`, which is called in a thread
+                if it is not async.
             name: What its progress is kept under; by default that of the sink, or of the function.
             kinds: Only these kinds, such as ["opened", "closed"]; by default all.
 

@@ -20,9 +20,14 @@ _TIMEOUT_S: Final = 10.0
 _TRIED_AGAIN: Final = frozenset((401, 403, 404, 408, 425, 429))
 """Refusals that say nothing about the notification: a token or an address is mended, a limit passes."""
 
+_MOST_LETTERS: Final = 2000
+"""Of a message of Telegram, which takes 4096 units of UTF-16: up to two for each letter."""
+
 
 class HttpSink:
     """Sends each notification as one POST of JSON."""
+
+    tried_again = _TRIED_AGAIN
 
     def __init__(self, name: str, url: str, headers: dict[str, str], timeout_s: float) -> None:
         parts = urlsplit(url)
@@ -82,7 +87,7 @@ class HttpSink:
     def _judge(self, status: int) -> None:
         if status < 300:
             return
-        if 400 <= status < 500 and status not in _TRIED_AGAIN:
+        if 400 <= status < 500 and status not in self.tried_again:
             raise Refused(f"{self._host} answered with status {status}")
         raise RetryLater(f"{self._host} answered with status {status}: it is tried again")
 
@@ -93,12 +98,15 @@ class HttpSink:
 class Telegram(HttpSink):
     """Sends the text of each notification to a chat."""
 
+    tried_again = _TRIED_AGAIN | {400}
+    """A plain text that is short enough is never at fault: the chat is unknown, or was turned into another one."""
+
     def __init__(self, name: str, token: str, chat_id: int | str, base_url: str, timeout_s: float) -> None:
         super().__init__(name, f"{base_url}/bot{token}/sendMessage", {}, timeout_s)
         self._chat_id = chat_id
 
     def body(self, notification: Notification) -> Any:
-        return {"chat_id": self._chat_id, "text": notification.text}
+        return {"chat_id": self._chat_id, "text": _shortened(notification.text)}
 
 
 def webhook(
@@ -132,6 +140,10 @@ def telegram(
     if not token or chat_id in ("", 0):
         raise UserError(f"sink {name!r} needs the token of a bot and the id of a chat: @BotFather makes a bot")
     return Telegram(name, token, chat_id, base_url, timeout_s)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_LETTERS else text[: _MOST_LETTERS - 1] + "…"
 
 
 def _httpx() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import aclosing
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from backtest_kit.engine.step import Fill, Rules
-from backtest_kit.errors import UserError
+from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.events import EventBus
 from backtest_kit.market.price import resample
 from backtest_kit.model.candle import CandleSeries
@@ -27,7 +28,7 @@ from backtest_kit.model.interval import (
     iso,
     to_datetime,
 )
-from backtest_kit.records import Records
+from backtest_kit.records import Records, RunRecords
 from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
@@ -38,6 +39,8 @@ from backtest_kit.settings import Settings
 
 if TYPE_CHECKING:
     from backtest_kit.report.result import BacktestResult
+
+_log = logging.getLogger(__name__)
 
 _FILLS: Final = ("vwap", "ohlc")
 _GAPS: Final = ("error", "fill")
@@ -245,7 +248,7 @@ class BacktestRunner:
                 async with aclosing(replay.events()) as events:
                     async for event in events:
                         yield event
-                await records.end()
+                await _end(records)
                 await self._bus.emit(_done(job, control))
         except asyncio.CancelledError:
             await self._bus.emit(_done(job, control, cancelled=True))
@@ -253,7 +256,7 @@ class BacktestRunner:
         except Exception as error:
             failed = RunFailed(identity=job.identity, when_ms=control.when_ms, error=error)
             await records.observe((failed,))
-            await records.end()
+            await _end(records)
             await self._bus.emit(failed)
             raise
         finally:
@@ -348,6 +351,14 @@ class BacktestRunner:
     def _new_run_id(self) -> str:
         """An id that no other run has, and that sorts by when it was started."""
         return f"{to_datetime(self._now_ms()):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+
+
+async def _end(records: RunRecords) -> None:
+    """Have the log written. A line that cannot be kept costs nobody the result, or the error that ended the run."""
+    try:
+        await records.end()
+    except BacktestKitError as error:
+        _log.warning("lines of the log wait for the store: %s", error)
 
 
 def _done(job: Job, control: Control, *, cancelled: bool = False) -> RunDone:
