@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.live.rig import START, Rig
 from tests.live.scenario import MINUTES, facts, prepared
 
 import backtest_kit as bk
+from backtest_kit.engine.step import Resting
 from backtest_kit.errors import OutOfSpace, RetryLater
+from backtest_kit.model.event import EntryCancelled, Identity
+from backtest_kit.model.position import RestingEntry
 from backtest_kit.persist import crashpoints
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.wrapper import AdapterStore
 from backtest_kit.run.emergency import SIZE, EmergencyFile
+from backtest_kit.run.keeper import Keeper
+from backtest_kit.run.ledger import Book, Ledger
 
 MONEY = ("signal", "schedule", "strategy", "partial", "breakeven", "risk")
 SCOPE = ("trend", "demo", "BTCUSDT")
@@ -161,3 +168,33 @@ def test_an_emergency_file_takes_a_write_on_a_full_disk(tmp_path: Path) -> None:
             EmergencyFile(tmp_path / "another").open()
     finally:
         os.system(f"umount {tmp_path}")  # noqa: S605
+
+
+def test_the_emergency_file_keeps_what_is_held_however_much_waits_for_the_records(tmp_path: Path) -> None:
+    texts = [secrets.token_hex(600) for _ in range(100)]
+    identity = Identity("BTCUSDT", "trend", "demo", "", "live")
+    entry = RestingEntry(
+        signal_id="one", symbol="BTCUSDT", strategy_name="trend", exchange_name="demo", frame_name="",
+        position="long", price_open=1.0, price_take_profit=2.0, price_stop_loss=0.5, minutes=60.0, cost=10.0,
+        scheduled_at_ms=START, note="",
+    )  # fmt: skip
+    outbox = tuple(
+        EntryCancelled(
+            identity=identity, when_ms=START, price=1.0, entry=msgspec.structs.replace(entry, note=text), reason="user"
+        )
+        for text in texts
+    )
+    file = EmergencyFile(tmp_path / "reserve")
+    ledger: Any = Ledger(None, "live", SCOPE)  # type: ignore[arg-type]
+    nobody: Any = None
+    keeper = Keeper(ledger, nobody, file, nobody)
+    file.open()
+    file.write(keeper._sealed(Book(state=Resting(entry, START), outbox=outbox, owner="me", seq=1)))
+    kept = file.read()
+    file.close()
+    assert kept is not None
+    book = keeper._newer(kept)
+    assert book is not None
+    assert book.state == Resting(entry, START)
+    assert book.outbox == outbox[-len(book.outbox) :]
+    assert book.outbox

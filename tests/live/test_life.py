@@ -427,6 +427,40 @@ async def test_without_a_store_a_position_is_closed_all_the_same(
     assert found.value is None
 
 
+async def test_a_position_closes_after_hours_in_which_its_stop_was_moved_without_a_store(
+    failing: tuple[Rig, FailingStore],
+) -> None:
+    """Whose records wait for the store does not fill what is kept for the exit."""
+    rig, store = failing
+    rig.source = bk.sources.function(get_candles)
+    moved: list[bool] = []
+
+    async def trail(ctx: bk.Context) -> None:
+        assert ctx.position is not None
+        if len(moved) < 120:
+            moved.append(bool(await ctx.position.move_stop(ctx.position.stop_loss * 1.0001)))
+        else:
+            await ctx.position.close()
+
+    rig.strategy["get_signal"] = lambda ctx: (
+        bk.Signal.bracket("long", price=ctx.price, take_profit_pct=20, stop_loss_pct=20)
+        if ctx.when_ms == START
+        else None
+    )
+    rig.strategy["manage"] = None
+    await rig.trade(1)
+    rig.strategy["manage"] = trail
+    store.error = bk.OutOfSpace("the disk is full")
+    end = await rig.trade(124)
+    assert moved == [True] * 120
+    assert end.status.position is None
+    assert len(rig.venue.sent("close")) == 1
+    assert rig.of(bk.Degraded)[-1].kept
+    end = await rig.trade(2)
+    assert end.status.position is None
+    assert len(rig.venue.sent("close")) == 1
+
+
 async def test_a_write_whose_answer_was_lost_is_looked_up(failing: tuple[Rig, FailingStore]) -> None:
     rig, store = failing
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Literal
 
 Side = Literal["request", "answer"]
@@ -28,6 +29,9 @@ class Relay:
         """The next request with this in it is kept back, until `release`."""
         self.is_kept = asyncio.Event()
         self._kept = b""
+        self.lose = b""
+        """The answer to the next request with this in it is lost: it hangs up, once `meanwhile` is done."""
+        self.meanwhile: Callable[[], Awaitable[None]] = _nothing
         self.connections = 0
         """How many are open."""
 
@@ -98,6 +102,12 @@ class Relay:
             self.connections -= 1
             self._tasks.discard(task)
 
+    def _loses(self, message: bytes) -> bool:
+        if not self.lose or self.lose not in message:
+            return False
+        self.lose = b""
+        return True
+
     def _keeps(self, message: bytes) -> bool:
         if not self.keep or self.keep not in message:
             return False
@@ -118,6 +128,7 @@ class _Line:
         self._relay, self._reader, self._writer = relay, reader, writer
         self._from_server, self._to_server = from_server, to_server
         self._is_counted = False
+        self._is_lost = False
 
     async def requests(self) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, OSError):
@@ -126,6 +137,7 @@ class _Line:
                 self._is_counted = _HANDSHAKE not in message[:200] and b"isMaster" not in message[:200]
                 if self._relay._keeps(message):
                     continue
+                self._is_lost = self._relay._loses(message)
                 is_cut = False
                 if self._is_counted:
                     message, is_cut = self._relay._passing("request", message)
@@ -138,6 +150,9 @@ class _Line:
         with contextlib.suppress(asyncio.IncompleteReadError, OSError):
             while True:
                 message = await _message(self._from_server)
+                if self._is_lost:
+                    await self._relay.meanwhile()
+                    return
                 is_cut = False
                 if self._is_counted:
                     message, is_cut = self._relay._passing("answer", message)
@@ -145,6 +160,10 @@ class _Line:
                 await self._writer.drain()
                 if is_cut:
                     return
+
+
+async def _nothing() -> None:
+    """Between a lost answer and the end of its connection."""
 
 
 async def _message(reader: asyncio.StreamReader) -> bytes:

@@ -102,7 +102,7 @@ def run(address: str, place: Path, kills: int, chance: random.Random) -> Outcome
         head = b""
         while b"ready" not in head and b"failed" not in head:
             head += os.read(pipe, 1 << 16)
-        deadline = time.monotonic() + chance.choice((0.001, 0.01, 0.05)) * chance.random()
+        deadline = time.monotonic() + chance.choice((0.001, 0.02, 0.1)) * chance.random()
         while (left := deadline - time.monotonic()) > 0:
             if select.select([pipe], [], [], left)[0]:
                 head += os.read(pipe, 1 << 16)

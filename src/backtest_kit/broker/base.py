@@ -106,6 +106,9 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     """Trigger of the live protective stop of this account, None where there is none."""
     client_order_ids: tuple[str, ...] = ()
     """Of open orders on the symbol."""
+    signal_id: str | None = None
+    """Whose stop protects it, where the client id of the stop tells: who takes the position over under this id finds
+    its orders again."""
 
 
 class Broker:

@@ -25,10 +25,11 @@ from backtest_kit.broker.base import (
 from backtest_kit.broker.ccxt_account import agrees, model_quantity, status_of
 from backtest_kit.broker.ccxt_connection import Connection, MarketKind
 from backtest_kit.broker.ccxt_dealer import OPENS, Dealer
+from backtest_kit.broker.ccxt_errors import order_is_there
 from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder, exit_side
 from backtest_kit.broker.ccxt_stops import StopFilled
 from backtest_kit.broker.ccxt_venue import CcxtVenue, Exposure
-from backtest_kit.broker.order_ids import SignalIds, is_stop
+from backtest_kit.broker.order_ids import SignalIds, is_stop, signal_of_stop
 from backtest_kit.broker.rounding import exact
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.model.position import Direction, Position, RestingEntry
@@ -173,17 +174,18 @@ class CcxtBroker(Broker):
             entry = await dealer.activated(stake, order)
         else:
             entry = await dealer.enter(stake, stake.ids.entry, order)
-        received = await venue.received(stake.market, entry)
-        try:
-            if order.attempt or order.kind == "activate":
-                await dealer.protect_what_is_held(stake, order, entry)
-            else:
-                await dealer.protect(stake, received, order.stop_loss)
-        except StopFilled as error:
-            _log.info("%s", error)
-        except BacktestKitError as error:
-            await dealer.leave(stake, received, error)
-        return await venue.executed(stake.market, [entry])
+        with order_is_there():
+            received = await venue.received(stake.market, entry)
+            try:
+                if order.attempt or order.kind == "activate":
+                    await dealer.protect_what_is_held(stake, order, entry)
+                else:
+                    await dealer.protect(stake, received, order.stop_loss)
+            except StopFilled as error:
+                _log.info("%s", error)
+            except BacktestKitError as error:
+                await dealer.leave(stake, received, error)
+            return await venue.executed(stake.market, [entry])
 
     async def place_entry(self, order: Order) -> None:
         _, dealer, stake = self._stake_of(order)
@@ -243,8 +245,9 @@ class CcxtBroker(Broker):
         """Buy, then widen the stop: what was held before stays protected all the time."""
         venue, dealer, stake = self._stake_of(order)
         added = await dealer.enter(stake, stake.ids.of(order.client_order_id), order)
-        await dealer.protect_what_is_held(stake, order, added)
-        return await venue.executed(stake.market, [added])
+        with order_is_there():
+            await dealer.protect_what_is_held(stake, order, added)
+            return await venue.executed(stake.market, [added])
 
     async def reduce_position(self, order: Order) -> Fill | None:
         """Sell, then narrow the stop. On a spot market the stop has to make room first, while the sale takes place."""
@@ -258,8 +261,9 @@ class CcxtBroker(Broker):
                 await dealer.stops.cancel(stake.market, live)
             reduced = await dealer.sell(stake, order, quantity, held=held)
         reduced = dealer.filled(stake, reduced)
-        await dealer.protect_what_is_held(stake, order, reduced)
-        return await venue.executed(stake.market, [reduced])
+        with order_is_there():
+            await dealer.protect_what_is_held(stake, order, reduced)
+            return await venue.executed(stake.market, [reduced])
 
     async def move_stop(self, order: Order) -> None:
         _, dealer, stake = self._stake_of(order)
@@ -357,6 +361,7 @@ def _holding(symbol: str, exposure: Exposure | None, orders: Sequence[VenueOrder
         exposure = Exposure("long", sum((stop.remaining for stop in stops), Decimal(0)), None)
     guards = [float(stop.trigger or 0) for stop in stops if stop.side == exit_side(exposure.direction)]
     first = max if exposure.direction == "long" else min
+    signals = {signal_of_stop(stop.client_id) for stop in stops if stop.client_id}
     return Holding(
         symbol=symbol,
         direction=exposure.direction,
@@ -364,4 +369,5 @@ def _holding(symbol: str, exposure: Exposure | None, orders: Sequence[VenueOrder
         price_open=exposure.price_open,
         stop_loss=first(guards) if guards else None,
         client_order_ids=tuple(order.client_id for order in orders if order.client_id),
+        signal_id=signals.pop() if len(signals) == 1 else None,
     )

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from backtest_kit.broker.base import Order, OrderRejected, OrderTransient
 from backtest_kit.broker.ccxt_account import Account, status_of
-from backtest_kit.broker.ccxt_errors import AlreadyThere, StopReached
+from backtest_kit.broker.ccxt_errors import AlreadyThere, StopReached, order_is_there
 from backtest_kit.broker.ccxt_market import Market, Side, Stake, VenueOrder
 from backtest_kit.broker.ccxt_stops import StopFilled, Stops
 from backtest_kit.broker.ccxt_venue import CcxtVenue
@@ -103,24 +103,27 @@ class Dealer:
             )
 
     async def send(self, market: Market, client_id: str, side: Side, quantity: Decimal, **how: Any) -> VenueOrder:
-        """Send, or find what was sent: an order whose answer was lost is looked for at once."""
+        """Send, or find what was sent: an order whose answer was lost is looked for at once. What does not rest is
+        done afterwards."""
+        rests = how.get("limit") is not None and not how.get("immediate")
         try:
             return await self._venue.send(market, client_id, side, quantity, **how)
         except AlreadyThere:
-            found = await self._venue.order(market, client_id)
-            if found is None:
-                raise
-            return found
+            with order_is_there():
+                found = await self._venue.order(market, client_id)
+                if found is not None:
+                    return found if rests else await self._venue.settled(market, found, client_id)
+            raise
         except OrderTransient as error:
             if error.outcome is Outcome.NOT_DONE:
                 raise
             try:
                 found = await self._venue.order(market, client_id)
+                if found is not None:
+                    return found if rests else await self._venue.settled(market, found, client_id)
             except BacktestKitError:
                 raise error from None
-            if found is None:
-                raise
-            return found
+            raise
 
     def filled(self, stake: Stake, order: VenueOrder) -> VenueOrder:
         """`order`, of which something was filled.

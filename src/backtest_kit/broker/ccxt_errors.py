@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from backtest_kit.broker.base import OrderRejected, OrderTransient
@@ -72,6 +73,16 @@ def order_error(error: Exception, doing: str, secrets: Iterable[str] = ()) -> Ba
     """
     kind, outcome = _meaning(error)
     return kind(f"{doing}: {said(error, secrets)}", outcome=outcome)
+
+
+@contextmanager
+def order_is_there() -> Iterator[None]:
+    """What is asked in this block follows an order that the exchange has: whatever it is refused with says nothing
+    about that order, which has to be looked up."""
+    try:
+        yield
+    except (OrderRejected, OrderTransient) as error:
+        raise OrderTransient(str(error), outcome=Outcome.UNKNOWN) from None
 
 
 def is_clock_skew(error: Exception) -> bool:

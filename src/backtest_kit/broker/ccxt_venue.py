@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from backtest_kit.broker.base import Fill, OrderTransient
-from backtest_kit.broker.ccxt_errors import OrderMissing, is_clock_skew, order_error
+from backtest_kit.broker.ccxt_errors import OrderMissing, is_clock_skew, order_error, order_is_there
 from backtest_kit.broker.ccxt_market import Market, Side, VenueOrder, read_market, read_order
 from backtest_kit.broker.rounding import exact
 from backtest_kit.ccxt_client import find_market, library, said
@@ -114,9 +114,12 @@ class CcxtVenue:
             raise
         self._under_way.pop(client_id, None)
         sent = read_order(raw, market)
-        return await self._settled(market, sent, client_id) if trigger is None and (immediate or not price) else sent
+        if trigger is not None or (price and not immediate):
+            return sent
+        with order_is_there():
+            return await self.settled(market, sent, client_id)
 
-    async def _settled(self, market: Market, order: VenueOrder, client_id: str) -> VenueOrder:
+    async def settled(self, market: Market, order: VenueOrder, client_id: str) -> VenueOrder:
         """A market order once it is done: some exchanges only say that they have received it."""
         loop = asyncio.get_running_loop()
         until, pause = loop.time() + _SETTLING_S, 0.05

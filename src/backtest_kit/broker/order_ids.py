@@ -72,6 +72,11 @@ class SignalIds:
         return self._short + suffix
 
 
+def signal_of_stop(venue_id: str) -> str:
+    """The signal id under which the orders beside a protective stop are found."""
+    return re.sub(_STOP.pattern + "$", "", venue_id)
+
+
 def is_stop(venue_id: str | None) -> bool:
     """Whether an id is that of a protective stop of any signal."""
     return venue_id is not None and re.search(_STOP.pattern + "$", venue_id) is not None

@@ -20,6 +20,8 @@ SIZE: Final = 64 * 1024
 _HALF: Final = SIZE // 2
 _HEAD: Final = Struct("<8sQII")
 _MAGIC: Final = b"bkemerg1"
+ROOM: Final = _HALF - _HEAD.size
+"""Bytes that one write may keep."""
 
 
 class EmergencyFile:
@@ -66,8 +68,8 @@ class EmergencyFile:
             OutOfSpace: `data` is larger than a half.
             RetryLater: the system refuses, or it is not open.
         """
-        if len(data) > _HALF - _HEAD.size:
-            raise OutOfSpace(f"{self._path} takes {_HALF - _HEAD.size:,} bytes, and {len(data):,} were to be kept")
+        if len(data) > ROOM:
+            raise OutOfSpace(f"{self._path} takes {ROOM:,} bytes, and {len(data):,} were to be kept")
         number = self._number + 1
         head = _HEAD.pack(_MAGIC, number, len(data), zlib.crc32(data, number & 0xFFFFFFFF))
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import zlib
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
@@ -18,7 +19,7 @@ from backtest_kit.engine.step import Holding, Resting, State
 from backtest_kit.errors import BacktestKitError, Conflict, Damaged, OutOfSpace, RetryLater
 from backtest_kit.model.position import Position, RestingEntry
 from backtest_kit.run.alarms import Alarms
-from backtest_kit.run.emergency import EmergencyFile
+from backtest_kit.run.emergency import ROOM, EmergencyFile
 from backtest_kit.run.ledger import Book, Ledger, RiskMoved, records_of
 from backtest_kit.run.live_risk import LiveRisk
 from backtest_kit.run.orders import ENTRIES
@@ -165,11 +166,19 @@ class Keeper:
         return self._emergency.read()
 
     def _sealed(self, book: Book) -> bytes:
-        return msgspec.json.encode({"after": self._stored, "records": records_of(book)})
+        """The book as the emergency file takes it: small, because the events of hours may wait in the outbox.
+
+        Where they are too many even so, the older ones stay in the memory alone: what is held comes first.
+        """
+        while True:
+            sealed = zlib.compress(msgspec.json.encode({"after": self._stored, "records": records_of(book)}))
+            if len(sealed) <= ROOM or not book.outbox:
+                return sealed
+            book = msgspec.structs.replace(book, outbox=book.outbox[len(book.outbox) // 2 + 1 :])
 
     def _newer(self, kept: bytes) -> Book | None:
         """What was put aside, if nobody has written to the store since."""
-        found: dict[str, Any] = msgspec.json.decode(kept)
+        found: dict[str, Any] = msgspec.json.decode(zlib.decompress(kept))
         try:
             book = self._ledger.book_of(found["records"])
         except Damaged as error:

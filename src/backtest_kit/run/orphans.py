@@ -10,6 +10,7 @@ from backtest_kit.broker.base import Broker, Holding as VenueHolding, Order
 from backtest_kit.engine.position import open_position
 from backtest_kit.engine.step import Flat, Holding
 from backtest_kit.model.event import Event, OrphanFound, PositionOpened
+from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import RestingEntry
 from backtest_kit.run.desk import Desk
 from backtest_kit.settings import Settings
@@ -21,6 +22,8 @@ Adopt = Callable[[Holding, PositionOpened], Awaitable[tuple[Event, ...]]]
 """Makes a position the run's own, without an order; returns what is to be told."""
 
 _FARTHEST_STOP_PCT = 20.0
+_NUMBERS = 1_000_000
+"""What a suffix of a client order id counts to."""
 _log = logging.getLogger("backtest_kit")
 
 
@@ -94,7 +97,7 @@ class OrphanGuard:
             )
             return f"a stop was placed at {position.stop_loss:g}"
         stop, take = levels(held, self._desk.tick.price, settings)
-        order = self._order(f"orphan-{self._desk.tick.when_ms // 1000}", held, stop, take)
+        order = self._order(_signal_id(held, self._desk), held, stop, take)
         if held.stop_loss is None:
             await self._broker.move_stop(order)
         if self._policy == "protect":
@@ -106,7 +109,7 @@ class OrphanGuard:
         tick = self._desk.tick
         return Order(
             kind="move_stop",
-            client_order_id=f"{signal_id}-p{tick.when_ms // 1000}"[:36],
+            client_order_id=f"{signal_id}-p{tick.when_ms // MINUTE_MS % _NUMBERS}",
             identity=self._desk.rules.identity,
             when_ms=tick.when_ms,
             direction=held.direction,
@@ -128,12 +131,16 @@ def levels(held: VenueHolding, price: float, settings: Settings) -> tuple[float,
     return stop, entry + (entry - stop)
 
 
+def _signal_id(held: VenueHolding, desk: Desk) -> str:
+    return held.signal_id or f"orphan-{desk.tick.when_ms // 1000}"
+
+
 def adopted(held: VenueHolding, stop: float, take: float, slot_ms: int, desk: Desk) -> tuple[Holding, PositionOpened]:
     """The position that the strategy takes over, as of this minute."""
     identity, tick, settings = desk.rules.identity, desk.tick, desk.rules.settings
     price = held.price_open or tick.price
     entry = RestingEntry(
-        signal_id=f"orphan-{tick.when_ms // 1000}",
+        signal_id=_signal_id(held, desk),
         symbol=identity.symbol,
         strategy_name=identity.strategy_name,
         exchange_name=identity.exchange_name,

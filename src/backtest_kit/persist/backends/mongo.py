@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from bson.int64 import Int64
 from pymongo import ReturnDocument
+from pymongo.asynchronous.cursor import AsyncCursor
 from pymongo.errors import DuplicateKeyError
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater
@@ -255,10 +256,10 @@ class MongoStore:
         if limit == 0:
             return []
 
-        async def question() -> list[Document]:
-            return await link.collection(contract).find(wanted, fields, sort=sort, limit=limit or 0).to_list()
+        def cursor() -> AsyncCursor[Document]:
+            return link.collection(contract).find(wanted, fields, sort=sort, limit=limit or 0)
 
-        return await link.ask(f"list {contract.collection}", question, in_parts=True)
+        return await link.ask_all(f"list {contract.collection}", cursor)
 
     async def _record(
         self, link: Link, contract: Contract, name: Document | None, document: Document | None

@@ -29,7 +29,7 @@ from backtest_kit.persist.backends.mongo_documents import (
     record_of,
     update_of,
 )
-from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, is_duplicate, may_have_happened
+from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, is_duplicate
 from backtest_kit.persist.backends.mongo_intents import carry_out, has_happened, settle
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.crashpoints import crashpoint
@@ -185,14 +185,11 @@ class Batch:
         return False
 
     async def _commit(self, session: AsyncClientSession) -> None:
-        try:
-            await session.commit_transaction()
-        except asyncio.CancelledError:
-            self._is_sent = True
-            raise
-        except FAILURES as error:
-            self._is_sent = self._is_sent or may_have_happened(error)
-            raise
+        # Whatever the failure says: the driver asks again by itself, and a server that was started again since
+        # knows nothing of the transaction that it had committed.
+        self._is_sent = True
+        await session.commit_transaction()
+        self._is_sent = False
 
     async def _write(self, planned: Sequence[Planned], session: AsyncClientSession) -> bool:
         """False if a document was not as planned."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import bson
 import numpy as np
 from bson.int64 import Int64
+from pymongo.asynchronous.cursor import AsyncCursor
 from pymongo.errors import BulkWriteError
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome
@@ -57,13 +58,12 @@ class MongoCandleStore:
         link: Link = await self._opened()
         wanted = {**self._name(series), "timestamp": {"$gte": Int64(start_ms), "$lt": Int64(stop_ms)}}
 
-        async def question() -> list[bytes]:
-            cursor = link.collection(_CANDLE).find_raw_batches(
+        def cursor() -> AsyncCursor[Any]:
+            return link.collection(_CANDLE).find_raw_batches(
                 wanted, _PROJECTION, sort=[("timestamp", 1)], batch_size=_ANSWER
             )
-            return [cast(bytes, batch) async for batch in cursor]
 
-        batches = await link.ask(f"read candles of {series.symbol}", question, in_parts=True)
+        batches = await link.ask_all(f"read candles of {series.symbol}", cursor, 1)
         return CandleSeries.concat([_columns(batch, series) for batch in batches if batch])
 
     async def write(self, series: SeriesKey, candles: CandleSeries) -> int:
@@ -90,8 +90,8 @@ class MongoCandleStore:
         written = 0
         # One writer of a series at a time: of two who offer the same candles, one is first with all of them.
         async with link.turns.hold([(_CANDLE.name, self._namespace, series)]):
-            stored = await link.ask(doing, partial(_stored, link, name, candles), in_parts=True)
-            new = candles.take(~np.isin(candles.timestamp, stored))
+            stored = await link.ask_all(doing, partial(_stored, link, name, candles), _ANSWER)
+            new = candles.take(~np.isin(candles.timestamp, [each["timestamp"] for each in stored]))
             for start in range(0, len(new), _CHUNK):
                 documents = _documents(name, new[start : start + _CHUNK])
                 try:
@@ -116,12 +116,11 @@ def _documents(name: Document, candles: CandleSeries) -> list[Document]:
     ]
 
 
-async def _stored(link: Link, name: Document, candles: CandleSeries) -> list[int]:
+def _stored(link: Link, name: Document, candles: CandleSeries) -> AsyncCursor[Document]:
     """Which candles there are already in the span of `candles`: the index alone answers that."""
     span = {"$gte": Int64(candles.timestamp[0]), "$lte": Int64(candles.timestamp[-1])}
     wanted, fields = {**name, "timestamp": span}, {"_id": False, "timestamp": True}
-    cursor = link.collection(_CANDLE).find(wanted, fields, batch_size=_ANSWER)
-    return [each["timestamp"] for each in await cursor.to_list()]
+    return link.collection(_CANDLE).find(wanted, fields, batch_size=_ANSWER)
 
 
 async def _insert(link: Link, documents: Sequence[Document]) -> int:

@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl, unquote_plus
 
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.collection import AsyncCollection
+from pymongo.asynchronous.cursor import AsyncCursor
 from pymongo.errors import ConfigurationError, InvalidURI, PyMongoError
 from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
@@ -28,6 +29,8 @@ from backtest_kit.persist.urls import import_backend
 T = TypeVar("T")
 
 DEFAULT_DATABASE: Final = "backtest-kit"
+_PART: Final = 10_000
+"""Documents."""
 ACKNOWLEDGED: Final = WriteConcern(w=1)
 """For what may be lost or is flushed on close. The server writes it to its journal every 100 ms."""
 
@@ -105,24 +108,44 @@ class Link:
         doing: str,
         question: Callable[[], Awaitable[T]],
         patience: Patience | None = None,
-        *,
-        in_parts: bool = False,
     ) -> T:
         """The answer to something that may be done twice; asked again while the failure can heal and there is time.
-
-        Where the answer comes in parts, however many, the server may take the time for each of them.
 
         Raises:
             RetryLater, UserError, OutOfSpace: it cannot, or the time is up.
         """
         patience = patience or self.patience()
+
+        async def answer() -> T:
+            async with asyncio.timeout(patience.left):
+                return await question()
+
+        return await self._try(doing, answer, patience)
+
+    async def ask_all(self, doing: str, cursor: Callable[[], AsyncCursor[Any]], part: int = _PART) -> list[Any]:
+        """Everything that a cursor finds; the server may take the time of an operation for each `part` after the first.
+
+        Raises:
+            RetryLater, UserError, OutOfSpace: as `ask`.
+        """
+
+        patience = self.patience()
+
+        async def answer() -> list[Any]:
+            found: list[Any] = []
+            parts = cursor()
+            while parts.alive:
+                async with asyncio.timeout((self.patience() if found else patience).left):
+                    found += await parts.to_list(part)
+            return found
+
+        return await self._try(doing, answer, patience)
+
+    async def _try(self, doing: str, answer: Callable[[], Awaitable[T]], patience: Patience) -> T:
         outcome = Outcome.NOT_DONE
         while True:
             try:
-                if in_parts:
-                    return await question()
-                async with asyncio.timeout(patience.left):
-                    return await question()
+                return await answer()
             except FAILURES as error:
                 if may_have_happened(error):
                     outcome = Outcome.UNKNOWN

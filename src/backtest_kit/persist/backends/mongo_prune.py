@@ -46,10 +46,8 @@ async def forget(link: Link, namespace: str) -> None:
 async def _prune(link: Link, contract: Contract, doomed: Sequence[Document]) -> int:
     collection = link.collection(contract)
 
-    async def find() -> list[Document]:
-        return await collection.find({"$or": doomed}).to_list()
-
-    found = [each for each in await link.ask("prune records", find, in_parts=True) if _is_sound(contract, each)]
+    read = await link.ask_all("prune records", lambda: collection.find({"$or": doomed}))
+    found = [each for each in read if _is_sound(contract, each)]
     if not found:
         return 0
     deletes = [DeleteOne(matching({"_id": each["_id"]}, each["rev"])) for each in found]
