@@ -185,7 +185,7 @@ def test_records_in_files_are_found_wherever_the_rest_is_bound(tmp_path: Path) -
     async def keep() -> None:
         kit = bk.Kit(tmp_path / "dump")
         kit.persistence.bind("*", store_at(f"sqlite:{tmp_path}/bot.db"))
-        where = {"symbol": "BTCUSDT", "strategy_name": "trend", "exchange_name": "binance"}
+        where: Any = {"symbol": "BTCUSDT", "strategy_name": "trend", "exchange_name": "binance"}
         await kit.records.state("plan", **where, mode="backtest", run_id="one").set({"stop": 95})
         kit.records.of_run(IDENTITY, None).log(NOON_MS).info("live")
         if bound:
@@ -195,14 +195,13 @@ def test_records_in_files_are_found_wherever_the_rest_is_bound(tmp_path: Path) -
     for bound in (False, True):
         asyncio.run(keep())
         assert (tmp_path / "bot.db").exists() == bound
-        store = {"CC_STORE": "sqlite:bot.db"}
-        listed = run("records", "ls", "state", "--run", "one", "--json", cwd=tmp_path, **store)
+        listed = run("records", "ls", "state", "--run", "one", "--json", cwd=tmp_path, CC_STORE="sqlite:bot.db")
         (record,) = map(json.loads, listed.splitlines())
         assert record["value"] == {"stop": 95}
         key = "/".join(record["key"].values())
-        assert "95" in run("records", "show", "state", key, "--run", "one", cwd=tmp_path, **store)
-        assert "live" in run("records", "ls", "log", cwd=tmp_path, **store)
-    assert "99" in run("records", "show", "state", key, cwd=tmp_path, **store)
+        assert "95" in run("records", "show", "state", key, "--run", "one", cwd=tmp_path, CC_STORE="sqlite:bot.db")
+        assert "live" in run("records", "ls", "log", cwd=tmp_path, CC_STORE="sqlite:bot.db")
+    assert "99" in run("records", "show", "state", key, cwd=tmp_path, CC_STORE="sqlite:bot.db")
 
 
 def test_what_is_too_old_is_shown_and_forgotten(place: Path) -> None:
