@@ -545,7 +545,7 @@ async def test_stopping_while_an_order_is_under_way_is_no_failure(memory_rig: Ri
     )
     memory_rig.strategy["manage"] = None
     memory_rig.venue.script["cancel", 1] = "lost_response"
-    async with running(memory_rig, 8) as (handle, clock):
+    async with running(memory_rig, 8) as (handle, _):
         while not memory_rig.venue.sent("place"):
             await asyncio.sleep(0)
         memory_rig.venue.find_fails = 2
