@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -506,6 +507,52 @@ async def test_a_full_disk_does_not_take_the_position_from_who_has_it(failing: t
         store.error = bk.RetryLater("the server is away")
         with pytest.raises(bk.Conflict, match="could not be renewed"):
             await asyncio.wait_for(asyncio.shield(handle.task), 10)
+
+
+async def test_who_slept_longer_than_his_lease_sends_nothing_that_the_store_does_not_know_of(
+    failing: tuple[Rig, FailingStore],
+) -> None:
+    rig, store = failing
+    put, asked, outcomes = store.put, asyncio.Event(), list[bk.CommandOutcome]()
+
+    async def silent(write: Write) -> Record:
+        if write.contract is LEASE and store.error is not None and not asked.is_set():
+            asked.set()
+            await asyncio.get_running_loop().create_future()
+        return await put(write)
+
+    async def manage(ctx: bk.Context) -> None:
+        assert ctx.position is not None
+        store.error = bk.RetryLater("the server is away")
+        time.sleep(0.4)  # the whole process is paused
+        outcomes.append(await ctx.position.reduce(percent=50))
+
+    store.put = silent  # type: ignore[method-assign]
+    rig.strategy["manage"] = manage
+    async with running(rig, 6, lease_ttl=0.3) as (handle, _):
+        with pytest.raises(bk.Conflict, match="the lease has lapsed and the store does not answer"):
+            await asyncio.wait_for(asyncio.shield(handle.task), 20)
+    assert asked.is_set()
+    assert not outcomes
+    assert rig.venue.sent("open")
+    assert not rig.venue.sent("reduce")
+
+
+async def test_stopping_while_an_order_is_under_way_is_no_failure(memory_rig: Rig) -> None:
+    memory_rig.source = bk.sources.function(get_candles)
+    memory_rig.strategy["get_signal"] = lambda ctx: bk.Signal(
+        "long", ctx.price * 1.1, ctx.price * 0.8, price_open=ctx.price * 0.9
+    )
+    memory_rig.strategy["manage"] = None
+    memory_rig.venue.script["cancel", 1] = "lost_response"
+    async with running(memory_rig, 8) as (handle, _):
+        while not memory_rig.venue.sent("place"):
+            await asyncio.sleep(0)
+        memory_rig.venue.find_fails = 2
+        handle.stop()
+        await asyncio.wait_for(asyncio.shield(handle.task), 20)
+    assert len(memory_rig.venue.sent("cancel")) == 1
+    assert not memory_rig.of(bk.StrategyFailed)
 
 
 async def test_a_command_after_the_end_of_a_run_is_refused(memory_rig: Rig) -> None:

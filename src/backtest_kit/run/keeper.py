@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
@@ -59,6 +59,8 @@ class Keeper:
         """The last minute that the store has."""
         self.aside = False
         """Whether the emergency file has what the store lacks."""
+        self.possessed: Callable[[], bool] = lambda: True
+        """Whether this process may still think that it has the position."""
 
     async def load(self, owner: str) -> tuple[str, ...]:
         """Take in what the run before has left, and tell what was put right.
@@ -147,6 +149,12 @@ class Keeper:
             raise RiskRefused(*refusal)
 
     async def _put_aside(self, book: Book, error: BacktestKitError, need: Need) -> None:
+        if need == "disk" and isinstance(error, RetryLater) and not self.possessed():
+            # A full disk refuses every owner; a store that is away from here may have another one by now.
+            raise Conflict(
+                f"the lease has lapsed and the store does not answer ({error}): no order is sent any more, another "
+                "process may trade this position"
+            ) from error
         before = self.degraded, self.aside
         self.degraded = str(error)
         if need != "store":

@@ -190,6 +190,7 @@ class LiveRun:
             await self._chronicle.begin()
             lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl)
             self.lease = lease
+            self.keeper.possessed = lambda: lease.held
             stack.push_async_callback(_given_back, lease)
             crashpoint("live.start.after_lease")
             await stack.enter_async_context(self._services.use(job.clock))
@@ -261,7 +262,7 @@ class LiveRun:
             for event in await trader.check_venue():
                 await minute.tell(event, told)
             await self._look_for_orphans(told)
-            if trader.stopping and isinstance(self.desk.state, Resting):
+            if trader.stopping and trader.book.intent is None and isinstance(self.desk.state, Resting):
                 await self.desk.apply(_given_up)
             book = trader.book
             if book.intent is None:
