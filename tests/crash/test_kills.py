@@ -64,7 +64,7 @@ def test_kills_at_random_moments(place: Path, store: str) -> None:
 def test_kills_at_random_moments_on_the_disk(tmp_path: Path, store: str) -> None:
     seed = random.randrange(1 << 30)  # noqa: S311
     outcome = run(
-        "-m", "backtest_kit.persist.testing.driver", "--kills", "20", "--seed", str(seed),
+        "-m", "backtest_kit.persist.testing.driver", "--kills", "20", "--seed", str(seed), "--patience", "10",
         "--store", STORES[store].format(place=tmp_path),
     )  # fmt: skip
     require_sound(outcome)

@@ -258,20 +258,21 @@ def read_back(url: str) -> dict[str, Any]:
     return found
 
 
-def kill_at_random(url: str, kills: int, seed: int) -> Outcome:
-    """Kill a child that writes with four writers, `kills` times."""
+def kill_at_random(url: str, kills: int, seed: int, patience: float = 1.0) -> Outcome:
+    """Kill a child that writes with four writers, `kills` times; `patience` stretches the lives in between."""
     chance = random.Random(seed)  # noqa: S311
     outcome = Outcome(seed)
     while outcome.kills < kills:
         root, ledger = f"{url}-{outcome.kills}", Ledger()
         for _ in range(min(KILLS_PER_ROOT, kills - outcome.kills)):
-            _kill_once(root, ledger, outcome, chance)
+            _kill_once(root, ledger, outcome, chance, patience)
         _settle(read_back(root), ledger, outcome)
     return outcome
 
 
-def _kill_once(url: str, ledger: Ledger, outcome: Outcome, chance: random.Random) -> None:
-    child_seed, delay = chance.randrange(1 << 30), chance.choice((0.0005, 0.003, 0.01, 0.03)) * chance.random()
+def _kill_once(url: str, ledger: Ledger, outcome: Outcome, chance: random.Random, patience: float) -> None:
+    child_seed = chance.randrange(1 << 30)
+    delay = chance.choice((0.0005, 0.003, 0.01, 0.03)) * chance.random() * patience
 
     def body(pipe: int) -> None:
         async def run() -> None:
@@ -373,6 +374,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--store", required=True, help="address of the store; every run makes others beside it")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--patience", type=float, default=1.0, help="how many times as long a life is, for a slow disk")
     parser.add_argument("--points", action="store_true", help="kill at every crash point instead of at random")
     given = parser.parse_args(arguments)
     store_at(given.store)  # imports the backend, so that no child has to
@@ -380,7 +382,7 @@ def main(arguments: list[str]) -> int:
     if given.points:
         outcome = kill_at_points(given.store, fifty_operations)
     else:
-        outcome = kill_at_random(given.store, given.kills, given.seed)
+        outcome = kill_at_random(given.store, given.kills, given.seed, given.patience)
     sys.stdout.write(msgspec.json.encode(outcome).decode() + "\n")
     return 0 if outcome.sound else 1
 
