@@ -286,8 +286,7 @@ async def test_server_that_stalls_ends_no_call_late(mortal: Server) -> None:
                 ]
                 for seconds, error in await asyncio.gather(*map(timed, calls)):
                     assert isinstance(error, RetryLater)
-                    # Where the driver is slow to take a cancel, a socket timeout, which is one deadline more, ends it.
-                    assert seconds < 2 * deadline + 0.35
+                    assert seconds < deadline + 0.35
         # Beats are counted, not timed: others may keep the machine from us for long.
         assert len(gaps) > 50
         assert max(gaps) < 0.25
