@@ -241,8 +241,6 @@ async def heartbeat() -> AsyncIterator[list[float]]:
     await asyncio.gather(task, return_exceptions=True)
 
 
-# A connection that the driver gives up while it is being made is closed by the collector, with this warning.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:unclosed:ResourceWarning")
 async def test_server_that_stalls_ends_no_call_late(mortal: Server) -> None:
     deadline, stall, pool = 1.5, 5.0, 4
     url = f"mongodb://127.0.0.1:{mortal.port}/db"

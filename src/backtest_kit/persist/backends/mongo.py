@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
+import pymongo
 from bson.int64 import Int64
 from pymongo import ReturnDocument
 from pymongo.asynchronous.cursor import AsyncCursor
@@ -319,7 +320,7 @@ class _Putting:
         patience = self._link.patience()
         while True:
             try:
-                async with asyncio.timeout(patience.left):
+                with pymongo.timeout(patience.left):
                     record = await self._attempt()
             except FAILURES as error:
                 self._is_sent = self._is_sent or may_have_happened(error)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Final
 
+import pymongo
 from bson.objectid import ObjectId
 from pymongo import UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
@@ -76,7 +77,7 @@ class Batch:
         """True once they are done, False if they must be tried again."""
         try:
             if self._is_sent and not self._link.has_transactions:
-                async with asyncio.timeout(patience.left):
+                with pymongo.timeout(patience.left):
                     if await has_happened(self._link, self._writer):
                         return True
             planned = await self._plan(patience)
@@ -159,7 +160,7 @@ class Batch:
 
     async def _carry_out(self, planned: Sequence[Planned], patience: Patience) -> bool:
         self._is_sent = True
-        async with asyncio.timeout(patience.left):
+        with pymongo.timeout(patience.left):
             is_done = await carry_out(self._link, planned, self._writer)
         self._is_sent = False
         return is_done
@@ -172,7 +173,7 @@ class Batch:
                 read_preference=ReadPreference.PRIMARY,
             )
             try:
-                async with asyncio.timeout(patience.left):
+                with pymongo.timeout(patience.left):
                     if await self._write(planned, session):
                         crashpoint("mongo.after_transaction_writes")
                         await self._commit(session)
@@ -180,7 +181,7 @@ class Batch:
             finally:
                 # Not left to time: until then the server would keep others from these documents.
                 if session.in_transaction:
-                    async with asyncio.timeout(max(_ABORT_SECONDS, patience.left)):
+                    with pymongo.timeout(max(_ABORT_SECONDS, patience.left)):
                         await session.abort_transaction()
         return False
 

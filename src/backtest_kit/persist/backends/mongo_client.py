@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, unquote_plus
 
+import pymongo
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.cursor import AsyncCursor
@@ -117,10 +118,10 @@ class Link:
         patience = patience or self.patience()
 
         async def answer() -> T:
-            async with asyncio.timeout(patience.left):
+            with pymongo.timeout(patience.left):
                 return await question()
 
-        return await self._try(doing, answer, patience)
+        return await self.finish(self._try(doing, answer, patience))
 
     async def ask_all(self, doing: str, cursor: Callable[[], AsyncCursor[Any]], part: int = _PART) -> list[Any]:
         """Everything that a cursor finds; the server may take the time of an operation for each `part` after the first.
@@ -135,11 +136,11 @@ class Link:
             found: list[Any] = []
             parts = cursor()
             while parts.alive:
-                async with asyncio.timeout((self.patience() if found else patience).left):
+                with pymongo.timeout((self.patience() if found else patience).left):
                     found += await parts.to_list(part)
             return found
 
-        return await self._try(doing, answer, patience)
+        return await self.finish(self._try(doing, answer, patience))
 
     async def _try(self, doing: str, answer: Callable[[], Awaitable[T]], patience: Patience) -> T:
         outcome = Outcome.NOT_DONE
@@ -157,7 +158,11 @@ class Link:
         return translate(error, doing, self.where, outcome)
 
     async def finish(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do `work` to its end also if the caller is cancelled: half of a write must not land after the next one."""
+        """Do `work` to its end also if the caller is cancelled.
+
+        Half of a write must not land after the next one, and the driver, cancelled while it connects, forgets the
+        socket. So nothing that it does is ended from outside, by no timeout of asyncio either: it is told its time.
+        """
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._forget)
@@ -234,6 +239,7 @@ def _client(settings: MongoSettings) -> AsyncMongoClient[Document]:
         "appname": "backtest-kit",
         # What was not answered is asked again here, for as long as there is time, and not once more behind our back.
         "retryReads": False,
+        "retryWrites": False,
     }
     given = {name.lower() for name, _ in parse_qsl(url.partition("?")[2], keep_blank_values=True)}
     options = {name: value for name, value in wanted.items() if name.lower() not in given}

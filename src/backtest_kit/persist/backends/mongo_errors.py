@@ -44,8 +44,8 @@ def heals(error: BaseException) -> bool:
 
 
 def may_have_happened(error: BaseException) -> bool:
-    """Whether the server may have done what it gave no answer to."""
-    if isinstance(error, errors.ServerSelectionTimeoutError):
+    """Whether the server may have done what it gave no answer to. Without a connection it was not even asked."""
+    if isinstance(error, errors.ServerSelectionTimeoutError | errors.WaitQueueTimeoutError):
         return False
     if isinstance(error, errors.ConnectionFailure | errors.WTimeoutError | errors.ExecutionTimeout | OSError):
         return _code(error) not in _NOT_DONE
@@ -78,6 +78,10 @@ def translate(error: BaseException, doing: str, where: str, outcome: Outcome = O
     return RetryLater(f"cannot {doing}: MongoDB at {where}: {_text(error)}; {hint}", outcome=outcome)
 
 
+_LAST: Final = 0.02
+"""Seconds. An attempt with less would end as a timeout, which costs a connection, and may be of a connection."""
+
+
 class Patience:
     """How long an operation is tried: until `seconds` have passed, with pauses that grow and differ."""
 
@@ -87,12 +91,12 @@ class Patience:
 
     @property
     def left(self) -> float:
-        """Seconds, at least a few milliseconds, so that a last attempt is one."""
-        return max(0.005, self._until - time.monotonic())
+        """Seconds, at least those of a last attempt."""
+        return max(_LAST, self._until - time.monotonic())
 
     @property
     def is_over(self) -> bool:
-        return time.monotonic() >= self._until
+        return time.monotonic() >= self._until - _LAST
 
     async def pause(self) -> None:
         """Wait a moment, longer each time."""
