@@ -92,17 +92,30 @@ def _frames(error: Exception) -> list[Any]:
     return list(traceback.extract_tb(error.__traceback__))
 
 
-async def test_one_failing_symbol_ends_the_others_of_its_strategy(kit: bk.Kit, walker: Walker) -> None:
+async def test_one_failing_symbol_ends_those_after_it(kit: bk.Kit, walker: Walker) -> None:
     async def fails_on_b(ctx: bk.Context) -> None:
         if ctx.symbol == "B":
             raise ValueError("B is out")
-        await asyncio.sleep(60)
+        if ctx.symbol == "C":
+            await asyncio.sleep(60)
 
     kit.add_strategy_schema("partly", get_signal=fails_on_b)
     async with asyncio.timeout(20):
         comparison = await walker.run(["A", "B", "C"], strategies=["partly"], **WHERE)
     assert str(comparison[0].failure) == "B: ValueError: B is out"
     assert comparison.best is None
+
+
+@pytest.mark.parametrize("late", ["A", "B", "C"])
+async def test_of_several_failures_the_first_named_symbol_is_told(kit: bk.Kit, walker: Walker, late: str) -> None:
+    async def fails(ctx: bk.Context) -> None:
+        if ctx.symbol == late:
+            await asyncio.sleep(0.3)
+        raise ValueError(f"{ctx.symbol} is out")
+
+    kit.add_strategy_schema("partly", get_signal=fails)
+    comparison = await walker.run(["A", "B", "C"], strategies=["partly"], **WHERE)
+    assert str(comparison[0].failure) == "A: ValueError: A is out"
     assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("backtest")]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Final
 
@@ -209,13 +209,16 @@ def _reporter(on_progress: Callable[[WalkProgress], None] | None, name: str, num
 
 
 async def _contend(schema: StrategySchema, handles: Sequence[BacktestHandle], report: _Report) -> Contender:
-    """Wait for one strategy on all its symbols; the first of them to fail ends the others."""
+    """Wait for one strategy on all its symbols; one that fails ends those that are named after it.
+
+    Those named before it go on, for one of them may fail too: which failure is told does not depend on whose
+    candles came first.
+    """
     runs = {handle.task: handle.symbol for handle in handles}
     try:
-        running = set(runs)
-        while running and not any(_error_of(run) for run in runs if run.done()):
+        while running := _undecided(runs):
             report(sum(handle.progress for handle in handles) / len(handles))
-            _, running = await asyncio.wait(running, timeout=_REPORT_EVERY_S, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.wait(running, timeout=_REPORT_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
         failure = _failure({symbol: _error_of(run) for run, symbol in runs.items() if run.done()})
     finally:
         for run in runs:
@@ -227,6 +230,12 @@ async def _contend(schema: StrategySchema, handles: Sequence[BacktestHandle], re
         parameters=schema.parameters if isinstance(schema, ParameterSet) else {},
         failure=failure,
     )
+
+
+def _undecided(runs: Iterable[asyncio.Task[BacktestResult]]) -> list[asyncio.Task[BacktestResult]]:
+    """The runs that must end before it is known which of all fails first."""
+    before = list(takewhile(lambda run: not run.done() or _error_of(run) is None, runs))
+    return [run for run in before if not run.done()]
 
 
 def _error_of(run: asyncio.Task[BacktestResult]) -> BaseException | None:
