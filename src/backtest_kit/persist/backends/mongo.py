@@ -14,15 +14,9 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
-import pymongo
-from bson.int64 import Int64
-from pymongo import ReturnDocument
-from pymongo.asynchronous.cursor import AsyncCursor
-from pymongo.errors import DuplicateKeyError
-
-from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater
+from backtest_kit.errors import UserError
 from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis, mongo_prune
 from backtest_kit.persist.backends.mongo_batch import Batch
 from backtest_kit.persist.backends.mongo_candles import MongoCandleStore
@@ -31,30 +25,23 @@ from backtest_kit.persist.backends.mongo_documents import (
     ORDER,
     ROWS,
     Change,
-    Document,
     change_of,
-    expectation,
-    id_from,
-    is_named,
-    matching,
     name_of,
-    record_of,
-    record_of_change,
-    update_of,
 )
-from backtest_kit.persist.backends.mongo_errors import FAILURES, heals, may_have_happened
-from backtest_kit.persist.backends.mongo_intents import replay, settle
+from backtest_kit.persist.backends.mongo_intents import replay
+from backtest_kit.persist.backends.mongo_reading import cache_name, find, find_all, standing
 from backtest_kit.persist.backends.mongo_schema import flush, prepare
 from backtest_kit.persist.backends.mongo_settings import MongoSettings, from_environment, with_changes
-from backtest_kit.persist.contracts import Contract, Durability
+from backtest_kit.persist.backends.mongo_writing import Putting, PuttingMany, turn_of
+from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.diagnosis import SAMPLES, Reading
-from backtest_kit.persist.keys import check_key, escape, path_of, unescape
+from backtest_kit.persist.keys import check_key, escape, unescape
 from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Key, Record, Write
+from backtest_kit.persist.store import Capability, Key, Record, Write
 from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
 from backtest_kit.persist.urls import import_backend
-from backtest_kit.persist.writing import check_batch, decide
+from backtest_kit.persist.writing import check_batch
 
 _CHUNK: Final = 256
 """Documents that a listing reads at a time."""
@@ -114,12 +101,32 @@ class MongoStore:
     async def get(self, contract: Contract, key: Key) -> Record | None:
         name = name_of(self._namespace, contract, check_key(contract, key))
         link = await self._opened()
-        document = await self._find(link, contract, name)
-        return await self._record(link, contract, name, document)
+        document = await find(link, contract, name)
+        return await standing(link, contract, name, document)
 
     async def put(self, write: Write) -> Record:
         change = change_of(self._namespace, write)
         return await self._links.here().finish(self._put(change))
+
+    async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
+        """As `PutsEach.put_each`."""
+        done: dict[int, Record | BaseException] = {}
+        left: list[tuple[int, Change]] = []
+        for place, write in enumerate(writes):
+            try:
+                left.append((place, change_of(self._namespace, write)))
+            except UserError as error:
+                done[place] = error
+        while left:
+            # Writes of one key follow each other.
+            now = {turn_of(change): (place, change) for place, change in reversed(left)}
+            many = sorted(now.values(), key=lambda each: each[0])
+            taken = {place for place, _ in many}
+            left = [(place, change) for place, change in left if place not in taken]
+            changes = [change for _, change in many]
+            results = await self._links.here().finish(self._put_many(changes))
+            done.update(zip((place for place, _ in many), results, strict=True))
+        return [done[place] for place in range(len(writes))]
 
     async def batch(self, writes: Sequence[Write]) -> None:
         check_batch(writes)
@@ -143,18 +150,18 @@ class MongoStore:
         sort = [(field, -1 if newest_first else 1) for field in ORDER]
         link = await self._opened()
         is_short = limit is not None and limit <= _CHUNK
-        found = await self._list(link, contract, wanted, sort, limit, None if is_short else ["_id"])
+        found = await find_all(link, contract, wanted, sort, limit, None if is_short else ["_id"])
         # Ids first and documents by id, unless one answer has all of them: what moves while somebody reads is
         # neither missed nor seen twice, and no cursor is kept open on the server meanwhile.
         for start in range(0, len(found), _CHUNK):
             documents = found[start : start + _CHUNK]
             if not is_short:
                 ids = [each["_id"] for each in documents]
-                read = await self._list(link, contract, {"_id": {"$in": ids}}, None, None, None)
+                read = await find_all(link, contract, {"_id": {"$in": ids}}, None, None, None)
                 by_id = {each["_id"]: each for each in read}
                 documents = [by_id[each] for each in ids if each in by_id]
             for document in documents:
-                record = await self._record(link, contract, None, document)
+                record = await standing(link, contract, None, document)
                 if record is not None and (include_removed or not record.removed):
                     yield record
 
@@ -227,71 +234,21 @@ class MongoStore:
         if not self._existing:
             await replay(link)
 
-    async def _find(self, link: Link, contract: Contract, name: Document) -> Document | None:
-        """The document of a name: by the id that Redis knows, if that is right, else by the index."""
-        entry = cache_name(contract, name)
-        if link.ids is not None and (text := await link.ids.get(entry)) is not None:
-            identity = id_from(text)
-            if identity is not None:
-                document = await self._find_one(link, contract, {"_id": identity})
-                if document is not None and is_named(document, name):
-                    return document
-            await link.ids.drop(entry)
-        document = await self._find_one(link, contract, name)
-        if document is not None and link.ids is not None:
-            await link.ids.set({entry: str(document["_id"])})
-        return document
-
-    async def _find_one(self, link: Link, contract: Contract, wanted: Document) -> Document | None:
-        return await link.ask(f"read a {contract.name}", lambda: link.collection(contract).find_one(wanted))
-
-    async def _list(
-        self,
-        link: Link,
-        contract: Contract,
-        wanted: Document,
-        sort: list[tuple[str, int]] | None,
-        limit: int | None,
-        fields: list[str] | None,
-    ) -> list[Document]:
-        if limit == 0:
-            return []
-
-        def cursor() -> AsyncCursor[Document]:
-            return link.collection(contract).find(wanted, fields, sort=sort, limit=limit or 0)
-
-        return await link.ask_all(f"list {contract.collection}", cursor)
-
-    async def _record(
-        self, link: Link, contract: Contract, name: Document | None, document: Document | None
-    ) -> Record | None:
-        """The record in a document that was read, once nothing holds it."""
-        patience = link.patience()
-        while document is not None:
-            hold = document.get("hold")
-            if not hold:
-                if document.get("rev") == 0:
-                    return None
-                try:
-                    return record_of(contract, document)
-                except Damaged as error:
-                    raise await mongo_damage.block(link, contract, document, error) from None
-            if "intent" not in hold:
-                raise mongo_damage.blocked(link, contract, document)
-            await settle(link, hold["intent"], contract, patience)
-            wanted = {"_id": document["_id"]} if name is None else name
-            document = await self._find_one(link, contract, wanted)
-        return None
-
     async def _put(self, change: Change) -> Record:
         link = self._links.here()
-        async with link.turns.hold([_turn(change)]):
+        async with link.turns.hold([turn_of(change)]):
             await self._opened()
-            return await _Putting(self, link, change).run()
+            return await Putting(link, change).run()
+
+    async def _put_many(self, changes: Sequence[Change]) -> list[Record | BaseException]:
+        link = self._links.here()
+        async with link.turns.hold([turn_of(change) for change in changes]):
+            await self._opened()
+            return await PuttingMany(link, changes).run()
 
     async def _batch(self, changes: Sequence[Change]) -> None:
         link = self._links.here()
-        async with link.turns.hold([_turn(change) for change in changes]):
+        async with link.turns.hold([turn_of(change) for change in changes]):
             await self._opened()
             batch = Batch(link, changes)
             await batch.run()
@@ -300,118 +257,6 @@ class MongoStore:
                 await link.ids.set(
                     {cache_name(each.contract, each.change.name): str(each.identity) for each in batch.done}
                 )
-
-
-class _Putting:
-    """One write, tried until it is known what became of it or the time is up."""
-
-    def __init__(self, store: MongoStore, link: Link, change: Change) -> None:
-        self._store = store
-        self._link = link
-        self._change = change
-        self._writer = link.next_writer()
-        self._doing = f"write a {change.contract.name}"
-        self._is_sent = False
-        """Whether the server was sent the write and gave no answer."""
-        self._first_tick = 0
-        """That of the first attempt."""
-
-    async def run(self) -> Record:
-        patience = self._link.patience()
-        while True:
-            try:
-                with pymongo.timeout(patience.left):
-                    record = await self._attempt()
-            except FAILURES as error:
-                self._is_sent = self._is_sent or may_have_happened(error)
-                if not heals(error) or patience.is_over:
-                    outcome = Outcome.UNKNOWN if self._is_sent else Outcome.NOT_DONE
-                    raise self._link.failure(error, self._doing, outcome) from error
-                await patience.pause()
-                continue
-            except BacktestKitError as error:
-                if self._is_sent:
-                    error.outcome = Outcome.UNKNOWN
-                raise
-            if record is not None:
-                return record
-            if patience.is_over:
-                raise RetryLater(f"cannot {self._doing}: other writers were first, again and again")
-
-    async def _attempt(self) -> Record | None:
-        """The record that stands now, or None if it must be tried again."""
-        expect = expectation(self._change.write)
-        if self._is_sent:
-            found = await self._look()
-            if found is not None and found.get("writer") == self._writer:
-                return record_of_change(self._change, found["rev"])
-            if expect == ANY:
-                expect = self._guard(found)
-        document = await self._update(expect)
-        if document is None:
-            return await self._refused()
-        crashpoint("mongo.after_write")
-        if self._change.contract.durability is not Durability.MONEY:
-            self._link.has_unflushed = True
-        if self._link.ids is not None:
-            await self._link.ids.set({cache_name(self._change.contract, self._change.name): str(document["_id"])})
-            crashpoint("mongo.after_cache")
-        return record_of_change(self._change, document["rev"])
-
-    async def _update(self, expect: Expect) -> Document | None:
-        """The one round trip: id and new revision, or None if the document is not as expected."""
-        collection = self._link.collection(self._change.contract)
-        tick = self._link.next_tick()
-        self._first_tick = self._first_tick or tick
-        # A request may reach the server long after its connection was given up. Then it must not undo a later one.
-        wanted = {**matching(self._change.name, expect), "tick": {"$not": {"$gte": Int64(tick)}}}
-        crashpoint("mongo.before_write")
-        try:
-            return await collection.find_one_and_update(
-                wanted,
-                update_of(self._change, self._writer, tick),
-                projection=["rev"],
-                upsert=isinstance(expect, str),
-                return_document=ReturnDocument.AFTER,
-            )
-        except DuplicateKeyError:
-            return None
-
-    async def _refused(self) -> Record | None:
-        """Why the document is not as expected: a conflict, damage, or something that is over at the next attempt."""
-        found = await self._look()
-        if found is not None and found.get("writer") == self._writer:
-            return record_of_change(self._change, found["rev"])
-        self._link.saw_tick(found)
-        contract = self._change.contract
-        current = await self._store._record(self._link, contract, self._change.name, found)
-        record, changed = decide(self._change.write, current)
-        return None if changed else record
-
-    async def _look(self) -> Document | None:
-        return await self._link.collection(self._change.contract).find_one(self._change.name)
-
-    def _guard(self, found: Document | None) -> Expect:
-        """What must still hold for a write of unknown outcome to be sent again: nobody else was there meanwhile."""
-        if found is None:
-            return ABSENT
-        if self._link.saw_tick(found) < self._first_tick:
-            return int(found["rev"])
-        raise RetryLater(
-            f"cannot {self._doing}: the connection to MongoDB was lost, and another process has written the record "
-            "since: read it again",
-            outcome=Outcome.UNKNOWN,
-        )
-
-
-def cache_name(contract: Contract, name: Document) -> str:
-    """What the entry of a document is called in Redis; no two documents share one but by chance of a hash."""
-    namespace, *key = name.values()
-    return "/".join((contract.name, f"@{namespace}", *path_of(contract, tuple(key))))
-
-
-def _turn(change: Change) -> tuple[Any, ...]:
-    return change.contract.name, *change.name.values()
 
 
 def _opening_is_over(link: Link, task: asyncio.Task[None]) -> None:

@@ -45,6 +45,11 @@ class Change(NamedTuple):
     def contract(self) -> Contract:
         return self.write.contract
 
+    @property
+    def may_change_it(self) -> bool:
+        """Whether the write can do anything: not where the first one wins and there was one before."""
+        return self.contract.write_rule is not WriteRule.FIRST_WINS or isinstance(self.write.expect, str)
+
 
 class Planned(NamedTuple):
     """A write of a batch, and the document that it was judged by."""
@@ -74,6 +79,11 @@ def change_of(namespace: str, write: Write) -> Change:
 def name_of(namespace: str, contract: Contract, key: Key) -> Document:
     """The fields that identify a document, or with the beginning of a key those of its records."""
     return {"namespace": namespace, **dict(zip(contract.key_fields, key, strict=False))}
+
+
+def identity_of(document: Mapping[str, Any], contract: Contract) -> tuple[Any, ...]:
+    """The values of the name of a whole document."""
+    return tuple(document.get(field) for field in ("namespace", *contract.key_fields))
 
 
 def matching(name: Document, expect: Expect) -> Document:
