@@ -118,14 +118,15 @@ class MongoStore:
             except UserError as error:
                 done[place] = error
         while left:
-            # Writes of one key follow each other.
-            now = {turn_of(change): (place, change) for place, change in reversed(left)}
-            many = sorted(now.values(), key=lambda each: each[0])
-            taken = {place for place, _ in many}
-            left = [(place, change) for place, change in left if place not in taken]
-            changes = [change for _, change in many]
-            results = await self._links.here().finish(self._put_many(changes))
-            done.update(zip((place for place, _ in many), results, strict=True))
+            # Up to the next write of a key that has one already: listings tell the order.
+            many: dict[object, tuple[int, Change]] = {}
+            for place, change in left:
+                if turn_of(change) in many:
+                    break
+                many[turn_of(change)] = place, change
+            left = left[len(many) :]
+            results = await self._links.here().finish(self._put_many([change for _, change in many.values()]))
+            done.update(zip((place for place, _ in many.values()), results, strict=True))
         return [done[place] for place in range(len(writes))]
 
     async def batch(self, writes: Sequence[Write]) -> None:
