@@ -113,7 +113,7 @@ class LiveRun:
         self.trader.minute = self._minute = Minute(
             self.desk, job.strategy, bus, cron, seat, self.trader, self._history_of, records, self.trader
         )
-        self._guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader.adopt)
+        self._guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader)
         self._feeds = feeds
         self._services = services
         self._bus = bus
@@ -190,7 +190,7 @@ class LiveRun:
             await self._chronicle.begin()
             lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl)
             self.lease = lease
-            self.keeper.possessed = lambda: lease.held
+            self.keeper.lease = lease
             stack.push_async_callback(_given_back, lease)
             crashpoint("live.start.after_lease")
             await stack.enter_async_context(self._services.use(job.clock))

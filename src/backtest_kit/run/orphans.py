@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
 from typing import Literal
 
 from backtest_kit.broker.base import Broker, Holding as VenueHolding, Order
@@ -13,13 +12,11 @@ from backtest_kit.model.event import Event, OrphanFound, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import RestingEntry
 from backtest_kit.run.desk import Desk
+from backtest_kit.run.trader import Trader
 from backtest_kit.settings import Settings
 
 OrphanPolicy = Literal["alarm", "adopt", "protect"]
 What = Literal["foreign_position", "missing_position", "unprotected_position"]
-
-Adopt = Callable[[Holding, PositionOpened], Awaitable[tuple[Event, ...]]]
-"""Makes a position the run's own, without an order; returns what is to be told."""
 
 _FARTHEST_STOP_PCT = 20.0
 _NUMBERS = 1_000_000
@@ -40,11 +37,11 @@ class OrphanGuard:
       watches at that distance. Watched it is not.
     """
 
-    def __init__(self, desk: Desk, broker: Broker, policy: OrphanPolicy, adopt: Adopt) -> None:
+    def __init__(self, desk: Desk, broker: Broker, policy: OrphanPolicy, trader: Trader) -> None:
         self._desk = desk
         self._broker = broker
         self._policy = policy
-        self._adopt = adopt
+        self._trader = trader
         self._told: tuple[What, str] | None = None
 
     async def look(self) -> Event | None:
@@ -92,17 +89,15 @@ class OrphanGuard:
             return "nothing is done, look at the venue"
         if isinstance(state, Holding):
             position = state.position
-            await self._broker.move_stop(
-                self._order(position.signal_id, held, position.stop_loss, position.take_profit)
-            )
+            await self._trader.protect(self._order(position.signal_id, held, position.stop_loss, position.take_profit))
             return f"a stop was placed at {position.stop_loss:g}"
         stop, take = levels(held, self._desk.tick.price, settings)
         order = self._order(_signal_id(held, self._desk), held, stop, take)
         if held.stop_loss is None:
-            await self._broker.move_stop(order)
+            await self._trader.protect(order)
         if self._policy == "protect":
             return f"its stop is at {stop:g}, watched it is not"
-        self._desk.events += await self._adopt(*adopted(held, stop, take, state.last_slot_ms, self._desk))
+        self._desk.events += await self._trader.adopt(*adopted(held, stop, take, state.last_slot_ms, self._desk))
         return f"it is the strategy's own now, stop at {stop:g}, take profit at {take:g}"
 
     def _order(self, signal_id: str, held: VenueHolding, stop: float, take: float) -> Order:

@@ -209,6 +209,17 @@ class Trader(Watcher):
                 return ()
             return await self._conclude(None, state, (event,))
 
+    async def protect(self, order: Order) -> None:
+        """Place a stop on the venue; the books know the position that it is for, or do not want to.
+
+        Raises:
+            Whatever the broker raises; Conflict: another process may have the position.
+        """
+        async with self._lock:
+            self._stop_if_lost()
+            await self._guarded(self._keeper.confirm())
+            await self._broker.move_stop(order)
+
     # Orders
 
     async def _order(self, intent: Intent) -> tuple[Event, ...]:
@@ -235,6 +246,7 @@ class Trader(Watcher):
         return await self._send(intent)
 
     async def _send(self, intent: Intent) -> tuple[Event, ...]:
+        await self._guarded(self._keeper.confirm())
         try:
             fill = await self._hook(intent.order)
         except Exception as error:
