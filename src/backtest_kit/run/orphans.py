@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Literal, Protocol
 
 from backtest_kit.broker.base import Broker, Holding as VenueHolding, Order
 from backtest_kit.engine.position import open_position
@@ -12,11 +12,28 @@ from backtest_kit.model.event import Event, OrphanFound, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import RestingEntry
 from backtest_kit.run.desk import Desk
-from backtest_kit.run.trader import Trader
 from backtest_kit.settings import Settings
 
 OrphanPolicy = Literal["alarm", "adopt", "protect"]
 What = Literal["foreign_position", "missing_position", "unprotected_position"]
+
+
+class Books(Protocol):
+    """What a run does for its guard."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing new is begun any more."""
+        ...
+
+    async def adopt(self, state: Holding, event: PositionOpened) -> tuple[Event, ...]:
+        """Make a position the run's own, without an order; returns what is to be told."""
+        ...
+
+    async def protect(self, order: Order) -> None:
+        """Place a stop on the venue."""
+        ...
+
 
 _FARTHEST_STOP_PCT = 20.0
 _NUMBERS = 1_000_000
@@ -37,11 +54,11 @@ class OrphanGuard:
       watches at that distance. Watched it is not.
     """
 
-    def __init__(self, desk: Desk, broker: Broker, policy: OrphanPolicy, trader: Trader) -> None:
+    def __init__(self, desk: Desk, broker: Broker, policy: OrphanPolicy, books: Books) -> None:
         self._desk = desk
         self._broker = broker
         self._policy = policy
-        self._trader = trader
+        self._books = books
         self._told: tuple[What, str] | None = None
 
     async def look(self) -> Event | None:
@@ -89,15 +106,15 @@ class OrphanGuard:
             return "nothing is done, look at the venue"
         if isinstance(state, Holding):
             position = state.position
-            await self._trader.protect(self._order(position.signal_id, held, position.stop_loss, position.take_profit))
+            await self._books.protect(self._order(position.signal_id, held, position.stop_loss, position.take_profit))
             return f"a stop was placed at {position.stop_loss:g}"
         stop, take = levels(held, self._desk.tick.price, settings)
         order = self._order(_signal_id(held, self._desk), held, stop, take)
         if held.stop_loss is None:
-            await self._trader.protect(order)
+            await self._books.protect(order)
         if self._policy == "protect":
             return f"its stop is at {stop:g}, watched it is not"
-        self._desk.events += await self._trader.adopt(*adopted(held, stop, take, state.last_slot_ms, self._desk))
+        self._desk.events += await self._books.adopt(*adopted(held, stop, take, state.last_slot_ms, self._desk))
         return f"it is the strategy's own now, stop at {stop:g}, take profit at {take:g}"
 
     def _order(self, signal_id: str, held: VenueHolding, stop: float, take: float) -> Order:
