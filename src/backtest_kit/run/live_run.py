@@ -129,7 +129,8 @@ class LiveRun:
         self._resolved_ms = -1
         """The minute in which the start has asked about an order under way."""
         self._commanded = False
-        """Whether the run before has come as far as the commands of the minute in which this one begins."""
+        """Whether the run before has come as far as the commands of the minute in which this one begins: they are given
+        again, and those that were carried out are known."""
         self.began = asyncio.Event()
         """Set once what the run before has left is taken in."""
         self.lease: Lease | None = None
@@ -226,7 +227,7 @@ class LiveRun:
         events = await self.trader.resolve()
         self._resolved_ms = self.when_ms
         crashpoint("live.start.after_resolve")
-        self._commanded = self.trader.book.command_ms >= self.when_ms
+        self._commanded = self.trader.rehearse()
         if intent is not None:
             order = intent.order
             left = self.trader.book.intent
@@ -272,7 +273,6 @@ class LiveRun:
                     told,
                     at_boundary=self._cron.next_boundary(when_ms - MINUTE_MS, symbol) == when_ms,
                     settled=book.when_ms >= when_ms or self._commanded,
-                    managed=self._commanded,
                 )
         except Exception as error:
             await trader.failed("the minute", error)

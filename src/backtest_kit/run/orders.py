@@ -29,13 +29,14 @@ COMMANDS: Final = ("add", "reduce", "move_stop", "move_take", "breakeven")
 """Orders that somebody waits for, who is told what became of them."""
 EXITS: Final = ("close", "cancel")
 """Orders that are carried out, however long it takes, once they were decided."""
-_KINDS: Final[dict[Change, OrderKind]] = {
+KIND_OF: Final[dict[Change, OrderKind]] = {
     "reduced": "reduce",
     "added": "add",
     "stop_moved": "move_stop",
     "take_moved": "move_take",
     "breakeven": "breakeven",
 }
+"""The order that a command is carried out by."""
 _SUFFIXES: Final[dict[OrderKind, str]] = {
     "close": "c",
     "cancel": "x",
@@ -115,7 +116,7 @@ def _kind(before: State, after: State, events: tuple[Event, ...]) -> OrderKind |
         return "activate" if isinstance(after, Holding) else "cancel" if isinstance(after, Flat) else None
     if isinstance(after, Flat):
         return "close"
-    return next((_KINDS[event.change] for event in events if isinstance(event, PositionChanged)), None)
+    return next((KIND_OF[event.change] for event in events if isinstance(event, PositionChanged)), None)
 
 
 def _terms(kind: OrderKind, before: State, after: State) -> tuple[Position | RestingEntry, float, float, float]:
