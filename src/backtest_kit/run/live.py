@@ -46,8 +46,9 @@ from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.live_run import LiveJob, LiveRun
 from backtest_kit.run.orphans import OrphanPolicy
 from backtest_kit.run.replay import Gaps
-from backtest_kit.run.schema import Registry, StrategySchema, check_name
+from backtest_kit.run.schema import ExchangeSchema, Registry, StrategySchema, check_name
 from backtest_kit.run.services import Services
+from backtest_kit.run.venue_time import VenueTime
 from backtest_kit.settings import Settings
 
 _OPTIONS: Final[dict[str, tuple[str, ...]]] = {
@@ -94,7 +95,8 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True):
     ended: bool = False
     """Whether the run is over."""
     clock_drift_ms: int | None = None
-    """How far the exchange's clock is ahead of ours, where it tells."""
+    """How far the exchange's clock is ahead of this machine's, where it tells. Beyond a second the run goes by the
+    exchange's, and says so in the log."""
     missed: int = 0
     """Minutes that passed without a decision."""
     gaps_filled: int = 0
@@ -181,6 +183,7 @@ class LiveRunner:
         self._dump = dump
         self._services = Services()
         self._running: set[LiveRun] = set()
+        self._times: dict[str, VenueTime] = {}
         self.observers: list[Observer] = []
         """Who keeps records of what happened, beside those of the kit: each is given the events of a change once that
         is written down, and again at a start, or at the next minute, those that it may not have taken in."""
@@ -325,11 +328,18 @@ class LiveRunner:
             settings=settings,
             rules=Rules(identity=identity, settings=settings, fill=fill, interval_ms=interval_ms(strategy.interval)),
             broker=broker,
-            clock=exchange.clock or SystemClock(),
+            time=self._time_of(exchange),
             gaps=gaps,
             orphans=orphans,
             lease_ttl=lease_ttl,
         )
+
+    def _time_of(self, exchange: ExchangeSchema) -> VenueTime:
+        known = self._times.get(exchange.name)
+        if known is None or known.source is not exchange.source or exchange.clock not in (None, known.clock):
+            known = VenueTime(exchange.name, exchange.source, exchange.clock or SystemClock())
+            self._times[exchange.name] = known
+        return known
 
     def _start(self, job: LiveJob, yielded: Callable[[Event], None]) -> LiveHandle:
         try:
@@ -446,7 +456,7 @@ def _status(run: LiveRun, *, ended: bool) -> LiveStatus:
         holder="" if lease is None else str(lease.holder),
         held=lease is not None and lease.held,
         ended=ended,
-        clock_drift_ms=run.drift_ms,
+        clock_drift_ms=run.job.time.drift_ms,
         missed=run.missed,
         gaps_filled=run.gaps_filled,
         trades=len(run.trader.trades),

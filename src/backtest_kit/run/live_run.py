@@ -51,10 +51,13 @@ from backtest_kit.run.replay import Gaps, columns_of
 from backtest_kit.run.schema import RiskSchema, StrategySchema
 from backtest_kit.run.services import Services
 from backtest_kit.run.trader import Trader
+from backtest_kit.run.venue_time import VenueTime
 from backtest_kit.settings import Settings
 
 _POLL_MS: Final = 1000
 """How often a candle that is not published yet is asked for."""
+_LOOK_UP_S: Final = 5.0
+"""How often who waits for the time looks whether the clock was set."""
 _log = logging.getLogger("backtest_kit")
 
 
@@ -67,11 +70,16 @@ class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     rules: Rules
     broker: Broker
-    clock: Clock
+    time: VenueTime
     gaps: Gaps
     orphans: OrphanPolicy
     lease_ttl: float = DEFAULT_TTL
     """Seconds after which another machine may take the position of a process that is silent."""
+
+    @property
+    def clock(self) -> Clock:
+        """The time by which it acts."""
+        return self.time.clock
 
     @property
     def scope(self) -> tuple[str, str, str]:
@@ -137,7 +145,6 @@ class LiveRun:
         self.when_ms = 0
         """The minute that is acted at; 0 until the clock is started."""
         self.missed = 0
-        self.drift_ms: int | None = None
 
     async def live(self) -> None:
         """Trade until stopped, and tell the listeners how it ended.
@@ -150,7 +157,7 @@ class LiveRun:
         identity = self.job.identity
         try:
             async with self._possession() as lease:
-                await beside(_kept(lease), self._trade())
+                await beside(_kept(lease), self._work())
             await self._end(RunDone(identity=identity, when_ms=self.when_ms, trades=tuple(self.trader.trades)))
         except asyncio.CancelledError:
             trades = tuple(self.trader.trades)
@@ -184,7 +191,7 @@ class LiveRun:
 
     @asynccontextmanager
     async def _possession(self) -> AsyncIterator[Lease]:
-        """Everything that the run needs, and the position itself; given back in the reverse order."""
+        """The position itself, given back in the end."""
         job, mode = self.job, self.job.identity.mode
         async with AsyncExitStack() as stack:
             await self._persistence.open(mode)
@@ -194,7 +201,14 @@ class LiveRun:
             self.keeper.lease = lease
             stack.push_async_callback(_given_back, lease)
             crashpoint("live.start.after_lease")
+            yield lease
+
+    async def _work(self) -> None:
+        """Connect to everything that the run needs, and trade; let go of it in the reverse order."""
+        job = self.job
+        async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._services.use(job.clock))
+            self._jumps = len(getattr(job.clock, "jumps", ()))
             self.when_ms = floor_ms(job.clock.now_ms(), MINUTE_MS)
             await stack.enter_async_context(self._services.use(job.broker))
             self._feed = await stack.enter_async_context(
@@ -204,23 +218,26 @@ class LiveRun:
             stack.callback(self._cron.end, job.identity)
             stack.callback(self.keeper.close)
             stack.push_async_callback(self.trader.end)
-            yield lease
+            await self._trade()
 
     async def _trade(self) -> None:
-        await self._recover()
+        if not await self._recover():
+            return
         while not self._finished():
             await self._act()
             if self._finished() or not await self._next_minute():
                 return
 
-    async def _recover(self) -> None:
-        """Take in what the run before has left, and finish what it had begun."""
+    async def _recover(self) -> bool:
+        """Take in what the run before has left, and finish what it had begun; False if there is nothing to do and
+        the run is told to stop before it could begin."""
         owner = "" if self.lease is None else self.lease.holder.owner
         steps = list(await self.keeper.load(owner))
         crashpoint("live.start.after_load")
         seen_ms, intent = self.trader.book.seen_ms, self.trader.book.intent
         self.desk.state = self.trader.book.state
-        await self._first_history()
+        if not await self._first_history():
+            return False
         await self.trader.begin()
         self.began.set()
         told: list[Event] = []
@@ -246,6 +263,7 @@ class LiveRun:
         for event in (recovered, *events):
             await self._minute.tell(event, told)
         await self._hand_over(told)
+        return True
 
     def _finished(self) -> bool:
         book = self.trader.book
@@ -257,12 +275,7 @@ class LiveRun:
         """Act at the minute that has come; nothing that goes wrong in it but the loss of the position ends the run."""
         trader, minute, told = self.trader, self._minute, list[Event]()
         try:
-            if self._resolved_ms != self.when_ms:
-                for event in await trader.resolve():
-                    await minute.tell(event, told)
-            for event in await trader.check_venue():
-                await minute.tell(event, told)
-            await self._look_for_orphans(told)
+            await self._ask_venue(told)
             if trader.stopping and trader.book.intent is None and isinstance(self.desk.state, Resting):
                 await self.desk.apply(_given_up)
             book = trader.book
@@ -280,6 +293,30 @@ class LiveRun:
         self._commanded = False
         if trader.lost is not None:
             raise trader.lost
+
+    async def _ask_venue(self, told: list[Event]) -> None:
+        """Take in what has happened at the venue: to an order under way, to what is held, and beside it."""
+        if self._resolved_ms != self.desk.tick.when_ms:
+            for event in await self.trader.resolve():
+                await self._minute.tell(event, told)
+        for event in await self.trader.check_venue():
+            await self._minute.tell(event, told)
+        await self._look_for_orphans(told)
+
+    async def _watch(self, when_ms: int) -> None:
+        """A minute without a price: nothing is decided, and the venue is asked all the same how things stand."""
+        told: list[Event] = []
+        self.desk.tick = msgspec.structs.replace(self.desk.tick, when_ms=when_ms)
+        self.trader.blind = True
+        try:
+            await self._ask_venue(told)
+        except Exception as error:
+            await self.trader.failed("the minute", error)
+        finally:
+            self.trader.blind = False
+        await self._hand_over(told)
+        if self.trader.lost is not None:
+            raise self.trader.lost
 
     async def _look_for_orphans(self, told: list[Event]) -> None:
         if self.trader.book.intent is not None or not self._alone():
@@ -309,21 +346,28 @@ class LiveRun:
 
     async def _next_minute(self) -> bool:
         """Wait for the next minute whose candles are there; False if the run is told to stop meanwhile."""
-        when_ms = self.when_ms + MINUTE_MS
+        clock, when_ms = self.job.clock, self.when_ms + MINUTE_MS
         while True:
             await self._sleep_until(when_ms)
             if self._finished():
                 return False
-            await self._watch_clock()
-            now_ms = floor_ms(self.job.clock.now_ms(), MINUTE_MS)
+            now_ms = floor_ms(clock.now_ms(), MINUTE_MS)
+            if now_ms < when_ms:
+                # It was ahead of the market. What was acted at was not, so that no minute comes twice.
+                when_ms = max(self.when_ms + MINUTE_MS, now_ms)
+                continue
             if now_ms > when_ms:
                 await self._miss(when_ms, (now_ms - when_ms) // MINUTE_MS, "the minute before took too long")
                 when_ms = now_ms
             reason = await self._published(when_ms)
             if not reason:
                 break
+            if self._finished():
+                return False
             await self._miss(when_ms, 1, reason)
+            await self._watch(when_ms)
             when_ms += MINUTE_MS
+        self.job.time.witness(when_ms)
         self.when_ms = when_ms
         self.desk.tick = columns_of(self._histories[self.job.identity.symbol]).tick(when_ms)
         return True
@@ -339,28 +383,28 @@ class LiveRun:
                     return ""
             except BacktestKitError as error:
                 reason = str(error)
-            if clock.now_ms() >= when_ms + MINUTE_MS:
+            await self._watch_clock()
+            if not when_ms <= clock.now_ms() < when_ms + MINUTE_MS or self._finished():
                 return reason
-            await clock.sleep_until(min(clock.now_ms() + _POLL_MS, when_ms + MINUTE_MS))
+            await self._sleep_until(min(clock.now_ms() + _POLL_MS, when_ms + MINUTE_MS))
 
     async def _sleep_until(self, when_ms: int) -> None:
-        """Sleep, but wake up to be told to stop."""
-        if self.trader.stopping:
-            await self.job.clock.sleep_until(when_ms)
-            return
-        sleep = asyncio.ensure_future(self.job.clock.sleep_until(when_ms))
+        """Sleep, but wake up to be told to stop, and because of a clock that was set back."""
+        clock = self.job.clock
+        sleep = asyncio.ensure_future(clock.sleep_until(when_ms))
         woken = asyncio.ensure_future(self._woken.wait())
         try:
-            await asyncio.wait({sleep, woken}, return_when=asyncio.FIRST_COMPLETED)
+            while not sleep.done():
+                waiting = {sleep} if woken.done() else {sleep, woken}
+                await asyncio.wait(waiting, timeout=_LOOK_UP_S, return_when=asyncio.FIRST_COMPLETED)
+                await self._watch_clock()
+                if self._finished() or when_ms - clock.now_ms() > MINUTE_MS:
+                    return
         finally:
-            woken.cancel()
-            if not sleep.done():
-                sleep.cancel()
+            for each in (sleep, woken):
+                each.cancel()
             await asyncio.wait({sleep, woken})
-        if not sleep.cancelled():
-            sleep.result()
-        elif not self._finished():
-            await self.job.clock.sleep_until(when_ms)
+        sleep.result()
 
     async def _miss(self, first_ms: int, count: int, reason: str) -> None:
         self.missed += count
@@ -378,7 +422,10 @@ class LiveRun:
             event = ClockJumped(identity=self.job.identity, when_ms=self.when_ms, by_ms=jump.by_ms)
             _log.warning("the wall clock was moved by %d ms", jump.by_ms, extra={"event": event})
             await self._emit(event)
-        self._jumps = len(jumps)
+        if len(jumps) > self._jumps:
+            self._jumps = len(jumps)
+            await self.job.time.measure(at_once=True)
+        await self.job.time.measure()
 
     async def _emit(self, event: Event) -> None:
         """Tell of something that is no part of a minute."""
@@ -395,27 +442,23 @@ class LiveRun:
 
     # Candles
 
-    async def _first_history(self) -> None:
-        """Wait for the candles that the first minute takes."""
+    async def _first_history(self) -> bool:
+        """Wait for the candles that the first minute takes; False if there is nothing to wait for any more."""
         clock, symbol = self.job.clock, self.job.identity.symbol
+        await self.job.time.measure()
         while True:
+            if self._finished():
+                return False
             self.when_ms = floor_ms(clock.now_ms(), MINUTE_MS)
             try:
                 history = await self._load(symbol)
                 break
             except RetryLater as error:
                 _log.warning("no candles of %s yet: %s", symbol, error)
-                await clock.sleep_until(clock.now_ms() + _POLL_MS)
+                await self._sleep_until(clock.now_ms() + _POLL_MS)
         self.desk.tick = columns_of(history).tick(self.when_ms)
-        await self._measure_drift()
-
-    async def _measure_drift(self) -> None:
-        source = self._feeds.source(self.job.identity.exchange_name)
-        with suppress(RetryLater, UserError):
-            there_ms = await source.server_time_ms()
-            self.drift_ms = None if there_ms is None else there_ms - self.job.clock.now_ms()
-        if self.drift_ms is not None and abs(self.drift_ms) > 1000:
-            _log.warning("the clock differs from the exchange's by %d ms: set it by NTP", -self.drift_ms)
+        self.job.time.witness(self.when_ms)
+        return True
 
     async def _history_of(self, symbol: str) -> History:
         """The candles of a symbol up to the minute that the desk shows."""

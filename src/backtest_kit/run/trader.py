@@ -80,6 +80,8 @@ class Trader(Watcher):
         self._telling: Event | None = None
         self._ended = False
         self.stopping = False
+        self.blind = False
+        """Whether nobody knows the price of this minute."""
         self.lost: Conflict | None = None
         """Why nothing may be done any more: another process has the position."""
         self.trades: list[Trade] = []
@@ -425,7 +427,7 @@ class Trader(Watcher):
     async def _entry_again(self, intent: Intent, status: str, *, fresh: bool) -> Intent | None:
         """An order to open at its next attempt, or None where it is not to be sent now."""
         order, settings, tick = intent.order, self._rules.settings, self._desk.tick
-        if self._keeper.degraded:
+        if self._keeper.degraded or self.blind:
             return None
         if status in ("cancelled", "rejected"):
             await self._give_up(intent, f"the venue knows it as {status}")
