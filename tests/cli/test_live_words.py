@@ -16,7 +16,7 @@ from backtest_kit.cli.live_words import TOLD, alarming, awaited, document, stand
 from backtest_kit.model.event import Identity
 from backtest_kit.model.interval import to_ms
 from backtest_kit.model.position import Entry, Extreme, Position, RestingEntry, Trade
-from backtest_kit.run.live import LiveStatus
+from backtest_kit.run.live_status import LiveStatus
 
 NOON = to_ms("2024-06-01T12:00")
 WHO = Identity("BTCUSDT", "trend", "binance", "", "live")

@@ -20,7 +20,7 @@ from tests.live.scenario import get_candles, prepared
 
 import backtest_kit as bk
 from backtest_kit.errors import Outcome
-from backtest_kit.market.clock import Jump
+from backtest_kit.market.clock import Jump, SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract
 from backtest_kit.persist.lease import acquire
@@ -252,6 +252,39 @@ async def test_a_live_run_needs_a_broker(memory_rig: Rig) -> None:
         kit.live.background("BTCUSDT", **WHERE)
     with pytest.raises(bk.UserError, match="orphans is 'kill': use one of alarm, adopt, protect"):
         kit.live.background("BTCUSDT", **WHERE, paper=True, orphans="kill")  # type: ignore[arg-type]
+
+
+async def test_a_weak_store_is_refused_where_orders_are_sent(memory_rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    memory_rig.venue.start = memory_rig.venue.stop = None  # type: ignore[assignment,method-assign]
+    with pytest.raises(bk.UserError, match=r"not fit for live trading: promises: MemoryStore does not promise"):
+        await memory_rig.trade(1, allow_weak=False)
+    assert not memory_rig.venue.calls
+    assert await memory_rig.store.get(LEASE, SCOPE) is None
+    teller: Any = bk.Broker()
+    memory_rig.venue = teller
+    assert (await memory_rig.trade(1, allow_weak=False)).status.position is not None
+    assert (await memory_rig.trade(1, allow_weak=False, paper=True)).status.position is not None
+
+
+async def test_runs_that_start_together_look_at_the_stores_once(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, bk.FileStore(tmp_path / "store"))
+    kit, looked = rig.kit(SteppedClock(START)), 0
+    judge = kit.persistence.require_live_grade
+
+    async def look(**options: Any) -> Any:
+        nonlocal looked
+        looked += 1
+        return await judge(**options)
+
+    kit.persistence.require_live_grade = look  # type: ignore[method-assign]
+    handles = [kit.live.background(f"C{number}", **{**WHERE, "allow_weak": False}) for number in range(20)]
+    while not all(handle.status.position for handle in handles):
+        assert not any(handle.done() for handle in handles)
+        await asyncio.sleep(0.01)
+    for handle in handles:
+        handle.cancel()
+    await asyncio.wait({handle.task for handle in handles})
+    assert looked == 1
 
 
 # What goes wrong in the user's code

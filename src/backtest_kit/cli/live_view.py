@@ -12,7 +12,7 @@ from rich.text import Text
 
 from backtest_kit.cli.live_words import lost, price, troubles
 from backtest_kit.model.interval import to_datetime
-from backtest_kit.run.live import LiveStatus
+from backtest_kit.run.live_status import LiveStatus
 from backtest_kit.run.venue_time import DRIFT_MS
 
 _AROUND: Final = 8

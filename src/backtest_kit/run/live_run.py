@@ -49,7 +49,7 @@ from backtest_kit.run.minute import Minute
 from backtest_kit.run.orphans import OrphanGuard, OrphanPolicy
 from backtest_kit.run.replay import Gaps, columns_of
 from backtest_kit.run.schema import RiskSchema, StrategySchema
-from backtest_kit.run.services import Services
+from backtest_kit.run.services import Fitness, Services
 from backtest_kit.run.trader import Trader
 from backtest_kit.run.venue_time import VenueTime
 from backtest_kit.settings import Settings
@@ -73,6 +73,8 @@ class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
     time: VenueTime
     gaps: Gaps
     orphans: OrphanPolicy
+    fitness: Fitness | None = None
+    """Looks at the stores before the start; None where they are trusted."""
     lease_ttl: float = DEFAULT_TTL
     """Seconds after which another machine may take the position of a process that is silent."""
 
@@ -195,6 +197,8 @@ class LiveRun:
         job, mode = self.job, self.job.identity.mode
         async with AsyncExitStack() as stack:
             await self._persistence.open(mode)
+            if job.fitness is not None:
+                await stack.enter_async_context(self._services.use(job.fitness))
             await self._chronicle.begin()
             lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl)
             self.lease = lease
