@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
-from backtest_kit.broker.base import Order, OrderKind
+from backtest_kit.broker.base import Fill, Order, OrderKind
 from backtest_kit.engine.position import LEVEL_STEP
 from backtest_kit.engine.step import Flat, Holding, Resting, State
 from backtest_kit.errors import Conflict, Damaged, OutOfSpace, RetryLater
@@ -285,6 +285,7 @@ def _intent_record(intent: Intent) -> dict[str, object]:
             "closing": target.closing if isinstance(target, Holding) else None,
         },
         "events": [_event_record(event) for event in intent.events],
+        "earlier": intent.earlier,
     }
 
 
@@ -294,6 +295,7 @@ def _intent(record: Any) -> Intent:
         order=msgspec.convert(record["order"], Order),
         target=_book(target["signal"], target["schedule"], target).state,
         events=tuple(map(_event, record["events"])),
+        earlier=msgspec.convert(record.get("earlier"), Fill | None),
     )
 
 

@@ -15,7 +15,16 @@ from contextlib import suppress
 
 import msgspec
 
-from backtest_kit.broker.base import Broker, Fill, Order, OrderDeleted, OrderKind, OrderRejected, OrderTransient
+from backtest_kit.broker.base import (
+    Broker,
+    Fill,
+    Order,
+    OrderDeleted,
+    OrderKind,
+    OrderRejected,
+    OrderReport,
+    OrderTransient,
+)
 from backtest_kit.engine.commands import Refused
 from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State
 from backtest_kit.engine.validation import check_signal
@@ -196,7 +205,7 @@ class Trader(Watcher):
             if verdict == "open":
                 return ()
             with suppress(Refused):
-                return await self._send_again(intent, report.status)
+                return await self._send_again(intent, report)
             return ()
 
     async def check_venue(self) -> tuple[Event, ...]:
@@ -398,9 +407,9 @@ class Trader(Watcher):
         self._alarms.order_failed(intent.order, text, "it was given up", alarm=alarm)
         return ()
 
-    async def _send_again(self, intent: Intent, status: str) -> tuple[Event, ...]:
+    async def _send_again(self, intent: Intent, report: OrderReport) -> tuple[Event, ...]:
         """Go on with an order that the venue has not carried out."""
-        order, state, tick = intent.order, self.book.state, self._desk.tick
+        order, state, tick, status = intent.order, self.book.state, self._desk.tick, report.status
         fresh = order.when_ms == tick.when_ms
         refused = status in ("cancelled", "rejected")
         if order.kind in ENTRIES:
@@ -410,7 +419,7 @@ class Trader(Watcher):
             intent = again
         elif order.kind in EXITS:
             number = self.book.orders + 1
-            intent = renamed(intent, signal_id_of(state), number) if refused else retried(intent)
+            intent = renamed(intent, signal_id_of(state), number, report.fill) if refused else retried(intent)
             intent = intent if fresh else renewed(intent, state, tick, self._rules)
         elif order.kind == "activate" and refused and isinstance(state, Resting):
             return await self._conclude(None, *cancelled(state, tick, self._rules))
