@@ -43,7 +43,8 @@ from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.chronicle import Observer
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
-from backtest_kit.run.live_run import LiveJob, LiveRun
+from backtest_kit.run.live_job import LiveJob
+from backtest_kit.run.live_run import LiveRun
 from backtest_kit.run.live_status import LiveStatus, status_of
 from backtest_kit.run.orphans import OrphanPolicy
 from backtest_kit.run.replay import Gaps

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from backtest_kit.broker.base import Broker
-from backtest_kit.engine.step import Flat, Resting, Rules, State
-from backtest_kit.errors import BacktestKitError, Conflict, OutOfSpace, RetryLater, UserError
+from backtest_kit.engine.step import Flat, Resting, State
+from backtest_kit.errors import BacktestKitError, Conflict, RetryLater, UserError
 from backtest_kit.events import EventBus
-from backtest_kit.market.clock import Clock
 from backtest_kit.market.fetch import CandleFeed
 from backtest_kit.market.history import History
 from backtest_kit.model.event import (
     ClockJumped,
     Event,
-    Identity,
     MinutesMissed,
     Paused,
     Recovered,
@@ -34,7 +31,7 @@ from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
-from backtest_kit.persist.lease import DEFAULT_TTL, Lease, acquire
+from backtest_kit.persist.lease import Lease, acquire
 from backtest_kit.records import RunRecords
 from backtest_kit.run.alarms import Alarms
 from backtest_kit.run.chronicle import Chronicle, Observer
@@ -44,49 +41,20 @@ from backtest_kit.run.emergency import EmergencyFile
 from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.keeper import Keeper, held_by
 from backtest_kit.run.ledger import Ledger
+from backtest_kit.run.live_job import LiveJob
 from backtest_kit.run.live_risk import LiveRisk
 from backtest_kit.run.minute import Minute
-from backtest_kit.run.orphans import OrphanGuard, OrphanPolicy
-from backtest_kit.run.replay import Gaps, columns_of
-from backtest_kit.run.schema import RiskSchema, StrategySchema
-from backtest_kit.run.services import Fitness, Services
+from backtest_kit.run.orphans import OrphanGuard
+from backtest_kit.run.possession import beside, given_back, kept
+from backtest_kit.run.replay import columns_of
+from backtest_kit.run.services import Services
 from backtest_kit.run.trader import Trader
-from backtest_kit.run.venue_time import VenueTime
-from backtest_kit.settings import Settings
 
 _POLL_MS: Final = 1000
 """How often a candle that is not published yet is asked for."""
 _LOOK_UP_S: Final = 5.0
 """How often who waits for the time looks whether the clock was set."""
 _log = logging.getLogger("backtest_kit")
-
-
-class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
-    """One live run, resolved: every name looked up, every option checked."""
-
-    identity: Identity
-    strategy: StrategySchema
-    risks: tuple[RiskSchema, ...]
-    settings: Settings
-    rules: Rules
-    broker: Broker
-    time: VenueTime
-    gaps: Gaps
-    orphans: OrphanPolicy
-    fitness: Fitness | None = None
-    """Looks at the stores before the start; None where they are trusted."""
-    lease_ttl: float = DEFAULT_TTL
-    """Seconds after which another machine may take the position of a process that is silent."""
-
-    @property
-    def clock(self) -> Clock:
-        """The time by which it acts."""
-        return self.time.clock
-
-    @property
-    def scope(self) -> tuple[str, str, str]:
-        """The key of the position's records."""
-        return self.identity.strategy_name, self.identity.exchange_name, self.identity.symbol
 
 
 class LiveRun:
@@ -159,7 +127,7 @@ class LiveRun:
         identity = self.job.identity
         try:
             async with self._possession() as lease:
-                await beside(_kept(lease), self._work())
+                await beside(kept(lease), self._work())
             await self._end(RunDone(identity=identity, when_ms=self.when_ms, trades=tuple(self.trader.trades)))
         except asyncio.CancelledError:
             trades = tuple(self.trader.trades)
@@ -203,7 +171,7 @@ class LiveRun:
             lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl)
             self.lease = lease
             self.keeper.lease = lease
-            stack.push_async_callback(_given_back, lease)
+            stack.push_async_callback(given_back, lease)
             crashpoint("live.start.after_lease")
             yield lease
 
@@ -496,28 +464,6 @@ class LiveRun:
         return sum(history.filled for history in self._histories.values())
 
 
-async def _kept(lease: Lease) -> None:
-    """Renew the lease for ever.
-
-    Raises:
-        Conflict: another process has it, or it could not be renewed in time.
-    """
-    while True:
-        try:
-            await lease.keep()
-        except OutOfSpace as error:
-            # The store has compared the revision before it found no room: nobody has taken the lease.
-            _log.warning("the lease could not be renewed, and is tried again: %s", error)
-
-
-async def _given_back(lease: Lease) -> None:
-    """Released, unless the store cannot be reached: it lapses then."""
-    try:
-        await lease.release()
-    except BacktestKitError as error:
-        _log.warning("the lease could not be released, it lapses by itself: %s", error)
-
-
 def _given_up(state: State) -> tuple[State, tuple[Event, ...]]:
     return (msgspec.structs.replace(state, order="cancel") if isinstance(state, Resting) else state), ()
 
@@ -532,20 +478,3 @@ def _words(found: Recovered) -> str:
     down = f", after {found.down_ms // MINUTE_MS} minutes in which nobody watched" if found.down_ms else ""
     steps = "; ".join(found.steps) or "nothing was left to do"
     return f"{identity.strategy_name} for {identity.symbol} starts with {held}{down}: {steps}"
-
-
-async def beside(keeper: Coroutine[Any, Any, None], work: Coroutine[Any, Any, None]) -> None:
-    """Do `work` while `keeper` goes on; an error of the keeper ends the work at once, and is raised."""
-    keeping, working = asyncio.ensure_future(keeper), asyncio.ensure_future(work)
-    both = {keeping, working}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for each in both:
-            each.cancel()
-        while not (keeping.done() and working.done()):
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait(both)
-    if not keeping.cancelled() and (error := keeping.exception()) is not None:
-        raise error
-    working.result()
