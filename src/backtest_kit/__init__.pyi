@@ -187,6 +187,9 @@ from .run.desk import (
 )
 from .run.live import (
     LiveHandle as LiveHandle,
+    LiveOptions as LiveOptions,
+)
+from .run.live_status import (
     LiveStatus as LiveStatus,
 )
 from .run.risk import (

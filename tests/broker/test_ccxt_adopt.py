@@ -14,18 +14,27 @@ from backtest_kit.run.orphans import OrphanGuard
 from backtest_kit.settings import Settings
 
 
+class Books:
+    """Those of a run that holds nothing."""
+
+    stopping = False
+
+    def __init__(self, broker: CcxtBroker) -> None:
+        self.states: list[Holding] = []
+        self.protect = broker.move_stop
+
+    async def adopt(self, state: Holding, event: PositionOpened) -> tuple[PositionOpened, ...]:
+        self.states.append(state)
+        return (event,)
+
+
 async def adopted(broker: CcxtBroker, price: float) -> Holding:
     identity = Identity("BTCUSDT", "trend", "binance", "", "live")
     desk = Desk(Rules(identity=identity, settings=Settings(), interval_ms=MINUTE_MS))
     desk.tick = Tick(START, *[price] * 5)
-    states: list[Holding] = []
-
-    async def adopt(state: Holding, event: PositionOpened) -> tuple[PositionOpened, ...]:
-        states.append(state)
-        return (event,)
-
-    assert await OrphanGuard(desk, broker, "adopt", adopt).look() is not None
-    (state,) = states
+    books = Books(broker)
+    assert await OrphanGuard(desk, broker, "adopt", books).look() is not None
+    (state,) = books.states
     return state
 
 

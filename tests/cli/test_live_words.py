@@ -16,7 +16,7 @@ from backtest_kit.cli.live_words import TOLD, alarming, awaited, document, stand
 from backtest_kit.model.event import Identity
 from backtest_kit.model.interval import to_ms
 from backtest_kit.model.position import Entry, Extreme, Position, RestingEntry, Trade
-from backtest_kit.run.live import LiveStatus
+from backtest_kit.run.live_status import LiveStatus
 
 NOON = to_ms("2024-06-01T12:00")
 WHO = Identity("BTCUSDT", "trend", "binance", "", "live")
@@ -188,3 +188,9 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     assert all(len(line) <= width for line in lines)
     assert sum("DEGRADED, nothing new is opened: the disk is full" in line for line in lines) == 1
     assert any(line.split()[:4] == ["BTCUSDT", "50100", "long", "50000"] for line in lines)
+
+
+@pytest.mark.parametrize(("drift_ms", "words"), [(None, ""), (-200, "+0.2 s off"), (5000, "-5.0 s off")])
+def test_how_far_the_clock_is_off_is_shown(drift_ms: int | None, words: str) -> None:
+    title = drawn([status_of(clock_drift_ms=None), status_of(clock_drift_ms=drift_ms)], width=200)[1]
+    assert words in title if words else "off" not in title

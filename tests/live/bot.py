@@ -234,7 +234,7 @@ async def trade(job: Job) -> End:
 
     kit.live.observers.append(keep_records)
     kit.on(bk.PositionActive, watch_disk)
-    where: dict[str, Any] = {"strategy_name": "story", "exchange_name": "venue"}
+    where: dict[str, Any] = {"strategy_name": "story", "exchange_name": "venue", "allow_weak": True}
     handles = [kit.live.background(symbol, **where, lease_ttl=job.lease_ttl, paper=job.paper) for symbol in job.symbols]
     over = asyncio.ensure_future(clock.over.wait())
     tasks = {handle.task for handle in handles}

@@ -14,7 +14,7 @@ from backtest_kit.model.interval import MINUTE_MS, to_ms
 from backtest_kit.persist.store import Store
 
 START = to_ms("2024-06-01T10:00")
-WHERE: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "demo"}
+WHERE: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "demo", "allow_weak": True}
 
 
 class UntilClock(SteppedClock):

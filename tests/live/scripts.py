@@ -104,10 +104,7 @@ class Always:
 
 
 class Random:
-    """A random strategy of the engine's tests, with one of its commands a minute: the same at every call.
-
-    Of several commands in one minute, those after the one at which it died would not come again.
-    """
+    """A random strategy of the engine's tests, with up to four commands a minute: the same at every call."""
 
     settings: Final[dict[str, Any]] = {"CC_MAX_SIGNAL_LIFETIME_MINUTES": math.inf, "CC_GET_CANDLES_RETRY_COUNT": 1}
 
@@ -119,12 +116,19 @@ class Random:
         self._commands = engine.RandomCommands(seed)
 
     async def manage(self, ctx: bk.Context) -> None:
-        for name, value, note in self._commands._script(ctx)[:1]:
+        for name, value, note in self._script(ctx):
             if name == "reduce" and 99 < value < 100:
                 continue  # it leaves less than any venue counts
             view: Any = ctx.position or ctx.entry
             arguments = {"percent": value} if name == "reduce" else {"note": note} if note else {}
             await getattr(view, name)(*([value] if name in ("add", "move_stop", "move_take") else []), **arguments)
+
+    def _script(self, ctx: bk.Context) -> list[Any]:
+        held: Any = (ctx.position or ctx.entry).value  # type: ignore[union-attr]
+        # The levels of the signal: those in force are others once one of the commands was carried out.
+        return self._commands.script(
+            ctx.when_ms, ctx.price, ctx.position is not None, held.price_take_profit, held.price_stop_loss
+        )
 
 
 def resting(side: Any, price: float, distance_pct: float) -> bk.Signal:

@@ -194,19 +194,14 @@ class Stage:
                 "schedule": books["schedule"],
                 **{name: strategy.get(name) for name in ("closing", "order", "intent", "lastSlotMs", "lastSignalId")},
             },
-            "records": {
-                (each.action, each.when_ms, each.signal_id, each.event.get("change")): each.event
-                for each in self.heard("records")
-            },
+            "records": {told(each): each.event for each in self.heard("records")},
             "trades": [each.event["trade"] for each in unique(self.heard("records")) if each.action == "closed"],
         }
 
     def check(self) -> list[str]:
         """What is wrong, whatever the run without a death would have done."""
         wrong = []
-        heard = Counter(
-            (each.action, each.when_ms, each.signal_id, each.event.get("change")) for each in self.heard("heard")
-        )
+        heard = Counter(map(told, self.heard("heard")))
         wrong += [f"heard {count} times: {what}" for what, count in heard.items() if count > 1]
         wrong += [f"trouble: {each.action} {each.event}" for each in self.heard("trouble")]
         wrong += self.sent_again()
@@ -275,9 +270,13 @@ def difference(value: Any, other: Any) -> list[str]:
 
 def unique(heard: list[Heard]) -> list[Heard]:
     """Each event once, in the order in which they were told first."""
-    return list(
-        {(each.action, each.when_ms, each.signal_id, each.event.get("change")): each for each in heard}.values()
-    )
+    return list({told(each): each for each in heard}.values())
+
+
+def told(heard: Heard) -> tuple[Any, ...]:
+    """What makes an event one of its own: of several changes in a minute each leaves another position."""
+    change = heard.event.get("change")
+    return heard.action, heard.when_ms, heard.signal_id, change, repr(heard.event["position"]) if change else ""
 
 
 def plain_id(client_order_id: str) -> str:

@@ -72,6 +72,45 @@ async def whole(tmp_path: Path) -> tuple[dict[Any, Any], int]:
     return facts(records.events), rig.turns
 
 
+async def many(ctx: bk.Context) -> None:
+    """Six commands in the third minute: the market refuses one, the venue another."""
+    position = ctx.position
+    if position is not None and ctx.when_ms == position.value.opened_at_ms + 2 * MINUTE_MS:
+        await position.reduce(percent=50)
+        await position.move_stop(ctx.price * 1.01)
+        await position.move_stop(ctx.price * 0.995)
+        await position.reduce(percent=20)
+        await position.reduce(percent=10)
+        await position.add(30)
+        await position.close("enough")
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+async def test_of_several_commands_in_one_minute_none_is_lost_and_none_is_given_twice(
+    tmp_path: Path, offset: int
+) -> None:
+    async def played(steps: int | None) -> tuple[list[bk.Trade], Venue, int]:
+        rig, records = slow_rig(tmp_path / "part", bk.MemoryStore())
+        rig.strategy["manage"] = many
+        rig.venue.script["reduce", 2] = "rejected"
+        over = await part(rig, records, steps)
+        turns = rig.turns
+        while not over:
+            over = await part(rig, records, None)
+        trades = {event.when_ms: event.trade for event in records.events if isinstance(event, bk.PositionClosed)}
+        return list(trades.values()), rig.venue, turns
+
+    expected, _, turns = await played(None)
+    trade = expected[0]
+    assert ([each.percent for each in trade.reductions], len(trade.entries)) == ([50, 10], 2)
+    assert trade.close_note == "enough"
+    assert trade.price_stop_loss == pytest.approx(trade.price_close * 0.995, rel=0.002)
+    for steps in range(offset, turns, 5):
+        trades, venue, _ = await played(steps)
+        assert trades == expected, steps
+        assert set(venue.times_done.values()) == {1}, steps
+
+
 @pytest.mark.parametrize("offset", [0, 3])
 async def test_cancelled_at_any_turn_of_the_loop(tmp_path: Path, offset: int) -> None:
     expected, turns = await whole(tmp_path)

@@ -13,7 +13,9 @@ from tests.live.rig import START, WHERE, Rig
 
 import backtest_kit as bk
 from backtest_kit.market.clock import SystemClock, _nap_until as nap_until
-from backtest_kit.model.interval import MINUTE_MS
+from backtest_kit.market.sources import CandleSource
+from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.interval import MINUTE_MS, floor_ms
 
 SPEED = 600.0
 
@@ -21,8 +23,8 @@ SPEED = 600.0
 class FastWall(SystemClock):
     """The clock of a machine on which a minute takes a tenth of a second, and whose wall clock can be set."""
 
-    def __init__(self) -> None:
-        self.set_by_s = 0.0
+    def __init__(self, set_by_s: float = 0.0) -> None:
+        self.set_by_s = set_by_s
         self._began_real_s = time.monotonic()
         self._elapsed_s = 0.0
         super().__init__(wall_s=self._wall, monotonic_s=lambda: self._elapsed_s)
@@ -86,15 +88,79 @@ async def test_an_hour_forward_is_an_hour_that_was_missed(bot: Bot) -> None:
     assert bot.handle.status.position is not None
 
 
-async def test_after_a_clock_that_is_set_back_time_stands_still(bot: Bot) -> None:
-    before = bot.minutes[-1]
-    bot.clock.set_by_s -= 600
-    set_at = time.monotonic()
-    await bot.asked(4)
-    assert time.monotonic() - set_at > 600 / SPEED * 0.8
-    assert bot.minutes[-1] > before
+async def test_after_a_clock_that_is_set_back_the_minutes_go_on(bot: Bot) -> None:
+    """The candles so far are proof of how late it is, and an hour in which nobody watches is too long."""
+    before, elapsed_s = bot.minutes[-1], bot.clock._elapsed_s
+    bot.clock.set_by_s -= 3600
+    while not bot.rig.of(bk.ClockJumped):
+        await asyncio.sleep(0.005)
     (jump,) = bot.rig.of(bk.ClockJumped)
-    assert jump.by_ms == pytest.approx(-600_000, abs=1000)
+    assert jump.by_ms == pytest.approx(-3_600_000, abs=1000)
+    assert bot.minutes[-1] <= before + 2
+    await bot.asked(4)
+    passed = (bot.clock._elapsed_s - elapsed_s) / 60
+    assert passed < 30
+    assert bot.minutes[-1] == pytest.approx(before + passed, abs=2)
+
+
+class Told(CandleSource):
+    """Candles as they really come, and a server that tells its time."""
+
+    def __init__(self, clock: FastWall) -> None:
+        self.made_up = bk.sources.synthetic(seed=7)
+        self.clock = clock
+        self.asked = 0
+
+    def there_ms(self) -> float:
+        self.clock._wall()
+        return START + self.clock._elapsed_s * 1000
+
+    async def server_time_ms(self) -> int:
+        self.asked += 1
+        return int(self.there_ms())
+
+    async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
+        stop_ms = min(stop_ms, floor_ms(int(self.there_ms()), MINUTE_MS))
+        return await self.made_up.fetch(symbol, interval, start_ms, max(stop_ms, start_ms))
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+async def test_a_run_goes_by_the_time_of_an_exchange_that_tells_it(tmp_path: Path, hours: int) -> None:
+    bot = Bot(tmp_path)
+    bot.clock = FastWall(set_by_s=hours * 3600)
+    bot.rig.source = source = Told(bot.clock)
+    bot.handle = bot.rig.kit(bot.clock).live.background("BTCUSDT", **WHERE)
+    await bot.asked(4)
+    assert bot.handle.status.clock_drift_ms == pytest.approx(-hours * 3_600_000, abs=60_000)
+    assert bot.minutes[-1] == pytest.approx((source.there_ms() - START) / MINUTE_MS, abs=2)
+    bot.clock.set_by_s = 0  # NTP has put it right
+    await bot.asked(4)
+    assert bot.minutes[-1] == pytest.approx((source.there_ms() - START) / MINUTE_MS, abs=2)
+    assert all(earlier < later for earlier, later in pairwise(bot.minutes))
+    assert len(bot.rig.of(bk.ClockJumped)) == 1
+    bot.handle.cancel()
+    await asyncio.wait({bot.handle.task})
+
+
+async def test_a_clock_that_was_ahead_for_a_while_is_caught_up_with(tmp_path: Path) -> None:
+    """Candles of minutes that have not been come from nowhere: what was acted at tells how late it is."""
+    bot = Bot(tmp_path)
+    source = bot.rig.source = Told(bot.clock)
+    source.server_time_ms = lambda: none()  # type: ignore[assignment,method-assign,return-value]
+    bot.handle = bot.rig.kit(bot.clock).live.background("BTCUSDT", **WHERE)
+    await bot.asked(3)
+    bot.clock.set_by_s += 3600
+    while not bot.rig.of(bk.MinutesMissed):
+        await asyncio.sleep(0.005)
+    bot.clock.set_by_s -= 3600
+    await bot.asked(3)
+    assert bot.minutes[-1] == pytest.approx((source.there_ms() - START) / MINUTE_MS, abs=2)
+    bot.handle.cancel()
+    await asyncio.wait({bot.handle.task})
+
+
+async def none() -> None:
+    return None
 
 
 async def test_a_clock_that_goes_to_and_fro(bot: Bot) -> None:

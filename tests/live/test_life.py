@@ -20,9 +20,10 @@ from tests.live.scenario import get_candles, prepared
 
 import backtest_kit as bk
 from backtest_kit.errors import Outcome
-from backtest_kit.market.clock import Jump
+from backtest_kit.market.clock import Jump, SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract
+from backtest_kit.persist.lease import acquire
 from backtest_kit.persist.store import ANY, Key, Record, Store, Write
 
 SCOPE = ("trend", "demo", "BTCUSDT")
@@ -253,6 +254,39 @@ async def test_a_live_run_needs_a_broker(memory_rig: Rig) -> None:
         kit.live.background("BTCUSDT", **WHERE, paper=True, orphans="kill")  # type: ignore[arg-type]
 
 
+async def test_a_weak_store_is_refused_where_orders_are_sent(memory_rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    memory_rig.venue.start = memory_rig.venue.stop = None  # type: ignore[assignment,method-assign]
+    with pytest.raises(bk.UserError, match=r"not fit for live trading: promises: MemoryStore does not promise"):
+        await memory_rig.trade(1, allow_weak=False)
+    assert not memory_rig.venue.calls
+    assert await memory_rig.store.get(LEASE, SCOPE) is None
+    teller: Any = bk.Broker()
+    memory_rig.venue = teller
+    assert (await memory_rig.trade(1, allow_weak=False)).status.position is not None
+    assert (await memory_rig.trade(1, allow_weak=False, paper=True)).status.position is not None
+
+
+async def test_runs_that_start_together_look_at_the_stores_once(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, bk.FileStore(tmp_path / "store"))
+    kit, looked = rig.kit(SteppedClock(START)), 0
+    judge = kit.persistence.require_live_grade
+
+    async def look(**options: Any) -> Any:
+        nonlocal looked
+        looked += 1
+        return await judge(**options)
+
+    kit.persistence.require_live_grade = look  # type: ignore[method-assign]
+    handles = [kit.live.background(f"C{number}", **{**WHERE, "allow_weak": False}) for number in range(20)]
+    while not all(handle.status.position for handle in handles):
+        assert not any(handle.done() for handle in handles)
+        await asyncio.sleep(0.01)
+    for handle in handles:
+        handle.cancel()
+    await asyncio.wait({handle.task for handle in handles})
+    assert looked == 1
+
+
 # What goes wrong in the user's code
 
 
@@ -306,10 +340,12 @@ async def test_minutes_that_were_slept_through_are_told_and_not_made_up_for(memo
         asked.append((ctx.when_ms - START) // MINUTE_MS)
         if len(asked) == 3:
             clock.advance_to(START + 7 * MINUTE_MS + 20_000)
+            jumps.append(Jump(START, 5000))
 
     memory_rig.strategy = {"get_signal": get_signal, "interval": "1m"}
     clock = UntilClock(START, START + 9 * MINUTE_MS)
-    clock.jumps = [Jump(START, 5000)]  # type: ignore[attr-defined]
+    jumps: list[Jump] = [Jump(START, 7000)]  # before the run, and none of its business
+    clock.jumps = jumps  # type: ignore[attr-defined]
     handle = memory_rig.kit(clock).live.background("BTCUSDT", **WHERE)
     await clock.over.wait()
     assert handle.status.missed == 4
@@ -344,6 +380,126 @@ async def test_a_candle_that_comes_late_is_waited_for_and_one_that_does_not_is_m
     assert asked == [(0, 0), (1, 0), (2, 20_000), (3, 0), (5, 10_000), (6, 0)]
     (missed,) = memory_rig.of(bk.MinutesMissed)
     assert "not published" in missed.reason
+
+
+@pytest.mark.parametrize("stop", [False, True])
+async def test_a_minute_without_a_candle_is_watched_at_the_venue_all_the_same(memory_rig: Rig, stop: bool) -> None:
+    """Nothing is decided without a price, and what the venue has closed or left undone is seen to."""
+    prepared(memory_rig)
+    clock = UntilClock(START, START + 12 * MINUTE_MS)
+
+    async def silent(symbol: str, interval: str, since_ms: int, limit: int) -> list[list[float]]:
+        rows = await get_candles(symbol, interval, since_ms, limit)
+        return [row for row in rows if row[0] < START + 3 * MINUTE_MS]
+
+    def check(held: Any) -> bk.Fill | None:
+        asked_at.append((clock.now_ms() - START) // MINUTE_MS)
+        return bk.Fill(price=95.0, cost=1, quantity=1, reason="stop_loss") if len(asked_at) == 5 else None
+
+    asked_at: list[int] = []
+    memory_rig.source = bk.sources.function(silent)
+    memory_rig.strategy["manage"] = None
+    memory_rig.venue.check = check
+    handle = memory_rig.kit(clock).live.background("BTCUSDT", **WHERE)
+    while not memory_rig.of(bk.PositionOpened):
+        await asyncio.sleep(0)
+    if stop:
+        handle.stop()
+    over = asyncio.ensure_future(clock.over.wait())
+    await asyncio.wait({over, handle.task}, return_when=asyncio.FIRST_COMPLETED)
+    over.cancel()
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    assert asked_at == [2, 3, 5, 6, 7]
+    (trade,) = memory_rig.trades()
+    assert (trade.price_close, trade.close_reason) == (95.0, "stop_loss")
+    assert handle.task.cancelled() != stop
+    assert len(memory_rig.venue.sent("open")) == 1
+
+
+async def test_an_order_to_open_is_not_sent_without_a_price(memory_rig: Rig) -> None:
+    prepared(memory_rig)
+    clock = UntilClock(START, START + 9 * MINUTE_MS)
+
+    async def silent(symbol: str, interval: str, since_ms: int, limit: int) -> list[list[float]]:
+        rows = await get_candles(symbol, interval, since_ms, limit)
+        return [row for row in rows if row[0] < START + MINUTE_MS or clock.now_ms() >= START + 5 * MINUTE_MS]
+
+    memory_rig.source = bk.sources.function(silent)
+    memory_rig.venue.script["open", 1] = "lost_request"
+    sent: list[int] = []
+
+    def price(order: bk.Order) -> float:
+        sent.append((clock.now_ms() - START) // MINUTE_MS)
+        return order.price
+
+    memory_rig.venue.price = price
+    handle = memory_rig.kit(clock).live.background("BTCUSDT", **WHERE)
+    await clock.over.wait()
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    assert [attempt for _, _, attempt in memory_rig.venue.sent("open")][:2] == [0, 1]
+    assert sent[0] >= 5
+    assert memory_rig.venue.sent("find")
+
+
+@pytest.mark.parametrize("held", [False, True])
+async def test_stop_is_noticed_while_the_first_candles_are_unreadable(memory_rig: Rig, held: bool) -> None:
+    prepared(memory_rig)
+    if held:
+        await memory_rig.trade(2)
+    away = asyncio.Event()
+    readable = False
+
+    async def silent(symbol: str, interval: str, since_ms: int, limit: int) -> list[list[float]]:
+        away.set()
+        if not readable:
+            raise ConnectionError("the exchange is away")
+        return await get_candles(symbol, interval, since_ms, limit)
+
+    memory_rig.source = bk.sources.function(silent)
+    async with running(memory_rig, 30) as (handle, clock):
+        await away.wait()
+        handle.stop()
+        if held:
+            while clock.now_ms() < memory_rig.now_ms + 2 * MINUTE_MS:
+                await asyncio.sleep(0)
+            assert not handle.done()  # what is open is carried to its end
+            readable = True
+        async with asyncio.timeout(10):
+            trades = await handle
+    assert len(trades) == held
+    assert [event.cancelled for event in memory_rig.of(bk.RunDone)][-1] is False
+
+
+@pytest.mark.parametrize("late", ["broker", "candles"])
+async def test_the_lease_is_renewed_while_the_start_takes_longer(memory_rig: Rig, late: str) -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        asked.set()
+        await answer.wait()
+
+    async def slow(symbol: str, interval: str, since_ms: int, limit: int) -> list[list[float]]:
+        await wait()
+        return await get_candles(symbol, interval, since_ms, limit)
+
+    if late == "broker":
+        memory_rig.venue.start = wait  # type: ignore[method-assign]
+    else:
+        memory_rig.source = bk.sources.function(slow)
+    async with running(memory_rig, 2, lease_ttl=0.3) as (handle, clock):
+        await asked.wait()
+        first = await memory_rig.store.get(LEASE, SCOPE)
+        assert first is not None
+        began = time.monotonic()
+        while time.monotonic() - began < 0.9:
+            with pytest.raises(bk.Conflict, match=f"process {os.getpid()}"):
+                await acquire(lambda row: memory_rig.store, SCOPE, ttl=0.3)
+        answer.set()
+        await clock.over.wait()
+        assert not handle.done()
+        assert handle.status.held
 
 
 async def test_months_of_minutes_do_not_pile_up(memory_rig: Rig) -> None:

@@ -47,7 +47,7 @@ async def test_programs_that_open_at_the_same_moment_stay_within_the_limit(
     for symbol in symbols:
         clock = UntilClock(START, START + 3 * MINUTE_MS)
         kit = program(tmp_path, store, venue, clock, events, limit)
-        handles.append(kit.live.background(symbol, strategy_name="trend", exchange_name="demo"))
+        handles.append(kit.live.background(symbol, strategy_name="trend", exchange_name="demo", allow_weak=True))
         clocks.append(clock)
     await asyncio.gather(*(clock.over.wait() for clock in clocks))
     opened = {event.symbol for event in events if isinstance(event, bk.PositionOpened)}

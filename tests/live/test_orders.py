@@ -10,7 +10,8 @@ from tests.live.rig import START, Rig
 from tests.live.scenario import MINUTES, prepared, price_at
 
 import backtest_kit as bk
-from backtest_kit.broker.base import OrderKind
+from backtest_kit.broker.base import SENDING, OrderKind
+from backtest_kit.market.clock import SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
 
 HOOKS = ("open", "place", "activate", "cancel", "add", "reduce", "close", "move_stop", "move_take")
@@ -191,6 +192,9 @@ async def test_what_the_venue_fills_is_what_is_booked(tmp_path: Path) -> None:
             sold.append(order.quantity)
             return bk.Fill(price=123.0, cost=1, quantity=order.quantity or 0.0)
 
+        async def find(self, order: bk.Order) -> bk.OrderReport:
+            return bk.OrderReport(status="absent")
+
     sold: list[float | None] = []
     rig = prepared(Rig(tmp_path, bk.MemoryStore()))
     rig.strategy["manage"] = halve_and_close
@@ -267,6 +271,9 @@ async def test_a_cancel_that_comes_too_late_is_a_position(tmp_path: Path) -> Non
         async def cancel_entry(self, order: bk.Order) -> bk.Fill:
             return bk.Fill(price=100.25, cost=60, quantity=0.6)
 
+        async def find(self, order: bk.Order) -> bk.OrderReport:
+            return bk.OrderReport(status="absent")
+
     rig = prepared(Rig(tmp_path, bk.MemoryStore()))
     broker: Any = Late()
     rig.venue = broker
@@ -274,6 +281,33 @@ async def test_a_cancel_that_comes_too_late_is_a_position(tmp_path: Path) -> Non
     position = rig.of(bk.PositionOpened)[-1].position
     assert (position.price_open, position.cost, minute_of(rig.of(bk.PositionOpened)[-1])) == (100.25, 60, 19)
     assert not rig.of(bk.EntryCancelled)
+
+
+@pytest.mark.parametrize("hook", SENDING)
+def test_a_broker_that_sends_and_cannot_look_up_is_refused(memory_rig: Rig, hook: str) -> None:
+    async def send(self: bk.Broker, order: bk.Order) -> None:
+        pass
+
+    async def find(self: bk.Broker, order: bk.Order) -> bk.OrderReport:
+        return bk.OrderReport(status="absent")
+
+    forgetful: Any = type("Forgetful", (bk.Broker,), {hook: send})
+    memory_rig.venue = forgetful()
+    with pytest.raises(bk.UserError, match=rf"Forgetful sends orders \({hook}\) and has no find\(\)"):
+        memory_rig.kit(SteppedClock(START)).live.job("BTCUSDT", "trend", "demo")
+    memory_rig.kit(SteppedClock(START)).live.job("BTCUSDT", "trend", "demo", paper=True)
+    memory_rig.venue = type("Mindful", (forgetful,), {"find": find})()
+    memory_rig.kit(SteppedClock(START)).live.job("BTCUSDT", "trend", "demo")
+
+
+def test_a_broker_that_only_looks_on_needs_no_look_up(memory_rig: Rig) -> None:
+    class Teller(bk.Broker):
+        async def notify(self, event: bk.Event) -> None:
+            pass
+
+    teller: Any = Teller()
+    memory_rig.venue = teller
+    memory_rig.kit(SteppedClock(START)).live.job("BTCUSDT", "trend", "demo")
 
 
 def test_every_kind_of_order_is_tried() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from itertools import pairwise
 from typing import Any
 
 import pytest
-from tests.live.rig import Rig
+from tests.live.rig import START, WHERE, Rig, UntilClock
 
 import backtest_kit as bk
+from backtest_kit.model.interval import MINUTE_MS
 
 
 def held(stop_loss: float | None, direction: Any = "long") -> bk.Holding:
@@ -54,6 +57,11 @@ async def test_a_position_that_nobody_watches_is_adopted(idle: Rig, stop: float 
 
 async def test_a_position_that_nobody_watches_is_protected(idle: Rig) -> None:
     idle.venue.held = [held(None)]
+
+    def placed() -> None:
+        idle.venue.held = [held(32_800.0)]
+
+    idle.venue.script["move_stop", 1] = placed
     status = (await idle.trade(2, orphans="protect")).status
     assert status.position is None
     assert [call[0] for call in idle.venue.calls] == ["move_stop"]
@@ -76,3 +84,83 @@ async def test_a_position_of_ours_without_a_stop_gets_one(memory_rig: Rig) -> No
     assert found[-1].what in ("unprotected_position", "foreign_position")
     assert memory_rig.venue.sent("move_stop")
     assert status.position is not None
+
+
+def minutes_of(rig: Rig, *, foreign: bool) -> list[int]:
+    """When a stop was placed, as the findings tell."""
+    what = "foreign_position" if foreign else "unprotected_position"
+    return [
+        (event.when_ms - START) // MINUTE_MS
+        for event in rig.of(bk.OrphanFound)
+        if event.what == what and "stop" in event.next_step
+    ]
+
+
+@pytest.mark.parametrize("foreign", [True, False])
+async def test_a_stop_that_the_venue_does_not_show_is_placed_again_and_less_and_less_often(
+    memory_rig: Rig, foreign: bool
+) -> None:
+    memory_rig.strategy["get_signal"] = lambda ctx: None if foreign or ctx.when_ms > START else wide(ctx)
+    memory_rig.venue.held = [held(None)]
+    await memory_rig.trade(140, orphans="protect")
+    first = 0 if foreign else 1
+    # It was placed for the foreign position in the minute before the strategy's own was opened.
+    seen = [minute for minute in minutes_of(memory_rig, foreign=foreign) if minute >= first]
+    waits = [later - earlier for earlier, later in pairwise(seen)]
+    expected = [1, 2, 4, 8, 16, 32, 60] if foreign else [2, 4, 8, 16, 32, 60]
+    assert waits[: len(expected)] == expected[: len(waits)]
+    assert len(waits) >= 5
+    assert len(memory_rig.venue.sent("move_stop")) == len(memory_rig.of(bk.OrphanFound))
+
+
+@pytest.mark.parametrize("foreign", [True, False])
+async def test_a_stop_that_vanishes_again_is_placed_again_at_once(memory_rig: Rig, foreign: bool) -> None:
+    memory_rig.strategy["get_signal"] = lambda ctx: None if foreign or ctx.when_ms > START else wide(ctx)
+    memory_rig.venue.held = None if not foreign else [held(None)]
+    await memory_rig.trade(0, orphans="protect")
+    clock = UntilClock(START + MINUTE_MS, START + 9 * MINUTE_MS)
+    kit = memory_rig.kit(clock)
+
+    async def holdings(symbols: Any) -> Any:
+        minute = (clock.now_ms() - START) // MINUTE_MS
+        return [held(None if minute in (2, 5, 8) else 30_000.0)]
+
+    memory_rig.venue.holdings = holdings  # type: ignore[method-assign]
+    handle = kit.live.background("BTCUSDT", **WHERE, orphans="protect")
+    await clock.over.wait()
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    assert [minute for minute in minutes_of(memory_rig, foreign=foreign) if minute in (2, 5, 8)] == [2, 5, 8]
+
+
+async def test_nothing_is_adopted_by_a_run_that_is_told_to_stop(memory_rig: Rig) -> None:
+    """A position of its own keeps it going; what somebody else opens meanwhile stays his, with a stop."""
+    memory_rig.strategy["get_signal"] = lambda ctx: None
+    memory_rig.venue.held = []
+    clock = UntilClock(START, START + 5 * MINUTE_MS)
+    kit = memory_rig.kit(clock)
+
+    async def holdings(symbols: Any) -> Any:
+        handle.stop()
+        return [held(None)]
+
+    memory_rig.venue.holdings = holdings  # type: ignore[method-assign]
+    handle = kit.live.background("BTCUSDT", **WHERE, orphans="adopt")
+    assert await asyncio.wait_for(asyncio.shield(handle.task), 20) == ()
+    assert not memory_rig.of(bk.PositionOpened)
+    (found,) = memory_rig.of(bk.OrphanFound)
+    assert "not adopted" in found.next_step
+    assert len(memory_rig.venue.sent("move_stop")) == 1
+
+
+async def test_a_stop_that_cannot_be_placed_is_told_and_tried_again(idle: Rig) -> None:
+    idle.venue.held = [held(None)]
+    idle.venue.script["move_stop", 1] = "rejected"
+    await idle.trade(3, orphans="protect")
+    steps = [event.next_step for event in idle.of(bk.OrphanFound)]
+    assert steps[0] == "no stop could be placed, which is tried again: insufficient funds"
+    assert "its stop is at" in steps[1]
+
+
+def wide(ctx: bk.Context) -> bk.Signal:
+    return bk.Signal.bracket("long", price=ctx.price, take_profit_pct=9, stop_loss_pct=9, minutes=1000)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.live.rig import START, Rig
+from tests.live.scenario import prepared
 
+import backtest_kit as bk
 from backtest_kit.broker.base import Fill, Order, OrderReport
 from backtest_kit.model.event import Identity
 from backtest_kit.run.orders import judged
@@ -48,3 +51,49 @@ def test_what_was_filled_before_the_end_counts(kind: str) -> None:
 
 def test_a_close_is_done_once_all_is_closed() -> None:
     assert judged(order("close"), OrderReport(status="cancelled", fill=PART)) == "undone"
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_close_in_two_orders_is_booked_at_the_average_of_both(
+    memory_rig: Rig, restart: bool, told: bool
+) -> None:
+    """The first is filled for a quarter and then ended by the venue; the second closes the rest elsewhere."""
+
+    class Torn(bk.Broker):
+        reports_fills = True
+
+        def __init__(self) -> None:
+            self.closes: list[str] = []
+            self.held = 0.0
+
+        async def open_position(self, order: bk.Order) -> bk.Fill:
+            self.held = order.cost / order.price
+            return bk.Fill(price=order.price, cost=order.cost, quantity=self.held)
+
+        async def close_position(self, order: bk.Order) -> bk.Fill | None:
+            self.closes.append(order.client_order_id)
+            if len(self.closes) == 1:
+                raise bk.OrderTransient("the connection broke")
+            rest = self.held * 0.75
+            return bk.Fill(price=96.0, cost=rest * 96, quantity=rest) if told else None
+
+        async def find(self, order: bk.Order) -> bk.OrderReport:
+            part = self.held * 0.25
+            return bk.OrderReport(status="cancelled", fill=bk.Fill(price=92.0, cost=part * 92, quantity=part))
+
+    async def manage(ctx: bk.Context) -> None:
+        if ctx.position is not None and ctx.when_ms == START + 3 * 60_000:
+            await ctx.position.close()
+
+    prepared(memory_rig).strategy["manage"] = manage
+    torn: Any = Torn()
+    memory_rig.venue = torn
+    if restart:
+        await memory_rig.trade(4)
+        memory_rig.now_ms += 60_000
+    await memory_rig.trade(6)
+    (trade,) = memory_rig.trades()
+    assert len(set(torn.closes)) == 2
+    rest = 96.0 if told else 100.2
+    assert trade.price_close == pytest.approx(0.25 * 92 + 0.75 * rest, abs=0.2 if not told else 1e-9)

@@ -75,7 +75,7 @@ async def played(place: Path, candles: Rows, end_ms: int, speed: float) -> dict[
             kit.add_strategy_schema("trend", get_signal=get_signal, manage=manage, interval="1m")
             kit.on(bk.Event, events.setdefault(mode, []).append)
             handles[mode] = kit.live.background(
-                "COINUSDT", strategy_name="trend", exchange_name="demo", paper=mode == "paper"
+                "COINUSDT", strategy_name="trend", exchange_name="demo", paper=mode == "paper", allow_weak=True
             )
             await handles[mode]._run.began.wait()
         async with asyncio.timeout(MINUTES * 60 / speed + 60):

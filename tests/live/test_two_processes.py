@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.live.scripts import START
-from tests.live.stage import Forks, fast_place, flat_candles, forking, stage, story_candles
+from tests.live.stage import ORDERS, Forks, fast_place, flat_candles, forking, stage, story_candles
 
 from backtest_kit.market.clock import AcceleratedClock
 from backtest_kit.model.interval import MINUTE_MS
@@ -82,10 +82,16 @@ async def paused(forks: Forks, place: Path, point: str) -> list[str]:
         heir = await here.bot(actor="bot")
         assert await heir.ended() == 0, here.said()
         left = here.outcome()
+        received = len(here.server.requests)
         written = {path: path.read_bytes() for path in sorted((place / "store").rglob("*.json"))}
         os.kill(owner.pid, signal.SIGCONT)
         assert await owner.ended() == 0, here.said()
         wrong = [] if here.end("owner").errors.get("BTCUSDT", "").startswith("Conflict") else ["it was not refused"]
+        wrong += [
+            f"{request['path']} was sent by who had lost it"
+            for request in list(here.server.requests)[received:]
+            if request["path"].removeprefix("/broker/") in ORDERS
+        ]
         now = here.outcome()
         wrong += [f"{what} has changed" for what in left if now[what] != left[what]]
         wrong += [f"{path} has changed" for path, data in written.items() if path.read_bytes() != data]

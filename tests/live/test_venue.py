@@ -43,7 +43,7 @@ async def traded(
             )
             kit.add_strategy_schema("trend", **strategy)
             kit.on(bk.Event, events.append)
-            handle = kit.live.background("COINUSDT", strategy_name="trend", exchange_name="demo")
+            handle = kit.live.background("COINUSDT", strategy_name="trend", exchange_name="demo", allow_weak=True)
             stop_ms = handle_until(events, start) + restarts.randint(1, 60) * MINUTE_MS
             while not handle.done() and handle.status.when_ms < min(stop_ms, start + MINUTES * MINUTE_MS):
                 await asyncio.sleep(0.002)

@@ -36,6 +36,8 @@ class FakeClient:
             "ETHUSDT": [{"symbol": "ETH/USDT", "type": "spot"}],
         }
         self.held, self.now_ms = candles, now_ms
+        self.has = {"fetchTime": True}
+        self.there_ms: int | None = now_ms
         self.asked: list[tuple[str, str, int, int]] = []
         self.error: Exception | None = None
         self.closed = 0
@@ -45,6 +47,11 @@ class FakeClient:
 
     def milliseconds(self) -> int:
         return self.now_ms
+
+    async def fetch_time(self) -> int | None:
+        if self.error:
+            raise self.error
+        return self.there_ms
 
     async def fetch_ohlcv(self, symbol: str, timeframe: str, since: int, limit: int) -> list[list[float]]:
         self.asked.append((symbol, timeframe, since, limit))
@@ -231,3 +238,24 @@ def test_importing_the_sources_imports_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+async def test_with_a_wrong_clock_the_time_of_the_exchange_says_which_candles_are_closed(fake: FakeClient) -> None:
+    fake.now_ms, fake.there_ms = START - 3_600_000, START + 30 * MINUTE_MS + 5_000
+    source = sources.ccxt(fake)
+    assert len(await source.fetch("BTCUSDT", "1m", START, START + 40 * MINUTE_MS)) == 0
+    assert await source.server_time_ms() == START + 30 * MINUTE_MS + 5_000
+    assert len(await source.fetch("BTCUSDT", "1m", START, START + 40 * MINUTE_MS)) == 30
+    fake.now_ms = START + 10**9
+    assert len(await source.fetch("BTCUSDT", "1m", START, START + 40 * MINUTE_MS)) == 30
+
+
+async def test_an_exchange_that_tells_no_time(fake: FakeClient) -> None:
+    source = sources.ccxt(fake)
+    fake.there_ms = None
+    assert await source.server_time_ms() is None
+    fake.has["fetchTime"] = False
+    assert await source.server_time_ms() is None
+    fake.has["fetchTime"], fake.error = True, ccxt_errors.RequestTimeout("slow")
+    with pytest.raises(RetryLater, match="did not answer"):
+        await source.server_time_ms()

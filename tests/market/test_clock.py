@@ -174,3 +174,62 @@ async def test_stepped_time_is_set_forward_by_hand() -> None:
 def test_joining_with_nobody_is_refused() -> None:
     with pytest.raises(UserError, match="sleepers of 'bot' is 0"):
         SteppedClock(START).join("bot", 0)
+
+
+def test_after_a_clock_that_is_set_back_time_goes_on_from_what_the_market_has_reached() -> None:
+    hands = Hands()
+    clock = hands.clock()
+    hands.pass_(60)
+    clock.witness(START + 58_000)
+    hands.pass_(10)
+    hands.wall -= 3600
+    assert clock.now_ms() == START + 68_000
+    hands.pass_(30)
+    assert clock.now_ms() == START + 98_000
+    hands.wall += 3600
+    assert clock.now_ms() == START + 100_000
+    assert [jump.by_ms for jump in clock.jumps] == [-3_600_000, 3_600_000]
+
+
+def test_a_clock_that_was_ahead_goes_back_to_what_the_market_has_reached() -> None:
+    hands = Hands()
+    clock = hands.clock()
+    clock.witness(START)
+    hands.wall += 3600
+    assert clock.now_ms() == START + 3_600_000
+    hands.wall -= 3600
+    assert clock.now_ms() == START
+
+
+def test_an_older_witness_changes_nothing() -> None:
+    hands = Hands()
+    clock = hands.clock()
+    clock.witness(START + 10_000)
+    clock.witness(START - 3_600_000)
+    assert clock.now_ms() == START + 10_000
+
+
+@pytest.mark.parametrize("wrong_s", [-3600, 3600])
+def test_a_market_that_tells_its_time_is_followed_while_the_wall_clock_is_wrong(wrong_s: int) -> None:
+    hands = Hands()
+    hands.wall += wrong_s
+    clock = hands.clock()
+    assert clock.now_ms() == START + wrong_s * 1000
+    assert clock.follow(START) == -wrong_s * 1000
+    assert clock.now_ms() == START
+    hands.pass_(60)
+    assert clock.now_ms() == START + 60_000
+    hands.wall -= wrong_s  # somebody has put it right
+    assert clock.now_ms() == START + 60_000
+    hands.pass_(60)
+    assert clock.now_ms() == START + 120_000
+    hands.wall += 7200  # the machine slept
+    assert clock.now_ms() == START + 7_320_000
+
+
+def test_a_clock_that_is_right_enough_stays_its_own() -> None:
+    hands = Hands()
+    clock = hands.clock()
+    assert clock.follow(START + 700) == 700
+    assert clock.now_ms() in (START, START + 700)
+    assert clock.jumps == []

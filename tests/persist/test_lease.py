@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from backtest_kit.errors import Conflict, Damaged, Outcome, RetryLater, UserError
+from backtest_kit.errors import Conflict, Damaged, Outcome, OutOfSpace, RetryLater, UserError
 from backtest_kit.persist import lease as lease_module
 from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
@@ -390,3 +390,63 @@ async def test_owner_that_was_paused_past_its_lease_is_refused(tmp_path: Path, u
         assert found is not None
         assert (found.value, found.rev) == ("old", 2)
     await store.close()
+
+
+# The last look before an order
+
+
+async def test_who_has_renewed_lately_need_not_ask(store: MemoryStore, clock: Time) -> None:
+    lease = await acquire(of(store), SCOPE, clock=clock)
+    token = lease.token
+    clock.seconds += 9.9
+    await lease.confirm()
+    assert lease.token == token
+    clock.seconds += 0.2
+    await lease.confirm()
+    assert lease.token == token + 1
+
+
+async def test_who_was_paused_is_told_that_another_one_has_it(store: MemoryStore, clock: Time) -> None:
+    lease = await acquire(of(store), SCOPE, clock=clock)
+    await plant(store, stranger())
+    clock.seconds += 3600
+    with pytest.raises(Conflict, match="is traded by process 4000000 on elsewhere"):
+        await lease.confirm()
+
+
+@pytest.mark.parametrize(("paused_s", "refused"), [(12, False), (16, True)])
+async def test_without_a_store_an_order_is_sent_as_long_as_nobody_else_can_have_the_lease(
+    store: MemoryStore, clock: Time, monkeypatch: pytest.MonkeyPatch, paused_s: float, refused: bool
+) -> None:
+    lease = await acquire(of(store), SCOPE, clock=clock)
+
+    async def away(write: Write) -> Record:
+        raise RetryLater("the server is away")
+
+    monkeypatch.setattr(store, "put", away)
+    clock.seconds += paused_s
+    if refused:
+        with pytest.raises(Conflict, match=r"has lapsed and the store does not answer \(the server is away\)"):
+            await lease.confirm()
+    else:
+        await lease.confirm()
+
+
+@pytest.mark.parametrize("taken", [False, True])
+async def test_a_full_disk_keeps_no_owner_from_closing(
+    store: MemoryStore, clock: Time, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    lease = await acquire(of(store), SCOPE, clock=clock)
+    if taken:
+        await plant(store, stranger())
+
+    async def full(write: Write) -> Record:
+        raise OutOfSpace("no space left")
+
+    monkeypatch.setattr(store, "put", full)
+    clock.seconds += 60
+    if taken:
+        with pytest.raises(Conflict, match="process 4000000"):
+            await lease.confirm()
+    else:
+        await lease.confirm()

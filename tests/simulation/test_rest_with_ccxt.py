@@ -10,7 +10,7 @@ from tests.simulation.conftest import START, advance
 from backtest_kit.market import sources
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.simulation.client import ccxt_options
+from backtest_kit.simulation.client import ccxt_options, connect
 from backtest_kit.simulation.server import VenueServer
 
 Serve = Callable[..., Awaitable[VenueServer]]
@@ -62,6 +62,19 @@ async def test_candles_are_those_of_the_source(serve: Serve, trader: Trader, kin
     still_open = await client.fetch_ohlcv(symbol_of(kind), "1m", limit=2)
     assert [row[0] for row in still_open] == [START + 89 * MINUTE_MS, START + 90 * MINUTE_MS]
     assert still_open[1][1:] == [round(expected.close[-1], 2)] * 4 + [0.0]
+
+
+@pytest.mark.parametrize("kind", ["spot", "futures"])
+async def test_a_candle_is_closed_by_the_time_of_the_venue(serve: Serve, trader: Trader, kind: str) -> None:
+    """This machine's clock is years ahead of this venue's."""
+    server = await serve()
+    advance(server, 90)
+    source = sources.ccxt(trader(server, kind))
+    assert await source.server_time_ms() == server.venue.clock.now_ms()
+    ours = connect(server.url).source()
+    assert await ours.server_time_ms() == server.venue.clock.now_ms()
+    await ours.close()
+    assert len(await source.fetch("BTCUSDT", "1m", START + 80 * MINUTE_MS, START + 95 * MINUTE_MS)) == 10
 
 
 @pytest.mark.parametrize("kind", ["spot", "futures"])

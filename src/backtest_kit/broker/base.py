@@ -9,11 +9,11 @@ one client order id is never filled twice, whatever dies when.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 import msgspec
 
-from backtest_kit.errors import BacktestKitError, Outcome
+from backtest_kit.errors import BacktestKitError, Outcome, UserError
 from backtest_kit.model.event import Event, Identity
 from backtest_kit.model.position import Direction, Position, RestingEntry
 
@@ -136,7 +136,7 @@ class Broker:
     async def find(self, order: Order) -> OrderReport:
         """What became of `order`: asked before it is sent again.
 
-        A venue that confirms everything has nothing to look up.
+        A venue that confirms everything has nothing to look up. A broker that sends orders must have its own.
         """
         return OrderReport(status="absent")
 
@@ -195,6 +195,37 @@ class Broker:
 
     async def notify(self, event: Event) -> None:
         """After the fact: what happened, for information."""
+
+
+SENDING: Final = (
+    *("open_position", "place_entry", "cancel_entry", "close_position"),
+    *("add_to_position", "reduce_position", "move_stop", "move_take"),
+)
+"""The hooks that change something at a venue."""
+
+
+def sends(broker: Broker) -> list[str]:
+    """Which of the hooks that change something at a venue are the broker's own: without any, nothing is traded."""
+    return [name for name in SENDING if _is_own(broker, name)]
+
+
+def check_broker(broker: Broker) -> None:
+    """Refuse a broker that sends orders and cannot look one up.
+
+    Raises:
+        UserError: it would send twice what was under way at a crash.
+    """
+    own = sends(broker)
+    if own and not _is_own(broker, "find"):
+        raise UserError(
+            f"{type(broker).__name__} sends orders ({', '.join(own)}) and has no find() of its own: after a crash "
+            "nobody could tell whether an order had arrived, and it would be sent twice. Give it an async find(order) "
+            "that looks order.client_order_id up at the venue and returns an OrderReport"
+        )
+
+
+def _is_own(broker: Broker, name: str) -> bool:
+    return getattr(getattr(broker, name), "__func__", None) is not getattr(Broker, name)
 
 
 def outcome_of(error: BaseException) -> Outcome:

@@ -111,8 +111,8 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         skew_ms = int(client.options.get("timeDifference") or 0)
         if abs(skew_ms) > _SKEW_WARNED_MS:
             _log.warning(
-                "%s: this machine's clock is %+d ms off the exchange's: orders are sent in the exchange's time, but "
-                "minutes are taken from this clock; synchronise it (NTP)", self.exchange_id, skew_ms
+                "%s: this machine's clock is %+d ms off the exchange's: orders are sent in the exchange's time; "
+                "synchronise this clock (NTP)", self.exchange_id, skew_ms
             )  # fmt: skip
 
     async def _asked(self, venue: CcxtVenue, doing: str, request: Callable[[], Awaitable[Any]]) -> Any:

@@ -66,6 +66,7 @@ def run_live(
                 fill=cast(Fill, fill),
                 gaps=cast(Gaps, gaps),
                 orphans=cast(OrphanPolicy, orphans),
+                allow_weak=True,  # looked at before, where what is found can be shown
             )
             for symbol in symbols
         ]

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from backtest_kit.cli.live_words import lost, price, troubles
 from backtest_kit.model.interval import to_datetime
-from backtest_kit.run.live import LiveStatus
+from backtest_kit.run.live_status import LiveStatus
+from backtest_kit.run.venue_time import DRIFT_MS
 
 _AROUND: Final = 8
 """Lines of the view that are no row, and one above it for what happened last."""
@@ -42,9 +43,10 @@ def _title(head: str, statuses: Sequence[LiveStatus]) -> Text:
     latest_ms = max((each.when_ms for each in statuses), default=0)
     when = f"   {to_datetime(latest_ms):%Y-%m-%d %H:%M} UTC" if latest_ms else "   starting"
     title = Text.assemble((head, "bold"), when)
-    drift_ms = next((each.clock_drift_ms for each in statuses if each.clock_drift_ms), 0)
-    if abs(drift_ms) > 1000:
-        title.append(f"   this clock is {-drift_ms / 1000:+.1f} s off", "bold red")
+    drift_ms = next((each.clock_drift_ms for each in statuses if each.clock_drift_ms is not None), None)
+    if drift_ms is not None:
+        wrong = abs(drift_ms) > DRIFT_MS
+        title.append(f"   this clock is {-drift_ms / 1000:+.1f} s off", "bold red" if wrong else "dim")
     holder = next((each.holder for each in statuses if each.holder), "")
     title.append(f"   {holder}", "dim")
     return _cut(title)

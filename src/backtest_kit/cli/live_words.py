@@ -32,7 +32,7 @@ from backtest_kit.model.event import (
 from backtest_kit.model.interval import MINUTE_MS, iso
 from backtest_kit.model.position import Position, RestingEntry
 from backtest_kit.run.alarms import words_of
-from backtest_kit.run.live import LiveStatus
+from backtest_kit.run.live_status import LiveStatus
 
 TOLD: Final = (
     Recovered, EntryScheduled, EntryCancelled, PositionOpened, PositionChanged, PositionClosed, BreakevenReached,

@@ -23,7 +23,7 @@ _LONGEST_NAP_S: Final = 1.0
 
 
 class Clock(Protocol):
-    """The time of a market, in epoch milliseconds. It never goes backwards."""
+    """The time of a market, in epoch milliseconds. It goes backwards only where it was ahead of that market."""
 
     def now_ms(self) -> int:
         """The time now."""
@@ -56,10 +56,11 @@ class Jump(msgspec.Struct, frozen=True):
 
 
 class SystemClock:
-    """The wall clock of this machine, held to the elapsed time so that it never goes backwards.
+    """The wall clock of this machine, held to the elapsed time and to what is known of the market's.
 
-    A wall clock that is set forward by more than a second is followed at once. After one that is set back the
-    time stands still until the wall clock is there again: no minute happens twice. Both are kept in `jumps`.
+    A wall clock that is set forward by more than a second is followed at once. After one that is set back the time
+    goes on by the elapsed time from what the market is known to have reached; while nothing is known of the market
+    it stands still until the wall clock is there again. All of it is kept in `jumps`.
     """
 
     def __init__(
@@ -71,16 +72,52 @@ class SystemClock:
         self._begin_ms = wall_s() * 1000
         self._began_s = monotonic_s()
         self._latest_ms = int(self._begin_ms)
+        self._market: tuple[float, float] | None = None
+        """A time that the market has reached, and the elapsed time at which that was known."""
+        self._ahead_ms = 0.0
+        """How far the market is ahead of a wall clock that is wrong."""
 
     def now_ms(self) -> int:
-        wall_ms, monotonic_s = self._wall_s() * 1000, self._monotonic_s()
-        expected_ms = self._begin_ms + (monotonic_s - self._began_s) * 1000
-        if abs(wall_ms - expected_ms) > _JUMP_MS:
-            self.jumps.append(Jump(int(expected_ms), round(wall_ms - expected_ms)))
-            self._begin_ms, self._began_s = wall_ms, monotonic_s
-            expected_ms = wall_ms
-        self._latest_ms = max(self._latest_ms, int(expected_ms))
+        wall_ms, elapsed_s = self._hands()
+        now_ms, reached_ms = wall_ms + self._ahead_ms, self._reached_ms(elapsed_s)
+        # What the market has reached may be a little behind; what is ahead of the market is what was wrong.
+        self._latest_ms = int(max(now_ms, self._latest_ms if reached_ms is None else reached_ms))
         return self._latest_ms
+
+    def witness(self, when_ms: int) -> None:
+        """The market has reached `when_ms`, for a candle that ends there was published: it is never earlier again."""
+        _, elapsed_s = self._hands()
+        reached_ms = self._reached_ms(elapsed_s)
+        if reached_ms is None or when_ms > reached_ms:
+            self._market = when_ms, elapsed_s
+
+    def follow(self, there_ms: float) -> int:
+        """It is `there_ms` at the market now: the time is that of the market from now on, wherever the wall clock is
+        off by more than a second. Returns how far the market is ahead of the wall clock, in ms."""
+        wall_ms, elapsed_s = self._hands()
+        ahead_ms = there_ms - wall_ms
+        self._ahead_ms = ahead_ms if abs(ahead_ms) > _JUMP_MS else 0.0
+        reached_ms = self._reached_ms(elapsed_s)
+        if reached_ms is None or abs(there_ms - reached_ms) > _JUMP_MS:
+            self._market = there_ms, elapsed_s
+        return round(ahead_ms)
+
+    def _hands(self) -> tuple[float, float]:
+        """The wall clock in ms without its jitter, and the elapsed time; a jump is noticed here."""
+        wall_ms, elapsed_s = self._wall_s() * 1000, self._monotonic_s()
+        expected_ms = self._begin_ms + (elapsed_s - self._began_s) * 1000
+        if abs(wall_ms - expected_ms) <= _JUMP_MS:
+            return expected_ms, elapsed_s
+        self.jumps.append(Jump(int(expected_ms), round(wall_ms - expected_ms)))
+        self._begin_ms, self._began_s = wall_ms, elapsed_s
+        reached_ms = self._reached_ms(elapsed_s)
+        if reached_ms is not None and abs(wall_ms - reached_ms) <= _JUMP_MS:
+            self._ahead_ms = 0.0
+        return wall_ms, elapsed_s
+
+    def _reached_ms(self, elapsed_s: float) -> float | None:
+        """What the market has reached by now; None where nothing is known of it."""
+        return None if self._market is None else self._market[0] + (elapsed_s - self._market[1]) * 1000
 
     async def sleep_until(self, when_ms: int) -> None:
         await _nap_until(self.now_ms, when_ms, speed=1.0)

@@ -8,7 +8,8 @@ A lease is a record that its owner rewrites every third of its `ttl`. Nobody's w
 - The owner takes a lease for lost when a whole `ttl` of its own clock has passed since it began the last
   renewal that went through.
 
-None of this can stop an owner that was paused and does not know it. The store does: who takes a lease over
+An owner that was paused and does not know it is stopped twice. Before it sends an order it must `confirm` that
+nobody has taken the lease. And the store refuses what it writes: who takes a lease over
 without its having been released rewrites every money record of the position, absent ones included, before
 `acquire` returns. What the old owner still writes expects the old revision and is refused with `Conflict`.
 """
@@ -27,12 +28,13 @@ from typing import Final
 
 import msgspec
 
-from backtest_kit.errors import Conflict, Damaged, RetryLater, UserError
+from backtest_kit.errors import Conflict, Damaged, OutOfSpace, RetryLater, UserError
 from backtest_kit.model.interval import iso
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, MIGRATION, MIGRATION_KEY, Contract, Durability
 from backtest_kit.persist.store import ABSENT, Capability, Key, Record, Store, Write
 from backtest_kit.persist.writing import now_ms
 
+_ELAPSED: Final = getattr(time, "CLOCK_BOOTTIME", None)
 DEFAULT_TTL: Final = 15.0
 """Seconds after which a lease that nobody renews has lapsed."""
 
@@ -86,7 +88,34 @@ class Lease:
     @property
     def held(self) -> bool:
         """Whether the owner may still think so: false once a whole `ttl` has passed without a renewal."""
-        return self._clock.now() < self._renewed_at + self.holder.ttl_ms / 1000
+        return self._left() > 0
+
+    def _left(self) -> float:
+        """Seconds for which nobody else can have it."""
+        return self._renewed_at + self.holder.ttl_ms / 1000 - self._clock.now()
+
+    async def confirm(self) -> None:
+        """Make sure that nobody else has the lease: the last thing before something that cannot be taken back.
+
+        A third of the `ttl` is left for that at least. Asks the store only where the last renewal is too long ago,
+        as after this process was paused.
+
+        Raises:
+            Conflict: another process has it, or nobody knows; stop trading the position.
+        """
+        if self._left() >= self.holder.ttl_ms / 3000:
+            return
+        try:
+            await self.renew()
+        except OutOfSpace:
+            # A full disk takes no renewal, and nobody else's either; who has the lease can still be read.
+            await self._require_own()
+        except RetryLater as error:
+            if not self.held:
+                raise Conflict(
+                    f"the lease of {_name(self.scope)} has lapsed and the store does not answer ({error}): nothing is "
+                    "sent any more, another process may trade this position"
+                ) from error
 
     async def renew(self) -> None:
         """Prolong the lease by another `ttl`.
@@ -97,7 +126,7 @@ class Lease:
         """
         started = self._clock.now()
         await self._rewrite(self.holder)
-        self._renewed_at = started
+        self._renewed_at = max(self._renewed_at, started)
 
     async def keep(self) -> None:
         """Renew for ever: run it beside the trading, and stop that when this raises.
@@ -132,19 +161,22 @@ class Lease:
                 self._rev = (await self._store.put(_write(self.scope, holder, self._rev))).rev
                 return
             except Conflict:
-                found = await self._store.get(LEASE, self.scope)
-                if found is None or _holder(found).owner != self.holder.owner:
-                    self._renewed_at = -math.inf
-                    raise await _refusal(self._store, self.scope) from None
-                # An earlier renewal whose outcome was unknown did go through.
-                self._rev = found.rev
+                # An earlier renewal whose outcome was unknown, or one at the same time, may have gone through.
+                self._rev = (await self._require_own()).rev
+
+    async def _require_own(self) -> Record:
+        found = await self._store.get(LEASE, self.scope)
+        if found is None or _holder(found).owner != self.holder.owner:
+            self._renewed_at = -math.inf
+            raise await _refusal(self._store, self.scope) from None
+        return found
 
 
 class Clock:
-    """The monotonic clock of this process."""
+    """The elapsed time of this machine, also while it sleeps where the system counts that: others do not sleep."""
 
     def now(self) -> float:
-        return time.monotonic()
+        return time.clock_gettime(_ELAPSED) if _ELAPSED is not None else time.monotonic()
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

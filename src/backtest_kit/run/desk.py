@@ -43,8 +43,11 @@ Raises `commands.Refused` where the state or the market does not allow it."""
 class Books(Protocol):
     """Where a run that may be killed writes down what is done, before it is done."""
 
-    async def settle(self, act: Act) -> tuple[Event, ...]:
+    async def settle(self, act: Act, command: Change | None = None) -> tuple[Event, ...]:
         """Do `act`: write it down, have the venue do its part, and set the state. Returns what happened.
+
+        `command` says which of the commands that change a position it is, if one. Given again after a crash, because
+        its minute is gone through again, it is not carried out twice.
 
         Raises:
             commands.Refused: `act` was not possible, or the venue refused it.
@@ -64,10 +67,10 @@ class Desk:
         self.tick = Tick(0, 0.0, 0.0, 0.0, 0.0, 0.0)
         self.events: list[Event] = []
 
-    async def apply(self, act: Act) -> tuple[Event, ...]:
+    async def apply(self, act: Act, command: Change | None = None) -> tuple[Event, ...]:
         """Change the state, and return what happened: at once, or as the books have it."""
         if self.books is not None:
-            return await self.books.settle(act)
+            return await self.books.settle(act, command)
         self.state, events = act(self.state)
         return events
 
@@ -246,12 +249,12 @@ class PositionView:
         return await self._give(lambda state: (msgspec.structs.replace(self._held(state), closing=note), ()))
 
     async def _change(self, change: Change, act: Callable[[Position, float], Position]) -> CommandOutcome:
-        return await self._give(partial(self._changed, change, act))
+        return await self._give(partial(self._changed, change, act), change)
 
-    async def _give(self, act: Act) -> CommandOutcome:
+    async def _give(self, act: Act, command: Change | None = None) -> CommandOutcome:
         desk = self._desk
         try:
-            desk.events += await desk.apply(act)
+            desk.events += await desk.apply(act, command)
         except commands.Refused as refused:
             return CommandOutcome(False, str(refused))
         return _ACCEPTED

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +18,7 @@ import msgspec
 from backtest_kit.engine.step import Holding, Resting, State
 from backtest_kit.errors import BacktestKitError, Conflict, Damaged, OutOfSpace, RetryLater
 from backtest_kit.model.position import Position, RestingEntry
+from backtest_kit.persist.lease import Lease
 from backtest_kit.run.alarms import Alarms
 from backtest_kit.run.emergency import ROOM, EmergencyFile
 from backtest_kit.run.ledger import Book, Ledger, RiskMoved, records_of
@@ -59,8 +60,8 @@ class Keeper:
         """The last minute that the store has."""
         self.aside = False
         """Whether the emergency file has what the store lacks."""
-        self.possessed: Callable[[], bool] = lambda: True
-        """Whether this process may still think that it has the position."""
+        self.lease: Lease | None = None
+        """What this process has the position by, once it has."""
 
     async def load(self, owner: str) -> tuple[str, ...]:
         """Take in what the run before has left, and tell what was put right.
@@ -99,6 +100,15 @@ class Keeper:
             Conflict: another process has the position; stop.
         """
         await uninterrupted(self._keep(book, need))
+
+    async def confirm(self) -> None:
+        """Make sure that nobody else has the position: the last thing before an order is sent.
+
+        Raises:
+            Conflict: another process may have it; stop.
+        """
+        if self.lease is not None:
+            await self.lease.confirm()
 
     async def flush(self) -> None:
         """Try again to bring into the store what it lacks.
@@ -149,7 +159,7 @@ class Keeper:
             raise RiskRefused(*refusal)
 
     async def _put_aside(self, book: Book, error: BacktestKitError, need: Need) -> None:
-        if need == "disk" and isinstance(error, RetryLater) and not self.possessed():
+        if need == "disk" and isinstance(error, RetryLater) and self.lease is not None and not self.lease.held:
             # A full disk refuses every owner; a store that is away from here may have another one by now.
             raise Conflict(
                 f"the lease has lapsed and the store does not answer ({error}): no order is sent any more, another "

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
-from backtest_kit.broker.base import Order
+from backtest_kit.broker.base import Fill, Order, OrderKind
 from backtest_kit.engine.position import LEVEL_STEP
 from backtest_kit.engine.step import Flat, Holding, Resting, State
 from backtest_kit.errors import Conflict, Damaged, OutOfSpace, RetryLater
@@ -51,6 +51,14 @@ class RiskMoved(Exception):
     """Another position has changed a risk profile since it was asked: nothing was written, ask again."""
 
 
+class Commanded(msgspec.Struct, frozen=True):
+    """A command that was carried out, or that the venue has refused."""
+
+    kind: OrderKind
+    refused: str = ""
+    """Why; empty where it was carried out."""
+
+
 class Book(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that must be remembered of one position."""
 
@@ -60,6 +68,8 @@ class Book(msgspec.Struct, frozen=True, kw_only=True):
     """The minute of the last transition; there is one per minute."""
     command_ms: int = -1
     """The minute of the last command."""
+    commands: tuple[Commanded, ...] = ()
+    """What became of the orders that were commanded in that minute, in their order."""
     seen_ms: int = -1
     """The last minute that was written down."""
     orders: int = 0
@@ -221,6 +231,7 @@ def records_of(book: Book) -> dict[str, Plain]:
         "paused": book.paused,
         "whenMs": book.when_ms,
         "commandMs": book.command_ms,
+        "commands": book.commands,
         "seenMs": book.seen_ms,
         "orders": book.orders,
         "intent": None if book.intent is None else _intent_record(book.intent),
@@ -252,6 +263,7 @@ def _book(signal: Any, schedule: Any, strategy: Any) -> Book:
         paused=strategy.get("paused", False),
         when_ms=strategy.get("whenMs", -1),
         command_ms=strategy.get("commandMs", -1),
+        commands=msgspec.convert(strategy.get("commands", ()), tuple[Commanded, ...]),
         seen_ms=strategy.get("seenMs", -1),
         orders=strategy.get("orders", 0),
         intent=None if intent is None else _intent(intent),
@@ -273,6 +285,7 @@ def _intent_record(intent: Intent) -> dict[str, object]:
             "closing": target.closing if isinstance(target, Holding) else None,
         },
         "events": [_event_record(event) for event in intent.events],
+        "earlier": intent.earlier,
     }
 
 
@@ -282,6 +295,7 @@ def _intent(record: Any) -> Intent:
         order=msgspec.convert(record["order"], Order),
         target=_book(target["signal"], target["schedule"], target).state,
         events=tuple(map(_event, record["events"])),
+        earlier=msgspec.convert(record.get("earlier"), Fill | None),
     )
 
 

@@ -23,19 +23,19 @@ import signal
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final, TypedDict, Unpack, get_args
 
 import msgspec
 
+from backtest_kit.broker.base import check_broker, sends
 from backtest_kit.broker.paper import PaperBroker
-from backtest_kit.engine.pnl import effective_price, profit
-from backtest_kit.engine.step import Fill, Flat, Holding, Rules
+from backtest_kit.engine.step import Fill, Rules
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.events import EventBus
 from backtest_kit.market.clock import SystemClock
 from backtest_kit.model.event import Event, Identity, Mode
 from backtest_kit.model.interval import interval_ms
-from backtest_kit.model.position import Direction, Position, RestingEntry, Trade
+from backtest_kit.model.position import Trade
 from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.lease import DEFAULT_TTL
 from backtest_kit.records import Records
@@ -43,11 +43,14 @@ from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.chronicle import Observer
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
-from backtest_kit.run.live_run import LiveJob, LiveRun
+from backtest_kit.run.live_job import LiveJob
+from backtest_kit.run.live_run import LiveRun
+from backtest_kit.run.live_status import LiveStatus, status_of
 from backtest_kit.run.orphans import OrphanPolicy
 from backtest_kit.run.replay import Gaps
-from backtest_kit.run.schema import Registry, StrategySchema, check_name
-from backtest_kit.run.services import Services
+from backtest_kit.run.schema import ExchangeSchema, Registry, StrategySchema, check_name
+from backtest_kit.run.services import Fitness, Services
+from backtest_kit.run.venue_time import VenueTime
 from backtest_kit.settings import Settings
 
 _OPTIONS: Final[dict[str, tuple[str, ...]]] = {
@@ -57,50 +60,25 @@ _OPTIONS: Final[dict[str, tuple[str, ...]]] = {
 }
 
 
-class LiveStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A live run at one moment. Prices are absolute, distances in percent of the current price."""
+class LiveOptions(TypedDict, total=False):
+    """What may be said of a live run beside its names."""
 
-    identity: Identity
-    when_ms: int
-    """The minute that was acted at last."""
-    next_ms: int
-    """The minute at which it acts next."""
-    next_decision_ms: int | None = None
-    """The minute at which the strategy is asked next, if nothing is held until then; None while something is."""
-    price: float
-    position: Position | None = None
-    entry: RestingEntry | None = None
-    direction: Direction | None = None
-    price_open: float | None = None
-    """Effective entry price of the position, or the price that the entry waits for."""
-    pnl_pct: float | None = None
-    """After fees and slippage, if all were closed now."""
-    pnl_cost: float | None = None
-    to_take_profit_pct: float | None = None
-    """How far the price is from the take profit in force; below 0 it is beyond."""
-    to_stop_loss_pct: float | None = None
-    under_way: str = ""
-    """Client order id of an order whose outcome is not known yet."""
-    paused: bool = False
-    stopping: bool = False
-    degraded: str = ""
-    """Why the store does not take writes; empty where it does."""
-    written_ms: int = -1
-    """The last minute that was written down."""
-    holder: str = ""
-    """Who has the position, and since when."""
-    held: bool = False
-    """Whether this process may still think that it has."""
-    ended: bool = False
-    """Whether the run is over."""
-    clock_drift_ms: int | None = None
-    """How far the exchange's clock is ahead of ours, where it tells."""
-    missed: int = 0
-    """Minutes that passed without a decision."""
-    gaps_filled: int = 0
-    """Minutes without a candle that were taken as flat."""
-    trades: int = 0
-    """Positions that were closed in this run."""
+    paper: bool
+    """Every order is confirmed at the engine's price, and the state is kept apart from live. Default False."""
+    fill: Fill
+    """"vwap" (default) touches levels by the current price; "ohlc" by the wicks, stop before take."""
+    gaps: Gaps
+    """"fill" (default) takes minutes that the exchange has no candle of as flat, and counts them; with "error" the
+    minutes after one are missed."""
+    orphans: OrphanPolicy
+    """What is done about a position on the venue that nobody watches, or that has no stop there: "alarm" (default)
+    tells, "adopt" makes it the strategy's own, "protect" places a stop. See `OrphanGuard`."""
+    lease_ttl: float
+    """Seconds (default 15) of silence after which another machine may take the position over. As long does the run go
+    on while its store does not answer at all; then it ends with `Conflict`."""
+    allow_weak: bool
+    """Default False: with a broker that sends orders, a store that `Persistence.require_live_grade` calls weak or at
+    fault is refused. True: nobody looks, because the program has looked itself."""
 
 
 class LiveHandle:
@@ -150,7 +128,7 @@ class LiveHandle:
     @property
     def status(self) -> LiveStatus:
         """How it stands now."""
-        return _status(self._run, ended=self.done())
+        return status_of(self._run, ended=self.done())
 
     def __repr__(self) -> str:
         identity = self._run.job.identity
@@ -180,53 +158,27 @@ class LiveRunner:
         self._settings = settings
         self._dump = dump
         self._services = Services()
+        self._fitness = Fitness(lambda: self._persistence().require_live_grade())
         self._running: set[LiveRun] = set()
+        self._times: dict[str, VenueTime] = {}
         self.observers: list[Observer] = []
         """Who keeps records of what happened, beside those of the kit: each is given the events of a change once that
         is written down, and again at a start, or at the next minute, those that it may not have taken in."""
 
     def background(
-        self,
-        symbol: str,
-        *,
-        strategy_name: str,
-        exchange_name: str,
-        paper: bool = False,
-        fill: Fill = "vwap",
-        gaps: Gaps = "fill",
-        orphans: OrphanPolicy = "alarm",
-        lease_ttl: float = DEFAULT_TTL,
+        self, symbol: str, *, strategy_name: str, exchange_name: str, **options: Unpack[LiveOptions]
     ) -> LiveHandle:
         """Start a run on the running event loop, or go on where one was left, and return its handle.
 
-        Args:
-            paper: Every order is confirmed at the engine's price, and the state is kept apart from live.
-            fill: "vwap" touches levels by the current price; "ohlc" by the wicks, stop before take.
-            gaps: "fill" takes minutes that the exchange has no candle of as flat, and counts them; with "error"
-                the minutes after one are missed.
-            orphans: What is done about a position on the venue that nobody watches, or that has no stop there:
-                "alarm" tells, "adopt" makes it the strategy's own, "protect" places a stop. See `OrphanGuard`.
-            lease_ttl: Seconds of silence after which another machine may take the position over. As long does the
-                run go on while its store does not answer at all; then it ends with `Conflict`.
+        The options are those of `LiveOptions`.
 
         Raises:
             UserError: bad names or options, no event loop runs in this thread, or a live run has no broker.
         """
-        return self._start(
-            self.job(symbol, strategy_name, exchange_name, paper, fill, gaps, orphans, lease_ttl), lambda _: None
-        )
+        return self._start(self.job(symbol, strategy_name, exchange_name, **options), lambda _: None)
 
     async def run(
-        self,
-        symbol: str,
-        *,
-        strategy_name: str,
-        exchange_name: str,
-        paper: bool = False,
-        fill: Fill = "vwap",
-        gaps: Gaps = "fill",
-        orphans: OrphanPolicy = "alarm",
-        lease_ttl: float = DEFAULT_TTL,
+        self, symbol: str, *, strategy_name: str, exchange_name: str, **options: Unpack[LiveOptions]
     ) -> AsyncIterator[Event]:
         """Trade, yielding each event as it happens. Leaving the loop cancels the run. Arguments as for `background`.
 
@@ -237,7 +189,7 @@ class LiveRunner:
             UserError, Damaged, RetryLater: it could not start.
         """
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
-        job = self.job(symbol, strategy_name, exchange_name, paper, fill, gaps, orphans, lease_ttl)
+        job = self.job(symbol, strategy_name, exchange_name, **options)
         handle = self._start(job, queue.put_nowait)
         handle.task.add_done_callback(lambda _: queue.put_nowait(None))
         try:
@@ -250,23 +202,14 @@ class LiveRunner:
                 await asyncio.wait({handle.task})
 
     def run_sync(
-        self,
-        symbol: str,
-        *,
-        strategy_name: str,
-        exchange_name: str,
-        paper: bool = False,
-        fill: Fill = "vwap",
-        gaps: Gaps = "fill",
-        orphans: OrphanPolicy = "alarm",
-        lease_ttl: float = DEFAULT_TTL,
+        self, symbol: str, *, strategy_name: str, exchange_name: str, **options: Unpack[LiveOptions]
     ) -> tuple[Trade, ...]:
         """Trade until SIGINT or SIGTERM, and return the trades of the run. Arguments and errors as for `background`.
 
         The first signal stops it: what is open is carried to its end. The second ends it at once and leaves
         everything as it is, which is just as safe.
         """
-        job = self.job(symbol, strategy_name, exchange_name, paper, fill, gaps, orphans, lease_ttl)
+        job = self.job(symbol, strategy_name, exchange_name, **options)
 
         async def main() -> tuple[Trade, ...]:
             handle = self._start(job, lambda _: None)
@@ -293,6 +236,7 @@ class LiveRunner:
         gaps: Gaps = "fill",
         orphans: OrphanPolicy = "alarm",
         lease_ttl: float = DEFAULT_TTL,
+        allow_weak: bool = False,
     ) -> LiveJob:
         """One run, resolved.
 
@@ -312,6 +256,7 @@ class LiveRunner:
                 f"exchange {exchange_name!r} has no broker, so no order can reach it: "
                 "give add_exchange_schema a broker=, or trade with paper=True"
             )
+        check_broker(broker)
         settings = self._settings()
         if broker.reports_fills:
             # Its prices are what was paid: slippage would be charged twice.
@@ -325,11 +270,19 @@ class LiveRunner:
             settings=settings,
             rules=Rules(identity=identity, settings=settings, fill=fill, interval_ms=interval_ms(strategy.interval)),
             broker=broker,
-            clock=exchange.clock or SystemClock(),
+            time=self._time_of(exchange),
             gaps=gaps,
             orphans=orphans,
             lease_ttl=lease_ttl,
+            fitness=None if paper or allow_weak or not sends(broker) else self._fitness,
         )
+
+    def _time_of(self, exchange: ExchangeSchema) -> VenueTime:
+        known = self._times.get(exchange.name)
+        if known is None or known.source is not exchange.source or exchange.clock not in (None, known.clock):
+            known = VenueTime(exchange.name, exchange.source, exchange.clock or SystemClock())
+            self._times[exchange.name] = known
+        return known
 
     def _start(self, job: LiveJob, yielded: Callable[[Event], None]) -> LiveHandle:
         try:
@@ -405,60 +358,3 @@ class signals_stop:  # noqa: N801  # used as a function
             else:
                 handle.cancel()
         self._told(self._count)
-
-
-def _status(run: LiveRun, *, ended: bool) -> LiveStatus:
-    book, state, tick = run.trader.book, run.desk.state, run.desk.tick
-    job, lease = run.job, run.lease
-    held: dict[str, Any] = {}
-    if isinstance(state, Flat):
-        slot_ends = state.last_slot_ms + job.rules.interval_ms if state.last_slot_ms >= 0 else 0
-        held = {"next_decision_ms": max(run.next_ms, slot_ends)}
-    elif isinstance(state, Holding):
-        position = state.position
-        pct, cost = profit(position.position, position.entries, position.reductions, tick.price, job.settings)
-        held = {
-            "position": position,
-            "direction": position.position,
-            "price_open": effective_price(position.entries, position.reductions),
-            "pnl_pct": pct,
-            "pnl_cost": cost,
-            **_distances(position.position, tick.price, position.take_profit, position.stop_loss),
-        }
-    else:
-        entry = state.entry
-        held = {
-            "entry": entry,
-            "direction": entry.position,
-            "price_open": entry.price_open,
-            **_distances(entry.position, tick.price, entry.price_take_profit, entry.price_stop_loss),
-        }
-    return LiveStatus(
-        identity=job.identity,
-        when_ms=run.when_ms,
-        next_ms=run.next_ms,
-        price=tick.price,
-        under_way="" if book.intent is None else book.intent.order.client_order_id,
-        paused=book.paused,
-        stopping=run.trader.stopping,
-        degraded=run.keeper.degraded,
-        written_ms=run.keeper.written_ms,
-        holder="" if lease is None else str(lease.holder),
-        held=lease is not None and lease.held,
-        ended=ended,
-        clock_drift_ms=run.drift_ms,
-        missed=run.missed,
-        gaps_filled=run.gaps_filled,
-        trades=len(run.trader.trades),
-        **held,
-    )
-
-
-def _distances(direction: Direction, price: float, take: float, stop: float) -> dict[str, float]:
-    sign = 1.0 if direction == "long" else -1.0
-    if not price:
-        return {}
-    return {
-        "to_take_profit_pct": sign * (take - price) / price * 100,
-        "to_stop_loss_pct": sign * (price - stop) / price * 100,
-    }

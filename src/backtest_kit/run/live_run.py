@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from backtest_kit.broker.base import Broker
-from backtest_kit.engine.step import Flat, Resting, Rules, State
-from backtest_kit.errors import BacktestKitError, Conflict, OutOfSpace, RetryLater, UserError
+from backtest_kit.engine.step import Flat, Resting, State
+from backtest_kit.errors import BacktestKitError, Conflict, RetryLater, UserError
 from backtest_kit.events import EventBus
-from backtest_kit.market.clock import Clock
 from backtest_kit.market.fetch import CandleFeed
 from backtest_kit.market.history import History
 from backtest_kit.model.event import (
     ClockJumped,
     Event,
-    Identity,
     MinutesMissed,
     Paused,
     Recovered,
@@ -34,7 +31,7 @@ from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
-from backtest_kit.persist.lease import DEFAULT_TTL, Lease, acquire
+from backtest_kit.persist.lease import Lease, acquire
 from backtest_kit.records import RunRecords
 from backtest_kit.run.alarms import Alarms
 from backtest_kit.run.chronicle import Chronicle, Observer
@@ -44,39 +41,20 @@ from backtest_kit.run.emergency import EmergencyFile
 from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.keeper import Keeper, held_by
 from backtest_kit.run.ledger import Ledger
+from backtest_kit.run.live_job import LiveJob
 from backtest_kit.run.live_risk import LiveRisk
 from backtest_kit.run.minute import Minute
-from backtest_kit.run.orphans import OrphanGuard, OrphanPolicy
-from backtest_kit.run.replay import Gaps, columns_of
-from backtest_kit.run.schema import RiskSchema, StrategySchema
+from backtest_kit.run.orphans import OrphanGuard
+from backtest_kit.run.possession import beside, given_back, kept
+from backtest_kit.run.replay import columns_of
 from backtest_kit.run.services import Services
 from backtest_kit.run.trader import Trader
-from backtest_kit.settings import Settings
 
 _POLL_MS: Final = 1000
 """How often a candle that is not published yet is asked for."""
+_LOOK_UP_S: Final = 5.0
+"""How often who waits for the time looks whether the clock was set."""
 _log = logging.getLogger("backtest_kit")
-
-
-class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
-    """One live run, resolved: every name looked up, every option checked."""
-
-    identity: Identity
-    strategy: StrategySchema
-    risks: tuple[RiskSchema, ...]
-    settings: Settings
-    rules: Rules
-    broker: Broker
-    clock: Clock
-    gaps: Gaps
-    orphans: OrphanPolicy
-    lease_ttl: float = DEFAULT_TTL
-    """Seconds after which another machine may take the position of a process that is silent."""
-
-    @property
-    def scope(self) -> tuple[str, str, str]:
-        """The key of the position's records."""
-        return self.identity.strategy_name, self.identity.exchange_name, self.identity.symbol
 
 
 class LiveRun:
@@ -113,7 +91,7 @@ class LiveRun:
         self.trader.minute = self._minute = Minute(
             self.desk, job.strategy, bus, cron, seat, self.trader, self._history_of, records, self.trader
         )
-        self._guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader.adopt)
+        self._guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader)
         self._feeds = feeds
         self._services = services
         self._bus = bus
@@ -129,14 +107,14 @@ class LiveRun:
         self._resolved_ms = -1
         """The minute in which the start has asked about an order under way."""
         self._commanded = False
-        """Whether the run before has come as far as the commands of the minute in which this one begins."""
+        """Whether the run before has come as far as the commands of the minute in which this one begins: they are given
+        again, and those that were carried out are known."""
         self.began = asyncio.Event()
         """Set once what the run before has left is taken in."""
         self.lease: Lease | None = None
         self.when_ms = 0
         """The minute that is acted at; 0 until the clock is started."""
         self.missed = 0
-        self.drift_ms: int | None = None
 
     async def live(self) -> None:
         """Trade until stopped, and tell the listeners how it ended.
@@ -149,7 +127,7 @@ class LiveRun:
         identity = self.job.identity
         try:
             async with self._possession() as lease:
-                await beside(_kept(lease), self._trade())
+                await beside(kept(lease), self._work())
             await self._end(RunDone(identity=identity, when_ms=self.when_ms, trades=tuple(self.trader.trades)))
         except asyncio.CancelledError:
             trades = tuple(self.trader.trades)
@@ -183,17 +161,26 @@ class LiveRun:
 
     @asynccontextmanager
     async def _possession(self) -> AsyncIterator[Lease]:
-        """Everything that the run needs, and the position itself; given back in the reverse order."""
+        """The position itself, given back in the end."""
         job, mode = self.job, self.job.identity.mode
         async with AsyncExitStack() as stack:
             await self._persistence.open(mode)
+            if job.fitness is not None:
+                await stack.enter_async_context(self._services.use(job.fitness))
             await self._chronicle.begin()
             lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl)
             self.lease = lease
-            self.keeper.possessed = lambda: lease.held
-            stack.push_async_callback(_given_back, lease)
+            self.keeper.lease = lease
+            stack.push_async_callback(given_back, lease)
             crashpoint("live.start.after_lease")
+            yield lease
+
+    async def _work(self) -> None:
+        """Connect to everything that the run needs, and trade; let go of it in the reverse order."""
+        job = self.job
+        async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._services.use(job.clock))
+            self._jumps = len(getattr(job.clock, "jumps", ()))
             self.when_ms = floor_ms(job.clock.now_ms(), MINUTE_MS)
             await stack.enter_async_context(self._services.use(job.broker))
             self._feed = await stack.enter_async_context(
@@ -203,30 +190,33 @@ class LiveRun:
             stack.callback(self._cron.end, job.identity)
             stack.callback(self.keeper.close)
             stack.push_async_callback(self.trader.end)
-            yield lease
+            await self._trade()
 
     async def _trade(self) -> None:
-        await self._recover()
+        if not await self._recover():
+            return
         while not self._finished():
             await self._act()
             if self._finished() or not await self._next_minute():
                 return
 
-    async def _recover(self) -> None:
-        """Take in what the run before has left, and finish what it had begun."""
+    async def _recover(self) -> bool:
+        """Take in what the run before has left, and finish what it had begun; False if there is nothing to do and
+        the run is told to stop before it could begin."""
         owner = "" if self.lease is None else self.lease.holder.owner
         steps = list(await self.keeper.load(owner))
         crashpoint("live.start.after_load")
         seen_ms, intent = self.trader.book.seen_ms, self.trader.book.intent
         self.desk.state = self.trader.book.state
-        await self._first_history()
+        if not await self._first_history():
+            return False
         await self.trader.begin()
         self.began.set()
         told: list[Event] = []
         events = await self.trader.resolve()
         self._resolved_ms = self.when_ms
         crashpoint("live.start.after_resolve")
-        self._commanded = self.trader.book.command_ms >= self.when_ms
+        self._commanded = self.trader.rehearse()
         if intent is not None:
             order = intent.order
             left = self.trader.book.intent
@@ -245,6 +235,7 @@ class LiveRun:
         for event in (recovered, *events):
             await self._minute.tell(event, told)
         await self._hand_over(told)
+        return True
 
     def _finished(self) -> bool:
         book = self.trader.book
@@ -256,12 +247,7 @@ class LiveRun:
         """Act at the minute that has come; nothing that goes wrong in it but the loss of the position ends the run."""
         trader, minute, told = self.trader, self._minute, list[Event]()
         try:
-            if self._resolved_ms != self.when_ms:
-                for event in await trader.resolve():
-                    await minute.tell(event, told)
-            for event in await trader.check_venue():
-                await minute.tell(event, told)
-            await self._look_for_orphans(told)
+            await self._ask_venue(told)
             if trader.stopping and trader.book.intent is None and isinstance(self.desk.state, Resting):
                 await self.desk.apply(_given_up)
             book = trader.book
@@ -272,7 +258,6 @@ class LiveRun:
                     told,
                     at_boundary=self._cron.next_boundary(when_ms - MINUTE_MS, symbol) == when_ms,
                     settled=book.when_ms >= when_ms or self._commanded,
-                    managed=self._commanded,
                 )
         except Exception as error:
             await trader.failed("the minute", error)
@@ -280,6 +265,30 @@ class LiveRun:
         self._commanded = False
         if trader.lost is not None:
             raise trader.lost
+
+    async def _ask_venue(self, told: list[Event]) -> None:
+        """Take in what has happened at the venue: to an order under way, to what is held, and beside it."""
+        if self._resolved_ms != self.desk.tick.when_ms:
+            for event in await self.trader.resolve():
+                await self._minute.tell(event, told)
+        for event in await self.trader.check_venue():
+            await self._minute.tell(event, told)
+        await self._look_for_orphans(told)
+
+    async def _watch(self, when_ms: int) -> None:
+        """A minute without a price: nothing is decided, and the venue is asked all the same how things stand."""
+        told: list[Event] = []
+        self.desk.tick = msgspec.structs.replace(self.desk.tick, when_ms=when_ms)
+        self.trader.blind = True
+        try:
+            await self._ask_venue(told)
+        except Exception as error:
+            await self.trader.failed("the minute", error)
+        finally:
+            self.trader.blind = False
+        await self._hand_over(told)
+        if self.trader.lost is not None:
+            raise self.trader.lost
 
     async def _look_for_orphans(self, told: list[Event]) -> None:
         if self.trader.book.intent is not None or not self._alone():
@@ -309,21 +318,28 @@ class LiveRun:
 
     async def _next_minute(self) -> bool:
         """Wait for the next minute whose candles are there; False if the run is told to stop meanwhile."""
-        when_ms = self.when_ms + MINUTE_MS
+        clock, when_ms = self.job.clock, self.when_ms + MINUTE_MS
         while True:
             await self._sleep_until(when_ms)
             if self._finished():
                 return False
-            await self._watch_clock()
-            now_ms = floor_ms(self.job.clock.now_ms(), MINUTE_MS)
+            now_ms = floor_ms(clock.now_ms(), MINUTE_MS)
+            if now_ms < when_ms:
+                # It was ahead of the market. What was acted at was not, so that no minute comes twice.
+                when_ms = max(self.when_ms + MINUTE_MS, now_ms)
+                continue
             if now_ms > when_ms:
                 await self._miss(when_ms, (now_ms - when_ms) // MINUTE_MS, "the minute before took too long")
                 when_ms = now_ms
             reason = await self._published(when_ms)
             if not reason:
                 break
+            if self._finished():
+                return False
             await self._miss(when_ms, 1, reason)
+            await self._watch(when_ms)
             when_ms += MINUTE_MS
+        self.job.time.witness(when_ms)
         self.when_ms = when_ms
         self.desk.tick = columns_of(self._histories[self.job.identity.symbol]).tick(when_ms)
         return True
@@ -339,28 +355,28 @@ class LiveRun:
                     return ""
             except BacktestKitError as error:
                 reason = str(error)
-            if clock.now_ms() >= when_ms + MINUTE_MS:
+            await self._watch_clock()
+            if not when_ms <= clock.now_ms() < when_ms + MINUTE_MS or self._finished():
                 return reason
-            await clock.sleep_until(min(clock.now_ms() + _POLL_MS, when_ms + MINUTE_MS))
+            await self._sleep_until(min(clock.now_ms() + _POLL_MS, when_ms + MINUTE_MS))
 
     async def _sleep_until(self, when_ms: int) -> None:
-        """Sleep, but wake up to be told to stop."""
-        if self.trader.stopping:
-            await self.job.clock.sleep_until(when_ms)
-            return
-        sleep = asyncio.ensure_future(self.job.clock.sleep_until(when_ms))
+        """Sleep, but wake up to be told to stop, and because of a clock that was set back."""
+        clock = self.job.clock
+        sleep = asyncio.ensure_future(clock.sleep_until(when_ms))
         woken = asyncio.ensure_future(self._woken.wait())
         try:
-            await asyncio.wait({sleep, woken}, return_when=asyncio.FIRST_COMPLETED)
+            while not sleep.done():
+                waiting = {sleep} if woken.done() else {sleep, woken}
+                await asyncio.wait(waiting, timeout=_LOOK_UP_S, return_when=asyncio.FIRST_COMPLETED)
+                await self._watch_clock()
+                if self._finished() or when_ms - clock.now_ms() > MINUTE_MS:
+                    return
         finally:
-            woken.cancel()
-            if not sleep.done():
-                sleep.cancel()
+            for each in (sleep, woken):
+                each.cancel()
             await asyncio.wait({sleep, woken})
-        if not sleep.cancelled():
-            sleep.result()
-        elif not self._finished():
-            await self.job.clock.sleep_until(when_ms)
+        sleep.result()
 
     async def _miss(self, first_ms: int, count: int, reason: str) -> None:
         self.missed += count
@@ -378,7 +394,10 @@ class LiveRun:
             event = ClockJumped(identity=self.job.identity, when_ms=self.when_ms, by_ms=jump.by_ms)
             _log.warning("the wall clock was moved by %d ms", jump.by_ms, extra={"event": event})
             await self._emit(event)
-        self._jumps = len(jumps)
+        if len(jumps) > self._jumps:
+            self._jumps = len(jumps)
+            await self.job.time.measure(at_once=True)
+        await self.job.time.measure()
 
     async def _emit(self, event: Event) -> None:
         """Tell of something that is no part of a minute."""
@@ -395,27 +414,23 @@ class LiveRun:
 
     # Candles
 
-    async def _first_history(self) -> None:
-        """Wait for the candles that the first minute takes."""
+    async def _first_history(self) -> bool:
+        """Wait for the candles that the first minute takes; False if there is nothing to wait for any more."""
         clock, symbol = self.job.clock, self.job.identity.symbol
+        await self.job.time.measure()
         while True:
+            if self._finished():
+                return False
             self.when_ms = floor_ms(clock.now_ms(), MINUTE_MS)
             try:
                 history = await self._load(symbol)
                 break
             except RetryLater as error:
                 _log.warning("no candles of %s yet: %s", symbol, error)
-                await clock.sleep_until(clock.now_ms() + _POLL_MS)
+                await self._sleep_until(clock.now_ms() + _POLL_MS)
         self.desk.tick = columns_of(history).tick(self.when_ms)
-        await self._measure_drift()
-
-    async def _measure_drift(self) -> None:
-        source = self._feeds.source(self.job.identity.exchange_name)
-        with suppress(RetryLater, UserError):
-            there_ms = await source.server_time_ms()
-            self.drift_ms = None if there_ms is None else there_ms - self.job.clock.now_ms()
-        if self.drift_ms is not None and abs(self.drift_ms) > 1000:
-            _log.warning("the clock differs from the exchange's by %d ms: set it by NTP", -self.drift_ms)
+        self.job.time.witness(self.when_ms)
+        return True
 
     async def _history_of(self, symbol: str) -> History:
         """The candles of a symbol up to the minute that the desk shows."""
@@ -449,28 +464,6 @@ class LiveRun:
         return sum(history.filled for history in self._histories.values())
 
 
-async def _kept(lease: Lease) -> None:
-    """Renew the lease for ever.
-
-    Raises:
-        Conflict: another process has it, or it could not be renewed in time.
-    """
-    while True:
-        try:
-            await lease.keep()
-        except OutOfSpace as error:
-            # The store has compared the revision before it found no room: nobody has taken the lease.
-            _log.warning("the lease could not be renewed, and is tried again: %s", error)
-
-
-async def _given_back(lease: Lease) -> None:
-    """Released, unless the store cannot be reached: it lapses then."""
-    try:
-        await lease.release()
-    except BacktestKitError as error:
-        _log.warning("the lease could not be released, it lapses by itself: %s", error)
-
-
 def _given_up(state: State) -> tuple[State, tuple[Event, ...]]:
     return (msgspec.structs.replace(state, order="cancel") if isinstance(state, Resting) else state), ()
 
@@ -485,20 +478,3 @@ def _words(found: Recovered) -> str:
     down = f", after {found.down_ms // MINUTE_MS} minutes in which nobody watched" if found.down_ms else ""
     steps = "; ".join(found.steps) or "nothing was left to do"
     return f"{identity.strategy_name} for {identity.symbol} starts with {held}{down}: {steps}"
-
-
-async def beside(keeper: Coroutine[Any, Any, None], work: Coroutine[Any, Any, None]) -> None:
-    """Do `work` while `keeper` goes on; an error of the keeper ends the work at once, and is raised."""
-    keeping, working = asyncio.ensure_future(keeper), asyncio.ensure_future(work)
-    both = {keeping, working}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for each in both:
-            each.cancel()
-        while not (keeping.done() and working.done()):
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait(both)
-    if not keeping.cancelled() and (error := keeping.exception()) is not None:
-        raise error
-    working.result()

@@ -128,9 +128,7 @@ class Minute:
         """What the user's code is given at this minute."""
         return Context(self._identity, self._desk, self._history_of, self._records)
 
-    async def act(
-        self, wanted: Wanted, told: list[Event], *, at_boundary: bool, settled: bool = False, managed: bool = False
-    ) -> None:
+    async def act(self, wanted: Wanted, told: list[Event], *, at_boundary: bool, settled: bool = False) -> None:
         """Act, tell who listens, and add to `told` what happened for good.
 
         The market comes first: nobody's command can undo what this minute's range has touched. Then cron,
@@ -138,7 +136,6 @@ class Minute:
 
         Args:
             settled: This minute's one transition was made already: nothing opens or closes any more.
-            managed: Its commands were given already.
         """
         desk = self._desk
         was_flat = isinstance(desk.state, Flat)
@@ -154,7 +151,7 @@ class Minute:
         if was_flat and not settled and isinstance(desk.state, Flat) and self._asks(desk.state):
             for event in await self._decide(desk.state):
                 await self.tell(event, told)
-        if self._strategy.manage is not None and not managed and not isinstance(desk.state, Flat):
+        if self._strategy.manage is not None and not isinstance(desk.state, Flat):
             await self._call("manage", partial(self._strategy.manage, self.context()))
         if desk.events:
             await self.tell_commands(told)

@@ -29,13 +29,14 @@ COMMANDS: Final = ("add", "reduce", "move_stop", "move_take", "breakeven")
 """Orders that somebody waits for, who is told what became of them."""
 EXITS: Final = ("close", "cancel")
 """Orders that are carried out, however long it takes, once they were decided."""
-_KINDS: Final[dict[Change, OrderKind]] = {
+KIND_OF: Final[dict[Change, OrderKind]] = {
     "reduced": "reduce",
     "added": "add",
     "stop_moved": "move_stop",
     "take_moved": "move_take",
     "breakeven": "breakeven",
 }
+"""The order that a command is carried out by."""
 _SUFFIXES: Final[dict[OrderKind, str]] = {
     "close": "c",
     "cancel": "x",
@@ -57,6 +58,8 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
     """The state once it is done as decided."""
     events: tuple[Event, ...]
     """What has happened then."""
+    earlier: Fill | None = None
+    """Of a close: what orders under other ids have filled of it already, before they ended."""
 
 
 def intended(
@@ -115,7 +118,7 @@ def _kind(before: State, after: State, events: tuple[Event, ...]) -> OrderKind |
         return "activate" if isinstance(after, Holding) else "cancel" if isinstance(after, Flat) else None
     if isinstance(after, Flat):
         return "close"
-    return next((_KINDS[event.change] for event in events if isinstance(event, PositionChanged)), None)
+    return next((KIND_OF[event.change] for event in events if isinstance(event, PositionChanged)), None)
 
 
 def _terms(kind: OrderKind, before: State, after: State) -> tuple[Position | RestingEntry, float, float, float]:
@@ -153,12 +156,41 @@ def retried(intent: Intent) -> Intent:
     return msgspec.structs.replace(intent, order=order)
 
 
-def renamed(intent: Intent, signal_id: str, number: int) -> Intent:
-    """The same order under an id of its own: the venue has refused the one before for good."""
+def renamed(intent: Intent, signal_id: str, number: int, fill: Fill | None = None) -> Intent:
+    """The same order under an id of its own: the one before is over at the venue, which has filled `fill` of it."""
     order = msgspec.structs.replace(
         intent.order, client_order_id=signal_id + suffix(intent.order.kind, number), attempt=0
     )
-    return msgspec.structs.replace(intent, order=order)
+    return msgspec.structs.replace(intent, order=order, earlier=_together(intent.earlier, fill))
+
+
+def _together(one: Fill | None, other: Fill | None) -> Fill | None:
+    """Two fills as one, at their average price; a fill of nothing is none."""
+    fills = [each for each in (one, other) if each is not None and each.quantity > 0 and each.price > 0]
+    if len(fills) < 2:
+        return fills[0] if fills else None
+    first, last = fills
+    quantity = first.quantity + last.quantity
+    return msgspec.structs.replace(
+        last,
+        price=(first.price * first.quantity + last.price * last.quantity) / quantity,
+        cost=first.cost + last.cost,
+        quantity=quantity,
+        fee=first.fee + last.fee,
+    )
+
+
+def _whole_close(intent: Intent, fill: Fill | None, position: Position) -> Fill | None:
+    """The fill of a close with what earlier orders have filled of it; what nobody tells of, as the engine decided."""
+    if intent.earlier is None:
+        return fill
+    if fill is None or fill.price <= 0:
+        held = remaining_cost(position.entries, position.reductions) / effective_price(
+            position.entries, position.reductions
+        )
+        rest, price = max(0.0, held - intent.earlier.quantity), intent.order.price
+        fill = Fill(price=price, cost=rest * price, quantity=rest)
+    return _together(intent.earlier, fill)
 
 
 def renewed(intent: Intent, before: State, tick: Tick, rules: Rules) -> Intent:
@@ -174,7 +206,7 @@ def renewed(intent: Intent, before: State, tick: Tick, rules: Rules) -> Intent:
         target, events = _with_position(target, position, events)
     elif order.kind == "close" and isinstance(before, Holding):
         events = tuple(_closed_at(event, before.position, tick.price, tick, rules) for event in events)
-    return Intent(order=order, target=target, events=events)
+    return msgspec.structs.replace(intent, order=order, target=target, events=events)
 
 
 def _at(event: Event, tick: Tick) -> Event:
@@ -221,6 +253,8 @@ def judged(order: Order, report: OrderReport) -> Literal["done", "undone", "open
 def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tuple[State, tuple[Event, ...]]:
     """The state and the events of an order that was carried out, as the venue filled it."""
     order, target, events = intent.order, intent.target, intent.events
+    if order.kind == "close" and isinstance(before, Holding):
+        fill = _whole_close(intent, fill, before.position)
     if fill is None or fill.price <= 0:
         return target, events
     fill = _as_decided(order, fill)

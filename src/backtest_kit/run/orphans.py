@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 from backtest_kit.broker.base import Broker, Holding as VenueHolding, Order
 from backtest_kit.engine.position import open_position
 from backtest_kit.engine.step import Flat, Holding
+from backtest_kit.errors import Conflict
 from backtest_kit.model.event import Event, OrphanFound, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import RestingEntry
+from backtest_kit.run.alarms import words_of
 from backtest_kit.run.desk import Desk
 from backtest_kit.settings import Settings
 
 OrphanPolicy = Literal["alarm", "adopt", "protect"]
 What = Literal["foreign_position", "missing_position", "unprotected_position"]
 
-Adopt = Callable[[Holding, PositionOpened], Awaitable[tuple[Event, ...]]]
-"""Makes a position the run's own, without an order; returns what is to be told."""
+
+class Books(Protocol):
+    """What a run does for its guard."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing new is begun any more."""
+        ...
+
+    async def adopt(self, state: Holding, event: PositionOpened) -> tuple[Event, ...]:
+        """Make a position the run's own, without an order; returns what is to be told."""
+        ...
+
+    async def protect(self, order: Order) -> None:
+        """Place a stop on the venue."""
+        ...
+
 
 _FARTHEST_STOP_PCT = 20.0
+_LONGEST_WAIT = 60
+"""Minutes after which at the latest a stop is placed again that the venue does not show."""
 _NUMBERS = 1_000_000
 """What a suffix of a client order id counts to."""
 _log = logging.getLogger("backtest_kit")
@@ -30,22 +48,28 @@ _log = logging.getLogger("backtest_kit")
 class OrphanGuard:
     """Compares the books of one desk with what the venue holds of its symbol.
 
-    Each finding is told once, until it is gone. The policy says what is done about it beside that:
+    Each finding is told once, until it is gone, and each stop that is placed. One that vanishes again is placed again,
+    after 1, 2, 4, ... and at most 60 minutes in which none was seen. The policy says what is done beside telling:
 
     - "alarm": nothing.
     - "adopt": a position that nobody watches becomes the strategy's own. Its stop is the one on the venue, else
       CC_MAX_STOPLOSS_DISTANCE_PERCENT (20 % if that rule is off) from its entry price; its take profit lies as far
       on the other side, and it lives CC_MAX_SIGNAL_LIFETIME_MINUTES from now. An unprotected position gets its stop.
+      A run that is told to stop adopts nothing, and does as for "protect".
     - "protect": a position without a live stop gets one on the venue: ours at its own level, one that nobody
       watches at that distance. Watched it is not.
     """
 
-    def __init__(self, desk: Desk, broker: Broker, policy: OrphanPolicy, adopt: Adopt) -> None:
+    def __init__(self, desk: Desk, broker: Broker, policy: OrphanPolicy, books: Books) -> None:
         self._desk = desk
         self._broker = broker
         self._policy = policy
-        self._adopt = adopt
+        self._books = books
         self._told: tuple[What, str] | None = None
+        self._tries = 0
+        """How many stops were placed since one was last seen on the venue."""
+        self._again_ms = 0
+        """When the next one may be."""
 
     async def look(self) -> Event | None:
         """Ask the venue, and put right what the policy says; what was found, if it is news.
@@ -59,13 +83,20 @@ class OrphanGuard:
             return None
         held = next((each for each in holdings if each.symbol == symbol and each.quantity > 0), None)
         what = self._finding(held)
+        if held is None or held.stop_loss is not None:
+            self._tries = self._again_ms = 0
         if what is None:
             self._told = None
             return None
         finding = (what, "" if held is None else held.direction)
-        if finding == self._told:
+        if finding == self._told and not self._is_due(held):
             return None
-        next_step = await self._act(what, held)
+        try:
+            next_step = await self._act(held)
+        except Conflict:
+            raise
+        except Exception as error:
+            next_step = f"no stop could be placed, which is tried again: {words_of(error)}"
         self._told = finding
         identity, tick = self._desk.rules.identity, self._desk.tick
         quantity = 0.0 if held is None else held.quantity
@@ -86,23 +117,33 @@ class OrphanGuard:
             return "missing_position"
         return "unprotected_position" if held.stop_loss is None else None
 
-    async def _act(self, what: What, held: VenueHolding | None) -> str:
+    def _is_due(self, held: VenueHolding | None) -> bool:
+        """Whether a stop is to be placed again: one was, and there is none any more, or never was."""
+        unprotected = held is not None and held.stop_loss is None
+        return unprotected and self._policy != "alarm" and self._desk.tick.when_ms >= self._again_ms
+
+    async def _protect(self, order: Order) -> None:
+        self._again_ms = self._desk.tick.when_ms + min(2**self._tries, _LONGEST_WAIT) * MINUTE_MS
+        self._tries += 1
+        await self._books.protect(order)
+
+    async def _act(self, held: VenueHolding | None) -> str:
         state, settings = self._desk.state, self._desk.rules.settings
         if self._policy == "alarm" or held is None:
             return "nothing is done, look at the venue"
         if isinstance(state, Holding):
             position = state.position
-            await self._broker.move_stop(
-                self._order(position.signal_id, held, position.stop_loss, position.take_profit)
-            )
+            await self._protect(self._order(position.signal_id, held, position.stop_loss, position.take_profit))
             return f"a stop was placed at {position.stop_loss:g}"
         stop, take = levels(held, self._desk.tick.price, settings)
         order = self._order(_signal_id(held, self._desk), held, stop, take)
         if held.stop_loss is None:
-            await self._broker.move_stop(order)
+            await self._protect(order)
         if self._policy == "protect":
             return f"its stop is at {stop:g}, watched it is not"
-        self._desk.events += await self._adopt(*adopted(held, stop, take, state.last_slot_ms, self._desk))
+        if self._books.stopping:
+            return f"its stop is at {stop:g}, and it is not adopted, because the run is told to stop"
+        self._desk.events += await self._books.adopt(*adopted(held, stop, take, state.last_slot_ms, self._desk))
         return f"it is the strategy's own now, stop at {stop:g}, take profit at {take:g}"
 
     def _order(self, signal_id: str, held: VenueHolding, stop: float, take: float) -> Order:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
+
+from backtest_kit.persist.diagnosis import Reading, Status
+
+_log = logging.getLogger("backtest_kit")
 
 
 class Service(Protocol):
@@ -42,6 +47,26 @@ class Services:
                     if use.started:
                         use.started = False
                         await service.stop()
+
+
+class Fitness:
+    """Whether live positions may be trusted to the stores: asked by the first run, and valid for those beside it."""
+
+    def __init__(self, judge: Callable[[], Awaitable[Sequence[Reading]]]) -> None:
+        self._judge = judge
+
+    async def start(self) -> None:
+        """Look at the stores.
+
+        Raises:
+            UserError: they are not fit for live trading.
+        """
+        for each in await self._judge():
+            if each.status in (Status.WARNING, Status.DEGRADED):
+                _log.warning("%s is %s: %s %s", each.subject, each.status.value, each.says, each.remedy)
+
+    async def stop(self) -> None:
+        """Nothing to let go of."""
 
 
 class _Use:

@@ -15,12 +15,22 @@ from contextlib import suppress
 
 import msgspec
 
-from backtest_kit.broker.base import Broker, Fill, Order, OrderDeleted, OrderRejected, OrderTransient
+from backtest_kit.broker.base import (
+    Broker,
+    Fill,
+    Order,
+    OrderDeleted,
+    OrderKind,
+    OrderRejected,
+    OrderReport,
+    OrderTransient,
+)
 from backtest_kit.engine.commands import Refused
 from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State
 from backtest_kit.engine.validation import check_signal
 from backtest_kit.errors import BacktestKitError, Conflict, Outcome, UserError
 from backtest_kit.model.event import (
+    Change,
     Event,
     PositionClosed,
     PositionOpened,
@@ -33,12 +43,13 @@ from backtest_kit.run.alarms import Alarms, words_of
 from backtest_kit.run.chronicle import Chronicle
 from backtest_kit.run.desk import Act, Desk
 from backtest_kit.run.keeper import Keeper, Need, RiskRefused, Unsaved
-from backtest_kit.run.ledger import LASTING, Book
+from backtest_kit.run.ledger import LASTING, Book, Commanded
 from backtest_kit.run.minute import Minute, Watcher, as_signal
 from backtest_kit.run.orders import (
     COMMANDS,
     ENTRIES,
     EXITS,
+    KIND_OF,
     Intent,
     activated,
     cancelled,
@@ -73,9 +84,13 @@ class Trader(Watcher):
         self._alarms = alarms
         self._sent: list[str] = []
         """Kinds of the orders whose events nobody has heard of yet."""
+        self._rehearsed: list[Commanded] = []
+        """What the run before has commanded in the minute in which this one begins, as long as it lasts."""
         self._telling: Event | None = None
         self._ended = False
         self.stopping = False
+        self.blind = False
+        """Whether nobody knows the price of this minute."""
         self.lost: Conflict | None = None
         """Why nothing may be done any more: another process has the position."""
         self.trades: list[Trade] = []
@@ -106,29 +121,66 @@ class Trader(Watcher):
         async with self._lock:
             self._ended = True
 
-    async def settle(self, act: Act) -> tuple[Event, ...]:
+    async def settle(self, act: Act, command: Change | None = None) -> tuple[Event, ...]:
         async with self._lock:
             self._stop_if_lost()
             if self._ended:
                 raise Refused("the run has ended")
-            if self.book.intent is not None:
-                raise Refused(f"the order {self.book.intent.order.client_order_id} is under way")
-            before = self._desk.state
-            after, events = act(before)
-            if after == before:
-                return events
-            number = self.book.orders + 1 if isinstance(before, Holding) and isinstance(after, Holding) else 0
-            intent = intended(
-                before, after, events, self._desk.tick, self._rules, number, quantities=self._broker.reports_fills
-            )
-            if intent is not None:
-                return await self._order(intent)
-            book = msgspec.structs.replace(self.book, state=after)
-            if _is_told(after) and not _is_told(before):
-                book = msgspec.structs.replace(book, command_ms=self._desk.tick.when_ms)
-            await self._keep(book, "try")
-            crashpoint("live.minute.after_commit")
+            if command is not None and (known := self._known(KIND_OF[command])) is not None:
+                if known.refused:
+                    raise Refused(known.refused)
+                return ()
+            written = self.book.commands
+            try:
+                return await self._settle(act)
+            except Refused as refused:
+                if command is not None and self.book.commands is written:
+                    # It is on the disk with the next one that comes to something: counted, they can be told apart.
+                    declined = Commanded(KIND_OF[command], str(refused))
+                    self._keeper.book = _commanded(self.book, self._desk.tick.when_ms, declined)
+                raise
+
+    async def _settle(self, act: Act) -> tuple[Event, ...]:
+        if self.book.intent is not None:
+            raise Refused(f"the order {self.book.intent.order.client_order_id} is under way")
+        before = self._desk.state
+        after, events = act(before)
+        if after == before:
             return events
+        number = self.book.orders + 1 if isinstance(before, Holding) and isinstance(after, Holding) else 0
+        intent = intended(
+            before, after, events, self._desk.tick, self._rules, number, quantities=self._broker.reports_fills
+        )
+        if intent is not None:
+            return await self._order(intent)
+        book = msgspec.structs.replace(self.book, state=after)
+        if _is_told(after) and not _is_told(before):
+            book = _commanded(book, self._desk.tick.when_ms)
+        await self._keep(book, "try")
+        crashpoint("live.minute.after_commit")
+        return events
+
+    def rehearse(self) -> bool:
+        """Have what was commanded in this very minute known when it is given again, by a strategy that is asked anew
+        because the run before has died in the minute; whether there was anything."""
+        if self.book.command_ms < self._desk.tick.when_ms:
+            return False
+        self._rehearsed = list(self.book.commands)
+        return True
+
+    def _known(self, kind: OrderKind) -> Commanded | None:
+        """What became of a command of this kind in the run before; each is told once.
+
+        By its kind alone: its amount may follow from a price or a position that the first one has changed, and
+        better is one too few, which the next minute can give again, than one twice.
+        """
+        if self._desk.tick.when_ms != self.book.command_ms:
+            self._rehearsed.clear()
+        for known in self._rehearsed:
+            if known.kind == kind:
+                self._rehearsed.remove(known)
+                return known
+        return None
 
     async def resolve(self) -> tuple[Event, ...]:
         """Find out about an order whose outcome is unknown, and do what is left of it. Returns what happened."""
@@ -153,7 +205,7 @@ class Trader(Watcher):
             if verdict == "open":
                 return ()
             with suppress(Refused):
-                return await self._send_again(intent, report.status)
+                return await self._send_again(intent, report)
             return ()
 
     async def check_venue(self) -> tuple[Event, ...]:
@@ -209,6 +261,17 @@ class Trader(Watcher):
                 return ()
             return await self._conclude(None, state, (event,))
 
+    async def protect(self, order: Order) -> None:
+        """Place a stop on the venue; the books know the position that it is for, or do not want to.
+
+        Raises:
+            Whatever the broker raises; Conflict: another process may have the position.
+        """
+        async with self._lock:
+            self._stop_if_lost()
+            await self._guarded(self._keeper.confirm())
+            await self._broker.move_stop(order)
+
     # Orders
 
     async def _order(self, intent: Intent) -> tuple[Event, ...]:
@@ -235,6 +298,7 @@ class Trader(Watcher):
         return await self._send(intent)
 
     async def _send(self, intent: Intent) -> tuple[Event, ...]:
+        await self._guarded(self._keeper.confirm())
         try:
             fill = await self._hook(intent.order)
         except Exception as error:
@@ -267,18 +331,21 @@ class Trader(Watcher):
         state, events = fitted(intent, fill, self.book.state, self._rules)
         return await self._conclude(intent.order, state, events)
 
-    async def _conclude(self, order: Order | None, state: State, events: tuple[Event, ...]) -> tuple[Event, ...]:
+    async def _conclude(
+        self, order: Order | None, state: State, events: tuple[Event, ...], refused: str = ""
+    ) -> tuple[Event, ...]:
         """Write down what has happened; whether that succeeds changes nothing about it."""
         book, when_ms = self.book, self._desk.tick.when_ms if order is None else order.when_ms
         command = isinstance(book.state, Holding) and isinstance(state, Holding)
         lasting = tuple(event for event in events if isinstance(event, LASTING))
+        if command and order is not None:
+            book = _commanded(book, when_ms, Commanded(order.kind, refused))
         book = msgspec.structs.replace(
             book,
             state=state,
             intent=None,
             outbox=(*book.outbox, *lasting),
             when_ms=book.when_ms if command or not lasting else max(book.when_ms, when_ms),
-            command_ms=max(book.command_ms, when_ms) if command else book.command_ms,
             orders=0 if isinstance(state, Flat) else book.orders,
         )
         await self._keep(book, "try")
@@ -308,7 +375,7 @@ class Trader(Watcher):
                 self._alarms.order_failed(order, text, "the entry goes on waiting for its price")
             return ()
         if order.kind in COMMANDS and (nothing_there or isinstance(error, OrderDeleted)):
-            await self._conclude(order, state, ())
+            await self._conclude(order, state, (), text)
             self._alarms.order_failed(order, text, "it was dropped")
             raise Refused(text)
         self._alarms.order_failed(order, text, "the venue is asked about it at the next minute")
@@ -331,7 +398,7 @@ class Trader(Watcher):
         if order.kind == "activate" and isinstance(state, Resting):
             self._alarms.order_failed(order, text, "the entry is cancelled at the next minute", alarm=True)
             return await self._conclude(order, msgspec.structs.replace(state, order="cancel"), ())
-        await self._conclude(order, state, ())
+        await self._conclude(order, state, (), text)
         self._alarms.order_failed(order, text, "it was dropped", alarm=True)
         raise Refused(text)
 
@@ -340,9 +407,9 @@ class Trader(Watcher):
         self._alarms.order_failed(intent.order, text, "it was given up", alarm=alarm)
         return ()
 
-    async def _send_again(self, intent: Intent, status: str) -> tuple[Event, ...]:
+    async def _send_again(self, intent: Intent, report: OrderReport) -> tuple[Event, ...]:
         """Go on with an order that the venue has not carried out."""
-        order, state, tick = intent.order, self.book.state, self._desk.tick
+        order, state, tick, status = intent.order, self.book.state, self._desk.tick, report.status
         fresh = order.when_ms == tick.when_ms
         refused = status in ("cancelled", "rejected")
         if order.kind in ENTRIES:
@@ -352,23 +419,24 @@ class Trader(Watcher):
             intent = again
         elif order.kind in EXITS:
             number = self.book.orders + 1
-            intent = renamed(intent, signal_id_of(state), number) if refused else retried(intent)
+            intent = renamed(intent, signal_id_of(state), number, report.fill) if refused else retried(intent)
             intent = intent if fresh else renewed(intent, state, tick, self._rules)
         elif order.kind == "activate" and refused and isinstance(state, Resting):
             return await self._conclude(None, *cancelled(state, tick, self._rules))
         elif fresh and not refused:
             intent = retried(intent)
         else:
-            await self._conclude(order, _still_resting(state), ())
+            text = f"the venue knows it as {status}"
+            await self._conclude(order, _still_resting(state), (), text)
             if order.kind != "activate" or order.reason:
-                self._alarms.order_failed(order, f"the venue knows it as {status}", "it was dropped")
+                self._alarms.order_failed(order, text, "it was dropped")
             return ()
         return await self._order(intent)
 
     async def _entry_again(self, intent: Intent, status: str, *, fresh: bool) -> Intent | None:
         """An order to open at its next attempt, or None where it is not to be sent now."""
         order, settings, tick = intent.order, self._rules.settings, self._desk.tick
-        if self._keeper.degraded:
+        if self._keeper.degraded or self.blind:
             return None
         if status in ("cancelled", "rejected"):
             await self._give_up(intent, f"the venue knows it as {status}")
@@ -460,6 +528,12 @@ class Trader(Watcher):
         self._stop_if_lost()
         # A handler that fails over the news of a failure would do so for ever.
         self._alarms.user_failed(what, error, tell=not isinstance(self._telling, StrategyFailed))
+
+
+def _commanded(book: Book, when_ms: int, *commands: Commanded) -> Book:
+    """The book with the commands of a minute in it, and none of an earlier one."""
+    earlier = book.commands if book.command_ms >= when_ms else ()
+    return msgspec.structs.replace(book, command_ms=max(book.command_ms, when_ms), commands=(*earlier, *commands))
 
 
 def _is_told(state: State) -> bool:

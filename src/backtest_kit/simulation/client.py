@@ -93,6 +93,9 @@ class VenueSource(CandleSource):
         known = await self._get(f"/candles/{quote(symbol, safe='')}/range", list[int] | None)
         return (known[0], known[1]) if known else None
 
+    async def server_time_ms(self) -> int | None:
+        return int((await self._get("/api/v3/time", dict[str, int]))["serverTime"])
+
     async def _get(self, path: str, kind: Any) -> Any:
         status, body = await self._http.ask("GET", path)
         if status == 200:

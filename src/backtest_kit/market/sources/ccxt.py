@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -39,6 +40,8 @@ class CcxtSource(CandleSource):
         self._id = exchange_id
         self._options = options or {}
         self._given = client
+        self._told: tuple[int, float] | None = None
+        """The time that the exchange has told last, and the elapsed time then."""
         self._own: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
 
     async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
@@ -52,7 +55,7 @@ class CcxtSource(CandleSource):
         limit = (stop_ms - start_ms) // step_ms
         rows = await self._call(lambda: client.fetch_ohlcv(market, interval, since=start_ms, limit=limit))
         # Exchanges add the candle that is still open, and some answer with more than was asked.
-        stop_ms = min(stop_ms, int(client.milliseconds()) - step_ms + 1)
+        stop_ms = min(stop_ms, self._now_ms(client) - step_ms + 1)
         return CandleSeries.from_rows([row[:6] for row in rows if start_ms <= row[0] < stop_ms])
 
     async def range(self, symbol: str) -> tuple[int, int] | None:
@@ -64,12 +67,31 @@ class CcxtSource(CandleSource):
             return None  # some exchanges refuse such an old date: their first candle stays unknown
         if not first:
             return None
-        return int(first[0][0]), floor_ms(int(client.milliseconds()), MINUTE_MS)
+        return int(first[0][0]), floor_ms(self._now_ms(client), MINUTE_MS)
+
+    async def server_time_ms(self) -> int | None:
+        client = self._client()
+        if not client.has.get("fetchTime"):
+            return None
+        asked_s = time.monotonic()
+        told_ms = await self._call(client.fetch_time)
+        if told_ms is None:
+            return None
+        answered_s = time.monotonic()
+        self._told = int(told_ms), (asked_s + answered_s) / 2
+        return int(told_ms)
 
     async def close(self) -> None:
         client = self._own.pop(asyncio.get_running_loop(), None)
         if client is not None:
             await client.close()
+
+    def _now_ms(self, client: Any) -> int:
+        """What time it is there, as far as is known: this machine's clock may be wrong."""
+        if self._told is None:
+            return int(client.milliseconds())
+        told_ms, told_s = self._told
+        return told_ms + int((time.monotonic() - told_s) * 1000)
 
     def _client(self) -> Any:
         if self._given is not None:

@@ -33,6 +33,7 @@ from backtest_kit.persist.backends.mongo_reading import cache_name, find, find_a
 from backtest_kit.persist.backends.mongo_schema import flush, prepare
 from backtest_kit.persist.backends.mongo_settings import MongoSettings, from_environment, with_changes
 from backtest_kit.persist.backends.mongo_writing import Putting, PuttingMany, turn_of
+from backtest_kit.persist.candle_cache import CandleCache
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.diagnosis import SAMPLES, Reading
@@ -69,7 +70,8 @@ class MongoStore:
         self._links = Links(with_changes(settings, {"CC_MONGO_CONNECTION_STRING": url}))
         self._existing = existing
         self._namespace = ""
-        self.candles = MongoCandleStore(self._opened, "")
+        self._cached = CandleCache(self.settings.CC_MONGO_CANDLES_IN_MEMORY)
+        self.candles = MongoCandleStore(self._opened, "", self._cached)
 
     @property
     def settings(self) -> MongoSettings:
@@ -170,9 +172,9 @@ class MongoStore:
         if not namespace:
             return self
         inner = MongoStore.__new__(MongoStore)
-        inner._links, inner._existing = self._links, self._existing
+        inner._links, inner._existing, inner._cached = self._links, self._existing, self._cached
         inner._namespace = "/".join(filter(None, (self._namespace, escape(namespace, "namespace"))))
-        inner.candles = MongoCandleStore(inner._opened, inner._namespace)
+        inner.candles = MongoCandleStore(inner._opened, inner._namespace, inner._cached)
         return inner
 
     async def namespaces(self) -> list[tuple[str, ...]]:
@@ -208,6 +210,7 @@ class MongoStore:
         require_namespace(bool(self._namespace))
         link = await self._opened()
         await link.finish(mongo_prune.forget(link, self._namespace))
+        self._cached.forget(self._namespace)
 
     async def quarantined(self) -> list[Quarantined]:
         return await mongo_damage.quarantined(await self._opened())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
@@ -17,6 +18,7 @@ from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.persist.backends.mongo_client import Link
 from backtest_kit.persist.backends.mongo_documents import Document
 from backtest_kit.persist.backends.mongo_errors import is_duplicate
+from backtest_kit.persist.candle_cache import CandleCache
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.store import SeriesKey
@@ -49,12 +51,16 @@ Opened = Callable[[], Any]
 class MongoCandleStore:
     """The candles of one namespace."""
 
-    def __init__(self, opened: Opened, namespace: str) -> None:
+    def __init__(self, opened: Opened, namespace: str, cache: CandleCache) -> None:
         """`opened` is awaited for the open link of the running loop."""
         self._opened = opened
         self._namespace = namespace
+        self._cache = cache
 
     async def read(self, series: SeriesKey, start_ms: int, stop_ms: int) -> CandleSeries:
+        return await self._cache.read((self._namespace, series), start_ms, stop_ms, partial(self._read, series))
+
+    async def _read(self, series: SeriesKey, start_ms: int, stop_ms: int) -> CandleSeries:
         link: Link = await self._opened()
         wanted = {**self._name(series), "timestamp": {"$gte": Int64(start_ms), "$lt": Int64(stop_ms)}}
 
@@ -72,17 +78,17 @@ class MongoCandleStore:
 
     async def series(self) -> list[SeriesKey]:
         link: Link = await self._opened()
-        fields = _CANDLE.key_fields[:-1]
-        stages: list[Document] = [
-            {"$match": {"namespace": self._namespace}},
-            {"$group": {"_id": {field: f"${field}" for field in fields}}},
-        ]
-
-        async def question() -> list[Document]:
-            return await (await link.collection(_CANDLE).aggregate(stages)).to_list()
-
-        found = await link.ask("list the series of candles", question)
-        return sorted((SeriesKey(*(each["_id"][field] for field in fields)) for each in found), key=str)
+        found: list[tuple[str, ...]] = [()]
+        for field in _CANDLE.key_fields[:-1]:
+            # Part by part of the index, in which a server leaps from one value to the next.
+            names = [dict(zip(_CANDLE.key_fields, known, strict=False)) for known in found]
+            questions = [
+                partial(link.collection(_CANDLE).distinct, field, {"namespace": self._namespace, **name})
+                for name in names
+            ]
+            answers = await asyncio.gather(*(link.ask("list the series of candles", each) for each in questions))
+            found = [(*known, value) for known, values in zip(found, answers, strict=True) for value in values]
+        return sorted((SeriesKey(*each) for each in found), key=str)
 
     async def _write(self, link: Link, series: SeriesKey, candles: CandleSeries) -> int:
         doing = f"write candles of {series.symbol}"

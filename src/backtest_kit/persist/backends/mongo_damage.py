@@ -16,6 +16,7 @@ from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.backends.mongo_candles import MongoCandleStore
 from backtest_kit.persist.backends.mongo_client import Link
 from backtest_kit.persist.backends.mongo_documents import RECORD_ROWS, ROWS, Document, record_of
+from backtest_kit.persist.candle_cache import CandleCache
 from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.keys import check_key, path_of
@@ -168,7 +169,7 @@ async def _check_candles(link: Link) -> list[Finding]:
     found = []
     namespaces = await link.ask("check the candles", lambda: link.collection(ROWS["candle"]).distinct("namespace"))
     for namespace in namespaces:
-        candles = MongoCandleStore(opened, namespace)
+        candles = MongoCandleStore(opened, namespace, CandleCache(0))
         for series in await candles.series():
             try:
                 await candles.read(series, *_EVER)

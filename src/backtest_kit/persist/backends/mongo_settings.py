@@ -31,6 +31,8 @@ class MongoSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How long one read or write may take, with all its retries."""
     CC_MONGO_POOL_SIZE: _AtLeastOne = 50
     """Most connections of one event loop."""
+    CC_MONGO_CANDLES_IN_MEMORY: Annotated[int, msgspec.Meta(ge=0)] = 2_000_000
+    """How many candles that were read are kept in this process, about 50 bytes each; 0 for none."""
     CC_REDIS_HOST: str = "127.0.0.1"
     """Host of Redis; empty for none."""
     CC_REDIS_PORT: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 6379
