@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Final
 
-import pymongo
 from bson.objectid import ObjectId
 from pymongo import UpdateOne
 from pymongo.asynchronous.client_session import AsyncClientSession
@@ -78,7 +77,7 @@ class Batch:
         """True once they are done, False if they must be tried again."""
         try:
             if self._is_sent and not self._link.has_transactions:
-                with pymongo.timeout(patience.left):
+                with self._link.within(patience.left):
                     if await has_happened(self._link, self._writer):
                         return True
             planned = await self._plan(patience)
@@ -161,7 +160,7 @@ class Batch:
 
     async def _carry_out(self, planned: Sequence[Planned], patience: Patience) -> bool:
         self._is_sent = True
-        with pymongo.timeout(patience.left):
+        with self._link.within(patience.left):
             is_done = await carry_out(self._link, planned, self._writer)
         self._is_sent = False
         return is_done
@@ -174,7 +173,7 @@ class Batch:
                 read_preference=ReadPreference.PRIMARY,
             )
             try:
-                with pymongo.timeout(patience.left):
+                with self._link.within(patience.left):
                     if await self._write(planned, session):
                         crashpoint("mongo.after_transaction_writes")
                         await self._commit(session)
@@ -182,7 +181,7 @@ class Batch:
             finally:
                 # Not left to time: until then the server would keep others from these documents.
                 if session.in_transaction:
-                    with pymongo.timeout(max(_ABORT_SECONDS, patience.left)):
+                    with self._link.within(max(_ABORT_SECONDS, patience.left)):
                         await session.abort_transaction()
         return False
 

@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractContextManager
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, unquote_plus
 
@@ -104,6 +105,13 @@ class Link:
     def patience(self) -> Patience:
         return Patience(self.settings.CC_MONGO_OPERATION_TIMEOUT_MS / 1000)
 
+    def within(self, seconds: float) -> AbstractContextManager[None]:
+        """Tell the driver how long it may take for what is asked of it in the block."""
+        if not self.mongo.topology_description.has_writable_server():
+            # It would look for a server for all of that time.
+            seconds = min(seconds, self.settings.CC_MONGO_SERVER_SELECTION_TIMEOUT_MS / 1000)
+        return pymongo.timeout(seconds)
+
     async def ask(
         self,
         doing: str,
@@ -118,7 +126,7 @@ class Link:
         patience = patience or self.patience()
 
         async def answer() -> T:
-            with pymongo.timeout(patience.left):
+            with self.within(patience.left):
                 return await question()
 
         return await self.finish(self._try(doing, answer, patience))
@@ -136,7 +144,7 @@ class Link:
             found: list[Any] = []
             parts = cursor()
             while parts.alive:
-                with pymongo.timeout((self.patience() if found else patience).left):
+                with self.within((self.patience() if found else patience).left):
                     found += await parts.to_list(part)
             return found
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Final
 
-import pymongo
 from bson.int64 import Int64
 from pymongo import ReturnDocument, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError
@@ -73,7 +72,7 @@ class Putting:
         patience = patience or self._link.patience()
         while True:
             try:
-                with pymongo.timeout(patience.left):
+                with self._link.within(patience.left):
                     record = await self._attempt()
             except FAILURES as error:
                 self._is_sent = self._is_sent or may_have_happened(error)
@@ -184,7 +183,7 @@ class PuttingMany:
         ids: dict[int, Any] = {}
         """Of the documents that are new. Their revision is 1, so nobody has to ask for it."""
         try:
-            with pymongo.timeout(patience.left):
+            with self._link.within(patience.left):
                 new = (await collection.bulk_write(operations, ordered=False)).upserted_ids if operations else None
             ids = {sent[index]: identity for index, identity in (new or {}).items()}
         except BulkWriteError as error:
