@@ -29,6 +29,17 @@ async def trend(ctx: bk.Context) -> bk.Signal | None:
     return bk.Signal.bracket("long", price=ctx.price, take_profit_pct=1, stop_loss_pct=1)
 
 
+async def test_a_limit_of_0_is_nothing_and_one_below_is_refused(kit: bk.Kit) -> None:
+    await observe(kit, [opened("s-1"), opened("s-2", 1)])
+    kit.records.of_run(IDENTITY, None).log(NOON_MS).info("quiet")
+    lists: list[Callable[..., Any]] = [kit.records.storage.list, kit.records.notification.list, kit.records.log.list]
+    for listed in lists:
+        assert len(await listed(limit=1)) == 1
+        assert await listed(limit=0) == []
+        with pytest.raises(bk.UserError, match="limit is -1"):
+            await listed(limit=-1)
+
+
 async def test_a_signal_is_found_in_its_latest_state(kit: bk.Kit) -> None:
     storage, recent = kit.records.storage, kit.records.recent
     assert await storage.get("s-1") is None
