@@ -14,10 +14,12 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any, Final
 
 import pymongo
 from bson.int64 import Int64
+from bson.objectid import ObjectId
 from pymongo import ReturnDocument
 from pymongo.asynchronous.cursor import AsyncCursor
 from pymongo.errors import DuplicateKeyError
@@ -42,6 +44,7 @@ from backtest_kit.persist.backends.mongo_documents import (
     record_of_change,
     update_of,
 )
+from backtest_kit.persist.backends.mongo_each import insert_each
 from backtest_kit.persist.backends.mongo_errors import FAILURES, heals, may_have_happened
 from backtest_kit.persist.backends.mongo_intents import replay, settle
 from backtest_kit.persist.backends.mongo_schema import flush, prepare
@@ -120,6 +123,11 @@ class MongoStore:
     async def put(self, write: Write) -> Record:
         change = change_of(self._namespace, write)
         return await self._links.here().finish(self._put(change))
+
+    async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
+        """As `PutsEach.put_each`."""
+        changes = [change_of(self._namespace, write) for write in writes]
+        return await self._links.here().finish(self._put_each(changes))
 
     async def batch(self, writes: Sequence[Write]) -> None:
         check_batch(writes)
@@ -290,6 +298,33 @@ class MongoStore:
             await self._opened()
             return await _Putting(self, link, change).run()
 
+    async def _put_each(self, changes: Sequence[Change]) -> list[Record | BaseException]:
+        link = self._links.here()
+        done: list[Record | BaseException] = []
+
+        async def alone(change: Change, writer: str, is_sent: bool) -> Record:
+            return await _Putting(self, link, change, writer, is_sent=is_sent).run()
+
+        async def written(group: Sequence[Change], made: Mapping[int, ObjectId]) -> None:
+            if link.ids is not None:
+                names = {cache_name(group[at].contract, group[at].name): str(each) for at, each in made.items()}
+                await link.ids.set(names)
+
+        async with link.turns.hold([_turn(change) for change in changes]):
+            await self._opened()
+            # One after the other, for listings tell the order.
+            for (_, is_new), some in groupby(changes, lambda each: (each.contract, expectation(each.write) == ABSENT)):
+                group = list(some)
+                if is_new and len(group) > 1:
+                    done += await insert_each(link, group, alone, partial(written, group))
+                    continue
+                for change in group:
+                    try:
+                        done.append(await alone(change, link.next_writer(), False))
+                    except BacktestKitError as error:
+                        done.append(error)
+        return done
+
     async def _batch(self, changes: Sequence[Change]) -> None:
         link = self._links.here()
         async with link.turns.hold([_turn(change) for change in changes]):
@@ -306,13 +341,15 @@ class MongoStore:
 class _Putting:
     """One write, tried until it is known what became of it or the time is up."""
 
-    def __init__(self, store: MongoStore, link: Link, change: Change) -> None:
+    def __init__(
+        self, store: MongoStore, link: Link, change: Change, writer: str | None = None, *, is_sent: bool = False
+    ) -> None:
         self._store = store
         self._link = link
         self._change = change
-        self._writer = link.next_writer()
+        self._writer = writer or link.next_writer()
         self._doing = f"write a {change.contract.name}"
-        self._is_sent = False
+        self._is_sent = is_sent
         """Whether the server was sent the write and gave no answer."""
         self._first_tick = 0
         """That of the first attempt."""
