@@ -17,14 +17,10 @@ from functools import partial
 from itertools import groupby
 from typing import Any, Final
 
-import pymongo
-from bson.int64 import Int64
 from bson.objectid import ObjectId
-from pymongo import ReturnDocument
 from pymongo.asynchronous.cursor import AsyncCursor
-from pymongo.errors import DuplicateKeyError
 
-from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater
+from backtest_kit.errors import BacktestKitError, Damaged
 from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis, mongo_prune
 from backtest_kit.persist.backends.mongo_batch import Batch
 from backtest_kit.persist.backends.mongo_candles import MongoCandleStore
@@ -34,30 +30,28 @@ from backtest_kit.persist.backends.mongo_documents import (
     ROWS,
     Change,
     Document,
+    cache_name,
     change_of,
     expectation,
     id_from,
     is_named,
-    matching,
     name_of,
     record_of,
-    record_of_change,
-    update_of,
 )
 from backtest_kit.persist.backends.mongo_each import insert_each
-from backtest_kit.persist.backends.mongo_errors import FAILURES, heals, may_have_happened
 from backtest_kit.persist.backends.mongo_intents import replay, settle
+from backtest_kit.persist.backends.mongo_put import Putting
 from backtest_kit.persist.backends.mongo_schema import flush, prepare
 from backtest_kit.persist.backends.mongo_settings import MongoSettings, from_environment, with_changes
-from backtest_kit.persist.contracts import Contract, Durability
+from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.diagnosis import SAMPLES, Reading
-from backtest_kit.persist.keys import check_key, escape, path_of, unescape
+from backtest_kit.persist.keys import check_key, escape, unescape
 from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Key, Record, Write, check_limit
+from backtest_kit.persist.store import ABSENT, Capability, Key, Record, Write, check_limit
 from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
 from backtest_kit.persist.urls import import_backend
-from backtest_kit.persist.writing import check_batch, decide
+from backtest_kit.persist.writing import check_batch
 
 _CHUNK: Final = 256
 """Documents that a listing reads at a time."""
@@ -296,14 +290,14 @@ class MongoStore:
         link = self._links.here()
         async with link.turns.hold([_turn(change)]):
             await self._opened()
-            return await _Putting(self, link, change).run()
+            return await Putting(link, change, partial(self._record, link)).run()
 
     async def _put_each(self, changes: Sequence[Change]) -> list[Record | BaseException]:
         link = self._links.here()
         done: list[Record | BaseException] = []
 
         async def alone(change: Change, writer: str, is_sent: bool) -> Record:
-            return await _Putting(self, link, change, writer, is_sent=is_sent).run()
+            return await Putting(link, change, partial(self._record, link), writer, is_sent=is_sent).run()
 
         async def written(group: Sequence[Change], made: Mapping[int, ObjectId]) -> None:
             if link.ids is not None:
@@ -336,116 +330,6 @@ class MongoStore:
                 await link.ids.set(
                     {cache_name(each.contract, each.change.name): str(each.identity) for each in batch.done}
                 )
-
-
-class _Putting:
-    """One write, tried until it is known what became of it or the time is up."""
-
-    def __init__(
-        self, store: MongoStore, link: Link, change: Change, writer: str | None = None, *, is_sent: bool = False
-    ) -> None:
-        self._store = store
-        self._link = link
-        self._change = change
-        self._writer = writer or link.next_writer()
-        self._doing = f"write a {change.contract.name}"
-        self._is_sent = is_sent
-        """Whether the server was sent the write and gave no answer."""
-        self._first_tick = 0
-        """That of the first attempt."""
-
-    async def run(self) -> Record:
-        patience = self._link.patience()
-        while True:
-            try:
-                with pymongo.timeout(patience.left):
-                    record = await self._attempt()
-            except FAILURES as error:
-                self._is_sent = self._is_sent or may_have_happened(error)
-                if not heals(error) or patience.is_over:
-                    outcome = Outcome.UNKNOWN if self._is_sent else Outcome.NOT_DONE
-                    raise self._link.failure(error, self._doing, outcome) from error
-                await patience.pause()
-                continue
-            except BacktestKitError as error:
-                if self._is_sent:
-                    error.outcome = Outcome.UNKNOWN
-                raise
-            if record is not None:
-                return record
-            if patience.is_over:
-                raise RetryLater(f"cannot {self._doing}: other writers were first, again and again")
-
-    async def _attempt(self) -> Record | None:
-        """The record that stands now, or None if it must be tried again."""
-        expect = expectation(self._change.write)
-        if self._is_sent:
-            found = await self._look()
-            if found is not None and found.get("writer") == self._writer:
-                return record_of_change(self._change, found["rev"])
-            if expect == ANY:
-                expect = self._guard(found)
-        document = await self._update(expect)
-        if document is None:
-            return await self._refused()
-        crashpoint("mongo.after_write")
-        if self._change.contract.durability is not Durability.MONEY:
-            self._link.has_unflushed = True
-        if self._link.ids is not None:
-            await self._link.ids.set({cache_name(self._change.contract, self._change.name): str(document["_id"])})
-            crashpoint("mongo.after_cache")
-        return record_of_change(self._change, document["rev"])
-
-    async def _update(self, expect: Expect) -> Document | None:
-        """The one round trip: id and new revision, or None if the document is not as expected."""
-        collection = self._link.collection(self._change.contract)
-        tick = self._link.next_tick()
-        self._first_tick = self._first_tick or tick
-        # A request may reach the server long after its connection was given up. Then it must not undo a later one.
-        wanted = {**matching(self._change.name, expect), "tick": {"$not": {"$gte": Int64(tick)}}}
-        crashpoint("mongo.before_write")
-        try:
-            return await collection.find_one_and_update(
-                wanted,
-                update_of(self._change, self._writer, tick),
-                projection=["rev"],
-                upsert=isinstance(expect, str),
-                return_document=ReturnDocument.AFTER,
-            )
-        except DuplicateKeyError:
-            return None
-
-    async def _refused(self) -> Record | None:
-        """Why the document is not as expected: a conflict, damage, or something that is over at the next attempt."""
-        found = await self._look()
-        if found is not None and found.get("writer") == self._writer:
-            return record_of_change(self._change, found["rev"])
-        self._link.saw_tick(found)
-        contract = self._change.contract
-        current = await self._store._record(self._link, contract, self._change.name, found)
-        record, changed = decide(self._change.write, current)
-        return None if changed else record
-
-    async def _look(self) -> Document | None:
-        return await self._link.collection(self._change.contract).find_one(self._change.name)
-
-    def _guard(self, found: Document | None) -> Expect:
-        """What must still hold for a write of unknown outcome to be sent again: nobody else was there meanwhile."""
-        if found is None:
-            return ABSENT
-        if self._link.saw_tick(found) < self._first_tick:
-            return int(found["rev"])
-        raise RetryLater(
-            f"cannot {self._doing}: the connection to MongoDB was lost, and another process has written the record "
-            "since: read it again",
-            outcome=Outcome.UNKNOWN,
-        )
-
-
-def cache_name(contract: Contract, name: Document) -> str:
-    """What the entry of a document is called in Redis; no two documents share one but by chance of a hash."""
-    namespace, *key = name.values()
-    return "/".join((contract.name, f"@{namespace}", *path_of(contract, tuple(key))))
 
 
 def _turn(change: Change) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from bson.objectid import ObjectId
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind, WriteRule
-from backtest_kit.persist.keys import check_key
+from backtest_kit.persist.keys import check_key, path_of
 from backtest_kit.persist.store import ABSENT, ANY, Expect, Key, Plain, Record, Write
 from backtest_kit.persist.writing import now_ms
 
@@ -74,6 +74,12 @@ def change_of(namespace: str, write: Write) -> Change:
 def name_of(namespace: str, contract: Contract, key: Key) -> Document:
     """The fields that identify a document, or with the beginning of a key those of its records."""
     return {"namespace": namespace, **dict(zip(contract.key_fields, key, strict=False))}
+
+
+def cache_name(contract: Contract, name: Document) -> str:
+    """What the entry of a document is called in Redis; no two documents share one but by chance of a hash."""
+    namespace, *key = name.values()
+    return "/".join((contract.name, f"@{namespace}", *path_of(contract, tuple(key))))
 
 
 def matching(name: Document, expect: Expect) -> Document:
