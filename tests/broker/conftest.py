@@ -125,7 +125,6 @@ class Bench:
         client = HttpClient(self.server.url)
         body = {"kind": self.kind, "symbol": "BTCUSDT", "side": side, "quantity": str(quantity)}
         assert (await client.ask("POST", "/sim/trade", body))[0] == 200
-        await client.close()
 
     async def cancel_by_hand(self, client_order_id: str) -> None:
         from backtest_kit.simulation.http import HttpClient
@@ -133,7 +132,6 @@ class Bench:
         client = HttpClient(self.server.url)
         body = {"kind": self.kind, "clientOrderId": client_order_id}
         assert (await client.ask("POST", "/sim/cancel", body))[0] == 200
-        await client.close()
 
 
 def urls_of(url: str) -> dict[str, str]:

@@ -55,6 +55,9 @@ class Terminal:
         while not accepts(self.text):
             assert time.monotonic() < until, f"not seen in {timeout_s} s: {what}\n{self.text}"
             assert self._read(), f"the program has ended before {what} was seen\n{self.text}"
+        # A frame comes in pieces: what is on the way belongs to it.
+        while self._has_more(50) and self._read():
+            assert time.monotonic() < until, f"it never stops writing\n{self.text}"
         return self.text
 
     def end(self, *, timeout_s: float = 30) -> int:
@@ -67,7 +70,7 @@ class Terminal:
 
     def _read(self) -> bool:
         """Read what comes within a moment; False at the end."""
-        if not select.select([self._fd], [], [], 0.1)[0]:
+        if not self._has_more(100):
             return True
         try:
             data = os.read(self._fd, 65536)
@@ -76,3 +79,8 @@ class Terminal:
         self.raw += data
         self._stream.feed(data)
         return bool(data)
+
+    def _has_more(self, within_ms: int) -> bool:
+        ready = select.poll()
+        ready.register(self._fd, select.POLLIN)
+        return bool(ready.poll(within_ms))

@@ -14,6 +14,7 @@ from backtest_kit.persist.backends.memory import MemoryCandleStore, MemoryStore
 from backtest_kit.persist.contracts import Contract, WriteRule
 from backtest_kit.persist.store import ANY, Capability, Key, Record, SeriesKey, Write
 from backtest_kit.persist.testing import StoreConformance
+from backtest_kit.persist.writing import put_each
 
 
 class IgnoresExpectations(MemoryStore):
@@ -25,6 +26,14 @@ class JudgesTheBatchOnTheWay(MemoryStore):
     async def batch(self, writes: Sequence[Write]) -> None:
         for write in writes:
             await self.put(write)
+
+
+class WritesHalfOfMany(MemoryStore):
+    async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
+        done = await put_each(MemoryStore(), writes)
+        for write in writes[::2]:
+            await self.put(write)
+        return done
 
 
 class HonoursWhatItDoesNotDeclare(MemoryStore):
@@ -236,6 +245,7 @@ class ReadsTheStop(MemoryStore):
 CAUGHT_BY: dict[type[MemoryStore], str] = {
     IgnoresExpectations: "test_expected_absence",
     JudgesTheBatchOnTheWay: "test_batch_with_one_conflict_changes_nothing",
+    WritesHalfOfMany: "test_many_at_once_come_out_as_one_after_the_other",
     HonoursWhatItDoesNotDeclare: "test_expected_absence",
     BatchesWithoutDeclaring: "test_batch_can_remove",
     ScansWithoutDeclaring: "test_empty_listing",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from tests.live.rig import Rig
 
 import backtest_kit as bk
@@ -14,6 +16,14 @@ from backtest_kit.persist.store import Store
 @pytest.fixture(params=["memory", "file"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return bk.MemoryStore() if request.param == "memory" else bk.FileStore(tmp_path / "store")
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def closing() -> AsyncIterator[None]:
+    Rig.made.clear()
+    yield
+    for rig in Rig.made:
+        await rig.close()
 
 
 @pytest.fixture

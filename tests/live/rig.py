@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import backtest_kit as bk
 from backtest_kit.errors import Outcome
@@ -132,7 +132,12 @@ class Venue(bk.Broker):
 class Rig:
     """One venue and one store, and a kit at a time that trades on them."""
 
+    made: ClassVar[list[Rig]] = []
+    """Those of the test that runs, which are closed after it."""
+
     def __init__(self, tmp_path: Path, store: Store) -> None:
+        self.made.append(self)
+        self.kits: list[bk.Kit] = []
         self.tmp_path = tmp_path
         self.store = store
         self.venue = Venue()
@@ -146,6 +151,7 @@ class Rig:
 
     def kit(self, clock: Any) -> bk.Kit:
         kit = bk.Kit(self.tmp_path / "dump")
+        self.kits.append(kit)
         kit.set_config(CC_GET_CANDLES_RETRY_COUNT=1, **self.settings)
         kit.persistence.bind("*", self.store)
         for name, validations in self.risks.items():
@@ -170,6 +176,12 @@ class Rig:
         if not handle.task.cancelled() and (error := handle.task.exception()) is not None:
             raise error
         return end
+
+    async def close(self) -> None:
+        """Let go of files and threads, which no crash in the same process takes away."""
+        for kit in self.kits:
+            await kit.close()
+        await self.store.close()
 
     def trades(self) -> list[bk.Trade]:
         return [event.trade for event in self.events if isinstance(event, bk.PositionClosed)]

@@ -19,7 +19,8 @@ from tests.servers import redis_server, running
 
 from backtest_kit.persist.backends.mongo import MongoStore
 from backtest_kit.persist.backends.mongo_client import database_of
-from backtest_kit.persist.backends.mongo_documents import cache_name, name_of
+from backtest_kit.persist.backends.mongo_documents import name_of
+from backtest_kit.persist.backends.mongo_reading import cache_name
 from backtest_kit.persist.backends.mongo_settings import MongoSettings
 from backtest_kit.persist.backends.redis_ids import IdCache
 from backtest_kit.persist.contracts import CONTRACTS

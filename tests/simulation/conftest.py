@@ -67,17 +67,9 @@ async def broker_of() -> AsyncIterator[Callable[..., Broker]]:
 
 
 @pytest.fixture
-async def http_of() -> AsyncIterator[Callable[[VenueServer], HttpClient]]:
+def http_of() -> Callable[[VenueServer], HttpClient]:
     """Ask a venue directly."""
-    made: list[HttpClient] = []
-
-    def make(server: VenueServer) -> HttpClient:
-        made.append(HttpClient(server.url))
-        return made[-1]
-
-    yield make
-    for http in made:
-        await http.close()
+    return lambda server: HttpClient(server.url)
 
 
 def advance(server: VenueServer, minutes: int) -> None:

@@ -392,7 +392,6 @@ def test_the_command_serves_logs_survives_a_kill_and_ends_cleanly(tmp_path: Path
             return await ask(http, "GET", "/sim/state")
         finally:
             await broker.stop()
-            await http.close()
 
     process, url = start()
     assert len(asyncio.run(trade(url, "s1"))["futures"]["fills"]) == 1

@@ -69,6 +69,7 @@ class Records:
     async def leave(self) -> None:
         """The same, before the event loop of a blocking call ends and the program goes on."""
         await self._upkeep.close()
+        await self._observer.close()
         await self._deliveries.close()
         await self._writer.flush()
 
@@ -193,8 +194,14 @@ class RunRecords:
                 await self._writer.flush()
         await asyncio.sleep(0)
 
+    async def settle(self) -> None:
+        """Wait until all that a backtest has shown to `observe` is kept. Raises as `Store.put`."""
+        if self.run_id is not None:
+            await self._observer.settle(self.run_id)
+
     async def end(self) -> None:
         """The run is over: write down what it has said. Raises as `Store.put`."""
+        await self.settle()
         await self._writer.flush()
 
     def log(self, when_ms: int) -> Log:

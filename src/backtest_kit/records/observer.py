@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from backtest_kit.errors import Conflict
+from backtest_kit.errors import BacktestKitError, Conflict
 from backtest_kit.model.event import Event, Mode
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.store import ANY, Capability, Store, Write
@@ -24,8 +26,15 @@ if TYPE_CHECKING:
     from backtest_kit.records.delivery import Deliveries
 
 ROWS: Final = (STORAGE, RECENT, NOTIFICATION)
+TOGETHER_S: Final = 0.05
+"""For how long what a backtest leaves behind is collected: a signal that opens and closes meanwhile is written once."""
+MOST_HELD: Final = 2_000
+"""Events of a backtest that wait for a store; the backtest waits with them then."""
 KEPT_EVENTS: Final = 5_000
 """Of backtests whose records are in memory and were not asked for yet. Beyond it the oldest runs are let go of."""
+
+
+_log = logging.getLogger("backtest_kit")
 
 
 class Observer:
@@ -38,12 +47,16 @@ class Observer:
         self._count = 0
         self._put_off_whole: set[str] = set()
         """Runs among them of which nothing is written anywhere else."""
+        self._held: dict[str, _Held] = {}
 
     async def observe(self, events: Sequence[Event], mode: Mode, run_id: str | None) -> None:
         """Keep what `events` say, with one write for each record that they change.
 
+        Of a backtest, which is faster than any store, they are kept together and a moment later: `settle` waits.
+
         Raises:
-            Damaged, OutOfSpace, RetryLater: as `Store.put`. Told again, it is done as if for the first time.
+            Damaged, OutOfSpace, RetryLater: as `Store.put`, of a backtest for what was told before. Told again, it
+                is done as if for the first time.
         """
         if run_id in self._put_off_whole:
             # The common case, in the middle of a replay: nothing is looked up.
@@ -57,9 +70,42 @@ class Observer:
             if len(in_memory) == len(ROWS):
                 self._put_off_whole.add(run_id)
                 return
-        if mode != "backtest":
-            await self._deliveries.begin(mode)
-        writes = [write for write in _writes(events) if write.contract not in in_memory]
+        if run_id is not None:
+            await self._hold(events, run_id)
+            return
+        await self._deliveries.begin(mode)
+        writes = await self._keep(events, mode, None)
+        if any(write.contract is NOTIFICATION for write in writes):
+            self._deliveries.wake(mode)
+
+    async def settle(self, run_id: str) -> None:
+        """Wait until all that a backtest has left behind is kept. Raises as `observe`."""
+        if run_id in self._held:
+            await self._held[run_id].settle()
+
+    async def close(self) -> None:
+        """Keep what can be kept of what backtests have left behind."""
+        for run_id in list(self._held):
+            try:
+                await self.settle(run_id)
+            except BacktestKitError as error:
+                _log.warning("what run %s has left behind cannot be kept: %s", run_id, error)
+
+    async def _hold(self, events: Sequence[Event], run_id: str) -> None:
+        held = self._held.get(run_id)
+        if held is None:
+
+            async def keep(waiting: Sequence[Event]) -> None:
+                await self._keep(waiting, "backtest", run_id)
+
+            held = self._held[run_id] = _Held(keep, lambda: self._held.pop(run_id, None))
+        await held.take(events)
+
+    async def _keep(self, events: Sequence[Event], mode: Mode, run_id: str | None) -> list[Write]:
+        persistence = self._persistence()
+        writes = [
+            write for write in _writes(events) if run_id is None or not persistence.in_memory(write.contract, mode)
+        ]
         results = await asyncio.gather(
             *(
                 self._put(persistence, row, [write for write in writes if write.contract is row], mode, run_id)
@@ -70,8 +116,7 @@ class Observer:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-        if mode != "backtest" and any(write.contract is NOTIFICATION for write in writes):
-            self._deliveries.wake(mode)
+        return writes
 
     def urge(self, events: Sequence[Event], mode: Mode) -> None:
         """Have people hear of `events` that could not be kept. Kept later, they are not told again."""
@@ -119,6 +164,57 @@ class Observer:
             if persistence.in_memory(write.contract, "backtest"):
                 made[write.contract.name, write.key] = Write(write.contract, write.key, write.value, write.when)
         return list(made.values())
+
+
+class _Held:
+    """The events of one run that wait to be kept, and the task that keeps them."""
+
+    def __init__(self, keep: Callable[[Sequence[Event]], Awaitable[None]], is_over: Callable[[], object]) -> None:
+        self._keep = keep
+        self._is_over = is_over
+        self._events: list[Event] = []
+        self._task: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
+
+    async def take(self, events: Sequence[Event]) -> None:
+        self._events += events
+        if self._task is not None and self._task.done():
+            self._end(self._task)
+        if self._task is None:
+            self._start()
+        if len(self._events) >= MOST_HELD:
+            await self.settle()
+
+    async def settle(self) -> None:
+        if self._task is None or self._task.cancelled():
+            self._start()
+        while self._task is not None:
+            self._hurry.set()
+            await asyncio.wait([self._task])
+            self._end(self._task)
+
+    def _start(self) -> None:
+        # A loop that has ended may have taken the task before this one with it.
+        self._hurry = asyncio.Event()
+        self._task = asyncio.create_task(self._run(), name="backtest-kit records of a backtest")
+
+    async def _run(self) -> None:
+        while self._events:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), TOGETHER_S)
+            waiting, self._events = self._events, []
+            try:
+                await self._keep(waiting)
+            except BaseException:
+                self._events = waiting + self._events
+                raise
+        self._is_over()
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        """The task is over: raise what it could not keep, which the next one tries again."""
+        self._task = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error
 
 
 def _writes(events: Sequence[Event]) -> list[Write]:

@@ -248,6 +248,7 @@ class BacktestRunner:
                 async with aclosing(replay.events()) as events:
                     async for event in events:
                         yield event
+                await records.settle()
                 await _end(records)
                 await self._bus.emit(_done(job, control))
         except asyncio.CancelledError:
@@ -255,8 +256,7 @@ class BacktestRunner:
             raise
         except Exception as error:
             failed = RunFailed(identity=job.identity, when_ms=control.when_ms, error=error)
-            await records.observe((failed,))
-            await _end(records)
+            await _end(records, failed)
             await self._bus.emit(failed)
             raise
         finally:
@@ -353,12 +353,13 @@ class BacktestRunner:
         return f"{to_datetime(self._now_ms()):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
-async def _end(records: RunRecords) -> None:
-    """Have the log written. A line that cannot be kept costs nobody the result, or the error that ended the run."""
+async def _end(records: RunRecords, *events: Event) -> None:
+    """Have records and log written. What cannot be kept costs nobody the result, or the error that ended the run."""
     try:
+        await records.observe(events)
         await records.end()
     except BacktestKitError as error:
-        _log.warning("lines of the log wait for the store: %s", error)
+        _log.warning("what the run has left behind waits for the store: %s", error)
 
 
 def _done(job: Job, control: Control, *, cancelled: bool = False) -> RunDone:

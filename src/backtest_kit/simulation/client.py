@@ -93,9 +93,6 @@ class VenueSource(CandleSource):
         known = await self._get(f"/candles/{quote(symbol, safe='')}/range", list[int] | None)
         return (known[0], known[1]) if known else None
 
-    async def close(self) -> None:
-        await self._http.close()
-
     async def _get(self, path: str, kind: Any) -> Any:
         status, body = await self._http.ask("GET", path)
         if status == 200:
@@ -132,7 +129,6 @@ class VenueClock:
             pass  # a venue that has gone waits for nobody
         finally:
             self._told_ms = 0
-            await self._http.close()
 
     async def sleep_until(self, when_ms: int) -> None:
         await asyncio.sleep(0)
@@ -179,9 +175,6 @@ class VenueBroker(Broker):
             raise RetryLater(str(error)) from None
         except OrderRejected as error:
             raise UserError(str(error)) from None
-
-    async def stop(self) -> None:
-        await self._http.close()
 
     async def find(self, order: Order) -> OrderReport:
         return await self._ask("find", self._wish(order=order), OrderReport)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -99,12 +98,10 @@ class HttpServer:
 
 
 class HttpClient:
-    """Asks a server for JSON, over connections of the event loop it is used on."""
+    """Asks a server for JSON. It keeps nothing open between two questions."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._session: Any = None
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def ask(
         self, method: str, path: str, value: Any = None, *, timeout_s: float | None = _TIMEOUT_S
@@ -115,18 +112,14 @@ class HttpClient:
             RetryLater: no answer; `outcome` says whether the request may have been received.
         """
         aiohttp = _aiohttp()
-        loop = asyncio.get_running_loop()
-        if self._session is None or self._session.closed or self._loop is not loop:
-            # A connection for each question: on one that is used again aiohttp asks again by itself when it breaks.
-            connector = aiohttp.TCPConnector(force_close=True)
-            self._session, self._loop = aiohttp.ClientSession(connector=connector), loop
+        limits = aiohttp.ClientTimeout(total=timeout_s, sock_connect=_TIMEOUT_S)
+        body = None if value is None else msgspec.json.encode(value)
         try:
-            async with self._session.request(
-                method,
-                self.url + path,
-                data=None if value is None else msgspec.json.encode(value),
-                timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=_TIMEOUT_S),
-            ) as response:
+            # On a connection that is used again, aiohttp asks again by itself when it breaks.
+            async with (
+                aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), timeout=limits) as session,
+                session.request(method, self.url + path, data=body) as response,
+            ):
                 return response.status, await response.read()
         except aiohttp.ClientConnectorError as error:
             raise RetryLater(f"no venue answers at {self.url}: {error.os_error.strerror or error}") from None
@@ -134,12 +127,6 @@ class HttpClient:
             raise RetryLater(
                 f"the venue at {self.url} broke off {method} {path}: {type(error).__name__}", outcome=Outcome.UNKNOWN
             ) from None
-
-    async def close(self) -> None:
-        """Let go of the connections. Idempotent; the next question opens new ones."""
-        session, self._session = self._session, None
-        if session is not None and self._loop is asyncio.get_running_loop():
-            await session.close()
 
 
 def _aiohttp() -> Any:

@@ -272,6 +272,8 @@ class Committer:
             return
         slots = [item for item in staged.values() if item.change.write.contract.kind is not Kind.FEED]
         lines = [item for item in staged.values() if item.change.write.contract.kind is Kind.FEED]
+        # A feed is in the order of its ticks, and a record that is written twice keeps its place in `staged`.
+        lines.sort(key=lambda item: item.tick)
         temps = self._root.writes.write_temps([(item.change.path, seal_text(item.dumped), item.tick) for item in slots])
         try:
             promised = {

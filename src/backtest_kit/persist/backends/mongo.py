@@ -14,13 +14,9 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
-from itertools import groupby
-from typing import Any, Final
+from typing import Final
 
-from bson.objectid import ObjectId
-from pymongo.asynchronous.cursor import AsyncCursor
-
-from backtest_kit.errors import BacktestKitError, Damaged
+from backtest_kit.errors import UserError
 from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis, mongo_prune
 from backtest_kit.persist.backends.mongo_batch import Batch
 from backtest_kit.persist.backends.mongo_candles import MongoCandleStore
@@ -29,26 +25,20 @@ from backtest_kit.persist.backends.mongo_documents import (
     ORDER,
     ROWS,
     Change,
-    Document,
-    cache_name,
     change_of,
-    expectation,
-    id_from,
-    is_named,
     name_of,
-    record_of,
 )
-from backtest_kit.persist.backends.mongo_each import insert_each
-from backtest_kit.persist.backends.mongo_intents import replay, settle
-from backtest_kit.persist.backends.mongo_put import Putting
+from backtest_kit.persist.backends.mongo_intents import replay
+from backtest_kit.persist.backends.mongo_reading import cache_name, find, find_all, standing
 from backtest_kit.persist.backends.mongo_schema import flush, prepare
 from backtest_kit.persist.backends.mongo_settings import MongoSettings, from_environment, with_changes
+from backtest_kit.persist.backends.mongo_writing import Putting, PuttingMany, turn_of
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.diagnosis import SAMPLES, Reading
 from backtest_kit.persist.keys import check_key, escape, unescape
 from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import ABSENT, Capability, Key, Record, Write, check_limit
+from backtest_kit.persist.store import Capability, Key, Record, Write, check_limit
 from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
 from backtest_kit.persist.urls import import_backend
 from backtest_kit.persist.writing import check_batch
@@ -111,8 +101,8 @@ class MongoStore:
     async def get(self, contract: Contract, key: Key) -> Record | None:
         name = name_of(self._namespace, contract, check_key(contract, key))
         link = await self._opened()
-        document = await self._find(link, contract, name)
-        return await self._record(link, contract, name, document)
+        document = await find(link, contract, name)
+        return await standing(link, contract, name, document)
 
     async def put(self, write: Write) -> Record:
         change = change_of(self._namespace, write)
@@ -120,8 +110,24 @@ class MongoStore:
 
     async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
         """As `PutsEach.put_each`."""
-        changes = [change_of(self._namespace, write) for write in writes]
-        return await self._links.here().finish(self._put_each(changes))
+        done: dict[int, Record | BaseException] = {}
+        left: list[tuple[int, Change]] = []
+        for place, write in enumerate(writes):
+            try:
+                left.append((place, change_of(self._namespace, write)))
+            except UserError as error:
+                done[place] = error
+        while left:
+            # Up to the next write of a key that has one already: listings tell the order.
+            many: dict[object, tuple[int, Change]] = {}
+            for place, change in left:
+                if turn_of(change) in many:
+                    break
+                many[turn_of(change)] = place, change
+            left = left[len(many) :]
+            results = await self._links.here().finish(self._put_many([change for _, change in many.values()]))
+            done.update(zip((place for place, _ in many.values()), results, strict=True))
+        return [done[place] for place in range(len(writes))]
 
     async def batch(self, writes: Sequence[Write]) -> None:
         check_batch(writes)
@@ -146,18 +152,18 @@ class MongoStore:
         sort = [(field, -1 if newest_first else 1) for field in ORDER]
         link = await self._opened()
         is_short = limit is not None and limit <= _CHUNK
-        found = await self._list(link, contract, wanted, sort, limit, None if is_short else ["_id"])
+        found = await find_all(link, contract, wanted, sort, limit, None if is_short else ["_id"])
         # Ids first and documents by id, unless one answer has all of them: what moves while somebody reads is
         # neither missed nor seen twice, and no cursor is kept open on the server meanwhile.
         for start in range(0, len(found), _CHUNK):
             documents = found[start : start + _CHUNK]
             if not is_short:
                 ids = [each["_id"] for each in documents]
-                read = await self._list(link, contract, {"_id": {"$in": ids}}, None, None, None)
+                read = await find_all(link, contract, {"_id": {"$in": ids}}, None, None, None)
                 by_id = {each["_id"]: each for each in read}
                 documents = [by_id[each] for each in ids if each in by_id]
             for document in documents:
-                record = await self._record(link, contract, None, document)
+                record = await standing(link, contract, None, document)
                 if record is not None and (include_removed or not record.removed):
                     yield record
 
@@ -230,98 +236,21 @@ class MongoStore:
         if not self._existing:
             await replay(link)
 
-    async def _find(self, link: Link, contract: Contract, name: Document) -> Document | None:
-        """The document of a name: by the id that Redis knows, if that is right, else by the index."""
-        entry = cache_name(contract, name)
-        if link.ids is not None and (text := await link.ids.get(entry)) is not None:
-            identity = id_from(text)
-            if identity is not None:
-                document = await self._find_one(link, contract, {"_id": identity})
-                if document is not None and is_named(document, name):
-                    return document
-            await link.ids.drop(entry)
-        document = await self._find_one(link, contract, name)
-        if document is not None and link.ids is not None:
-            await link.ids.set({entry: str(document["_id"])})
-        return document
-
-    async def _find_one(self, link: Link, contract: Contract, wanted: Document) -> Document | None:
-        return await link.ask(f"read a {contract.name}", lambda: link.collection(contract).find_one(wanted))
-
-    async def _list(
-        self,
-        link: Link,
-        contract: Contract,
-        wanted: Document,
-        sort: list[tuple[str, int]] | None,
-        limit: int | None,
-        fields: list[str] | None,
-    ) -> list[Document]:
-        if limit == 0:
-            return []
-
-        def cursor() -> AsyncCursor[Document]:
-            return link.collection(contract).find(wanted, fields, sort=sort, limit=limit or 0)
-
-        return await link.ask_all(f"list {contract.collection}", cursor)
-
-    async def _record(
-        self, link: Link, contract: Contract, name: Document | None, document: Document | None
-    ) -> Record | None:
-        """The record in a document that was read, once nothing holds it."""
-        patience = link.patience()
-        while document is not None:
-            hold = document.get("hold")
-            if not hold:
-                if document.get("rev") == 0:
-                    return None
-                try:
-                    return record_of(contract, document)
-                except Damaged as error:
-                    raise await mongo_damage.block(link, contract, document, error) from None
-            if "intent" not in hold:
-                raise mongo_damage.blocked(link, contract, document)
-            await settle(link, hold["intent"], contract, patience)
-            wanted = {"_id": document["_id"]} if name is None else name
-            document = await self._find_one(link, contract, wanted)
-        return None
-
     async def _put(self, change: Change) -> Record:
         link = self._links.here()
-        async with link.turns.hold([_turn(change)]):
+        async with link.turns.hold([turn_of(change)]):
             await self._opened()
-            return await Putting(link, change, partial(self._record, link)).run()
+            return await Putting(link, change).run()
 
-    async def _put_each(self, changes: Sequence[Change]) -> list[Record | BaseException]:
+    async def _put_many(self, changes: Sequence[Change]) -> list[Record | BaseException]:
         link = self._links.here()
-        done: list[Record | BaseException] = []
-
-        async def alone(change: Change, writer: str, is_sent: bool) -> Record:
-            return await Putting(link, change, partial(self._record, link), writer, is_sent=is_sent).run()
-
-        async def written(group: Sequence[Change], made: Mapping[int, ObjectId]) -> None:
-            if link.ids is not None:
-                names = {cache_name(group[at].contract, group[at].name): str(each) for at, each in made.items()}
-                await link.ids.set(names)
-
-        async with link.turns.hold([_turn(change) for change in changes]):
+        async with link.turns.hold([turn_of(change) for change in changes]):
             await self._opened()
-            # One after the other, for listings tell the order.
-            for (_, is_new), some in groupby(changes, lambda each: (each.contract, expectation(each.write) == ABSENT)):
-                group = list(some)
-                if is_new and len(group) > 1:
-                    done += await insert_each(link, group, alone, partial(written, group))
-                    continue
-                for change in group:
-                    try:
-                        done.append(await alone(change, link.next_writer(), False))
-                    except BacktestKitError as error:
-                        done.append(error)
-        return done
+            return await PuttingMany(link, changes).run()
 
     async def _batch(self, changes: Sequence[Change]) -> None:
         link = self._links.here()
-        async with link.turns.hold([_turn(change) for change in changes]):
+        async with link.turns.hold([turn_of(change) for change in changes]):
             await self._opened()
             batch = Batch(link, changes)
             await batch.run()
@@ -330,10 +259,6 @@ class MongoStore:
                 await link.ids.set(
                     {cache_name(each.contract, each.change.name): str(each.identity) for each in batch.done}
                 )
-
-
-def _turn(change: Change) -> tuple[Any, ...]:
-    return change.contract.name, *change.name.values()
 
 
 def _opening_is_over(link: Link, task: asyncio.Task[None]) -> None:

@@ -26,6 +26,7 @@ from backtest_kit.persist.backends.mongo_documents import (
     Change,
     Document,
     Planned,
+    identity_of,
     is_named,
     record_of,
     update_of,
@@ -123,7 +124,7 @@ class Batch:
             return await collection.find(wanted).to_list()
 
         read = await self._link.ask(_DOING, question, patience)
-        found = {_identity(document, group[0].contract): document for document in read}
+        found = {identity_of(document, group[0].contract): document for document in read}
         documents = [found.get(tuple(change.name.values())) for change in group]
         return [
             document if document is not None and is_named(document, change.name) else None
@@ -216,7 +217,3 @@ class Batch:
 def _collection(link: Link, contract: Contract) -> Any:
     """The documents of a contract for a transaction, whose concerns are its own."""
     return link.database[contract.collection]
-
-
-def _identity(document: Document, contract: Contract) -> tuple[Any, ...]:
-    return tuple(document.get(field) for field in ("namespace", *contract.key_fields))

@@ -18,7 +18,7 @@ from bson.objectid import ObjectId
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind, WriteRule
-from backtest_kit.persist.keys import check_key, path_of
+from backtest_kit.persist.keys import check_key
 from backtest_kit.persist.store import ABSENT, ANY, Expect, Key, Plain, Record, Write
 from backtest_kit.persist.writing import now_ms
 
@@ -44,6 +44,11 @@ class Change(NamedTuple):
     @property
     def contract(self) -> Contract:
         return self.write.contract
+
+    @property
+    def may_change_it(self) -> bool:
+        """Whether the write can do anything: not where the first one wins and there was one before."""
+        return self.contract.write_rule is not WriteRule.FIRST_WINS or isinstance(self.write.expect, str)
 
 
 class Planned(NamedTuple):
@@ -76,10 +81,9 @@ def name_of(namespace: str, contract: Contract, key: Key) -> Document:
     return {"namespace": namespace, **dict(zip(contract.key_fields, key, strict=False))}
 
 
-def cache_name(contract: Contract, name: Document) -> str:
-    """What the entry of a document is called in Redis; no two documents share one but by chance of a hash."""
-    namespace, *key = name.values()
-    return "/".join((contract.name, f"@{namespace}", *path_of(contract, tuple(key))))
+def identity_of(document: Mapping[str, Any], contract: Contract) -> tuple[Any, ...]:
+    """The values of the name of a whole document."""
+    return tuple(document.get(field) for field in ("namespace", *contract.key_fields))
 
 
 def matching(name: Document, expect: Expect) -> Document:

@@ -99,9 +99,9 @@ class Patience:
         return time.monotonic() >= self._until - _LAST
 
     async def pause(self) -> None:
-        """Wait a moment, longer each time."""
+        """Wait a moment, longer each time; who waits for a server learns soon that it is back."""
         await asyncio.sleep(min(self.left, self._pause * random.uniform(0.5, 1.5)))  # noqa: S311
-        self._pause = min(1.0, self._pause * 2)
+        self._pause = min(0.25, self._pause * 2)
 
 
 def _code(error: BaseException) -> int | None:

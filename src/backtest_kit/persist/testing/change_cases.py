@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
 
 import pytest
 
 from backtest_kit.errors import Conflict, UserError
+from backtest_kit.persist.backends.dummy import DummyStore
+from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract
-from backtest_kit.persist.store import ABSENT, Capability, Expect, Store, Write
-from backtest_kit.persist.testing.harness import MEMORY, Harness, each_contract, has, memory_write, sample_key
+from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Record, Store, Write
+from backtest_kit.persist.testing.harness import MEMORY, Harness, each_contract, has, memory_write, names, sample_key
+from backtest_kit.persist.writing import put_each
 
 SIGNAL, LOG = CONTRACTS["signal"], CONTRACTS["log"]
 KEY = sample_key(SIGNAL)
@@ -166,6 +170,30 @@ class ChangeCases(Harness):
             if self.expect_kept(found):
                 assert found is not None
                 assert found.rev >= after.rev
+
+    @pytest.mark.parametrize("seed", range(4))
+    async def test_many_at_once_come_out_as_one_after_the_other(self, store: Store, seed: int) -> None:
+        chance = random.Random(seed)  # noqa: S311
+        expectations: list[Expect] = [ANY, ANY, ABSENT, 1, 2] if has(store, CAS) else [ANY]
+        rows = (MEMORY, SIGNAL, LOG, CONTRACTS["storage"])
+        model = DummyStore() if self.forgets else MemoryStore()
+        for count in (0, 1, 40, 300):
+            writes = []
+            for number in range(count):
+                row = chance.choice(rows)
+                key = sample_key(row, str(chance.randrange(1 + count // 4)))
+                writes.append(Write(row, key, number, when=number, expect=chance.choice(expectations)))
+            for made, due in zip(await put_each(store, writes), await put_each(model, writes), strict=True):
+                if not isinstance(made, Record) or not isinstance(due, Record):
+                    assert type(made) is type(due), made
+                else:
+                    assert (made.key, made.value, made.rev, made.when) == (due.key, due.value, due.rev, due.when)
+            for row, key in {(write.contract, write.key) for write in writes}:
+                stands, right = await store.get(row, key), await model.get(row, key)
+                assert (stands and (stands.value, stands.rev)) == (right and (right.value, right.rev))
+            if has(store, Capability.ORDERED_SCAN):
+                for row in rows:
+                    assert await names(store.scan(row)) == await names(model.scan(row))
 
     async def test_batch_of_none_or_one_is_always_allowed(self, store: Store) -> None:
         await store.batch([])

@@ -1,0 +1,77 @@
+"""Reads of documents: by the id that Redis knows, by the index, and what a document says once nothing holds it."""
+
+from __future__ import annotations
+
+from pymongo.asynchronous.cursor import AsyncCursor
+
+from backtest_kit.errors import Damaged
+from backtest_kit.persist.backends import mongo_damage
+from backtest_kit.persist.backends.mongo_client import Link
+from backtest_kit.persist.backends.mongo_documents import Document, id_from, is_named, record_of
+from backtest_kit.persist.backends.mongo_intents import settle
+from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.keys import path_of
+from backtest_kit.persist.store import Record
+
+
+async def find(link: Link, contract: Contract, name: Document) -> Document | None:
+    """The document of a name: by the id that Redis knows, if that is right, else by the index."""
+    entry = cache_name(contract, name)
+    if link.ids is not None and (text := await link.ids.get(entry)) is not None:
+        identity = id_from(text)
+        if identity is not None:
+            document = await find_one(link, contract, {"_id": identity})
+            if document is not None and is_named(document, name):
+                return document
+        await link.ids.drop(entry)
+    document = await find_one(link, contract, name)
+    if document is not None and link.ids is not None:
+        await link.ids.set({entry: str(document["_id"])})
+    return document
+
+
+async def find_one(link: Link, contract: Contract, wanted: Document) -> Document | None:
+    return await link.ask(f"read a {contract.name}", lambda: link.collection(contract).find_one(wanted))
+
+
+async def find_all(
+    link: Link,
+    contract: Contract,
+    wanted: Document,
+    sort: list[tuple[str, int]] | None,
+    limit: int | None,
+    fields: list[str] | None,
+) -> list[Document]:
+    if limit == 0:
+        return []
+
+    def cursor() -> AsyncCursor[Document]:
+        return link.collection(contract).find(wanted, fields, sort=sort, limit=limit or 0)
+
+    return await link.ask_all(f"list {contract.collection}", cursor)
+
+
+async def standing(link: Link, contract: Contract, name: Document | None, document: Document | None) -> Record | None:
+    """The record in a document that was read, once nothing holds it."""
+    patience = link.patience()
+    while document is not None:
+        hold = document.get("hold")
+        if not hold:
+            if document.get("rev") == 0:
+                return None
+            try:
+                return record_of(contract, document)
+            except Damaged as error:
+                raise await mongo_damage.block(link, contract, document, error) from None
+        if "intent" not in hold:
+            raise mongo_damage.blocked(link, contract, document)
+        await settle(link, hold["intent"], contract, patience)
+        wanted = {"_id": document["_id"]} if name is None else name
+        document = await find_one(link, contract, wanted)
+    return None
+
+
+def cache_name(contract: Contract, name: Document) -> str:
+    """What the entry of a document is called in Redis; no two documents share one but by chance of a hash."""
+    namespace, *key = name.values()
+    return "/".join((contract.name, f"@{namespace}", *path_of(contract, tuple(key))))
