@@ -32,6 +32,8 @@ ScopeOf = Callable[[Mode, str | None, datetime | str | int | None], Scope]
 
 STORAGE: Final = CONTRACTS["storage"]
 RECENT: Final = CONTRACTS["recent"]
+_AHEAD: Final = 4
+"""How many records are looked through for each that is asked for, before all are."""
 
 
 class StoredSignal(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -196,14 +198,20 @@ async def newest(
         Damaged, RetryLater: as `Store.scan`.
     """
     check_limit(limit)
-    found: list[S] = []
     if limit == 0:
-        return found
-    async for record in scope.store(row).scan(row, prefix, newest_first=True):
-        if scope.sees(record) and wanted(each := read_as(kind, record.value)):
-            found.append(each)
-            if len(found) == limit:
-                break
+        return []
+    # Where the end is not told, some stores look at the name of every record first: a second for a million.
+    for most in (None,) if limit is None else (_AHEAD * limit, None):
+        found: list[S] = []
+        count = 0
+        async for record in scope.store(row).scan(row, prefix, limit=most, newest_first=True):
+            count += 1
+            if scope.sees(record) and wanted(each := read_as(kind, record.value)):
+                found.append(each)
+                if len(found) == limit:
+                    return found
+        if most is None or count < most:
+            break
     return found
 
 
