@@ -64,6 +64,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     never given up. At least 0."""
     CC_ORDER_CHECK_RETRY_ATTEMPTS: int = 5
     """How often in a row the venue may fail to tell how an order stands before that is an alarm. At least 0."""
+    CC_MAX_NOTIFICATION_DELIVERY_SECONDS: float = 15.0
+    """How long a sink may take for one notification before that has failed and is tried again. Above 0."""
     CC_RETENTION_LOG_DAYS: float = 30.0
     """How long lines of the log are kept, in days; `inf` is for ever. Above 0, like all that follow."""
     CC_RETENTION_LOG_COUNT: float = math.inf
@@ -112,7 +114,12 @@ _AT_LEAST: Final[dict[str, float]] = {
 _RETENTION: Final = tuple(
     field.name for field in msgspec.structs.fields(Settings) if field.name.startswith("CC_RETENTION_")
 )
-_ABOVE_ZERO: Final = ("CC_MAX_SIGNAL_GENERATION_SECONDS", "CC_POSITION_ENTRY_COST", *_RETENTION)
+_ABOVE_ZERO: Final = (
+    "CC_MAX_SIGNAL_GENERATION_SECONDS",
+    "CC_POSITION_ENTRY_COST",
+    "CC_MAX_NOTIFICATION_DELIVERY_SECONDS",
+    *_RETENTION,
+)
 _BOOLEANS: Final = {
     "true": True,
     "1": True,

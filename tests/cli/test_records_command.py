@@ -181,6 +181,31 @@ def test_records_are_listed_and_shown(place: Path) -> None:
     assert "store ls signal" in run("records", "ls", "signal", cwd=place, code=2)
 
 
+def test_what_has_no_symbol_is_not_listed_by_one(place: Path) -> None:
+    for name in ("state", "memory", "measure", "interval"):
+        refused = run("records", "ls", name, "--symbol", "BTCUSDT", cwd=place, code=2)
+        assert (
+            f"{name} cannot be listed by --symbol: its records are known by {CONTRACTS[name].key_fields[0]}" in refused
+        )
+        assert f"backtest-kit store ls {name}" in refused
+    both = run("records", "ls", "state", "--symbol", "BTCUSDT", "--strategy", "trend", cwd=place, code=2)
+    assert "cannot be listed by --symbol and --strategy" in both
+    counted, _, left_out = run("records", "ls", "--symbol", "BTCUSDT", cwd=place).partition("not counted, as --symbol")
+    assert left_out == " cannot narrow them down: measure, interval, memory, state\n"
+    assert "storage" in counted
+    assert "state" not in counted, "of the sinks"
+    assert "not counted" not in run("records", "ls", "--since", "2024-06-01", cwd=place)
+
+
+def test_a_limit_of_0_is_nothing_and_one_below_is_refused(place: Path) -> None:
+    listed = {("records", "ls", "storage"): "s-2", ("log",): "ETHUSDT", ("store", "ls", "storage"): "s-2"}
+    for command, name in listed.items():
+        assert name in run(*command, "-n", "1", cwd=place)
+        assert name not in run(*command, "-n", "0", cwd=place)
+        assert "greater than or equal" in run(*command, "-n", "-1", cwd=place, code=2)
+    assert "storage" in run("records", "ls", "-n", "0", cwd=place), "how many there are is no list"
+
+
 def test_records_in_files_are_found_wherever_the_rest_is_bound(tmp_path: Path) -> None:
     async def keep() -> None:
         kit = bk.Kit(tmp_path / "dump")

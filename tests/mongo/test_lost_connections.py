@@ -66,6 +66,14 @@ async def put_over(store: MongoStore, name: str) -> None:
     assert (await store.put(Write(SIGNAL, key_of(name), "new"))).rev == 2
 
 
+async def put_new(store: MongoStore, name: str) -> None:
+    new = [Write(SIGNAL, key_of(f"{name}{tail}"), "new", expect="absent") for tail in ("", "-2", "-3")]
+    for done in await store.put_each(new):
+        if isinstance(done, BaseException):
+            raise done
+        assert done.rev == 1
+
+
 async def compare_and_set(store: MongoStore, name: str) -> None:
     assert (await store.put(Write(SIGNAL, key_of(name), "new", expect=1))).rev == 2
 
@@ -80,6 +88,7 @@ async def bulk(store: MongoStore, name: str) -> None:
 
 CASES = {
     "put": (Case(0, put), 32),
+    "put new records in one go": (Case(0, put_new), 32),
     "put over a record": (Case(1, put_over), 32),
     "put over a record without transactions": (Case(1, put_over), 32),
     "compare and set": (Case(1, compare_and_set), 32),

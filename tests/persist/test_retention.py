@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from backtest_kit.errors import UserError
-from backtest_kit.persist.contracts import CONTRACTS, LEASE, Durability, Kind
+from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability, Kind
 from backtest_kit.persist.retention import DAY_MS, Retention, Rule, compact, retention_of
 from backtest_kit.persist.store import Key, Store, Write
 from backtest_kit.persist.testing.harness import sample_key
@@ -151,3 +152,33 @@ def test_the_settings_are_checked() -> None:
     assert math.inf == with_settings(Settings(), {"CC_RETENTION_LOG_DAYS": "inf"}).CC_RETENTION_LOG_DAYS
     with pytest.raises(UserError, match="CC_RETENTION_LOG_DAYS is 0: it must be above 0"):
         with_settings(Settings(), {"CC_RETENTION_LOG_DAYS": 0})
+
+
+@pytest.mark.parametrize("written_meanwhile", [False, True])
+async def test_records_are_counted_once_unless_some_are_written_meanwhile(
+    store: Store, monkeypatch: pytest.MonkeyPatch, written_meanwhile: bool
+) -> None:
+    """Counting a million of them for every part would take minutes."""
+    monkeypatch.setattr("backtest_kit.persist.retention._PART", 7)
+    writes = [Write(STORAGE, (False, f"s-{number:02d}"), number) for number in range(50)]
+    for write in writes:
+        await store.put(write)
+    counts: list[int] = []
+    kind: Any = type(store)
+    count, prune = kind.count, kind.prune
+
+    async def counted(self: Store, contract: Contract) -> int:
+        counts.append(0)
+        return int(await count(self, contract))
+
+    async def prune_after_a_write(self: Store, contract: Contract, revisions: Mapping[Key, int]) -> int:
+        if written_meanwhile and writes[0].key in revisions:
+            await self.put(writes[0])
+        return int(await prune(self, contract, revisions))
+
+    monkeypatch.setattr(kind, "count", counted)
+    monkeypatch.setattr(kind, "prune", prune_after_a_write)
+    await compact(store, Retention({"storage": Rule(last=10)}, math.inf, Rule()))
+    left = [record.value async for record in store.scan(STORAGE)]
+    assert left == [*range(41, 50), 0] if written_meanwhile else left == list(range(40, 50))
+    assert len(counts) == 1 + written_meanwhile

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import pytest_asyncio
-from tests.records.stores import SHARED, STORES
+from tests.records.stores import MONGO, SHARED, STORES, address_on
 
 import backtest_kit as bk
 from backtest_kit.model.event import Mode
@@ -47,14 +47,16 @@ def run_of(kit: bk.Kit, mode: Mode = "live", run_id: str | None = None, **identi
     return kit.records.of_run(bk.Identity(**names, mode=mode), run_id)
 
 
-@pytest.fixture(params=STORES)
-def address(request: pytest.FixtureRequest) -> str:
-    return STORES[request.param]
+@pytest.fixture(params=[*STORES, MONGO])
+def address(request: pytest.FixtureRequest) -> Iterator[str]:
+    with address_on(request.param, request) as address:
+        yield address
 
 
-@pytest.fixture(params=SHARED)
-def shared_address(request: pytest.FixtureRequest) -> str:
-    return SHARED[request.param]
+@pytest.fixture(params=[*SHARED, MONGO])
+def shared_address(request: pytest.FixtureRequest) -> Iterator[str]:
+    with address_on(request.param, request) as address:
+        yield address
 
 
 @pytest_asyncio.fixture

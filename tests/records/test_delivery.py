@@ -166,6 +166,115 @@ async def test_a_receiver_that_hangs_stops_neither_the_trading_nor_the_closing(
     assert "sink hanging: not everything was delivered" in caplog.text
 
 
+async def test_a_sink_that_never_answers_is_cancelled_and_tried_again(
+    kit: bk.Kit, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    kit.set_config(CC_MAX_NOTIFICATION_DELIVERY_SECONDS=0.05)
+    never, told, ended = asyncio.Event(), list[str](), list[str]()
+
+    async def hang(notification: Notification) -> None:
+        if len(ended) < 2:
+            try:
+                await never.wait()
+            finally:
+                await asyncio.sleep(0)
+                ended.append(notification.signal_id)
+        told.append(notification.signal_id)
+
+    kit.records.notification.sink(hang, name="hanging")
+    await observe(kit, [opened("s-1"), opened("s-2", 1)])
+    await receiver.until(lambda: len(told) == 2)
+    assert told == ["s-1", "s-2"]
+    assert ended == ["s-1", "s-1"], "each try was awaited to its end before the next began"
+    assert "sink hanging: attempt 1 failed: it has not answered within 0.05 s" in caplog.text
+    await kit.close()
+    assert not [task for task in asyncio.all_tasks() if "hanging" in task.get_name()]
+
+
+async def test_a_sink_that_does_not_end_when_it_is_cancelled_is_not_begun_twice(
+    kit: bk.Kit, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(delivery, "GRACE_S", 0.005)
+    kit.set_config(CC_MAX_NOTIFICATION_DELIVERY_SECONDS=0.01)
+    gate, begun, told = asyncio.Event(), list[str](), list[str]()
+
+    async def stubborn(notification: Notification) -> None:
+        begun.append(notification.signal_id)
+        while not gate.is_set():
+            try:
+                await gate.wait()
+            except asyncio.CancelledError:
+                continue
+        told.append(notification.signal_id)
+
+    kit.records.notification.sink(stubborn, name="stubborn")
+    await observe(kit, [opened("s-1")])
+    await receiver.until(lambda: "goes on all the same" in caplog.text)
+    await asyncio.sleep(0.05)
+    assert begun == ["s-1"]
+    async with asyncio.timeout(5):
+        await kit.close()
+    gate.set()
+    await receiver.until(lambda: told == ["s-1"])
+
+
+async def test_a_sink_that_cancels_itself_is_tried_again(kit: bk.Kit, receiver: Receiver) -> None:
+    tries: list[str] = []
+
+    async def fickle(notification: Notification) -> None:
+        tries.append(notification.signal_id)
+        if len(tries) == 1:
+            raise asyncio.CancelledError
+
+    kit.records.notification.sink(fickle)
+    await observe(kit, [opened("s-1")])
+    await receiver.until(lambda: len(tries) == 2)
+    await kit.close()
+
+
+async def test_a_function_that_hangs_takes_one_thread_and_none_of_the_stores(kit: bk.Kit, receiver: Receiver) -> None:
+    kit.set_config(CC_MAX_NOTIFICATION_DELIVERY_SECONDS=0.01)
+    gate, calls, threads = threading.Event(), list[str](), set[str]()
+
+    def hang(notification: Notification) -> None:
+        calls.append(notification.signal_id)
+        threads.add(threading.current_thread().name)
+        assert gate.wait(20)
+
+    kit.records.notification.sink(hang, name="hanging")
+    await observe(kit, [opened("s-1"), opened("s-2", 1)])
+    kit.records.of_run(IDENTITY, None).urge([opened("s-3", 2)])
+    async with asyncio.timeout(20):
+        for _ in range(50):  # many a try's time
+            await asyncio.sleep(0.002)
+            await asyncio.to_thread(int)
+    assert len(calls) == 1
+    assert not any(name.startswith("asyncio") for name in threads), "those are for the stores"
+    gate.set()
+    await receiver.until(lambda: {"s-1", "s-2", "s-3"} <= set(calls))
+    await kit.close()
+    assert calls.count("s-2") == 1
+
+
+async def test_what_a_thread_has_done_after_it_was_given_up_is_done(kit: bk.Kit, receiver: Receiver) -> None:
+    kit.set_config(CC_MAX_NOTIFICATION_DELIVERY_SECONDS=0.02)
+    gate, calls = threading.Event(), list[str]()
+
+    def slow(notification: Notification) -> None:
+        calls.append(notification.signal_id)
+        assert gate.wait(20)
+
+    kit.records.notification.sink(slow)
+    await observe(kit, [opened("s-1")])
+    await receiver.until(lambda: calls == ["s-1"])
+    await asyncio.sleep(0.05)
+    gate.set()
+    await observe(kit, [opened("s-2", 1)])
+    await receiver.until(lambda: "s-2" in calls)
+    await kit.close()
+    assert calls == ["s-1", "s-2"]
+
+
 async def test_a_function_is_a_sink_and_its_errors_are_tried_again(
     kit: bk.Kit, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:

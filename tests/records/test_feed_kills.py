@@ -49,9 +49,12 @@ async def test_what_is_acknowledged_stays_and_what_is_said_soon_does(shared_addr
     for name in kept:
         where: Any = {"strategy_name": "trend", "exchange_name": "binance", "symbol": f"S{name}"}
         assert await kit.persistence.signal.read(**where) == {"id": name}
-    lines = [line.message for line in await kit.records.log.list(limit=None)]
-    assert set(said) <= set(lines)
-    assert len(lines) == len(set(lines))
+    lines = [line.message for line in reversed(await kit.records.log.list(limit=None))]
+    for life in range(5):
+        numbers = [int(line.partition("-")[2]) for line in lines if line.startswith(f"{life}-")]
+        assert numbers == list(range(len(numbers))), "each once, in their order, and nothing between them is lost"
+    if not shared_address.startswith("mongodb"):  # the log lies in files; a server answers when it does
+        assert set(said) <= set(lines)
     assert len(kept) > 5
     assert len(said) > 5
     await kit.close()

@@ -145,9 +145,8 @@ async def test_a_listing_goes_on_where_it_was_when_its_segments_are_replaced(
         await store.close()
 
 
-@pytest.mark.parametrize("address", SHARED.values(), ids=SHARED)
-async def test_writes_of_one_go_have_outcomes_of_their_own(tmp_path: Path, address: str) -> None:
-    store = store_at(address.format(place=tmp_path))
+async def test_writes_of_one_go_have_outcomes_of_their_own(tmp_path: Path, shared_address: str) -> None:
+    store = store_at(shared_address.format(place=tmp_path))
     await store.put(Write(STORAGE, (False, "taken"), 1))
     done = await put_each(
         store,
@@ -161,4 +160,25 @@ async def test_writes_of_one_go_have_outcomes_of_their_own(tmp_path: Path, addre
     assert [each.rev if not isinstance(each, BaseException) else type(each) for each in done] == [1, bk.Conflict, 2, 1]
     assert [record.value async for record in store.scan(STORAGE)] == [1, 2]
     assert await put_each(store, []) == []
+    await store.close()
+
+
+async def test_new_records_of_one_go_stay_in_order_around_what_was_there(tmp_path: Path, shared_address: str) -> None:
+    store = store_at(shared_address.format(place=tmp_path))
+    await store.put(line(3))
+    await store.put(Write(STORAGE, (False, "b"), "old"))
+    assert await put_each(store, [line(number) for number in (1, 2, 3, 4, 5, 4)]) == [
+        record for name in "123454" async for record in store.scan(LOG) if record.key == (f"{name:0>9}",)
+    ]
+    assert [record.key[0] async for record in store.scan(LOG)] == [f"{number:09d}" for number in (3, 1, 2, 4, 5)]
+    names = ("a", "b", "c", "c", "d")
+    done = await put_each(store, [Write(STORAGE, (False, name), name, expect="absent") for name in names])
+    assert [None if isinstance(each, BaseException) else each.rev for each in done] == [1, None, 1, None, 1]
+    assert {type(each) for each in done if isinstance(each, BaseException)} == {bk.Conflict}
+    assert [record.value async for record in store.scan(STORAGE)] == ["old", "a", "c", "d"]
+    too_large = Write(STORAGE, (False, "large"), "x" * (17 << 20), expect="absent")
+    around = [Write(STORAGE, (False, name), name, expect="absent") for name in ("e", "f")]
+    done = await put_each(store, [around[0], too_large, around[1]])
+    assert [isinstance(each, BaseException) for each in (done[0], done[2])] == [False, False]
+    assert [await store.get(STORAGE, (False, name)) is not None for name in "ef"] == [True, True]
     await store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import textwrap
@@ -164,6 +165,76 @@ async def test_a_corrected_function_does_not_run_again(kit: bk.Kit) -> None:
     assert await defined("right")(minute(5)) is None
     assert await defined("right", version="2")(minute(5)) == "right"
     assert await defined("right", name="another")(minute(5)) == "right"
+
+
+REPORT = """
+def define(once, **options):
+    @once("1d", **options)
+    async def report(ctx):
+        return {result!r}
+
+    return report
+"""
+
+
+def file_of(path: Path, source: str) -> Any:
+    """A strategy file, read as the command line reads it: each under the same name of a module."""
+    path.write_text(source)
+    space = {"__name__": "strategy_file", "__file__": str(path)}
+    exec(compile(source, path, "exec"), space)  # noqa: S102
+    return space["define"]
+
+
+async def test_functions_of_one_name_in_two_files_do_not_share_windows_unasked(kit: bk.Kit, tmp_path: Path) -> None:
+    once = kit.records.interval.once
+    one, two = (file_of(tmp_path / f"{each}.py", REPORT.format(result=each)) for each in ("one", "two"))
+    assert await one(once)(minute(0)) == "one"
+    for options in ({}, {"name": "define.<locals>.report"}):
+        with pytest.raises(bk.UserError, match=r"one\.py:\d+\) and .*two\.py:\d+\) are two functions of one name"):
+            two(once, **options)
+    assert await two(once, name="report of two")(minute(0)) == "two"
+    assert await one(once, name="shared")(minute(0)) == "one"
+    assert await two(once, name="shared")(minute(0)) is None, "it was said so"
+    assert await one(once)(minute(1)) is None, "the first one keeps its windows"
+
+
+async def test_two_functions_of_one_name_in_one_file_need_names(kit: bk.Kit, tmp_path: Path) -> None:
+    def defined(coin: object) -> Once[Any]:
+        @kit.records.interval.once("1h")
+        async def report(ctx: Any, coin: object = coin) -> object:
+            return coin
+
+        return report
+
+    assert await defined("BTC")(minute(0)) == "BTC"
+    assert await defined("BTC")(minute(0)) is None, "it is the same function"
+    for other in ("ETH", 1, object()):
+        with pytest.raises(bk.UserError, match="two functions of one name"):
+            defined(other)
+    source = REPORT.format(result="first") + "\n\nfirst = define\n" + REPORT.format(result="second")
+    define = file_of(tmp_path / "twice.py", source)
+    first = define.__globals__["first"]
+    assert await first(kit.records.interval.once)(minute(0)) == "first"
+    with pytest.raises(bk.UserError, match=r"twice\.py:3\) and .*twice\.py:13\)"):
+        define(kit.records.interval.once)
+
+
+async def test_an_edited_file_that_is_read_again_goes_on_with_its_windows(kit: bk.Kit, tmp_path: Path) -> None:
+    path = tmp_path / "trend.py"
+    assert await file_of(path, REPORT.format(result="wrong"))(kit.records.interval.once)(minute(0)) == "wrong"
+    again = file_of(path, "import math\n\n" + REPORT.format(result="right"))
+    os.utime(path, ns=(1, 1))
+    edited = again(kit.records.interval.once)
+    assert await edited(minute(0)) is None
+    assert await edited(minute(24 * 60)) == "right"
+
+
+async def test_keys_of_two_types_have_windows_of_their_own(kit: bk.Kit) -> None:
+    work = Work()
+    once = work.once_by(kit, key=lambda ctx, result: result)
+    for each in (1, "1", 1.0, True, "true", None, "null"):
+        assert await once(minute(0), each) == each
+    assert len(work.done) == 7
 
 
 async def test_a_context_is_asked_for(kit: bk.Kit) -> None:

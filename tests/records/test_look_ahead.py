@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 from tests.records.conftest import Minute, kit_on, run_of
-from tests.records.stores import STORES
+from tests.records.stores import MONGO, STORES, address_on
 
 import backtest_kit as bk
 
@@ -68,13 +68,18 @@ class Reader:
             assert all(value["written_at"] <= when_ms for value in values)
 
 
-@pytest.mark.parametrize("store", STORES)
-def test_nothing_of_a_later_moment_is_seen(store: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    @settings(max_examples=60 if store == "memory" else 12)
+EXAMPLES = {"memory": 60, MONGO: 5}
+
+
+@pytest.mark.parametrize("store", [*STORES, MONGO])
+def test_nothing_of_a_later_moment_is_seen(
+    store: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    @settings(max_examples=EXAMPLES.get(store, 12))
     @given(st.lists(WRITES, max_size=20), TIMES, HELD)
     def law(writes: list[tuple[str, int, str | None, str]], when_ms: int, held_id: str | None) -> None:
-        async def check(place: Path) -> None:
-            kit = kit_on(STORES[store], place)
+        async def check(address: str, place: Path) -> None:
+            kit = kit_on(address, place)
             reader = Reader(kit)
             for write in writes:
                 await reader.write(*write)
@@ -85,7 +90,8 @@ def test_nothing_of_a_later_moment_is_seen(store: str, tmp_path_factory: pytest.
                 assert answer["written_at"] <= when_ms
             await kit.close()
 
-        asyncio.run(check(tmp_path_factory.mktemp("law")))
+        with address_on(store, request) as address:
+            asyncio.run(check(address, tmp_path_factory.mktemp("law")))
 
     law()
 

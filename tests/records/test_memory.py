@@ -109,6 +109,12 @@ async def test_search_ranks_by_what_is_there(kit: bk.Kit) -> None:
         found = [entry.memory_id for entry in await memory.search(nothing)]
         assert found == [], nothing
     assert await memory.search("funding", k=0) == []
+    with pytest.raises(bk.UserError, match="k is -1"):
+        await memory.search("funding", k=-1)
+    assert (await memory.list(limit=0), await memory.as_messages(limit=0)) == ([], [])
+    for listed in (memory.list, memory.as_messages):
+        with pytest.raises(bk.UserError, match="limit is -1"):
+            await listed(limit=-1)
     await memory.write("a", "rewritten")
     assert [entry.memory_id for entry in await memory.search("funding rewritten")] in (["a", "b"], ["b", "a"])
 

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.records.stores import STORES
 
 import backtest_kit as bk
 
 Backtest = Callable[..., Any]
+
+without_server = pytest.mark.parametrize("address", STORES, indirect=True)
+"""What is decided above the stores, and makes thousands of writes that a test server would take half a minute for."""
 
 
 async def count(ctx: bk.Context) -> None:
@@ -32,6 +36,7 @@ async def test_a_run_begins_without_records(kit: bk.Kit, backtest: Backtest) -> 
     assert await asked(kit, "another").get() is None
 
 
+@without_server
 async def test_the_runs_that_have_kept_something_are_known(kit: bk.Kit, backtest: Backtest) -> None:
     assert await kit.records.runs() == []
     await backtest(lambda ctx: None, run_id="idle")
@@ -40,6 +45,7 @@ async def test_the_runs_that_have_kept_something_are_known(kit: bk.Kit, backtest
     assert await kit.records.runs() == sorted([first.run_id, "My run / 2"])
 
 
+@without_server
 async def test_a_named_run_goes_on_with_its_records(kit: bk.Kit, backtest: Backtest) -> None:
     kit.add_frame_schema("next", start_date="2024-06-02", end_date="2024-06-03")
     first = await backtest(count, run_id="mine")
@@ -56,6 +62,7 @@ async def test_a_named_run_goes_on_with_its_records(kit: bk.Kit, backtest: Backt
     assert len(notes) == 192
 
 
+@without_server
 async def test_a_run_over_the_same_days_again_does_not_see_its_own_future(kit: bk.Kit, backtest: Backtest) -> None:
     await backtest(count, run_id="mine")
     seen: list[object] = []
@@ -113,6 +120,7 @@ def test_the_records_of_a_backtest_lie_in_files_apart_from_those_of_live(tmp_pat
     asyncio.run(kit.close())
 
 
+@without_server
 async def test_a_resting_entry_and_its_position_share_what_is_noted(kit: bk.Kit, backtest: Backtest) -> None:
     seen: dict[str, list[str]] = {}
 
@@ -140,6 +148,7 @@ async def test_a_resting_entry_and_its_position_share_what_is_noted(kit: bk.Kit,
     assert len(seen) > 2
 
 
+@without_server
 async def test_strategies_that_are_compared_have_runs_of_their_own(kit: bk.Kit, backtest: Backtest) -> None:
     kit.add_strategy_schema("one", interval="1h", get_signal=count)
     kit.add_strategy_schema("two", interval="1h", get_signal=count)
@@ -159,6 +168,7 @@ async def test_strategies_that_are_compared_have_runs_of_their_own(kit: bk.Kit, 
         assert sorted([await state.get(0) for state in states]) == [0, 0, 0, 24]
 
 
+@without_server
 async def test_a_run_that_is_under_way_cannot_be_started_again(kit: bk.Kit, backtest: Backtest) -> None:
     await backtest(count, run_id="mine")
     where: Any = {"strategy_name": "trend", "exchange_name": "demo", "frame_name": "day"}

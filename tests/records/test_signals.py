@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -27,6 +27,40 @@ async def trend(ctx: bk.Context) -> bk.Signal | None:
     if close[-1] < close.mean():
         return None
     return bk.Signal.bracket("long", price=ctx.price, take_profit_pct=1, stop_loss_pct=1)
+
+
+async def test_a_limit_of_0_is_nothing_and_one_below_is_refused(kit: bk.Kit) -> None:
+    await observe(kit, [opened("s-1"), opened("s-2", 1)])
+    kit.records.of_run(IDENTITY, None).log(NOON_MS).info("quiet")
+    lists: list[Callable[..., Any]] = [kit.records.storage.list, kit.records.notification.list, kit.records.log.list]
+    for listed in lists:
+        assert len(await listed(limit=1)) == 1
+        assert await listed(limit=0) == []
+        with pytest.raises(bk.UserError, match="limit is -1"):
+            await listed(limit=-1)
+
+
+async def test_the_last_ones_are_listed_without_a_look_at_all_the_others(tmp_path: Path) -> None:
+    class Watched(MemoryStore):
+        limits: ClassVar[list[int | None]] = []
+
+        async def scan(self, *given: Any, limit: int | None = None, **options: Any) -> AsyncIterator[Record]:
+            self.limits.append(limit)
+            async for record in super().scan(*given, limit=limit, **options):
+                yield record
+
+    kit = bk.Kit(tmp_path)
+    kit.persistence.bind("*", Watched())
+    await observe(kit, [opened(f"s-{number:02d}", number) for number in range(60)])
+    storage = kit.records.storage
+    Watched.limits.clear()
+    assert [each.signal_id for each in await storage.list(limit=2)] == ["s-59", "s-58"]
+    assert Watched.limits == [8]
+    assert [each.signal_id for each in await storage.list(limit=2, when=NOON_MS + 3 * MINUTE_MS)] == ["s-03", "s-02"]
+    assert [each.signal_id for each in await storage.list(limit=70)][::59] == ["s-59", "s-00"]
+    assert Watched.limits == [8, 8, None, 280]
+    assert len(await storage.list()) == 60
+    await kit.close()
 
 
 async def test_a_signal_is_found_in_its_latest_state(kit: bk.Kit) -> None:

@@ -312,7 +312,7 @@ def records_ls(
     mode: options.RecordMode = "live",
     run: options.RunId = None,
     since: options.Since = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many records at most.")] = 50,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="How many records at most.")] = 50,
     as_json: options.AsJson = False,
     store: options.StoreUrl = options.DEFAULT_STORE,
 ) -> None:
@@ -432,7 +432,7 @@ def ls(
     prefix: Annotated[str, typer.Argument(help="Only keys that begin so: components with / between them.")] = "",
     store: options.StoreUrl = options.DEFAULT_STORE,
     namespace: options.Namespace = "",
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many records at most.")] = 50,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="How many records at most.")] = 50,
     removed: Annotated[bool, typer.Option("--removed", help="Show removed records as well.")] = False,
 ) -> None:
     """List the records of a contract, newest first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -16,10 +16,22 @@ from backtest_kit.model.interval import iso, to_ms
 from backtest_kit.persist import operations
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Kind, contract
 from backtest_kit.persist.store import Record, Store
+from backtest_kit.records.log import LogLine
+from backtest_kit.records.notification import Notification
+from backtest_kit.records.signals import StoredSignal
 
 _SHOWN = tuple(
     row for row in CONTRACTS.values() if row.kind is not Kind.SERIES and row.durability is not Durability.MONEY
 )
+
+_VALUES: Final[dict[str, type[msgspec.Struct]]] = {
+    "storage": StoredSignal,
+    "recent": StoredSignal,
+    "notification": Notification,
+    "log": LogLine,
+}
+"""What a value is, where it is always the same."""
+_OPTIONS: Final = {"symbol": "--symbol", "strategyName": "--strategy"}
 
 
 class Filter(msgspec.Struct, frozen=True):
@@ -28,6 +40,13 @@ class Filter(msgspec.Struct, frozen=True):
     symbol: str | None = None
     strategy_name: str | None = None
     since_ms: int | None = None
+
+    def lacks(self, row: Contract) -> list[str]:
+        """What is asked for by a name that records of this contract do not have."""
+        struct = _VALUES.get(row.name)
+        names = {*row.key_fields, *(() if struct is None else struct.__struct_encode_fields__)}
+        asked = {"symbol": self.symbol, "strategyName": self.strategy_name}
+        return [_OPTIONS[name] for name, value in asked.items() if value is not None and name not in names]
 
     def takes(self, row: Contract, record: Record) -> bool:
         fields = fields_of(row, record)
@@ -41,12 +60,21 @@ class Filter(msgspec.Struct, frozen=True):
 def run_ls(
     url: str, contract_name: str | None, mode: str, run_id: str | None, only: Filter, limit: int, as_json: bool
 ) -> None:
-    """List the records of a contract, newest first; without one, how many of each contract there are."""
+    """List the records of a contract, newest first; without one, how many of each contract there are.
+
+    Raises:
+        UserError: the contract is none that is shown here, or its records do not tell what they are to be found by.
+    """
     contracts = _SHOWN if contract_name is None else (record_contract(contract_name),)
+    left_out = [row for row in contracts if only.lacks(row)]
+    if contract_name is not None and left_out:
+        raise UserError(_cannot_be_found_by(only, contracts[0]))
+    contracts = tuple(row for row in contracts if row not in left_out)
+    is_overview = contract_name is None and not as_json
 
     async def read(store: Store) -> list[tuple[Contract, list[Record], int]]:
         space = space_of(store, mode, run_id)
-        return [(row, *await _read(space, row, only, limit)) for row in contracts]
+        return [(row, *await _read(space, row, only, 1 if is_overview else limit)) for row in contracts]
 
     listed = [with_store(address, read) for address in _addresses(url)]
     # Of each contract, from the first place that has any of it.
@@ -55,7 +83,7 @@ def run_ls(
         for row, records, _ in found:
             for record in records:
                 sys.stdout.write(json.dumps(_as_json(row, record), ensure_ascii=False) + "\n")
-    elif contract_name is None:
+    elif is_overview:
         rows = table("Contract", "Records", "Last")
         for row, records, count in found:
             if count:
@@ -67,6 +95,9 @@ def run_ls(
             for record in records:
                 add(rows, _time(record), operations.text_of(row, record.key), summary_of(row, record))
         console().print(rows)
+    if left_out:
+        names = ", ".join(row.name for row in left_out)
+        sys.stderr.write(f"not counted, as {' and '.join(only.lacks(left_out[0]))} cannot narrow them down: {names}\n")
 
 
 def run_show(url: str, contract_name: str, key_text: str, mode: str, run_id: str | None, as_json: bool) -> None:
@@ -91,6 +122,14 @@ def run_show(url: str, contract_name: str, key_text: str, mode: str, run_id: str
     for name, item in (dict(zip(row.key_fields, record.key, strict=True)) | value).items():
         add(rows, name, _readable(name, item))
     console().print(rows)
+
+
+def _cannot_be_found_by(only: Filter, row: Contract) -> str:
+    return (
+        f"{row.name} cannot be listed by {' and '.join(only.lacks(row))}: its records are known by "
+        f"{', '.join(row.key_fields)}. Use --since, --mode and --run, or list those whose key begins as you say: "
+        f"backtest-kit store ls {row.name} {row.key_fields[0].upper()}"
+    )
 
 
 def _addresses(url: str) -> list[str]:

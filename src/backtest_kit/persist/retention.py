@@ -129,15 +129,18 @@ async def _compact_contract(
     rule = retention.of(row)
     records = size = 0
     fault = None
+    surplus = await _surplus(store, row, rule)
     more = True
     while more:
         more = False
         doomed: dict[Key, int] = {}
+        counted = 0
         try:
-            async with aclosing(_expired(store, row, rule, retention.removed_days, at_ms)) as expired:
+            async with aclosing(_expired(store, row, rule, retention.removed_days, at_ms, surplus)) as expired:
                 async for record in expired:
                     records += 1
                     size += len(dump_value(record.value))
+                    counted += not record.removed
                     if not look_only:
                         doomed[record.key] = record.rev
                     if len(doomed) >= _PART:
@@ -148,19 +151,26 @@ async def _compact_contract(
         # Between two scans and not inside of one, which would have to find its place again among what is left.
         pruned = await store.prune(row, doomed) if doomed and isinstance(store, Prunes) else 0
         more = more and pruned > 0
+        # To count them takes a look at every one: it is done anew only where somebody has written some meanwhile.
+        surplus = surplus - counted if pruned == len(doomed) or not more else await _surplus(store, row, rule)
     return Expired(namespace, row.name, records, size, fault)
 
 
+async def _surplus(store: Store, row: Contract, rule: Rule) -> int:
+    """How many records are too many."""
+    if math.isinf(rule.last) or not isinstance(store, Prunes):
+        return 0
+    return await store.count(row) - int(rule.last)
+
+
 async def _expired(
-    store: Store, row: Contract, rule: Rule, removed_days: float, at_ms: int
+    store: Store, row: Contract, rule: Rule, removed_days: float, at_ms: int, surplus: int
 ) -> AsyncGenerator[Record, None]:
     """What is not to be kept, the oldest first, or those that are too many first."""
     shortest = min(rule.days, removed_days)
-    surplus = seen = 0
-    if not math.isinf(rule.last) and isinstance(store, Prunes):
-        surplus = await store.count(row) - int(rule.last)
-    elif math.isinf(shortest):
+    if surplus <= 0 and math.isinf(shortest):
         return
+    seen = 0
     async for record in store.scan(row, include_removed=True):
         seen += 1
         if seen % _TURN == 0:

@@ -13,6 +13,7 @@ from typing import Final, Literal, Protocol
 
 import msgspec
 
+from backtest_kit.errors import UserError
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.persist.contracts import Contract
 
@@ -169,10 +170,13 @@ class Store(Protocol):
         newest_first: bool = False,
         include_removed: bool = False,
     ) -> AsyncIterator[Record]:
-        """The records whose key begins with `prefix`, in order of their last write.
+        """The records whose key begins with `prefix`, in order of their last write; no more than `limit`, of 0 none.
 
         A damaged record raises `Damaged` when the scan reaches it. Writing while scanning is allowed;
         a record that is written meanwhile appears at most once.
+
+        Raises:
+            UserError: no key begins so, or `limit` is below 0.
         """
         ...
 
@@ -182,3 +186,9 @@ class Store(Protocol):
         `within("")` is the store itself. Closing a namespace does not close its parent.
         """
         ...
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise `UserError` if `limit` is below 0: at least that many is not what anyone means."""
+    if limit is not None and limit < 0:
+        raise UserError(f"limit is {limit}: give how many there may be at most, or None for all")

@@ -35,7 +35,7 @@ from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.persist.backends.memory import copy_plain, merge
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.keys import check_key, escape, path_of
-from backtest_kit.persist.store import Capability, Key, Record, SeriesKey, Write
+from backtest_kit.persist.store import Capability, Key, Record, SeriesKey, Write, check_limit
 from backtest_kit.persist.writing import decide, now_ms
 
 _CANDLE: Final = CONTRACTS["candle"]
@@ -201,6 +201,7 @@ class AdapterStore:
     ) -> AsyncIterator[Record]:
         self._check_contract(contract)
         prefix = check_key(contract, prefix, prefix=True)
+        check_limit(limit)
         if Capability.ORDERED_SCAN not in self.capabilities:
             raise UserError(f"{self._shared.name} cannot be listed: give it list_values()")
         width = len(prefix)

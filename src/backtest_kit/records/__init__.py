@@ -44,7 +44,7 @@ class Records:
         """`persistence` is called when a record is first read or written, and no earlier."""
         self._persistence = persistence
         self._turns = Turns()
-        self._deliveries = Deliveries(persistence)
+        self._deliveries = Deliveries(persistence, settings)
         self._observer = Observer(persistence, self._deliveries)
         self._writer = LogWriter(persistence)
         self._upkeep = Housekeeping(persistence, settings)

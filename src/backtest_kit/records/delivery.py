@@ -13,18 +13,22 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Future
 from contextlib import suppress
+from contextvars import copy_context
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import msgspec
 
-from backtest_kit.errors import BacktestKitError, UserError
+from backtest_kit.errors import BacktestKitError, RetryLater, UserError
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Key, Record, Store, Write
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.signals import read_as
+from backtest_kit.settings import Settings
 
 if TYPE_CHECKING:
     from backtest_kit.model.event import Mode
@@ -41,6 +45,8 @@ CHUNK: Final = 256
 FIRST_PAUSE_S: Final = 1.0
 LONGEST_PAUSE_S: Final = 300.0
 DRAIN_S: Final = 5.0
+GRACE_S: Final = 1.0
+"""How long a sink that is cancelled may take to end before it is left to itself."""
 URGENT: Final = 1000
 """How many notifications that the store does not take wait for a sink; beyond it the oldest are let go of."""
 
@@ -59,7 +65,10 @@ class Sink(Protocol):
     def name(self) -> str: ...
 
     async def deliver(self, notification: Notification) -> None:
-        """Hand it over; raise if that failed and is to be tried again, `Refused` if it is not."""
+        """Hand it over; raise if that failed and is to be tried again, `Refused` if it is not.
+
+        It is cancelled, and tried again, after `CC_MAX_NOTIFICATION_DELIVERY_SECONDS`.
+        """
         ...
 
     async def close(self) -> None:
@@ -85,8 +94,9 @@ class _Route(msgspec.Struct, frozen=True):
 class Deliveries:
     """The sinks of a program, and a task for each of them in every event loop and mode that has notifications."""
 
-    def __init__(self, persistence: Callable[[], Persistence]) -> None:
+    def __init__(self, persistence: Callable[[], Persistence], settings: Callable[[], Settings]) -> None:
         self._persistence = persistence
+        self._settings = settings
         self._routes: dict[str, _Route] = {}
         self._workers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, Mode], _Worker]] = (
             WeakKeyDictionary()
@@ -96,7 +106,7 @@ class Deliveries:
         if isinstance(sink, Sink):
             route = _Route(name or sink.name, sink.deliver, sink.close, kinds)
         elif callable(sink):
-            route = _Route(name or str(getattr(sink, "__qualname__", "")), _never_in_the_way(sink), None, kinds)
+            route = _Route(name or str(getattr(sink, "__qualname__", "")), sink, None, kinds)
         else:
             raise UserError(f"sink is {sink!r}: give one of backtest_kit.sinks, or a function of a notification")
         if not route.name:
@@ -117,6 +127,7 @@ class Deliveries:
                     route,
                     self._persistence().store_for(NOTIFICATION, mode),
                     self._persistence().store_for(STATE, mode),
+                    self._settings,
                 )
                 try:
                     await worker.find_place()
@@ -152,10 +163,12 @@ class Deliveries:
 class _Worker:
     """Hands the notifications of one mode to one sink, the oldest first."""
 
-    def __init__(self, route: _Route, store: Store, places: Store) -> None:
+    def __init__(self, route: _Route, store: Store, places: Store, settings: Callable[[], Settings]) -> None:
         self.news = asyncio.Event()
         self._hurried = asyncio.Event()
         self._route = route
+        self._deliver_to = _never_in_the_way(route.deliver)
+        self._settings = settings
         self._store = store
         self._places = places
         self._key: Key = (OWNER, route.name)
@@ -167,6 +180,8 @@ class _Worker:
         """What it got without the store, by its id."""
         self._ending = False
         self._task: asyncio.Task[None] | None = None
+        self._stuck: asyncio.Task[None] | None = None
+        """A try that goes on although it was cancelled."""
 
     async def find_place(self) -> _Place:
         if self._place is None:
@@ -262,11 +277,40 @@ class _Worker:
         if self._route.kinds and notification.kind not in self._route.kinds:
             return
         try:
-            answer: Any = self._route.deliver(notification)
-            while inspect.isawaitable(answer):  # what a thread brings may be another one: of a lambda around a call
-                answer = await answer
+            await self._try(notification, self._settings().CC_MAX_NOTIFICATION_DELIVERY_SECONDS)
         except Refused as error:
             _log.error("sink %s: %s was refused for good: %s", self, notification.notification_id, error)
+
+    async def _try(self, notification: Notification, bound_s: float) -> None:
+        """Have the sink take it, in a task of its own, which is over when this is: for good, or cancelled.
+
+        Raises:
+            RetryLater: it took longer than `bound_s` seconds.
+            Exception: what the sink raises.
+        """
+        if self._stuck is not None and not (await asyncio.wait({self._stuck}, timeout=bound_s))[0]:
+            raise RetryLater("it was cancelled and goes on all the same: it is tried again once that has ended")
+        self._stuck = None
+        taking = asyncio.create_task(self._take(notification), name=f"notification to {self._route.name}")
+        try:
+            in_time, _ = await asyncio.wait({taking}, timeout=bound_s)
+        finally:
+            if not taking.done():
+                taking.cancel()
+                await asyncio.wait({taking}, timeout=GRACE_S)
+                self._stuck = None if taking.done() else taking
+        if not in_time:
+            if taking.done() and not taking.cancelled():
+                taking.exception()  # seen, and no news: it came too late
+            raise RetryLater(f"it has not answered within {bound_s:g} s: it is tried again")
+        if taking.cancelled():
+            raise RetryLater("it has cancelled itself: it is tried again")
+        taking.result()
+
+    async def _take(self, notification: Notification) -> None:
+        answer: Any = self._deliver_to(notification)
+        while inspect.isawaitable(answer):  # what a thread brings may be another one: of a lambda around a call
+            answer = await answer
 
     async def _move(self, place: _Place) -> None:
         await self._places.put(Write(STATE, self._key, encode(place)))
@@ -276,11 +320,55 @@ class _Worker:
         return self._route.name
 
 
+class _Threaded:
+    """A function that is not async, in a thread of its own, for it may wait and who trades may not.
+
+    A thread cannot be cancelled. One that is given up goes on, and no other is begun until it has ended: a function
+    that hangs takes one thread, and none of those that the stores work in.
+    """
+
+    def __init__(self, function: Deliver) -> None:
+        self._function = function
+        self._going_on: tuple[str, Future[object]] | None = None
+        """What was given up and has not ended, as far as is known: a notification, and what comes of it."""
+
+    async def __call__(self, notification: Notification) -> object:
+        """What the function returns; of a try that was given up, what has come of it meanwhile."""
+        name, (former, answer) = notification.notification_id, self._going_on or ("", None)
+        if answer is not None and former != name:
+            ended = asyncio.wrap_future(answer)
+            await asyncio.wait({ended})
+            ended.exception()  # seen, and told when it was given up
+            answer = None
+        if answer is None:
+            answer = self._begin(notification)
+        self._going_on = name, answer
+        try:
+            return await asyncio.wrap_future(answer)
+        finally:
+            if answer.done():
+                self._going_on = None
+
+    def _begin(self, notification: Notification) -> Future[object]:
+        answer: Future[object] = Future()
+        answer.set_running_or_notify_cancel()  # whoever waits for it may be cancelled, and it cannot
+        context = copy_context()
+
+        def work() -> None:
+            try:
+                answer.set_result(context.run(self._function, notification))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        # A daemon, which the end of the program does not wait for.
+        Thread(target=work, name="notification", daemon=True).start()
+        return answer
+
+
 def _never_in_the_way(function: Deliver) -> Deliver:
-    """A function as it is if it is async; any other in a thread, for it may wait, and who trades may not."""
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
-        return function
-    return lambda notification: asyncio.to_thread(function, notification)
+    """A function as it is if it is async; any other in a thread."""
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    return function if is_async else _Threaded(function)
 
 
 def _remember(kept: dict[str, Any], name: str, value: object) -> None:

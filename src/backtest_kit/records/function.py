@@ -7,6 +7,8 @@ import inspect
 import json
 import textwrap
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import CodeType
 from typing import Any, Final, Generic, Protocol, TypeVar, runtime_checkable
 from urllib.parse import quote
 
@@ -78,7 +80,9 @@ class Function(Generic[R]):
         if not inspect.iscoroutinefunction(given):
             raise UserError(f"{what} is given {given!r}: put it on an `async def` function")
         self.function = function
+        self.what = what
         self.title = given.__qualname__
+        self.is_named = name is not None
         check_texts((key, value) for key, value in (("name", name), ("version", version)) if value is not None)
         captured = [each for each in given.__code__.co_freevars if each != "__class__"]
         if name is None and captured:
@@ -90,6 +94,27 @@ class Function(Generic[R]):
             version = _source_version(what, given)
         self.bucket: Final = "@".join(quote(part, safe="<>.") for part in (name or self.title, version) if part)
         self._signature = inspect.signature(given)
+        self._source = _source_of(given)
+
+    @property
+    def whereabouts(self) -> str:
+        """For messages: where it is defined."""
+        code = inspect.unwrap(self.function).__code__
+        return f"{self.title} ({code.co_filename}:{code.co_firstlineno})"
+
+    def is_same(self, other: Function[Any], *, whatever_defaults: bool) -> bool:
+        """Whether this is `other`, defined once more: another function where it is, or was before an edit.
+
+        Two that were given the same name are the same: it was said so.
+        """
+        if self.is_named and other.is_named:
+            return True
+        one, two = self._source, other._source
+        if one.place != two.place:
+            return False
+        if one.code == two.code:
+            return whatever_defaults or all(map(_is_equal, one.defaults, two.defaults))
+        return one.text is None or one.text != two.text
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """A call as it was written; `ctx=` and `when=` are taken out where the function has no such parameter.
@@ -134,6 +159,30 @@ class Function(Generic[R]):
         return await self.function(*call.args, **call.kwargs)
 
 
+class Names:
+    """The functions of a program that are kept under a name: one under each, or two would share what is kept."""
+
+    def __init__(self) -> None:
+        self._functions: dict[str, Function[Any]] = {}
+
+    def claim(self, function: Function[Any], *, whatever_defaults: bool = False) -> None:
+        """Say that `function` is kept under its name. One that is defined again takes the place of its former self.
+
+        With `whatever_defaults`, the same code with other defaults is the same function.
+
+        Raises:
+            UserError: another function is; both places are named.
+        """
+        known = self._functions.get(function.bucket)
+        if known is not None and not function.is_same(known, whatever_defaults=whatever_defaults):
+            raise UserError(
+                f"{function.what}: {known.whereabouts} and {function.whereabouts} are two functions of one name, "
+                f"{function.bucket}, under which both would share what is kept: give each a name of its own "
+                "(name=...), or both the same one if they are to share it"
+            )
+        self._functions[function.bucket] = function
+
+
 def scope_of(scopes: Scopes, call: Call) -> Scope:
     """The records of the run that the call is made in, at its moment; outside of a run those of live."""
     if call.moment is None:
@@ -142,9 +191,47 @@ def scope_of(scopes: Scopes, call: Call) -> Scope:
 
 
 def key_text(value: Plain) -> str:
-    """A value as one readable text, or where it is long as a hash."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    """A value as one readable text, or where it is long as a hash. Two that differ have two: so do "1" and 1."""
+    is_clear = isinstance(value, str) and not _is_json(value)
+    text = str(value) if is_clear else json.dumps(value, ensure_ascii=False, sort_keys=True)
     return text if len(text) <= _READABLE else hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Source(msgspec.Struct, frozen=True):
+    """Where a function comes from."""
+
+    place: str
+    """Its file; its module where there is none, as in a notebook."""
+    text: int | None
+    """Which text of the file: when that was changed last. None where there is none."""
+    code: CodeType
+    defaults: tuple[object, object]
+
+
+def _source_of(function: Any) -> _Source:
+    code, defaults = function.__code__, (function.__defaults__, function.__kwdefaults__)
+    path = Path(inspect.unwrap(function).__code__.co_filename)
+    try:
+        return _Source(str(path.resolve()), path.stat().st_mtime_ns, code, defaults)
+    except OSError:
+        return _Source(str(function.__module__), None, code, defaults)
+
+
+def _is_equal(one: object, two: object) -> bool:
+    """Whether two defaults are the same as far as anyone can tell: `==` may raise, and 1 == True."""
+    try:
+        return one is two or json.dumps(encode(one)) == json.dumps(encode(two))
+    except UserError:
+        return False
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text could be taken for a value that was written down."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _source_version(what: str, function: Callable[..., object]) -> str:

@@ -43,7 +43,10 @@ class Housekeeping:
 
     async def _run(self) -> None:
         while True:
-            await self.compact()
+            try:
+                await self.compact()
+            except Exception as error:  # whatever goes wrong today may be mended tomorrow
+                _log.exception("what is too old was not forgotten, it is tried again tomorrow", extra={"error": error})
             await asyncio.sleep(PAUSE_S)
 
     async def compact(self) -> None:
@@ -62,3 +65,9 @@ class Housekeeping:
                         _log.warning("not all of %s could be looked at for what is too old: %s", what, expired.fault)
             except BacktestKitError as error:
                 _log.warning("not all that is too old was forgotten, it is tried again tomorrow: %s", error)
+            except Exception as error:  # one store's fault must not keep the others from it
+                _log.exception(
+                    "not all that is too old was forgotten of a %s, it is tried again tomorrow",
+                    type(store).__name__,
+                    extra={"error": error},
+                )

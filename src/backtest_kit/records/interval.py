@@ -12,7 +12,7 @@ from backtest_kit.model.interval import floor_ms, interval_ms
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Key, Plain, Record, Write
-from backtest_kit.records.function import Call, Function, Moment, R, key_text, scope_of
+from backtest_kit.records.function import Call, Function, Moment, Names, R, key_text, scope_of
 from backtest_kit.records.scope import Scope, Scopes, expectation
 
 _INTERVAL: Final = CONTRACTS["interval"]
@@ -23,6 +23,7 @@ class Windows:
 
     def __init__(self, scopes: Scopes) -> None:
         self._scopes = scopes
+        self._names = Names()
 
     def once(
         self,
@@ -39,20 +40,22 @@ class Windows:
             key: A function of the same arguments that says what has windows of its own. By default each strategy
                 has them on each symbol of each exchange, whatever the other arguments are.
             name, version: What the windows are kept under. By default the function's qualified name, so that a
-                corrected function does not run again in a window that is used up; another version would.
+                corrected function does not run again in a window that is used up; another version would, and so
+                would a renamed function. Functions that are given the same name share windows.
 
         At most once: the window is taken in the store before the function runs, across processes, so a process that
         is killed in between has used it up. If the function raises, or is cancelled, the window is free again. A
         window is used up also if a later one was taken. Every backtest has windows of its own.
 
         Raises:
-            UserError: the interval is unknown, or the function is not async, or uses variables of a function around
-                it and has no name of its own.
+            UserError: the interval is unknown, or the function is not async; or it was given no name, and uses
+                variables of a function around it, or another function is called so.
         """
         step_ms = interval_ms(interval)
 
         def decorate(function: Callable[..., Awaitable[R]]) -> Once[R]:
             named = Function("interval.once", function, name, version, hashed=False)
+            self._names.claim(named)
             return Once(self._scopes, named, step_ms, key)
 
         return decorate

@@ -23,7 +23,7 @@ from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Plain, Record, Write
 from backtest_kit.persist.writing import now_ms, put_each
-from backtest_kit.records.signals import ScopeOf, read_as, seen
+from backtest_kit.records.signals import ScopeOf, newest, read_as
 
 if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
@@ -270,19 +270,18 @@ class Logs:
         """The lines that are all of this and of that level or a higher one, the newest first; at most `limit`.
 
         Raises:
-            UserError: `level` is none, or a backtest has no run id.
+            UserError: `level` is none, `limit` is below 0, or a backtest has no run id.
             Damaged, RetryLater: as `Store.scan`.
         """
-        wanted = at_least(level)
+        levels = at_least(level)
+
+        def wanted(line: LogLine) -> bool:
+            return (
+                line.level in levels and symbol in (None, line.symbol) and strategy_name in (None, line.strategy_name)
+            )
+
         await self.flush()
-        found: list[LogLine] = []
-        async for record in seen(self._scope(mode, run_id, when), LOG, ()):
-            line = line_of(record)
-            if line.level in wanted and symbol in (None, line.symbol) and strategy_name in (None, line.strategy_name):
-                found.append(line)
-                if len(found) == limit:
-                    break
-        return found
+        return await newest(self._scope(mode, run_id, when), LOG, (), LogLine, wanted, limit)
 
     def bridge(self, logger: str = "", *, level: Level = "info", mode: Mode = "live") -> None:
         """Keep what a logger of the standard library and those below it are told as well; "" is all of them.

@@ -15,7 +15,7 @@ from backtest_kit.model.interval import floor_ms, interval_ms, to_datetime
 from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Key, Plain
-from backtest_kit.records.function import Call, Function, R, key_text, scope_of
+from backtest_kit.records.function import Call, Function, Names, R, key_text, scope_of
 from backtest_kit.records.scope import Scope, Scopes
 
 _MEASURE: Final = CONTRACTS["measure"]
@@ -29,6 +29,7 @@ class Measure:
 
     def __init__(self, scopes: Scopes) -> None:
         self._scopes = scopes
+        self._names = Names()
 
     def cached(
         self,
@@ -48,19 +49,22 @@ class Measure:
                 arguments do, and of a context its exchange and symbol.
             name, version: What the answers are kept under. By default the function's qualified name, and a hash of
                 its source: answers of an older source are not found. What the function calls is not in the hash,
-                so count `version` up where that changes the answers.
+                so count `version` up where that changes the answers. Functions that are given the same name and
+                version share answers.
 
         An answer of a later time than that of the call is not used. Callers that ask for the same at the same time
         share one call; it is cancelled only with the last of them. What the function raises is not kept.
 
         Raises:
-            UserError: the interval is unknown, or the function is not async, has no source to be hashed, or uses
-                variables of a function around it and has no name of its own.
+            UserError: the interval is unknown, or the function is not async, or has no source to be hashed; or it
+                was given no name, and uses variables of a function around it, or another one of this name and
+                source is cached, which may find other things around it.
         """
         step_ms = None if interval is None else interval_ms(interval)
 
         def decorate(function: Callable[..., Awaitable[R]]) -> Cached[R]:
             named = Function("measure.cached", function, name, version, hashed=True)
+            self._names.claim(named, whatever_defaults=key is None)  # without a key they are part of it
             return Cached(self._scopes, named, interval, step_ms, key)
 
         return decorate

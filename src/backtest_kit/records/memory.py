@@ -14,7 +14,7 @@ from backtest_kit.errors import UserError
 from backtest_kit.model.interval import to_datetime
 from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.store import Key, KeyPart, Plain, Record, Store
+from backtest_kit.persist.store import Key, KeyPart, Plain, Record, Store, check_limit
 from backtest_kit.records.scope import Scope
 
 if TYPE_CHECKING:
@@ -114,12 +114,14 @@ class Memory:
         A note matches if it has any word of the query. Only what is there at this moment is counted.
 
         Raises:
-            UserError: as `list`, or the query is no text.
+            UserError: as `list`, the query is no text, or `k` is below 0.
             Damaged, RetryLater: as `Store.scan`.
         """
         given: object = query
         if not isinstance(given, str):
             raise UserError(f"query is {given!r}: give a text")
+        if k < 0:
+            raise UserError(f"k is {k}: give how many notes there may be at most")
         records = {record.key: record for record in await self._visible(removed=False)}
         index = self._shelves.index(self._scope.store(_MEMORY), (self._owners[-1], self._bucket))
         found = await asyncio.to_thread(index.search, records, _text, query, k)
@@ -158,11 +160,12 @@ class Memory:
         """The notes, newest first; with `removed` those too that were removed, marked as such.
 
         Raises:
-            UserError: the store cannot list.
+            UserError: the store cannot list, or `limit` is below 0.
             Damaged, RetryLater: as `Store.scan`.
         """
+        check_limit(limit)
         records = await self._visible(removed=removed)
-        return [_entry(record) for record in (records[::-1] if limit is None else records[::-1][:limit])]
+        return [_entry(record) for record in records[::-1][:limit]]
 
 
 class _Seen(NamedTuple):

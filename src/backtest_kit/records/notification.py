@@ -35,7 +35,7 @@ from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import ABSENT, Write
 from backtest_kit.records.delivery import Deliver, Deliveries, Sink
-from backtest_kit.records.signals import ScopeOf, read_as, seen
+from backtest_kit.records.signals import ScopeOf, newest
 
 Severity = Literal["info", "warning", "alarm"]
 
@@ -189,18 +189,19 @@ class Notifications:
         """The notifications that are all of this, the newest first; no more than `limit`.
 
         Raises:
-            UserError: a backtest without its run id.
+            UserError: a backtest without its run id, or `limit` is below 0.
             Damaged, RetryLater: as `Store.scan`.
         """
-        found: list[Notification] = []
-        async for record in seen(self._scope(mode, run_id, when), NOTIFICATION, (mode == "backtest",)):
-            each = read_as(Notification, record.value)
-            if kind in (None, each.kind) and symbol in (None, each.symbol):
-                if strategy_name in (None, each.strategy_name):
-                    found.append(each)
-                if len(found) == limit:
-                    break
-        return found
+
+        def wanted(each: Notification) -> bool:
+            return (
+                kind in (None, each.kind)
+                and symbol in (None, each.symbol)
+                and strategy_name in (None, each.strategy_name)
+            )
+
+        scope = self._scope(mode, run_id, when)
+        return await newest(scope, NOTIFICATION, (mode == "backtest",), Notification, wanted, limit)
 
 
 def _about(

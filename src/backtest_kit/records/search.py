@@ -49,7 +49,7 @@ class TextIndex:
         words = " OR ".join(f'"{word}"' for word in _WORD.findall(_spaced(query)))
         with self._lock:
             self._follow(records, text_of)
-            rows = self._connection.execute(_BEST, (words, max(k, 0))).fetchall() if words else ()
+            rows = self._connection.execute(_BEST, (words, k)).fetchall() if words else ()
             return [self._keys[row] for (row,) in rows]
 
     def _follow(self, records: Mapping[Key, Record], text_of: Callable[[Record], str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Final, Literal, TypeVar
 
@@ -23,7 +23,7 @@ from backtest_kit.model.interval import to_datetime
 from backtest_kit.model.position import Direction, Position, RestingEntry, Trade
 from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import CONTRACTS, Contract
-from backtest_kit.persist.store import Key, Plain, Record, Write
+from backtest_kit.persist.store import Key, Plain, Record, Write, check_limit
 from backtest_kit.records.scope import Scope
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -32,6 +32,8 @@ ScopeOf = Callable[[Mode, str | None, datetime | str | int | None], Scope]
 
 STORAGE: Final = CONTRACTS["storage"]
 RECENT: Final = CONTRACTS["recent"]
+_AHEAD: Final = 4
+"""How many records are looked through for each that is asked for, before all are."""
 
 
 class StoredSignal(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -144,22 +146,19 @@ class Storage:
         """The signals that are all of this, the one that changed last first; no more than `limit`.
 
         Raises:
-            UserError: a backtest without its run id.
+            UserError: a backtest without its run id, or `limit` is below 0.
             Damaged, RetryLater: as `Store.scan`.
         """
-        found: list[StoredSignal] = []
-        async for record in seen(self._scope(mode, run_id, when), STORAGE, (mode == "backtest",)):
-            signal = _signal(record)
-            if (
-                signal is not None
-                and symbol in (None, signal.symbol)
+
+        def wanted(signal: StoredSignal) -> bool:
+            return (
+                symbol in (None, signal.symbol)
                 and strategy_name in (None, signal.strategy_name)
                 and status in (None, signal.status)
-            ):
-                found.append(signal)
-                if len(found) == limit:
-                    break
-        return found
+            )
+
+        scope = self._scope(mode, run_id, when)
+        return await newest(scope, STORAGE, (mode == "backtest",), StoredSignal, wanted, limit)
 
 
 class Recent:
@@ -189,10 +188,31 @@ class Recent:
         return _signal(await self._scope(mode, run_id, when).read(RECENT, _recent_key(identity)))
 
 
-async def seen(scope: Scope, row: Contract, prefix: Key) -> AsyncIterator[Record]:
-    async for record in scope.store(row).scan(row, prefix, newest_first=True):
-        if scope.sees(record):
-            yield record
+async def newest(
+    scope: Scope, row: Contract, prefix: Key, kind: type[S], wanted: Callable[[S], bool], limit: int | None
+) -> list[S]:
+    """What this moment sees of a feed as far as it is `wanted`, the newest first; no more than `limit`, of 0 none.
+
+    Raises:
+        UserError: `limit` is below 0.
+        Damaged, RetryLater: as `Store.scan`.
+    """
+    check_limit(limit)
+    if limit == 0:
+        return []
+    # Where the end is not told, some stores look at the name of every record first: a second for a million.
+    for most in (None,) if limit is None else (_AHEAD * limit, None):
+        found: list[S] = []
+        count = 0
+        async for record in scope.store(row).scan(row, prefix, limit=most, newest_first=True):
+            count += 1
+            if scope.sees(record) and wanted(each := read_as(kind, record.value)):
+                found.append(each)
+                if len(found) == limit:
+                    return found
+        if most is None or count < most:
+            break
+    return found
 
 
 def _signal(record: Record | None) -> StoredSignal | None:

@@ -9,7 +9,7 @@ from backtest_kit.errors import UserError
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.keys import check_key
-from backtest_kit.persist.store import ANY, Capability, Key, Record, SeriesKey, Write
+from backtest_kit.persist.store import ANY, Capability, Key, Record, SeriesKey, Write, check_limit
 from backtest_kit.persist.writing import decide
 
 
@@ -63,6 +63,7 @@ class DummyStore:
         include_removed: bool = False,
     ) -> AsyncIterator[Record]:
         check_key(contract, prefix, prefix=True)
+        check_limit(limit)
         nothing: tuple[Record, ...] = ()
         for record in nothing:
             yield record

@@ -21,7 +21,7 @@ from backtest_kit.persist.diagnosis import SAMPLES, Reading
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, unescape
 from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import CandleStore, Capability, Key, Record, Write
+from backtest_kit.persist.store import CandleStore, Capability, Key, Record, Write, check_limit
 from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
 from backtest_kit.persist.writing import check_batch
 
@@ -98,6 +98,7 @@ class FileStore:
         include_removed: bool = False,
     ) -> AsyncIterator[Record]:
         prefix = check_key(contract, prefix, prefix=True)
+        check_limit(limit)
         if len(prefix) == len(contract.key_fields):
             only = await self.get(contract, prefix) if limit != 0 else None
             if only is not None and (include_removed or not only.removed):

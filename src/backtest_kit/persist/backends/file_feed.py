@@ -361,14 +361,14 @@ class Feed:
             known for known, rev in doomed.items() if known in tail.last and tail.lines[tail.last[known]][4] == rev
         ]
         for name in reversed(self._index.names):
-            wanted = np.array(list(left), np.uint64)
+            wanted = np.sort(np.array(list(left), np.uint64))
             if not len(wanted) or not self._index.among(name, wanted).any():
                 continue
             rows = self._index.rows(name)
             for known, rev in rows[np.isin(rows["hash"], wanted)][["hash", "rev"]][::-1].tolist():
                 if known in left and left.pop(known) == rev:
                     found.append(known)
-        gone = np.array(found, np.uint64)
+        gone = np.sort(np.array(found, np.uint64))
         return gone, [name for name in self._index.names if self._index.among(name, gone).any()]
 
     def _begin_segment(self) -> None:

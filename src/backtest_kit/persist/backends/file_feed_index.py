@@ -86,12 +86,13 @@ class FeedIndex:
         rows = self.rows(name)
         # Two keys share a hash once in 10**7 feeds of a million records.
         _, last = np.unique(rows["hash"][::-1], return_index=True)
-        rows = rows[np.sort(len(rows) - 1 - last)]
+        # In the order of their hashes: a search for sorted ones is several times as fast as for others.
+        rows = rows[len(rows) - 1 - last]
         newer = np.array([line[0] for line in view.tail.lines[: view.length]], np.uint64)
         rows = rows[~np.isin(rows["hash"], newer)]
         for later in view.names[view.names.index(name) + 1 :]:
             rows = rows[~self.among(later, rows["hash"])]
-        return rows[np.argsort(rows["tick"], kind="stable")]
+        return rows[np.lexsort((rows["offset"], rows["tick"]))]
 
     def candidates(self, wanted: int) -> Iterator[Place]:
         """The lines of the keys with that hash, newest first."""

@@ -10,7 +10,7 @@ import numpy as np
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.keys import check_key
-from backtest_kit.persist.store import Capability, Key, KeyPart, Plain, Record, SeriesKey, Write
+from backtest_kit.persist.store import Capability, Key, KeyPart, Plain, Record, SeriesKey, Write, check_limit
 from backtest_kit.persist.upkeep import require_namespace, require_prunable
 from backtest_kit.persist.writing import check_batch, decide
 
@@ -126,6 +126,7 @@ class MemoryStore:
     ) -> AsyncIterator[Record]:
         table = self._table(contract)
         prefix = check_key(contract, prefix, prefix=True)
+        check_limit(limit)
         records = (table.records[key] for key in table.keys(prefix, newest_first))
         wanted = (record for record in records if include_removed or not record.removed)
         for record in list(islice(wanted, limit)):

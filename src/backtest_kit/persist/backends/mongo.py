@@ -39,7 +39,7 @@ from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.diagnosis import SAMPLES, Reading
 from backtest_kit.persist.keys import check_key, escape, unescape
 from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import Capability, Key, Record, Write
+from backtest_kit.persist.store import Capability, Key, Record, Write, check_limit
 from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
 from backtest_kit.persist.urls import import_backend
 from backtest_kit.persist.writing import check_batch
@@ -149,6 +149,7 @@ class MongoStore:
         include_removed: bool = False,
     ) -> AsyncIterator[Record]:
         name = name_of(self._namespace, contract, check_key(contract, prefix, prefix=True))
+        check_limit(limit)
         wanted = {**name, "rev": {"$ne": 0}, **({} if include_removed else {"removed": {"$ne": True}})}
         sort = [(field, -1 if newest_first else 1) for field in ORDER]
         link = await self._opened()

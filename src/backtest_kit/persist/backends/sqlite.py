@@ -37,7 +37,7 @@ from backtest_kit.persist.diagnosis import SAMPLES, Reading, Status
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import Capability, Key, Record, Write
+from backtest_kit.persist.store import Capability, Key, Record, Write, check_limit
 from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
 from backtest_kit.persist.writing import check_batch, decide, now_ms
 
@@ -123,6 +123,7 @@ class SqliteStore:
         newest_first: bool = False,
         include_removed: bool = False,
     ) -> AsyncIterator[Record]:
+        check_limit(limit)
         ids = await self._database.read(
             partial(
                 _list_ids,

@@ -70,6 +70,14 @@ class ScanCases(Harness):
         order = [str(number) for number in range(10)][:: -1 if newest_first else 1]
         assert await names(store.scan(MEMORY, limit=limit, newest_first=newest_first)) == order[:limit]
 
+    async def test_a_limit_below_0_is_refused(self, store: Store) -> None:
+        if await self.refuses_scans(store):
+            return
+        await store.put(memory_write("a"))
+        for prefix in ((), memory_write("a").key):
+            with pytest.raises(UserError, match="limit is -1"):
+                await names(store.scan(MEMORY, prefix, limit=-1))
+
     async def test_limit_counts_what_is_listed(self, store: Store) -> None:
         if await self.refuses_scans(store):
             return
