@@ -1,6 +1,7 @@
 """A month of nine symbols, replayed by Backtest Kit, vectorbt and backtesting.py on the same candles.
 
     python benchmarks/replay.py [--rounds 5]
+    python benchmarks/replay.py --store mongo
 
 The workload stands in `peers/workload.py`. Each peer is installed, once, into a virtual environment of its
 own under `benchmarks/.venvs`. Every system is one process that is warm before the first round counts; rounds
@@ -8,6 +9,10 @@ go from system to system, three runs each, so that drift hits all alike; figures
 
 Backtest Kit is measured as a whole (candles read from
 the file cache, checked, replayed, results made) and without what it takes to load the candles.
+
+With `--store` it is Backtest Kit alone, with everything of the backtest in that store against everything in files:
+candles, signals, notifications. The two take turns in one process; the candles were read once before. For `mongo`
+servers of MongoDB and Redis are started, unless CC_MONGO_CONNECTION_STRING and CC_REDIS_HOST name others.
 """
 
 from __future__ import annotations
@@ -77,7 +82,16 @@ def environment(name: str, requirement: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help=f"measured rounds of {VISIT} runs each, at least 5")
-    rounds = max(parser.parse_args().rounds, 5)
+    parser.add_argument("--store", choices=["sqlite", "mongo"], help="compare this store with files, and no peers")
+    arguments = parser.parse_args()
+    rounds = max(arguments.rounds, 5)
+    if arguments.store:
+        # Servers and drivers are of no use to the peers.
+        sys.path[:0] = [str(HERE.parent), str(HERE / "peers")]
+        from benchmarks.replay_stores import compare
+
+        compare(arguments.store, rounds)
+        return
     pythons = {name: environment(name, requirement) for name, requirement in PEERS.items()}
     this = Path(sys.executable)
     systems = {

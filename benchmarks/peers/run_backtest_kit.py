@@ -103,4 +103,5 @@ def main() -> None:
         serve(lambda: asyncio.run(load(kit, store) if "load" in sys.argv else replay(kit)))
 
 
-main()
+if __name__ == "__main__":
+    main()

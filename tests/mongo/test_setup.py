@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pymongo.errors import InvalidOperation
 from rich.pretty import pretty_repr
 
-from backtest_kit.errors import UserError
+import backtest_kit as bk
+from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.kit import Kit
 from backtest_kit.mongo import PROFILE, MongoSetup
 from backtest_kit.persist.backends.mongo import MongoStore
@@ -44,6 +47,47 @@ def test_setup_moves_all_sixteen_contracts_and_dials_nothing(kit: Kit) -> None:
     MongoSetup(kit).setup(CC_MONGO_CONNECTION_STRING=NOWHERE)
     for mode in MODES:
         assert kinds(kit, mode) == dict.fromkeys(CONTRACTS, "MongoStore")
+
+
+async def test_clients_are_those_of_the_kit_and_closed_with_it(kit: Kit, mongo_url: str, redis_address: str) -> None:
+    setup = MongoSetup(kit)
+    setup.set_config(CC_MONGO_CONNECTION_STRING=mongo_url, CC_REDIS_URL=redis_address, CC_REDIS_PREFIX="clients")
+    mongo, cache = await setup.get_mongo(), await setup.get_redis()  # before anything is bound to MongoDB
+    assert cache is not None
+    assert (await mongo.admin.command("ping"))["ok"] == 1
+    key = ("trend", "binance", "BTCUSDT")
+    setup.install()
+    await kit.persistence.signal.write("value", strategy_name=key[0], exchange_name=key[1], symbol=key[2])
+    assert await cache.keys("clients:*") != []
+    assert await setup.forget_ids() == 1
+    assert await cache.keys("clients:*") == []
+    assert await kit.persistence.signal.read(strategy_name=key[0], exchange_name=key[1], symbol=key[2]) == "value"
+    await setup.forget_ids()
+    await kit.close()
+    with pytest.raises(InvalidOperation):
+        await mongo.admin.command("ping")
+    setup.set_config(CC_REDIS_URL="redis://127.0.0.1:9")
+    with pytest.raises(RetryLater, match=r"Redis at redis://127\.0\.0\.1:9 does not forget"):
+        await setup.forget_ids()
+    setup.set_config(CC_REDIS_URL="", CC_REDIS_HOST="")
+    assert await setup.forget_ids() == 0
+    await kit.close()
+
+
+def test_a_blocking_call_leaves_no_connection_of_its_loop(kit: Kit, mongo_url: str) -> None:
+    setup = MongoSetup(kit)
+    setup.setup(CC_MONGO_CONNECTION_STRING=mongo_url, CC_REDIS_HOST="")
+    kit.add_exchange_schema("demo", source=bk.sources.synthetic(seed=7))
+    kit.add_frame_schema("hours", start_date="2024-06-01T00:00", end_date="2024-06-01T06:00")
+    kit.add_strategy_schema(
+        "always", get_signal=lambda ctx: bk.Signal.bracket("long", price=ctx.price, take_profit_pct=1, stop_loss_pct=1)
+    )
+    run: Any = {"exchange_name": "demo", "frame_name": "hours"}
+    for _ in range(2):
+        assert kit.backtest.run_sync("BTCUSDT", strategy_name="always", **run).trades
+        kit.walker.run_sync("BTCUSDT", strategies=["always"], **run)
+        assert setup._current()._links._links == {}
+    asyncio.run(kit.close())
 
 
 def test_setup_of_one_mode_leaves_the_others(kit: Kit, tmp_path: Path) -> None:

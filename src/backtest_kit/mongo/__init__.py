@@ -22,12 +22,14 @@ set_config = _default.set_config
 get_config = _default.get_config
 get_mongo = _default.get_mongo
 get_redis = _default.get_redis
+forget_ids = _default.forget_ids
 set_logger = _default.set_logger
 
 __all__ = [
     "PROFILE",
     "MongoSettings",
     "MongoSetup",
+    "forget_ids",
     "get_config",
     "get_mongo",
     "get_redis",

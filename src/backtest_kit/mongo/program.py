@@ -95,6 +95,18 @@ class MongoSetup:
         ids = self._current().link().ids
         return None if ids is None else ids.client
 
+    async def forget_ids(self) -> int:
+        """Remove from Redis every id of this database, and nothing of anybody else; return how many those were.
+
+        Nothing is lost with them: they are found again one by one.
+
+        Raises:
+            UserError: the address cannot be read, or a package is missing.
+            RetryLater: Redis does not do it.
+        """
+        ids = self._current().link().ids
+        return 0 if ids is None else await ids.forget()
+
     def set_logger(self, logger: logging.Logger) -> None:
         """Hand what the store says to `logger`, in place of the logger `backtest_kit.mongo`."""
         log = logging.getLogger(LOGGER)
@@ -119,6 +131,8 @@ class MongoSetup:
         if self._store is None or self._store.settings != settings:
             backend = import_backend("backtest_kit.persist.backends.mongo")
             self._store = backend.MongoStore(settings.CC_MONGO_CONNECTION_STRING, settings=settings)
+        # Its clients may be asked for before anything is bound to it, and after the kit has closed it.
+        self._kit.persistence.adopt(self._store)
         return self._store
 
 

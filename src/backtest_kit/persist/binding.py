@@ -14,7 +14,7 @@ from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, contract
 from backtest_kit.persist.history import HistoryStore, check_history
 from backtest_kit.persist.store import Capability, Store, Write
-from backtest_kit.persist.upkeep import ListsNamespaces
+from backtest_kit.persist.upkeep import LeavesLoops, ListsNamespaces
 from backtest_kit.persist.urls import store_at
 
 Mode = Literal["live", "paper", "backtest"]
@@ -123,6 +123,10 @@ class Persistence:
         if store is not None:
             self._used[id(store)] = store  # it is closed with this object all the same
 
+    def adopt(self, store: Store) -> None:
+        """Close `store` with the others, though nothing may be bound to it."""
+        self._used[id(store)] = store
+
     def keep_history(self, *contract_names: str) -> None:
         """Keep what the records of these contracts were before, for reads `as_of` a moment, from now on.
 
@@ -226,6 +230,12 @@ class Persistence:
             await store.open()
             readings += await diagnosis.require_live_grade(store, allow_weak=allow_weak)
         return readings
+
+    async def leave_loop(self) -> None:
+        """Close the connections that stores have made for the running event loop, which is about to end."""
+        for store in self._all_stores().values():
+            if isinstance(store, LeavesLoops):
+                await store.leave_loop()
 
     async def close(self) -> None:
         """Flush and close every store that was used or bound, each once, also if one of them fails."""

@@ -98,6 +98,15 @@ class ListsNamespaces(Protocol):
 
 
 @runtime_checkable
+class LeavesLoops(Protocol):
+    """A store with connections of its own for each event loop."""
+
+    async def leave_loop(self) -> None:
+        """Close those of the running loop, which is about to end. What they still owe the server is written first."""
+        ...
+
+
+@runtime_checkable
 class ListsSeries(Protocol):
     """A candle store that knows what it has."""
 

@@ -66,12 +66,17 @@ class Records:
         self.log.unbridge()
         await self.leave()
 
+    async def leave_loop(self) -> None:
+        """Close what stores have open for the event loop of a blocking call, which ends."""
+        await self._persistence().leave_loop()
+
     async def leave(self) -> None:
-        """The same, before the event loop of a blocking call ends and the program goes on."""
+        """As `close`, before the event loop of a blocking call ends and the program goes on."""
         await self._upkeep.close()
         await self._observer.close()
         await self._deliveries.close()
         await self._writer.flush()
+        await self.leave_loop()
 
     def scope(self, mode: Mode, run_id: str | None = None, when: When | None = None) -> Scope:
         """The records of one mode, or of one run of a backtest.

@@ -85,9 +85,11 @@ class Observer:
 
     async def close(self) -> None:
         """Keep what can be kept of what backtests have left behind."""
-        for run_id in list(self._held):
+        for run_id, held in list(self._held.items()):
+            if not held.is_here:
+                continue
             try:
-                await self.settle(run_id)
+                await held.settle()
             except BacktestKitError as error:
                 _log.warning("what run %s has left behind cannot be kept: %s", run_id, error)
 
@@ -175,6 +177,11 @@ class _Held:
         self._events: list[Event] = []
         self._task: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the running event loop is the one to keep them in: that of another thread does so itself."""
+        return self._task is None or self._task.done() or self._task.get_loop() is asyncio.get_running_loop()
 
     async def take(self, events: Sequence[Event]) -> None:
         self._events += events

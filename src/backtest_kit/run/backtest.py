@@ -232,10 +232,11 @@ class BacktestRunner:
         """Run a backtest to its end and return its result. Arguments and errors as for `run`."""
         job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, run_id)
 
-        async def main() -> BacktestResult:
-            return await self.start(job)
+        return run_blocking(lambda: self.start(job), self.leave_loop)
 
-        return run_blocking(main)
+    async def leave_loop(self) -> None:
+        """The event loop of a blocking call ends: close what is open for it alone."""
+        await self._records.leave_loop()
 
     async def _replay(self, job: Job, control: Control, announced: _Announced) -> AsyncGenerator[Event, None]:
         """The events of a run, and to its listeners also how it ended."""

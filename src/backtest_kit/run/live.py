@@ -220,11 +220,12 @@ class LiveRunner:
                 if not handle.task.cancelled():
                     raise
                 return tuple(handle._run.trader.trades)
-            finally:
-                with suppress(BacktestKitError):  # the end of the run has told of it
-                    await self._records.leave()
 
-        return run_blocking(main)
+        async def leave() -> None:
+            with suppress(BacktestKitError):  # the end of the run has told of it
+                await self._records.leave()
+
+        return run_blocking(main, leave)
 
     def job(
         self,

@@ -178,7 +178,8 @@ class Walker:
                 fill=fill,
                 gaps=gaps,
                 on_progress=on_progress,
-            )
+            ),
+            self._backtest.leave_loop,
         )
 
 

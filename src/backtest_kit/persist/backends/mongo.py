@@ -89,8 +89,11 @@ class MongoStore:
         await self._opened()
 
     async def close(self) -> None:
-        if self._namespace:
-            return
+        if not self._namespace:
+            await self.leave_loop()
+
+    async def leave_loop(self) -> None:
+        """As `LeavesLoops.leave_loop`."""
         link = self._links.leave()
         if link is None:
             return

@@ -14,7 +14,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError, TimeoutError as RedisTimeoutError
 
-from backtest_kit.errors import UserError
+from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
 
 _FAILURES_TO_OPEN: Final = 3
@@ -88,7 +88,7 @@ class IdCache:
         """What matches the names of this cache and no others."""
         self._ttl_seconds = settings.CC_REDIS_TTL_SECONDS
         self._timeout_seconds = seconds
-        where = mask(settings.redis_url)
+        where = self._where = mask(settings.redis_url)
         self._answers = _Breaker(
             f"Redis at {where} fails, every read goes to MongoDB alone",
             f"Redis at {where} answers again: reads take ids from it",
@@ -139,12 +139,15 @@ class IdCache:
         """Remove every entry of this database, and nothing else; return how many those were.
 
         Raises:
-            RedisError: Redis does not do it.
+            RetryLater: Redis does not do it.
         """
         count = 0
-        names = [name async for name in self.client.scan_iter(match=self.pattern, count=_SCAN)]
-        for start in range(0, len(names), _SCAN):
-            count += await self.client.unlink(*names[start : start + _SCAN])
+        try:
+            names = [name async for name in self.client.scan_iter(match=self.pattern, count=_SCAN)]
+            for start in range(0, len(names), _SCAN):
+                count += await self.client.unlink(*names[start : start + _SCAN])
+        except (RedisError, OSError) as error:
+            raise RetryLater(f"Redis at {self._where} does not forget: {type(error).__name__}; try again") from None
         return count
 
     async def close(self) -> None:

@@ -1,0 +1,76 @@
+"""The workload of `replay.py` with everything of a backtest in a store, against the same in files."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.peers import run_backtest_kit as workload
+from rich.progress import track
+from tests.servers import database_at, mongo_server, redis_server, running
+
+import backtest_kit as bk
+from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.store import SeriesKey, Store
+
+GOAL = 1.5
+PATIENT_MS = 120_000
+"""For a server that sorts nine months at once."""
+
+
+@contextlib.contextmanager
+def store_of(kind: str, place: Path) -> Iterator[Store]:
+    if kind == "sqlite":
+        yield bk.SqliteStore(place / "bot.db")
+        return
+    with contextlib.ExitStack() as stack:
+        address = os.environ.get("CC_MONGO_CONNECTION_STRING")
+        if not address:
+            address = f"mongodb://127.0.0.1:{stack.enter_context(running(mongo_server())).port}/"
+        host, port = os.environ.get("CC_REDIS_HOST"), os.environ.get("CC_REDIS_PORT", "6379")
+        if not host:
+            host, port = "127.0.0.1", str(stack.enter_context(running(redis_server())).port)
+        settings = MongoSettings(
+            CC_REDIS_URL=f"redis://{host}:{port}",
+            CC_MONGO_OPERATION_TIMEOUT_MS=PATIENT_MS,
+            CC_MONGO_SOCKET_TIMEOUT_MS=PATIENT_MS,
+        )
+        yield MongoStore(stack.enter_context(database_at(address)), settings=settings)
+
+
+def compare(kind: str, rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as place, store_of(kind, Path(place)) as store:
+        asyncio.run(_compare(kind, store, Path(place), rounds))
+
+
+async def _compare(kind: str, store: Store, place: Path, rounds: int) -> None:
+    stores: dict[str, Store] = {"files": bk.FileStore(place / "files"), kind: store}
+    kits = {name: workload.make_kit(str(place / f"kit-{name}")) for name in stores}
+    for name, kit in kits.items():
+        kit.persistence.bind("*", stores[name])
+        for i, symbol in track([*enumerate(workload.SYMBOLS)], f"candles to {name}", transient=True):
+            await stores[name].candles.write(SeriesKey("market", symbol, "1m"), workload.series(i))
+        started = time.perf_counter()
+        await workload.replay(kit)
+        print(f"{name}: the first replay, which reads the candles: {time.perf_counter() - started:.2f} s", flush=True)
+    taken: dict[str, list[float]] = {name: [] for name in stores}
+    trades: dict[str, int] = {}
+    for _ in range(rounds):
+        for name, kit in kits.items():
+            started = time.perf_counter()
+            trades[name], _ = await workload.replay(kit)
+            taken[name].append(time.perf_counter() - started)
+    assert len(set(trades.values())) == 1, trades
+    low, high = (statistics.median(taken[name]) for name in stores)
+    verdict = "ok" if high <= GOAL * low else "MISSED"
+    print(f"9 symbols x 30 days, {trades[kind]:,} trades, everything kept: files {low:.2f} s, {kind} {high:.2f} s")
+    print(f"ratio {high / low:.2f} (goal: at most {GOAL}) {verdict}")
+    for kit in kits.values():
+        await kit.close()
