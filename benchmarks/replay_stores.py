@@ -54,7 +54,7 @@ async def _compare(kind: str, store: Store, place: Path, rounds: int) -> None:
     stores: dict[str, Store] = {"files": bk.FileStore(place / "files"), kind: store}
     kits = {name: workload.make_kit(str(place / f"kit-{name}")) for name in stores}
     for name, kit in kits.items():
-        kit.persistence.bind("*", stores[name])
+        kit.persistence.bind("*", stores[name], mode="backtest")
         for i, symbol in track([*enumerate(workload.SYMBOLS)], f"candles to {name}", transient=True):
             await stores[name].candles.write(SeriesKey("market", symbol, "1m"), workload.series(i))
         started = time.perf_counter()

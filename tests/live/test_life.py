@@ -195,6 +195,18 @@ async def test_a_pause_holds_after_a_restart(rig: Rig) -> None:
     assert [event.paused for event in rig.of(bk.Paused)] == [True, False]
 
 
+async def test_a_run_that_ended_without_beginning_keeps_nobody_waiting_for_a_pause(rig: Rig) -> None:
+    kit = rig.kit(UntilClock(START, START + MINUTE_MS))
+    await rig.store.put(Write(CONTRACTS["signal"], ("trend", "demo", "BTCUSDT"), "no position"))
+    handle = kit.live.background("BTCUSDT", **WHERE)
+    async with asyncio.timeout(20):
+        for change in (handle.pause, handle.resume):
+            with pytest.raises(bk.UserError, match="has ended"):
+                await change()
+    with pytest.raises(bk.Damaged):
+        await handle
+
+
 async def test_leaving_the_loop_over_the_events_cancels_the_run(rig: Rig) -> None:
     clock = UntilClock(START, START + 5 * MINUTE_MS)
     kit = rig.kit(clock)

@@ -195,10 +195,12 @@ class _Held:
     async def settle(self) -> None:
         if self._task is None or self._task.cancelled():
             self._start()
-        while self._task is not None:
+        while (task := self._task) is not None:
             self._hurry.set()
-            await asyncio.wait([self._task])
-            self._end(self._task)
+            await asyncio.wait([task])
+            # Somebody else may have waited for it as well, and begun the next one.
+            if self._task is task:
+                self._end(task)
 
     def _start(self) -> None:
         # A loop that has ended may have taken the task before this one with it.

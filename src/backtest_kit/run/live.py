@@ -117,13 +117,25 @@ class LiveHandle:
         """Ask the strategy for nothing until `resume`, also after a restart; what is open or resting goes on.
 
         Raises:
+            UserError: the run has ended.
             BacktestKitError: it could not be written down, and goes on as before.
         """
-        await self._run.pause(True)
+        await self._pause(True)
 
     async def resume(self) -> None:
         """Ask the strategy again. Raises as `pause`."""
-        await self._run.pause(False)
+        await self._pause(False)
+
+    async def _pause(self, paused: bool) -> None:
+        # A run that has not begun does not know yet whether it is paused, and one may end without beginning.
+        begun = asyncio.ensure_future(self._run.began.wait())
+        try:
+            await asyncio.wait({begun, self.task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            begun.cancel()
+        if self.task.done():
+            raise UserError(f"{self!r} has ended: pause or resume the one that follows it")
+        await self._run.pause(paused)
 
     @property
     def status(self) -> LiveStatus:

@@ -147,12 +147,11 @@ class LiveRun:
         self._woken.set()
 
     async def pause(self, paused: bool) -> None:
-        """Ask the strategy no more, or again. Returns once that is written down.
+        """Ask the strategy no more, or again, once the run has begun. Returns when that is written down.
 
         Raises:
             BacktestKitError: it could not be written down.
         """
-        await self.began.wait()
         if self.trader.book.paused != paused:
             await self.trader.pause(paused)
             await self._emit(Paused(identity=self.job.identity, when_ms=self.when_ms, paused=paused))
