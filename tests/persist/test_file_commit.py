@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from backtest_kit.errors import RetryLater
+from backtest_kit.persist.backends import file_commit
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.files import Disk
@@ -100,4 +101,15 @@ async def test_what_waits_for_a_lock_keeps_its_place(tmp_path: Path) -> None:
         found = await store.get(SIGNAL, key)
         assert found is not None
         assert found.value == 2
+    await store.close()
+
+
+async def test_who_lingers_for_company_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The shorter the time, the more often it is over before the wait has begun.
+    monkeypatch.setattr(file_commit, "LINGER_SECONDS", 1e-6)
+    store = FileStore(tmp_path, disk=Disk(FaultFS(sync=False)))
+    async with asyncio.timeout(60):
+        for number in range(500):
+            await asyncio.gather(*(store.put(Write(SIGNAL, ("s", "e", name), number)) for name in "ab"))
+            await store.put(Write(SIGNAL, ("s", "e", "a"), number))
     await store.close()

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, NamedTuple
@@ -92,8 +92,9 @@ class Committer:
 
     def __init__(self, root: Root) -> None:
         self._root = root
-        self._queue: queue.SimpleQueue[Sequence[Request] | Future[None]] = queue.SimpleQueue()
-        self._guard = threading.Lock()
+        # No SimpleQueue: up to Python 3.12 its get(timeout) waits for ever when the time runs out at the wrong moment.
+        self._queue: deque[Sequence[Request] | Future[None]] = deque()
+        self._arrival = threading.Condition()
         self._thread: threading.Thread | None = None
         self._last_size = 1
         self._parked: list[Request] = []
@@ -111,11 +112,12 @@ class Committer:
         closing.result()
 
     def _enqueue(self, item: Sequence[Request] | Future[None]) -> None:
-        with self._guard:
+        with self._arrival:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="backtest-kit-write", daemon=True)
                 self._thread.start()
-            self._queue.put(item)
+            self._queue.append(item)
+            self._arrival.notify()
 
     def _run(self) -> None:
         while True:
@@ -133,8 +135,8 @@ class Committer:
             self._root.close()
         except BaseException as error:  # it is for whoever closes to see
             failure = error
-        with self._guard:
-            ended = self._queue.empty()
+        with self._arrival:
+            ended = not self._queue
             if ended:
                 self._thread = None
         if failure is not None:
@@ -167,15 +169,14 @@ class Committer:
         closing: Future[None] | None = None
         deadline, size = 0.0, 0
         while len(group) < GROUP_LIMIT:
-            try:
-                if not group:
-                    item = self._queue.get(block=not self._parked)
-                elif size < self._last_size:
-                    deadline = deadline or time.monotonic() + LINGER_SECONDS
-                    item = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
-                else:
-                    item = self._queue.get_nowait()
-            except queue.Empty:
+            patience: float | None = 0.0
+            if not group and not self._parked:
+                patience = None
+            elif group and size < self._last_size:
+                deadline = deadline or time.monotonic() + LINGER_SECONDS
+                patience = max(0.0, deadline - time.monotonic())
+            item = self._next(patience)
+            if item is None:
                 break
             if isinstance(item, Future):
                 closing = item
@@ -185,6 +186,13 @@ class Committer:
                 size += 1
         self._last_size = size
         return group, closing
+
+    def _next(self, patience: float | None) -> Sequence[Request] | Future[None] | None:
+        """What has been submitted first; None if nothing is within `patience` seconds, if that is a number."""
+        with self._arrival:
+            if not self._queue and patience != 0:
+                self._arrival.wait_for(lambda: self._queue, patience)
+            return self._queue.popleft() if self._queue else None
 
     # -- a group -------------------------------------------------------------------------------------
 
