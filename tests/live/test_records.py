@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.live.rig import START, WHERE, Rig
+from tests.live.rig import START, Rig
 from tests.live.scenario import LASTING, MINUTES, facts, prepared
 from tests.live.test_life import FailingStore
 
@@ -17,7 +17,7 @@ from backtest_kit.persist.store import Store
 from backtest_kit.records.notification import Notification
 
 IDENTITY = bk.Identity("BTCUSDT", "trend", "demo", "", "live")
-HERE: dict[str, Any] = {"symbol": "BTCUSDT", **WHERE}
+HERE: dict[str, Any] = {"symbol": "BTCUSDT", "strategy_name": "trend", "exchange_name": "demo"}
 
 
 class RecordsRig(Rig):
