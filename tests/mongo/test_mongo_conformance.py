@@ -1,8 +1,4 @@
-"""The conformance suite over MongoDB: with Redis, without, with one that dies, and without transactions.
-
-It runs whole with Redis. Candles know neither Redis nor transactions, and forty days of minutes take the server of the
-tests a third of all the time: in the other three classes that one case has as many as two requests and two answers.
-"""
+"""The conformance suite over MongoDB, whole: with Redis, without, with one that dies, and without transactions."""
 
 from __future__ import annotations
 
@@ -15,13 +11,11 @@ import pytest
 from tests.servers import Server, redis_server
 
 from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_candles import _ANSWER, _CHUNK
 from backtest_kit.persist.backends.mongo_client import database_of
 from backtest_kit.persist.backends.mongo_schema import META
 from backtest_kit.persist.backends.mongo_settings import MongoSettings
 from backtest_kit.persist.store import Store
 from backtest_kit.persist.testing import StoreConformance
-from backtest_kit.persist.testing.candle_cases import ALWAYS, BTC, candles
 
 
 class MongoConformance(StoreConformance):
@@ -63,18 +57,11 @@ class TestMongoWithRedis(MongoConformance):
         self.redis_url = redis_address
 
 
-class FewerCandles(MongoConformance):
-    async def test_candles_across_the_end_of_a_month_and_a_year(self, store: Store) -> None:
-        across = candles(-_ANSWER // 2, _ANSWER + _CHUNK // 2)
-        assert await store.candles.write(BTC, across) == len(across)
-        assert await store.candles.read(BTC, *ALWAYS) == across
-
-
-class TestMongoWithoutRedis(FewerCandles):
+class TestMongoWithoutRedis(MongoConformance):
     pass
 
 
-class TestMongoStandalone(FewerCandles):
+class TestMongoStandalone(MongoConformance):
     @pytest.fixture(autouse=True)
     def _address(self, standalone_url: str) -> None:
         self.url = standalone_url
@@ -87,7 +74,7 @@ def mortal() -> Iterator[Server]:
     server.remove()
 
 
-class TestMongoWithRedisThatDies(FewerCandles):
+class TestMongoWithRedisThatDies(MongoConformance):
     """Redis is ended by SIGKILL after the first three operations of each case, which then goes on without it."""
 
     @pytest.fixture(autouse=True)
