@@ -24,10 +24,11 @@ from backtest_kit.persist.backends.mongo import MongoStore
 from backtest_kit.persist.backends.mongo_client import database_of
 from backtest_kit.persist.backends.mongo_schema import indexes_of
 from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.backends.mongo_writing import PuttingMany
 from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.contracts import CONTRACTS, LEASE
 from backtest_kit.persist.operations import check
-from backtest_kit.persist.store import ABSENT, SeriesKey, Write
+from backtest_kit.persist.store import ABSENT, ANY, Expect, SeriesKey, Write
 
 SIGNAL, STATE, MEMORY, LOG = (CONTRACTS[name] for name in ("signal", "state", "memory", "log"))
 KEY = ("trend", "binance", "BTCUSDT")
@@ -608,3 +609,32 @@ async def main():
     print("parent", flush=True)
 asyncio.run(main())
 """
+
+
+async def test_what_others_have_written_since_is_not_undone_by_one_of_many(
+    mongo_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = store_over(mongo_url), store_over(mongo_url)
+    keys = [("trend", "binance", name) for name in ("any", "guarded", "alone")]
+    for key in keys:
+        await ours.put(Write(SIGNAL, key, "first"))
+    ask = PuttingMany._found
+
+    async def overtaken(self: PuttingMany, *arguments: Any) -> Any:
+        for key in keys[:2]:
+            await theirs.put(Write(SIGNAL, key, "theirs"))
+        return await ask(self, *arguments)
+
+    monkeypatch.setattr(PuttingMany, "_found", overtaken)
+    expectations: list[Expect] = [ANY, 1, ANY]
+    done = await ours.put_each(
+        [Write(SIGNAL, key, "ours", expect=expect) for key, expect in zip(keys, expectations, strict=True)]
+    )
+    for result, kind in zip(done[:2], (RetryLater, Conflict), strict=True):
+        assert isinstance(result, kind)
+        assert result.outcome is Outcome.UNKNOWN
+    assert not isinstance(done[2], BaseException)
+    found = [await ours.get(SIGNAL, key) for key in keys]
+    assert [(each.value, each.rev) for each in found if each] == [("theirs", 3), ("theirs", 3), ("ours", 2)]
+    await ours.close()
+    await theirs.close()

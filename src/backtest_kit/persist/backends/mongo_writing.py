@@ -51,7 +51,7 @@ class Putting:
         return self._change
 
     def operation(self) -> UpdateOne:
-        """The first attempt, as one of many in a request. What became of it is for `was_sent` or `outcome` to say."""
+        """The first attempt, as one of many in a request."""
         expect = expectation(self._change.write)
         self._first_tick = self._link.next_tick()
         wanted = {**matching(self._change.name, expect), **_before(self._first_tick)}
@@ -59,7 +59,7 @@ class Putting:
         return UpdateOne(wanted, updates, upsert=isinstance(expect, str))
 
     def was_sent(self) -> None:
-        """The request gave no answer: `run` finds out what became of it first."""
+        """It may have been done: `run` finds out what became of it first."""
         self._is_sent = True
 
     def record_in(self, found: Document | None) -> Record | None:
@@ -182,18 +182,22 @@ class PuttingMany:
         crashpoint("mongo.before_write")
         ids: dict[int, Any] = {}
         """Of the documents that are new. Their revision is 1, so nobody has to ask for it."""
+        maybe = set(sent)
+        """Those that may have been done. An answer counts them and does not name them."""
         try:
             with self._link.within(patience.left):
                 new = (await collection.bulk_write(operations, ordered=False)).upserted_ids if operations else None
             ids = {sent[index]: identity for index, identity in (new or {}).items()}
         except BulkWriteError as error:
             if is_duplicate(error):
-                ids = {sent[each["index"]]: each["_id"] for each in (error.details or {}).get("upserted", ())}
-            else:
-                _all_sent(puttings)
+                details = error.details or {}
+                ids = {sent[each["index"]]: each["_id"] for each in details.get("upserted", ())}
+                maybe -= {sent[each["index"]] for each in details.get("writeErrors", ())}
         except FAILURES as error:
-            if may_have_happened(error):
-                _all_sent(puttings)
+            if not may_have_happened(error):
+                maybe.clear()
+        for index in maybe:
+            puttings[index].was_sent()
         crashpoint("mongo.after_write")
         if contract.durability is not Durability.MONEY:
             self._link.has_unflushed = True
@@ -228,16 +232,9 @@ class PuttingMany:
         try:
             read = await self._link.ask(f"write many {contract.collection}", question, patience)
         except BacktestKitError:
-            # Each of them says it for itself, and asks once more if there is time.
-            _all_sent(puttings)
-            return {}
+            return {}  # each of them says it for itself, and asks once more if there is time
         found = {identity_of(document, contract): document for document in read}
         return {index: found[key] for index, name in names.items() if (key := tuple(name.values())) in found}
-
-
-def _all_sent(puttings: Sequence[Putting]) -> None:
-    for each in puttings:
-        each.was_sent()
 
 
 def _before(tick: int) -> Document:
