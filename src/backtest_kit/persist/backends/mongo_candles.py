@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
 import bson
 import numpy as np
+from bson import ObjectId
 from bson.int64 import Int64
 from pymongo.asynchronous.cursor import AsyncCursor
 from pymongo.errors import BulkWriteError
@@ -99,9 +100,8 @@ class MongoCandleStore:
             stored = await link.ask_all(doing, partial(_stored, link, name, candles), _ANSWER)
             new = candles.take(~np.isin(candles.timestamp, [each["timestamp"] for each in stored]))
             for start in range(0, len(new), _CHUNK):
-                documents = _documents(name, new[start : start + _CHUNK])
                 try:
-                    written += await link.ask(doing, partial(_insert, link, documents))
+                    written += await link.ask(doing, _Insertion(link, name, new[start : start + _CHUNK]))
                 except BacktestKitError as error:
                     if written:
                         error.outcome = Outcome.UNKNOWN
@@ -114,36 +114,56 @@ class MongoCandleStore:
         return {"namespace": self._namespace, **dict(zip(_CANDLE.key_fields, values, strict=False))}
 
 
+class _Insertion:
+    """Candles on their way to the server, in one request, which may be sent again if no answer comes.
+
+    Each has an id before it is sent, and is known by it: it may have been stored by a request without an answer.
+    """
+
+    def __init__(self, link: Link, name: Document, candles: CandleSeries) -> None:
+        self._link, self._name, self._candles = link, name, candles
+        self._documents = _documents(name, candles)
+        self._is_sent = False
+
+    async def __call__(self) -> int:
+        """How many of them were not there."""
+        missing = self._documents
+        if self._is_sent:
+            stored = await self._ids()
+            missing = [each for each in missing if each["timestamp"] not in stored]
+        self._is_sent = True
+        try:
+            if missing:
+                await self._link.collection(_CANDLE).insert_many(missing, ordered=False)
+        except BulkWriteError as error:
+            # The unique index turns away what another process was first with.
+            refused = (error.details or {}).get("writeErrors", ())
+            if not is_duplicate(error) or any(each.get("code") != refused[0]["code"] for each in refused):
+                raise
+        else:
+            if len(missing) == len(self._documents):
+                return len(missing)
+        stored = await self._ids()
+        return sum(stored.get(each["timestamp"]) == each["_id"] for each in self._documents)
+
+    async def _ids(self) -> dict[int, ObjectId]:
+        found = await _stored(self._link, self._name, self._candles, with_ids=True).to_list()
+        return {each["timestamp"]: each["_id"] for each in found}
+
+
 def _documents(name: Document, candles: CandleSeries) -> list[Document]:
     columns = (candles.timestamp.tolist(), *(column.tolist() for column in list(candles.columns().values())[1:]))
     return [
-        {**name, "timestamp": Int64(timestamp), **dict(zip(COLUMNS[1:], prices, strict=True))}
+        {"_id": ObjectId(), **name, "timestamp": Int64(timestamp), **dict(zip(COLUMNS[1:], prices, strict=True))}
         for timestamp, *prices in zip(*columns, strict=True)
     ]
 
 
-def _stored(link: Link, name: Document, candles: CandleSeries) -> AsyncCursor[Document]:
-    """Which candles there are already in the span of `candles`: the index alone answers that."""
+def _stored(link: Link, name: Document, candles: CandleSeries, *, with_ids: bool = False) -> AsyncCursor[Document]:
+    """Which candles there are already in the span of `candles`: without their ids, the index alone answers that."""
     span = {"$gte": Int64(candles.timestamp[0]), "$lte": Int64(candles.timestamp[-1])}
-    wanted, fields = {**name, "timestamp": span}, {"_id": False, "timestamp": True}
+    wanted, fields = {**name, "timestamp": span}, {"_id": with_ids, "timestamp": True}
     return link.collection(_CANDLE).find(wanted, fields, batch_size=_ANSWER)
-
-
-async def _insert(link: Link, documents: Sequence[Document]) -> int:
-    """Insert what is not there; the unique index turns away what another process was first with."""
-    collection = link.collection(_CANDLE)
-    try:
-        await collection.insert_many(documents, ordered=False)
-    except BulkWriteError as error:
-        details = error.details or {}
-        refused = details.get("writeErrors", ())
-        if not is_duplicate(error) or any(each.get("code") != refused[0]["code"] for each in refused):
-            raise
-        # The driver has given each an id. Those that are there were stored by an attempt that was not answered.
-        ids = [documents[each["index"]]["_id"] for each in refused]
-        ours = await collection.find({"_id": {"$in": ids}}, ["_id"]).to_list()
-        return len(documents) - len(refused) + len(ours)
-    return len(documents)
 
 
 def _columns(batch: bytes, series: SeriesKey) -> CandleSeries:
