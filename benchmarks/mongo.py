@@ -24,7 +24,7 @@ from bson.objectid import ObjectId
 from pymongo import AsyncMongoClient, ReturnDocument, monitoring
 from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
-from tests.servers import database_at, mongo_server, redis_server, running
+from tests.servers import database_at, mongo_at_hand, redis_at_hand
 
 from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.persist.backends.memory import MemoryStore
@@ -197,13 +197,8 @@ async def count_round_trips(commands: Commands, store: MongoStore, cache: redis.
 async def main(rounds: int) -> None:
     commands = Commands()
     with contextlib.ExitStack() as stack:
-        address = os.environ.get("CC_MONGO_CONNECTION_STRING")
-        if not address:
-            address = f"mongodb://127.0.0.1:{stack.enter_context(running(mongo_server())).port}/"
-        host, port = os.environ.get("CC_REDIS_HOST"), os.environ.get("CC_REDIS_PORT", "6379")
-        if not host:
-            host, port = "127.0.0.1", str(stack.enter_context(running(redis_server())).port)
-        url, redis_url = stack.enter_context(database_at(address)), f"redis://{host}:{port}"
+        url = stack.enter_context(database_at(stack.enter_context(mongo_at_hand())))
+        redis_url = stack.enter_context(redis_at_hand())
         raw = Raw(url, redis_url)
         monitoring.register(commands)
         plain = MongoStore(url, settings=MongoSettings(CC_REDIS_HOST=""))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import statistics
 import tempfile
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.peers import run_backtest_kit as workload
 from rich.progress import track
-from tests.servers import database_at, mongo_server, redis_server, running
+from tests.servers import database_at, mongo_at_hand, redis_at_hand
 
 import backtest_kit as bk
 from backtest_kit.persist.backends.mongo import MongoStore
@@ -31,14 +30,9 @@ def store_of(kind: str, place: Path) -> Iterator[Store]:
         yield bk.SqliteStore(place / "bot.db")
         return
     with contextlib.ExitStack() as stack:
-        address = os.environ.get("CC_MONGO_CONNECTION_STRING")
-        if not address:
-            address = f"mongodb://127.0.0.1:{stack.enter_context(running(mongo_server())).port}/"
-        host, port = os.environ.get("CC_REDIS_HOST"), os.environ.get("CC_REDIS_PORT", "6379")
-        if not host:
-            host, port = "127.0.0.1", str(stack.enter_context(running(redis_server())).port)
+        address, redis_url = stack.enter_context(mongo_at_hand()), stack.enter_context(redis_at_hand())
         settings = MongoSettings(
-            CC_REDIS_URL=f"redis://{host}:{port}",
+            CC_REDIS_URL=redis_url,
             CC_MONGO_OPERATION_TIMEOUT_MS=PATIENT_MS,
             CC_MONGO_SOCKET_TIMEOUT_MS=PATIENT_MS,
         )

@@ -161,6 +161,29 @@ def running(server: Server) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
+def mongo_at_hand() -> Iterator[str]:
+    """The address of a MongoDB with transactions: the one in the environment, else one that is started here."""
+    given = os.environ.get("CC_MONGO_CONNECTION_STRING")
+    if given:
+        yield given
+        return
+    with running(mongo_server()) as server:
+        yield f"mongodb://127.0.0.1:{server.port}/"
+
+
+@contextlib.contextmanager
+def redis_at_hand() -> Iterator[str]:
+    """The address of a Redis: the one in the environment, else one that is started here."""
+    host = os.environ.get("CC_REDIS_HOST")
+    if host:
+        user, password = os.environ.get("CC_REDIS_USER", ""), os.environ.get("CC_REDIS_PASSWORD", "")
+        yield f"redis://{user}:{password}@{host}:{os.environ.get('CC_REDIS_PORT', '6379')}"
+        return
+    with running(redis_server()) as server:
+        yield f"redis://127.0.0.1:{server.port}"
+
+
+@contextlib.contextmanager
 def database_at(address: str) -> Iterator[str]:
     """The address of a database of its own on the server at `address`, which is dropped afterwards."""
     name = f"test-{uuid.uuid4().hex[:16]}"
@@ -214,13 +237,8 @@ def _redis_answers(port: int) -> bool:
 
 @pytest.fixture(scope="session")
 def mongo_address() -> Iterator[str]:
-    """A MongoDB with transactions: the one in the environment, else one that is started here."""
-    given = os.environ.get("CC_MONGO_CONNECTION_STRING")
-    if given:
-        yield given
-        return
-    with running(mongo_server()) as server:
-        yield f"mongodb://127.0.0.1:{server.port}/"
+    with mongo_at_hand() as address:
+        yield address
 
 
 @pytest.fixture(scope="session")
@@ -232,14 +250,8 @@ def standalone_address() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def redis_address() -> Iterator[str]:
-    """A Redis: the one in the environment, else one that is started here."""
-    host = os.environ.get("CC_REDIS_HOST")
-    if host:
-        user, password = os.environ.get("CC_REDIS_USER", ""), os.environ.get("CC_REDIS_PASSWORD", "")
-        yield f"redis://{user}:{password}@{host}:{os.environ.get('CC_REDIS_PORT', '6379')}"
-        return
-    with running(redis_server()) as server:
-        yield f"redis://127.0.0.1:{server.port}"
+    with redis_at_hand() as address:
+        yield address
 
 
 @pytest.fixture
