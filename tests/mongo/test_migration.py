@@ -16,8 +16,10 @@ import pymongo
 import pytest
 from tests.persist.test_migration import BTC, RECORDS, fill, require_equal, run_child, spread
 
+from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.migration import migrate_store
-from backtest_kit.persist.store import Store
+from backtest_kit.persist.store import Store, Write
 from backtest_kit.persist.urls import store_at
 
 Addresses = Callable[[str, str], str]
@@ -115,3 +117,17 @@ def test_password_of_neither_address_is_shown(address: Addresses) -> None:
         assert done.returncode != 0
         assert "geheim" not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
+
+
+async def test_thousands_of_records_move_with_the_settings_as_they_are(address: Addresses) -> None:
+    """Those of one bucket, and those of which each is in a bucket of its own."""
+    source, target = store_at(address("sqlite", "bot.db")), MongoStore(address("mongodb", "target"))
+    for start in range(0, 2_500, 500):
+        keys = [f"{number:05}" for number in range(start, start + 500)]
+        await source.batch([Write(CONTRACTS["memory"], ("s-1", "plan", key), [0] * 20, when=1) for key in keys])
+    await source.batch([Write(CONTRACTS["state"], (f"s-{number}", "plan"), number) for number in range(200)])
+    moved = await migrate_store(source, target)
+    assert {each.contract: each.copied for each in moved.contracts} == {"memory": 2_500, "state": 200}
+    assert [await target.count(CONTRACTS[name]) for name in ("memory", "state")] == [2_500, 200]
+    await source.close()
+    await target.close()

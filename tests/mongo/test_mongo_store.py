@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from bson.int64 import Int64
 from bson.objectid import ObjectId
+from pymongo.asynchronous.collection import AsyncCollection
 from tests.mongo.samples import ALWAYS, BTC, candles
 from tests.servers import mongo_server, running
 
@@ -638,3 +639,28 @@ async def test_what_others_have_written_since_is_not_undone_by_one_of_many(
     assert [(each.value, each.rev) for each in found if each] == [("theirs", 3), ("theirs", 3), ("ours", 2)]
     await ours.close()
     await theirs.close()
+
+
+async def test_many_records_are_found_by_the_index(
+    store: MongoStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search through everything for each of hundreds of keys takes a slow server longer than there is."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+    find = AsyncCollection.find
+
+    def noted(self: AsyncCollection[Any], wanted: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        asked.append((self.name, wanted))
+        return find(self, wanted, *arguments, **options)
+
+    monkeypatch.setattr(AsyncCollection, "find", noted)
+    keys = [("s-1", "plan", f"m-{number}") for number in range(20)]
+    await store.batch([Write(MEMORY, key, 1) for key in keys])
+    await store.batch([Write(STATE, (f"s-{number}", "plan"), 1) for number in range(20)])
+    await store.put_each([Write(MEMORY, key, 2) for key in keys[:10]])
+    assert await store.prune(MEMORY, dict.fromkeys(keys[5:15], 2)) == 5
+    by_key = [(collection, wanted) for collection, wanted in asked if "_id" not in wanted]
+    assert len(by_key) >= 4, asked
+    for collection, wanted in by_key:
+        plan = str(database[collection].find(wanted).explain()["queryPlanner"]["winningPlan"])
+        assert "IXSCAN" in plan, (wanted, plan)
+        assert "COLLSCAN" not in plan, (wanted, plan)
