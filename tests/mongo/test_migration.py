@@ -20,6 +20,7 @@ from backtest_kit.persist.backends.mongo import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.migration import migrate_store
 from backtest_kit.persist.store import Store, Write
+from backtest_kit.persist.transfer import export_store, import_store
 from backtest_kit.persist.urls import store_at
 
 Addresses = Callable[[str, str], str]
@@ -129,5 +130,24 @@ async def test_thousands_of_records_move_with_the_settings_as_they_are(address: 
     moved = await migrate_store(source, target)
     assert {each.contract: each.copied for each in moved.contracts} == {"memory": 2_500, "state": 200}
     assert [await target.count(CONTRACTS[name]) for name in ("memory", "state")] == [2_500, 200]
+    await source.close()
+    await target.close()
+
+
+async def test_large_lists_of_small_numbers_move_to_a_server_without_transactions(
+    address: Addresses, standalone_url: str, tmp_path: Path
+) -> None:
+    """Together, as JSON they are small enough for one batch, and as BSON too large for one document."""
+    source, target = store_at(address("sqlite", "bot.db")), MongoStore(standalone_url)
+    for number in range(8):
+        await source.put(Write(CONTRACTS["memory"], ("s-1", "plan", str(number)), [number] * 200_000))
+    moved = await migrate_store(source, target)
+    assert [each.copied for each in moved.contracts] == [8]
+    await export_store(source, tmp_path / "all.jsonl")
+    assert (await import_store(target.within("imported"), tmp_path / "all.jsonl")).records == 8
+    for space in (target, target.within("imported")):
+        record = await space.get(CONTRACTS["memory"], ("s-1", "plan", "7"))
+        assert record is not None
+        assert record.value == [7] * 200_000
     await source.close()
     await target.close()
