@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from bson.int64 import Int64
 from bson.objectid import ObjectId
+from pymongo import UpdateOne
 from pymongo.asynchronous.collection import AsyncCollection
 from tests.mongo.samples import ALWAYS, BTC, candles
 from tests.servers import mongo_server, running
@@ -664,3 +665,20 @@ async def test_many_records_are_found_by_the_index(
         plan = str(database[collection].find(wanted).explain()["queryPlanner"]["winningPlan"])
         assert "IXSCAN" in plan, (wanted, plan)
         assert "COLLSCAN" not in plan, (wanted, plan)
+
+
+async def test_updates_of_a_batch_name_the_whole_key(store: MongoStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sharded cluster has to be told which shard makes a document."""
+    asked: list[UpdateOne] = []
+    bulk_write = AsyncCollection.bulk_write
+
+    async def noted(self: AsyncCollection[Any], requests: Sequence[Any], **options: Any) -> Any:
+        asked.extend(requests)
+        return await bulk_write(self, requests, **options)
+
+    monkeypatch.setattr(AsyncCollection, "bulk_write", noted)
+    await store.put(Write(MEMORY, ("s-1", "plan", "a"), 1))
+    await store.batch([Write(MEMORY, ("s-1", "plan", name), 2) for name in "ab"])
+    assert len(asked) == 2
+    assert all({"namespace", *MEMORY.key_fields} <= each._filter.keys() for each in asked)
+    assert [record.value async for record in store.scan(MEMORY)] == [2, 2]

@@ -196,8 +196,6 @@ class Batch:
 
     def _update(self, each: Planned) -> UpdateOne:
         changes = update_of(each.change, self._writer, self._link.next_tick())
-        if not each.rev:
-            changes["$setOnInsert"] = each.change.name
         return UpdateOne(each.expected, changes, upsert=not each.rev)
 
 
