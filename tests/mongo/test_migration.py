@@ -120,6 +120,22 @@ def test_password_of_neither_address_is_shown(address: Addresses) -> None:
         assert "Traceback" not in done.stderr
 
 
+async def test_database_under_another_spelling_of_its_host_is_the_same(address: Addresses) -> None:
+    url = address("mongodb", "source")
+    other = url.replace("127.0.0.1", "localhost") if "127.0.0.1" in url else f"{url}?uuidRepresentation=standard"
+    source = MongoStore(url)
+    await source.put(Write(CONTRACTS["signal"], ("trend", "binance", "BTCUSDT"), 1))
+    await source.close()
+    with pymongo.MongoClient[dict[str, Any]](url) as client:
+        database = client[urlsplit(url).path.strip("/")]
+        before = {name: list(database[name].find()) for name in database.list_collection_names()}
+        refused = migrate(url, other, "--verify")
+        assert refused.returncode != 0
+        assert "the same store" in refused.stdout + refused.stderr
+        assert {name: list(database[name].find()) for name in database.list_collection_names()} == before
+    assert migrate(url, address("mongodb", "of the same server")).returncode == 0
+
+
 async def test_thousands_of_records_move_with_the_settings_as_they_are(address: Addresses) -> None:
     """Those of one bucket, and those of which each is in a bucket of its own."""
     source, target = store_at(address("sqlite", "bot.db")), MongoStore(address("mongodb", "target"))

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Final, TypeVar
+from uuid import UUID
 
 from pymongo import IndexModel
 from pymongo.errors import DuplicateKeyError, OperationFailure
@@ -76,6 +77,19 @@ async def flush(link: Link) -> None:
     meta = link.named(META, Durability.MONEY)
     touch = {"$currentDate": {"at": True}}
     await link.ask("flush the store", lambda: meta.update_one(_FLUSH, touch, upsert=True))
+
+
+async def identity(link: Link) -> str | None:
+    """What the server calls the collection that every store has. A copy of it has another, also under the same name."""
+
+    async def question() -> list[Any]:
+        return await (await link.database.list_collections(filter={"name": META})).to_list()
+
+    for found in await link.ask("look which database it is", question):
+        # As bytes or as a UUID, by an option of the address.
+        name = found.get("info", {}).get("uuid")
+        return name and (name.bytes if isinstance(name, UUID) else bytes(name)).hex()
+    return None
 
 
 async def _upsert_once(link: Link, update: Document) -> None:
