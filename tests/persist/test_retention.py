@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest_asyncio
 
 from backtest_kit.errors import UserError
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability, Kind
+from backtest_kit.persist.operations import quarantine_drop, quarantine_list
 from backtest_kit.persist.retention import DAY_MS, Retention, Rule, compact, retention_of
 from backtest_kit.persist.store import Key, Store, Write
 from backtest_kit.persist.testing.harness import sample_key
@@ -100,25 +102,36 @@ async def test_a_run_goes_as_a_whole_by_age_or_number(store: Store) -> None:
     assert await lines(store.within("backtester")) == ["no run"]
 
 
-async def test_a_run_with_a_damaged_record_is_not_forgotten(tmp_path: Path) -> None:
-    store = store_at(f"file:{tmp_path}/dump")
-    run = store.within("backtest-1")
-    for bucket in ("damaged", "intact"):
-        await run.put(Write(STATE, ("s-1", bucket), {"stop": 95}))
+@pytest.mark.parametrize("row", [STATE, STORAGE], ids=lambda row: row.name)
+@pytest.mark.parametrize("url", ["file:{}/dump", "sqlite:{}/bot.db"], ids=["file", "sqlite"])
+async def test_a_run_with_a_damaged_record_is_not_forgotten(tmp_path: Path, row: Contract, url: str) -> None:
+    store = store_at(url.format(tmp_path))
+    for name in ("damaged", "intact"):
+        await store.within("backtest-1").put(Write(row, sample_key(row, name), {"stop": 95, "text": f"{name} by hand"}))
     await store.close()
-    (damaged,) = tmp_path.rglob("damaged.json")
-    damaged.write_text("garbage")
-    store = store_at(f"file:{tmp_path}/dump")
-    try:
-        (told,) = await compact(store, Retention({}, math.inf, Rule(days=1, last=0)))
-        assert (told.namespace, told.records) == (("backtest-1",), 0)
-        assert "damaged" in (told.fault or "")
-        await compact(store, Retention({}, math.inf, Rule(days=1, last=0)))  # by now it is in quarantine
-        intact = await store.within("backtest-1").get(STATE, ("s-1", "intact"))
-        assert intact is not None
-        assert intact.value == {"stop": 95}
-    finally:
-        await store.close()
+    damage(tmp_path, b"damaged by hand")
+    store = store_at(url.format(tmp_path))
+    for day in (2, 3, 4):  # on the first one it is found, and put into quarantine
+        for kept in (Rule(days=1), Rule(last=0)):
+            (told,) = await compact(store, Retention({}, math.inf, kept), at_ms=now_ms() + day * DAY_MS)
+            assert (told.namespace, told.records, told.size) == (("backtest-1",), 0, 0)
+            assert "quarantine" in (told.fault or "")
+    intact = await store.within("backtest-1").get(row, sample_key(row, "intact"))
+    assert intact is not None
+    for item in await quarantine_list(store):
+        await quarantine_drop(store, item.path)
+    (gone,) = await compact(store, Retention({}, math.inf, Rule(days=1)), at_ms=now_ms() + 2 * DAY_MS)
+    assert (gone.records, gone.fault) == (1, None)
+    await store.close()
+
+
+def damage(place: Path, text: bytes) -> None:
+    """Change a text wherever it is stored, and not when that was written."""
+    for path in place.rglob("*.*"):
+        if path.is_file() and text in (data := path.read_bytes()):
+            written = path.stat().st_mtime_ns
+            path.write_bytes(data.replace(text, text.swapcase()))
+            os.utime(path, ns=(written, written))
 
 
 async def test_nothing_of_money_is_forgotten_by_any_setting(store: Store) -> None:

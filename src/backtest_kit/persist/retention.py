@@ -117,8 +117,9 @@ async def compact(
         # However many runs there are, one that wrote today may be going on.
         too_many = number >= retention.runs.last and _is_older(written_at, at_ms, 1)
         if too_many or _is_older(written_at, at_ms, retention.runs.days):
-            found.append(await _measure_run(namespace, space))
-            if isinstance(space, Prunes) and not look_only:
+            expired = await _measure_run(namespace, space)
+            found.append(expired)
+            if isinstance(space, Prunes) and not look_only and expired.fault is None:
                 await space.forget()
     return [each for each in found if each.records or each.fault]
 
@@ -200,13 +201,13 @@ async def _last_write(store: Store) -> tuple[int, str | None]:
 
 
 async def _measure_run(namespace: tuple[str, ...], store: Store) -> Expired:
+    """What forgetting a run takes away: nothing, where something of it is damaged and waits to be decided about."""
     records = size = 0
-    fault = None
     for row in RECORD_CONTRACTS:
         try:
             async for record in store.scan(row, include_removed=True):
                 records += 1
                 size += len(dump_value(record.value))
         except Damaged as error:
-            fault = str(error)
-    return Expired(namespace, "", records, size, fault)
+            return Expired(namespace, "", 0, 0, str(error))
+    return Expired(namespace, "", records, size)

@@ -171,7 +171,7 @@ class Feed:
                     yield place_of(name, row)
 
     def damage(self) -> Damaged | None:
-        """What to say of the lines that are in quarantine and that no listing can have, until they are decided about."""
+        """What to say of the lines that are in quarantine, which no listing has; None if there are none."""
         with self._guard:
             return self._damage.undecided()
 
