@@ -134,16 +134,75 @@ def damage(place: Path, text: bytes) -> None:
             os.utime(path, ns=(written, written))
 
 
+@pytest.mark.parametrize("mode", ["", "paper"])
+async def test_state_and_memory_go_with_signals_that_are_over(store: Store, mode: str) -> None:
+    space = store.within(mode)
+    for name, status in (("open", "opened"), ("rests", "scheduled"), ("closed", "closed"), ("off", "cancelled")):
+        await space.put(Write(STORAGE, (False, name), {"status": status}))
+    # The last two are no signals: what a strategy keeps while it holds nothing, and where a sink has come to.
+    for owner in ("open", "rests", "closed", "off", "trend@binance@BTCUSDT", "notification sinks"):
+        await space.put(Write(STATE, (owner, "plan"), 95))
+        for note in ("a", "b"):
+            await space.put(Write(MEMORY, (owner, "notes", note), note))
+    kept = Retention({"state": Rule(days=30), "memory": Rule(days=10)}, math.inf, Rule())
+    assert await compact(store, kept, at_ms=now_ms() + 9 * DAY_MS) == []
+    (notes,) = await compact(store, kept, at_ms=now_ms() + 11 * DAY_MS)
+    assert (notes.contract, notes.records) == ("memory", 4)
+    (states,) = await compact(store, kept, at_ms=now_ms() + 10_000 * DAY_MS)
+    assert (states.contract, states.records) == ("state", 2)
+    for row, most in ((STATE, 1), (MEMORY, 2)):
+        left = [record.key[0] async for record in space.scan(row)]
+        assert left == [
+            owner for owner in ("open", "rests", "trend@binance@BTCUSDT", "notification sinks") for _ in range(most)
+        ]
+    await space.put(Write(STORAGE, (False, "open"), {"status": "closed"}))
+    assert len(await compact(store, kept, at_ms=now_ms() + 31 * DAY_MS)) == 2
+
+
+async def test_a_damaged_signal_keeps_its_state_and_holds_up_no_other(tmp_path: Path) -> None:
+    store = store_at(f"file:{tmp_path}/dump")
+    for name in ("first", "second"):
+        await store.put(Write(STORAGE, (False, name), {"status": "closed", "note": f"the {name} one"}))
+        await store.put(Write(STATE, (name, "plan"), 95))
+    await store.close()
+    damage(tmp_path, b"the first one")
+    store = store_at(f"file:{tmp_path}/dump")
+    for records in (1, 0):
+        expired = await compact(store, Retention({"state": Rule(days=1)}, 1, Rule()), at_ms=now_ms() + 2 * DAY_MS)
+        assert sum(each.records for each in expired) == records
+        assert [record.key[0] async for record in store.scan(STATE)] == ["first"]
+    await store.close()
+
+
+async def test_sessions_and_last_signals_go_by_their_age(store: Store) -> None:
+    rows = [CONTRACTS[name] for name in ("session", "recent")]
+    for row in rows:
+        await store.put(Write(row, sample_key(row), 1))
+    kept = retention_of(with_settings(Settings(), {f"CC_RETENTION_{row.name.upper()}_DAYS": 7 for row in rows}))
+    assert await compact(store, kept, at_ms=now_ms() + 6 * DAY_MS) == []
+    gone = await compact(store, kept, at_ms=now_ms() + 8 * DAY_MS)
+    assert sorted(each.contract for each in gone) == ["recent", "session"]
+
+
+async def test_a_run_that_wrote_within_a_day_stays_whatever_is_set(store: Store) -> None:
+    await store.within("backtest-now").put(Write(STATE, ("s-1", "plan"), 95))
+    settings = with_settings(Settings(), {"CC_RETENTION_RUN_DAYS": 0.01, "CC_RETENTION_RUN_COUNT": 1})
+    assert await compact(store, retention_of(settings), at_ms=now_ms() + DAY_MS - 60_000) == []
+    (gone,) = await compact(store, retention_of(settings), at_ms=now_ms() + DAY_MS + 60_000)
+    assert gone.namespace == ("backtest-now",)
+
+
 async def test_nothing_of_money_is_forgotten_by_any_setting(store: Store) -> None:
     for space in (store, store.within("paper")):
         for row in ROWS:
             await space.put(Write(row, sample_key(row), "kept"))
-    changes = {name: 1e-9 for name in Settings.__struct_fields__ if name.startswith("CC_RETENTION_")}
+    names = [name for name in Settings.__struct_fields__ if name.startswith("CC_RETENTION_")]
+    changes = {name: 1 if name.endswith("_COUNT") else 1e-9 for name in names}
     await compact(store, retention_of(with_settings(Settings(), changes)), at_ms=now_ms() + 10_000 * DAY_MS)
     for space in (store, store.within("paper")):
         kept = {row.name for row in ROWS if await space.get(row, sample_key(row)) is not None}
         assert {row.name for row in ROWS if row.durability is Durability.MONEY} <= kept
-        assert kept.isdisjoint(("log", "notification", "storage", "measure", "interval"))
+        assert kept.isdisjoint(("log", "notification", "storage", "measure", "interval", "session", "recent"))
 
 
 async def test_by_default_signals_memory_and_state_are_kept_for_ever(store: Store) -> None:
@@ -165,6 +224,15 @@ def test_the_settings_are_checked() -> None:
     assert math.inf == with_settings(Settings(), {"CC_RETENTION_LOG_DAYS": "inf"}).CC_RETENTION_LOG_DAYS
     with pytest.raises(UserError, match="CC_RETENTION_LOG_DAYS is 0: it must be above 0"):
         with_settings(Settings(), {"CC_RETENTION_LOG_DAYS": 0})
+
+
+@pytest.mark.parametrize("name", ["LOG", "NOTIFICATION", "STORAGE", "RUN"])
+def test_counts_are_whole(name: str) -> None:
+    for value in (0.5, 0, -1, 1.5):
+        with pytest.raises(UserError, match=f"_{name}_COUNT is {value}: it must be a whole number, 1 or more, or inf"):
+            with_settings(Settings(), {f"CC_RETENTION_{name}_COUNT": value})
+    for good in (1, "1000", math.inf):
+        with_settings(Settings(), {f"CC_RETENTION_{name}_COUNT": good})
 
 
 @pytest.mark.parametrize("written_meanwhile", [False, True])
