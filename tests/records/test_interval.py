@@ -252,6 +252,18 @@ async def test_a_context_is_asked_for(kit: bk.Kit) -> None:
         kit.records.interval.once("hourly")
 
 
+async def test_a_context_is_found_under_any_name(kit: bk.Kit) -> None:
+    done: list[str] = []
+
+    @kit.records.interval.once("1h", name="named", version="1")
+    async def named(*, moment: Any) -> None:
+        done.append(moment.symbol)
+
+    for symbol in ("BTCUSDT", "ETHUSDT", "BTCUSDT"):
+        await named(moment=minute(5, symbol=symbol))
+    assert done == ["BTCUSDT", "ETHUSDT"]
+
+
 async def test_what_cannot_be_freed_is_said_beside_the_error(tmp_path: Path) -> None:
     class Failing(MemoryStore):
         fails: bk.BacktestKitError | None = None
