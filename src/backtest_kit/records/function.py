@@ -15,7 +15,7 @@ from urllib.parse import quote
 import msgspec
 
 from backtest_kit.errors import LookAhead, UserError
-from backtest_kit.model.event import Mode
+from backtest_kit.model.event import Identity, Mode
 from backtest_kit.model.interval import iso, to_ms
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.store import Plain
@@ -40,6 +40,8 @@ class Moment(Protocol):
     def exchange_name(self) -> str: ...
     @property
     def strategy_name(self) -> str: ...
+    @property
+    def frame_name(self) -> str: ...
     @property
     def symbol(self) -> str: ...
 
@@ -227,7 +229,9 @@ def scope_of(scopes: Scopes, call: Call) -> Scope:
     """The records of the run that the call is made in, at its moment; outside of a run those of live."""
     if call.moment is None:
         return scopes("live", None, call.now_ms)
-    return scopes(call.moment.mode, call.moment.run_id, call.now_ms)
+    run = call.moment
+    identity = Identity(run.symbol, run.strategy_name, run.exchange_name, run.frame_name, run.mode)
+    return scopes(run.mode, run.run_id, call.now_ms, identity)
 
 
 def key_text(value: Plain) -> str:

@@ -122,12 +122,14 @@ class Once(Generic[R]):
         async with scope.turn(_INTERVAL, key):
             while True:
                 found = await store.get(_INTERVAL, key)
-                if found is not None and not found.removed and start_ms <= _window(found):
+                # Of a repeated backtest only what an earlier repetition left for later is as if it had not been.
+                used = await scope.seen(_INTERVAL, found) if found and scope.is_left(_INTERVAL, found) else found
+                if used is not None and not used.removed and start_ms <= _window(used):
                     return None
                 value: Plain = {"windowMs": start_ms}
                 write = Write(_INTERVAL, key, value, when=scope.when_ms, expect=expectation(store, found))
                 try:
-                    return _Taking(scope, found, await store.put(write))
+                    return _Taking(scope, found, await scope.put(store, write))
                 except Conflict:
                     continue
 
