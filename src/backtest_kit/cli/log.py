@@ -84,26 +84,35 @@ async def _show(
     known = deque(reversed(seen), maxlen=_KNOWN)
     while follow:
         await asyncio.sleep(_POLL_S)
-        for record in await _news(store, known):
-            known.append(str(record.key[0]))
+        for record in await news_of(store, known):
             line = line_of(record)
             if wanted(line):
                 show(line)
 
 
-async def _news(store: Store, known: deque[str]) -> list[Record]:
-    """What was written since, the oldest first.
+async def news_of(store: Store, known: deque[str]) -> list[Record]:
+    """What was written since any of `known`, the oldest first; known from then on.
 
-    The feed itself is asked and not its file, so that it may be rotated, merged or shortened meanwhile.
+    The feed itself is asked and not its file, so that it may be rotated, merged or shortened meanwhile. Lines are in
+    order of writing, and their ids begin with the time at which they were said, which another process may write late.
     """
+    oldest, late = min(known, default=""), 0
     news: list[Record] = []
     async for record in _newest_first(store):
         key = str(record.key[0])
-        # Should all that is known be forgotten by now: an id begins with its time.
-        if known and (key in known or key < known[0]):
+        if key in known:
             break
         news.append(record)
-    return list(reversed(news))
+        late += key <= oldest
+        if late == _KNOWN:
+            break
+    else:
+        late = _KNOWN
+    known.extend(str(record.key[0]) for record in reversed(news))
+    if late == _KNOWN:
+        # All that was known is forgotten by now, and what is older than that was written before.
+        news = [record for record in news if str(record.key[0]) > oldest]
+    return news[::-1]
 
 
 async def _newest_first(store: Store) -> AsyncIterator[Record]:
