@@ -31,7 +31,7 @@ async def say(store: Store, *ids: str) -> None:
 
 
 async def news(store: Store, known: deque[str]) -> list[str]:
-    return [str(record.key[0]) for record in await news_of(store, known)]
+    return [str(record.key[0]) for record in await news_of(store, known, set())]
 
 
 async def test_a_line_that_is_written_late_is_shown(store: Store) -> None:

@@ -116,6 +116,42 @@ async def test_a_caller_that_is_cancelled_while_it_takes_the_window_frees_it(kit
     assert len(work.done) == 12
 
 
+@pytest.mark.parametrize("cancels", [2, 3])
+async def test_a_caller_that_is_cancelled_again_while_it_frees_the_window_frees_it(kit: bk.Kit, cancels: int) -> None:
+    work = Work()
+    once = work.once_by(kit)
+    for steps in range(12):
+        caller = asyncio.create_task(once(minute(steps * 60)))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        for _ in range(cancels):
+            caller.cancel()
+            await asyncio.sleep(0)
+        result: object = (await asyncio.gather(caller, return_exceptions=True))[0]
+        assert await once(minute(steps * 60)) == (None if result == "done" else "done"), steps
+    assert len(work.done) == 12
+
+
+async def test_a_function_that_is_cancelled_twice_leaves_the_window_free(kit: bk.Kit) -> None:
+    begun, never = asyncio.Event(), asyncio.Event()
+
+    @kit.records.interval.once("1h", name="slow", version="1")
+    async def slow(ctx: Any, hang: bool) -> str:
+        begun.set()
+        if hang:
+            await never.wait()
+        return "done"
+
+    caller = asyncio.create_task(slow(minute(0), True))
+    await begun.wait()
+    caller.cancel()
+    await asyncio.sleep(0)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert await slow(minute(0), False) == "done"
+
+
 async def test_windows_of_runs_modes_strategies_and_symbols_are_apart(kit: bk.Kit) -> None:
     work = Work()
     once = work.once_by(kit)

@@ -71,7 +71,8 @@ async def _show(
 ) -> None:
     seen: list[str] = []
     last: list[LogLine] = []
-    async for record in _newest_first(store):
+    told: set[str] = set()
+    async for record in _newest_first(store, told):
         if len(seen) < _KNOWN:
             seen.append(str(record.key[0]))
         line = line_of(record)
@@ -84,21 +85,22 @@ async def _show(
     known = deque(reversed(seen), maxlen=_KNOWN)
     while follow:
         await asyncio.sleep(_POLL_S)
-        for record in await news_of(store, known):
+        for record in await news_of(store, known, told):
             line = line_of(record)
             if wanted(line):
                 show(line)
 
 
-async def news_of(store: Store, known: deque[str]) -> list[Record]:
+async def news_of(store: Store, known: deque[str], told: set[str]) -> list[Record]:
     """What was written since any of `known`, the oldest first; known from then on.
 
     The feed itself is asked and not its file, so that it may be rotated, merged or shortened meanwhile. Lines are in
     order of writing, and their ids begin with the time at which they were said, which another process may write late.
+    `told` is what was said of damage.
     """
     oldest, late = min(known, default=""), 0
     news: list[Record] = []
-    async for record in _newest_first(store):
+    async for record in _newest_first(store, told):
         key = str(record.key[0])
         if key in known:
             break
@@ -115,12 +117,14 @@ async def news_of(store: Store, known: deque[str]) -> list[Record]:
     return news[::-1]
 
 
-async def _newest_first(store: Store) -> AsyncIterator[Record]:
+async def _newest_first(store: Store, told: set[str]) -> AsyncIterator[Record]:
     try:
         async for record in store.scan(LOG, newest_first=True):
             yield record
     except Damaged as error:
-        sys.stderr.write(f"damaged: {error}\n")
+        if str(error) not in told:
+            told.add(str(error))
+            sys.stderr.write(f"damaged: {error}\n")
 
 
 def _write_json(line: LogLine) -> None:
