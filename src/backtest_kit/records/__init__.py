@@ -38,7 +38,8 @@ class Records:
 
     A strategy has those of its own run in its context (`ctx.state`, `ctx.session`, ...), as of its own minute.
     Here they are named in full: by mode, and for a backtest by the id of its run. `when` shows them as they
-    were seen at a moment; without it everything is seen.
+    were seen at a moment; without it everything is seen. Where history is kept, and not as far back as `when`,
+    reading raises `NotKept`.
     """
 
     def __init__(self, persistence: Callable[[], Persistence], settings: Callable[[], Settings] = Settings) -> None:
@@ -93,7 +94,7 @@ class Records:
         written = None
         if run_id is not None and identity is not None:
             written = self._written.get((identity, run_id)) or Written()
-        return Scope(self._persistence, self._turns, mode, run_id, when_ms, written)
+        return Scope(self._persistence, self._turns, mode, run_id, when_ms, written, is_outside=identity is None)
 
     def of_run(self, identity: Identity, run_id: str | None) -> RunRecords:
         """The records of a run that begins, for its contexts."""

@@ -52,11 +52,14 @@ class Scope:
     Nor does a write replace it, with one exception: a backtest that is repeated under its run id replaces what an
     earlier repetition has left, as far as this one is known by what it has `written`.
 
+    Where history is kept, what was there at the moment is seen. A run that finds it not kept any more goes on as
+    without history; whoever looks from outside (`is_outside`) gets an error, for None would be taken for an answer.
+
     `run_id` is that of a backtest, None live and on paper. Without `when_ms` there is no moment: everything is
     seen, and what is written is seen at any time.
     """
 
-    __slots__ = ("_persistence", "_turns", "_written", "mode", "run_id", "when_ms")
+    __slots__ = ("_is_outside", "_persistence", "_turns", "_written", "mode", "run_id", "when_ms")
 
     def __init__(
         self,
@@ -66,6 +69,8 @@ class Scope:
         run_id: str | None,
         when_ms: int | None = None,
         written: Written | None = None,
+        *,
+        is_outside: bool,
     ) -> None:
         if (mode == "backtest") != bool(run_id):
             raise UserError(
@@ -75,13 +80,22 @@ class Scope:
         self._persistence = persistence
         self._turns = turns
         self._written = written
+        self._is_outside = is_outside
         self.mode = mode
         self.run_id = run_id
         self.when_ms = when_ms
 
     def at(self, when_ms: int | None) -> Scope:
         """The same run at another moment."""
-        return Scope(self._persistence, self._turns, self.mode, self.run_id, when_ms, self._written)
+        return Scope(
+            self._persistence,
+            self._turns,
+            self.mode,
+            self.run_id,
+            when_ms,
+            self._written,
+            is_outside=self._is_outside,
+        )
 
     def store(self, row: Contract) -> Store:
         """The store that keeps `row` for this run. It is chosen, and made, at this call and no earlier."""
@@ -92,11 +106,16 @@ class Scope:
         return record is not None and not record.removed and not record.later_than(self.when_ms)
 
     async def read(self, row: Contract, key: Key) -> Record | None:
-        """The record under `key` as far as this moment sees it. Raises as `Store.get`."""
+        """The record under `key` as far as this moment sees it. Raises as `seen`."""
         return await self.seen(row, await self.store(row).get(row, key))
 
     async def seen(self, row: Contract, record: Record | None) -> Record | None:
-        """What this moment sees of a record that was found: where history is kept of it, what it was then."""
+        """What this moment sees of a record that was found: where history is kept of it, what it was then.
+
+        Raises:
+            NotKept: that is not known any more, and somebody looks from outside of a run.
+            Others: as `Store.get`.
+        """
         was = await self.as_it_was(row, record)
         return was if self.sees(was) else None
 
@@ -107,6 +126,8 @@ class Scope:
             try:
                 record = await store.before(row, record, self.when_ms)
             except NotKept:
+                if self._is_outside:
+                    raise
                 return None
         return None if record is None or record.later_than(self.when_ms) else record
 
