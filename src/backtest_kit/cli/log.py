@@ -13,10 +13,11 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from backtest_kit.cli.records import since_ms, space_of
+from backtest_kit.cli.records import require_run, since_ms, space_of
 from backtest_kit.cli.store import require_existing
 from backtest_kit.errors import Damaged
 from backtest_kit.model.interval import iso, to_datetime
+from backtest_kit.persist.binding import runs_in
 from backtest_kit.persist.store import Record, Store
 from backtest_kit.persist.urls import store_at
 from backtest_kit.records.log import LOG, LogLine, at_least, line_of
@@ -55,6 +56,8 @@ def run_log(
         store = store_at(address, existing=True)
         try:
             space = space_of(store, mode, run_id)
+            if run_id is not None and not follow:  # whoever follows may wait for one that begins
+                require_run(run_id, await runs_in(store), address)
             await _show(space, wanted, limit, show, follow=follow)
         finally:
             await store.close()
