@@ -226,6 +226,18 @@ def test_a_notification_says_what_it_was_traded_with(mode: Mode) -> None:
     assert told.text == f"2024-06-01T12:01Z {mode} BTCUSDT trend: opened long at 100, take 110, stop 90"
 
 
+def test_runs_whose_names_read_alike_have_news_of_their_own() -> None:
+    runs = [bk.Identity("BTC", "a-b", "c", "", "live"), bk.Identity("BTC", "a", "b-c", "", "live")]
+    told = [
+        notification_of(
+            bk.StrategyFailed(identity=run, when_ms=NOON_MS, price=1.0, what="manage", error=ValueError("no"))
+        )
+        for run in runs
+    ]
+    assert None not in told
+    assert len({each.notification_id for each in told if each}) == 2
+
+
 async def test_who_was_overtaken_does_not_undo_what_came_after_him(kit: bk.Kit) -> None:
     await observe(kit, [opened("s-1", 1)])
     await observe(kit, [closed("s-1", 5)])
