@@ -228,12 +228,8 @@ def test_a_notification_says_what_it_was_traded_with(mode: Mode) -> None:
 
 def test_runs_whose_names_read_alike_have_news_of_their_own() -> None:
     runs = [bk.Identity("BTC", "a-b", "c", "", "live"), bk.Identity("BTC", "a", "b-c", "", "live")]
-    told = [
-        notification_of(
-            bk.StrategyFailed(identity=run, when_ms=NOON_MS, price=1.0, what="manage", error=ValueError("no"))
-        )
-        for run in runs
-    ]
+    errors = [bk.StrategyFailed(identity=run, when_ms=NOON_MS, what="manage", error=ValueError("no")) for run in runs]
+    told = [notification_of(each) for each in errors]
     assert None not in told
     assert len({each.notification_id for each in told if each}) == 2
 
