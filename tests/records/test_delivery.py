@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from aiohttp import web
-from tests.records.conftest import NOON_MS, kit_on
+from tests.records.conftest import NOON_MS, kit_on, run_of
 from tests.records.happenings import IDENTITY, closed, observe, opened
 
 import backtest_kit as bk
@@ -164,6 +164,69 @@ async def test_a_receiver_that_hangs_stops_neither_the_trading_nor_the_closing(
         await kit.close()
     assert len(receiver.got) == 1
     assert "sink hanging: not everything was delivered" in caplog.text
+
+
+class Leaving:
+    """A sink of the user's own whose end is not a good one."""
+
+    name = "leaving"
+
+    def __init__(self, leave: Callable[[], Any]) -> None:
+        self.close: Any = leave
+
+    async def deliver(self, notification: Notification) -> None:
+        return
+
+
+async def _raise() -> None:
+    raise RuntimeError(f"connection to {SECRET} already gone")
+
+
+async def _hang() -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("leave", "said"), [(_raise, "RuntimeError"), (_hang, "TimeoutError"), (lambda: None, "TypeError")]
+)
+async def test_a_sink_that_cannot_be_closed_costs_no_line_of_the_log(
+    tmp_path: Path,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    leave: Callable[[], Any],
+    said: str,
+) -> None:
+    monkeypatch.setattr(delivery, "GRACE_S", 0.01)
+    kit = kit_on("file:{place}/dump", tmp_path)
+    kit.records.notification.sink(Leaving(leave))
+    kit.records.notification.sink(hook(receiver))
+    await observe(kit, [opened("s-1")])
+    for number in range(500):
+        run_of(kit).log(NOON_MS).info(str(number))
+    async with asyncio.timeout(20):
+        await kit.close()
+    assert len(receiver.got) == 1
+    assert f"sink leaving: it could not be closed: {said}" in caplog.text
+    assert SECRET not in caplog.text
+    kit = kit_on("file:{place}/dump", tmp_path)
+    assert len(await kit.records.log.list(limit=None)) == 500
+    await kit.close()
+
+
+async def test_a_step_of_leaving_that_fails_leaves_out_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit = kit_on("file:{place}/dump", tmp_path)
+    run_of(kit).log(NOON_MS).info("the last word")
+
+    async def fail() -> None:
+        raise OSError("no more threads")
+
+    monkeypatch.setattr(kit.records._deliveries, "close", fail)
+    with pytest.raises(OSError, match="no more threads"):
+        await kit.close()
+    kit = kit_on("file:{place}/dump", tmp_path)
+    assert [line.message for line in await kit.records.log.list()] == ["the last word"]
+    await kit.close()
 
 
 async def test_a_sink_that_never_answers_is_cancelled_and_tried_again(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -72,11 +72,12 @@ class Records:
 
     async def leave(self) -> None:
         """As `close`, before the event loop of a blocking call ends and the program goes on."""
-        await self._upkeep.close()
-        await self._observer.close()
-        await self._deliveries.close()
-        await self._writer.flush()
-        await self.leave_loop()
+        async with AsyncExitStack() as steps:  # from the last to the first; none is left out for the failure of another
+            steps.push_async_callback(self.leave_loop)
+            steps.push_async_callback(self._writer.flush)
+            steps.push_async_callback(self._deliveries.close)
+            steps.push_async_callback(self._observer.close)
+            steps.push_async_callback(self._upkeep.close)
 
     def scope(self, mode: Mode, run_id: str | None = None, when: When | None = None) -> Scope:
         """The records of one mode, or of one run of a backtest.

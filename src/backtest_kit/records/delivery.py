@@ -46,7 +46,7 @@ FIRST_PAUSE_S: Final = 1.0
 LONGEST_PAUSE_S: Final = 300.0
 DRAIN_S: Final = 5.0
 GRACE_S: Final = 1.0
-"""How long a sink that is cancelled may take to end before it is left to itself."""
+"""How long a sink that is cancelled may take to end before it is left to itself, and one that is closed to close."""
 URGENT: Final = 1000
 """How many notifications that the store does not take wait for a sink; beyond it the oldest are let go of."""
 
@@ -155,9 +155,8 @@ class Deliveries:
         """Deliver what can be delivered within `DRAIN_S` and end the tasks of this loop. The rest stays stored."""
         workers = self._workers.pop(asyncio.get_running_loop(), {})
         await asyncio.gather(*(worker.end() for worker in workers.values()))
-        for route in self._routes.values():
-            if route.close is not None and workers:
-                await route.close()
+        if workers:
+            await asyncio.gather(*(_let_go(route) for route in self._routes.values()))
 
 
 class _Worker:
@@ -369,6 +368,17 @@ def _never_in_the_way(function: Deliver) -> Deliver:
     """A function as it is if it is async; any other in a thread."""
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
     return function if is_async else _Threaded(function)
+
+
+async def _let_go(route: _Route) -> None:
+    """Close a sink. One that fails to, or does not come to an end, keeps nobody from the rest."""
+    if route.close is None:
+        return
+    try:
+        async with asyncio.timeout(GRACE_S):
+            await route.close()
+    except Exception as error:  # whatever a sink raises, it is over
+        _log.warning("sink %s: it could not be closed: %s", route.name, _describe(error))
 
 
 def _remember(kept: dict[str, Any], name: str, value: object) -> None:
