@@ -15,11 +15,12 @@ import msgspec
 import pytest
 
 from backtest_kit.errors import Conflict, Damaged, Outcome, OutOfSpace, RetryLater, UserError
-from backtest_kit.persist import lease as lease_module
+from backtest_kit.persist import holder as holder_module, lease as lease_module
 from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability
-from backtest_kit.persist.lease import Clock, Holder, acquire
+from backtest_kit.persist.holder import Holder
+from backtest_kit.persist.lease import Clock, acquire
 from backtest_kit.persist.store import ABSENT, Key, Record, Store, Write
 from backtest_kit.persist.urls import store_at
 
@@ -167,13 +168,13 @@ async def test_old_owner_is_refused_by_the_store(store: MemoryStore, clock: Time
 async def test_dead_owner_of_this_machine_is_followed_at_once(store: MemoryStore, clock: Time) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    await plant(store, stranger(pid=gone.pid, machine=lease_module._machine()))
+    await plant(store, stranger(pid=gone.pid, machine=holder_module._machine()))
     await acquire(of(store), SCOPE, clock=clock)
     assert clock.slept == []
 
 
 async def test_pid_that_was_given_away_again_is_no_owner(store: MemoryStore, clock: Time) -> None:
-    await plant(store, stranger(pid=os.getpid(), machine=lease_module._machine(), started="long ago"))
+    await plant(store, stranger(pid=os.getpid(), machine=holder_module._machine(), started="long ago"))
     await acquire(of(store), SCOPE, clock=clock)
     assert clock.slept == []
 

@@ -214,7 +214,9 @@ async def test_a_sink_that_cannot_be_closed_costs_no_line_of_the_log(
     await kit.close()
 
 
-async def test_a_step_of_leaving_that_fails_leaves_out_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_step_of_leaving_that_fails_keeps_no_other_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kit = kit_on("file:{place}/dump", tmp_path)
     run_of(kit).log(NOON_MS).info("the last word")
 
