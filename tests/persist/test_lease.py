@@ -20,7 +20,7 @@ from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability
 from backtest_kit.persist.holder import Holder
-from backtest_kit.persist.lease import Clock, acquire
+from backtest_kit.persist.lease import Clock, acquire, claim
 from backtest_kit.persist.store import ABSENT, Key, Record, Store, Write
 from backtest_kit.persist.urls import store_at
 
@@ -451,3 +451,41 @@ async def test_a_full_disk_keeps_no_owner_from_closing(
             await lease.confirm()
     else:
         await lease.confirm()
+
+
+SINK: dict[str, str] = {"what": "sink 'phone'", "doing": "is delivered to by", "remedy": "wait"}
+
+
+async def test_what_is_no_position_is_claimed_in_the_same_way(store: MemoryStore, clock: Time) -> None:
+    lease = await claim(store, "sink", ("phone", "a@b/c"), **SINK, clock=clock)
+    with pytest.raises(Conflict, match=rf"sink 'phone' is delivered to by process {os.getpid()} on .*: wait; if"):
+        await claim(store, "sink", ("phone", "a@b/c"), **SINK, patient=False, clock=clock)
+    assert clock.slept == []
+    await claim(store, "sink", ("phone@a", "b/c"), **SINK, clock=clock)
+    await claim(store, "run", ("phone", "a@b/c"), **SINK, clock=clock)
+    await lease.release()
+    await claim(store, "sink", ("phone", "a@b/c"), **SINK, patient=False, clock=clock)
+    assert set(store._tables) == {"claim"}, "no money record is looked at"
+
+
+@pytest.mark.parametrize("left", [None, stranger(released=True)])
+async def test_who_is_cancelled_while_it_takes_a_lease_gives_it_up(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch, left: Holder | None
+) -> None:
+    if left is not None:
+        await plant(store, left)
+    put, began = store.put, asyncio.Event()
+
+    async def slow(write: Write) -> Record:
+        began.set()
+        await asyncio.sleep(0.01)
+        return await put(write)
+
+    monkeypatch.setattr(store, "put", slow)
+    taking = asyncio.create_task(acquire(of(store), SCOPE))
+    await began.wait()
+    taking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    async with asyncio.timeout(1):
+        assert (await acquire(of(store), SCOPE)).held

@@ -23,12 +23,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 from urllib.parse import quote
 
 import msgspec
 
-from backtest_kit.errors import Conflict, Damaged, OutOfSpace, RetryLater, UserError
+from backtest_kit.errors import BacktestKitError, Conflict, Damaged, OutOfSpace, RetryLater, UserError
 from backtest_kit.persist.contracts import CLAIM, CONTRACTS, LEASE, MIGRATION, MIGRATION_KEY, Contract, Durability
 from backtest_kit.persist.holder import Holder, is_gone, this_process
 from backtest_kit.persist.store import ABSENT, Capability, Key, Record, Store, Write
@@ -238,10 +239,16 @@ async def _take(
         found = await _wait(store, subject, found, clock, patient=patient)
     holder = this_process(round(ttl * 1000))
     started = clock.now()
+    taking = asyncio.ensure_future(store.put(_write(subject, holder, ABSENT if found is None else found.rev)))
     try:
-        record = await store.put(_write(subject, holder, ABSENT if found is None else found.rev))
+        record = await asyncio.shield(taking)
     except Conflict:
         raise await _refusal(store, subject) from None
+    except asyncio.CancelledError:
+        if subject.row is CLAIM or found is None or _holder(subject, found).released:
+            # Nobody would know of it, and everybody wait for it to lapse. There is nothing to be fenced.
+            await _give_up(store, subject, holder, taking)
+        raise
     return Lease(store, subject, record, holder, started, clock), found
 
 
@@ -283,6 +290,13 @@ async def owners(store: Store) -> list[tuple[Key, Holder]]:
     """
     found = [(record.key, _holder(_position(record.key), record)) async for record in store.scan(LEASE)]
     return [(scope, holder) for scope, holder in found if not holder.released]
+
+
+async def _give_up(store: Store, subject: Subject, holder: Holder, taking: asyncio.Future[Record]) -> None:
+    """Release a lease that is just being taken."""
+    with suppress(BacktestKitError):
+        taken = await taking
+        await store.put(_write(subject, msgspec.structs.replace(holder, released=True), taken.rev))
 
 
 async def _wait(store: Store, subject: Subject, found: Record, clock: Clock, *, patient: bool = True) -> Record:
