@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -453,7 +454,7 @@ async def test_a_full_disk_keeps_no_owner_from_closing(
         await lease.confirm()
 
 
-SINK: dict[str, str] = {"what": "sink 'phone'", "doing": "is delivered to by", "remedy": "wait"}
+SINK: dict[str, Any] = {"what": "sink 'phone'", "doing": "is delivered to by", "remedy": "wait"}
 
 
 async def test_what_is_no_position_is_claimed_in_the_same_way(store: MemoryStore, clock: Time) -> None:

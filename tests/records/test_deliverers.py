@@ -13,7 +13,7 @@ import pytest
 from tests.records.conftest import kit_on
 from tests.records.happenings import observe, opened
 from tests.records.receiver import SECRET, Receiver, hook
-from tests.records.stores import STORES
+from tests.records.stores import SHARED
 
 import backtest_kit as bk
 from backtest_kit.persist import lease
@@ -69,8 +69,9 @@ async def test_sinks_of_one_name_that_send_elsewhere_have_a_place_each(tmp_path:
     assert SECRET.encode() not in kept, "the store knows where sinks send to, and no secret"
 
 
+@pytest.mark.parametrize("store", SHARED)
 async def test_a_process_that_cannot_deliver_lets_another_one_try(
-    shared_address: str, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    store: str, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "DEFAULT_TTL", 0.6)
     monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.2)
@@ -84,7 +85,7 @@ async def test_a_process_that_cannot_deliver_lets_another_one_try(
     async def connected(notification: Notification) -> None:
         told.append(notification.signal_id)
 
-    one, other = (kit_on(shared_address, tmp_path) for _ in range(2))
+    one, other = (kit_on(SHARED[store], tmp_path) for _ in range(2))
     one.records.notification.sink(cut_off, name="phone")
     await observe(one, [opened("s-1")])
     await receiver.until(lambda: tried == ["s-1"])
@@ -95,10 +96,10 @@ async def test_a_process_that_cannot_deliver_lets_another_one_try(
     await one.close()
 
 
-@pytest.mark.parametrize("store", ["file", "sqlite"])
+@pytest.mark.parametrize("store", SHARED)
 async def test_another_process_goes_on_where_a_killed_one_was(store: str, tmp_path: Path, receiver: Receiver) -> None:
     """The one that is killed is in the middle of a delivery: that one comes again, and no other."""
-    address = STORES[store]
+    address = SHARED[store]
     held = asyncio.Event()
 
     async def until_killed(body: dict[str, Any]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,8 @@ from backtest_kit.records.observer import Observer
 from backtest_kit.records.scope import Scope, Turns, check_texts, strategy_owner
 from backtest_kit.records.session import Session
 from backtest_kit.records.signals import Recent, Storage
-from backtest_kit.records.state import State
+from backtest_kit.records.sole import sole
+from backtest_kit.records.state import STATE, State
 from backtest_kit.settings import Settings
 
 if TYPE_CHECKING:
@@ -89,7 +90,9 @@ class Records:
 
     def of_run(self, identity: Identity, run_id: str | None) -> RunRecords:
         """The records of a run, for its contexts."""
-        return RunRecords(self.scope(identity.mode, run_id), identity, self._observer, self._writer, self.begin)
+        return RunRecords(
+            self.scope(identity.mode, run_id), identity, self._observer, self._writer, self.begin, self._persistence
+        )
 
     async def runs(self) -> list[str]:
         """The ids of the backtests that have kept something. As `Persistence.runs`."""
@@ -158,7 +161,9 @@ class Records:
 class RunRecords:
     """The records of one run. Making it costs nothing: no store is asked before a record is used."""
 
-    __slots__ = ("_begin", "_identity", "_observer", "_owner", "_scope", "_shelves", "_writer")
+    __slots__ = (
+        "_begin", "_identity", "_keeper", "_observer", "_owner", "_persistence", "_scope", "_shelves", "_writer"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -167,8 +172,11 @@ class RunRecords:
         observer: Observer,
         writer: LogWriter,
         begin: Callable[[Mode], Awaitable[None]],
+        persistence: Callable[[], Persistence],
     ) -> None:
         self._begin = begin
+        self._persistence = persistence
+        self._keeper: asyncio.Task[None] | None = None
         self._scope = scope
         self._identity = identity
         self._observer = observer
@@ -184,6 +192,18 @@ class RunRecords:
         """The run begins. As `Records.begin`."""
         await self._begin(self._identity.mode)
 
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Have the run to oneself, where it is a backtest that another process may have as well.
+
+        Raises:
+            Conflict: another process replays it; `take_breath` raises that once the run is lost to one.
+            Damaged, OutOfSpace, RetryLater: as `Store.put`.
+        """
+        store = self._persistence().store_for(STATE, "backtest", history=False)
+        async with sole(store, str(self.run_id), self._identity) as self._keeper:
+            yield
+
     def urge(self, events: Sequence[Event]) -> None:
         """Have people hear of what could not be kept yet: the sinks get it without the store."""
         self._observer.urge(events, self._identity.mode)
@@ -193,7 +213,13 @@ class RunRecords:
         await self._observer.observe(events, self._identity.mode, self._scope.run_id)
 
     async def take_breath(self) -> None:
-        """Let other tasks have their turn, and the log, if it has fallen behind, all the time that it needs."""
+        """Let other tasks have their turn, and the log, if it has fallen behind, all the time that it needs.
+
+        Raises:
+            Conflict: another process has taken the run.
+        """
+        if self._keeper is not None and self._keeper.done():
+            self._keeper.result()
         if self._writer.crowded:
             # A store that does not take lines is asked again by the writer, which tells of it and drops the oldest.
             with suppress(BacktestKitError):

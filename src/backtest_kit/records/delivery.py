@@ -23,8 +23,9 @@ import msgspec
 from backtest_kit.errors import BacktestKitError, RetryLater, UserError
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Key, Record, Store
-from backtest_kit.records.place import STATE, Place, Reached
+from backtest_kit.records.place import Place, Reached
 from backtest_kit.records.signals import read_as
+from backtest_kit.records.state import STATE
 from backtest_kit.records.threaded import Deliver as Deliver, never_in_the_way
 from backtest_kit.settings import Settings
 
@@ -119,7 +120,7 @@ class Deliveries:
                 worker = _Worker(
                     route,
                     self._persistence().store_for(NOTIFICATION, mode),
-                    self._persistence().store_for(STATE, mode),
+                    self._persistence().store_for(STATE, mode, history=False),
                     self._settings,
                 )
                 try:

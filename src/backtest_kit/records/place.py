@@ -16,15 +16,14 @@ import msgspec
 
 from backtest_kit.errors import BacktestKitError, Conflict
 from backtest_kit.persist.codec import encode
-from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.lease import Lease, claim, keeps_claims
 from backtest_kit.persist.possession import given_back, kept
 from backtest_kit.persist.store import Key, Record, Store, Write
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.scope import expectation
 from backtest_kit.records.signals import read_as
+from backtest_kit.records.state import STATE
 
-STATE: Final = CONTRACTS["state"]
 OWNER: Final = "notification sinks"
 """Whose state the places of the sinks are; no signal is called so."""
 PAUSE_S: Final = 1.0
