@@ -460,12 +460,12 @@ SINK: dict[str, Any] = {"what": "sink 'phone'", "doing": "is delivered to by", "
 async def test_what_is_no_position_is_claimed_in_the_same_way(store: MemoryStore, clock: Time) -> None:
     lease = await claim(store, "sink", ("phone", "a@b/c"), **SINK, clock=clock)
     with pytest.raises(Conflict, match=rf"sink 'phone' is delivered to by process {os.getpid()} on .*: wait; if"):
-        await claim(store, "sink", ("phone", "a@b/c"), **SINK, patient=False, clock=clock)
+        await claim(store, "sink", ("phone", "a@b/c"), **SINK, watches=lambda holder: False, clock=clock)
     assert clock.slept == []
     await claim(store, "sink", ("phone@a", "b/c"), **SINK, clock=clock)
     await claim(store, "run", ("phone", "a@b/c"), **SINK, clock=clock)
     await lease.release()
-    await claim(store, "sink", ("phone", "a@b/c"), **SINK, patient=False, clock=clock)
+    await claim(store, "sink", ("phone", "a@b/c"), **SINK, watches=lambda holder: False, clock=clock)
     assert set(store._tables) == {"claim"}, "no money record is looked at"
 
 

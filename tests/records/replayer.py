@@ -9,12 +9,9 @@ from pathlib import Path
 from tests.records.test_sole import WHERE, count, kit_that_asks
 
 import backtest_kit as bk
-from backtest_kit.persist import lease
 
 
 async def replay(address: str, place: Path) -> None:
-    lease.DEFAULT_TTL = 1.5  # type: ignore[misc]  # of which others see in a third that it lives
-
     async def ask_once(ctx: bk.Context) -> None:
         await count(ctx)
         sys.stdout.write("asked\n")

@@ -60,6 +60,11 @@ def is_gone(holder: Holder) -> bool:
     return bool(state) and (state in "ZX" or started != holder.started)
 
 
+def is_neighbour(holder: Holder) -> bool:
+    """Whether the owner is another process of this machine, so that `is_gone` tells of its end."""
+    return bool(holder.machine) and holder.machine == _machine() and holder.pid != os.getpid()
+
+
 def _machine() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -41,6 +41,9 @@ DEFAULT_TTL: Final = 15.0
 StoreOf = Callable[[Contract], Store]
 """Which store keeps a contract: `lambda row: persistence.store_for(row, "live")`."""
 
+Watches = Callable[[Holder], bool]
+"""Whether it is worth while to watch the lease of a process until it lapses, or is renewed."""
+
 _GUARDED: Final = tuple(
     row
     for row in CONTRACTS.values()
@@ -194,7 +197,7 @@ async def acquire(store_of: StoreOf, scope: Key, *, ttl: float = DEFAULT_TTL, cl
     """
     store = _comparing(store_of, LEASE)
     await _require_migrated(store)
-    lease, left = await _take(store, _position(scope), ttl, clock or Clock(), patient=True)
+    lease, left = await _take(store, _position(scope), ttl, clock or Clock(), lambda holder: True)
     if left is not None and not _holder(lease.subject, left).released:
         await _fence(store_of, scope)
     return lease
@@ -208,13 +211,14 @@ async def claim(
     what: str,
     doing: str,
     remedy: str,
-    patient: bool = True,
+    ttl: float | None = None,
+    watches: Watches = lambda holder: True,
     clock: Clock | None = None,
 ) -> Lease:
     """The lease of something that is no position, called `names` among those of its `kind`.
 
-    As `acquire`, but nothing that a former owner still writes is refused. With `patient=False` a lease that may not
-    have lapsed yet is not watched. The rest are the words for it, as in `Subject`.
+    As `acquire`, but nothing that a former owner still writes is refused. A lease that may not have lapsed yet is
+    watched if `watches` says so of its holder; else that is a refusal. The rest are the words for it, as in `Subject`.
 
     Raises:
         Conflict: another process has it; the message names its pid, host and since when.
@@ -222,7 +226,8 @@ async def claim(
     """
     key = (kind, "@".join(quote(name, safe="") for name in names))
     subject = Subject(CLAIM, key, what, doing, remedy)
-    return (await _take(store, subject, DEFAULT_TTL, clock or Clock(), patient=patient))[0]
+    ttl = DEFAULT_TTL if ttl is None else ttl
+    return (await _take(store, subject, ttl, clock or Clock(), watches))[0]
 
 
 def keeps_claims(store: Store) -> bool:
@@ -231,12 +236,12 @@ def keeps_claims(store: Store) -> bool:
 
 
 async def _take(
-    store: Store, subject: Subject, ttl: float, clock: Clock, *, patient: bool
+    store: Store, subject: Subject, ttl: float, clock: Clock, watches: Watches
 ) -> tuple[Lease, Record | None]:
     """The lease, and what the owner before has left of it."""
     found = await store.get(subject.row, subject.key)
     if found is not None and not _holder(subject, found).released:
-        found = await _wait(store, subject, found, clock, patient=patient)
+        found = await _wait(store, subject, found, clock, watches)
     holder = this_process(round(ttl * 1000))
     started = clock.now()
     taking = asyncio.ensure_future(store.put(_write(subject, holder, ABSENT if found is None else found.rev)))
@@ -299,12 +304,14 @@ async def _give_up(store: Store, subject: Subject, holder: Holder, taking: async
         await store.put(_write(subject, msgspec.structs.replace(holder, released=True), taken.rev))
 
 
-async def _wait(store: Store, subject: Subject, found: Record, clock: Clock, *, patient: bool = True) -> Record:
+async def _wait(
+    store: Store, subject: Subject, found: Record, clock: Clock, watches: Watches = lambda holder: True
+) -> Record:
     """The record of a lease that is free to take now."""
     holder = _holder(subject, found)
     until = clock.now() + holder.ttl_ms / 1000
     while not is_gone(holder) and (left := until - clock.now()) > 0:
-        if not patient:
+        if not watches(holder):
             raise await _refusal(store, subject)
         await clock.sleep(min(left, holder.ttl_ms / 10_000))
         now = await store.get(subject.row, subject.key)

@@ -23,7 +23,7 @@ from backtest_kit.records.observer import Observer
 from backtest_kit.records.scope import Scope, Turns, check_texts, strategy_owner
 from backtest_kit.records.session import Session
 from backtest_kit.records.signals import Recent, Storage
-from backtest_kit.records.sole import sole
+from backtest_kit.records.sole import undisturbed
 from backtest_kit.records.state import STATE, State
 from backtest_kit.settings import Settings
 
@@ -201,7 +201,7 @@ class RunRecords:
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
         store = self._persistence().store_for(STATE, "backtest", history=False)
-        async with sole(store, str(self.run_id), self._identity) as self._keeper:
+        async with undisturbed(store, str(self.run_id), self._identity) as self._keeper:
             yield
 
     def urge(self, events: Sequence[Event]) -> None:

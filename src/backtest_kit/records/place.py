@@ -154,5 +154,5 @@ class Place:
             what=f"sink {self._name!r}",
             doing="is delivered to by",
             remedy="this process goes on with it once that one has ended",
-            patient=patient,
+            watches=lambda holder: patient,
         )

@@ -1,19 +1,24 @@
-"""`sole`: a run that somebody has named is replayed by one process at a time."""
+"""`undisturbed`: a run that somebody has named is replayed by one process at a time."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
 
 from backtest_kit.model.event import Identity
+from backtest_kit.persist.holder import is_neighbour
 from backtest_kit.persist.lease import claim, keeps_claims
 from backtest_kit.persist.possession import given_back, kept
 from backtest_kit.persist.store import Store
 
+TTL_S: Final = 60.0
+"""A thousand runs at once would have much to renew if it were shorter."""
+
 
 @asynccontextmanager
-async def sole(store: Store, run_id: str, identity: Identity) -> AsyncIterator[asyncio.Task[None] | None]:
+async def undisturbed(store: Store, run_id: str, identity: Identity) -> AsyncIterator[asyncio.Task[None] | None]:
     """Have the run of a strategy on a symbol to oneself: two would overwrite each other's records.
 
     What it yields raises `Conflict` when that is over. It is None where no other process could have the run, because
@@ -33,6 +38,8 @@ async def sole(store: Store, run_id: str, identity: Identity) -> AsyncIterator[a
             (run_id, *owned_by(identity)),
             what=f"run {run_id!r} of strategy {identity.strategy_name!r} for {identity.symbol}",
             doing="is under way in",
+            ttl=TTL_S,
+            watches=lambda holder: not is_neighbour(holder),  # who lives beside us does not end in the next moment
             remedy="two at once would overwrite each other's records; wait for it, or choose another run_id",
         )
         stack.push_async_callback(given_back, lease)
