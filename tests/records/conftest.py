@@ -31,6 +31,7 @@ class Minute(msgspec.Struct, frozen=True, kw_only=True):
     run_id: str | None = None
     exchange_name: str = "binance"
     strategy_name: str = "trend"
+    frame_name: str = ""
     symbol: str = "BTCUSDT"
 
 

@@ -47,6 +47,13 @@ def home_of(contract_name: str, mode: Mode) -> Home:
     return _BACKTEST.get(contract_name, Home.BOUND) if mode == "backtest" else Home.BOUND
 
 
+async def runs_in(store: Store) -> set[str]:
+    """The ids of the backtests that have kept something in a store. Raises `RetryLater` if it cannot be asked."""
+    if not isinstance(store, ListsNamespaces):
+        return set()
+    return {path[0].removeprefix(_RUN) for path in await store.namespaces() if path[0].startswith(_RUN)}
+
+
 class Persistence:
     """The bindings of one program, the stores behind them, and the front door of each contract.
 
@@ -186,13 +193,7 @@ class Persistence:
         """
         stores = {id(store): store for store in (self._bound(row, "backtest") for row in CONTRACTS.values())}
         self._used |= stores
-        found = [
-            path[0]
-            for store in stores.values()
-            if isinstance(store, ListsNamespaces)
-            for path in await store.namespaces()
-        ]
-        return sorted({name.removeprefix(_RUN) for name in found if name.startswith(_RUN)})
+        return sorted(set().union(*[await runs_in(store) for store in stores.values()]))
 
     def file_store(self) -> Store:
         """The file store of this program, whatever is bound."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import datetime
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.model.event import Event, Identity, Mode
@@ -20,7 +21,7 @@ from backtest_kit.records.measure import Measure
 from backtest_kit.records.memory import Memory, Shelves
 from backtest_kit.records.notification import Notifications
 from backtest_kit.records.observer import Observer
-from backtest_kit.records.scope import Scope, Turns, check_texts, strategy_owner
+from backtest_kit.records.scope import Scope, Turns, Written, check_texts, strategy_owner
 from backtest_kit.records.session import Session
 from backtest_kit.records.signals import Recent, Storage
 from backtest_kit.records.sole import undisturbed
@@ -38,13 +39,16 @@ class Records:
 
     A strategy has those of its own run in its context (`ctx.state`, `ctx.session`, ...), as of its own minute.
     Here they are named in full: by mode, and for a backtest by the id of its run. `when` shows them as they
-    were seen at a moment; without it everything is seen.
+    were seen at a moment; without it everything is seen. Where history is kept, and not as far back as `when`,
+    reading raises `NotKept`.
     """
 
     def __init__(self, persistence: Callable[[], Persistence], settings: Callable[[], Settings] = Settings) -> None:
         """`persistence` is called when a record is first read or written, and no earlier."""
         self._persistence = persistence
         self._turns = Turns()
+        self._written: WeakValueDictionary[tuple[Identity, str], Written] = WeakValueDictionary()
+        """Of the backtests that go on, or whose contexts somebody has kept."""
         self._deliveries = Deliveries(persistence, settings)
         self._observer = Observer(persistence, self._deliveries)
         self._writer = LogWriter(persistence)
@@ -80,19 +84,27 @@ class Records:
             steps.push_async_callback(self._observer.close)
             steps.push_async_callback(self._upkeep.close)
 
-    def scope(self, mode: Mode, run_id: str | None = None, when: When | None = None) -> Scope:
-        """The records of one mode, or of one run of a backtest.
+    def scope(
+        self, mode: Mode, run_id: str | None = None, when: When | None = None, identity: Identity | None = None
+    ) -> Scope:
+        """The records of one mode, or of one run of a backtest; with `identity` as that run itself goes on with them.
 
         Raises:
             UserError: a backtest without a run id, or a run id in another mode.
         """
-        return Scope(self._persistence, self._turns, mode, run_id, None if when is None else to_ms(when, what="when"))
+        when_ms = None if when is None else to_ms(when, what="when")
+        written = None
+        if run_id is not None and identity is not None:
+            written = self._written.get((identity, run_id)) or Written()
+        return Scope(self._persistence, self._turns, mode, run_id, when_ms, written, is_outside=identity is None)
 
     def of_run(self, identity: Identity, run_id: str | None) -> RunRecords:
-        """The records of a run, for its contexts."""
-        return RunRecords(
-            self.scope(identity.mode, run_id), identity, self._observer, self._writer, self.begin, self._persistence
-        )
+        """The records of a run that begins, for its contexts."""
+        written = Written()
+        if run_id is not None:
+            self._written[identity, run_id] = written
+        scope = self.scope(identity.mode, run_id, None, identity)
+        return RunRecords(scope, identity, self._observer, self._writer, self.begin, self._persistence)
 
     async def runs(self) -> list[str]:
         """The ids of the backtests that have kept something. As `Persistence.runs`."""

@@ -64,7 +64,7 @@ class Notification(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     pnl_cost: float | None = None
     reason: str = ""
     text: str
-    """One line for people."""
+    """One line for people, with the mode: on paper nothing was won or lost."""
 
     @property
     def when(self) -> datetime:
@@ -233,5 +233,5 @@ def _about(
         signal_id=signal_id,
         price=price,
         reason=reason,
-        text=f"{iso(event.when_ms)} {identity.symbol} {identity.strategy_name}: {event.action} {what}",
+        text=f"{iso(event.when_ms)} {identity.mode} {identity.symbol} {identity.strategy_name}: {event.action} {what}",
     )

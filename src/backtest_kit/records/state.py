@@ -39,6 +39,7 @@ class Slot:
 
         Raises:
             UserError: something in `value` cannot be stored; the message names it.
+            LookAhead: what is there is of a later moment than this context, as one that was kept.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
         await self._scope.write(self._row, self._keys[0], encode(value))
@@ -53,6 +54,7 @@ class Slot:
         Raises:
             UserError: what `change` returns cannot be stored, or it updates the same value.
             Exception: what `change` raises; the value stays as it is.
+            LookAhead: what is there is of a later moment than this context, as one that was kept.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
 
