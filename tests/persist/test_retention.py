@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from backtest_kit.errors import UserError
+from backtest_kit.errors import Conflict, UserError
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability, Kind
+from backtest_kit.persist.lease import claim
 from backtest_kit.persist.operations import quarantine_drop, quarantine_list
 from backtest_kit.persist.retention import DAY_MS, Retention, Rule, compact, retention_of
 from backtest_kit.persist.store import Key, Store, Write
@@ -83,6 +84,19 @@ async def test_removed_records_are_kept_for_a_time_of_their_own(store: Store) ->
     assert expired.records == 1
     assert await store.get(MEMORY, note("b")) is None
     assert [record.value async for record in store.scan(MEMORY)] == ["a", "c"]
+
+
+async def test_who_had_a_run_is_forgotten_the_next_day(store: Store) -> None:
+    space = store.within("backtest")
+    words: dict[str, Any] = {"what": "the run", "doing": "is under way in", "remedy": "wait"}
+    await (await claim(space, "run", ("mine", "BTCUSDT"), **words)).release()
+    held = await claim(space, "run", ("mine", "ETHUSDT"), **words)
+    kept = retention_of(Settings())
+    assert await compact(store, kept) == []
+    (expired,) = await compact(store, kept, at_ms=now_ms() + 2 * DAY_MS)
+    assert (expired.namespace, expired.contract, expired.records) == (("backtest",), "claim", 2)
+    with pytest.raises(Conflict):
+        await held.renew()
 
 
 async def test_a_run_goes_as_a_whole_by_age_or_number(store: Store) -> None:

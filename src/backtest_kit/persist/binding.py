@@ -147,14 +147,15 @@ class Persistence:
             check_history(contract(name))
         self._with_history |= set(contract_names)
 
-    def store_for(self, row: Contract, mode: Mode, run: str | None = None) -> Store:
-        """The store that keeps `row` in `mode`, in the namespace of that mode and run."""
+    def store_for(self, row: Contract, mode: Mode, run: str | None = None, *, history: bool = True) -> Store:
+        """The store that keeps `row` in `mode`, in the namespace of that mode and run; without `history` the one for
+        what the program writes there for itself, of which no history is kept."""
         check_mode(mode)
         store = self._bound(row, mode)
         self._used[id(store)] = store
         namespace = _namespace(row, mode, run)
         space = self._within(store, namespace, run) if namespace else store
-        if row.name not in self._with_history:
+        if not history or row.name not in self._with_history:
             return space
         return self._histories.setdefault((id(store), namespace, row.name), HistoryStore(space, row))
 

@@ -11,7 +11,7 @@ from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.store import Key, Plain, Record
 from backtest_kit.records.scope import Scope
 
-_STATE: Final = CONTRACTS["state"]
+STATE: Final = CONTRACTS["state"]
 
 
 class Slot:
@@ -84,4 +84,4 @@ class State(Slot):
     """
 
     def __init__(self, scope: Scope, bucket: str, owners: tuple[str, ...]) -> None:
-        super().__init__(scope, _STATE, tuple((owner, bucket) for owner in owners))
+        super().__init__(scope, STATE, tuple((owner, bucket) for owner in owners))
