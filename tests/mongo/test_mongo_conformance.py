@@ -11,7 +11,7 @@ import pytest
 from tests.servers import Server, redis_server
 
 from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_client import database_of
+from backtest_kit.persist.backends.mongo_client import Link, database_of
 from backtest_kit.persist.backends.mongo_schema import META
 from backtest_kit.persist.backends.mongo_settings import MongoSettings
 from backtest_kit.persist.contracts import Contract
@@ -90,11 +90,11 @@ class TestMongoWithRedisThatDies(MongoConformance):
         self.redis_url = f"redis://127.0.0.1:{mortal.port}"
         opened, calls = MongoStore._opened, 0
 
-        async def counted(store: MongoStore) -> Any:
+        async def counted(store: MongoStore, link: Link | None = None) -> Any:
             nonlocal calls
             calls += 1
             if calls == 4:
                 mortal.kill()
-            return await opened(store)
+            return await opened(store, link)
 
         monkeypatch.setattr(MongoStore, "_opened", counted)

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any, Final
 
 from bson.int64 import Int64
+from bson.objectid import ObjectId
 from pymongo import ReturnDocument, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
@@ -49,13 +50,18 @@ class Putting:
     def change(self) -> Change:
         return self._change
 
-    def operation(self) -> UpdateOne:
-        """The first attempt, as one of many in a request."""
+    def operation(self, document: Document | None) -> UpdateOne:
+        """The first attempt, as one of many in a request, where `document` is what there was a moment ago.
+
+        By its id, new or not: some planners search a whole namespace for a name with conditions beside it.
+        """
         expect = expectation(self._change.write)
+        self._link.saw_tick(document)
         self._first_tick = self._link.next_tick()
-        wanted = {**matching(self._change.name, expect), **_before(self._first_tick)}
+        identity = ObjectId() if document is None else document["_id"]
+        wanted = {"_id": identity, **matching(self._change.name, expect), **_before(self._first_tick)}
         updates = update_of(self._change, self._writer, self._first_tick)
-        return UpdateOne(wanted, updates, upsert=isinstance(expect, str))
+        return UpdateOne(wanted, updates, upsert=document is None and isinstance(expect, str))
 
     def was_sent(self) -> None:
         """It may have been done: `run` finds out what became of it first."""
@@ -157,7 +163,7 @@ class Putting:
 
 
 class PuttingMany:
-    """Writes of different keys, each of its own fate, in one request for each collection and a question after it."""
+    """Writes of different keys, each of its own fate, in one request for each collection and questions around it."""
 
     def __init__(self, link: Link, changes: Sequence[Change]) -> None:
         self._link = link
@@ -179,7 +185,8 @@ class PuttingMany:
         contract = puttings[0].change.contract
         collection = self._link.collection(contract)
         sent = [index for index, each in enumerate(puttings) if each.change.may_change_it]
-        operations = [puttings[index].operation() for index in sent]
+        there = await self._found(puttings, sent, patience)
+        operations = [puttings[index].operation(there.get(index)) for index in sent]
         crashpoint("mongo.before_write")
         ids: dict[int, Any] = {}
         """Of the documents that are new. Their revision is 1, so nobody has to ask for it."""
@@ -220,12 +227,12 @@ class PuttingMany:
     async def _found(
         self, puttings: Sequence[Putting], asked: Sequence[int], patience: Patience
     ) -> dict[int, Document]:
-        """Revision and writer of the documents of those `asked` for, where there are any."""
+        """Revision, writer and tick of the documents of those `asked` for, where there are any."""
         if not asked:
             return {}
         contract = puttings[0].change.contract
         names = [puttings[index].change.name for index in asked]
-        fields = [*names[0], "rev", "writer"]
+        fields = [*names[0], "rev", "writer", "tick"]
         try:
             read = await find_named(self._link, contract, names, f"write many {contract.collection}", patience, fields)
         except BacktestKitError:
