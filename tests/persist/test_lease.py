@@ -19,7 +19,7 @@ from backtest_kit.persist import lease as lease_module
 from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability
-from backtest_kit.persist.lease import Clock, Holder, acquire
+from backtest_kit.persist.lease import Clock, Holder, Sightings, acquire
 from backtest_kit.persist.store import ABSENT, Key, Record, Store, Write
 from backtest_kit.persist.urls import store_at
 
@@ -450,3 +450,24 @@ async def test_a_full_disk_keeps_no_owner_from_closing(
             await lease.confirm()
     else:
         await lease.confirm()
+
+
+async def test_who_lives_is_seen_by_his_lease(store: MemoryStore, clock: Time) -> None:
+    sightings = Sightings(clock)
+    found = await plant(store, stranger())
+    for _ in range(3):
+        assert sightings.living(found) == stranger()
+        clock.seconds += 14
+        found = await plant(store, stranger())
+    assert sightings.living(found) is not None
+    clock.seconds += 15
+    assert sightings.living(found) is None
+    assert sightings.living(await plant(store, stranger())) is not None
+    assert sightings.living(await plant(store, stranger(released=True))) is None
+
+
+async def test_a_dead_process_of_this_machine_is_no_living_owner(store: MemoryStore) -> None:
+    mine = (await acquire(of(store), SCOPE)).holder
+    dead = msgspec.structs.replace(mine, started="long ago")
+    assert Sightings().living(await plant(store, mine)) == mine
+    assert Sightings().living(await plant(store, dead)) is None

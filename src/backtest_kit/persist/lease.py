@@ -258,6 +258,30 @@ async def owners(store: Store) -> list[tuple[Key, Holder]]:
     return [(scope, holder) for scope, holder in found if not holder.released]
 
 
+class Sightings:
+    """Which owners live, by what this process has seen of their leases: one that did not move for a `ttl` has lapsed."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or Clock()
+        self._seen: dict[Key, tuple[int, float]] = {}
+
+    def living(self, found: Record) -> Holder | None:
+        """The owner of a lease, unless it was released, has lapsed or its process of this machine is gone.
+
+        Raises:
+            Damaged: it is no lease.
+        """
+        holder, now = _holder(found), self._clock.now()
+        if holder.released or _is_gone(holder):
+            return None
+        rev, since = self._seen.get(found.key, (-1, now))
+        if rev != found.rev:
+            self._seen[found.key] = found.rev, now
+        elif now - since >= holder.ttl_ms / 1000:
+            return None
+        return holder
+
+
 async def _wait(store: Store, found: Record, clock: Clock) -> Record:
     """The record of a lease that is free to take now."""
     holder = _holder(found)

@@ -35,6 +35,7 @@ from backtest_kit.persist.lease import Lease, acquire
 from backtest_kit.records import RunRecords
 from backtest_kit.run.alarms import Alarms
 from backtest_kit.run.chronicle import Chronicle, Observer
+from backtest_kit.run.claims import StoredClaims
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.desk import Desk
 from backtest_kit.run.emergency import EmergencyFile
@@ -91,7 +92,8 @@ class LiveRun:
         self.trader.minute = self._minute = Minute(
             self.desk, job.strategy, bus, cron, seat, self.trader, self._history_of, records, self.trader
         )
-        self._guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader)
+        claims = StoredClaims(lambda row: persistence.store_for(row, mode), scope)
+        self._guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader, claims)
         self._feeds = feeds
         self._services = services
         self._bus = bus

@@ -13,6 +13,7 @@ from backtest_kit.model.event import Event, OrphanFound, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import RestingEntry
 from backtest_kit.run.alarms import words_of
+from backtest_kit.run.claims import Claims
 from backtest_kit.run.desk import Desk
 from backtest_kit.settings import Settings
 
@@ -58,14 +59,17 @@ class OrphanGuard:
       A run that is told to stop adopts nothing, and does as for "protect".
     - "protect": a position without a live stop gets one on the venue: ours at its own level, one that nobody
       watches at that distance. Watched it is not.
+
+    What another strategy claims is its own to see to: whatever the policy, it is told who that is, and nothing is done.
     """
 
-    def __init__(self, desk: Desk, broker: Broker, policy: OrphanPolicy, books: Books) -> None:
+    def __init__(self, desk: Desk, broker: Broker, policy: OrphanPolicy, books: Books, claims: Claims) -> None:
         self._desk = desk
         self._broker = broker
         self._policy = policy
         self._books = books
-        self._told: tuple[What, str] | None = None
+        self._claims = claims
+        self._told: tuple[What, str, str] | None = None
         self._tries = 0
         """How many stops were placed since one was last seen on the venue."""
         self._again_ms = 0
@@ -88,11 +92,12 @@ class OrphanGuard:
         if what is None:
             self._told = None
             return None
-        finding = (what, "" if held is None else held.direction)
-        if finding == self._told and not self._is_due(held):
+        claim = "" if held is None or what != "foreign_position" else await self._claim(held)
+        finding = (what, "" if held is None else held.direction, claim)
+        if finding == self._told and (claim or not self._is_due(held, what)):
             return None
         try:
-            next_step = await self._act(held)
+            next_step = f"nothing is done, look at the venue: {claim}" if claim else await self._act(held, what)
         except Conflict:
             raise
         except Exception as error:
@@ -117,9 +122,13 @@ class OrphanGuard:
             return "missing_position"
         return "unprotected_position" if held.stop_loss is None else None
 
-    def _is_due(self, held: VenueHolding | None) -> bool:
+    async def _claim(self, held: VenueHolding) -> str:
+        """Who else has it for its own, if anything is to be done about it."""
+        return "" if self._policy == "alarm" else await self._claims.of(held)
+
+    def _is_due(self, held: VenueHolding | None, what: What) -> bool:
         """Whether a stop is to be placed again: one was, and there is none any more, or never was."""
-        unprotected = held is not None and held.stop_loss is None
+        unprotected = held is not None and held.stop_loss is None and what != "missing_position"
         return unprotected and self._policy != "alarm" and self._desk.tick.when_ms >= self._again_ms
 
     async def _protect(self, order: Order) -> None:
@@ -127,9 +136,9 @@ class OrphanGuard:
         self._tries += 1
         await self._books.protect(order)
 
-    async def _act(self, held: VenueHolding | None) -> str:
+    async def _act(self, held: VenueHolding | None, what: What) -> str:
         state, settings = self._desk.state, self._desk.rules.settings
-        if self._policy == "alarm" or held is None:
+        if self._policy == "alarm" or held is None or what == "missing_position":
             return "nothing is done, look at the venue"
         if isinstance(state, Holding):
             position = state.position
