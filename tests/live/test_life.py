@@ -429,6 +429,43 @@ async def test_a_minute_without_a_candle_is_watched_at_the_venue_all_the_same(me
     assert len(memory_rig.venue.sent("open")) == 1
 
 
+@pytest.mark.parametrize("error", [KeyError("openTime"), TypeError("'NoneType' object is not subscriptable")])
+@pytest.mark.parametrize("lasts", ["once", "minutes"])
+async def test_an_answer_of_the_source_that_its_code_chokes_on_is_a_candle_that_is_missing(
+    memory_rig: Rig, error: Exception, lasts: str
+) -> None:
+    """What is open stays watched, at the venue meanwhile and by its price afterwards."""
+    prepared(memory_rig)
+    garbled: list[float] = []
+    clock = UntilClock(START, START + 9 * MINUTE_MS)
+
+    async def garbling(symbol: str, interval: str, since_ms: int, limit: int) -> list[list[float]]:
+        now = (clock.now_ms() - START) / MINUTE_MS
+        if not garbled if lasts == "once" and now == 4 else lasts == "minutes" and 4 <= now < 7.5:
+            garbled.append(now)
+            raise error
+        return await get_candles(symbol, interval, since_ms, limit)
+
+    checked: list[int] = []
+    memory_rig.venue.check = lambda held: checked.append((clock.now_ms() - START) // MINUTE_MS)
+    memory_rig.source = bk.sources.function(garbling)
+    memory_rig.strategy["manage"] = None
+    handle = memory_rig.kit(clock).live.background("BTCUSDT", **WHERE)
+    over = asyncio.ensure_future(clock.over.wait())
+    await asyncio.wait({over, handle.task}, return_when=asyncio.FIRST_COMPLETED)
+    over.cancel()
+    assert garbled
+    assert not handle.done()
+    assert (handle.status.when_ms - START) // MINUTE_MS == 9
+    assert handle.status.position is not None
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    missed = memory_rig.of(bk.MinutesMissed)
+    assert [(event.first_ms - START) // MINUTE_MS for event in missed] == ([] if lasts == "once" else [4, 5, 6])
+    assert all(f"{type(error).__name__}: {error}" in event.reason for event in missed)
+    assert set(checked) >= {2, 3, 5, 6, 7, 8, 9}
+
+
 async def test_an_order_to_open_is_not_sent_without_a_price(memory_rig: Rig) -> None:
     prepared(memory_rig)
     clock = UntilClock(START, START + 9 * MINUTE_MS)

@@ -22,7 +22,7 @@ class Server(CandleSource):
     def __init__(self, ahead_ms: int | None = 0) -> None:
         self.ahead_ms = ahead_ms
         self.asked = 0
-        self.away = False
+        self.error: Exception | None = None
         self.queued_s: list[float] = []
         """How long the next requests wait before the time is read."""
 
@@ -31,8 +31,8 @@ class Server(CandleSource):
 
     async def server_time_ms(self) -> int | None:
         self.asked += 1
-        if self.away:
-            raise RetryLater("away")
+        if self.error is not None:
+            raise self.error
         await asyncio.sleep(self.queued_s.pop(0) if self.queued_s else 0)
         return None if self.ahead_ms is None else int(time.time() * 1000) + self.ahead_ms
 
@@ -61,15 +61,18 @@ async def test_those_who_share_it_ask_once_in_a_while() -> None:
     assert server.asked == 1
 
 
-async def test_a_venue_that_is_away_or_tells_nothing_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RetryLater("away"), KeyError("serverTime"), TypeError("not subscriptable")])
+async def test_a_venue_that_is_away_or_tells_nothing_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     monkeypatch.setattr(venue_time, "_EVERY_S", 0.0)
     server = Server(5_000)
     there = VenueTime("binance", server, SystemClock())
     await there.measure()
     known = there.drift_ms
-    server.away = True
+    server.error = error
     await there.measure()
-    server.away, server.ahead_ms = False, None
+    server.error, server.ahead_ms = None, None
     await there.measure()
     assert server.asked == 3
     assert there.drift_ms == known

@@ -259,7 +259,7 @@ async def owners(store: Store) -> list[tuple[Key, Holder]]:
 
 
 class Sightings:
-    """Which owners live, by what this process has seen of their leases: one that did not move for a `ttl` has lapsed."""
+    """Which owners live, by what was seen of their leases: one that did not move for a `ttl` has lapsed."""
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock or Clock()

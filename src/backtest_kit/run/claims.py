@@ -11,7 +11,11 @@ from backtest_kit.persist.contracts import CONTRACTS, LEASE
 from backtest_kit.persist.lease import Sightings, StoreOf
 from backtest_kit.persist.store import Key, Plain
 
-_HELD_BY: Final = {"signal": "holds a position", "schedule": "has a resting entry", "strategy": "has an order under way"}
+_HELD_BY: Final = {
+    "signal": "holds a position",
+    "schedule": "has a resting entry",
+    "strategy": "has an order under way",
+}
 
 
 class Claims(Protocol):

@@ -33,7 +33,7 @@ from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.lease import Lease, acquire
 from backtest_kit.records import RunRecords
-from backtest_kit.run.alarms import Alarms
+from backtest_kit.run.alarms import Alarms, words_of
 from backtest_kit.run.chronicle import Chronicle, Observer
 from backtest_kit.run.claims import StoredClaims
 from backtest_kit.run.cron import Cron
@@ -347,15 +347,18 @@ class LiveRun:
 
     async def _published(self, when_ms: int) -> str:
         """Wait for the candles up to a minute, but not into the next one: why they are not there, or nothing."""
-        clock, history = self.job.clock, self._histories[self.job.identity.symbol]
+        clock, history, logged = self.job.clock, self._histories[self.job.identity.symbol], ""
         while True:
             reason = "its candles came too late"
             try:
                 await history.extend(when_ms)
                 if clock.now_ms() < when_ms + MINUTE_MS:
                     return ""
-            except BacktestKitError as error:
-                reason = str(error)
+            except Exception as error:  # the source may be anybody's code
+                reason = words_of(error)
+                if not isinstance(error, BacktestKitError) and reason != logged:
+                    logged = reason
+                    _log.error("the source of the candles of %s failed", self.job.identity.symbol, exc_info=error)
             await self._watch_clock()
             if not when_ms <= clock.now_ms() < when_ms + MINUTE_MS or self._finished():
                 return reason

@@ -7,9 +7,10 @@ import logging
 import time
 from typing import Final
 
-from backtest_kit.errors import RetryLater, UserError
+from backtest_kit.errors import RetryLater
 from backtest_kit.market.clock import Clock, SystemClock
 from backtest_kit.market.sources import CandleSource
+from backtest_kit.run.alarms import words_of
 
 _EVERY_S: Final = 600.0
 """How often the venue is asked."""
@@ -56,8 +57,8 @@ class VenueTime:
                         break
                 else:
                     raise RetryLater(f"it took more than {_SLOW_S:g} s to answer, {_TRIES} times")
-        except (RetryLater, UserError, TimeoutError) as error:
-            told = str(error) or f"no answer in {_PATIENCE_S:g} s"
+        except Exception as error:  # the source may be anybody's code
+            told = f"no answer in {_PATIENCE_S:g} s" if isinstance(error, TimeoutError) else words_of(error)
             _log.warning("%s does not tell its time: %s", self._exchange_name, told)
             return
         # The answer was under way for half of the time, as far as anybody knows.
