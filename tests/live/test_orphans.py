@@ -222,9 +222,8 @@ async def test_what_a_strategy_that_ended_without_holding_anything_has_left_is_n
 
 
 async def test_nothing_is_adopted_while_the_store_does_not_tell_whose_it_is(idle: Rig) -> None:
-    async def away(*_: Any, **__: Any) -> Any:
+    def away(*_: Any, **__: Any) -> Any:
         raise bk.RetryLater("the server is away")
-        yield
 
     idle.venue.held = [held(40_000.0)]
     idle.store.scan = away  # type: ignore[method-assign]
