@@ -4,7 +4,8 @@
 second one is told who has it. The clock is started and the broker connects. What the run before has left is read,
 from the store and, if that lacked something, from the emergency file. The venue is asked what became of an order
 that was under way, and the order is concluded, sent again or dropped. Only then comes the first minute, with the
-`Recovered` event. A first start does all of this too, and finds nothing: there is no other way to recover.
+`Recovered` event. Where there are no candles yet it waits for them, and the venue is watched without. A first start
+does all of this too, and finds nothing: there is no other way to recover.
 
 **A minute.** It begins when the minute before has closed and its candle is there; a minute whose candle does not
 come in time is counted and passed over. First an order is concluded that is still under way, and the venue is

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from backtest_kit.engine.step import Flat, Resting, State
+from backtest_kit.engine.step import Flat, Resting, State, Tick
 from backtest_kit.errors import BacktestKitError, Conflict, RetryLater, UserError
 from backtest_kit.events import EventBus
 from backtest_kit.market.fetch import CandleFeed
@@ -41,7 +41,7 @@ from backtest_kit.run.desk import Desk
 from backtest_kit.run.emergency import EmergencyFile
 from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.keeper import Keeper, held_by
-from backtest_kit.run.ledger import Ledger
+from backtest_kit.run.ledger import Book, Ledger
 from backtest_kit.run.live_job import LiveJob
 from backtest_kit.run.live_risk import LiveRisk
 from backtest_kit.run.minute import Minute
@@ -209,13 +209,20 @@ class LiveRun:
         crashpoint("live.start.after_load")
         seen_ms, intent = self.trader.book.seen_ms, self.trader.book.intent
         self.desk.state = self.trader.book.state
-        if not await self._first_history():
+        await self.job.time.measure()
+        away = await self._first_history()
+        if self._finished():
             return False
+        if away:
+            _log.warning("no candles of %s yet: %s", self.job.identity.symbol, away)
+            steps.append("the exchange has no candles yet, so nothing is decided")
+            self.desk.tick = Tick(self.when_ms, *[_last_price(self.trader.book)] * 5)
+            self.trader.unpriced = self.trader.blind = True
         await self.trader.begin()
         self.began.set()
-        told: list[Event] = []
         events = await self.trader.resolve()
-        self._resolved_ms = self.when_ms
+        self.trader.blind = False
+        self._resolved_ms = began_ms = self.when_ms
         crashpoint("live.start.after_resolve")
         self._commanded = self.trader.rehearse()
         if intent is not None:
@@ -223,6 +230,15 @@ class LiveRun:
             left = self.trader.book.intent
             became = "carried out" if events else "given up" if left is None else "still open"
             steps.append(f"asked the venue about the order {order.client_order_id} to {order.kind}: {became}")
+        await self._tell_recovered(seen_ms, steps, events)
+        if away:
+            await self._watch_until_candles(away)
+            self._resolved_ms = -1
+            self._commanded = self._commanded and self.when_ms == began_ms
+        return not self.trader.unpriced
+
+    async def _tell_recovered(self, seen_ms: int, steps: list[str], events: Sequence[Event]) -> None:
+        told: list[Event] = []
         held = held_by(self.desk.state)
         recovered = Recovered(
             identity=self.job.identity,
@@ -236,7 +252,23 @@ class LiveRun:
         for event in (recovered, *events):
             await self._minute.tell(event, told)
         await self._hand_over(told)
-        return True
+
+    async def _watch_until_candles(self, reason: str) -> None:
+        """Watch the venue alone, once a minute, until there are candles or nothing is left to wait for."""
+        clock, watched_ms = self.job.clock, self.when_ms
+        await self._watch(watched_ms)
+        while not self._finished():
+            await self._sleep_until(clock.now_ms() + _POLL_MS)
+            away, missed = await self._first_history(), (self.when_ms - watched_ms) // MINUTE_MS
+            if missed > 0:
+                await self._miss(watched_ms, missed, reason)
+            if not away:
+                self.trader.unpriced = False
+                return
+            if missed > 0:
+                watched_ms = self.when_ms
+                await self._watch(watched_ms)
+            reason = away
 
     def _finished(self) -> bool:
         book = self.trader.book
@@ -418,23 +450,16 @@ class LiveRun:
 
     # Candles
 
-    async def _first_history(self) -> bool:
-        """Wait for the candles that the first minute takes; False if there is nothing to wait for any more."""
-        clock, symbol = self.job.clock, self.job.identity.symbol
-        await self.job.time.measure()
-        while True:
-            if self._finished():
-                return False
-            self.when_ms = floor_ms(clock.now_ms(), MINUTE_MS)
-            try:
-                history = await self._load(symbol)
-                break
-            except RetryLater as error:
-                _log.warning("no candles of %s yet: %s", symbol, error)
-                await self._sleep_until(clock.now_ms() + _POLL_MS)
+    async def _first_history(self) -> str:
+        """Take in the candles that the minute of now takes, as the first one: why they are not there, or nothing."""
+        self.when_ms = floor_ms(self.job.clock.now_ms(), MINUTE_MS)
+        try:
+            history = await self._load(self.job.identity.symbol)
+        except RetryLater as error:
+            return str(error)
         self.desk.tick = columns_of(history).tick(self.when_ms)
         self.job.time.witness(self.when_ms)
-        return True
+        return ""
 
     async def _history_of(self, symbol: str) -> History:
         """The candles of a symbol up to the minute that the desk shows."""
@@ -470,6 +495,16 @@ class LiveRun:
 
 def _given_up(state: State) -> tuple[State, tuple[Event, ...]]:
     return (msgspec.structs.replace(state, order="cancel") if isinstance(state, Resting) else state), ()
+
+
+def _last_price(book: Book) -> float:
+    """The last price of the market that a book knows of; 0 where it knows of none."""
+    if book.intent is not None:
+        return book.intent.order.price
+    held = held_by(book.state)
+    if isinstance(held, Position):
+        return held.entries[-1].price
+    return 0.0 if held is None else held.price_open
 
 
 def _words(found: Recovered) -> str:

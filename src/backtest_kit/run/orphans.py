@@ -123,8 +123,10 @@ class OrphanGuard:
         return "unprotected_position" if held.stop_loss is None else None
 
     async def _claim(self, held: VenueHolding) -> str:
-        """Who else has it for its own, if anything is to be done about it."""
-        return "" if self._policy == "alarm" else await self._claims.of(held)
+        """Why nothing may be done about it now: somebody else has it for its own, or there is no price to go by."""
+        if self._policy == "alarm":
+            return ""
+        return await self._claims.of(held) if self._desk.tick.price else "there are no candles yet"
 
     def _is_due(self, held: VenueHolding | None, what: What) -> bool:
         """Whether a stop is to be placed again: one was, and there is none any more, or never was."""

@@ -91,6 +91,8 @@ class Trader(Watcher):
         self.stopping = False
         self.blind = False
         """Whether nobody knows the price of this minute."""
+        self.unpriced = False
+        """Whether no price of the market is known at all, but those that the books remember."""
         self.lost: Conflict | None = None
         """Why nothing may be done any more: another process has the position."""
         self.trades: list[Trade] = []
@@ -223,6 +225,8 @@ class Trader(Watcher):
                     fill = await self._broker.check_entry(state.entry)
             except OrderDeleted:
                 if isinstance(state, Holding):
+                    if self.unpriced:
+                        return ()  # the venue does not tell what it was closed at, and neither does the market yet
                     after, events = closed(state, "closed", tick.price, tick, self._rules)
                 else:
                     after, events = cancelled(state, tick, self._rules)
