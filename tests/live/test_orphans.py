@@ -243,6 +243,86 @@ async def test_a_position_the_other_way_round_is_told_once_and_gets_no_stop_of_o
     assert not memory_rig.venue.sent("move_stop")
 
 
+def opening(direction: Any) -> Any:
+    """A strategy that opens in the first minute, so or not at all."""
+
+    async def get_signal(ctx: bk.Context) -> bk.Signal | None:
+        if ctx.when_ms > START or direction is None:
+            return None
+        return bk.Signal.bracket(direction, price=ctx.price, take_profit_pct=9, stop_loss_pct=9, minutes=1000)
+
+    return get_signal
+
+
+@pytest.mark.parametrize("orphans", ["alarm", "adopt", "protect"])
+@pytest.mark.parametrize(
+    ("sides", "on_venue", "what"),
+    [
+        ((None, None), None, None),
+        ((None, None), held(None), "foreign_position"),
+        (("long", "long"), held(40_000.0), None),
+        (("long", None), held(40_000.0), None),
+        (("long", "long"), None, "missing_position"),
+        ((None, "long"), held(42_000.0, "short"), "missing_position"),
+        (("long", "long"), held(None), "unprotected_position"),
+        (("long", "short"), None, None),
+        (("long", "short"), held(40_000.0), "foreign_position"),
+    ],
+)
+async def test_of_strategies_side_by_side_the_sum_is_compared_and_nothing_is_done(
+    idle: Rig, sides: tuple[Any, Any], on_venue: bk.Holding | None, what: str | None, orphans: str
+) -> None:
+    clock = UntilClock(START, START + 5 * MINUTE_MS)
+    clock.join("", 2)
+    asked: list[int] = []
+    kit = idle.kit(clock)
+    for name, side in zip(("mean", "fade"), sides, strict=True):
+        kit.add_strategy_schema(name, get_signal=opening(side), interval="1m")
+
+    async def holdings(symbols: Any) -> Any:
+        # A position that is being opened is there from the next minute on.
+        asked.append((clock.now_ms() - START) // MINUTE_MS)
+        return [on_venue] if on_venue is not None and asked[-1] else None if not asked[-1] else []
+
+    idle.venue.holdings = holdings  # type: ignore[method-assign]
+    where = {**WHERE, "orphans": orphans}
+    handles = [kit.live.background("BTCUSDT", **{**where, "strategy_name": name}) for name in ("mean", "fade")]
+    await clock.over.wait()
+    for each in handles:
+        each.cancel()
+    await asyncio.wait({each.task for each in handles})
+    assert [minute for minute in asked if 0 < minute < 5] == [1, 2, 3, 4]  # one of them asks for both
+    assert [event.what for event in idle.of(bk.OrphanFound)] == ([what] if what else [])
+    for event in idle.of(bk.OrphanFound):
+        assert event.next_step.endswith("strategies mean and fade trade BTCUSDT side by side")
+    assert not idle.venue.sent("move_stop")
+    assert len(idle.of(bk.PositionOpened)) == sum(side is not None for side in sides)
+    says = [any("side by side" in step for step in event.steps) for event in idle.of(bk.Recovered)]
+    assert says == [orphans != "alarm"] * 2
+
+
+async def test_who_is_left_of_two_strategies_looks_for_itself(idle: Rig) -> None:
+    clock = UntilClock(START, START + 8 * MINUTE_MS)
+    clock.join("", 2)
+    kit = idle.kit(clock)
+    kit.add_strategy_schema("mean", **idle.strategy)
+    idle.venue.held = [held(40_000.0)]
+    gone = kit.live.background("BTCUSDT", **{**WHERE, "strategy_name": "mean"})
+    stays = kit.live.background("BTCUSDT", **WHERE, orphans="adopt")
+    while clock.now_ms() < START + 3 * MINUTE_MS:
+        await asyncio.sleep(0)
+    assert not idle.of(bk.PositionOpened)
+    gone.stop()
+    await gone
+    async with asyncio.timeout(10):
+        while not idle.of(bk.PositionOpened):
+            clock.advance_to(clock.now_ms() + MINUTE_MS // 2)
+            await asyncio.sleep(0.001)
+    assert stays.status.position is not None
+    stays.cancel()
+    await asyncio.wait({stays.task})
+
+
 async def trade_as(rig: Rig, strategy_name: str, minutes: int, **options: Any) -> bk.LiveHandle:
     clock = UntilClock(rig.now_ms, rig.now_ms + minutes * MINUTE_MS)
     kit = rig.kit(clock)

@@ -172,7 +172,8 @@ class LiveRunner:
         self._dump = dump
         self._services = Services()
         self._fitness = Fitness(lambda: self._persistence().require_live_grade())
-        self._running: set[LiveRun] = set()
+        self._running: dict[LiveRun, None] = {}
+        """Those that go on, in the order in which they were started."""
         self._times: dict[str, VenueTime] = {}
         self.observers: list[Observer] = []
         """Who keeps records of what happened, beside those of the kit: each is given the events of a change once that
@@ -306,14 +307,9 @@ class LiveRunner:
                 "Live.background needs a running event loop: call it inside an async function, or use run_sync"
             ) from None
         identity, running = job.identity, self._running
-        run: LiveRun
 
-        def alone() -> bool:
-            same = (identity.exchange_name, identity.symbol, identity.mode)
-            return not any(
-                (other.exchange_name, other.symbol, other.mode) == same
-                for other in (each.job.identity for each in running if each is not run)
-            )
+        def beside() -> list[LiveRun]:
+            return [each for each in running if each.job.place == job.place]
 
         run = LiveRun(
             job,
@@ -325,7 +321,7 @@ class LiveRunner:
             self._persistence(),
             self._dump(),
             self.observers,
-            alone,
+            beside,
             yielded,
         )
 
@@ -333,10 +329,10 @@ class LiveRunner:
             await run.live()
             return tuple(run.trader.trades)
 
-        running.add(run)
+        running[run] = None
         task = loop.create_task(main(), name=f"{identity.mode} {identity.strategy_name} {identity.symbol}")
         # A task that is cancelled before its first step never reaches its own clean-up.
-        task.add_done_callback(lambda _: running.discard(run))
+        task.add_done_callback(lambda _: running.pop(run))
         return LiveHandle(run, task)
 
 

@@ -43,3 +43,8 @@ class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
     def scope(self) -> tuple[str, str, str]:
         """The key of the position's records."""
         return self.identity.strategy_name, self.identity.exchange_name, self.identity.symbol
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """Whose positions on the venue are one: mode, exchange and symbol."""
+        return self.identity.mode, self.identity.exchange_name, self.identity.symbol

@@ -45,7 +45,7 @@ from backtest_kit.run.ledger import Book, Ledger
 from backtest_kit.run.live_job import LiveJob
 from backtest_kit.run.live_risk import LiveRisk
 from backtest_kit.run.minute import Minute
-from backtest_kit.run.orphans import OrphanGuard
+from backtest_kit.run.orphans import OrphanGuard, side_by_side
 from backtest_kit.run.possession import beside, given_back, kept
 from backtest_kit.run.replay import columns_of
 from backtest_kit.run.services import Services
@@ -72,10 +72,11 @@ class LiveRun:
         persistence: Persistence,
         dump: Path,
         observers: Sequence[Observer],
-        alone: Callable[[], bool],
+        beside: Callable[[], Sequence[LiveRun]],
         yielded: Callable[[Event], None],
     ) -> None:
-        """`alone` says whether no other run of the program trades the symbol there; `yielded` takes each event."""
+        """`beside` tells which runs of the program trade the symbol there, this one included, in the order of their
+        start; `yielded` takes each event."""
         self.job = job
         self.desk = Desk(job.rules)
         identity, scope = job.identity, job.scope
@@ -99,7 +100,7 @@ class LiveRun:
         self._bus = bus
         self._cron = cron
         self._persistence = persistence
-        self._alone = alone
+        self._beside = beside
         self._yielded = yielded
         self._woken = asyncio.Event()
         self._loading = asyncio.Lock()
@@ -230,6 +231,8 @@ class LiveRun:
             left = self.trader.book.intent
             became = "carried out" if events else "given up" if left is None else "still open"
             steps.append(f"asked the venue about the order {order.client_order_id} to {order.kind}: {became}")
+        if len(runs := self._beside()) > 1 and self.job.orphans != "alarm":
+            steps.append(f"{side_by_side([each.desk for each in runs])}: orphans are told of, and nothing else is done")
         await self._tell_recovered(seen_ms, steps, events)
         if away:
             await self._watch_until_candles(away)
@@ -324,10 +327,17 @@ class LiveRun:
             raise self.trader.lost
 
     async def _look_for_orphans(self, told: list[Event]) -> None:
-        if self.trader.book.intent is not None or not self._alone():
+        runs = list(self._beside())
+        if runs[0] is not self or not all(each.is_settled for each in runs):
             return
+        seqs = [each.trader.book.seq for each in runs]
+
+        def others() -> list[Desk] | None:
+            same = [each.trader.book.seq for each in runs] == seqs and list(self._beside()) == runs
+            return [each.desk for each in runs[1:]] if same else None
+
         try:
-            found = await self._guard.look()
+            found = await self._guard.look(others)
         except Conflict:
             raise
         except Exception as error:
@@ -447,6 +457,11 @@ class LiveRun:
 
     async def _handler_failed(self, what: str, error: Exception) -> None:
         _log.error("%s raised %s", what, type(error).__name__, exc_info=error)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the books say what the venue holds: what was left is taken in, and no order is under way."""
+        return self.began.is_set() and self.trader.book.intent is None
 
     # Candles
 
