@@ -54,6 +54,8 @@ from backtest_kit.run.services import Fitness, Services
 from backtest_kit.run.venue_time import VenueTime
 from backtest_kit.settings import Settings
 
+_TTL_S: Final = (1, 3600)
+"""The shortest and the longest lease, in seconds: renewed every third of it, and waited for by another machine."""
 _OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "fill": get_args(Fill),
     "gaps": get_args(Gaps),
@@ -74,8 +76,8 @@ class LiveOptions(TypedDict, total=False):
     orphans: OrphanPolicy
     """What is done about a position on the venue that nobody watches, or that has no stop there: "alarm" (default)
     tells, "adopt" makes it the strategy's own, "protect" places a stop. See `OrphanGuard`."""
-    lease_ttl: float
-    """Seconds (default 15) of silence after which another machine may take the position over. As long does the run go
+    lease_ttl_s: float
+    """Seconds (1 to 3600, default 15) of silence after which another machine may take the position over. As long does the run go
     on while its store does not answer at all; then it ends with `Conflict`."""
     allow_weak: bool
     """Default False: with a broker that sends orders, a store that `Persistence.require_live_grade` calls weak or at
@@ -250,7 +252,7 @@ class LiveRunner:
         fill: Fill = "vwap",
         gaps: Gaps = "fill",
         orphans: OrphanPolicy = "alarm",
-        lease_ttl: float = DEFAULT_TTL,
+        lease_ttl_s: float = DEFAULT_TTL,
         allow_weak: bool = False,
     ) -> LiveJob:
         """One run, resolved.
@@ -262,6 +264,10 @@ class LiveRunner:
         for name, value in (("fill", fill), ("gaps", gaps), ("orphans", orphans)):
             if value not in _OPTIONS[name]:
                 raise UserError(f"{name} is {value!r}: use one of {', '.join(_OPTIONS[name])}")
+        shortest, longest = _TTL_S
+        number = isinstance(lease_ttl_s, int | float) and not isinstance(lease_ttl_s, bool)
+        if not number or not shortest <= lease_ttl_s <= longest:
+            raise UserError(f"lease_ttl_s is {lease_ttl_s!r}: give {shortest} to {longest} seconds")
         exchange = self._registry.exchanges.get(exchange_name)
         if isinstance(strategy, str):
             strategy = self._registry.strategies.get(strategy)
@@ -288,7 +294,7 @@ class LiveRunner:
             time=self._time_of(exchange),
             gaps=gaps,
             orphans=orphans,
-            lease_ttl=lease_ttl,
+            lease_ttl_s=lease_ttl_s,
             fitness=None if paper or allow_weak or not sends(broker) else self._fitness,
         )
 

@@ -31,7 +31,7 @@ class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
     orphans: OrphanPolicy
     fitness: Fitness | None = None
     """Looks at the stores before the start; None where they are trusted."""
-    lease_ttl: float = DEFAULT_TTL
+    lease_ttl_s: float = DEFAULT_TTL
     """Seconds after which another machine may take the position of a process that is silent."""
 
     @property

@@ -170,7 +170,7 @@ class LiveRun:
             if job.fitness is not None:
                 await stack.enter_async_context(self._services.use(job.fitness))
             await self._chronicle.begin()
-            lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl)
+            lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl_s)
             self.lease = lease
             self.keeper.lease = lease
             stack.push_async_callback(given_back, lease)
