@@ -235,7 +235,8 @@ async def trade(job: Job) -> End:
     kit.live.observers.append(keep_records)
     kit.on(bk.PositionActive, watch_disk)
     where: dict[str, Any] = {"strategy_name": "story", "exchange_name": "venue", "allow_weak": True}
-    handles = [kit.live.background(symbol, **where, lease_ttl_s=job.lease_ttl_s, paper=job.paper) for symbol in job.symbols]
+    options: dict[str, Any] = {"lease_ttl_s": job.lease_ttl_s, "paper": job.paper}
+    handles = [kit.live.background(symbol, **where, **options) for symbol in job.symbols]
     over = asyncio.ensure_future(clock.over.wait())
     tasks = {handle.task for handle in handles}
     while not over.done() and tasks:

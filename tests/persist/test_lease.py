@@ -229,14 +229,32 @@ async def test_lease_survives_a_short_absence_of_the_store(clock: Time) -> None:
         assert lease.held
 
 
-async def test_lease_ends_with_a_long_absence_of_the_store(clock: Time) -> None:
+@pytest.mark.parametrize("taken", [False, True])
+async def test_a_lease_that_lapsed_without_its_store_is_found_out_about_once_that_is_back(
+    clock: Time, taken: bool
+) -> None:
     store = Flaky()
     lease = await acquire(of(store), SCOPE, clock=clock)
     store.fail = Outcome.NOT_DONE
-    with pytest.raises(Conflict, match="could not be renewed for 15 s"):
-        await lease.keep()
-    assert not lease.held
-    assert 15.0 <= sum(clock.slept) < 25.0
+    began, keeping = clock.seconds, asyncio.ensure_future(lease.keep())
+    while clock.seconds < began + 45:
+        assert lease.held == (clock.seconds < began + 15)
+        await asyncio.sleep(0)
+    assert not keeping.done()
+    with pytest.raises(RetryLater, match="has lapsed and the store does not answer"):
+        await lease.confirm()
+    store.fail = None
+    if taken:
+        await plant(store, stranger())
+        with pytest.raises(Conflict, match="is traded by process 4000000 on elsewhere"):
+            await keeping
+        with pytest.raises(Conflict, match="is traded by process 4000000 on elsewhere"):
+            await lease.confirm()
+    else:
+        await lease.confirm()
+        assert lease.held
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
 
 
 async def test_store_without_compare_and_set_is_refused() -> None:
@@ -426,7 +444,7 @@ async def test_without_a_store_an_order_is_sent_as_long_as_nobody_else_can_have_
     monkeypatch.setattr(store, "put", away)
     clock.seconds += paused_s
     if refused:
-        with pytest.raises(Conflict, match=r"has lapsed and the store does not answer \(the server is away\)"):
+        with pytest.raises(RetryLater, match=r"has lapsed and the store does not answer \(the server is away\)"):
             await lease.confirm()
     else:
         await lease.confirm()

@@ -5,8 +5,8 @@ A lease is a record that its owner rewrites every third of its `ttl`. Nobody's w
 - A lease has lapsed for a process that has seen the same revision for a whole `ttl` of its own monotonic
   clock. If the revision moves meanwhile, the owner lives, and `acquire` gives up at once.
 - An owner on the same machine whose process is gone needs no waiting: a bot that was killed restarts at once.
-- The owner takes a lease for lost when a whole `ttl` of its own clock has passed since it began the last
-  renewal that went through.
+- The owner takes a lease for lapsed when a whole `ttl` of its own clock has passed since it began the last
+  renewal that went through. It sends nothing from then on, until the store answers and still names it.
 
 An owner that was paused and does not know it is stopped twice. Before it sends an order it must `confirm` that
 nobody has taken the lease. And the store refuses what it writes: who takes a lease over
@@ -23,6 +23,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -101,7 +102,8 @@ class Lease:
         as after this process was paused.
 
         Raises:
-            Conflict: another process has it, or nobody knows; stop trading the position.
+            Conflict: another process has it; stop trading the position.
+            RetryLater: nobody knows, because it has lapsed and the store does not answer; send nothing now.
         """
         if self._left() >= self.holder.ttl_ms / 3000:
             return
@@ -112,9 +114,9 @@ class Lease:
             await self._require_own()
         except RetryLater as error:
             if not self.held:
-                raise Conflict(
+                raise RetryLater(
                     f"the lease of {_name(self.scope)} has lapsed and the store does not answer ({error}): nothing is "
-                    "sent any more, another process may trade this position"
+                    "sent until it does, another process may trade this position"
                 ) from error
 
     async def renew(self) -> None:
@@ -131,19 +133,15 @@ class Lease:
     async def keep(self) -> None:
         """Renew for ever: run it beside the trading, and stop that when this raises.
 
+        A store that does not answer is asked on; what may be done meanwhile `confirm` says.
+
         Raises:
-            Conflict: another process has the lease, or it could not be renewed in time.
+            Conflict: another process has the lease.
         """
         while True:
             await self._clock.sleep(self.holder.ttl_ms / 3000)
-            try:
+            with suppress(RetryLater):
                 await self.renew()
-            except RetryLater as error:
-                if not self.held:
-                    raise Conflict(
-                        f"the lease of {_name(self.scope)} could not be renewed for {self.holder.ttl_ms / 1000:g} s "
-                        f"({error}): stop trading it, another process may have it"
-                    ) from error
 
     async def release(self) -> None:
         """Give the lease back, so that the next owner need not wait. One that is lost already stays lost."""

@@ -77,8 +77,8 @@ class LiveOptions(TypedDict, total=False):
     """What is done about a position on the venue that nobody watches, or that has no stop there: "alarm" (default)
     tells, "adopt" makes it the strategy's own, "protect" places a stop. See `OrphanGuard`."""
     lease_ttl_s: float
-    """Seconds (1 to 3600, default 15) of silence after which another machine may take the position over. As long does the run go
-    on while its store does not answer at all; then it ends with `Conflict`."""
+    """Seconds (1 to 3600, default 15) of silence after which another machine may take the position over. As long does
+    the run go on trading while its store does not answer at all; then it sends nothing until the store does."""
     allow_weak: bool
     """Default False: with a broker that sends orders, a store that `Persistence.require_live_grade` calls weak or at
     fault is refused. True: nobody looks, because the program has looked itself."""
@@ -264,9 +264,9 @@ class LiveRunner:
         for name, value in (("fill", fill), ("gaps", gaps), ("orphans", orphans)):
             if value not in _OPTIONS[name]:
                 raise UserError(f"{name} is {value!r}: use one of {', '.join(_OPTIONS[name])}")
+        ttl: object = lease_ttl_s
         shortest, longest = _TTL_S
-        number = isinstance(lease_ttl_s, int | float) and not isinstance(lease_ttl_s, bool)
-        if not number or not shortest <= lease_ttl_s <= longest:
+        if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not shortest <= ttl <= longest:
             raise UserError(f"lease_ttl_s is {lease_ttl_s!r}: give {shortest} to {longest} seconds")
         exchange = self._registry.exchanges.get(exchange_name)
         if isinstance(strategy, str):

@@ -220,6 +220,7 @@ class LiveRun:
             self.desk.tick = Tick(self.when_ms, *[_last_price(self.trader.book)] * 5)
             self.trader.unpriced = self.trader.blind = True
         await self.trader.begin()
+        await self.trader.confirm()
         self.began.set()
         events = await self.trader.resolve()
         self.trader.blind = False
@@ -281,26 +282,46 @@ class LiveRun:
 
     async def _act(self) -> None:
         """Act at the minute that has come; nothing that goes wrong in it but the loss of the position ends the run."""
-        trader, minute, told = self.trader, self._minute, list[Event]()
-        try:
-            await self._ask_venue(told)
-            if trader.stopping and trader.book.intent is None and isinstance(self.desk.state, Resting):
-                await self.desk.apply(_given_up)
-            book = trader.book
-            if book.intent is None:
-                when_ms, symbol = self.when_ms, self.job.identity.symbol
-                await minute.act(
-                    minute.wanted(),
-                    told,
-                    at_boundary=self._cron.next_boundary(when_ms - MINUTE_MS, symbol) == when_ms,
-                    settled=book.when_ms >= when_ms or self._commanded,
-                )
-        except Exception as error:
-            await trader.failed("the minute", error)
+        told: list[Event] = []
+        cut_off = await self._cut_off()
+        if cut_off:
+            await self._miss(self.when_ms, 1, cut_off)
+        else:
+            try:
+                await self._decide(told)
+            except Exception as error:
+                await self.trader.failed("the minute", error)
         await self._hand_over(told)
         self._commanded = False
-        if trader.lost is not None:
-            raise trader.lost
+        if self.trader.lost is not None:
+            raise self.trader.lost
+
+    async def _decide(self, told: list[Event]) -> None:
+        trader, minute, when_ms = self.trader, self._minute, self.when_ms
+        await self._ask_venue(told)
+        if trader.stopping and trader.book.intent is None and isinstance(self.desk.state, Resting):
+            await self.desk.apply(_given_up)
+        book = trader.book
+        if book.intent is None:
+            await minute.act(
+                minute.wanted(),
+                told,
+                at_boundary=self._cron.next_boundary(when_ms - MINUTE_MS, self.job.identity.symbol) == when_ms,
+                settled=book.when_ms >= when_ms or self._commanded,
+            )
+
+    async def _cut_off(self) -> str:
+        """Why nothing may be done, because the store has been away for longer than the lease and another process may
+        trade the position; empty where this one has it.
+
+        Raises:
+            Conflict: another process has it.
+        """
+        try:
+            await self.trader.confirm()
+        except RetryLater as error:
+            return str(error)
+        return ""
 
     async def _ask_venue(self, told: list[Event]) -> None:
         """Take in what has happened at the venue: to an order under way, to what is held, and beside it."""
@@ -317,7 +338,8 @@ class LiveRun:
         self.desk.tick = msgspec.structs.replace(self.desk.tick, when_ms=when_ms)
         self.trader.blind = True
         try:
-            await self._ask_venue(told)
+            if not await self._cut_off():
+                await self._ask_venue(told)
         except Exception as error:
             await self.trader.failed("the minute", error)
         finally:

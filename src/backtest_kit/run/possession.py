@@ -18,7 +18,7 @@ async def kept(lease: Lease) -> None:
     """Renew the lease for ever.
 
     Raises:
-        Conflict: another process has it, or it could not be renewed in time.
+        Conflict: another process has it.
     """
     while True:
         try:
