@@ -40,13 +40,30 @@ async def running(rig: Rig, minutes: int, **options: Any) -> AsyncIterator[tuple
         await asyncio.wait({handle.task})
 
 
+class FailingCandles:
+    """The candles of a store that is away."""
+
+    def __init__(self, store: FailingStore, inner: Any) -> None:
+        self._store, self._inner = store, inner
+
+    async def read(self, *asked: Any) -> Any:
+        if isinstance(self._store.error, bk.RetryLater):
+            raise self._store.error
+        return await self._inner.read(*asked)
+
+    async def write(self, *given: Any) -> int:
+        if self._store.error is not None:
+            raise self._store.error
+        return int(await self._inner.write(*given))
+
+
 class FailingStore:
     """A memory store that takes no writes while `error` is set, and loses the answer of the next while `lossy` is."""
 
     def __init__(self) -> None:
         self._inner = bk.MemoryStore()
         self.capabilities = self._inner.capabilities
-        self.candles = self._inner.candles
+        self.candles = FailingCandles(self, self._inner.candles)
         self.error: Exception | None = None
         self.lossy = False
         self.lease_too = False
