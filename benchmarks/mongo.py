@@ -64,7 +64,7 @@ class Raw:
     def __init__(self, url: str, redis_url: str) -> None:
         self.client: AsyncMongoClient[dict[str, Any]] = AsyncMongoClient(url)
         database = self.client[database_of(url)]
-        journalled = WriteConcern(w="majority", j=True, wtimeout=10_000)
+        journalled = WriteConcern(w="majority", j=True)
         self.signals = database.get_collection("raw-signals", None, None, journalled, ReadConcern("majority"))
         self.candles = database.get_collection("raw-candles", write_concern=WriteConcern(w=1))
         self.redis = redis.asyncio.Redis.from_url(redis_url)

@@ -27,7 +27,8 @@ from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.comparison import compare_stores
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, MIGRATION, MIGRATION_KEY, Contract, Kind
 from backtest_kit.persist.files import Disk
-from backtest_kit.persist.lease import Holder, acquire
+from backtest_kit.persist.holder import Holder
+from backtest_kit.persist.lease import acquire
 from backtest_kit.persist.migration import Moved, Progress, migrate_store
 from backtest_kit.persist.store import Capability, Key, Plain, Record, SeriesKey, Store, Write
 from backtest_kit.persist.testing.faults import FaultFS

@@ -18,7 +18,7 @@ import msgspec
 from backtest_kit.engine.step import Holding, Resting, State
 from backtest_kit.errors import BacktestKitError, Conflict, Damaged, OutOfSpace, RetryLater
 from backtest_kit.model.position import Position, RestingEntry
-from backtest_kit.persist.lease import Lease
+from backtest_kit.persist.lease import Lapsed, Lease
 from backtest_kit.run.alarms import Alarms
 from backtest_kit.run.emergency import ROOM, EmergencyFile
 from backtest_kit.run.ledger import Book, Ledger, RiskMoved, records_of
@@ -112,11 +112,11 @@ class Keeper:
             return
         try:
             await self.lease.confirm()
-        except RetryLater as error:
+        except Lapsed as error:
             if not self.degraded:
                 self.degraded = str(error)
                 self._alarms.store_changed(self.degraded, kept=True)
-            raise
+            raise RetryLater(str(error)) from error
 
     async def flush(self) -> None:
         """Try again to bring into the store what it lacks.

@@ -32,6 +32,7 @@ from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.lease import Lease, acquire
+from backtest_kit.persist.possession import beside, given_back, kept_through_lapses
 from backtest_kit.records import RunRecords
 from backtest_kit.run.alarms import Alarms, words_of
 from backtest_kit.run.chronicle import Chronicle, Observer
@@ -46,7 +47,6 @@ from backtest_kit.run.live_job import LiveJob
 from backtest_kit.run.live_risk import LiveRisk
 from backtest_kit.run.minute import Minute
 from backtest_kit.run.orphans import OrphanGuard, side_by_side
-from backtest_kit.run.possession import beside, given_back, kept
 from backtest_kit.run.replay import columns_of
 from backtest_kit.run.services import Services
 from backtest_kit.run.trader import Trader
@@ -130,7 +130,7 @@ class LiveRun:
         identity = self.job.identity
         try:
             async with self._possession() as lease:
-                await beside(kept(lease), self._work())
+                await beside(kept_through_lapses(lease), self._work())
             await self._end(RunDone(identity=identity, when_ms=self.when_ms, trades=tuple(self.trader.trades)))
         except asyncio.CancelledError:
             trades = tuple(self.trader.trades)

@@ -205,7 +205,7 @@ class FileStore:
         for feed, group in itertools.groupby(chunk, key=lambda item: item.feed):
             items = list(group)
             if feed is None:
-                records += filter(None, (self._load(contract, item.path) for item in items))
+                records += filter(None, (item.damage or self._load(contract, item.path) for item in items))
                 continue
             places = [item.place for item in items if item.place is not None]
             try:

@@ -20,7 +20,7 @@ from pymongo.read_preferences import ReadPreference
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater
 from backtest_kit.persist.backends import mongo_damage
-from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, Link
+from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, JOURNALLED, Link
 from backtest_kit.persist.backends.mongo_documents import (
     Change,
     Document,
@@ -169,7 +169,7 @@ class Batch:
         async with self._link.mongo.start_session() as session:
             await session.start_transaction(
                 read_concern=ReadConcern("snapshot"),
-                write_concern=self._link.journalled if self._is_money else ACKNOWLEDGED,
+                write_concern=JOURNALLED if self._is_money else ACKNOWLEDGED,
                 read_preference=ReadPreference.PRIMARY,
             )
             try:

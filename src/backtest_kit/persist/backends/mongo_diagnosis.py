@@ -12,7 +12,7 @@ from pymongo import IndexModel
 from pymongo.errors import OperationFailure
 
 from backtest_kit.errors import BacktestKitError
-from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, Link
+from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, JOURNALLED, Link
 from backtest_kit.persist.backends.mongo_documents import ROWS, Document
 from backtest_kit.persist.backends.mongo_schema import (
     META,
@@ -97,7 +97,7 @@ def _topology(hello: Mapping[str, Any]) -> Reading:
 
 def _address(link: Link) -> list[Reading]:
     """What is promised of a write, and what the address would have had instead."""
-    money, record = (json.dumps(concern.document) for concern in (link.journalled, ACKNOWLEDGED))
+    money, record = (json.dumps(concern.document) for concern in (JOURNALLED, ACKNOWLEDGED))
     readings = [Reading("write concern", Status.OK, f"money {money}; records and candles {record}, flushed on close")]
     asked = link.mongo.write_concern.document
     if (asked.get("w") in (0, 1) and not asked.get("j")) or asked.get("j") is False:

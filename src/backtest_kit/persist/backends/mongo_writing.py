@@ -72,7 +72,7 @@ class Putting:
         patience = patience or self._link.patience()
         while True:
             try:
-                with self._link.within(patience.left):
+                with self._link.attempt(patience):
                     record = await self._attempt()
             except FAILURES as error:
                 self._is_sent = self._is_sent or may_have_happened(error)
@@ -88,7 +88,9 @@ class Putting:
             if record is not None:
                 return record
             if patience.is_over:
-                raise RetryLater(f"cannot {self._doing}: other writers were first, again and again")
+                outcome = Outcome.UNKNOWN if self._is_sent else Outcome.NOT_DONE
+                raise RetryLater(f"cannot {self._doing}: other writers were first, again and again", outcome=outcome)
+            await patience.pause()
 
     async def _attempt(self) -> Record | None:
         """The record that stands now, or None if it must be tried again."""
@@ -185,7 +187,7 @@ class PuttingMany:
         maybe = set(sent)
         """Those that may have been done. An answer counts them and does not name them."""
         try:
-            with self._link.within(patience.left):
+            with self._link.attempt(patience):
                 new = (await collection.bulk_write(operations, ordered=False)).upserted_ids if operations else None
             ids = {sent[index]: identity for index, identity in (new or {}).items()}
         except BulkWriteError as error:
