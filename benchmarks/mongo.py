@@ -201,8 +201,9 @@ async def main(rounds: int) -> None:
         redis_url = stack.enter_context(redis_at_hand())
         raw = Raw(url, redis_url)
         monitoring.register(commands)
-        plain = MongoStore(url, settings=MongoSettings(CC_REDIS_HOST=""))
-        cached = MongoStore(url, settings=MongoSettings(CC_REDIS_URL=redis_url))
+        # Without candles in this process, or all reads of a range but the first would send nothing.
+        plain = MongoStore(url, settings=MongoSettings(CC_REDIS_HOST="", CC_MONGO_CANDLES_IN_MEMORY=0))
+        cached = MongoStore(url, settings=MongoSettings(CC_REDIS_URL=redis_url, CC_MONGO_CANDLES_IN_MEMORY=0))
         await raw.prepare()
         await plain.open()
         await cached.open()

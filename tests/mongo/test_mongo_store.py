@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import pytest
 import pytest_asyncio
 from bson.int64 import Int64
 from bson.objectid import ObjectId
+from pymongo import UpdateOne
+from pymongo.asynchronous.collection import AsyncCollection
 from tests.mongo.samples import ALWAYS, BTC, KEY, NAME, Database, candles, store_over
 from tests.servers import mongo_server, running
 
@@ -547,3 +549,45 @@ async def test_what_others_have_written_since_is_not_undone_by_one_of_many(
     assert [(each.value, each.rev) for each in found if each] == [("theirs", 3), ("theirs", 3), ("ours", 2)]
     await ours.close()
     await theirs.close()
+
+
+async def test_many_records_are_found_by_the_index(
+    store: MongoStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search through everything for each of hundreds of keys takes a slow server longer than there is."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+    find = AsyncCollection.find
+
+    def noted(self: AsyncCollection[Any], wanted: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        asked.append((self.name, wanted))
+        return find(self, wanted, *arguments, **options)
+
+    monkeypatch.setattr(AsyncCollection, "find", noted)
+    keys = [("s-1", "plan", f"m-{number}") for number in range(20)]
+    await store.batch([Write(MEMORY, key, 1) for key in keys])
+    await store.batch([Write(STATE, (f"s-{number}", "plan"), 1) for number in range(20)])
+    await store.put_each([Write(MEMORY, key, 2) for key in keys[:10]])
+    assert await store.prune(MEMORY, dict.fromkeys(keys[5:15], 2)) == 5
+    by_key = [(collection, wanted) for collection, wanted in asked if "_id" not in wanted]
+    assert len(by_key) >= 4, asked
+    for collection, wanted in by_key:
+        plan = str(database[collection].find(wanted).explain()["queryPlanner"]["winningPlan"])
+        assert "IXSCAN" in plan, (wanted, plan)
+        assert "COLLSCAN" not in plan, (wanted, plan)
+
+
+async def test_updates_of_a_batch_name_the_whole_key(store: MongoStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sharded cluster has to be told which shard makes a document."""
+    asked: list[UpdateOne] = []
+    bulk_write = AsyncCollection.bulk_write
+
+    async def noted(self: AsyncCollection[Any], requests: Sequence[Any], **options: Any) -> Any:
+        asked.extend(requests)
+        return await bulk_write(self, requests, **options)
+
+    monkeypatch.setattr(AsyncCollection, "bulk_write", noted)
+    await store.put(Write(MEMORY, ("s-1", "plan", "a"), 1))
+    await store.batch([Write(MEMORY, ("s-1", "plan", name), 2) for name in "ab"])
+    assert len(asked) == 2
+    assert all({"namespace", *MEMORY.key_fields} <= each._filter.keys() for each in asked)
+    assert [record.value async for record in store.scan(MEMORY)] == [2, 2]

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Final
 
 from backtest_kit.errors import UserError
-from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis, mongo_prune
+from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis, mongo_prune, mongo_schema
 from backtest_kit.persist.backends.mongo_batch import Batch
 from backtest_kit.persist.backends.mongo_candles import MongoCandleStore
 from backtest_kit.persist.backends.mongo_client import Link, Links
@@ -31,7 +31,6 @@ from backtest_kit.persist.backends.mongo_documents import (
 )
 from backtest_kit.persist.backends.mongo_intents import replay
 from backtest_kit.persist.backends.mongo_reading import cache_name, find, find_all, standing
-from backtest_kit.persist.backends.mongo_schema import flush, prepare
 from backtest_kit.persist.backends.mongo_settings import LOGGER, Log, MongoSettings, from_environment, with_changes
 from backtest_kit.persist.backends.mongo_writing import Putting, PuttingMany, turn_of
 from backtest_kit.persist.candle_cache import CandleCache
@@ -105,7 +104,7 @@ class MongoStore:
             # Before it is flushed: what is being written now is acknowledged as well.
             await link.settle()
             if link.has_unflushed:
-                await link.finish(flush(link))
+                await link.finish(mongo_schema.flush(link))
         finally:
             await link.close()
 
@@ -198,6 +197,11 @@ class MongoStore:
         found = {name[len(above) :] for names in lists for name in names if name and name.startswith(above)}
         return [tuple(str(unescape(part, "namespace") or part) for part in name.split("/")) for name in sorted(found)]
 
+    async def identity(self) -> str | None:
+        """As `Identified.identity`, without opening the store."""
+        identity = await mongo_schema.identity(self._links.here())
+        return identity and f"{identity}/{self._namespace}"
+
     async def check(self, *, deep: bool = False) -> list[Finding]:
         """As `Upkeep.check`; `deep` reads every candle as well. What MongoDB itself has stored is its own to verify."""
         return await mongo_damage.check(await self._opened(), deep=deep)
@@ -247,7 +251,7 @@ class MongoStore:
         return link
 
     async def _open(self, link: Link) -> None:
-        await prepare(link, existing=self._existing)
+        await mongo_schema.prepare(link, existing=self._existing)
         # Also where somebody only looks: half of a batch is nothing that was ever written.
         await replay(link)
 

@@ -17,13 +17,12 @@ from backtest_kit.persist.backends.mongo_documents import (
     Change,
     Document,
     expectation,
-    identity_of,
     matching,
     record_of_change,
     update_of,
 )
 from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, is_duplicate, may_have_happened
-from backtest_kit.persist.backends.mongo_reading import cache_name, standing
+from backtest_kit.persist.backends.mongo_reading import cache_name, find_named, standing
 from backtest_kit.persist.contracts import Durability
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.store import ABSENT, ANY, Expect, Record
@@ -225,18 +224,13 @@ class PuttingMany:
         if not asked:
             return {}
         contract = puttings[0].change.contract
-        collection, names = self._link.collection(contract), {index: puttings[index].change.name for index in asked}
-        fields = [*names[asked[0]], "rev", "writer"]
-
-        async def question() -> list[Document]:
-            return await collection.find({"$or": list(names.values())}, fields).to_list()
-
+        names = [puttings[index].change.name for index in asked]
+        fields = [*names[0], "rev", "writer"]
         try:
-            read = await self._link.ask(f"write many {contract.collection}", question, patience)
+            read = await find_named(self._link, contract, names, f"write many {contract.collection}", patience, fields)
         except BacktestKitError:
             return {}  # each of them says it for itself, and asks once more if there is time
-        found = {identity_of(document, contract): document for document in read}
-        return {index: found[key] for index, name in names.items() if (key := tuple(name.values())) in found}
+        return {index: document for index, document in zip(asked, read, strict=True) if document is not None}
 
 
 def _before(tick: int) -> Document:
