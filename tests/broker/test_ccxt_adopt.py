@@ -9,6 +9,8 @@ from backtest_kit.broker.ccxt import CcxtBroker
 from backtest_kit.engine.step import Holding, Rules, Tick
 from backtest_kit.model.event import Identity, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
+from backtest_kit.persist.backends.memory import MemoryStore
+from backtest_kit.run.claims import StoredClaims
 from backtest_kit.run.desk import Desk
 from backtest_kit.run.orphans import OrphanGuard
 from backtest_kit.settings import Settings
@@ -33,7 +35,9 @@ async def adopted(broker: CcxtBroker, price: float) -> Holding:
     desk = Desk(Rules(identity=identity, settings=Settings(), interval_ms=MINUTE_MS))
     desk.tick = Tick(START, *[price] * 5)
     books = Books(broker)
-    assert await OrphanGuard(desk, broker, "adopt", books).look() is not None
+    store = MemoryStore()
+    claims = StoredClaims(lambda row: store, ("trend", "binance", "BTCUSDT"))
+    assert await OrphanGuard(desk, broker, "adopt", books, claims).look() is not None
     (state,) = books.states
     return state
 

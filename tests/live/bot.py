@@ -68,7 +68,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """As in the environment of `crashpoints`."""
     full_from_ms: int = 0
     """When the disk is full."""
-    lease_ttl: float = 15.0
+    lease_ttl_s: float = 15.0
     paper: bool = False
     market: str = ""
     """File of the candles of a bot that has them and its time at hand, and only sends orders to the venue."""
@@ -235,7 +235,8 @@ async def trade(job: Job) -> End:
     kit.live.observers.append(keep_records)
     kit.on(bk.PositionActive, watch_disk)
     where: dict[str, Any] = {"strategy_name": "story", "exchange_name": "venue", "allow_weak": True}
-    handles = [kit.live.background(symbol, **where, lease_ttl=job.lease_ttl, paper=job.paper) for symbol in job.symbols]
+    options: dict[str, Any] = {"lease_ttl_s": job.lease_ttl_s, "paper": job.paper}
+    handles = [kit.live.background(symbol, **where, **options) for symbol in job.symbols]
     over = asyncio.ensure_future(clock.over.wait())
     tasks = {handle.task for handle in handles}
     while not over.done() and tasks:

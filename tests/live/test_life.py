@@ -23,7 +23,7 @@ from backtest_kit.errors import Outcome
 from backtest_kit.market.clock import Jump, SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract
-from backtest_kit.persist.lease import acquire
+from backtest_kit.persist.lease import Clock as LeaseClock, acquire
 from backtest_kit.persist.store import ANY, Key, Record, Store, Write
 
 SCOPE = ("trend", "demo", "BTCUSDT")
@@ -40,13 +40,30 @@ async def running(rig: Rig, minutes: int, **options: Any) -> AsyncIterator[tuple
         await asyncio.wait({handle.task})
 
 
+class FailingCandles:
+    """The candles of a store that is away."""
+
+    def __init__(self, store: FailingStore, inner: Any) -> None:
+        self._store, self._inner = store, inner
+
+    async def read(self, *asked: Any) -> Any:
+        if isinstance(self._store.error, bk.RetryLater):
+            raise self._store.error
+        return await self._inner.read(*asked)
+
+    async def write(self, *given: Any) -> int:
+        if self._store.error is not None:
+            raise self._store.error
+        return int(await self._inner.write(*given))
+
+
 class FailingStore:
     """A memory store that takes no writes while `error` is set, and loses the answer of the next while `lossy` is."""
 
     def __init__(self) -> None:
         self._inner = bk.MemoryStore()
         self.capabilities = self._inner.capabilities
-        self.candles = self._inner.candles
+        self.candles = FailingCandles(self, self._inner.candles)
         self.error: Exception | None = None
         self.lossy = False
         self.lease_too = False
@@ -91,10 +108,10 @@ def failing(tmp_path: Path) -> tuple[Rig, FailingStore]:
 
 
 async def test_a_second_run_is_told_who_has_the_position(rig: Rig) -> None:
-    async with running(rig, 3, lease_ttl=1) as (_, clock):
+    async with running(rig, 3, lease_ttl_s=1) as (_, clock):
         await clock.over.wait()
         with pytest.raises(bk.Conflict, match=f"process {os.getpid()} on"):
-            await rig.kit(UntilClock(rig.now_ms, rig.now_ms)).live.background("BTCUSDT", **WHERE, lease_ttl=1)
+            await rig.kit(UntilClock(rig.now_ms, rig.now_ms)).live.background("BTCUSDT", **WHERE, lease_ttl_s=1)
         async with running(rig, 1, paper=True) as (_, paper_clock):
             await paper_clock.over.wait()  # paper is kept apart
     assert rig.of(bk.RunFailed)
@@ -126,7 +143,7 @@ async def test_a_run_whose_position_was_taken_stops_and_sends_nothing_more(rig: 
 
 
 async def test_a_run_that_loses_its_lease_stops_where_it_is(memory_rig: Rig) -> None:
-    async with running(memory_rig, 2, lease_ttl=0.3) as (handle, clock):
+    async with running(memory_rig, 2, lease_ttl_s=1) as (handle, clock):
         await clock.over.wait()
         found = await memory_rig.store.get(LEASE, SCOPE)
         assert found is not None
@@ -135,6 +152,12 @@ async def test_a_run_that_loses_its_lease_stops_where_it_is(memory_rig: Rig) -> 
         with pytest.raises(bk.Conflict, match="is traded by process 1"):
             await asyncio.wait_for(asyncio.shield(handle.task), 10)
     assert not memory_rig.venue.sent("close")
+
+
+@pytest.mark.parametrize("ttl", [-5, 0, 0.999, 3601, float("nan"), float("inf"), "15", True, None])
+async def test_a_lease_of_no_sensible_time_is_refused(memory_rig: Rig, ttl: Any) -> None:
+    with pytest.raises(bk.UserError, match=r"lease_ttl_s is .*: give 1 to 3600 seconds"):
+        memory_rig.kit(UntilClock(START, START)).live.background("BTCUSDT", **WHERE, lease_ttl_s=ttl)
 
 
 # Stop, pause, cancel
@@ -225,7 +248,7 @@ async def test_leaving_the_loop_over_the_events_cancels_the_run(rig: Rig) -> Non
 
 
 async def test_the_loop_raises_why_a_run_could_not_start(rig: Rig) -> None:
-    async with running(rig, 1, lease_ttl=1) as (_, clock):
+    async with running(rig, 1, lease_ttl_s=1) as (_, clock):
         await clock.over.wait()
         with pytest.raises(bk.Conflict):
             async for _ in rig.kit(UntilClock(START, START)).live.run("BTCUSDT", **WHERE):
@@ -429,6 +452,43 @@ async def test_a_minute_without_a_candle_is_watched_at_the_venue_all_the_same(me
     assert len(memory_rig.venue.sent("open")) == 1
 
 
+@pytest.mark.parametrize("error", [KeyError("openTime"), TypeError("'NoneType' object is not subscriptable")])
+@pytest.mark.parametrize("lasts", ["once", "minutes"])
+async def test_an_answer_of_the_source_that_its_code_chokes_on_is_a_candle_that_is_missing(
+    memory_rig: Rig, error: Exception, lasts: str
+) -> None:
+    """What is open stays watched, at the venue meanwhile and by its price afterwards."""
+    prepared(memory_rig)
+    garbled: list[float] = []
+    clock = UntilClock(START, START + 9 * MINUTE_MS)
+
+    async def garbling(symbol: str, interval: str, since_ms: int, limit: int) -> list[list[float]]:
+        now = (clock.now_ms() - START) / MINUTE_MS
+        if not garbled if lasts == "once" and now == 4 else lasts == "minutes" and 4 <= now < 7.5:
+            garbled.append(now)
+            raise error
+        return await get_candles(symbol, interval, since_ms, limit)
+
+    checked: list[int] = []
+    memory_rig.venue.check = lambda held: checked.append((clock.now_ms() - START) // MINUTE_MS)
+    memory_rig.source = bk.sources.function(garbling)
+    memory_rig.strategy["manage"] = None
+    handle = memory_rig.kit(clock).live.background("BTCUSDT", **WHERE)
+    over = asyncio.ensure_future(clock.over.wait())
+    await asyncio.wait({over, handle.task}, return_when=asyncio.FIRST_COMPLETED)
+    over.cancel()
+    assert garbled
+    assert not handle.done()
+    assert (handle.status.when_ms - START) // MINUTE_MS == 9
+    assert handle.status.position is not None
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    missed = memory_rig.of(bk.MinutesMissed)
+    assert [(event.first_ms - START) // MINUTE_MS for event in missed] == ([] if lasts == "once" else [4, 5, 6])
+    assert all(f"{type(error).__name__}: {error}" in event.reason for event in missed)
+    assert set(checked) >= {2, 3, 5, 6, 7, 8, 9}
+
+
 async def test_an_order_to_open_is_not_sent_without_a_price(memory_rig: Rig) -> None:
     prepared(memory_rig)
     clock = UntilClock(START, START + 9 * MINUTE_MS)
@@ -500,12 +560,12 @@ async def test_the_lease_is_renewed_while_the_start_takes_longer(memory_rig: Rig
         memory_rig.venue.start = wait  # type: ignore[method-assign]
     else:
         memory_rig.source = bk.sources.function(slow)
-    async with running(memory_rig, 2, lease_ttl=0.3) as (handle, clock):
+    async with running(memory_rig, 2, lease_ttl_s=1) as (handle, clock):
         await asked.wait()
         first = await memory_rig.store.get(LEASE, SCOPE)
         assert first is not None
         began = time.monotonic()
-        while time.monotonic() - began < 0.9:
+        while time.monotonic() - began < 1.5:
             with pytest.raises(bk.Conflict, match=f"process {os.getpid()}"):
                 await acquire(lambda row: memory_rig.store, SCOPE, ttl=0.3)
         answer.set()
@@ -666,15 +726,12 @@ async def test_an_emergency_file_that_others_have_overtaken_is_left_alone(failin
 async def test_a_full_disk_does_not_take_the_position_from_who_has_it(failing: tuple[Rig, FailingStore]) -> None:
     rig, store = failing
     store.lease_too = True
-    async with running(rig, 4, lease_ttl=0.15) as (handle, clock):
+    async with running(rig, 4, lease_ttl_s=1) as (handle, clock):
         await clock.over.wait()
         store.error = bk.OutOfSpace("the disk is full")
         while store.refused_leases < 5:
             await asyncio.sleep(0.01)
         assert not handle.done()
-        store.error = bk.RetryLater("the server is away")
-        with pytest.raises(bk.Conflict, match="could not be renewed"):
-            await asyncio.wait_for(asyncio.shield(handle.task), 10)
 
 
 async def test_who_slept_longer_than_his_lease_sends_nothing_that_the_store_does_not_know_of(
@@ -691,19 +748,146 @@ async def test_who_slept_longer_than_his_lease_sends_nothing_that_the_store_does
 
     async def manage(ctx: bk.Context) -> None:
         assert ctx.position is not None
-        store.error = bk.RetryLater("the server is away")
-        time.sleep(0.4)  # the whole process is paused
-        outcomes.append(await ctx.position.reduce(percent=50))
+        if not outcomes:
+            store.error = bk.RetryLater("the server is away")
+            time.sleep(1.2)  # the whole process is paused
+            outcomes.append(await ctx.position.reduce(percent=50))
 
     store.put = silent  # type: ignore[method-assign]
     rig.strategy["manage"] = manage
-    async with running(rig, 6, lease_ttl=0.3) as (handle, _):
-        with pytest.raises(bk.Conflict, match="the lease has lapsed and the store does not answer"):
-            await asyncio.wait_for(asyncio.shield(handle.task), 20)
+    async with running(rig, 6, lease_ttl_s=1) as (handle, clock):
+        store.lease_too = True
+        await clock.over.wait()
+        assert not handle.done()
     assert asked.is_set()
-    assert not outcomes
+    (outcome,) = outcomes
+    assert "it was not sent: the lease of BTCUSDT on demo by trend has lapsed" in outcome.reason
     assert rig.venue.sent("open")
     assert not rig.venue.sent("reduce")
+
+
+class Outage:
+    """A store and a lease that are away for three times the lease, from minute 3 of a run to its minute 6."""
+
+    def __init__(self, rig: Rig, store: FailingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rig, self.store = rig, store
+        self.clock = UntilClock(START, START + 10 * MINUTE_MS)
+        self.over_at = (3, 6)
+        self.touched: list[int] = []
+        """Minutes whose candle reaches the take profit."""
+        self._patch = monkeypatch
+        self._gone = False
+        store.lease_too = True
+        rig.source = bk.sources.function(self.candles)
+        rig.strategy = {"get_signal": self.get_signal, "interval": "1m"}
+        rig.settings = {"CC_AVG_PRICE_CANDLES_COUNT": 1}
+
+    def minute(self) -> int:
+        return (self.clock.now_ms() - START) // MINUTE_MS
+
+    def get_signal(self, ctx: bk.Context) -> bk.Signal | None:
+        return bk.Signal("long", 110, 80, minutes=1000) if ctx.when_ms == START else None
+
+    async def candles(self, symbol: str, interval: str, since_ms: int, limit: int) -> list[list[float]]:
+        begins, ends = self.over_at
+        if self.minute() == begins:
+            self.begin()
+        elif self.minute() == ends:
+            self.end()
+        rows = []
+        for time_ms in range(since_ms, since_ms + limit * MINUTE_MS, MINUTE_MS):
+            price = 115.0 if (time_ms - START) // MINUTE_MS + 1 in self.touched else 100.0
+            rows.append([time_ms, *[price] * 4, 1.0])
+        return rows
+
+    def begin(self) -> None:
+        if not self._gone:
+            self._gone = True
+            now = LeaseClock.now
+            self._patch.setattr(LeaseClock, "now", lambda clock: now(clock) + 3 * 15)
+        self.store.error = bk.RetryLater("the server is away")
+
+    def end(self) -> None:
+        self.store.error = None
+
+    async def run(self) -> bk.LiveHandle:
+        handle = self.rig.kit(self.clock).live.background("BTCUSDT", **WHERE)
+        over = asyncio.ensure_future(self.clock.over.wait())
+        await asyncio.wait({over, handle.task}, return_when=asyncio.FIRST_COMPLETED)
+        over.cancel()
+        return handle
+
+    def minutes_of(self, *kinds: type[bk.Event]) -> list[int]:
+        return [(event.when_ms - START) // MINUTE_MS for event in self.rig.of(*kinds)]
+
+
+@pytest.fixture
+def outage(failing: tuple[Rig, FailingStore], monkeypatch: pytest.MonkeyPatch) -> Outage:
+    return Outage(*failing, monkeypatch)
+
+
+async def test_who_had_no_store_for_longer_than_his_lease_closes_once_it_is_back(outage: Outage) -> None:
+    """Meanwhile it sends nothing and asks nothing that may place a stop, for another process may trade the position."""
+    checked: list[int] = []
+    outage.touched = [4, 8]
+    outage.rig.venue.check = lambda held: checked.append(outage.minute())
+    handle = await outage.run()
+    assert not handle.done()
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    (trade,) = outage.rig.trades()
+    assert (trade.close_reason, trade.price_close) == ("take_profit", 110.0)
+    assert outage.minutes_of(bk.PositionClosed) == [8]
+    assert outage.minutes_of(bk.MinutesMissed) == [3, 4, 5]
+    assert checked == [1, 2, 6, 7, 8]
+    assert outage.minutes_of(bk.Degraded) == [3]
+    assert outage.minutes_of(bk.Healed) == [6]
+    assert list(outage.rig.venue.times_done.values()) == [1, 1]
+
+
+async def test_who_was_taken_over_while_he_had_no_store_ends_and_has_sent_nothing(outage: Outage) -> None:
+    async def taken() -> None:
+        found = await outage.store.get(LEASE, SCOPE)
+        assert found is not None
+        assert isinstance(found.value, dict)
+        await outage.store._inner.put(Write(LEASE, SCOPE, {**found.value, "owner": "somebody", "pid": 1}))
+
+    async def candles(*asked: Any) -> Any:
+        if outage.minute() == 5:
+            await taken()
+        return await outage.candles(*asked)
+
+    outage.rig.source = bk.sources.function(candles)
+    outage.touched = [4, 6, 8]
+    handle = await outage.run()
+    with pytest.raises(bk.Conflict, match="is traded by process 1"):
+        await handle
+    assert [call[0] for call in outage.rig.venue.calls] == ["open"]
+    assert outage.minute() == 6
+
+
+async def test_an_exit_decided_when_the_lease_had_lapsed_is_sent_once_the_store_is_back(outage: Outage) -> None:
+    def check(held: Any) -> None:
+        if outage.minute() == 2:
+            outage.begin()  # after the minute has made sure of its lease
+
+    outage.touched = [2]
+    outage.rig.venue.check = check
+    sent: list[int] = []
+
+    def price(order: bk.Order) -> float:
+        sent.append(outage.minute())
+        return order.price
+
+    outage.rig.venue.price = price
+    handle = await outage.run()
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    assert sent == [0, 6]
+    assert outage.minutes_of(bk.PositionClosed) == [6]
+    failed = [event for event in outage.rig.of(bk.OrderFailed) if event.kind == "close"]
+    assert "it was not sent" in failed[0].reason
+    assert list(outage.rig.venue.times_done.values()) == [1, 1]
 
 
 async def test_stopping_while_an_order_is_under_way_is_no_failure(memory_rig: Rig) -> None:

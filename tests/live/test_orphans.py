@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.live.rig import START, WHERE, Rig, UntilClock
 
@@ -160,6 +162,176 @@ async def test_a_stop_that_cannot_be_placed_is_told_and_tried_again(idle: Rig) -
     steps = [event.next_step for event in idle.of(bk.OrphanFound)]
     assert steps[0] == "no stop could be placed, which is tried again: insufficient funds"
     assert "its stop is at" in steps[1]
+
+
+@pytest.mark.parametrize("orphans", ["adopt", "protect"])
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [
+        ("position", "strategy trend holds a position of BTCUSDT on demo"),
+        ("entry", "strategy trend has a resting entry of BTCUSDT on demo"),
+        ("order", "strategy trend has an order under way of BTCUSDT on demo"),
+        ("elsewhere", "strategy trend holds a position of BTC-USDT on demo"),
+        ("alive", "strategy trend trades BTCUSDT on demo: process"),
+    ],
+)
+async def test_what_another_strategy_claims_is_left_to_it(tmp_path: Path, left: str, words: str, orphans: str) -> None:
+    """Two owners of one position would each manage and close it."""
+    store = bk.MemoryStore()
+    first, second = Rig(tmp_path / "first", store), Rig(tmp_path / "second", store)
+    second.venue = first.venue
+    second.strategy["get_signal"] = lambda ctx: None
+    if left == "entry":
+        first.strategy["get_signal"] = lambda ctx: bk.Signal(
+            "long", ctx.price * 1.1, ctx.price * 0.8, price_open=ctx.price * 0.9
+        )
+    elif left == "order":
+        first.venue.script["open", 0] = "lost_request"
+    elif left == "alive":
+        first.strategy["get_signal"] = lambda ctx: None
+    clock = UntilClock(START, START)
+    alive = None
+    signal_id = None
+    if left == "alive":
+        alive = first.kit(clock).live.background("BTCUSDT", **WHERE)
+        await clock.over.wait()
+    else:
+        status = (await first.trade(1, symbol="BTC-USDT" if left == "elsewhere" else "BTCUSDT")).status
+        signal_id = status.position.signal_id if left == "elsewhere" and status.position else None
+    first.venue.calls.clear()
+    first.venue.held = [msgspec.structs.replace(held(None), signal_id=signal_id)]
+    second.now_ms = START + MINUTE_MS
+    handle = await trade_as(second, "mean", 3, orphans=orphans)
+    if alive is not None:
+        alive.cancel()
+        await asyncio.wait({alive.task})
+    (found,) = second.of(bk.OrphanFound)
+    assert words in found.next_step
+    assert handle.status.position is None
+    assert not first.venue.calls
+
+
+async def test_what_a_strategy_that_ended_without_holding_anything_has_left_is_nobodys(tmp_path: Path) -> None:
+    store = bk.MemoryStore()
+    first, second = Rig(tmp_path / "first", store), Rig(tmp_path / "second", store)
+    first.strategy["get_signal"] = second.strategy["get_signal"] = lambda ctx: None
+    await first.trade(1)
+    second.venue.held = [held(40_000.0)]
+    handle = await trade_as(second, "mean", 1, orphans="adopt")
+    assert handle.status.position is not None
+
+
+async def test_nothing_is_adopted_while_the_store_does_not_tell_whose_it_is(idle: Rig) -> None:
+    def away(*_: Any, **__: Any) -> Any:
+        raise bk.RetryLater("the server is away")
+
+    idle.venue.held = [held(40_000.0)]
+    idle.store.scan = away  # type: ignore[method-assign]
+    status = (await idle.trade(2, orphans="adopt")).status
+    assert status.position is None
+    (found,) = idle.of(bk.OrphanFound)
+    assert found.next_step.endswith("nobody knows whose it is: the server is away")
+
+
+async def test_a_position_the_other_way_round_is_told_once_and_gets_no_stop_of_ours(memory_rig: Rig) -> None:
+    memory_rig.strategy["get_signal"] = lambda ctx: None if ctx.when_ms > START else wide(ctx)
+    await memory_rig.trade(1)
+    memory_rig.venue.held = [held(None, "short")]
+    await memory_rig.trade(4, orphans="protect")
+    (found,) = memory_rig.of(bk.OrphanFound)
+    assert (found.what, found.next_step) == ("missing_position", "nothing is done, look at the venue")
+    assert not memory_rig.venue.sent("move_stop")
+
+
+def opening(direction: Any) -> Any:
+    """A strategy that opens in the first minute, so or not at all."""
+
+    async def get_signal(ctx: bk.Context) -> bk.Signal | None:
+        if ctx.when_ms > START or direction is None:
+            return None
+        return bk.Signal.bracket(direction, price=ctx.price, take_profit_pct=9, stop_loss_pct=9, minutes=1000)
+
+    return get_signal
+
+
+@pytest.mark.parametrize("orphans", ["alarm", "adopt", "protect"])
+@pytest.mark.parametrize(
+    ("sides", "on_venue", "what"),
+    [
+        ((None, None), None, None),
+        ((None, None), held(None), "foreign_position"),
+        (("long", "long"), held(40_000.0), None),
+        (("long", None), held(40_000.0), None),
+        (("long", "long"), None, "missing_position"),
+        ((None, "long"), held(42_000.0, "short"), "missing_position"),
+        (("long", "long"), held(None), "unprotected_position"),
+        (("long", "short"), None, None),
+        (("long", "short"), held(40_000.0), "foreign_position"),
+    ],
+)
+async def test_of_strategies_side_by_side_the_sum_is_compared_and_nothing_is_done(
+    idle: Rig, sides: tuple[Any, Any], on_venue: bk.Holding | None, what: str | None, orphans: str
+) -> None:
+    clock = UntilClock(START, START + 5 * MINUTE_MS)
+    clock.join("", 2)
+    asked: list[int] = []
+    kit = idle.kit(clock)
+    for name, side in zip(("mean", "fade"), sides, strict=True):
+        kit.add_strategy_schema(name, get_signal=opening(side), interval="1m")
+
+    async def holdings(symbols: Any) -> Any:
+        # A position that is being opened is there from the next minute on.
+        asked.append((clock.now_ms() - START) // MINUTE_MS)
+        return [on_venue] if on_venue is not None and asked[-1] else None if not asked[-1] else []
+
+    idle.venue.holdings = holdings  # type: ignore[method-assign]
+    where = {**WHERE, "orphans": orphans}
+    handles = [kit.live.background("BTCUSDT", **{**where, "strategy_name": name}) for name in ("mean", "fade")]
+    await clock.over.wait()
+    for each in handles:
+        each.cancel()
+    await asyncio.wait({each.task for each in handles})
+    assert [minute for minute in asked if 0 < minute < 5] == [1, 2, 3, 4]  # one of them asks for both
+    assert [event.what for event in idle.of(bk.OrphanFound)] == ([what] if what else [])
+    for event in idle.of(bk.OrphanFound):
+        assert event.next_step.endswith("strategies mean and fade trade BTCUSDT side by side")
+    assert not idle.venue.sent("move_stop")
+    assert len(idle.of(bk.PositionOpened)) == sum(side is not None for side in sides)
+    says = [any("side by side" in step for step in event.steps) for event in idle.of(bk.Recovered)]
+    assert says == [orphans != "alarm"] * 2
+
+
+async def test_who_is_left_of_two_strategies_looks_for_itself(idle: Rig) -> None:
+    clock = UntilClock(START, START + 8 * MINUTE_MS)
+    clock.join("", 2)
+    kit = idle.kit(clock)
+    kit.add_strategy_schema("mean", **idle.strategy)
+    idle.venue.held = [held(40_000.0)]
+    gone = kit.live.background("BTCUSDT", **{**WHERE, "strategy_name": "mean"})
+    stays = kit.live.background("BTCUSDT", **WHERE, orphans="adopt")
+    while clock.now_ms() < START + 3 * MINUTE_MS:
+        await asyncio.sleep(0)
+    assert not idle.of(bk.PositionOpened)
+    gone.stop()
+    await gone
+    async with asyncio.timeout(10):
+        while not idle.of(bk.PositionOpened):
+            clock.advance_to(clock.now_ms() + MINUTE_MS // 2)
+            await asyncio.sleep(0.001)
+    assert stays.status.position is not None
+    stays.cancel()
+    await asyncio.wait({stays.task})
+
+
+async def trade_as(rig: Rig, strategy_name: str, minutes: int, **options: Any) -> bk.LiveHandle:
+    clock = UntilClock(rig.now_ms, rig.now_ms + minutes * MINUTE_MS)
+    kit = rig.kit(clock)
+    kit.add_strategy_schema(strategy_name, **rig.strategy)
+    handle = kit.live.background("BTCUSDT", **{**WHERE, "strategy_name": strategy_name}, **options)
+    await clock.over.wait()
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    return handle
 
 
 def wide(ctx: bk.Context) -> bk.Signal:

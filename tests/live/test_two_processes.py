@@ -38,7 +38,7 @@ async def race(forks: Forks, place: Path) -> int:
     clock = AcceleratedClock(START, 15.0)
     async with stage(
         forks, place, candles=candles, clock=clock, symbols=SYMBOLS, end_ms=START + 3 * MINUTE_MS, script="always",
-        lease_ttl=3.0,
+        lease_ttl_s=3.0,
     ) as here:  # fmt: skip
         bots = [await here.bot(actor=name, name=name, symbols=SYMBOLS) for name in ("one", "other")]
         assert [await bot.ended() for bot in bots] == [0, 0], here.said()
@@ -75,7 +75,7 @@ async def test_who_was_paused_and_taken_over_is_refused(tmp_path: Path) -> None:
 async def paused(forks: Forks, place: Path, point: str) -> list[str]:
     terms = Terms(client_ids="ever")
     async with stage(
-        forks, place, candles=story_candles(), end_ms=START + 47 * MINUTE_MS, lease_ttl=2.0, venue={"terms": terms}
+        forks, place, candles=story_candles(), end_ms=START + 47 * MINUTE_MS, lease_ttl_s=2.0, venue={"terms": terms}
     ) as here:
         owner = await here.bot(actor="owner", crash=f"{point}:1:STOP")
         await standing_still(owner.pid)

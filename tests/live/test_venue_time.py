@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 
@@ -21,15 +22,18 @@ class Server(CandleSource):
     def __init__(self, ahead_ms: int | None = 0) -> None:
         self.ahead_ms = ahead_ms
         self.asked = 0
-        self.away = False
+        self.error: Exception | None = None
+        self.queued_s: list[float] = []
+        """How long the next requests wait before the time is read."""
 
     async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
         return CandleSeries.empty()
 
     async def server_time_ms(self) -> int | None:
         self.asked += 1
-        if self.away:
-            raise RetryLater("away")
+        if self.error is not None:
+            raise self.error
+        await asyncio.sleep(self.queued_s.pop(0) if self.queued_s else 0)
         return None if self.ahead_ms is None else int(time.time() * 1000) + self.ahead_ms
 
 
@@ -57,18 +61,41 @@ async def test_those_who_share_it_ask_once_in_a_while() -> None:
     assert server.asked == 1
 
 
-async def test_a_venue_that_is_away_or_tells_nothing_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RetryLater("away"), KeyError("serverTime"), TypeError("not subscriptable")])
+async def test_a_venue_that_is_away_or_tells_nothing_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     monkeypatch.setattr(venue_time, "_EVERY_S", 0.0)
     server = Server(5_000)
     there = VenueTime("binance", server, SystemClock())
     await there.measure()
     known = there.drift_ms
-    server.away = True
+    server.error = error
     await there.measure()
-    server.away, server.ahead_ms = False, None
+    server.error, server.ahead_ms = None, None
     await there.measure()
     assert server.asked == 3
     assert there.drift_ms == known
+
+
+async def test_an_answer_that_took_too_long_is_no_measurement(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Credited for half of a request that waited, the run would act before the market is there."""
+    monkeypatch.setattr(venue_time, "_EVERY_S", 0.0)
+    monkeypatch.setattr(venue_time, "_SLOW_S", 0.2)
+    server, clock = Server(5_000), SystemClock()
+    there = VenueTime("binance", server, clock)
+    server.queued_s = [0.3] * 3
+    with caplog.at_level(logging.WARNING):
+        await there.measure()
+    assert there.drift_ms is None
+    assert clock.now_ms() == pytest.approx(time.time() * 1000, abs=900)
+    assert "binance does not tell its time: it took more than 0.2 s to answer" in caplog.text
+    server.queued_s = [0.3]
+    await there.measure()
+    assert server.asked == 5
+    assert there.drift_ms == pytest.approx(5_000, abs=100)
 
 
 async def test_a_time_that_is_not_the_machines_is_compared_alone() -> None:

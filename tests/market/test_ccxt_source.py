@@ -250,6 +250,20 @@ async def test_with_a_wrong_clock_the_time_of_the_exchange_says_which_candles_ar
     assert len(await source.fetch("BTCUSDT", "1m", START, START + 40 * MINUTE_MS)) == 30
 
 
+async def test_a_time_that_was_asked_for_slowly_closes_no_candle(fake: FakeClient) -> None:
+    """The time is read when the request arrives, and that may be at its very end."""
+    fake.there_ms = START + 30 * MINUTE_MS - 250
+
+    async def queued() -> int | None:
+        await asyncio.sleep(0.6)
+        return fake.there_ms
+
+    fake.fetch_time = queued  # type: ignore[method-assign]
+    source = sources.ccxt(fake)
+    await source.server_time_ms()
+    assert len(await source.fetch("BTCUSDT", "1m", START, START + 40 * MINUTE_MS)) == 29
+
+
 async def test_an_exchange_that_tells_no_time(fake: FakeClient) -> None:
     source = sources.ccxt(fake)
     fake.there_ms = None

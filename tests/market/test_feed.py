@@ -262,6 +262,23 @@ async def test_a_cache_that_cannot_write_costs_a_warning(
     assert caplog.messages == ["10 candles of binance/BTCUSDT/1m could not be cached: no space left"]
 
 
+async def test_a_cache_that_is_away_costs_one_request_and_no_more(
+    make_candles: Make, source_of: Any, memory_store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The minute of a live run is there without its store; a year of them is not downloaded again for that."""
+    source = source_of(make_candles(300))
+    feed = feed_of(source, memory_store, CC_MAX_CANDLES_PER_REQUEST=100)
+
+    async def away(*_: Any) -> CandleSeries:
+        raise RetryLater("the server is away")
+
+    monkeypatch.setattr(memory_store, "read", away)
+    assert len((await feed.load("BTCUSDT", START, minutes(100))).candles) == 100
+    with pytest.raises(RetryLater, match="the server is away"):
+        await feed.load("BTCUSDT", START, minutes(101))
+    assert len(source.asked) == 1
+
+
 async def test_a_cache_that_cannot_be_trusted_is_an_error(
     make_candles: Make, source_of: Any, memory_store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

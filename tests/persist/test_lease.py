@@ -21,7 +21,8 @@ from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability
 from backtest_kit.persist.holder import Holder
-from backtest_kit.persist.lease import Clock, acquire, claim
+from backtest_kit.persist.lease import Clock, Lapsed, Sightings, acquire, claim
+from backtest_kit.persist.possession import kept_through_lapses
 from backtest_kit.persist.store import ABSENT, Key, Record, Store, Write
 from backtest_kit.persist.urls import store_at
 
@@ -239,6 +240,34 @@ async def test_lease_ends_with_a_long_absence_of_the_store(clock: Time) -> None:
         await lease.keep()
     assert not lease.held
     assert 15.0 <= sum(clock.slept) < 25.0
+
+
+@pytest.mark.parametrize("taken", [False, True])
+async def test_a_lease_that_lapsed_without_its_store_is_found_out_about_once_that_is_back(
+    clock: Time, taken: bool
+) -> None:
+    store = Flaky()
+    lease = await acquire(of(store), SCOPE, clock=clock)
+    store.fail = Outcome.NOT_DONE
+    began, keeping = clock.seconds, asyncio.ensure_future(kept_through_lapses(lease))
+    while clock.seconds < began + 45:
+        assert lease.held == (clock.seconds < began + 15)
+        await asyncio.sleep(0)
+    assert not keeping.done()
+    with pytest.raises(Lapsed, match="has lapsed and the store does not answer"):
+        await lease.confirm()
+    store.fail = None
+    if taken:
+        await plant(store, stranger())
+        with pytest.raises(Conflict, match="is traded by process 4000000 on elsewhere"):
+            await keeping
+        with pytest.raises(Conflict, match="is traded by process 4000000 on elsewhere"):
+            await lease.confirm()
+    else:
+        await lease.confirm()
+        assert lease.held
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
 
 
 async def test_store_without_compare_and_set_is_refused() -> None:
@@ -490,3 +519,24 @@ async def test_who_is_cancelled_while_it_takes_a_lease_gives_it_up(
         await taking
     async with asyncio.timeout(1):
         assert (await acquire(of(store), SCOPE)).held
+
+
+async def test_who_lives_is_seen_by_his_lease(store: MemoryStore, clock: Time) -> None:
+    sightings = Sightings(clock)
+    found = await plant(store, stranger())
+    for _ in range(3):
+        assert sightings.living(found) == stranger()
+        clock.seconds += 14
+        found = await plant(store, stranger())
+    assert sightings.living(found) is not None
+    clock.seconds += 15
+    assert sightings.living(found) is None
+    assert sightings.living(await plant(store, stranger())) is not None
+    assert sightings.living(await plant(store, stranger(released=True))) is None
+
+
+async def test_a_dead_process_of_this_machine_is_no_living_owner(store: MemoryStore) -> None:
+    mine = (await acquire(of(store), SCOPE)).holder
+    dead = msgspec.structs.replace(mine, started="long ago")
+    assert Sightings().living(await plant(store, mine)) == mine
+    assert Sightings().living(await plant(store, dead)) is None

@@ -135,7 +135,7 @@ class CandleFeed:
         lock = self._locks.setdefault(symbol, asyncio.Lock())
         async with lock:
             series = SeriesKey(self._source.series_name or self._exchange_name, symbol, "1m")
-            known = await self._store.read(series, start_ms, stop_ms) if self._store else CandleSeries.empty()
+            known = await self._cached(series, start_ms, stop_ms)
             parts = [known]
             missing = find_gaps(known, start_ms, stop_ms)
             for low, high in zip(missing.start_ms.tolist(), missing.stop_ms.tolist(), strict=True):
@@ -143,6 +143,23 @@ class CandleFeed:
         candles = _merge(parts)
         check_candles(candles, symbol=symbol, settings=self._settings)
         return candles, sum(map(len, parts[1:]))
+
+    async def _cached(self, series: SeriesKey, start_ms: int, stop_ms: int) -> CandleSeries:
+        if self._store is None:
+            return CandleSeries.empty()
+        try:
+            return await self._store.read(series, start_ms, stop_ms)
+        except RetryLater as error:
+            if stop_ms - start_ms > self._page_ms:
+                raise
+            # The minutes of a live run: what is open is watched while the store is away.
+            _log.warning("candles of %s are asked for, because their cache does not answer: %s", series.symbol, error)
+            return CandleSeries.empty()
+
+    @property
+    def _page_ms(self) -> int:
+        """What one request brings at most."""
+        return (self._source.page_limit or self._settings.CC_MAX_CANDLES_PER_REQUEST) * MINUTE_MS
 
     async def _download(self, series: SeriesKey, start_ms: int, stop_ms: int) -> list[CandleSeries]:
         """The source's candles of one range, stored as they come."""
@@ -160,10 +177,9 @@ class CandleFeed:
         return parts
 
     async def _pages(self, symbol: str, start_ms: int, stop_ms: int) -> AsyncIterator[CandleSeries]:
-        page_ms = (self._source.page_limit or self._settings.CC_MAX_CANDLES_PER_REQUEST) * MINUTE_MS
         bounds_known = False
         while start_ms < stop_ms:
-            page_stop = min(start_ms + page_ms, stop_ms)
+            page_stop = min(start_ms + self._page_ms, stop_ms)
             page = await self._request(symbol, start_ms, page_stop)
             if len(page):
                 yield page

@@ -7,8 +7,8 @@ A lease is a record that its owner rewrites every third of its `ttl`. Nobody's w
 - A lease has lapsed for a process that has seen the same revision for a whole `ttl` of its own monotonic
   clock. If the revision moves meanwhile, the owner lives, and `acquire` gives up at once.
 - An owner on the same machine whose process is gone needs no waiting: a bot that was killed restarts at once.
-- The owner takes a lease for lost when a whole `ttl` of its own clock has passed since it began the last
-  renewal that went through.
+- The owner takes a lease for lapsed when a whole `ttl` of its own clock has passed since it began the last
+  renewal that went through. What needs it waits from then on, until the store answers and still names him.
 
 An owner that was paused and does not know it is stopped twice. Before it sends an order it must `confirm` that
 nobody has taken the lease. And the store refuses what it writes: who takes a lease over
@@ -50,6 +50,10 @@ _GUARDED: Final = tuple(
     if row.durability is Durability.MONEY and row.key_fields[: len(LEASE.key_fields)] == LEASE.key_fields
 )
 """Every money contract that belongs to one position. Risk is shared by positions, and compares anyway."""
+
+
+class Lapsed(Conflict):
+    """A lease has lapsed and its store does not answer: nobody knows who has it."""
 
 
 class Subject(msgspec.Struct, frozen=True):
@@ -102,7 +106,8 @@ class Lease:
         as after this process was paused.
 
         Raises:
-            Conflict: another process has it, or nobody knows; stop.
+            Lapsed: nobody knows who has it.
+            Conflict: another process has it; stop.
         """
         if self._left() >= self.holder.ttl_ms / 3000:
             return
@@ -113,9 +118,9 @@ class Lease:
             await self._require_own()
         except RetryLater as error:
             if not self.held:
-                raise Conflict(
+                raise Lapsed(
                     f"the lease of {self.subject} has lapsed and the store does not answer ({error}): nothing is "
-                    "sent any more, another process may have it"
+                    "sent until it does, another process may have it"
                 ) from error
 
     async def renew(self) -> None:
@@ -133,7 +138,8 @@ class Lease:
         """Renew for ever: run it beside the trading, and stop that when this raises.
 
         Raises:
-            Conflict: another process has the lease, or it could not be renewed in time.
+            Lapsed: it could not be renewed in time. Whoever calls again goes on trying.
+            Conflict: another process has the lease.
         """
         while True:
             await self._clock.sleep(self.holder.ttl_ms / 3000)
@@ -141,7 +147,7 @@ class Lease:
                 await self.renew()
             except RetryLater as error:
                 if not self.held:
-                    raise Conflict(
+                    raise Lapsed(
                         f"the lease of {self.subject} could not be renewed for {self.holder.ttl_ms / 1000:g} s "
                         f"({error}): this process stops, another one may have it"
                     ) from error
@@ -295,6 +301,30 @@ async def owners(store: Store) -> list[tuple[Key, Holder]]:
     """
     found = [(record.key, _holder(_position(record.key), record)) async for record in store.scan(LEASE)]
     return [(scope, holder) for scope, holder in found if not holder.released]
+
+
+class Sightings:
+    """Which owners live, by what was seen of their leases: one that did not move for a `ttl` has lapsed."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or Clock()
+        self._seen: dict[Key, tuple[int, float]] = {}
+
+    def living(self, found: Record) -> Holder | None:
+        """The owner of a position's lease, unless it was released, has lapsed or its process of this machine is gone.
+
+        Raises:
+            Damaged: it is no lease.
+        """
+        holder, now = _holder(_position(found.key), found), self._clock.now()
+        if holder.released or is_gone(holder):
+            return None
+        rev, since = self._seen.get(found.key, (-1, now))
+        if rev != found.rev:
+            self._seen[found.key] = found.rev, now
+        elif now - since >= holder.ttl_ms / 1000:
+            return None
+        return holder
 
 
 async def _give_up(store: Store, subject: Subject, holder: Holder, taking: asyncio.Future[Record]) -> None:

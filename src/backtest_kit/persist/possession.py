@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from backtest_kit.errors import BacktestKitError, OutOfSpace
-from backtest_kit.persist.lease import Lease
+from backtest_kit.persist.lease import Lapsed, Lease
 
 _log = logging.getLogger("backtest_kit")
 
@@ -26,6 +26,18 @@ async def kept(lease: Lease) -> None:
         except OutOfSpace as error:
             # The store has compared the revision before it found no room: nobody has taken the lease.
             _log.warning("the lease could not be renewed, and is tried again: %s", error)
+
+
+async def kept_through_lapses(lease: Lease) -> None:
+    """Renew the lease for ever, also one that has lapsed because its store was away. Beside work that makes sure of it
+    before each thing that cannot be taken back.
+
+    Raises:
+        Conflict: another process has it.
+    """
+    while True:
+        with suppress(Lapsed):  # told by whoever makes sure
+            await kept(lease)
 
 
 async def given_back(lease: Lease) -> None:

@@ -18,7 +18,7 @@ import msgspec
 from backtest_kit.engine.step import Holding, Resting, State
 from backtest_kit.errors import BacktestKitError, Conflict, Damaged, OutOfSpace, RetryLater
 from backtest_kit.model.position import Position, RestingEntry
-from backtest_kit.persist.lease import Lease
+from backtest_kit.persist.lease import Lapsed, Lease
 from backtest_kit.run.alarms import Alarms
 from backtest_kit.run.emergency import ROOM, EmergencyFile
 from backtest_kit.run.ledger import Book, Ledger, RiskMoved, records_of
@@ -105,10 +105,18 @@ class Keeper:
         """Make sure that nobody else has the position: the last thing before an order is sent.
 
         Raises:
-            Conflict: another process may have it; stop.
+            Conflict: another process has it; stop.
+            RetryLater: nobody knows, because the store has been away for too long; send nothing now.
         """
-        if self.lease is not None:
+        if self.lease is None:
+            return
+        try:
             await self.lease.confirm()
+        except Lapsed as error:
+            if not self.degraded:
+                self.degraded = str(error)
+                self._alarms.store_changed(self.degraded, kept=True)
+            raise RetryLater(str(error)) from error
 
     async def flush(self) -> None:
         """Try again to bring into the store what it lacks.
@@ -159,12 +167,6 @@ class Keeper:
             raise RiskRefused(*refusal)
 
     async def _put_aside(self, book: Book, error: BacktestKitError, need: Need) -> None:
-        if need == "disk" and isinstance(error, RetryLater) and self.lease is not None and not self.lease.held:
-            # A full disk refuses every owner; a store that is away from here may have another one by now.
-            raise Conflict(
-                f"the lease has lapsed and the store does not answer ({error}): no order is sent any more, another "
-                "process may trade this position"
-            ) from error
         before = self.degraded, self.aside
         self.degraded = str(error)
         if need != "store":

@@ -4,7 +4,8 @@
 second one is told who has it. The clock is started and the broker connects. What the run before has left is read,
 from the store and, if that lacked something, from the emergency file. The venue is asked what became of an order
 that was under way, and the order is concluded, sent again or dropped. Only then comes the first minute, with the
-`Recovered` event. A first start does all of this too, and finds nothing: there is no other way to recover.
+`Recovered` event. Where there are no candles yet it waits for them, and the venue is watched without. A first start
+does all of this too, and finds nothing: there is no other way to recover.
 
 **A minute.** It begins when the minute before has closed and its candle is there; a minute whose candle does not
 come in time is counted and passed over. First an order is concluded that is still under way, and the venue is
@@ -53,6 +54,8 @@ from backtest_kit.run.services import Fitness, Services
 from backtest_kit.run.venue_time import VenueTime
 from backtest_kit.settings import Settings
 
+_TTL_S: Final = (1, 3600)
+"""The shortest and the longest lease, in seconds: renewed every third of it, and waited for by another machine."""
 _OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "fill": get_args(Fill),
     "gaps": get_args(Gaps),
@@ -73,9 +76,9 @@ class LiveOptions(TypedDict, total=False):
     orphans: OrphanPolicy
     """What is done about a position on the venue that nobody watches, or that has no stop there: "alarm" (default)
     tells, "adopt" makes it the strategy's own, "protect" places a stop. See `OrphanGuard`."""
-    lease_ttl: float
-    """Seconds (default 15) of silence after which another machine may take the position over. As long does the run go
-    on while its store does not answer at all; then it ends with `Conflict`."""
+    lease_ttl_s: float
+    """Seconds (1 to 3600, default 15) of silence after which another machine may take the position over. As long does
+    the run go on trading while its store does not answer at all; then it sends nothing until the store does."""
     allow_weak: bool
     """Default False: with a broker that sends orders, a store that `Persistence.require_live_grade` calls weak or at
     fault is refused. True: nobody looks, because the program has looked itself."""
@@ -171,7 +174,8 @@ class LiveRunner:
         self._dump = dump
         self._services = Services()
         self._fitness = Fitness(lambda: self._persistence().require_live_grade())
-        self._running: set[LiveRun] = set()
+        self._running: dict[LiveRun, None] = {}
+        """Those that go on, in the order in which they were started."""
         self._times: dict[str, VenueTime] = {}
         self.observers: list[Observer] = []
         """Who keeps records of what happened, beside those of the kit: each is given the events of a change once that
@@ -248,7 +252,7 @@ class LiveRunner:
         fill: Fill = "vwap",
         gaps: Gaps = "fill",
         orphans: OrphanPolicy = "alarm",
-        lease_ttl: float = DEFAULT_TTL,
+        lease_ttl_s: float = DEFAULT_TTL,
         allow_weak: bool = False,
     ) -> LiveJob:
         """One run, resolved.
@@ -260,6 +264,10 @@ class LiveRunner:
         for name, value in (("fill", fill), ("gaps", gaps), ("orphans", orphans)):
             if value not in _OPTIONS[name]:
                 raise UserError(f"{name} is {value!r}: use one of {', '.join(_OPTIONS[name])}")
+        ttl: object = lease_ttl_s
+        shortest, longest = _TTL_S
+        if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not shortest <= ttl <= longest:
+            raise UserError(f"lease_ttl_s is {lease_ttl_s!r}: give {shortest} to {longest} seconds")
         exchange = self._registry.exchanges.get(exchange_name)
         if isinstance(strategy, str):
             strategy = self._registry.strategies.get(strategy)
@@ -286,7 +294,7 @@ class LiveRunner:
             time=self._time_of(exchange),
             gaps=gaps,
             orphans=orphans,
-            lease_ttl=lease_ttl,
+            lease_ttl_s=lease_ttl_s,
             fitness=None if paper or allow_weak or not sends(broker) else self._fitness,
         )
 
@@ -305,14 +313,9 @@ class LiveRunner:
                 "Live.background needs a running event loop: call it inside an async function, or use run_sync"
             ) from None
         identity, running = job.identity, self._running
-        run: LiveRun
 
-        def alone() -> bool:
-            same = (identity.exchange_name, identity.symbol, identity.mode)
-            return not any(
-                (other.exchange_name, other.symbol, other.mode) == same
-                for other in (each.job.identity for each in running if each is not run)
-            )
+        def beside() -> list[LiveRun]:
+            return [each for each in running if each.job.place == job.place]
 
         run = LiveRun(
             job,
@@ -324,7 +327,7 @@ class LiveRunner:
             self._persistence(),
             self._dump(),
             self.observers,
-            alone,
+            beside,
             yielded,
         )
 
@@ -332,10 +335,10 @@ class LiveRunner:
             await run.live()
             return tuple(run.trader.trades)
 
-        running.add(run)
+        running[run] = None
         task = loop.create_task(main(), name=f"{identity.mode} {identity.strategy_name} {identity.symbol}")
         # A task that is cancelled before its first step never reaches its own clean-up.
-        task.add_done_callback(lambda _: running.discard(run))
+        task.add_done_callback(lambda _: running.pop(run))
         return LiveHandle(run, task)
 
 

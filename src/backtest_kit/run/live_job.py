@@ -31,7 +31,7 @@ class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
     orphans: OrphanPolicy
     fitness: Fitness | None = None
     """Looks at the stores before the start; None where they are trusted."""
-    lease_ttl: float = DEFAULT_TTL
+    lease_ttl_s: float = DEFAULT_TTL
     """Seconds after which another machine may take the position of a process that is silent."""
 
     @property
@@ -43,3 +43,8 @@ class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
     def scope(self) -> tuple[str, str, str]:
         """The key of the position's records."""
         return self.identity.strategy_name, self.identity.exchange_name, self.identity.symbol
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """Whose positions on the venue are one: mode, exchange and symbol."""
+        return self.identity.mode, self.identity.exchange_name, self.identity.symbol

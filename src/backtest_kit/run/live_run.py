@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from backtest_kit.engine.step import Flat, Resting, State
+from backtest_kit.engine.step import Flat, Resting, State, Tick
 from backtest_kit.errors import BacktestKitError, Conflict, RetryLater, UserError
 from backtest_kit.events import EventBus
 from backtest_kit.market.fetch import CandleFeed
@@ -32,20 +32,21 @@ from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.lease import Lease, acquire
-from backtest_kit.persist.possession import beside, given_back, kept
+from backtest_kit.persist.possession import beside, given_back, kept_through_lapses
 from backtest_kit.records import RunRecords
-from backtest_kit.run.alarms import Alarms
+from backtest_kit.run.alarms import Alarms, words_of
 from backtest_kit.run.chronicle import Chronicle, Observer
+from backtest_kit.run.claims import StoredClaims
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.desk import Desk
 from backtest_kit.run.emergency import EmergencyFile
 from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.keeper import Keeper, held_by
-from backtest_kit.run.ledger import Ledger
+from backtest_kit.run.ledger import Book, Ledger
 from backtest_kit.run.live_job import LiveJob
 from backtest_kit.run.live_risk import LiveRisk
 from backtest_kit.run.minute import Minute
-from backtest_kit.run.orphans import OrphanGuard
+from backtest_kit.run.orphans import OrphanGuard, side_by_side
 from backtest_kit.run.replay import columns_of
 from backtest_kit.run.services import Services
 from backtest_kit.run.trader import Trader
@@ -71,10 +72,11 @@ class LiveRun:
         persistence: Persistence,
         dump: Path,
         observers: Sequence[Observer],
-        alone: Callable[[], bool],
+        beside: Callable[[], Sequence[LiveRun]],
         yielded: Callable[[Event], None],
     ) -> None:
-        """`alone` says whether no other run of the program trades the symbol there; `yielded` takes each event."""
+        """`beside` tells which runs of the program trade the symbol there, this one included, in the order of their
+        start; `yielded` takes each event."""
         self.job = job
         self.desk = Desk(job.rules)
         identity, scope = job.identity, job.scope
@@ -91,13 +93,14 @@ class LiveRun:
         self.trader.minute = self._minute = Minute(
             self.desk, job.strategy, bus, cron, seat, self.trader, self._history_of, records, self.trader
         )
-        self._guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader)
+        claims = StoredClaims(lambda row: persistence.store_for(row, mode), scope)
+        self._guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader, claims)
         self._feeds = feeds
         self._services = services
         self._bus = bus
         self._cron = cron
         self._persistence = persistence
-        self._alone = alone
+        self._beside = beside
         self._yielded = yielded
         self._woken = asyncio.Event()
         self._loading = asyncio.Lock()
@@ -127,7 +130,7 @@ class LiveRun:
         identity = self.job.identity
         try:
             async with self._possession() as lease:
-                await beside(kept(lease), self._work())
+                await beside(kept_through_lapses(lease), self._work())
             await self._end(RunDone(identity=identity, when_ms=self.when_ms, trades=tuple(self.trader.trades)))
         except asyncio.CancelledError:
             trades = tuple(self.trader.trades)
@@ -167,7 +170,7 @@ class LiveRun:
             if job.fitness is not None:
                 await stack.enter_async_context(self._services.use(job.fitness))
             await self._chronicle.begin()
-            lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl)
+            lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl_s)
             self.lease = lease
             self.keeper.lease = lease
             stack.push_async_callback(given_back, lease)
@@ -207,13 +210,21 @@ class LiveRun:
         crashpoint("live.start.after_load")
         seen_ms, intent = self.trader.book.seen_ms, self.trader.book.intent
         self.desk.state = self.trader.book.state
-        if not await self._first_history():
+        await self.job.time.measure()
+        away = await self._first_history()
+        if self._finished():
             return False
+        if away:
+            _log.warning("no candles of %s yet: %s", self.job.identity.symbol, away)
+            steps.append("the exchange has no candles yet, so nothing is decided")
+            self.desk.tick = Tick(self.when_ms, *[_last_price(self.trader.book)] * 5)
+            self.trader.unpriced = self.trader.blind = True
         await self.trader.begin()
+        await self.trader.confirm()
         self.began.set()
-        told: list[Event] = []
         events = await self.trader.resolve()
-        self._resolved_ms = self.when_ms
+        self.trader.blind = False
+        self._resolved_ms = began_ms = self.when_ms
         crashpoint("live.start.after_resolve")
         self._commanded = self.trader.rehearse()
         if intent is not None:
@@ -221,6 +232,17 @@ class LiveRun:
             left = self.trader.book.intent
             became = "carried out" if events else "given up" if left is None else "still open"
             steps.append(f"asked the venue about the order {order.client_order_id} to {order.kind}: {became}")
+        if len(runs := self._beside()) > 1 and self.job.orphans != "alarm":
+            steps.append(f"{side_by_side([each.desk for each in runs])}: orphans are told of, and nothing else is done")
+        await self._tell_recovered(seen_ms, steps, events)
+        if away:
+            await self._watch_until_candles(away)
+            self._resolved_ms = -1
+            self._commanded = self._commanded and self.when_ms == began_ms
+        return not self.trader.unpriced
+
+    async def _tell_recovered(self, seen_ms: int, steps: list[str], events: Sequence[Event]) -> None:
+        told: list[Event] = []
         held = held_by(self.desk.state)
         recovered = Recovered(
             identity=self.job.identity,
@@ -234,7 +256,23 @@ class LiveRun:
         for event in (recovered, *events):
             await self._minute.tell(event, told)
         await self._hand_over(told)
-        return True
+
+    async def _watch_until_candles(self, reason: str) -> None:
+        """Watch the venue alone, once a minute, until there are candles or nothing is left to wait for."""
+        clock, watched_ms = self.job.clock, self.when_ms
+        await self._watch(watched_ms)
+        while not self._finished():
+            await self._sleep_until(clock.now_ms() + _POLL_MS)
+            away, missed = await self._first_history(), (self.when_ms - watched_ms) // MINUTE_MS
+            if missed > 0:
+                await self._miss(watched_ms, missed, reason)
+            if not away:
+                self.trader.unpriced = False
+                return
+            if missed > 0:
+                watched_ms = self.when_ms
+                await self._watch(watched_ms)
+            reason = away
 
     def _finished(self) -> bool:
         book = self.trader.book
@@ -244,26 +282,46 @@ class LiveRun:
 
     async def _act(self) -> None:
         """Act at the minute that has come; nothing that goes wrong in it but the loss of the position ends the run."""
-        trader, minute, told = self.trader, self._minute, list[Event]()
-        try:
-            await self._ask_venue(told)
-            if trader.stopping and trader.book.intent is None and isinstance(self.desk.state, Resting):
-                await self.desk.apply(_given_up)
-            book = trader.book
-            if book.intent is None:
-                when_ms, symbol = self.when_ms, self.job.identity.symbol
-                await minute.act(
-                    minute.wanted(),
-                    told,
-                    at_boundary=self._cron.next_boundary(when_ms - MINUTE_MS, symbol) == when_ms,
-                    settled=book.when_ms >= when_ms or self._commanded,
-                )
-        except Exception as error:
-            await trader.failed("the minute", error)
+        told: list[Event] = []
+        cut_off = await self._cut_off()
+        if cut_off:
+            await self._miss(self.when_ms, 1, cut_off)
+        else:
+            try:
+                await self._decide(told)
+            except Exception as error:
+                await self.trader.failed("the minute", error)
         await self._hand_over(told)
         self._commanded = False
-        if trader.lost is not None:
-            raise trader.lost
+        if self.trader.lost is not None:
+            raise self.trader.lost
+
+    async def _decide(self, told: list[Event]) -> None:
+        trader, minute, when_ms = self.trader, self._minute, self.when_ms
+        await self._ask_venue(told)
+        if trader.stopping and trader.book.intent is None and isinstance(self.desk.state, Resting):
+            await self.desk.apply(_given_up)
+        book = trader.book
+        if book.intent is None:
+            await minute.act(
+                minute.wanted(),
+                told,
+                at_boundary=self._cron.next_boundary(when_ms - MINUTE_MS, self.job.identity.symbol) == when_ms,
+                settled=book.when_ms >= when_ms or self._commanded,
+            )
+
+    async def _cut_off(self) -> str:
+        """Why nothing may be done, because the store has been away for longer than the lease and another process may
+        trade the position; empty where this one has it.
+
+        Raises:
+            Conflict: another process has it.
+        """
+        try:
+            await self.trader.confirm()
+        except RetryLater as error:
+            return str(error)
+        return ""
 
     async def _ask_venue(self, told: list[Event]) -> None:
         """Take in what has happened at the venue: to an order under way, to what is held, and beside it."""
@@ -280,7 +338,8 @@ class LiveRun:
         self.desk.tick = msgspec.structs.replace(self.desk.tick, when_ms=when_ms)
         self.trader.blind = True
         try:
-            await self._ask_venue(told)
+            if not await self._cut_off():
+                await self._ask_venue(told)
         except Exception as error:
             await self.trader.failed("the minute", error)
         finally:
@@ -290,10 +349,17 @@ class LiveRun:
             raise self.trader.lost
 
     async def _look_for_orphans(self, told: list[Event]) -> None:
-        if self.trader.book.intent is not None or not self._alone():
+        runs = list(self._beside())
+        if runs[0] is not self or not all(each.is_settled for each in runs):
             return
+        seqs = [each.trader.book.seq for each in runs]
+
+        def others() -> list[Desk] | None:
+            same = [each.trader.book.seq for each in runs] == seqs and list(self._beside()) == runs
+            return [each.desk for each in runs[1:]] if same else None
+
         try:
-            found = await self._guard.look()
+            found = await self._guard.look(others)
         except Conflict:
             raise
         except Exception as error:
@@ -345,15 +411,18 @@ class LiveRun:
 
     async def _published(self, when_ms: int) -> str:
         """Wait for the candles up to a minute, but not into the next one: why they are not there, or nothing."""
-        clock, history = self.job.clock, self._histories[self.job.identity.symbol]
+        clock, history, logged = self.job.clock, self._histories[self.job.identity.symbol], ""
         while True:
             reason = "its candles came too late"
             try:
                 await history.extend(when_ms)
                 if clock.now_ms() < when_ms + MINUTE_MS:
                     return ""
-            except BacktestKitError as error:
-                reason = str(error)
+            except Exception as error:  # the source may be anybody's code
+                reason = words_of(error)
+                if not isinstance(error, BacktestKitError) and reason != logged:
+                    logged = reason
+                    _log.error("the source of the candles of %s failed", self.job.identity.symbol, exc_info=error)
             await self._watch_clock()
             if not when_ms <= clock.now_ms() < when_ms + MINUTE_MS or self._finished():
                 return reason
@@ -411,25 +480,23 @@ class LiveRun:
     async def _handler_failed(self, what: str, error: Exception) -> None:
         _log.error("%s raised %s", what, type(error).__name__, exc_info=error)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the books say what the venue holds: what was left is taken in, and no order is under way."""
+        return self.began.is_set() and self.trader.book.intent is None
+
     # Candles
 
-    async def _first_history(self) -> bool:
-        """Wait for the candles that the first minute takes; False if there is nothing to wait for any more."""
-        clock, symbol = self.job.clock, self.job.identity.symbol
-        await self.job.time.measure()
-        while True:
-            if self._finished():
-                return False
-            self.when_ms = floor_ms(clock.now_ms(), MINUTE_MS)
-            try:
-                history = await self._load(symbol)
-                break
-            except RetryLater as error:
-                _log.warning("no candles of %s yet: %s", symbol, error)
-                await self._sleep_until(clock.now_ms() + _POLL_MS)
+    async def _first_history(self) -> str:
+        """Take in the candles that the minute of now takes, as the first one: why they are not there, or nothing."""
+        self.when_ms = floor_ms(self.job.clock.now_ms(), MINUTE_MS)
+        try:
+            history = await self._load(self.job.identity.symbol)
+        except RetryLater as error:
+            return str(error)
         self.desk.tick = columns_of(history).tick(self.when_ms)
         self.job.time.witness(self.when_ms)
-        return True
+        return ""
 
     async def _history_of(self, symbol: str) -> History:
         """The candles of a symbol up to the minute that the desk shows."""
@@ -465,6 +532,16 @@ class LiveRun:
 
 def _given_up(state: State) -> tuple[State, tuple[Event, ...]]:
     return (msgspec.structs.replace(state, order="cancel") if isinstance(state, Resting) else state), ()
+
+
+def _last_price(book: Book) -> float:
+    """The last price of the market that a book knows of; 0 where it knows of none."""
+    if book.intent is not None:
+        return book.intent.order.price
+    held = held_by(book.state)
+    if isinstance(held, Position):
+        return held.entries[-1].price
+    return 0.0 if held is None else held.price_open
 
 
 def _words(found: Recovered) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from backtest_kit.broker.base import Broker, Holding as VenueHolding, Order
+from backtest_kit.engine.pnl import effective_price, remaining_cost
 from backtest_kit.engine.position import open_position
-from backtest_kit.engine.step import Flat, Holding
+from backtest_kit.engine.step import Holding, Resting, State
 from backtest_kit.errors import Conflict
 from backtest_kit.model.event import Event, OrphanFound, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.model.position import RestingEntry
+from backtest_kit.model.position import Position, RestingEntry
 from backtest_kit.run.alarms import words_of
+from backtest_kit.run.claims import Claims
 from backtest_kit.run.desk import Desk
 from backtest_kit.settings import Settings
 
@@ -40,6 +43,8 @@ class Books(Protocol):
 _FARTHEST_STOP_PCT = 20.0
 _LONGEST_WAIT = 60
 """Minutes after which at the latest a stop is placed again that the venue does not show."""
+_SLACK = 0.01
+"""Of what is held on both sides: what rounding and fees may leave where it cancels out."""
 _NUMBERS = 1_000_000
 """What a suffix of a client order id counts to."""
 _log = logging.getLogger("backtest_kit")
@@ -58,21 +63,28 @@ class OrphanGuard:
       A run that is told to stop adopts nothing, and does as for "protect".
     - "protect": a position without a live stop gets one on the venue: ours at its own level, one that nobody
       watches at that distance. Watched it is not.
+
+    What another strategy claims is its own to see to: whatever the policy, it is told who that is, and nothing is done.
+    So it is where strategies trade the symbol side by side: which of them a stop would be for nobody can tell.
     """
 
-    def __init__(self, desk: Desk, broker: Broker, policy: OrphanPolicy, books: Books) -> None:
+    def __init__(self, desk: Desk, broker: Broker, policy: OrphanPolicy, books: Books, claims: Claims) -> None:
         self._desk = desk
         self._broker = broker
         self._policy = policy
         self._books = books
-        self._told: tuple[What, str] | None = None
+        self._claims = claims
+        self._told: tuple[What, str, str] | None = None
         self._tries = 0
         """How many stops were placed since one was last seen on the venue."""
         self._again_ms = 0
         """When the next one may be."""
 
-    async def look(self) -> Event | None:
+    async def look(self, beside: Callable[[], Sequence[Desk] | None] = lambda: ()) -> Event | None:
         """Ask the venue, and put right what the policy says; what was found, if it is news.
+
+        `beside` tells the desks of other strategies that trade the symbol side by side with this one, or None if
+        something has changed meanwhile. The venue has one position of all of them: it is compared with the sum.
 
         Raises:
             Whatever the broker raises.
@@ -82,17 +94,23 @@ class OrphanGuard:
         if holdings is None:
             return None
         held = next((each for each in holdings if each.symbol == symbol and each.quantity > 0), None)
-        what = self._finding(held)
+        others = beside()
+        if others is None:
+            return None
+        what = _finding(held, [self._desk.state, *(each.state for each in others)])
         if held is None or held.stop_loss is not None:
             self._tries = self._again_ms = 0
         if what is None:
             self._told = None
             return None
-        finding = (what, "" if held is None else held.direction)
-        if finding == self._told and not self._is_due(held):
+        claim = side_by_side([self._desk, *others]) if others else ""
+        if held is not None and what == "foreign_position" and not claim:
+            claim = await self._claim(held)
+        finding = (what, "" if held is None else held.direction, claim)
+        if finding == self._told and (claim or not self._is_due(held, what)):
             return None
         try:
-            next_step = await self._act(held)
+            next_step = f"nothing is done, look at the venue: {claim}" if claim else await self._act(held, what)
         except Conflict:
             raise
         except Exception as error:
@@ -107,19 +125,15 @@ class OrphanGuard:
         )  # fmt: skip
         return found
 
-    def _finding(self, held: VenueHolding | None) -> What | None:
-        state = self._desk.state
-        if isinstance(state, Flat):
-            return None if held is None else "foreign_position"
-        if not isinstance(state, Holding):
-            return None  # an entry that was filled just now is told by the next check
-        if held is None or held.direction != state.position.position:
-            return "missing_position"
-        return "unprotected_position" if held.stop_loss is None else None
+    async def _claim(self, held: VenueHolding) -> str:
+        """Why nothing may be done about it now: somebody else has it for its own, or there is no price to go by."""
+        if self._policy == "alarm":
+            return ""
+        return await self._claims.of(held) if self._desk.tick.price else "there are no candles yet"
 
-    def _is_due(self, held: VenueHolding | None) -> bool:
+    def _is_due(self, held: VenueHolding | None, what: What) -> bool:
         """Whether a stop is to be placed again: one was, and there is none any more, or never was."""
-        unprotected = held is not None and held.stop_loss is None
+        unprotected = held is not None and held.stop_loss is None and what != "missing_position"
         return unprotected and self._policy != "alarm" and self._desk.tick.when_ms >= self._again_ms
 
     async def _protect(self, order: Order) -> None:
@@ -127,9 +141,9 @@ class OrphanGuard:
         self._tries += 1
         await self._books.protect(order)
 
-    async def _act(self, held: VenueHolding | None) -> str:
+    async def _act(self, held: VenueHolding | None, what: What) -> str:
         state, settings = self._desk.state, self._desk.rules.settings
-        if self._policy == "alarm" or held is None:
+        if self._policy == "alarm" or held is None or what == "missing_position":
             return "nothing is done, look at the venue"
         if isinstance(state, Holding):
             position = state.position
@@ -161,6 +175,33 @@ class OrphanGuard:
             stop_loss=stop,
             reason="unprotected",
         )
+
+
+def side_by_side(desks: Sequence[Desk]) -> str:
+    """That several strategies share one position on the venue, in words."""
+    names = " and ".join(each.rules.identity.strategy_name for each in desks)
+    return f"strategies {names} trade {desks[0].rules.identity.symbol} side by side"
+
+
+def _finding(held: VenueHolding | None, states: Sequence[State]) -> What | None:
+    """What is wrong with what the venue holds, by the sum of what the books say."""
+    positions = [state.position for state in states if isinstance(state, Holding)]
+    if not positions and any(isinstance(state, Resting) for state in states):
+        return None  # an entry that was filled just now is told by the next check
+    quantities = [_signed(each) for each in positions]
+    net, slack = sum(quantities), sum(map(abs, quantities)) * _SLACK
+    if abs(net) <= slack:
+        return None if held is None or held.quantity <= slack else "foreign_position"
+    if held is None or held.direction != ("long" if net > 0 else "short"):
+        return "missing_position"
+    return "unprotected_position" if held.stop_loss is None else None
+
+
+def _signed(position: Position) -> float:
+    """How much of the base currency is held by the books; below 0 of a short."""
+    entries, reductions = position.entries, position.reductions
+    quantity = remaining_cost(entries, reductions) / effective_price(entries, reductions)
+    return quantity if position.position == "long" else -quantity
 
 
 def levels(held: VenueHolding, price: float, settings: Settings) -> tuple[float, float]:

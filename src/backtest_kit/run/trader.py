@@ -28,7 +28,7 @@ from backtest_kit.broker.base import (
 from backtest_kit.engine.commands import Refused
 from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State
 from backtest_kit.engine.validation import check_signal
-from backtest_kit.errors import BacktestKitError, Conflict, Outcome, UserError
+from backtest_kit.errors import BacktestKitError, Conflict, Outcome, RetryLater, UserError
 from backtest_kit.model.event import (
     Change,
     Event,
@@ -91,6 +91,8 @@ class Trader(Watcher):
         self.stopping = False
         self.blind = False
         """Whether nobody knows the price of this minute."""
+        self.unpriced = False
+        """Whether no price of the market is known at all, but those that the books remember."""
         self.lost: Conflict | None = None
         """Why nothing may be done any more: another process has the position."""
         self.trades: list[Trade] = []
@@ -115,6 +117,15 @@ class Trader(Watcher):
         await self._keep(self.book, "try")
         crashpoint("live.start.after_commit")
         await self._deliver()
+
+    async def confirm(self) -> None:
+        """Make sure that nobody else has the position, before the venue hears of this process.
+
+        Raises:
+            Conflict: another process has it, and this one has lost it for good.
+            RetryLater: nobody knows, because the store has been away for longer than the lease.
+        """
+        await self._guarded(self._keeper.confirm())
 
     async def end(self) -> None:
         """Wait for a command that is being carried out, and refuse every other from now on."""
@@ -223,6 +234,8 @@ class Trader(Watcher):
                     fill = await self._broker.check_entry(state.entry)
             except OrderDeleted:
                 if isinstance(state, Holding):
+                    if self.unpriced:
+                        return ()  # the venue does not tell what it was closed at, and neither does the market yet
                     after, events = closed(state, "closed", tick.price, tick, self._rules)
                 else:
                     after, events = cancelled(state, tick, self._rules)
@@ -265,11 +278,11 @@ class Trader(Watcher):
         """Place a stop on the venue; the books know the position that it is for, or do not want to.
 
         Raises:
-            Whatever the broker raises; Conflict: another process may have the position.
+            Whatever the broker raises; Conflict, RetryLater: as `confirm`.
         """
         async with self._lock:
             self._stop_if_lost()
-            await self._guarded(self._keeper.confirm())
+            await self.confirm()
             await self._broker.move_stop(order)
 
     # Orders
@@ -298,7 +311,10 @@ class Trader(Watcher):
         return await self._send(intent)
 
     async def _send(self, intent: Intent) -> tuple[Event, ...]:
-        await self._guarded(self._keeper.confirm())
+        try:
+            await self.confirm()
+        except RetryLater as error:
+            return await self._failed(intent, OrderTransient(f"it was not sent: {error}", outcome=Outcome.NOT_DONE))
         try:
             fill = await self._hook(intent.order)
         except Exception as error:

@@ -7,15 +7,20 @@ import logging
 import time
 from typing import Final
 
-from backtest_kit.errors import RetryLater, UserError
+from backtest_kit.errors import RetryLater
 from backtest_kit.market.clock import Clock, SystemClock
 from backtest_kit.market.sources import CandleSource
+from backtest_kit.run.alarms import words_of
 
 _EVERY_S: Final = 600.0
 """How often the venue is asked."""
 _AT_ONCE_S: Final = 5.0
 """And how often at most, because the clock was set."""
 _PATIENCE_S: Final = 5.0
+_TRIES: Final = 3
+"""How often it is asked, where it answers too slowly."""
+_SLOW_S: Final = 1.0
+"""A round trip beyond which the answer is no measurement: nobody knows which half of it took the time."""
 DRIFT_MS: Final = 1000
 """From where on a clock is wrong enough to be told of."""
 _log = logging.getLogger("backtest_kit")
@@ -35,18 +40,26 @@ class VenueTime:
         """The drift that was complained of."""
 
     async def measure(self, *, at_once: bool = False) -> None:
-        """Ask the venue for its time, unless somebody has lately. Its silence changes nothing."""
-        before_s, before_ms = time.monotonic(), self.clock.now_ms()
-        if before_s - self._asked_s < (_AT_ONCE_S if at_once else _EVERY_S):
+        """Ask the venue for its time, unless somebody has lately. Its silence changes nothing, and
+        neither does an answer that was under way for more than a second."""
+        now_s = time.monotonic()
+        if now_s - self._asked_s < (_AT_ONCE_S if at_once else _EVERY_S):
             return
-        self._asked_s = before_s
+        self._asked_s = now_s
         try:
             async with asyncio.timeout(_PATIENCE_S):
-                told_ms = await self.source.server_time_ms()
-        except (RetryLater, UserError, TimeoutError) as error:
-            _log.warning("%s does not tell its time: %s", self._exchange_name, error)
-            return
-        if told_ms is None:
+                for _ in range(_TRIES):  # the first request may have to connect
+                    before_s, before_ms = time.monotonic(), self.clock.now_ms()
+                    told_ms = await self.source.server_time_ms()
+                    if told_ms is None:
+                        return
+                    if time.monotonic() - before_s <= _SLOW_S:
+                        break
+                else:
+                    raise RetryLater(f"it took more than {_SLOW_S:g} s to answer, {_TRIES} times")
+        except Exception as error:  # the source may be anybody's code
+            told = f"no answer in {_PATIENCE_S:g} s" if isinstance(error, TimeoutError) else words_of(error)
+            _log.warning("%s does not tell its time: %s", self._exchange_name, told)
             return
         # The answer was under way for half of the time, as far as anybody knows.
         if isinstance(self.clock, SystemClock):

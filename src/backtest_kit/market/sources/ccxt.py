@@ -41,7 +41,8 @@ class CcxtSource(CandleSource):
         self._options = options or {}
         self._given = client
         self._told: tuple[int, float] | None = None
-        """The time that the exchange has told last, and the elapsed time then."""
+        """The time that the exchange has told last, and the elapsed time at which its answer was there: it is that late
+        at least, and a candle that is open is never taken for closed."""
         self._own: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
 
     async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
@@ -73,12 +74,10 @@ class CcxtSource(CandleSource):
         client = self._client()
         if not client.has.get("fetchTime"):
             return None
-        asked_s = time.monotonic()
         told_ms = await self._call(client.fetch_time)
         if told_ms is None:
             return None
-        answered_s = time.monotonic()
-        self._told = int(told_ms), (asked_s + answered_s) / 2
+        self._told = int(told_ms), time.monotonic()
         return int(told_ms)
 
     async def close(self) -> None:
