@@ -228,9 +228,27 @@ async def test_a_close_whose_answer_was_lost_is_found(bench: MakeBench, kind: Ki
         await broker.close_position(close)
     report = await broker.find(again(close))
     assert report.status == "filled"
-    assert await broker.close_position(again(close)) == report.fill
-    assert venue.filled_orders() == {SIGNAL: 1, f"{SIGNAL}-c": 1}
     assert venue.open_orders() == []
+    assert venue.filled_orders() == {SIGNAL: 1, f"{SIGNAL}-c": 1}
+
+
+async def test_a_stop_that_a_close_has_left_does_not_close_the_next_position(bench: MakeBench) -> None:
+    venue = await bench("futures", PRICE, PRICE, PRICE * 0.98)
+    broker = await venue.broker()
+    await broker.open_position(order(stop_loss=PRICE * 0.99))
+    close = order("close", "-c", quantity=0.02, stop_loss=PRICE * 0.99)
+    venue.fault("error", "DELETE *", count=2, status=503, code=-1001, message="Internal error")
+    with pytest.raises(OrderTransient, match=r"cancel .*-p0"):
+        await broker.close_position(close)
+    with pytest.raises(OrderTransient, match=r"cancel .*-p0"):
+        await broker.find(again(close))
+    assert (await broker.find(again(close))).status == "filled"
+    assert venue.open_orders() == []
+    later = order(signal_id="next", stop_loss=PRICE * 0.95)
+    opened = await broker.open_position(later)
+    await venue.advance(4)
+    assert await broker.check_position(position(later, opened)) is None
+    assert venue.held() == 0.02
 
 
 @BOTH

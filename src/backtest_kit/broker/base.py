@@ -99,7 +99,7 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     symbol: str
     direction: Direction
     quantity: float
-    """In base currency."""
+    """In base currency; 0 where no more than protective stops of this account are left of a position."""
     price_open: float | None = None
     """Average entry price, where the venue keeps one."""
     stop_loss: float | None = None

@@ -142,7 +142,8 @@ class CcxtBroker(Broker):
             await close()
 
     async def find(self, order: Order) -> OrderReport:
-        """Asked of an entry, an addition or a reduction that was filled, it also sees to the stop of what is held."""
+        """What became of `order`, with what follows from it done: of an entry, an addition or a reduction that was
+        filled, what is held has its stop; of a close, nothing is left open."""
         venue, dealer, stake = self._stake_of(order)
         if order.kind == "move_take":
             return OrderReport(status="filled")
@@ -161,9 +162,12 @@ class CcxtBroker(Broker):
         fill = await venue.executed(stake.market, parts)
         if order.kind == "close":
             left = await dealer.account.held(stake, recent=parts)
-            # Asked to close again, `close_position` sells the rest and answers for both.
-            done = bool(stake.market.unsellable(left, order.price))
-            return OrderReport(status=status_of(parts) if done else "absent", fill=fill)
+            if not stake.market.unsellable(left, order.price):
+                # Asked to close again, `close_position` sells the rest and answers for both.
+                return OrderReport(status="absent", fill=fill)
+            # The sale was cut off before it could: a stop that is left would sell the next position.
+            await dealer.clear(stake)
+            return OrderReport(status=status_of(parts), fill=fill)
         await dealer.protect_what_is_held(stake, order, *parts)
         return OrderReport(status=status_of(parts), fill=fill)
 
@@ -316,18 +320,16 @@ class CcxtBroker(Broker):
         return None if order.open else await venue.executed(stake.market, [order])
 
     async def holdings(self, symbols: Sequence[str]) -> list[Holding]:
-        """Of futures all positions. Of spot markets what a stop of this program protects: a balance by itself may
-        be anybody's savings."""
+        """Of futures all positions, and stops that were left without one. Of spot markets what a stop of this program
+        protects: a balance by itself may be anybody's savings."""
         venue, _ = self._connected()
         markets = {symbol: self._market(symbol) for symbol in symbols}
         contracts = [market.symbol for market in markets.values() if market.contract]
         exposures = await venue.exposures(contracts) if contracts else {}
         found: list[Holding] = []
         for symbol, market in markets.items():
-            exposure = exposures.get(market.symbol)
-            if exposure is not None or not market.contract:
-                held = _holding(symbol, exposure, await venue.open_orders(market))
-                found += [held] if held is not None else []
+            held = _holding(symbol, market, exposures.get(market.symbol), await venue.open_orders(market))
+            found += [held] if held is not None else []
         return found
 
     def _connected(self) -> tuple[CcxtVenue, Dealer]:
@@ -353,12 +355,13 @@ class CcxtBroker(Broker):
         return *self._connected(), self._stake(order.identity.symbol, ids, order.direction)
 
 
-def _holding(symbol: str, exposure: Exposure | None, orders: Sequence[VenueOrder]) -> Holding | None:
+def _holding(symbol: str, market: Market, exposure: Exposure | None, orders: Sequence[VenueOrder]) -> Holding | None:
     stops = [order for order in orders if is_stop(order.client_id) and order.trigger is not None]
     if exposure is None:
         if not stops:
             return None
-        exposure = Exposure("long", sum((stop.remaining for stop in stops), Decimal(0)), None)
+        locked = Decimal(0) if market.contract else sum((stop.remaining for stop in stops), Decimal(0))
+        exposure = Exposure("short" if stops[0].side == "buy" else "long", locked, None)
     guards = [float(stop.trigger or 0) for stop in stops if stop.side == exit_side(exposure.direction)]
     first = max if exposure.direction == "long" else min
     signals = {signal_of_stop(stop.client_id) for stop in stops if stop.client_id}

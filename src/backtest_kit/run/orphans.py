@@ -17,7 +17,7 @@ from backtest_kit.run.desk import Desk
 from backtest_kit.settings import Settings
 
 OrphanPolicy = Literal["alarm", "adopt", "protect"]
-What = Literal["foreign_position", "missing_position", "unprotected_position"]
+What = Literal["foreign_position", "missing_position", "unprotected_position", "left_stop"]
 
 
 class Books(Protocol):
@@ -42,6 +42,7 @@ _LONGEST_WAIT = 60
 """Minutes after which at the latest a stop is placed again that the venue does not show."""
 _NUMBERS = 1_000_000
 """What a suffix of a client order id counts to."""
+_LEFT_STOP = "nothing is done, cancel it at the venue: it would close the next position there"
 _log = logging.getLogger("backtest_kit")
 
 
@@ -83,6 +84,8 @@ class OrphanGuard:
             return None
         held = next((each for each in holdings if each.symbol == symbol and each.quantity > 0), None)
         what = self._finding(held)
+        if what is None and isinstance(self._desk.state, Flat) and any(_only_stop(each, symbol) for each in holdings):
+            what = "left_stop"
         if held is None or held.stop_loss is not None:
             self._tries = self._again_ms = 0
         if what is None:
@@ -92,7 +95,7 @@ class OrphanGuard:
         if finding == self._told and not self._is_due(held):
             return None
         try:
-            next_step = await self._act(held)
+            next_step = _LEFT_STOP if what == "left_stop" else await self._act(held)
         except Conflict:
             raise
         except Exception as error:
@@ -161,6 +164,10 @@ class OrphanGuard:
             stop_loss=stop,
             reason="unprotected",
         )
+
+
+def _only_stop(held: VenueHolding, symbol: str) -> bool:
+    return held.symbol == symbol and not held.quantity and held.stop_loss is not None
 
 
 def levels(held: VenueHolding, price: float, settings: Settings) -> tuple[float, float]:
