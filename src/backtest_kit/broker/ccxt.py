@@ -223,7 +223,7 @@ class CcxtBroker(Broker):
         held = await account.held(stake, live, model=None if sold else model, recent=sold)
         if not market.contract and live:
             try:
-                await dealer.stops.cancel(market, live)
+                await dealer.make_room(stake, order, held, live)
             except StopFilled:
                 held = await account.held(stake)
         try:
@@ -262,7 +262,7 @@ class CcxtBroker(Broker):
             held = await dealer.account.held(stake)
             quantity = await dealer.to_reduce(stake, order, held)
             if not stake.market.contract:
-                await dealer.stops.cancel(stake.market, live)
+                await dealer.make_room(stake, order, held, live)
             reduced = await dealer.sell(stake, order, quantity, held=held)
         reduced = dealer.filled(stake, reduced)
         with order_is_there():

@@ -179,19 +179,54 @@ class Dealer:
         return held
 
     async def sell(self, stake: Stake, order: Order, quantity: Decimal, *, held: Decimal, part: int = 0) -> VenueOrder:
-        """Take `quantity` of `held` out at the market. Where that is certain to have failed, a stop that had to
-        make room for it is put back."""
+        """Take `quantity` of `held` out at the market. Where that has failed, a stop that had to make room for it is
+        put back."""
         market, client_id = stake.market, stake.ids.of(order.client_order_id, part)
         try:
-            sold = await self.send(market, client_id, stake.exit_side, quantity, reduce_only=True)
+            sold = await self._send_exit(stake, client_id, quantity)
             return self.filled(stake, sold)
         except BacktestKitError as error:
-            if error.outcome is Outcome.NOT_DONE and not market.contract:
-                try:
-                    await self.protect(stake, held, order.stop_loss)
-                except BacktestKitError as failed:
-                    _log.error("%s", failed)
+            if not market.contract and error.outcome is Outcome.NOT_DONE:
+                await self._put_back(stake, order, held)
+            elif not market.contract:
+                told = "%s: %s may be %s until the exchange tells what became of %s: %s"
+                _log.error(told, market.symbol, f"{held:f}", _NAKED, client_id, error)
             raise
+
+    async def _send_exit(self, stake: Stake, client_id: str, quantity: Decimal) -> VenueOrder:
+        market = stake.market
+        try:
+            return await self.send(market, client_id, stake.exit_side, quantity, reduce_only=True)
+        except OrderTransient as error:
+            if market.contract or error.outcome is Outcome.NOT_DONE:
+                raise
+            # What is held has no stop now, and gets none while the sale may still arrive.
+            with order_is_there():
+                found = await self._venue.order(market, client_id, certain=True)
+                if found is not None:
+                    return await self._venue.settled(market, found, client_id)
+            raise OrderTransient(str(error), outcome=Outcome.NOT_DONE) from None
+
+    async def make_room(self, stake: Stake, order: Order, held: Decimal, live: list[VenueOrder]) -> None:
+        """Cancel the stops that lock what is to be sold.
+
+        Raises:
+            StopFilled: one of them has sold something.
+        """
+        try:
+            await self.stops.cancel(stake.market, live)
+        except StopFilled:
+            raise
+        except BacktestKitError:
+            await self._put_back(stake, order, held)
+            raise
+
+    async def _put_back(self, stake: Stake, order: Order, held: Decimal) -> None:
+        """See to the stop of what could not be sold."""
+        try:
+            await self.protect(stake, held, order.stop_loss)
+        except BacktestKitError as failed:
+            _log.error("%s", failed)
 
     async def protect(
         self, stake: Stake, held: Decimal, stop_loss: float, live: list[VenueOrder] | None = None
