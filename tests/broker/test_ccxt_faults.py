@@ -40,6 +40,14 @@ def nothing_is_naked(venue: Bench) -> None:
     assert sum(quantity for _, quantity, _ in venue.stops()) == pytest.approx(abs(venue.held()), abs=0.00002)
 
 
+def nothing_is_uncovered(venue: Bench) -> None:
+    """The stop of a future may be for more than is held: it only reduces."""
+    ((_, quantity, _),) = venue.stops()
+    assert quantity >= abs(venue.held()) - 0.00002
+    if venue.kind == "spot":
+        nothing_is_naked(venue)
+
+
 @BOTH
 async def test_an_entry_whose_answer_was_lost_is_found(bench: MakeBench, kind: Kind) -> None:
     venue = await bench(kind)
@@ -371,6 +379,76 @@ async def test_a_close_that_died_half_way_goes_on(bench: MakeBench, kind: Kind) 
     assert fill.quantity == pytest.approx(0.02, abs=0.00003)
     assert abs(venue.held()) < 0.00002
     assert set(venue.filled_orders().values()) == {1}
+
+
+@BOTH
+@pytest.mark.parametrize("renamed", [True, False])
+async def test_a_close_whose_second_part_is_refused_is_told_with_the_first(
+    bench: MakeBench, kind: Kind, renamed: bool
+) -> None:
+    venue = await bench(kind, PRICE, PRICE * 0.99)
+    broker = await venue.broker()
+    await broker.open_position(order())
+    venue.fault("partial", "POST */order", fraction=Decimal("0.25"), rest_expires=True)
+    venue.fault("reject", "POST */order", skip=1)
+    close = order("close", "-c", quantity=0.02)
+    with pytest.raises(OrderRejected, match="The order is rejected"):
+        await broker.close_position(close)
+    nothing_is_uncovered(venue)
+    first = venue.fills()[-1]
+    await venue.advance(3)
+    report = await broker.find(close)
+    assert report.status == "absent", "there is something left to sell"
+    fill = await broker.close_position(order("close", "-c5", quantity=0.02) if renamed else again(close))
+    last = venue.fills()[-1]
+    assert fill is not None
+    assert fill.quantity == pytest.approx(0.02, abs=0.00003)
+    assert first.price > last.price * Decimal("1.005")
+    assert fill.price == pytest.approx(
+        float((first.price * first.quantity + last.price * last.quantity) / (first.quantity + last.quantity))
+    )
+
+
+@BOTH
+async def test_a_close_whose_rest_its_stop_has_sold_is_told_with_it(bench: MakeBench, kind: Kind) -> None:
+    venue = await bench(kind, PRICE, PRICE * 0.94)
+    broker = await venue.broker(arrival_ms=200)
+    await broker.open_position(order())
+    venue.fault("partial", "POST */order", fraction=Decimal("0.25"), rest_expires=True)
+    venue.fault("lose_request", "POST */order", skip=1)
+    close = order("close", "-c", quantity=0.02)
+    with pytest.raises(OrderTransient):
+        await broker.close_position(close)
+    await venue.advance(3)
+    report = await broker.find(close)
+    assert report.status == "filled"
+    assert report.fill is not None
+    assert report.fill.quantity == pytest.approx(0.02, abs=0.00003)
+    _, first, last = venue.fills()
+    assert last.client_order_id != first.client_order_id
+    assert report.fill.price == pytest.approx(
+        float((first.price * first.quantity + last.price * last.quantity) / (first.quantity + last.quantity))
+    )
+    assert await broker.close_position(again(close)) == report.fill
+
+
+@BOTH
+async def test_a_close_that_takes_more_orders_than_one_may_is_not_taken_for_done(bench: MakeBench, kind: Kind) -> None:
+    venue = await bench(kind)
+    broker = await venue.broker()
+    await broker.open_position(order())
+    venue.fault("partial", "POST */order", fraction=Decimal("0.03"), rest_expires=True, count=20)
+    close = order("close", "-c", quantity=0.02)
+    with pytest.raises(OrderRejected, match=r"20 orders have not closed all of .*, 0\.01\d* are left"):
+        await broker.close_position(close)
+    assert abs(venue.held()) > 0.01
+    nothing_is_uncovered(venue)
+    assert (await broker.find(again(close))).status == "cancelled", "it goes on under another id"
+    fill = await broker.close_position(order("close", "-c1", quantity=0.02))
+    assert fill is not None
+    assert fill.quantity == pytest.approx(0.02, abs=0.00003)
+    assert abs(venue.held()) < 0.00002
+    assert venue.open_orders() == []
 
 
 @BOTH

@@ -31,7 +31,8 @@ class OrderTransient(BacktestKitError):
 
 
 class OrderRejected(BacktestKitError):
-    """The venue refuses the order for good: too small, no funds, market closed. It is never sent again."""
+    """The venue refuses the order for good: too small, no funds, market closed. It is never sent again; what has to be
+    closed goes on under another id, once `find` has said what was filled of this one."""
 
 
 class OrderDeleted(BacktestKitError):

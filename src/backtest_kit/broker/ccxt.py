@@ -24,7 +24,7 @@ from backtest_kit.broker.base import (
 )
 from backtest_kit.broker.ccxt_account import agrees, model_quantity, status_of
 from backtest_kit.broker.ccxt_connection import Connection, MarketKind
-from backtest_kit.broker.ccxt_dealer import OPENS, Dealer
+from backtest_kit.broker.ccxt_dealer import MOST_PARTS, OPENS, Dealer
 from backtest_kit.broker.ccxt_errors import order_is_there
 from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder, exit_side
 from backtest_kit.broker.ccxt_stops import StopFilled
@@ -159,15 +159,15 @@ class CcxtBroker(Broker):
         parts = await dealer.parts(stake, order, certain=True)
         if not any(part.filled for part in parts):
             return OrderReport(status=status_of(parts) if parts else "absent")
-        fill = await venue.executed(stake.market, parts)
         if order.kind == "close":
             left = await dealer.account.held(stake, recent=parts)
             if not stake.market.unsellable(left, order.price):
-                # Asked to close again, `close_position` sells the rest and answers for both.
-                return OrderReport(status="absent", fill=fill)
+                # Asked to close again, `close_position` sells the rest and answers for all that was sold.
+                return OrderReport(status="cancelled" if len(parts) == MOST_PARTS else "absent")
             # The sale was cut off before it could: a stop that is left would sell the next position.
             await dealer.clear(stake)
-            return OrderReport(status=status_of(parts), fill=fill)
+            return OrderReport(status=status_of(parts), fill=await self._closed(stake, order, parts))
+        fill = await venue.executed(stake.market, parts)
         await dealer.protect_what_is_held(stake, order, *parts)
         return OrderReport(status=status_of(parts), fill=fill)
 
@@ -215,7 +215,7 @@ class CcxtBroker(Broker):
 
     async def close_position(self, order: Order) -> Fill | None:
         """Sell what is really held, and cancel all that is still open of the position."""
-        venue, dealer, stake = self._stake_of(order)
+        _, dealer, stake = self._stake_of(order)
         market, account = stake.market, dealer.account
         live = await dealer.stops.live(stake)
         model = None if order.quantity is None else exact(order.quantity)
@@ -235,7 +235,7 @@ class CcxtBroker(Broker):
             left = Decimal(0)
         await dealer.clear(stake)
         if sold:
-            return await venue.executed(market, sold)
+            return await self._closed(stake, order, sold)
         if left:
             small = market.unsellable(left, order.price)
             _log.warning("%s: what is left of %s is too little to sell: %s", market.symbol, stake.ids.entry, small)
@@ -244,6 +244,22 @@ class CcxtBroker(Broker):
         except OrderDeleted as error:
             _log.warning("%s", error)
             return None
+
+    async def _closed(self, stake: Stake, order: Order, parts: list[VenueOrder]) -> Fill:
+        """What has closed the position: `parts`, and where they are not all of it, what was sold beside them, by its
+        stop or under another id of the close."""
+        venue, dealer = self._connected()
+        sold = sum((part.filled for part in parts), Decimal(0))
+        if order.quantity is not None and not agrees(stake.market, sold, exact(order.quantity)):
+            try:
+                return await dealer.account.closing_fill(stake, recent=parts)
+            except OrderDeleted:
+                _log.warning(
+                    "%s: what closed %s is told in part: its entry is not known any more",
+                    stake.market.symbol,
+                    stake.ids.entry,
+                )
+        return await venue.executed(stake.market, parts)
 
     async def add_to_position(self, order: Order) -> Fill | None:
         """Buy, then widen the stop: what was held before stays protected all the time."""

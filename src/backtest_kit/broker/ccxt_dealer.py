@@ -18,7 +18,8 @@ from backtest_kit.errors import BacktestKitError, Outcome
 
 _log = logging.getLogger(__name__)
 OPENS: Final = ("open", "place", "activate")
-_MOST_PARTS: Final = 20
+MOST_PARTS: Final = 20
+"""Orders that carry out one order of the engine, at most."""
 _NAKED: Final = "held WITHOUT A STOP"
 
 
@@ -38,7 +39,7 @@ class Dealer:
     async def parts(self, stake: Stake, order: Order, *, certain: bool) -> list[VenueOrder]:
         """The orders on the exchange that carry out one order: one, but where a close had to sell a rest."""
         found: list[VenueOrder] = []
-        while len(found) < (_MOST_PARTS if order.kind == "close" else 1):
+        while len(found) < (MOST_PARTS if order.kind == "close" else 1):
             opens = order.kind in OPENS
             client_id = stake.ids.entry if opens else stake.ids.of(order.client_order_id, len(found))
             part = await self._venue.order(stake.market, client_id, certain=certain and not found)
@@ -171,8 +172,17 @@ class Dealer:
         return quantity
 
     async def sell_out(self, stake: Stake, order: Order, held: Decimal, sold: list[VenueOrder]) -> Decimal:
-        """Sell all of `held`, in as many orders as the market needs, added to `sold`; what cannot be sold is left."""
-        while len(sold) < _MOST_PARTS and not stake.market.unsellable(held, order.price):
+        """Sell all of `held`, in as many orders as the market needs, added to `sold`; what cannot be sold is left.
+
+        Raises:
+            OrderRejected: it takes more orders than one may.
+        """
+        while not stake.market.unsellable(held, order.price):
+            if len(sold) == MOST_PARTS:
+                if not stake.market.contract:
+                    await self._put_back(stake, order, held)
+                told = f"{stake.market.symbol}: {MOST_PARTS} orders have not closed all of {stake.ids.entry}"
+                raise OrderRejected(f"{told}, {held:f} are left")
             part = await self.sell(stake, order, stake.market.lots(held), held=held, part=len(sold))
             sold.append(part)
             held -= part.filled
@@ -293,11 +303,11 @@ class Dealer:
 
     async def _exit(self, stake: Stake, id_of: Callable[[int], str], quantity: Decimal) -> None:
         amount = stake.market.lots(quantity)
-        for number in range(_MOST_PARTS):
+        for number in range(MOST_PARTS):
             try:
                 await self._venue.send(stake.market, id_of(number), stake.exit_side, amount, reduce_only=True)
             except AlreadyThere:
                 continue
             return
-        told = f"{stake.market.symbol}: {_MOST_PARTS} exits like {id_of(0)} are on the exchange already"
+        told = f"{stake.market.symbol}: {MOST_PARTS} exits like {id_of(0)} are on the exchange already"
         raise OrderRejected(told)
