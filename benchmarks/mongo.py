@@ -64,7 +64,7 @@ class Raw:
     def __init__(self, url: str, redis_url: str) -> None:
         self.client: AsyncMongoClient[dict[str, Any]] = AsyncMongoClient(url)
         database = self.client[database_of(url)]
-        journalled = WriteConcern(w="majority", j=True, wtimeout=10_000)
+        journalled = WriteConcern(w="majority", j=True)
         self.signals = database.get_collection("raw-signals", None, None, journalled, ReadConcern("majority"))
         self.candles = database.get_collection("raw-candles", write_concern=WriteConcern(w=1))
         self.redis = redis.asyncio.Redis.from_url(redis_url)
@@ -201,8 +201,9 @@ async def main(rounds: int) -> None:
         redis_url = stack.enter_context(redis_at_hand())
         raw = Raw(url, redis_url)
         monitoring.register(commands)
-        plain = MongoStore(url, settings=MongoSettings(CC_REDIS_HOST=""))
-        cached = MongoStore(url, settings=MongoSettings(CC_REDIS_URL=redis_url))
+        # Without candles in this process, or all reads of a range but the first would send nothing.
+        plain = MongoStore(url, settings=MongoSettings(CC_REDIS_HOST="", CC_MONGO_CANDLES_IN_MEMORY=0))
+        cached = MongoStore(url, settings=MongoSettings(CC_REDIS_URL=redis_url, CC_MONGO_CANDLES_IN_MEMORY=0))
         await raw.prepare()
         await plain.open()
         await cached.open()

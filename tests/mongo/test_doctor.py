@@ -224,16 +224,50 @@ async def test_database_with_an_index_that_loses_records_is_not_opened(
     """Such an index lets candles of a second exchange go without a word, and refuses or deletes what is money."""
     name = database[collection].create_index(list(keys.items()), **options)
     database[collection].create_index([("symbol", 1), ("when", -1)])  # of no use, and of no harm
+    before = state(database)
     store = store_at(mongo_url)
     with pytest.raises(UserError, match=said) as caught:
         await store.put(Write(SIGNAL, KEY, 1))
-    assert database["store-meta"].count_documents({}) == 0, "half a store was made"
+    assert state(database) == before, "half a store was made"
     shown = str(caught.value)
     remedy = shown[shown.index("mongosh:") : shown.index(", or name")]
     assert name in remedy
     mend(database, [Reading("index", Status.FAULT, shown, remedy)])
     await store.put(Write(SIGNAL, KEY, 1))
     await store.close()
+
+
+@pytest.mark.parametrize(
+    ("keys", "options"),
+    [
+        ([("riskName", 1)], {"name": "key"}),
+        ([("namespace", 1), ("exchangeName", 1), ("riskName", 1)], {}),
+        ([("namespace", 1), ("exchangeName", 1), ("riskName", 1)], {"unique": True, "sparse": True}),
+    ],
+)
+async def test_index_that_is_in_the_way_of_ours_is_named_before_anything_is_made(
+    mongo_url: str, database: Database, keys: list[tuple[str, int]], options: dict[str, Any]
+) -> None:
+    name = database["risk-items"].create_index(keys, **options)
+    before = state(database)
+    store = store_at(mongo_url)
+    with pytest.raises(UserError, match=f'db\\["risk-items"\\].dropIndex\\("{name}"\\)'):
+        await store.open()
+    assert state(database) == before
+    database["risk-items"].drop_index(name)
+    await store.open()
+    await store.close()
+
+
+async def test_index_of_a_shard_key_serves_under_its_name(mongo_url: str, database: Database) -> None:
+    """`sh.shardCollection` makes it of exactly these fields, and calls it after them."""
+    keys = ["namespace", "exchangeName", "symbol", "interval", "timestamp"]
+    name = database["candle-items"].create_index([(key, 1) for key in keys], unique=True)
+    await fill(mongo_url)
+    assert set(database["candle-items"].index_information()) == {"_id_", name}
+    readings = await diagnosis(mongo_url)
+    assert f"all there, in {len(ALL_CONTRACTS)} collections, and no others" in found(readings, Status.OK)
+    assert not fails(readings, live=True)
 
 
 async def test_position_that_another_program_has_left_is_named_and_keeps_live_from_starting(
@@ -388,13 +422,18 @@ async def test_database_of_a_newer_schema(mongo_url: str, database: Database) ->
     assert state(database) == before
 
 
-async def test_unique_index_that_duplicates_forbid(mongo_url: str, database: Database) -> None:
-    twice = {"namespace": "", **dict(zip(SIGNAL.key_fields, KEY, strict=True))}
+@pytest.mark.parametrize("namespace", [{"namespace": ""}, {}], ids=["ours", "of another program"])
+async def test_unique_index_that_duplicates_forbid(
+    mongo_url: str, database: Database, namespace: dict[str, str]
+) -> None:
+    twice = {**namespace, **dict(zip(SIGNAL.key_fields, KEY, strict=True))}
     database["signal-items"].insert_many([dict(twice), dict(twice)])
+    database["candle-items"].insert_one({"symbol": "BTCUSDT", "interval": "1m", "timestamp": 1})
+    before = state(database)
     store = store_at(mongo_url)
     with pytest.raises(UserError, match="keep one of each"):
         await store.open()
-    assert database["store-meta"].count_documents({}) == 0, "half a store was made"
+    assert state(database) == before, "half a store was made"
     database["signal-items"].delete_many({})
     await store.open()
     await store.close()

@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import pymongo
 import pytest
+from pymongo.errors import OperationFailure
+from pymongo.helpers_shared import _RETRYABLE_ERROR_CODES
 from tests.mongo.relay import Relay, Side
 from tests.mongo.samples import candles
 from tests.servers import Server, mongo_server, running
@@ -25,9 +27,12 @@ from tests.servers import Server, mongo_server, running
 from backtest_kit.errors import BacktestKitError, Outcome, RetryLater
 from backtest_kit.persist.backends.mongo import MongoStore
 from backtest_kit.persist.backends.mongo_client import database_of
+from backtest_kit.persist.backends.mongo_documents import change_of
+from backtest_kit.persist.backends.mongo_errors import heals
 from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.backends.mongo_writing import Putting
 from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.store import SeriesKey, Write
+from backtest_kit.persist.store import Record, SeriesKey, Write
 
 SIGNAL, SCHEDULE = CONTRACTS["signal"], CONTRACTS["schedule"]
 TIMES = float(os.environ.get("BACKTEST_KIT_FAULTS", "1"))
@@ -189,6 +194,63 @@ async def test_request_that_arrives_late_does_not_undo_a_later_write(mongo_url: 
         found = await store.get(SIGNAL, key_of("late"))
         assert found == last, answer
         assert (last.value, last.rev) == ("acknowledged", 2)
+        await store.close()
+
+
+def test_whatever_the_driver_would_have_retried_heals() -> None:
+    assert len(_RETRYABLE_ERROR_CODES) > 10
+    for code in _RETRYABLE_ERROR_CODES:
+        assert heals(OperationFailure("in a moment", code)), code
+
+
+async def test_connection_that_hangs_leaves_time_for_another_one(mongo_url: str) -> None:
+    port = pymongo.uri_parser.parse_uri(mongo_url)["nodelist"][0][1]
+    async with Relay(port) as relay:
+        store = store_behind(relay, database_of(mongo_url), CC_MONGO_SOCKET_TIMEOUT_MS=300)
+        await store.open()
+        calls: dict[bytes, Callable[[], Awaitable[Record | None]]] = {
+            b"findAndModify": lambda: store.put(Write(SIGNAL, key_of("hung"), "new")),
+            b"find": lambda: store.get(SIGNAL, key_of("hung")),
+        }
+        for request, call in calls.items():
+            relay.keep = request
+            began = time.monotonic()
+            record = await call()
+            assert relay.is_kept.is_set()
+            relay.is_kept.clear()
+            assert record is not None
+            assert (record.value, record.rev) == ("new", 1)
+            assert 0.3 <= time.monotonic() - began < 5
+        await store.close()
+
+
+async def test_outcome_stays_unknown_while_the_server_tells_of_an_older_state(
+    mongo_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A majority that lags behind is read as it was before the write."""
+    port = pymongo.uri_parser.parse_uri(mongo_url)["nodelist"][0][1]
+    async with Relay(port) as relay:
+        store = store_behind(relay, database_of(mongo_url), CC_MONGO_OPERATION_TIMEOUT_MS=600)
+        await store.put(Write(SIGNAL, key_of("lag"), "old"))
+        look = Putting._look
+        older = await look(Putting(store.link(), change_of("", Write(SIGNAL, key_of("lag"), "new"))))
+        looks = 0
+
+        async def lagging(self: Putting) -> Any:
+            nonlocal looks
+            looks += 1
+            return older
+
+        monkeypatch.setattr(Putting, "_look", lagging)
+        relay.lose = b"findAndModify"
+        with pytest.raises(RetryLater) as caught:
+            await store.put(Write(SIGNAL, key_of("lag"), "new"))
+        assert caught.value.outcome is Outcome.UNKNOWN
+        assert looks < 40
+        monkeypatch.undo()
+        found = await store.get(SIGNAL, key_of("lag"))
+        assert found is not None
+        assert (found.value, found.rev) == ("new", 2)
         await store.close()
 
 

@@ -16,8 +16,11 @@ import pymongo
 import pytest
 from tests.persist.test_migration import BTC, RECORDS, fill, require_equal, run_child, spread
 
+from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.migration import migrate_store
-from backtest_kit.persist.store import Store
+from backtest_kit.persist.store import Store, Write
+from backtest_kit.persist.transfer import export_store, import_store
 from backtest_kit.persist.urls import store_at
 
 Addresses = Callable[[str, str], str]
@@ -115,3 +118,52 @@ def test_password_of_neither_address_is_shown(address: Addresses) -> None:
         assert done.returncode != 0
         assert "geheim" not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
+
+
+async def test_database_under_another_spelling_of_its_host_is_the_same(address: Addresses) -> None:
+    url = address("mongodb", "source")
+    other = url.replace("127.0.0.1", "localhost") if "127.0.0.1" in url else f"{url}?uuidRepresentation=standard"
+    source = MongoStore(url)
+    await source.put(Write(CONTRACTS["signal"], ("trend", "binance", "BTCUSDT"), 1))
+    await source.close()
+    with pymongo.MongoClient[dict[str, Any]](url) as client:
+        database = client[urlsplit(url).path.strip("/")]
+        before = {name: list(database[name].find()) for name in database.list_collection_names()}
+        refused = migrate(url, other, "--verify")
+        assert refused.returncode != 0
+        assert "the same store" in refused.stdout + refused.stderr
+        assert {name: list(database[name].find()) for name in database.list_collection_names()} == before
+    assert migrate(url, address("mongodb", "of the same server")).returncode == 0
+
+
+async def test_thousands_of_records_move_with_the_settings_as_they_are(address: Addresses) -> None:
+    """Those of one bucket, and those of which each is in a bucket of its own."""
+    source, target = store_at(address("sqlite", "bot.db")), MongoStore(address("mongodb", "target"))
+    for start in range(0, 2_500, 500):
+        keys = [f"{number:05}" for number in range(start, start + 500)]
+        await source.batch([Write(CONTRACTS["memory"], ("s-1", "plan", key), [0] * 20, when=1) for key in keys])
+    await source.batch([Write(CONTRACTS["state"], (f"s-{number}", "plan"), number) for number in range(200)])
+    moved = await migrate_store(source, target)
+    assert {each.contract: each.copied for each in moved.contracts} == {"memory": 2_500, "state": 200}
+    assert [await target.count(CONTRACTS[name]) for name in ("memory", "state")] == [2_500, 200]
+    await source.close()
+    await target.close()
+
+
+async def test_large_lists_of_small_numbers_move_to_a_server_without_transactions(
+    address: Addresses, standalone_url: str, tmp_path: Path
+) -> None:
+    """Together, as JSON they are small enough for one batch, and as BSON too large for one document."""
+    source, target = store_at(address("sqlite", "bot.db")), MongoStore(standalone_url)
+    for number in range(8):
+        await source.put(Write(CONTRACTS["memory"], ("s-1", "plan", str(number)), [number] * 200_000))
+    moved = await migrate_store(source, target)
+    assert [each.copied for each in moved.contracts] == [8]
+    await export_store(source, tmp_path / "all.jsonl")
+    assert (await import_store(target.within("imported"), tmp_path / "all.jsonl")).records == 8
+    for space in (target, target.within("imported")):
+        record = await space.get(CONTRACTS["memory"], ("s-1", "plan", "7"))
+        assert record is not None
+        assert record.value == [7] * 200_000
+    await source.close()
+    await target.close()

@@ -14,6 +14,7 @@ from backtest_kit.persist.backends.mongo import MongoStore
 from backtest_kit.persist.backends.mongo_client import database_of
 from backtest_kit.persist.backends.mongo_schema import META
 from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.store import Store
 from backtest_kit.persist.testing import StoreConformance
 
@@ -49,6 +50,11 @@ class MongoConformance(StoreConformance):
             client.close()
 
         return mend
+
+    def damage(self, place: Path, contract: Contract, text: str) -> bool:
+        with pymongo.MongoClient[dict[str, Any]](self.url) as client:
+            documents = client[database_of(self.url)][contract.collection]
+            return documents.update_one({"payload": text}, {"$set": {"rev": "?"}}).modified_count == 1
 
 
 class TestMongoWithRedis(MongoConformance):

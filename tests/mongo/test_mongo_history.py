@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from tests.mongo.test_mongo_store import store_over
+from tests.mongo.samples import store_over
 
 import backtest_kit as bk
 from backtest_kit.persist.contracts import CONTRACTS, HISTORY

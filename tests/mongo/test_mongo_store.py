@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,9 @@ import pytest
 import pytest_asyncio
 from bson.int64 import Int64
 from bson.objectid import ObjectId
-from tests.mongo.samples import ALWAYS, BTC, candles
+from pymongo import UpdateOne
+from pymongo.asynchronous.collection import AsyncCollection
+from tests.mongo.samples import ALWAYS, BTC, KEY, NAME, Database, candles, store_over
 from tests.servers import mongo_server, running
 
 from backtest_kit.errors import Conflict, Damaged, Outcome, RetryLater, UserError
@@ -31,29 +33,6 @@ from backtest_kit.persist.operations import check
 from backtest_kit.persist.store import ABSENT, ANY, Expect, SeriesKey, Write
 
 SIGNAL, STATE, MEMORY, LOG = (CONTRACTS[name] for name in ("signal", "state", "memory", "log"))
-KEY = ("trend", "binance", "BTCUSDT")
-NAME = {"namespace": "", "strategyName": "trend", "exchangeName": "binance", "symbol": "BTCUSDT"}
-
-Database = Any
-"""A database of the synchronous driver, for looking behind the store's back."""
-
-
-def store_over(url: str, **settings: Any) -> MongoStore:
-    return MongoStore(url, settings=MongoSettings(CC_REDIS_HOST="", **settings))
-
-
-@pytest.fixture
-def database(mongo_url: str) -> Iterator[Database]:
-    with pymongo.MongoClient[dict[str, Any]](mongo_url) as client:
-        yield client[database_of(mongo_url)]
-
-
-@pytest_asyncio.fixture
-async def store(mongo_url: str) -> AsyncIterator[MongoStore]:
-    store = store_over(mongo_url)
-    await store.open()
-    yield store
-    await store.close()
 
 
 class TestDocuments:
@@ -334,6 +313,17 @@ class TestBatchesThatDie:
         await store.close()
 
     @pytest.mark.parametrize(
+        ("point", "there"), [("after_locks", 0), ("after_decision", 1), ("between_applies", 1), ("after_applies", 1)]
+    )
+    async def test_who_only_looks_sees_no_half_of_one(self, standalone_url: str, point: str, there: int) -> None:
+        await asyncio.to_thread(run_child, standalone_url, "batch", f"mongo.{point}")
+        looking = MongoStore(standalone_url, settings=MongoSettings(CC_REDIS_HOST=""), existing=True)
+        for contract in (SIGNAL, STATE):
+            assert await looking.count(contract) == there
+            assert [record.value async for record in looking.scan(contract)] == ["new"] * there
+        await looking.close()
+
+    @pytest.mark.parametrize(
         ("point", "expected"), [("mongo.after_transaction_writes", "old"), ("mongo.after_batch", "new")]
     )
     async def test_with_transactions(self, point: str, expected: str) -> None:
@@ -532,85 +522,6 @@ class TestAnswersThatNeverCome:
                 await store.close()
 
 
-class TestLoopsAndForks:
-    def test_every_loop_has_connections_of_its_own(self, mongo_url: str) -> None:
-        store = store_over(mongo_url)
-
-        async def write(number: int) -> tuple[int, int]:
-            record = await store.put(Write(SIGNAL, KEY, number))
-            link = store.link()
-            await store.close()
-            return record.rev, id(link.mongo)
-
-        results = [asyncio.run(write(number)) for number in range(3)]
-        assert [rev for rev, _ in results] == [1, 2, 3]
-
-    async def test_two_loops_at_once(self, store: MongoStore, mongo_url: str) -> None:
-        async def elsewhere() -> Any:
-            await store.put(Write(STATE, ("s", "b"), "from a thread"))
-            other = store.link()
-            await store.close()
-            return other
-
-        other = await asyncio.to_thread(lambda: asyncio.run(elsewhere()))
-        assert other.mongo is not store.link().mongo
-        found = await store.get(STATE, ("s", "b"))
-        assert found is not None
-        assert found.value == "from a thread"
-
-    def test_fork_of_an_open_store_has_connections_of_its_own(self, mongo_url: str) -> None:
-        program = FORK.format(url=mongo_url)
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert sorted(done.stdout.split()) == ["child", "parent"]
-
-    async def test_close_waits_for_writes_whose_callers_are_gone(self, store: MongoStore, database: Database) -> None:
-        writing = asyncio.ensure_future(store.put(Write(SIGNAL, KEY, "kept")))
-        await asyncio.sleep(0)
-        writing.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await writing
-        await store.close()
-        assert database["signal-items"].find_one(NAME)["payload"] == "kept"
-
-
-FORK = """
-import asyncio, os, warnings
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.store import Write
-warnings.simplefilter("ignore", DeprecationWarning)
-STATE = CONTRACTS["state"]
-store = MongoStore("{url}")
-async def work(name):
-    for number in range(20):
-        await store.put(Write(STATE, (name, "b"), number))
-        found = await store.get(STATE, (name, "b"))
-        assert found.value == number, found
-async def main():
-    await store.open()
-    await work("before")
-    child = os.fork()
-    if child == 0:
-        asyncio.events._set_running_loop(None)
-        try:
-            loop = asyncio.new_event_loop()
-            asyncio.set_event_loop(loop)
-            loop.run_until_complete(work("child"))
-            loop.run_until_complete(store.close())
-            print("child", flush=True)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    await work("parent")
-    _, status = await asyncio.to_thread(os.waitpid, child, 0)
-    assert status == 0, status
-    await store.close()
-    print("parent", flush=True)
-asyncio.run(main())
-"""
-
-
 async def test_what_others_have_written_since_is_not_undone_by_one_of_many(
     mongo_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -638,3 +549,45 @@ async def test_what_others_have_written_since_is_not_undone_by_one_of_many(
     assert [(each.value, each.rev) for each in found if each] == [("theirs", 3), ("theirs", 3), ("ours", 2)]
     await ours.close()
     await theirs.close()
+
+
+async def test_many_records_are_found_by_the_index(
+    store: MongoStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search through everything for each of hundreds of keys takes a slow server longer than there is."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+    find = AsyncCollection.find
+
+    def noted(self: AsyncCollection[Any], wanted: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        asked.append((self.name, wanted))
+        return find(self, wanted, *arguments, **options)
+
+    monkeypatch.setattr(AsyncCollection, "find", noted)
+    keys = [("s-1", "plan", f"m-{number}") for number in range(20)]
+    await store.batch([Write(MEMORY, key, 1) for key in keys])
+    await store.batch([Write(STATE, (f"s-{number}", "plan"), 1) for number in range(20)])
+    await store.put_each([Write(MEMORY, key, 2) for key in keys[:10]])
+    assert await store.prune(MEMORY, dict.fromkeys(keys[5:15], 2)) == 5
+    by_key = [(collection, wanted) for collection, wanted in asked if "_id" not in wanted]
+    assert len(by_key) >= 4, asked
+    for collection, wanted in by_key:
+        plan = str(database[collection].find(wanted).explain()["queryPlanner"]["winningPlan"])
+        assert "IXSCAN" in plan, (wanted, plan)
+        assert "COLLSCAN" not in plan, (wanted, plan)
+
+
+async def test_updates_of_a_batch_name_the_whole_key(store: MongoStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sharded cluster has to be told which shard makes a document."""
+    asked: list[UpdateOne] = []
+    bulk_write = AsyncCollection.bulk_write
+
+    async def noted(self: AsyncCollection[Any], requests: Sequence[Any], **options: Any) -> Any:
+        asked.extend(requests)
+        return await bulk_write(self, requests, **options)
+
+    monkeypatch.setattr(AsyncCollection, "bulk_write", noted)
+    await store.put(Write(MEMORY, ("s-1", "plan", "a"), 1))
+    await store.batch([Write(MEMORY, ("s-1", "plan", name), 2) for name in "ab"])
+    assert len(asked) == 2
+    assert all({"namespace", *MEMORY.key_fields} <= each._filter.keys() for each in asked)
+    assert [record.value async for record in store.scan(MEMORY)] == [2, 2]

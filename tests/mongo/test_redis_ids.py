@@ -181,7 +181,7 @@ async def test_redis_that_dies_is_passed_over_and_taken_back(mongo_url: str, cap
         link = store.link()
         assert link.ids is not None
         await link.ids.close()
-        link.ids = IdCache(link.settings, link.database_name, pause_seconds=0.05)
+        link.ids = IdCache(link.settings, link.database_name, link.log, pause_seconds=0.05)
         for key in KEYS:
             await store.put(Write(STATE, key, list(key)))
         server.kill()

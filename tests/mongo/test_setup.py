@@ -269,17 +269,22 @@ async def test_clients_are_made_once_per_loop_and_redis_may_be_none(kit: Kit) ->
     await kit.close()
 
 
-def test_logger_is_told_instead_of_ours(kit: Kit, caplog: pytest.LogCaptureFixture) -> None:
-    log = logging.getLogger("backtest_kit.mongo")
-    handlers, propagate = list(log.handlers), log.propagate
-    try:
-        setup, mine = MongoSetup(kit), logging.getLogger("mine")
-        setup.set_logger(logging.getLogger("other"))
-        setup.set_logger(mine)
-        log.warning("Redis went away")
-        assert [record.getMessage() for record in caplog.records] == ["Redis went away"]
-    finally:
-        log.handlers, log.propagate = handlers, propagate
+@pytest.mark.parametrize("name", ["mine", "backtest_kit.mongo", "backtest_kit.mongo.bot"])
+async def test_logger_of_a_kit_is_told_what_its_store_says(
+    name: str, kit: Kit, tmp_path: Path, mongo_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = MongoSetup(Kit(tmp_path / "other"))
+    other.set_logger(logging.getLogger("theirs"))
+    setup = MongoSetup(kit)
+    setup.set_logger(logging.getLogger("before"))
+    setup.setup(CC_MONGO_CONNECTION_STRING=mongo_url, CC_REDIS_HOST="127.0.0.1", CC_REDIS_PORT=9)
+    setup.set_logger(logging.getLogger(name))
+    signal = kit.persistence.signal
+    await signal.write("value", strategy_name="trend", exchange_name="binance", symbol="BTCUSDT")
+    assert await signal.read(strategy_name="trend", exchange_name="binance", symbol="BTCUSDT") == "value"
+    await kit.close()
+    said = {record.name for record in caplog.records if "Redis at" in record.getMessage()}
+    assert said == {name}
 
 
 def test_address_of_a_store_may_be_one_of_mongodb(monkeypatch: pytest.MonkeyPatch) -> None:

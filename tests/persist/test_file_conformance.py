@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from backtest_kit.persist.backends.file import FileStore
+from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.store import Store
 from backtest_kit.persist.testing import StoreConformance
 
@@ -17,3 +18,9 @@ class TestFileStore(StoreConformance):
     def obstruct(self, place: Path) -> Callable[[], None]:
         (place / "dump").write_text("in the way")
         return (place / "dump").unlink
+
+    def damage(self, place: Path, contract: Contract, text: str) -> bool:
+        for path in (place / "dump" / contract.name).rglob("*.json*"):
+            data = path.read_bytes()
+            path.write_bytes(data.replace(f'"{text}"'.encode(), b"?" * (len(text) + 2)))
+        return True

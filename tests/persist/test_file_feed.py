@@ -10,7 +10,7 @@ import pytest
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.backends import file_feed
 from backtest_kit.persist.backends.file import FileStore
-from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.store import Write
 from backtest_kit.persist.testing.faults import FaultFS
@@ -34,6 +34,19 @@ async def log(store: FileStore, *names: str) -> None:
 
 async def entries(store: FileStore, *, newest_first: bool = False) -> list[str]:
     return [str(record.key[0]) async for record in store.scan(LOG, newest_first=newest_first)]
+
+
+async def beside_damage(store: FileStore, contract: Contract = LOG, *, newest_first: bool = False) -> list[object]:
+    """The last components of what a listing has before it tells of damage, which it has to."""
+    found: list[object] = []
+
+    async def read() -> None:
+        async for record in store.scan(contract, newest_first=newest_first):
+            found.append(record.key[-1])  # noqa: PERF401  (a comprehension would lose them)
+
+    with pytest.raises(Damaged, match="blocked"):
+        await read()
+    return found
 
 
 def segments(directory: Path) -> list[str]:
@@ -60,7 +73,7 @@ async def test_torn_end_is_cut_off_and_no_damage(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_torn_middle_is_told_once_and_the_rest_is_read(tmp_path: Path) -> None:
+async def test_every_listing_tells_of_a_torn_middle_and_has_the_rest(tmp_path: Path) -> None:
     store = quick(tmp_path)
     await log(store, "a", "b", "c")
     await store.close()
@@ -70,7 +83,10 @@ async def test_torn_middle_is_told_once_and_the_rest_is_read(tmp_path: Path) -> 
     store = quick(tmp_path)
     with pytest.raises(Damaged, match="checksum"):
         await entries(store)
-    assert await entries(store) == ["a", "c"]
+    for _ in range(2):
+        assert await beside_damage(store) == ["a", "c"]
+        assert await beside_damage(store, newest_first=True) == ["c", "a"]
+    assert [record.key[0] async for record in store.scan(LOG, newest_first=True, limit=2)] == ["c", "a"]
     with pytest.raises(Damaged, match="blocked"):
         await store.get(LOG, ("b",))
     with pytest.raises(Damaged, match="blocked"):
@@ -80,7 +96,7 @@ async def test_torn_middle_is_told_once_and_the_rest_is_read(tmp_path: Path) -> 
     assert item.key == ["b"]
     await store.close()
     again = quick(tmp_path)
-    assert await entries(again) == ["a", "c"]
+    assert await beside_damage(again) == ["a", "c"]
     with pytest.raises(Damaged):
         await again.get(LOG, ("b",))
     restored = await again.restore(item.path)
@@ -138,7 +154,7 @@ async def test_line_whose_json_is_broken_blocks_its_key(tmp_path: Path) -> None:
     for expect in ("any", "absent"):
         with pytest.raises(Damaged, match="blocked"):
             await store.put(Write(STORAGE, (False, "a"), "another", expect=expect))
-    assert [record.value async for record in store.scan(STORAGE)] == ["only"]
+    assert await beside_damage(store, STORAGE) == ["b"]
     (item,) = await store.quarantined()
     kept = tmp_path / "quarantine" / item.path
     kept.write_bytes(kept.read_bytes().replace(b'"key"?', b'"key":'))
@@ -197,9 +213,10 @@ async def test_line_that_another_process_has_put_aside_stays_there(tmp_path: Pat
         (item,) = await one.quarantined()
         assert (tmp_path / "quarantine" / item.path).read_bytes() == damaged.splitlines(keepends=True)[1]
         assert item.key == ["b"]
-        assert await entries(store) == ["a", "c"]
+        assert await beside_damage(store) == ["a", "c"]
     await two.drop(item.path)
     assert await one.get(LOG, ("b",)) is None
+    assert await entries(one) == await entries(two) == ["a", "c"]
     for store in (one, two):
         await store.close()
 
@@ -282,8 +299,22 @@ async def test_damage_in_a_full_segment_is_found_when_the_line_is_read(tmp_path:
         await store.get(LOG, ("entry-1",))
     with pytest.raises(Damaged, match="blocked"):
         await store.get(LOG, ("entry-1",))
-    assert await entries(store) == [name for name in names if name != "entry-1"]
+    assert await beside_damage(store) == [name for name in names if name != "entry-1"]
     await store.close()
+
+
+async def test_listings_tell_of_damage_that_comes_after_they_have_looked(tmp_path: Path) -> None:
+    one, two = quick(tmp_path), quick(tmp_path)
+    await log(one, "a", "b", "c")
+    for store in (one, two):
+        assert await entries(store) == ["a", "b", "c"]
+    path = tmp_path / FIRST
+    path.write_bytes(path.read_bytes().replace(b'"text":"b"', b'"text":"x"'))
+    for store in (two, one):
+        assert await beside_damage(store) == ["a"]  # it is told where it is met
+        assert await beside_damage(store) == ["a", "c"]
+    for store in (one, two):
+        await store.close()
 
 
 @pytest.mark.usefixtures("small_segments")

@@ -10,16 +10,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from backtest_kit.errors import Conflict, Damaged, Outcome, OutOfSpace, RetryLater, UserError
-from backtest_kit.persist import lease as lease_module
+from backtest_kit.persist import holder as holder_module, lease as lease_module
 from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability
-from backtest_kit.persist.lease import Clock, Holder, acquire
+from backtest_kit.persist.holder import Holder
+from backtest_kit.persist.lease import Clock, acquire, claim
 from backtest_kit.persist.store import ABSENT, Key, Record, Store, Write
 from backtest_kit.persist.urls import store_at
 
@@ -167,13 +169,13 @@ async def test_old_owner_is_refused_by_the_store(store: MemoryStore, clock: Time
 async def test_dead_owner_of_this_machine_is_followed_at_once(store: MemoryStore, clock: Time) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    await plant(store, stranger(pid=gone.pid, machine=lease_module._machine()))
+    await plant(store, stranger(pid=gone.pid, machine=holder_module._machine()))
     await acquire(of(store), SCOPE, clock=clock)
     assert clock.slept == []
 
 
 async def test_pid_that_was_given_away_again_is_no_owner(store: MemoryStore, clock: Time) -> None:
-    await plant(store, stranger(pid=os.getpid(), machine=lease_module._machine(), started="long ago"))
+    await plant(store, stranger(pid=os.getpid(), machine=holder_module._machine(), started="long ago"))
     await acquire(of(store), SCOPE, clock=clock)
     assert clock.slept == []
 
@@ -450,3 +452,41 @@ async def test_a_full_disk_keeps_no_owner_from_closing(
             await lease.confirm()
     else:
         await lease.confirm()
+
+
+SINK: dict[str, Any] = {"what": "sink 'phone'", "doing": "is delivered to by", "remedy": "wait"}
+
+
+async def test_what_is_no_position_is_claimed_in_the_same_way(store: MemoryStore, clock: Time) -> None:
+    lease = await claim(store, "sink", ("phone", "a@b/c"), **SINK, clock=clock)
+    with pytest.raises(Conflict, match=rf"sink 'phone' is delivered to by process {os.getpid()} on .*: wait; if"):
+        await claim(store, "sink", ("phone", "a@b/c"), **SINK, watches=lambda holder: False, clock=clock)
+    assert clock.slept == []
+    await claim(store, "sink", ("phone@a", "b/c"), **SINK, clock=clock)
+    await claim(store, "run", ("phone", "a@b/c"), **SINK, clock=clock)
+    await lease.release()
+    await claim(store, "sink", ("phone", "a@b/c"), **SINK, watches=lambda holder: False, clock=clock)
+    assert set(store._tables) == {"claim"}, "no money record is looked at"
+
+
+@pytest.mark.parametrize("left", [None, stranger(released=True)])
+async def test_who_is_cancelled_while_it_takes_a_lease_gives_it_up(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch, left: Holder | None
+) -> None:
+    if left is not None:
+        await plant(store, left)
+    put, began = store.put, asyncio.Event()
+
+    async def slow(write: Write) -> Record:
+        began.set()
+        await asyncio.sleep(0.01)
+        return await put(write)
+
+    monkeypatch.setattr(store, "put", slow)
+    taking = asyncio.create_task(acquire(of(store), SCOPE))
+    await began.wait()
+    taking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    async with asyncio.timeout(1):
+        assert (await acquire(of(store), SCOPE)).held

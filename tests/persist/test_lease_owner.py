@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from backtest_kit.errors import Conflict
-from backtest_kit.persist import lease as lease_module
+from backtest_kit.persist import holder as holder_module
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.lease import Lease, acquire
 
@@ -28,20 +28,20 @@ async def test_a_process_of_another_user_is_alive(lease: Lease, monkeypatch: pyt
         raise PermissionError
 
     monkeypatch.setattr(os, "kill", refuse)
-    assert not lease_module._is_gone(lease.holder)
+    assert not holder_module.is_gone(lease.holder)
 
 
 async def test_without_proc_nobody_is_declared_gone(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lease_module._is_gone(msgspec.structs.replace(lease.holder, started="long ago"))
+    assert holder_module.is_gone(msgspec.structs.replace(lease.holder, started="long ago"))
 
     def missing(path: Path, *_: object) -> str:
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(Path, "read_text", missing)
-    assert lease_module._machine() == ""
-    assert lease_module._state_of(os.getpid()) == ("", "")
-    assert not lease_module._is_gone(msgspec.structs.replace(lease.holder, started="long ago"))
-    assert not lease_module._is_gone(msgspec.structs.replace(lease.holder, machine=""))
+    assert holder_module._machine() == ""
+    assert holder_module._state_of(os.getpid()) == ("", "")
+    assert not holder_module.is_gone(msgspec.structs.replace(lease.holder, started="long ago"))
+    assert not holder_module.is_gone(msgspec.structs.replace(lease.holder, machine=""))
 
 
 async def test_a_fork_does_not_own_its_parents_lease(lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,8 @@ from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.comparison import compare_stores
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, MIGRATION, MIGRATION_KEY, Contract, Kind
 from backtest_kit.persist.files import Disk
-from backtest_kit.persist.lease import Holder, acquire
+from backtest_kit.persist.holder import Holder
+from backtest_kit.persist.lease import acquire
 from backtest_kit.persist.migration import Moved, Progress, migrate_store
 from backtest_kit.persist.store import Capability, Key, Plain, Record, SeriesKey, Store, Write
 from backtest_kit.persist.testing.faults import FaultFS
@@ -210,7 +211,7 @@ async def test_batches_are_bounded_in_records_and_bytes(source: MemoryStore, mon
     for number in range(1_100):
         await big.put(Write(LOG, (str(number),), number))
     for number in range(10):
-        await big.put(Write(STORAGE, (True, str(number)), "x" * 1_500_000))
+        await big.put(Write(STORAGE, (True, str(number)), "x" * 750_000))
     target = MemoryStore()
     sizes: list[tuple[str, int]] = []
     batch = target.batch
@@ -320,6 +321,18 @@ async def test_target_with_the_beginning_is_completed(source: MemoryStore, targe
     moved = {item.contract: (item.copied, item.present) for item in (await migrate_store(source, target)).contracts}
     assert (moved["log"], moved["candle"], moved["state"]) == ((2, 1), (3_034, 10), (3, 0))
     await require_equal(source, target)
+
+
+@pytest.mark.parametrize("url", URLS[:2])
+async def test_store_at_another_path_to_it_is_the_same(url: str, tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(tmp_path)
+    source, target = make(url, tmp_path), make(url, tmp_path / "linked")
+    await source.put(Write(SIGNAL, KEY, 1))
+    with pytest.raises(UserError, match="the same store"):
+        await migrate_store(source, target)
+    assert await target.get(MIGRATION, MIGRATION_KEY) is None
+    await source.close()
+    await target.close()
 
 
 async def test_stores_that_cannot_say_what_they_have_are_refused(source: MemoryStore) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
+from tests.records.receiver import Receiver, receiving
 from tests.records.stores import MONGO, SHARED, STORES, address_on
 
 import backtest_kit as bk
 from backtest_kit.model.event import Mode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.urls import store_at
-from backtest_kit.records import RunRecords
+from backtest_kit.records import RunRecords, delivery
 
 MINUTE_MS = 60_000
 NOON_MS = 1_717_243_200_000
@@ -30,6 +31,7 @@ class Minute(msgspec.Struct, frozen=True, kw_only=True):
     run_id: str | None = None
     exchange_name: str = "binance"
     strategy_name: str = "trend"
+    frame_name: str = ""
     symbol: str = "BTCUSDT"
 
 
@@ -81,3 +83,13 @@ def backtest(kit: bk.Kit) -> Callable[..., Any]:
         return await kit.backtest.background(symbol, **where, run_id=run_id)
 
     return run
+
+
+@pytest_asyncio.fixture
+async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Receiver]:
+    """Where sinks send to, and try again soon if they must."""
+    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.002)
+    monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(delivery, "DRAIN_S", 0.5)
+    async with receiving() as receiver:
+        yield receiver

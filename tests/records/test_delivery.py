@@ -5,74 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
-from aiohttp import web
-from tests.records.conftest import NOON_MS, kit_on
+from tests.records.conftest import NOON_MS, kit_on, run_of
 from tests.records.happenings import IDENTITY, closed, observe, opened
+from tests.records.receiver import SECRET, Receiver, hook
 
 import backtest_kit as bk
 from backtest_kit.errors import UserError
 from backtest_kit.records import delivery, sinks
 from backtest_kit.records.notification import Notification
-
-SECRET = "s3cr3t"  # noqa: S105
-
-
-class Receiver:
-    """A server that answers as it is told, and keeps what it accepted."""
-
-    def __init__(self) -> None:
-        self.got: list[dict[str, Any]] = []
-        self.asked = 0
-        self.status: Callable[[dict[str, Any]], int] = lambda body: 200
-        self.port = 0
-
-    async def answer(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        self.asked += 1
-        status = self.status(body)
-        if status == 200:
-            self.got.append(body | {"path": request.path_qs, "key": request.headers.get("Idempotency-Key")})
-        return web.Response(status=status)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def ids(self) -> list[str]:
-        return [str(each["notificationId"]) for each in self.got]
-
-    async def until(self, true: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
-            while not true():
-                await asyncio.sleep(0.002)
-
-
-@pytest_asyncio.fixture
-async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Receiver]:
-    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.002)
-    monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 0.02)
-    monkeypatch.setattr(delivery, "DRAIN_S", 0.5)
-    receiver = Receiver()
-    app = web.Application()
-    app.router.add_post("/{tail:.*}", receiver.answer)
-    runner = web.AppRunner(app, access_log=None)  # it would tell the whole address
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    receiver.port = runner.addresses[0][1]
-    yield receiver
-    await runner.cleanup()
-
-
-def hook(receiver: Receiver, **options: Any) -> sinks.HttpSink:
-    return sinks.webhook(f"{receiver.url}/hook?token={SECRET}", **options)
 
 
 async def test_notifications_arrive_once_and_in_order(kit: bk.Kit, receiver: Receiver) -> None:
@@ -164,6 +109,71 @@ async def test_a_receiver_that_hangs_stops_neither_the_trading_nor_the_closing(
         await kit.close()
     assert len(receiver.got) == 1
     assert "sink hanging: not everything was delivered" in caplog.text
+
+
+class Leaving:
+    """A sink of the user's own whose end is not a good one."""
+
+    name = "leaving"
+
+    def __init__(self, leave: Callable[[], Any]) -> None:
+        self.close: Any = leave
+
+    async def deliver(self, notification: Notification) -> None:
+        return
+
+
+async def _raise() -> None:
+    raise RuntimeError(f"connection to {SECRET} already gone")
+
+
+async def _hang() -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("leave", "said"), [(_raise, "RuntimeError"), (_hang, "TimeoutError"), (lambda: None, "TypeError")]
+)
+async def test_a_sink_that_cannot_be_closed_costs_no_line_of_the_log(
+    tmp_path: Path,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    leave: Callable[[], Any],
+    said: str,
+) -> None:
+    monkeypatch.setattr(delivery, "GRACE_S", 0.01)
+    kit = kit_on("file:{place}/dump", tmp_path)
+    kit.records.notification.sink(Leaving(leave))
+    kit.records.notification.sink(hook(receiver))
+    await observe(kit, [opened("s-1")])
+    for number in range(500):
+        run_of(kit).log(NOON_MS).info(str(number))
+    async with asyncio.timeout(20):
+        await kit.close()
+    assert len(receiver.got) == 1
+    assert f"sink leaving: it could not be closed: {said}" in caplog.text
+    assert SECRET not in caplog.text
+    kit = kit_on("file:{place}/dump", tmp_path)
+    assert len(await kit.records.log.list(limit=None)) == 500
+    await kit.close()
+
+
+async def test_a_step_of_leaving_that_fails_keeps_no_other_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit = kit_on("file:{place}/dump", tmp_path)
+    run_of(kit).log(NOON_MS).info("the last word")
+
+    async def fail() -> None:
+        raise OSError("no more threads")
+
+    monkeypatch.setattr(kit.records._deliveries, "close", fail)
+    with pytest.raises(OSError, match="no more threads"):
+        await kit.close()
+    kit = kit_on("file:{place}/dump", tmp_path)
+    assert [line.message for line in await kit.records.log.list()] == ["the last word"]
+    await kit.close()
 
 
 async def test_a_sink_that_never_answers_is_cancelled_and_tried_again(

@@ -118,6 +118,43 @@ async def test_no_read_as_of_a_moment_shows_a_later_one(tmp_path: Path) -> None:
     await asyncio.to_thread(check)
 
 
+async def test_what_is_not_kept_is_an_error_and_no_default(address: str, tmp_path: Path) -> None:
+    kit = kit_on(address, tmp_path)
+    notes = run_of(kit).memory
+    await run_of(kit).state("plan", at(1), None, "s-1", False).set("first")
+    await run_of(kit).state("plan", at(2), None, "s-1", False).set("second")
+    await run_of(kit).session(at(2)).set("session")
+    for minute in (1, 2):
+        await notes("notes", at(minute), "s-1", None, False).write("thesis", f"minute {minute}")
+    kit.persistence.keep_history("state", "session", "memory")
+    await run_of(kit).state("plan", at(3), None, "s-1", False).set("third")
+    await notes("notes", at(3), "s-1", None, False).write("thesis", "minute 3")
+    state = partial(kit.records.state, "plan", signal_id="s-1")
+    assert await state(when=at(2)).get("DEFAULT") == "second"
+    memory = kit.records.memory("notes", signal_id="s-1", when=at(1))
+    for read in (state(when=at(1)).get, partial(memory.read, "thesis"), memory.list, partial(memory.search, "minute")):
+        with pytest.raises(NotKept, match="goes back to revision 2 of 2024-06-01T12:02Z"):
+            await read()
+    names: Any = {"symbol": "BTCUSDT", "strategy_name": "trend", "exchange_name": "binance"}
+    assert await kit.records.session(**names, when=at(1)).get("DEFAULT") == "DEFAULT", "it was not there yet"
+    assert await run_of(kit).state("plan", at(1), None, "s-1", False).get("DEFAULT") == "DEFAULT", "a run goes on"
+    assert await notes("notes", at(1), "s-1", None, False).list() == []
+    await kit.close()
+
+
+async def test_a_removal_is_of_the_moment_that_it_is_given(keeping: bk.Kit) -> None:
+    memory = keeping.persistence.memory
+    await memory.write("first", when=at(1), **NOTE)
+    await memory.write("second", when=at(3), **NOTE)
+    assert await memory.remove(when=at(5), **NOTE)
+    found = [await memory.read(as_of=at(minute), **NOTE) for minute in range(7)]
+    assert found == [None, "first", "first", "second", "second", None, None]
+    await memory.write("third", when=at(6), **NOTE)
+    assert await memory.remove(**NOTE)
+    found = [await memory.read(as_of=at(minute), **NOTE) for minute in range(3, 8)]
+    assert found == ["second", "second", None, None, None], "without a time, that of the last write"
+
+
 async def test_of_concurrent_updates_no_revision_is_lost(shared_address: str, tmp_path: Path) -> None:
     kits = [kit_on(shared_address, tmp_path) for _ in range(2)]
     for kit in kits:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from typing import Literal
 
+import msgspec
 import pytest
-from tests.records.conftest import NOON_MS
-from tests.records.happenings import IDENTITY
+from tests.records.conftest import NOON_MS, kit_on, run_of
+from tests.records.happenings import IDENTITY, closed, opened
 
 import backtest_kit as bk
+from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract
+from backtest_kit.persist.retention import DAY_MS, compact, retention_of
+from backtest_kit.persist.writing import now_ms
 from backtest_kit.records import housekeeping
 from backtest_kit.records.log import line_of
 
@@ -88,6 +93,25 @@ async def test_settings_that_cannot_be_read_end_nothing(
         await store.intact.wait()
     assert "not today" in caplog.text
     await upkeep.close()
+    await kit.close()
+
+
+@pytest.mark.parametrize("mode", ["live", "paper"])
+async def test_what_a_signal_left_goes_when_it_is_over_and_old(tmp_path: Path, mode: Literal["live", "paper"]) -> None:
+    kit = kit_on("file:{place}/dump", tmp_path)
+    run, identity = run_of(kit, mode), msgspec.structs.replace(IDENTITY, mode=mode)
+    for number in range(3):
+        await run.observe([opened(f"s-{number}", identity=identity)])
+        await run.state("plan", NOON_MS, f"s-{number}", None, False).set(95)
+        await run.memory("notes", NOON_MS, f"s-{number}", None, False).write("why", "because")
+    await run.state("plan", NOON_MS, None, None, False).set(1)
+    await run.observe([closed("s-0", identity=identity), closed("s-1", identity=identity)])
+    (store,) = {id(store): store for store in kit.persistence.stores() if isinstance(store, FileStore)}.values()
+    kept = retention_of(bk.Settings(CC_RETENTION_STATE_DAYS=30, CC_RETENTION_MEMORY_DAYS=30))
+    gone = await compact(store, kept, at_ms=now_ms() + 31 * DAY_MS)
+    assert sorted((each.contract, each.records) for each in gone) == [("memory", 2), ("state", 2)]
+    left = [await run.state("plan", NOON_MS, f"s-{number}", None, False).get() for number in range(3)]
+    assert left == [1, 1, 95]  # where the signal's is gone it is the strategy's
     await kit.close()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.records.conftest import MINUTE_MS, NOON_MS, Minute, kit_on
+from tests.records.conftest import MINUTE_MS, NOON_MS, Minute, kit_on, run_of
 
 import backtest_kit as bk
 from backtest_kit.errors import Conflict
@@ -116,6 +116,42 @@ async def test_a_caller_that_is_cancelled_while_it_takes_the_window_frees_it(kit
     assert len(work.done) == 12
 
 
+@pytest.mark.parametrize("cancels", [2, 3])
+async def test_a_caller_that_is_cancelled_again_while_it_frees_the_window_frees_it(kit: bk.Kit, cancels: int) -> None:
+    work = Work()
+    once = work.once_by(kit)
+    for steps in range(12):
+        caller = asyncio.create_task(once(minute(steps * 60)))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        for _ in range(cancels):
+            caller.cancel()
+            await asyncio.sleep(0)
+        result: object = (await asyncio.gather(caller, return_exceptions=True))[0]
+        assert await once(minute(steps * 60)) == (None if result == "done" else "done"), steps
+    assert len(work.done) == 12
+
+
+async def test_a_function_that_is_cancelled_twice_leaves_the_window_free(kit: bk.Kit) -> None:
+    begun, never = asyncio.Event(), asyncio.Event()
+
+    @kit.records.interval.once("1h", name="slow", version="1")
+    async def slow(ctx: Any, hang: bool) -> str:
+        begun.set()
+        if hang:
+            await never.wait()
+        return "done"
+
+    caller = asyncio.create_task(slow(minute(0), True))
+    await begun.wait()
+    caller.cancel()
+    await asyncio.sleep(0)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert await slow(minute(0), False) == "done"
+
+
 async def test_windows_of_runs_modes_strategies_and_symbols_are_apart(kit: bk.Kit) -> None:
     work = Work()
     once = work.once_by(kit)
@@ -142,7 +178,8 @@ async def test_a_backtest_of_later_days_blocks_no_live_run(kit: bk.Kit, backtest
     assert await once(Minute(when_ms=NOON_MS, exchange_name="demo")) == "done"
     await backtest(get_signal, run_id="mine")
     await backtest(get_signal, run_id="mine")
-    assert len(work.done) == 48 + 1 + 24, "the windows of a run that goes on are used up"
+    assert len(work.done) == 48 + 1 + 48, "a run that is repeated does not see what it did in its later hours"
+    assert work.done[-24:] == work.done[-48:-24]
 
 
 async def test_an_earlier_window_than_the_last_is_used_up(kit: bk.Kit) -> None:
@@ -153,6 +190,34 @@ async def test_an_earlier_window_than_the_last_is_used_up(kit: bk.Kit) -> None:
     assert await once(minute(120)) == "done"
     records = kit.persistence.interval.list(bucket=once.bucket)
     assert [value async for _, value in records] == [{"windowMs": NOON_MS + 120 * MINUTE_MS}], "one record for all"
+
+
+async def test_a_backtest_that_is_repeated_repeats_its_windows(kit: bk.Kit) -> None:
+    work = Work()
+    once = work.once_by(kit)
+    for _ in range(2):
+        run = run_of(kit, "backtest", "mine")
+        for number in (0, 30, 60, 90, 120):
+            await once(minute(number, mode="backtest", run_id="mine"))
+        assert await once(minute(30, mode="backtest", run_id="mine")) is None, "a context that was kept"
+        assert [done - NOON_MS for done in work.done] == [0, 60 * MINUTE_MS, 120 * MINUTE_MS]
+        work.done.clear()
+        del run
+
+
+async def test_a_failure_in_a_repeated_backtest_leaves_the_window_free(kit: bk.Kit) -> None:
+    work = Work()
+    once = work.once_by(kit)
+    for failures in (0, 2):
+        run = run_of(kit, "backtest", "mine")
+        for number in (0, 60, 120):
+            work.failures = failures
+            for _ in range(failures):
+                with pytest.raises(ConnectionError):
+                    await once(minute(number, mode="backtest", run_id="mine"))
+            assert await once(minute(number + 1, mode="backtest", run_id="mine")) == "done"
+            assert await once(minute(number + 2, mode="backtest", run_id="mine")) is None
+        del run
 
 
 async def test_a_corrected_function_does_not_run_again(kit: bk.Kit) -> None:
@@ -250,6 +315,18 @@ async def test_a_context_is_asked_for(kit: bk.Kit) -> None:
         await bare("x", ctx=minute(5), when=NOON_MS + 60 * MINUTE_MS)
     with pytest.raises(bk.UserError, match="interval is 'hourly'"):
         kit.records.interval.once("hourly")
+
+
+async def test_a_context_is_found_under_any_name(kit: bk.Kit) -> None:
+    done: list[str] = []
+
+    @kit.records.interval.once("1h", name="named", version="1")
+    async def named(*, moment: Any) -> None:
+        done.append(moment.symbol)
+
+    for symbol in ("BTCUSDT", "ETHUSDT", "BTCUSDT"):
+        await named(moment=minute(5, symbol=symbol))
+    assert done == ["BTCUSDT", "ETHUSDT"]
 
 
 async def test_what_cannot_be_freed_is_said_beside_the_error(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.util
+import itertools
 import logging
 import subprocess
 import sys
@@ -79,6 +81,72 @@ async def test_what_tells_calls_apart(kit: bk.Kit) -> None:
     assert by_key.asked == ["one", "two"]
     long = "x" * 100_000
     assert (await ask(Minute(), long))["answer"] == (await ask(Minute(), long))["answer"]
+
+
+PASSED: dict[str, Callable[[Any, Any, str], Any]] = {
+    "first": lambda asks, ctx, text: asks["context"](ctx, text),
+    "by its name": lambda asks, ctx, text: asks["context"](context=ctx, text=text),
+    "last": lambda asks, ctx, text: asks["at_the_end"](text, ctx),
+    "last by its name": lambda asks, ctx, text: asks["at_the_end"](text, context=ctx),
+    "only by its name": lambda asks, ctx, text: asks["by_name_only"](text, context=ctx),
+    "among any number": lambda asks, ctx, text: asks["any_number"](text, ctx),
+    "under any name": lambda asks, ctx, text: asks["any_name"](text=text, whatever=ctx),
+    "beside the arguments": lambda asks, ctx, text: asks["none"](text, ctx=ctx),
+    "as ctx among any names": lambda asks, ctx, text: asks["any_name"](text=text, ctx=ctx),
+    "twice": lambda asks, ctx, text: asks["context"](ctx, text, ctx=ctx),
+}
+
+
+def asks_of(kit: bk.Kit, interval: str | None = None) -> dict[str, Cached[Any]]:
+    async def context(context: Any, text: str) -> Any: ...
+    async def at_the_end(text: str, context: Any = None) -> Any: ...
+    async def by_name_only(text: str, *, context: Any) -> Any: ...
+    async def any_number(*given: Any) -> Any: ...
+    async def any_name(**given: Any) -> Any: ...
+    async def none(text: str) -> Any: ...
+
+    functions = (context, at_the_end, by_name_only, any_number, any_name, none)
+    return {
+        each.__name__: kit.records.measure.cached(interval, name=each.__name__, version="1")(counted(each))
+        for each in functions
+    }
+
+
+def counted(function: Any) -> Any:
+    """`function`, which returns how often it was called."""
+    calls = itertools.count(1)
+
+    @functools.wraps(function)
+    async def count(*args: Any, **kwargs: Any) -> int:
+        await function(*args, **kwargs)
+        return next(calls)
+
+    return count
+
+
+@pytest.mark.parametrize("passed", PASSED)
+@pytest.mark.parametrize("interval", [None, "1h"])
+async def test_a_context_is_found_however_it_is_passed(tmp_path: Path, passed: str, interval: str | None) -> None:
+    kit = kit_on("memory:", tmp_path)
+    asks, ask = asks_of(kit, interval), PASSED[passed]
+    later = Minute(when_ms=NOON_MS + MINUTE_MS)
+    assert await ask(asks, later, "up?") == 1
+    assert await ask(asks, later, "up?") == 1
+    assert await ask(asks, Minute(symbol="ETHUSDT"), "up?") == 2, "another symbol"
+    assert await ask(asks, Minute(symbol="ETHUSDT"), "down?") == 3, "another question"
+    assert await ask(asks, Minute(), "up?") == 4, "what is kept is of a later minute"
+    assert await ask(asks, Minute(exchange_name="kraken"), "up?") == 5, "another exchange"
+    await kit.close()
+
+
+async def test_a_call_has_one_context(tmp_path: Path) -> None:
+    kit = kit_on("memory:", tmp_path)
+    asks = asks_of(kit)
+    with pytest.raises(bk.UserError, match=r"2 contexts \(BTCUSDT at .*, ETHUSDT at "):
+        await asks["any_number"](Minute(), Minute(symbol="ETHUSDT"))
+    with pytest.raises(bk.UserError, match="2 contexts"):
+        await asks["context"](Minute(), "up?", ctx=Minute(symbol="ETHUSDT"))
+    await kit.close()
 
 
 async def test_a_time_can_be_given_by_hand(kit: bk.Kit) -> None:

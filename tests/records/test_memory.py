@@ -84,11 +84,47 @@ async def test_what_was_reasoned_before_the_signal_is_found_after_it(kit: bk.Kit
     assert await names(memory_at(kit, later, "s-2")) == ["size", "thesis"]
     assert await names(run_of(kit).memory("analysis", later, None, "s-1", False)) == ["exit", "thesis"]
     assert await held.remove("thesis")
-    assert await held.read("thesis") == "funding is negative, shorts are crowded"
-    assert [entry.removed for entry in await held.list(removed=True)] == [True, False, False, False]
+    assert await held.read("thesis") is None, "nor is the strategy's uncovered"
+    assert [entry.removed for entry in await held.list(removed=True)] == [True, False, False]
     shared = memory_at(kit, later, "s-1", shared=True)
     await shared.write("lesson", "wait for the close")
     assert await memory_at(kit, later).read("lesson") == "wait for the close"
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["noted in it", "noted before it"])
+async def test_what_a_position_removes_is_gone_for_it_and_no_other(kit: bk.Kit, noted: bool) -> None:
+    flat, held = memory_at(kit, NOON_MS), memory_at(kit, NOON_MS + MINUTE_MS, "s-1")
+    await flat.write("thesis", "shorts are crowded")
+    await flat.write("size", "half")
+    if noted:
+        await held.write("thesis", "squeeze has begun")
+    for expected in (True, False):
+        assert await held.remove("thesis") is expected
+        assert (await held.read("thesis"), await names(held)) == (None, ["size"])
+        assert (await held.search("thesis shorts squeeze"), len(await held.as_messages())) == ([], 1)
+    (mark,) = [entry for entry in await held.list(removed=True) if entry.removed]
+    assert (mark.owner, mark.value) == ("s-1", "squeeze has begun" if noted else "shorts are crowded")
+    later = NOON_MS + 2 * MINUTE_MS
+    for other in (memory_at(kit, later), memory_at(kit, later, "s-2"), memory_at(kit, later, "s-1", shared=True)):
+        assert await other.read("thesis") == "shorts are crowded"
+        assert await names(other) == ["size", "thesis"]
+    assert await memory_at(kit, NOON_MS, "s-1").read("thesis") == "shorts are crowded", "the mark is of a later minute"
+    await memory_at(kit, later, "s-1").write("thesis", "it was right")
+    assert await memory_at(kit, later, "s-1").read("thesis") == "it was right"
+    assert await memory_at(kit, later, shared=True).remove("thesis")
+    assert await names(memory_at(kit, later, "s-1")) == ["thesis", "size"], "its own"
+
+
+async def test_what_a_position_removes_is_there_before_that_where_history_is_kept(kit: bk.Kit) -> None:
+    kit.persistence.keep_history("memory")
+    minutes = [NOON_MS + number * MINUTE_MS for number in range(4)]
+    await memory_at(kit, minutes[0]).write("thesis", "first")
+    await memory_at(kit, minutes[1], "s-1").write("thesis", "second")
+    await memory_at(kit, minutes[2], "s-1").remove("thesis")
+    await memory_at(kit, minutes[3], "s-1").write("thesis", "third")
+    seen = [memory_at(kit, when_ms, "s-1") for when_ms in minutes]
+    assert [await memory.read("thesis") for memory in seen] == ["first", "second", None, "third"]
+    assert [[entry.value for entry in await memory.list()] for memory in seen] == [["first"], ["second"], [], ["third"]]
 
 
 async def test_search_ranks_by_what_is_there(kit: bk.Kit) -> None:

@@ -77,6 +77,32 @@ async def test_a_run_over_the_same_days_again_does_not_see_its_own_future(kit: b
     ).get(), 96)  # fmt: skip
 
 
+@without_server
+async def test_a_context_that_was_kept_takes_no_minute_back(kit: bk.Kit, backtest: Backtest) -> None:
+    kept: list[bk.Context] = []
+    reported: list[str] = []
+
+    @kit.records.interval.once("1h", name="hourly")
+    async def hourly(ctx: bk.Context) -> None:
+        reported.append(ctx.when.isoformat())
+
+    async def get_signal(ctx: bk.Context) -> None:
+        kept.append(ctx)
+        await count(ctx)
+        await hourly(ctx)
+        await hourly(kept[0])
+        if ctx is not kept[0]:
+            with pytest.raises(bk.LookAhead, match=f"later than {kept[0].when:%Y-%m-%dT%H:%MZ}"):
+                await kept[0].state("asked").update(lambda asked: asked + 1, 0)
+
+    for _ in range(2):
+        kept.clear()
+        reported.clear()
+        await backtest(get_signal, run_id="mine")
+        assert await asked(kit, "mine").get() == 96
+        assert len(reported) == 24
+
+
 async def test_runs_at_the_same_time_see_nothing_of_each_other(kit: bk.Kit, backtest: Backtest) -> None:
     results = await asyncio.gather(*(backtest(count, symbol=f"S{n}USDT") for n in range(3)), backtest(count))
     found = [await asked(kit, each.run_id, each.symbol).get() for each in results]

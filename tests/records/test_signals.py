@@ -15,9 +15,11 @@ from tests.records.conftest import MINUTE_MS, NOON_MS, kit_on
 from tests.records.happenings import IDENTITY, closed, observe, opened
 
 import backtest_kit as bk
+from backtest_kit.model.event import Mode
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Record, Write
+from backtest_kit.records.notification import notification_of
 
 RECENT: dict[str, Any] = {"symbol": "BTCUSDT", "strategy_name": "trend", "exchange_name": "binance"}
 
@@ -217,6 +219,21 @@ def test_no_read_shows_what_came_later(steps: list[tuple[str, int, bool]]) -> No
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("mode", ["live", "paper", "backtest"])
+def test_a_notification_says_what_it_was_traded_with(mode: Mode) -> None:
+    told = notification_of(opened("s-1", 1, bk.Identity("BTCUSDT", "trend", "binance", "", mode)))
+    assert told is not None
+    assert told.text == f"2024-06-01T12:01Z {mode} BTCUSDT trend: opened long at 100, take 110, stop 90"
+
+
+def test_runs_whose_names_read_alike_have_news_of_their_own() -> None:
+    runs = [bk.Identity("BTC", "a-b", "c", "", "live"), bk.Identity("BTC", "a", "b-c", "", "live")]
+    errors = [bk.StrategyFailed(identity=run, when_ms=NOON_MS, what="manage", error=ValueError("no")) for run in runs]
+    told = [notification_of(each) for each in errors]
+    assert None not in told
+    assert len({each.notification_id for each in told if each}) == 2
+
+
 async def test_who_was_overtaken_does_not_undo_what_came_after_him(kit: bk.Kit) -> None:
     await observe(kit, [opened("s-1", 1)])
     await observe(kit, [closed("s-1", 5)])
@@ -229,3 +246,20 @@ async def test_who_was_overtaken_does_not_undo_what_came_after_him(kit: bk.Kit) 
     (signal,) = await kit.records.storage.list()
     assert signal.status == "closed"
     assert await store.get(CONTRACTS["recent"], key) == before
+
+
+async def test_a_signal_that_is_over_stays_over_whatever_the_clock_was_set_to(kit: bk.Kit) -> None:
+    await observe(kit, [opened("s-1", 60)])
+    await observe(kit, [closed("s-1", 30)])
+    for again in ([], [opened("s-1", 60)], [opened("s-1", 61)]):
+        if again:
+            await observe(kit, again)
+        (signal,) = await kit.records.storage.list()
+        assert (signal.status, signal.pnl_pct) == ("closed", 9.5)
+        recent = await kit.records.recent.get(**RECENT)
+        assert recent is not None
+        assert recent.status == "closed"
+    await observe(kit, [opened("s-2", 40)])
+    later = await kit.records.storage.get("s-2")
+    assert later is not None
+    assert later.status == "opened"

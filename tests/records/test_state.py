@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 from tests.records.conftest import MINUTE_MS, NOON_MS, kit_on, run_of
 
 import backtest_kit as bk
+from backtest_kit.model.event import Mode
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.store import ANY, Capability, Key, Record, Write
+from backtest_kit.records import RunRecords
 from backtest_kit.records.state import Slot
 
 OF_BTC: Any = {"strategy_name": "trend", "exchange_name": "binance", "symbol": "BTCUSDT"}
@@ -174,18 +177,121 @@ async def test_a_position_begins_with_what_the_strategy_noted(kit: bk.Kit) -> No
     assert await kit.records.state("plan", signal_id="s-1").get() == ["reason", "added"]
 
 
-async def test_a_value_of_the_future_is_not_there_and_is_replaced(kit: bk.Kit) -> None:
+async def test_a_value_of_the_future_is_not_there(kit: bk.Kit) -> None:
     run = run_of(kit)
-    now, later = (
-        run.state("plan", NOON_MS, None, None, False),
-        run.state("plan", NOON_MS + MINUTE_MS, None, None, False),
-    )
-    await later.set("later")
-    assert await now.get("nothing") == "nothing"
+    await run.state("plan", NOON_MS + MINUTE_MS, None, None, False).set("later")
+    assert await run.state("plan", NOON_MS, None, None, False).get("nothing") == "nothing"
     assert await kit.records.state("plan", **OF_BTC).get() == "later"
     assert await kit.records.state("plan", **OF_BTC, when="2024-06-01T12:00").get() is None
-    assert await now.update(lambda value: value, "first") == "first"
-    assert await later.get() == "first"
+
+
+WriteAt = Callable[[RunRecords, int], Awaitable[object]]
+"""A write of a run by a context of some minute."""
+
+WRITES: dict[str, WriteAt] = {
+    "state.set": lambda run, when: run.state("plan", when, None, None, False).set("old"),
+    "state.update": lambda run, when: run.state("plan", when, None, None, False).update(lambda found: found, "old"),
+    "state of a signal": lambda run, when: run.state("plan", when, "s-1", None, False).set("old"),
+    "session.set": lambda run, when: run.session(when).set("old"),
+    "session.update": lambda run, when: run.session(when).update(lambda found: found, "old"),
+    "memory.write": lambda run, when: run.memory("notes", when, None, None, False).write("a", "old"),
+    "memory.remove": lambda run, when: run.memory("notes", when, None, None, False).remove("a"),
+    "memory over a removed note": lambda run, when: run.memory("notes", when, None, None, False).write("gone", "old"),
+}
+
+
+async def write_at(run: RunRecords, when_ms: int, value: object) -> None:
+    for held_id in (None, "s-1"):
+        await run.state("plan", when_ms, held_id, None, False).set(value)
+    await run.session(when_ms).set(value)
+    notes = run.memory("notes", when_ms, None, None, False)
+    await notes.write("a", value)
+    await notes.write("gone", value)
+    await notes.remove("gone")
+
+
+async def seen_at(run: RunRecords, when_ms: int) -> list[object]:
+    notes = run.memory("notes", when_ms, None, None, False)
+    return [
+        *[await run.state("plan", when_ms, held_id, None, False).get() for held_id in (None, "s-1")],
+        await run.session(when_ms).get(),
+        [(entry.memory_id, entry.value, entry.removed) for entry in await notes.list(removed=True)],
+    ]
+
+
+@pytest.mark.parametrize("history", [False, True], ids=["last", "history"])
+@pytest.mark.parametrize("mode", ["live", "paper", "backtest"])
+async def test_a_context_that_was_kept_replaces_nothing_newer(kit: bk.Kit, mode: Mode, history: bool) -> None:
+    if history:
+        kit.persistence.keep_history("state", "session", "memory")
+    run = run_of(kit, mode, "mine" if mode == "backtest" else None)
+    await write_at(run, NOON_MS, "first")
+    await write_at(run, NOON_MS + MINUTE_MS, "newer")
+    before = await seen_at(run, NOON_MS + MINUTE_MS)
+    for name, write in WRITES.items():
+        with pytest.raises(bk.LookAhead, match="is of 2024-06-01T12:01Z, later than 2024-06-01T12:00Z"):
+            await write(run, NOON_MS)
+        assert await seen_at(run, NOON_MS + MINUTE_MS) == before, name
+    for write in WRITES.values():
+        await write(run, NOON_MS + 2 * MINUTE_MS)
+
+
+async def test_from_outside_nothing_newer_is_replaced_either(kit: bk.Kit) -> None:
+    of_run: Any = {"mode": "backtest", "run_id": "mine"}
+    await write_at(run_of(kit, **of_run), NOON_MS + MINUTE_MS, "newer")
+    with pytest.raises(bk.LookAhead, match="without when="):
+        await kit.records.state("plan", **OF_BTC, **of_run, when=NOON_MS).update(lambda found: found, "default")
+    state = kit.records.state("plan", **OF_BTC, **of_run)
+    assert await state.get() == "newer"
+    await state.set("by hand")
+    assert await state.get() == "by hand"
+
+
+@pytest.mark.parametrize("history", [False, True], ids=["last", "history"])
+@pytest.mark.parametrize("name", WRITES)
+async def test_a_run_that_is_repeated_replaces_what_the_earlier_one_left(
+    tmp_path: Path, name: str, history: bool
+) -> None:
+    kit = kit_on("memory:", tmp_path)
+    if history:
+        kit.persistence.keep_history("state", "session", "memory")
+    kept = run_of(kit, "backtest", "mine")
+    await write_at(kept, NOON_MS + 2 * MINUTE_MS, "left")
+    again = run_of(kit, "backtest", "mine")
+    for minute in (0, 1, 3):
+        await WRITES[name](again, NOON_MS + minute * MINUTE_MS)
+    if name != "memory.remove":  # there was nothing to be removed, so nothing was replaced
+        with pytest.raises(bk.LookAhead, match="is of 2024-06-01T12:03Z, later than 2024-06-01T12:01Z"):
+            await WRITES[name](again, NOON_MS + MINUTE_MS)
+    await kit.close()
+
+
+async def test_of_a_write_that_is_under_way_an_older_context_knows(tmp_path: Path) -> None:
+    kit = kit_on("file:{place}/dump", tmp_path)
+    run = run_of(kit, "backtest", "mine")
+    newer = asyncio.create_task(run.session(NOON_MS + MINUTE_MS).set("newer"))
+    await asyncio.sleep(0)
+    with pytest.raises(bk.LookAhead):
+        await run.session(NOON_MS).set("old")
+    await newer
+    assert await run.session(NOON_MS + MINUTE_MS).get() == "newer"
+    await kit.close()
+
+
+async def test_a_write_that_came_in_between_is_not_replaced(shared_address: str, tmp_path: Path) -> None:
+    """Live, another process writes for a later minute while this one makes up its mind."""
+    kits = [kit_on(shared_address, tmp_path) for _ in range(2)]
+    runs = [run_of(kit) for kit in kits]
+
+    async def slowly(found: object) -> str:
+        await runs[1].session(NOON_MS + MINUTE_MS).set("newer")
+        return "old"
+
+    with pytest.raises(bk.LookAhead):
+        await runs[0].session(NOON_MS).update(slowly)
+    assert await runs[0].session(NOON_MS + MINUTE_MS).get() == "newer"
+    for kit in kits:
+        await kit.close()
 
 
 async def test_a_store_without_compare_and_set_serves_one_program(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from backtest_kit.cli.records import since_ms, space_of
+from backtest_kit.cli.records import require_run, since_ms, space_of
 from backtest_kit.cli.store import require_existing
 from backtest_kit.errors import Damaged
 from backtest_kit.model.interval import iso, to_datetime
+from backtest_kit.persist.binding import runs_in
 from backtest_kit.persist.store import Record, Store
 from backtest_kit.persist.urls import store_at
 from backtest_kit.records.log import LOG, LogLine, at_least, line_of
@@ -55,6 +56,8 @@ def run_log(
         store = store_at(address, existing=True)
         try:
             space = space_of(store, mode, run_id)
+            if run_id is not None and not follow:  # whoever follows may wait for one that begins
+                require_run(run_id, await runs_in(store), address)
             await _show(space, wanted, limit, show, follow=follow)
         finally:
             await store.close()
@@ -71,7 +74,8 @@ async def _show(
 ) -> None:
     seen: list[str] = []
     last: list[LogLine] = []
-    async for record in _newest_first(store):
+    told: set[str] = set()
+    async for record in _newest_first(store, told):
         if len(seen) < _KNOWN:
             seen.append(str(record.key[0]))
         line = line_of(record)
@@ -84,34 +88,46 @@ async def _show(
     known = deque(reversed(seen), maxlen=_KNOWN)
     while follow:
         await asyncio.sleep(_POLL_S)
-        for record in await _news(store, known):
-            known.append(str(record.key[0]))
+        for record in await news_of(store, known, told):
             line = line_of(record)
             if wanted(line):
                 show(line)
 
 
-async def _news(store: Store, known: deque[str]) -> list[Record]:
-    """What was written since, the oldest first.
+async def news_of(store: Store, known: deque[str], told: set[str]) -> list[Record]:
+    """What was written since any of `known`, the oldest first; known from then on.
 
-    The feed itself is asked and not its file, so that it may be rotated, merged or shortened meanwhile.
+    The feed itself is asked and not its file, so that it may be rotated, merged or shortened meanwhile. Lines are in
+    order of writing, and their ids begin with the time at which they were said, which another process may write late.
+    `told` is what was said of damage.
     """
+    oldest, late = min(known, default=""), 0
     news: list[Record] = []
-    async for record in _newest_first(store):
+    async for record in _newest_first(store, told):
         key = str(record.key[0])
-        # Should all that is known be forgotten by now: an id begins with its time.
-        if known and (key in known or key < known[0]):
+        if key in known:
             break
         news.append(record)
-    return list(reversed(news))
+        late += key <= oldest
+        if late == _KNOWN:
+            break
+    else:
+        late = _KNOWN
+    known.extend(str(record.key[0]) for record in reversed(news))
+    if late == _KNOWN:
+        # All that was known is forgotten by now, and what is older than that was written before.
+        news = [record for record in news if str(record.key[0]) > oldest]
+    return news[::-1]
 
 
-async def _newest_first(store: Store) -> AsyncIterator[Record]:
+async def _newest_first(store: Store, told: set[str]) -> AsyncIterator[Record]:
     try:
         async for record in store.scan(LOG, newest_first=True):
             yield record
     except Damaged as error:
-        sys.stderr.write(f"damaged: {error}\n")
+        if str(error) not in told:
+            told.add(str(error))
+            sys.stderr.write(f"damaged: {error}\n")
 
 
 def _write_json(line: LogLine) -> None:

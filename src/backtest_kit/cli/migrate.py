@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
 
 from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
@@ -26,8 +25,6 @@ _SECONDS_PER_LINE: Final = 5.0
 def run_migrate(source_url: str, target_url: str, *, verify: bool, resume: bool) -> int:
     """Move, and print what was moved; the exit code is 1 if the stores were compared and differ."""
     require_existing(source_url)
-    if _place(source_url) == _place(target_url):
-        raise UserError("source and target are the same store: name two")
     moved, compared = asyncio.run(_migrate(source_url, target_url, verify=verify, resume=resume))
     _show_moved(moved)
     if compared is None:
@@ -108,9 +105,3 @@ def _show_compared(compared: list[Comparison]) -> None:
         namespace = "/".join(item.namespace) or "(live)"
         add(rows, namespace, item.contract, shown(item.source), shown(item.target), item.difference or "none")
     console().print(rows)
-
-
-def _place(url: str) -> str:
-    """An address that is the same for the same place."""
-    scheme, _, path = url.partition(":")
-    return f"{scheme}:{Path(path).resolve()}" if scheme in ("file", "sqlite") else url

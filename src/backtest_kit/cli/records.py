@@ -14,6 +14,7 @@ from backtest_kit.cli.store import add, console, require_existing, table, with_s
 from backtest_kit.errors import UserError
 from backtest_kit.model.interval import iso, to_ms
 from backtest_kit.persist import operations
+from backtest_kit.persist.binding import runs_in
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Kind, contract
 from backtest_kit.persist.store import Record, Store
 from backtest_kit.records.log import LogLine
@@ -63,13 +64,10 @@ def run_ls(
     """List the records of a contract, newest first; without one, how many of each contract there are.
 
     Raises:
-        UserError: the contract is none that is shown here, or its records do not tell what they are to be found by.
+        UserError: the contract is none that is shown here, or its records do not tell what they are to be found by;
+            or there is no such run.
     """
-    contracts = _SHOWN if contract_name is None else (record_contract(contract_name),)
-    left_out = [row for row in contracts if only.lacks(row)]
-    if contract_name is not None and left_out:
-        raise UserError(_cannot_be_found_by(only, contracts[0]))
-    contracts = tuple(row for row in contracts if row not in left_out)
+    contracts, left_out = _chosen(contract_name, only)
     is_overview = contract_name is None and not as_json
 
     async def read(store: Store) -> list[tuple[Contract, list[Record], int]]:
@@ -77,6 +75,8 @@ def run_ls(
         return [(row, *await _read(space, row, only, 1 if is_overview else limit)) for row in contracts]
 
     listed = [with_store(address, read) for address in _addresses(url)]
+    if not any(count for places in listed for *_, count in places):
+        _require_run_at(url, run_id)
     # Of each contract, from the first place that has any of it.
     found = [next((each for each in places if each[2]), places[0]) for places in zip(*listed, strict=True)]
     if as_json:
@@ -124,6 +124,15 @@ def run_show(url: str, contract_name: str, key_text: str, mode: str, run_id: str
     console().print(rows)
 
 
+def _chosen(contract_name: str | None, only: Filter) -> tuple[list[Contract], list[Contract]]:
+    """The contracts that are asked for, and those of them whose records do not tell what they are to be found by."""
+    asked = _SHOWN if contract_name is None else (record_contract(contract_name),)
+    left_out = [row for row in asked if only.lacks(row)]
+    if contract_name is not None and left_out:
+        raise UserError(_cannot_be_found_by(only, asked[0]))
+    return [row for row in asked if row not in left_out], left_out
+
+
 def _cannot_be_found_by(only: Filter, row: Contract) -> str:
     return (
         f"{row.name} cannot be listed by {' and '.join(only.lacks(row))}: its records are known by "
@@ -161,6 +170,20 @@ def space_of(store: Store, mode: str, run_id: str | None) -> Store:
     if mode not in ("live", "paper"):
         raise UserError(f"mode is {mode!r}: use live or paper, or name a run of a backtest with --run")
     return store.within("paper") if mode == "paper" else store
+
+
+def require_run(run_id: str, runs: set[str], where: str) -> None:
+    """Raise `UserError` if a run is none of those that have kept something there."""
+    if run_id not in runs:
+        # An id begins with the time of its start, where nobody has named the run.
+        last = f"the last runs there are {', '.join(sorted(runs)[-3:])}" if runs else "nor has any other"
+        raise UserError(f"no run {run_id!r} has kept anything in {where}: {last}")
+
+
+def _require_run_at(url: str, run_id: str | None) -> None:
+    if run_id is not None:
+        places = {address: with_store(address, runs_in) for address in _addresses(url)}
+        require_run(run_id, set().union(*places.values()), " and ".join(places))
 
 
 def record_contract(name: str) -> Contract:

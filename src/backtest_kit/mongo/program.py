@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from backtest_kit.errors import UserError
 from backtest_kit.kit import Kit
-from backtest_kit.persist.backends.mongo_settings import MongoSettings, from_environment, with_changes
+from backtest_kit.persist.backends.mongo_settings import LOGGER, MongoSettings, from_environment, with_changes
 from backtest_kit.persist.binding import EVERY, MODES, Mode
 from backtest_kit.persist.urls import import_backend
 
@@ -23,9 +23,6 @@ PROFILE: Final = "profile"
 """Stands for the usual division: live and paper in MongoDB, a backtest in files and memory but for its
 candles and caches, logs in files. It is the default profile of `Persistence` with MongoDB as bound store."""
 
-LOGGER: Final = "backtest_kit.mongo"
-"""The logger in which the store says what it could not do otherwise, such as that Redis went away."""
-
 
 class MongoSetup:
     """The MongoDB and Redis of one kit."""
@@ -34,7 +31,7 @@ class MongoSetup:
         self._kit = kit
         self._changes: dict[str, object] = {}
         self._store: MongoStore | None = None
-        self._handler: logging.Handler | None = None
+        self._log = logging.LoggerAdapter(logging.getLogger(LOGGER))
 
     def setup(self, *, modes: Iterable[Mode] | Literal["profile"] = MODES, **config: object) -> None:
         """Keep everything in MongoDB: `set_config(**config)`, then `install(modes=modes)`. Dials nothing.
@@ -109,12 +106,7 @@ class MongoSetup:
 
     def set_logger(self, logger: logging.Logger) -> None:
         """Hand what the store says to `logger`, in place of the logger `backtest_kit.mongo`."""
-        log = logging.getLogger(LOGGER)
-        if self._handler is not None:
-            log.removeHandler(self._handler)
-        self._handler = _Forwarding(logger)
-        log.addHandler(self._handler)
-        log.propagate = False
+        self._log.logger = logger
 
     def _bind(self, modes: Iterable[Mode | None]) -> None:
         store = self._current()
@@ -130,7 +122,7 @@ class MongoSetup:
         settings = self.get_config()
         if self._store is None or self._store.settings != settings:
             backend = import_backend("backtest_kit.persist.backends.mongo")
-            self._store = backend.MongoStore(settings.CC_MONGO_CONNECTION_STRING, settings=settings)
+            self._store = backend.MongoStore(settings.CC_MONGO_CONNECTION_STRING, settings=settings, log=self._log)
         # Its clients may be asked for before anything is bound to it, and after the kit has closed it.
         self._kit.persistence.adopt(self._store)
         return self._store
@@ -144,15 +136,3 @@ def _checked(modes: Iterable[Mode] | Literal["profile"]) -> list[Mode | None]:
     if not chosen or not {*chosen} <= {*MODES}:
         raise UserError(f"modes is {modes!r}: give a list of {', '.join(MODES)}, or {PROFILE!r}")
     return chosen
-
-
-class _Forwarding(logging.Handler):
-    """Hands records on to another logger."""
-
-    def __init__(self, logger: logging.Logger) -> None:
-        super().__init__()
-        self._logger = logger
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._logger.isEnabledFor(record.levelno):
-            self._logger.handle(record)

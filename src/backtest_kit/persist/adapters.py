@@ -154,10 +154,14 @@ class ContractAdapter(_Door):
         write = Write(self._contract, self._key(key), encode(value), when=None if when is None else to_ms(when))
         await self._store(mode, run).put(write)
 
-    async def remove(self, *, mode: Mode = "live", run: str | None = None, **key: KeyPart) -> bool:
+    async def remove(
+        self, *, when: When | None = None, mode: Mode = "live", run: str | None = None, **key: KeyPart
+    ) -> bool:
         """Remove what is under a key, and return whether there was something.
 
-        A position contract then has the value None; a bucket keeps the record, marked as removed.
+        A position contract then has the value None; a bucket keeps the record, marked as removed. `when` is the
+        simulation time of the removal, before which `read(as_of=...)` goes on to find what was there; without it
+        that is the time of the last write.
 
         Raises:
             UserError: the key is wrong, or records of this contract are never removed.
@@ -166,6 +170,7 @@ class ContractAdapter(_Door):
             raise UserError(f"records of {self._contract.name} are never removed: write an empty value instead")
         store, name = self._store(mode, run), self._key(key)
         soft = self._contract.delete is Delete.SOFT
+        removed_ms = None if when is None else to_ms(when, what="when")
         while True:
             record = await store.get(self._contract, name)
             if record is None or record.removed or (record.value is None and not soft):
@@ -175,7 +180,7 @@ class ContractAdapter(_Door):
                 self._contract,
                 name,
                 record.value if soft else None,
-                when=record.when,
+                when=record.when if removed_ms is None else removed_ms,
                 expect=record.rev if checked else ANY,
                 removed=soft,
             )

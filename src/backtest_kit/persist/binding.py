@@ -47,6 +47,13 @@ def home_of(contract_name: str, mode: Mode) -> Home:
     return _BACKTEST.get(contract_name, Home.BOUND) if mode == "backtest" else Home.BOUND
 
 
+async def runs_in(store: Store) -> set[str]:
+    """The ids of the backtests that have kept something in a store. Raises `RetryLater` if it cannot be asked."""
+    if not isinstance(store, ListsNamespaces):
+        return set()
+    return {path[0].removeprefix(_RUN) for path in await store.namespaces() if path[0].startswith(_RUN)}
+
+
 class Persistence:
     """The bindings of one program, the stores behind them, and the front door of each contract.
 
@@ -140,14 +147,15 @@ class Persistence:
             check_history(contract(name))
         self._with_history |= set(contract_names)
 
-    def store_for(self, row: Contract, mode: Mode, run: str | None = None) -> Store:
-        """The store that keeps `row` in `mode`, in the namespace of that mode and run."""
+    def store_for(self, row: Contract, mode: Mode, run: str | None = None, *, history: bool = True) -> Store:
+        """The store that keeps `row` in `mode`, in the namespace of that mode and run; without `history` the one for
+        what the program writes there for itself, of which no history is kept."""
         check_mode(mode)
         store = self._bound(row, mode)
         self._used[id(store)] = store
         namespace = _namespace(row, mode, run)
         space = self._within(store, namespace, run) if namespace else store
-        if row.name not in self._with_history:
+        if not history or row.name not in self._with_history:
             return space
         return self._histories.setdefault((id(store), namespace, row.name), HistoryStore(space, row))
 
@@ -185,13 +193,7 @@ class Persistence:
         """
         stores = {id(store): store for store in (self._bound(row, "backtest") for row in CONTRACTS.values())}
         self._used |= stores
-        found = [
-            path[0]
-            for store in stores.values()
-            if isinstance(store, ListsNamespaces)
-            for path in await store.namespaces()
-        ]
-        return sorted({name.removeprefix(_RUN) for name in found if name.startswith(_RUN)})
+        return sorted(set().union(*[await runs_in(store) for store in stores.values()]))
 
     def file_store(self) -> Store:
         """The file store of this program, whatever is bound."""

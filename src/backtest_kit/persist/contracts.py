@@ -110,6 +110,10 @@ LEASE: Final = Contract("lease", _POSITION, _S, _R, Delete.NEVER, Durability.MON
 process, not about a strategy, so it is never exported, migrated or bound by itself, but it must lie in the
 store whose writes it guards."""
 
+CLAIM: Final = Contract("claim", ("kind", "name"), _S, _R, Delete.NEVER, Durability.RECORD)
+"""Which process does what only one may do at a time and no money depends on: replay a run, deliver to a sink. Like a
+lease it never moves; one of a process that died with its machine means nothing, so it need not be on the disk."""
+
 MIGRATION: Final = Contract("migration", ("name",), _S, _R, Delete.NULL_VALUE, Durability.MONEY)
 """How far `persist.migration` has come with filling this store: what the target of a migration keeps of it until it
 is complete. Like a lease it says nothing of a strategy, and never moves."""
@@ -121,7 +125,7 @@ HISTORY: Final = Contract(
 """Revisions of records that were replaced, see `persist.history`. They count the revisions of one store, so they stay
 in it: a migration does not take them along."""
 
-ALL_CONTRACTS: Final = {**CONTRACTS, **{row.name: row for row in (LEASE, MIGRATION, HISTORY)}}
+ALL_CONTRACTS: Final = {**CONTRACTS, **{row.name: row for row in (LEASE, CLAIM, MIGRATION, HISTORY)}}
 """Whatever may lie in a store, by name: the contracts of the user, and what stores keep for themselves."""
 
 

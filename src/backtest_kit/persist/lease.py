@@ -1,5 +1,7 @@
 """Who trades a position: one process at a time, by compare-and-set in the store itself.
 
+What else only one process may do at a time, and no money depends on, is claimed in the same way.
+
 A lease is a record that its owner rewrites every third of its `ttl`. Nobody's wall clock decides anything:
 
 - A lease has lapsed for a process that has seen the same revision for a whole `ttl` of its own monotonic
@@ -19,20 +21,18 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import secrets
-import socket
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
+from urllib.parse import quote
 
 import msgspec
 
-from backtest_kit.errors import Conflict, Damaged, OutOfSpace, RetryLater, UserError
-from backtest_kit.model.interval import iso
-from backtest_kit.persist.contracts import CONTRACTS, LEASE, MIGRATION, MIGRATION_KEY, Contract, Durability
+from backtest_kit.errors import BacktestKitError, Conflict, Damaged, OutOfSpace, RetryLater, UserError
+from backtest_kit.persist.contracts import CLAIM, CONTRACTS, LEASE, MIGRATION, MIGRATION_KEY, Contract, Durability
+from backtest_kit.persist.holder import Holder, is_gone, this_process
 from backtest_kit.persist.store import ABSENT, Capability, Key, Record, Store, Write
-from backtest_kit.persist.writing import now_ms
 
 _ELAPSED: Final = getattr(time, "CLOCK_BOOTTIME", None)
 DEFAULT_TTL: Final = 15.0
@@ -40,6 +40,9 @@ DEFAULT_TTL: Final = 15.0
 
 StoreOf = Callable[[Contract], Store]
 """Which store keeps a contract: `lambda row: persistence.store_for(row, "live")`."""
+
+Watches = Callable[[Holder], bool]
+"""Whether it is worth while to watch the lease of a process until it lapses, or is renewed."""
 
 _GUARDED: Final = tuple(
     row
@@ -49,31 +52,29 @@ _GUARDED: Final = tuple(
 """Every money contract that belongs to one position. Risk is shared by positions, and compares anyway."""
 
 
-class Holder(msgspec.Struct, frozen=True, rename="camel"):
-    """What is stored of an owner."""
+class Subject(msgspec.Struct, frozen=True):
+    """What one process does at a time."""
 
-    owner: str
-    """Random, so that no two acquisitions are ever the same."""
-    pid: int
-    host: str
-    since: int
-    """Wall clock of the acquisition, epoch ms, for people."""
-    ttl_ms: int
-    machine: str
-    """Boot and process namespace: where equal and not empty, `pid` names a process that can be looked for."""
-    started: str
-    """When the process started, in the words of its kernel: tells it from a later one of the same pid."""
-    released: bool = False
+    row: Contract
+    key: Key
+    what: str
+    """How it is called, and in `doing` what is done to it: "BTCUSDT on binance by trend", "is traded by"."""
+    doing: str
+    remedy: str
+    """What whoever is refused can do: "stop that process"."""
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {iso(self.since // 1000 * 1000)}"
+        return self.what
 
 
 class Lease:
-    """A position that this process may trade. Made by `acquire`."""
+    """A position that this process may trade, made by `acquire`; or what else it has claimed, made by `claim`."""
 
-    def __init__(self, store: Store, record: Record, holder: Holder, renewed_at: float, clock: Clock) -> None:
+    def __init__(
+        self, store: Store, subject: Subject, record: Record, holder: Holder, renewed_at: float, clock: Clock
+    ) -> None:
         self.scope: Final = record.key
+        self.subject: Final = subject
         self.holder: Final = holder
         self._store = store
         self._rev = record.rev
@@ -101,7 +102,7 @@ class Lease:
         as after this process was paused.
 
         Raises:
-            Conflict: another process has it, or nobody knows; stop trading the position.
+            Conflict: another process has it, or nobody knows; stop.
         """
         if self._left() >= self.holder.ttl_ms / 3000:
             return
@@ -113,15 +114,15 @@ class Lease:
         except RetryLater as error:
             if not self.held:
                 raise Conflict(
-                    f"the lease of {_name(self.scope)} has lapsed and the store does not answer ({error}): nothing is "
-                    "sent any more, another process may trade this position"
+                    f"the lease of {self.subject} has lapsed and the store does not answer ({error}): nothing is "
+                    "sent any more, another process may have it"
                 ) from error
 
     async def renew(self) -> None:
         """Prolong the lease by another `ttl`.
 
         Raises:
-            Conflict: another process has it; stop trading the position.
+            Conflict: another process has it; stop.
             RetryLater: the store could not be asked; the lease is good for as long as `held` says.
         """
         started = self._clock.now()
@@ -141,8 +142,8 @@ class Lease:
             except RetryLater as error:
                 if not self.held:
                     raise Conflict(
-                        f"the lease of {_name(self.scope)} could not be renewed for {self.holder.ttl_ms / 1000:g} s "
-                        f"({error}): stop trading it, another process may have it"
+                        f"the lease of {self.subject} could not be renewed for {self.holder.ttl_ms / 1000:g} s "
+                        f"({error}): this process stops, another one may have it"
                     ) from error
 
     async def release(self) -> None:
@@ -155,20 +156,20 @@ class Lease:
 
     async def _rewrite(self, holder: Holder) -> None:
         if os.getpid() != self.holder.pid:
-            raise Conflict(f"the lease of {_name(self.scope)} belongs to {self.holder}, not to its forks")
+            raise Conflict(f"the lease of {self.subject} belongs to {self.holder}, not to its forks")
         while True:
             try:
-                self._rev = (await self._store.put(_write(self.scope, holder, self._rev))).rev
+                self._rev = (await self._store.put(_write(self.subject, holder, self._rev))).rev
                 return
             except Conflict:
                 # An earlier renewal whose outcome was unknown, or one at the same time, may have gone through.
                 self._rev = (await self._require_own()).rev
 
     async def _require_own(self) -> Record:
-        found = await self._store.get(LEASE, self.scope)
-        if found is None or _holder(found).owner != self.holder.owner:
+        found = await self._store.get(self.subject.row, self.scope)
+        if found is None or _holder(self.subject, found).owner != self.holder.owner:
             self._renewed_at = -math.inf
-            raise await _refusal(self._store, self.scope) from None
+            raise await _refusal(self._store, self.subject) from None
         return found
 
 
@@ -194,29 +195,66 @@ async def acquire(store_of: StoreOf, scope: Key, *, ttl: float = DEFAULT_TTL, cl
         UserError: the store has no compare-and-set.
         Damaged, OutOfSpace, RetryLater: as `Store.put`.
     """
-    clock = clock or Clock()
     store = _comparing(store_of, LEASE)
     await _require_migrated(store)
-    found = await store.get(LEASE, scope)
-    if found is not None and not _holder(found).released:
-        found = await _wait(store, found, clock)
-    holder = Holder(
-        owner=secrets.token_hex(16),
-        pid=os.getpid(),
-        host=socket.gethostname(),
-        since=now_ms(),
-        ttl_ms=round(ttl * 1000),
-        machine=_machine(),
-        started=_state_of(os.getpid())[1],
-    )
-    started = clock.now()
-    try:
-        record = await store.put(_write(scope, holder, ABSENT if found is None else found.rev))
-    except Conflict:
-        raise await _refusal(store, scope) from None
-    if found is not None and not _holder(found).released:
+    lease, left = await _take(store, _position(scope), ttl, clock or Clock(), lambda holder: True)
+    if left is not None and not _holder(lease.subject, left).released:
         await _fence(store_of, scope)
-    return Lease(store, record, holder, started, clock)
+    return lease
+
+
+async def claim(
+    store: Store,
+    kind: str,
+    names: Sequence[str],
+    *,
+    what: str,
+    doing: str,
+    remedy: str,
+    ttl: float | None = None,
+    watches: Watches = lambda holder: True,
+    clock: Clock | None = None,
+) -> Lease:
+    """The lease of something that is no position, called `names` among those of its `kind`.
+
+    As `acquire`, but nothing that a former owner still writes is refused. A lease that may not have lapsed yet is
+    watched if `watches` says so of its holder; else that is a refusal. The rest are the words for it, as in `Subject`.
+
+    Raises:
+        Conflict: another process has it; the message names its pid, host and since when.
+        Damaged, OutOfSpace, RetryLater: as `Store.put`.
+    """
+    key = (kind, "@".join(quote(name, safe="") for name in names))
+    subject = Subject(CLAIM, key, what, doing, remedy)
+    ttl = DEFAULT_TTL if ttl is None else ttl
+    return (await _take(store, subject, ttl, clock or Clock(), watches))[0]
+
+
+def keeps_claims(store: Store) -> bool:
+    """Whether other processes may use `store` at the same time, and it can tell which of them was first."""
+    return {Capability.SHARED, Capability.COMPARE_AND_SET} <= store.capabilities
+
+
+async def _take(
+    store: Store, subject: Subject, ttl: float, clock: Clock, watches: Watches
+) -> tuple[Lease, Record | None]:
+    """The lease, and what the owner before has left of it."""
+    found = await store.get(subject.row, subject.key)
+    if found is not None and not _holder(subject, found).released:
+        found = await _wait(store, subject, found, clock, watches)
+    holder = this_process(round(ttl * 1000))
+    started = clock.now()
+    taking = asyncio.ensure_future(store.put(_write(subject, holder, ABSENT if found is None else found.rev)))
+    try:
+        record = await asyncio.shield(taking)
+    except Conflict:
+        raise await _refusal(store, subject) from None
+    except asyncio.CancelledError:
+        if subject.row is CLAIM or found is None or _holder(subject, found).released:
+            # Nobody would know of it, and everybody wait for it to lapse. There is nothing to be fenced.
+            await _give_up(store, subject, holder, taking)
+        raise
+    return Lease(store, subject, record, holder, started, clock), found
 
 
 async def _require_migrated(store: Store) -> None:
@@ -242,8 +280,9 @@ async def require_idle(store: Store, *, clock: Clock | None = None) -> None:
     try:
         async with asyncio.TaskGroup() as group:
             async for found in store.scan(LEASE):
-                if not _holder(found).released:
-                    group.create_task(_wait(store, found, clock))
+                subject = _position(found.key)
+                if not _holder(subject, found).released:
+                    group.create_task(_wait(store, subject, found, clock))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
 
@@ -254,21 +293,32 @@ async def owners(store: Store) -> list[tuple[Key, Holder]]:
     Raises:
         Damaged, RetryLater: as `Store.scan`.
     """
-    found = [(record.key, _holder(record)) async for record in store.scan(LEASE)]
+    found = [(record.key, _holder(_position(record.key), record)) async for record in store.scan(LEASE)]
     return [(scope, holder) for scope, holder in found if not holder.released]
 
 
-async def _wait(store: Store, found: Record, clock: Clock) -> Record:
+async def _give_up(store: Store, subject: Subject, holder: Holder, taking: asyncio.Future[Record]) -> None:
+    """Release a lease that is just being taken."""
+    with suppress(BacktestKitError):
+        taken = await taking
+        await store.put(_write(subject, msgspec.structs.replace(holder, released=True), taken.rev))
+
+
+async def _wait(
+    store: Store, subject: Subject, found: Record, clock: Clock, watches: Watches = lambda holder: True
+) -> Record:
     """The record of a lease that is free to take now."""
-    holder = _holder(found)
+    holder = _holder(subject, found)
     until = clock.now() + holder.ttl_ms / 1000
-    while not _is_gone(holder) and (left := until - clock.now()) > 0:
+    while not is_gone(holder) and (left := until - clock.now()) > 0:
+        if not watches(holder):
+            raise await _refusal(store, subject)
         await clock.sleep(min(left, holder.ttl_ms / 10_000))
-        now = await store.get(LEASE, found.key)
+        now = await store.get(subject.row, subject.key)
         if now is None or now.rev != found.rev:
-            if now is not None and _holder(now).released:
+            if now is not None and _holder(subject, now).released:
                 return now
-            raise await _refusal(store, found.key)
+            raise await _refusal(store, subject)
     return found
 
 
@@ -313,59 +363,29 @@ def _comparing(store_of: StoreOf, row: Contract) -> Store:
     return store
 
 
-def _write(scope: Key, holder: Holder, expect: int | str) -> Write:
-    return Write(LEASE, scope, msgspec.to_builtins(holder), expect=ABSENT if isinstance(expect, str) else expect)
+def _position(scope: Key) -> Subject:
+    strategy, exchange, symbol = scope
+    return Subject(LEASE, scope, f"{symbol} on {exchange} by {strategy}", "is traded by", "stop that process")
 
 
-def _holder(record: Record) -> Holder:
+def _write(subject: Subject, holder: Holder, expect: int | str) -> Write:
+    value = msgspec.to_builtins(holder)
+    return Write(subject.row, subject.key, value, expect=ABSENT if isinstance(expect, str) else expect)
+
+
+def _holder(subject: Subject, record: Record) -> Holder:
     try:
         return msgspec.convert(record.value, Holder)
     except msgspec.ValidationError as error:
-        raise Damaged(f"the lease of {_name(record.key)} is not one of this program: {error}") from None
+        raise Damaged(f"the lease of {subject} is not one of this program: {error}") from None
 
 
-async def _refusal(store: Store, scope: Key) -> Conflict:
-    found = await store.get(LEASE, scope)
-    holder = None if found is None else _holder(found)
+async def _refusal(store: Store, subject: Subject) -> Conflict:
+    found = await store.get(subject.row, subject.key)
+    holder = None if found is None else _holder(subject, found)
     if holder is None or holder.released:
-        return Conflict(f"{_name(scope)} was taken by another process meanwhile: try again")
+        return Conflict(f"{subject} was taken by another process meanwhile: try again")
     return Conflict(
-        f"{_name(scope)} is traded by {holder}: stop that process; "
+        f"{subject} {subject.doing} {holder}: {subject.remedy}; "
         f"if it is dead, its lease lapses {holder.ttl_ms / 1000:g} s after its last renewal"
     )
-
-
-def _name(scope: Key) -> str:
-    strategy, exchange, symbol = scope
-    return f"{symbol} on {exchange} by {strategy}"
-
-
-def _is_gone(holder: Holder) -> bool:
-    """Whether the owner is a process of this machine that has ended."""
-    if not holder.machine or holder.machine != _machine():
-        return False
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    state, started = _state_of(holder.pid)
-    return bool(state) and (state in "ZX" or started != holder.started)
-
-
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
-
-
-def _state_of(pid: int) -> tuple[str, str]:
-    """State letter and start time of a process; both empty where the kernel does not tell."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]

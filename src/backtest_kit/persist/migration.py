@@ -27,7 +27,7 @@ from backtest_kit.persist.contracts import CONTRACTS, MIGRATION, MIGRATION_KEY
 from backtest_kit.persist.lease import require_idle
 from backtest_kit.persist.operations import EVER, spaces, text_of
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Store, Write
-from backtest_kit.persist.upkeep import Finding, ListsNamespaces, ListsSeries, Upkeep
+from backtest_kit.persist.upkeep import Finding, Identified, ListsNamespaces, ListsSeries, Upkeep
 from backtest_kit.persist.walk import Part
 
 CHECKPOINT_SECONDS: Final = 1.0
@@ -114,7 +114,7 @@ async def migrate_store(
 
 async def _require_movable(source: Store, target: Store) -> tuple[Finding, ...]:
     """What lies in `source` and is not moved, if nothing speaks against moving the rest."""
-    if source is target:
+    if await _is_same(source, target):
         raise UserError("source and target are the same store: name two")
     if not isinstance(source, ListsNamespaces):
         raise UserError(f"{type(source).__name__} cannot list its namespaces, so nobody can tell that all is moved")
@@ -131,6 +131,15 @@ async def _require_movable(source: Store, target: Store) -> tuple[Finding, ...]:
     for _, space in [*await spaces(source), *await spaces(target)]:
         await require_idle(space)
     return tuple(findings)
+
+
+async def _is_same(source: Store, target: Store) -> bool:
+    if source is target:
+        return True
+    if not isinstance(source, Identified) or not isinstance(target, Identified):
+        return False
+    identity = await source.identity()
+    return identity is not None and identity == await target.identity()
 
 
 async def _parts_of_target(target: Store) -> list[Part]:

@@ -16,7 +16,7 @@ import msgspec
 
 from backtest_kit.errors import Damaged
 from backtest_kit.persist.codec import dump_value
-from backtest_kit.persist.contracts import CONTRACTS, HISTORY, Contract, Durability, Kind
+from backtest_kit.persist.contracts import CLAIM, CONTRACTS, HISTORY, Contract, Durability, Kind
 from backtest_kit.persist.operations import RECORD_CONTRACTS, spaces
 from backtest_kit.persist.store import Capability, Key, Record, Store
 from backtest_kit.persist.upkeep import Prunes
@@ -29,9 +29,14 @@ _PART: Final = 20_000
 """Keys that are forgotten in one go."""
 _TURN: Final = 64
 """Records after which others have their turn: about a millisecond."""
+_STORAGE: Final = CONTRACTS["storage"]
+_OF_SIGNALS: Final = ("state", "memory")
+"""Contracts whose keys begin with the id of a signal, or with something else that they belong to for ever."""
+_OVER: Final = ("closed", "cancelled")
+"""What `storage` says of a signal of which nothing is to come."""
 _PRUNABLE: Final = tuple(
     row
-    for row in (*CONTRACTS.values(), HISTORY)
+    for row in (*CONTRACTS.values(), HISTORY, CLAIM)
     if row.kind is not Kind.SERIES and row.durability is not Durability.MONEY
 )
 
@@ -77,7 +82,12 @@ def retention_of(settings: Settings) -> Retention:
             "storage": Rule(settings.CC_RETENTION_STORAGE_DAYS, settings.CC_RETENTION_STORAGE_COUNT),
             "measure": Rule(settings.CC_RETENTION_MEASURE_DAYS),
             "interval": Rule(settings.CC_RETENTION_INTERVAL_DAYS),
+            "state": Rule(settings.CC_RETENTION_STATE_DAYS),
+            "memory": Rule(settings.CC_RETENTION_MEMORY_DAYS),
+            "session": Rule(settings.CC_RETENTION_SESSION_DAYS),
+            "recent": Rule(settings.CC_RETENTION_RECENT_DAYS),
             "history": Rule(settings.CC_RETENTION_HISTORY_DAYS),
+            "claim": Rule(1),  # whoever holds one renews it every minute
         },
         removed_days=settings.CC_RETENTION_REMOVED_DAYS,
         runs=Rule(settings.CC_RETENTION_RUN_DAYS, settings.CC_RETENTION_RUN_COUNT),
@@ -114,11 +124,11 @@ async def compact(
         ]
     runs.sort(key=lambda run: run[:2], reverse=True)
     for number, (written_at, namespace, space) in enumerate(runs):
-        # However many runs there are, one that wrote today may be going on.
-        too_many = number >= retention.runs.last and _is_older(written_at, at_ms, 1)
-        if too_many or _is_older(written_at, at_ms, retention.runs.days):
-            found.append(await _measure_run(namespace, space))
-            if isinstance(space, Prunes) and not look_only:
+        due = number >= retention.runs.last or _is_older(written_at, at_ms, retention.runs.days)
+        if due and _is_older(written_at, at_ms, 1):  # one that wrote today may be going on
+            expired = await _measure_run(namespace, space)
+            found.append(expired)
+            if isinstance(space, Prunes) and not look_only and expired.fault is None:
                 await space.forget()
     return [each for each in found if each.records or each.fault]
 
@@ -171,16 +181,37 @@ async def _expired(
     if surplus <= 0 and math.isinf(shortest):
         return
     seen = 0
+    signals = _Signals(store)
     async for record in store.scan(row, include_removed=True):
         seen += 1
         if seen % _TURN == 0:
             await asyncio.sleep(0)
         counts = not record.removed
-        if (counts and surplus > 0) or _is_older(record.written_at, at_ms, rule.days if counts else removed_days):
+        due = (counts and surplus > 0) or _is_older(record.written_at, at_ms, rule.days if counts else removed_days)
+        if due and (not counts or row.name not in _OF_SIGNALS or await signals.is_over(str(record.key[0]))):
             yield record
         elif surplus <= 0 and not _is_older(record.written_at, at_ms, shortest):
             return  # they come in the order of their writing
         surplus -= counts
+
+
+class _Signals:
+    """What `storage` says of signals."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._over: dict[str, bool] = {}
+
+    async def is_over(self, signal_id: str) -> bool:
+        """Whether nothing is to come of a signal. Of what is no signal, or is damaged, nobody says so."""
+        if signal_id not in self._over:
+            try:
+                found = await self._store.get(_STORAGE, (False, signal_id))
+            except Damaged:
+                found = None
+            value = None if found is None else found.value
+            self._over[signal_id] = isinstance(value, dict) and value.get("status") in _OVER
+        return self._over[signal_id]
 
 
 def _is_older(written_at: int, at_ms: int, days: float) -> bool:
@@ -200,13 +231,13 @@ async def _last_write(store: Store) -> tuple[int, str | None]:
 
 
 async def _measure_run(namespace: tuple[str, ...], store: Store) -> Expired:
+    """What forgetting a run takes away: nothing, where something of it is damaged and waits to be decided about."""
     records = size = 0
-    fault = None
     for row in RECORD_CONTRACTS:
         try:
             async for record in store.scan(row, include_removed=True):
                 records += 1
                 size += len(dump_value(record.value))
         except Damaged as error:
-            fault = str(error)
-    return Expired(namespace, "", records, size, fault)
+            return Expired(namespace, "", 0, 0, str(error))
+    return Expired(namespace, "", records, size)

@@ -172,8 +172,9 @@ class Store(Protocol):
     ) -> AsyncIterator[Record]:
         """The records whose key begins with `prefix`, in order of their last write; no more than `limit`, of 0 none.
 
-        A damaged record raises `Damaged` when the scan reaches it. Writing while scanning is allowed;
-        a record that is written meanwhile appears at most once.
+        A damaged record raises `Damaged` when the scan reaches it, every scan, until an operator has decided about it.
+        A store that cannot tell its place in the order any more raises behind all others. Writing while scanning is
+        allowed; a record that is written meanwhile appears at most once.
 
         Raises:
             UserError: no key begins so, or `limit` is below 0.

@@ -224,17 +224,18 @@ def _open(number: int, data: bytes) -> _Line | dict[str, Any] | None:
 
 
 async def _write_all(store: Store, source: Path) -> Counts:
-    records = rows = present = 0
+    records = rows = present = size = 0
     waiting: list[Write] = []
     space = store
     try:
         async for _, line in _lines(source, []):
             if isinstance(line, dict):
                 continue
-            here = walk.space_of(store, line.namespace)
-            if waiting and (here is not space or len(waiting) >= _CHUNK or line.columns is not None):
+            here, weight = walk.space_of(store, line.namespace), len(dump_value(line.value))
+            is_full = len(waiting) >= walk.BATCH_RECORDS or size + weight > walk.BATCH_BYTES
+            if waiting and (here is not space or is_full or line.columns is not None):
                 await walk.put_all(space, waiting)
-                records, waiting = records + len(waiting), []
+                records, size, waiting = records + len(waiting), 0, []
             space = here
             if line.columns is not None:
                 rows += await here.candles.write(_series(line), CandleSeries(*line.columns.values()))
@@ -245,6 +246,7 @@ async def _write_all(store: Store, source: Path) -> Counts:
                 continue
             expect: Expect = ABSENT if Capability.COMPARE_AND_SET in here.capabilities else ANY
             waiting.append(Write(row, key, line.value, when=line.when, expect=expect, removed=line.removed))
+            size += weight
         await walk.put_all(space, waiting)
     except BacktestKitError as error:
         note = (

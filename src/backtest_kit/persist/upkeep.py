@@ -98,6 +98,19 @@ class ListsNamespaces(Protocol):
 
 
 @runtime_checkable
+class Identified(Protocol):
+    """A store that can be told from every other one, however they are addressed."""
+
+    async def identity(self) -> str | None:
+        """The same for every object that has this store, and for no other; None while nothing is there. Makes nothing.
+
+        Raises:
+            RetryLater, UserError: the server cannot be asked.
+        """
+        ...
+
+
+@runtime_checkable
 class LeavesLoops(Protocol):
     """A store with connections of its own for each event loop."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import datetime
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.model.event import Event, Identity, Mode
@@ -20,10 +21,11 @@ from backtest_kit.records.measure import Measure
 from backtest_kit.records.memory import Memory, Shelves
 from backtest_kit.records.notification import Notifications
 from backtest_kit.records.observer import Observer
-from backtest_kit.records.scope import Scope, Turns, check_texts, strategy_owner
+from backtest_kit.records.scope import Scope, Turns, Written, check_texts, strategy_owner
 from backtest_kit.records.session import Session
 from backtest_kit.records.signals import Recent, Storage
-from backtest_kit.records.state import State
+from backtest_kit.records.sole import undisturbed
+from backtest_kit.records.state import STATE, State
 from backtest_kit.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,13 +39,16 @@ class Records:
 
     A strategy has those of its own run in its context (`ctx.state`, `ctx.session`, ...), as of its own minute.
     Here they are named in full: by mode, and for a backtest by the id of its run. `when` shows them as they
-    were seen at a moment; without it everything is seen.
+    were seen at a moment; without it everything is seen. Where history is kept, and not as far back as `when`,
+    reading raises `NotKept`.
     """
 
     def __init__(self, persistence: Callable[[], Persistence], settings: Callable[[], Settings] = Settings) -> None:
         """`persistence` is called when a record is first read or written, and no earlier."""
         self._persistence = persistence
         self._turns = Turns()
+        self._written: WeakValueDictionary[tuple[Identity, str], Written] = WeakValueDictionary()
+        """Of the backtests that go on, or whose contexts somebody has kept."""
         self._deliveries = Deliveries(persistence, settings)
         self._observer = Observer(persistence, self._deliveries)
         self._writer = LogWriter(persistence)
@@ -72,23 +77,34 @@ class Records:
 
     async def leave(self) -> None:
         """As `close`, before the event loop of a blocking call ends and the program goes on."""
-        await self._upkeep.close()
-        await self._observer.close()
-        await self._deliveries.close()
-        await self._writer.flush()
-        await self.leave_loop()
+        async with AsyncExitStack() as steps:  # from the last to the first; none is left out for the failure of another
+            steps.push_async_callback(self.leave_loop)
+            steps.push_async_callback(self._writer.flush)
+            steps.push_async_callback(self._deliveries.close)
+            steps.push_async_callback(self._observer.close)
+            steps.push_async_callback(self._upkeep.close)
 
-    def scope(self, mode: Mode, run_id: str | None = None, when: When | None = None) -> Scope:
-        """The records of one mode, or of one run of a backtest.
+    def scope(
+        self, mode: Mode, run_id: str | None = None, when: When | None = None, identity: Identity | None = None
+    ) -> Scope:
+        """The records of one mode, or of one run of a backtest; with `identity` as that run itself goes on with them.
 
         Raises:
             UserError: a backtest without a run id, or a run id in another mode.
         """
-        return Scope(self._persistence, self._turns, mode, run_id, None if when is None else to_ms(when, what="when"))
+        when_ms = None if when is None else to_ms(when, what="when")
+        written = None
+        if run_id is not None and identity is not None:
+            written = self._written.get((identity, run_id)) or Written()
+        return Scope(self._persistence, self._turns, mode, run_id, when_ms, written, is_outside=identity is None)
 
     def of_run(self, identity: Identity, run_id: str | None) -> RunRecords:
-        """The records of a run, for its contexts."""
-        return RunRecords(self.scope(identity.mode, run_id), identity, self._observer, self._writer, self.begin)
+        """The records of a run that begins, for its contexts."""
+        written = Written()
+        if run_id is not None:
+            self._written[identity, run_id] = written
+        scope = self.scope(identity.mode, run_id, None, identity)
+        return RunRecords(scope, identity, self._observer, self._writer, self.begin, self._persistence)
 
     async def runs(self) -> list[str]:
         """The ids of the backtests that have kept something. As `Persistence.runs`."""
@@ -157,7 +173,9 @@ class Records:
 class RunRecords:
     """The records of one run. Making it costs nothing: no store is asked before a record is used."""
 
-    __slots__ = ("_begin", "_identity", "_observer", "_owner", "_scope", "_shelves", "_writer")
+    __slots__ = (
+        "_begin", "_identity", "_keeper", "_observer", "_owner", "_persistence", "_scope", "_shelves", "_writer"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -166,8 +184,11 @@ class RunRecords:
         observer: Observer,
         writer: LogWriter,
         begin: Callable[[Mode], Awaitable[None]],
+        persistence: Callable[[], Persistence],
     ) -> None:
         self._begin = begin
+        self._persistence = persistence
+        self._keeper: asyncio.Task[None] | None = None
         self._scope = scope
         self._identity = identity
         self._observer = observer
@@ -183,6 +204,18 @@ class RunRecords:
         """The run begins. As `Records.begin`."""
         await self._begin(self._identity.mode)
 
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Have the run to oneself, where it is a backtest that another process may have as well.
+
+        Raises:
+            Conflict: another process replays it; `take_breath` raises that once the run is lost to one.
+            Damaged, OutOfSpace, RetryLater: as `Store.put`.
+        """
+        store = self._persistence().store_for(STATE, "backtest", history=False)
+        async with undisturbed(store, str(self.run_id), self._identity) as self._keeper:
+            yield
+
     def urge(self, events: Sequence[Event]) -> None:
         """Have people hear of what could not be kept yet: the sinks get it without the store."""
         self._observer.urge(events, self._identity.mode)
@@ -192,7 +225,13 @@ class RunRecords:
         await self._observer.observe(events, self._identity.mode, self._scope.run_id)
 
     async def take_breath(self) -> None:
-        """Let other tasks have their turn, and the log, if it has fallen behind, all the time that it needs."""
+        """Let other tasks have their turn, and the log, if it has fallen behind, all the time that it needs.
+
+        Raises:
+            Conflict: another process has taken the run.
+        """
+        if self._keeper is not None and self._keeper.done():
+            self._keeper.result()
         if self._writer.crowded:
             # A store that does not take lines is asked again by the writer, which tells of it and drops the oldest.
             with suppress(BacktestKitError):

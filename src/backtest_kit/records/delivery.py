@@ -1,6 +1,7 @@
 """`Deliveries`: notifications on their way from the store to sinks, beside the trading and across restarts.
 
-A sink has a place in the feed of notifications, which is stored; behind it is what was delivered. However long a
+A sink has a place in the feed of notifications, which is stored; behind it is what was delivered. However many
+processes have the sink and the store, one of them delivers what all of them tell (`records.place`). However long a
 sink is dead, what is still to be delivered lies in the store, and nothing waits in memory. The exception is what the
 store does not take, because the disk is full or the server is away: people must hear of just that, and get it at once.
 """
@@ -13,21 +14,19 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from concurrent.futures import Future
 from contextlib import suppress
-from contextvars import copy_context
-from threading import Thread
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import msgspec
 
 from backtest_kit.errors import BacktestKitError, RetryLater, UserError
-from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.store import Key, Record, Store, Write
-from backtest_kit.persist.writing import now_ms
+from backtest_kit.persist.store import Key, Record, Store
+from backtest_kit.records.place import Place, Reached
 from backtest_kit.records.signals import read_as
+from backtest_kit.records.state import STATE
+from backtest_kit.records.threaded import Deliver as Deliver, never_in_the_way
 from backtest_kit.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,18 +34,15 @@ if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
     from backtest_kit.records.notification import Notification
 
-Deliver = Callable[["Notification"], object]
-
 NOTIFICATION: Final = CONTRACTS["notification"]
-STATE: Final = CONTRACTS["state"]
-OWNER: Final = "notification sinks"
-"""Whose state the places of the sinks are; no signal is called so."""
 CHUNK: Final = 256
 FIRST_PAUSE_S: Final = 1.0
 LONGEST_PAUSE_S: Final = 300.0
 DRAIN_S: Final = 5.0
 GRACE_S: Final = 1.0
-"""How long a sink that is cancelled may take to end before it is left to itself."""
+"""How long a sink that is cancelled may take to end before it is left to itself, and one that is closed to close."""
+LOOK_S: Final = 1.0
+"""After which the store is asked for what other processes have told."""
 URGENT: Final = 1000
 """How many notifications that the store does not take wait for a sink; beyond it the oldest are let go of."""
 
@@ -59,7 +55,11 @@ class Refused(BacktestKitError):
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where notifications go."""
+    """Where notifications go.
+
+    A sink whose `name` says not all of that has also a `destination`: a text that is the same in every process that
+    sends to the same receiver, and that is no secret. Sinks of one name and destination are one to the store.
+    """
 
     @property
     def name(self) -> str: ...
@@ -76,16 +76,9 @@ class Sink(Protocol):
         ...
 
 
-class _Place(msgspec.Struct, frozen=True, rename="camel"):
-    """Up to where a sink has got everything."""
-
-    since_ms: int
-    """Wall clock: what was written before this sink was there is not for it."""
-    last_id: str = ""
-
-
 class _Route(msgspec.Struct, frozen=True):
     name: str
+    destination: str
     deliver: Deliver
     close: Callable[[], Awaitable[None]] | None
     kinds: tuple[str, ...]
@@ -104,9 +97,10 @@ class Deliveries:
 
     def add(self, sink: Sink | Deliver, name: str | None, kinds: tuple[str, ...]) -> None:
         if isinstance(sink, Sink):
-            route = _Route(name or sink.name, sink.deliver, sink.close, kinds)
+            destination = str(getattr(sink, "destination", ""))
+            route = _Route(name or sink.name, destination, sink.deliver, sink.close, kinds)
         elif callable(sink):
-            route = _Route(name or str(getattr(sink, "__qualname__", "")), sink, None, kinds)
+            route = _Route(name or str(getattr(sink, "__qualname__", "")), "", sink, None, kinds)
         else:
             raise UserError(f"sink is {sink!r}: give one of backtest_kit.sinks, or a function of a notification")
         if not route.name:
@@ -126,11 +120,11 @@ class Deliveries:
                 worker = _Worker(
                     route,
                     self._persistence().store_for(NOTIFICATION, mode),
-                    self._persistence().store_for(STATE, mode),
+                    self._persistence().store_for(STATE, mode, history=False),
                     self._settings,
                 )
                 try:
-                    await worker.find_place()
+                    await worker.place.find()
                 except BacktestKitError as error:
                     _log.warning("sink %s: its place is not known yet: %s", worker, error)
                 if workers.setdefault((route.name, mode), worker) is worker:
@@ -155,9 +149,8 @@ class Deliveries:
         """Deliver what can be delivered within `DRAIN_S` and end the tasks of this loop. The rest stays stored."""
         workers = self._workers.pop(asyncio.get_running_loop(), {})
         await asyncio.gather(*(worker.end() for worker in workers.values()))
-        for route in self._routes.values():
-            if route.close is not None and workers:
-                await route.close()
+        if workers:
+            await asyncio.gather(*(_let_go(route) for route in self._routes.values()))
 
 
 class _Worker:
@@ -167,13 +160,10 @@ class _Worker:
         self.news = asyncio.Event()
         self._hurried = asyncio.Event()
         self._route = route
-        self._deliver_to = _never_in_the_way(route.deliver)
+        self._deliver_to = never_in_the_way(route.deliver)
         self._settings = settings
         self._store = store
-        self._places = places
-        self._key: Key = (OWNER, route.name)
-        self._place: _Place | None = None
-        self._born_ms = now_ms()
+        self.place = Place(places, route.name, route.destination, self.news.set)
         self._urgent: dict[str, Notification] = {}
         """What the store does not take and this sink has not got, by its id."""
         self._handed: dict[str, None] = {}
@@ -182,15 +172,6 @@ class _Worker:
         self._task: asyncio.Task[None] | None = None
         self._stuck: asyncio.Task[None] | None = None
         """A try that goes on although it was cancelled."""
-
-    async def find_place(self) -> _Place:
-        if self._place is None:
-            record = await self._places.get(STATE, self._key)
-            if record is None:
-                await self._move(_Place(self._born_ms))
-            else:
-                self._place = read_as(_Place, record.value)
-        return self._place or _Place(self._born_ms)
 
     def urge(self, notifications: Iterable[Notification]) -> None:
         for each in notifications:
@@ -201,17 +182,21 @@ class _Worker:
 
     def start(self) -> None:
         self.news.set()
+        self.place.start()
         self._task = asyncio.create_task(self._run(), name=f"notifications to {self._route.name}")
 
     async def end(self) -> None:
         self._ending = True
         self.news.set()
-        if self._task is not None:
-            done, _ = await asyncio.wait({self._task}, timeout=DRAIN_S)
-            if not done:
-                _log.warning("sink %s: not everything was delivered, the rest follows after the next start", self)
-                self._task.cancel()
-                await asyncio.wait({self._task})
+        try:
+            if self._task is not None:
+                done, _ = await asyncio.wait({self._task}, timeout=DRAIN_S)
+                if not done:
+                    _log.warning("sink %s: not everything was delivered, the rest follows after the next start", self)
+                    self._task.cancel()
+                    await asyncio.wait({self._task})
+        finally:
+            await self.place.leave()
 
     async def _run(self) -> None:
         failures = 0
@@ -219,13 +204,18 @@ class _Worker:
             try:
                 self.news.clear()
                 await self._deliver_urgent()
-                if await self._deliver_some():
+                if self._ending:
+                    await self.place.known()
+                if await self.place.is_mine():
+                    delivered = await self._deliver_some()
                     failures = 0
-                    continue
-                failures = 0
+                    if delivered:
+                        continue
                 if self._ending:
                     return
-                await self.news.wait()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_S if self.place.is_shared else None):
+                        await self.news.wait()
             except Exception as error:  # whatever a sink or its store raises, it may work later
                 failures += 1
                 if failures == 1 or failures % 10 == 0:
@@ -235,6 +225,7 @@ class _Worker:
                     # What comes meanwhile is tried at once: a store that is away does not hold up what is urgent.
                     async with asyncio.timeout(pause * random.uniform(0.5, 1.0)):  # noqa: S311
                         await self._hurried.wait()
+                self.place.start()
 
     async def _deliver_urgent(self) -> None:
         """Deliver what the store does not take."""
@@ -245,24 +236,36 @@ class _Worker:
             _remember(self._handed, name, None)
 
     async def _deliver_some(self) -> bool:
-        """Deliver the oldest of what is to be delivered; False if there was nothing."""
+        """Deliver the oldest of what is to be delivered by this process; False if there was nothing."""
         waiting = await self._oldest()
         for record in waiting:
+            if not await self.place.is_mine():
+                return False
             await self._deliver(record)
         return bool(waiting)
 
     async def _oldest(self) -> list[Record]:
         """The `CHUNK` oldest notifications behind the place of the sink, however many there are."""
-        oldest: deque[Record] = deque(maxlen=CHUNK)
-        place = await self.find_place()
-        last, since_ms = (False, place.last_id), place.since_ms
+        place = await self.place.find()
         # The clock is asked only where there is no last one, or it is forgotten by now: clocks are set back.
+        last = (False, place.last_id)
         known = bool(place.last_id) and await self._store.get(NOTIFICATION, last) is not None
-        async for record in self._store.scan(NOTIFICATION, newest_first=True):
-            if record.key == last or (not known and record.written_at < since_ms):
-                break
+        for limit in (1, CHUNK):  # mostly there are none or few, and to list all is dear
+            found, whole = await self._newest(last, None if known else place.since_ms, limit)
+            if whole:
+                return found
+        return (await self._newest(last, None if known else place.since_ms, None))[0]
+
+    async def _newest(self, last: Key, since_ms: int | None, limit: int | None) -> tuple[list[Record], bool]:
+        """Among the newest `limit` notifications those behind `last`, the oldest first; and whether that is all."""
+        oldest: deque[Record] = deque(maxlen=CHUNK)
+        seen = 0
+        async for record in self._store.scan(NOTIFICATION, newest_first=True, limit=limit):
+            if record.key == last or (since_ms is not None and record.written_at < since_ms):
+                return list(reversed(oldest)), True
             oldest.append(record)
-        return list(reversed(oldest))
+            seen += 1
+        return list(reversed(oldest)), seen != limit
 
     async def _deliver(self, record: Record) -> None:
         from backtest_kit.records.notification import Notification
@@ -270,8 +273,12 @@ class _Worker:
         notification = read_as(Notification, record.value)
         if notification.notification_id not in self._handed:
             self._urgent.pop(notification.notification_id, None)
-            await self._hand_over(notification)
-        await self._move(_Place(record.written_at, notification.notification_id))
+            try:
+                await self._hand_over(notification)
+            except Exception:
+                await self.place.leave()  # what this process is kept from, another one may be able to do
+                raise
+        await self.place.move(Reached(record.written_at, notification.notification_id))
 
     async def _hand_over(self, notification: Notification) -> None:
         if self._route.kinds and notification.kind not in self._route.kinds:
@@ -312,63 +319,19 @@ class _Worker:
         while inspect.isawaitable(answer):  # what a thread brings may be another one: of a lambda around a call
             answer = await answer
 
-    async def _move(self, place: _Place) -> None:
-        await self._places.put(Write(STATE, self._key, encode(place)))
-        self._place = place
-
     def __str__(self) -> str:
         return self._route.name
 
 
-class _Threaded:
-    """A function that is not async, in a thread of its own, for it may wait and who trades may not.
-
-    A thread cannot be cancelled. One that is given up goes on, and no other is begun until it has ended: a function
-    that hangs takes one thread, and none of those that the stores work in.
-    """
-
-    def __init__(self, function: Deliver) -> None:
-        self._function = function
-        self._going_on: tuple[str, Future[object]] | None = None
-        """What was given up and has not ended, as far as is known: a notification, and what comes of it."""
-
-    async def __call__(self, notification: Notification) -> object:
-        """What the function returns; of a try that was given up, what has come of it meanwhile."""
-        name, (former, answer) = notification.notification_id, self._going_on or ("", None)
-        if answer is not None and former != name:
-            ended = asyncio.wrap_future(answer)
-            await asyncio.wait({ended})
-            ended.exception()  # seen, and told when it was given up
-            answer = None
-        if answer is None:
-            answer = self._begin(notification)
-        self._going_on = name, answer
-        try:
-            return await asyncio.wrap_future(answer)
-        finally:
-            if answer.done():
-                self._going_on = None
-
-    def _begin(self, notification: Notification) -> Future[object]:
-        answer: Future[object] = Future()
-        answer.set_running_or_notify_cancel()  # whoever waits for it may be cancelled, and it cannot
-        context = copy_context()
-
-        def work() -> None:
-            try:
-                answer.set_result(context.run(self._function, notification))
-            except BaseException as error:
-                answer.set_exception(error)
-
-        # A daemon, which the end of the program does not wait for.
-        Thread(target=work, name="notification", daemon=True).start()
-        return answer
-
-
-def _never_in_the_way(function: Deliver) -> Deliver:
-    """A function as it is if it is async; any other in a thread."""
-    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-    return function if is_async else _Threaded(function)
+async def _let_go(route: _Route) -> None:
+    """Close a sink. One that fails to, or does not come to an end, keeps nobody from the rest."""
+    if route.close is None:
+        return
+    try:
+        async with asyncio.timeout(GRACE_S):
+            await route.close()
+    except Exception as error:  # whatever a sink raises, it is over
+        _log.warning("sink %s: it could not be closed: %s", route.name, _describe(error))
 
 
 def _remember(kept: dict[str, Any], name: str, value: object) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import textwrap
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any, Final, Generic, Protocol, TypeVar, runtime_checkable
@@ -15,7 +15,7 @@ from urllib.parse import quote
 import msgspec
 
 from backtest_kit.errors import LookAhead, UserError
-from backtest_kit.model.event import Mode
+from backtest_kit.model.event import Identity, Mode
 from backtest_kit.model.interval import iso, to_ms
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.store import Plain
@@ -40,6 +40,8 @@ class Moment(Protocol):
     def exchange_name(self) -> str: ...
     @property
     def strategy_name(self) -> str: ...
+    @property
+    def frame_name(self) -> str: ...
     @property
     def symbol(self) -> str: ...
 
@@ -120,19 +122,20 @@ class Function(Generic[R]):
         """A call as it was written; `ctx=` and `when=` are taken out where the function has no such parameter.
 
         Raises:
-            UserError: the function takes other arguments, or `ctx` or `when` is none.
+            UserError: the function takes other arguments, `ctx` or `when` is none, or there are two contexts that
+                differ.
             LookAhead: `when` is later than the context.
         """
         names = self._signature.parameters
         context, when = kwargs.get("ctx"), kwargs.get("when")
         passed = {name: value for name, value in kwargs.items() if name in names or name not in ("ctx", "when")}
         try:
-            self._signature.bind(*args, **passed)
+            bound = self._signature.bind(*args, **passed)
         except TypeError as error:
             raise UserError(f"{self.title} is called with other arguments than it takes: {error}") from None
         if context is not None and not isinstance(context, Moment):
             raise UserError(f"ctx of {self.title} is {context!r}: give the context of the strategy")
-        moment = context or next((each for each in args if isinstance(each, Moment)), None)
+        moment = self._moment(([] if context is None else [context]) + list(_contexts(bound)))
         when_ms = None if moment is None else moment.when_ms
         if when is not None:
             asked_ms = to_ms(when, what=f"when of {self.title}")
@@ -149,14 +152,53 @@ class Function(Generic[R]):
         """
         bound = self._signature.bind(*call.args, **call.kwargs)
         bound.apply_defaults()
-        given = {name: value for name, value in bound.arguments.items() if not isinstance(value, Moment)}
         try:
-            return encode(given, f"{self.title}()")
+            return encode(dict(_without_contexts(bound)), f"{self.title}()")
         except UserError as error:
             raise UserError(f"{error}; or say by key=... what tells one call from another") from None
 
+    def _moment(self, contexts: Iterable[Moment]) -> Moment | None:
+        """The context of a call: its time, its run and its symbol, of which there can be one only."""
+        places = {_place(each): each for each in contexts}
+        if len(places) > 1:
+            told = ", ".join(f"{place[-1]} at {iso(each.when_ms)}" for place, each in places.items())
+            raise UserError(
+                f"{self.title} is called with {len(places)} contexts ({told}), and its answer belongs to one: "
+                "pass one, and of the others the values that it needs"
+            )
+        return next(iter(places.values()), None)
+
     async def __call__(self, call: Call) -> R:
         return await self.function(*call.args, **call.kwargs)
+
+
+def _contexts(bound: inspect.BoundArguments) -> Iterator[Moment]:
+    """The contexts among the arguments, however they were passed."""
+    for name, value in bound.arguments.items():
+        match bound.signature.parameters[name].kind:
+            case inspect.Parameter.VAR_POSITIONAL:
+                given = value
+            case inspect.Parameter.VAR_KEYWORD:
+                given = value.values()
+            case _:
+                given = (value,)
+        yield from (each for each in given if isinstance(each, Moment))
+
+
+def _without_contexts(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
+    for name, value in bound.arguments.items():
+        match bound.signature.parameters[name].kind:
+            case inspect.Parameter.VAR_POSITIONAL:
+                yield name, [each for each in value if not isinstance(each, Moment)]
+            case inspect.Parameter.VAR_KEYWORD:
+                yield name, {key: each for key, each in value.items() if not isinstance(each, Moment)}
+            case _ if not isinstance(value, Moment):
+                yield name, value
+
+
+def _place(moment: Moment) -> tuple[object, ...]:
+    run = (moment.mode, moment.run_id, moment.when_ms)
+    return (*run, moment.exchange_name, moment.strategy_name, moment.symbol)
 
 
 class Names:
@@ -187,7 +229,9 @@ def scope_of(scopes: Scopes, call: Call) -> Scope:
     """The records of the run that the call is made in, at its moment; outside of a run those of live."""
     if call.moment is None:
         return scopes("live", None, call.now_ms)
-    return scopes(call.moment.mode, call.moment.run_id, call.now_ms)
+    run = call.moment
+    identity = Identity(run.symbol, run.strategy_name, run.exchange_name, run.frame_name, run.mode)
+    return scopes(run.mode, run.run_id, call.now_ms, identity)
 
 
 def key_text(value: Plain) -> str:

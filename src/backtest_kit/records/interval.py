@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from types import MethodType
 from typing import Any, Final, Generic
 
@@ -69,6 +70,7 @@ class Once(Generic[R]):
         self._function = function
         self._step_ms = step_ms
         self._key = key
+        self._ending: set[asyncio.Task[None]] = set()
         self.__wrapped__ = function.function
         self.__doc__ = function.function.__doc__
 
@@ -94,13 +96,19 @@ class Once(Generic[R]):
                 "pass the context of the strategy, as an argument or as ctx=..."
             )
         start_ms = floor_ms(moment.when_ms if call.when_ms is None else call.when_ms, self._step_ms)
-        take = asyncio.ensure_future(self._take(scope_of(self._scopes, call), self._key_of(call, moment), start_ms))
+        scope, key, caller = scope_of(self._scopes, call), self._key_of(call, moment), _Caller()
+        take = asyncio.create_task(self._take(scope, key, start_ms, caller), name=f"{self._function.title} takes")
         try:
             # To its end also if the caller is cancelled: a window that nobody knows to be taken would be lost.
             taking = await asyncio.shield(take)
             return None if taking is None else await self._function(call)
         except BaseException as error:
-            await self._give_back(take, error)
+            caller.is_gone = True
+            # Nor does it end with the caller who is cancelled once more.
+            free = asyncio.create_task(self._give_back(take, error), name=f"{self._function.title} gives back")
+            self._ending.add(free)
+            free.add_done_callback(self._ending.discard)
+            await asyncio.shield(free)
             raise
 
     def __get__(self, instance: object, owner: type | None = None) -> Callable[..., Awaitable[R | None]]:
@@ -111,30 +119,48 @@ class Once(Generic[R]):
         try:
             taking = await take
             if taking is not None:
-                await taking.give_back()
+                async with taking.turn():
+                    await taking.give_back()
         except BacktestKitError as failure:
             if failure is not error:
                 error.add_note(f"the window that {self._function.title} has taken could not be freed: {failure}")
 
-    async def _take(self, scope: Scope, key: Key, start_ms: int) -> _Taking | None:
-        """Take a window, unless it or a later one is taken."""
+    async def _take(self, scope: Scope, key: Key, start_ms: int, caller: _Caller) -> _Taking | None:
+        """Take a window, unless it or a later one is taken; it is free again before anyone else has a turn if the
+        caller is gone by then.
+        """
         store = scope.store(_INTERVAL)
         async with scope.turn(_INTERVAL, key):
             while True:
                 found = await store.get(_INTERVAL, key)
-                if found is not None and not found.removed and start_ms <= _window(found):
+                # Of a repeated backtest only what an earlier repetition left for later is as if it had not been.
+                used = await scope.seen(_INTERVAL, found) if found and scope.is_left(_INTERVAL, found) else found
+                if used is not None and not used.removed and start_ms <= _window(used):
                     return None
                 value: Plain = {"windowMs": start_ms}
                 write = Write(_INTERVAL, key, value, when=scope.when_ms, expect=expectation(store, found))
                 try:
-                    return _Taking(scope, found, await store.put(write))
+                    taking = _Taking(scope, found, await scope.put(store, write))
                 except Conflict:
                     continue
+                if caller.is_gone:
+                    await taking.give_back()
+                    return None
+                return taking
 
     def _key_of(self, call: Call, moment: Moment) -> Key:
         if self._key is None:
             return (self.bucket, key_text([moment.strategy_name, moment.exchange_name, moment.symbol]))
         return (self.bucket, key_text(encode(self._key(*call.args, **call.kwargs), f"the key of {self.bucket}")))
+
+
+class _Caller:
+    """Whoever a window is taken for."""
+
+    __slots__ = ("is_gone",)
+
+    def __init__(self) -> None:
+        self.is_gone = False
 
 
 class _Taking:
@@ -144,6 +170,10 @@ class _Taking:
         self._scope = scope
         self._before = before
         self._taken = taken
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """Be the only one of this process who takes or frees the window."""
+        return self._scope.turn(_INTERVAL, self._taken.key)
 
     async def give_back(self) -> None:
         """Make it as if it had never been taken, unless a later one was."""

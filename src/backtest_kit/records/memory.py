@@ -56,7 +56,8 @@ class Memory:
     """Notes under a bucket name. They belong to a signal, or to a strategy on a symbol.
 
     In a position the notes of the strategy are there too: what was reasoned before the signal is found after it.
-    What is written in the position stays with it. Notes later than the moment of the context are not there.
+    What is written in the position stays with it, and so does what is removed there. Notes later than the moment
+    of the context are not there.
     """
 
     def __init__(self, scope: Scope, bucket: str, owners: tuple[str, ...], shelves: Shelves) -> None:
@@ -75,6 +76,7 @@ class Memory:
 
         Raises:
             UserError: an argument is wrong, or something in `value` cannot be stored; the message names it.
+            LookAhead: what is there is of a later moment than this context, as one that was kept.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
         if role not in _ROLES:
@@ -91,22 +93,20 @@ class Memory:
         Raises:
             Damaged, RetryLater: as `Store.get`.
         """
-        for owner in self._owners:
-            record = await self._scope.read(_MEMORY, self._key(owner, memory_id))
-            if record is not None:
-                return _entry(record).value
-        return None
+        record = await self._find(self._owners, memory_id)
+        return None if record is None or record.removed else _entry(record).value
 
     async def remove(self, memory_id: str) -> bool:
-        """Forget what `read` would return, and say whether there was anything. The store keeps it, marked as removed.
+        """Take a note out of all that `read`, `list` and `search` return, and say whether there was one.
+
+        The store keeps it, marked as removed. In a position the strategy's note is hidden, and stays the strategy's.
 
         Raises:
+            LookAhead: what is there is of a later moment than this context, as one that was kept.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
-        for owner in self._owners:
-            if await self._scope.remove(_MEMORY, self._key(owner, memory_id)):
-                return True
-        return False
+        beneath = await self._find(self._owners[1:], memory_id)
+        return await self._scope.remove(_MEMORY, self._key(self._owners[0], memory_id), beneath)
 
     async def search(self, query: str, k: int = 5) -> list[MemoryEntry]:
         """The `k` notes that match a query best, best first: BM25 over their texts, English words by their stem.
@@ -136,16 +136,33 @@ class Memory:
         entries = await self.list(limit=limit)
         return [{"role": entry.role, "content": entry.content} for entry in reversed(entries)]
 
+    async def _find(self, owners: tuple[str, ...], memory_id: str) -> Record | None:
+        """The note of this moment under a name, of the first of `owners` who has one; it may be a removed one."""
+        store = self._scope.store(_MEMORY)
+        for owner in owners:
+            found = await store.get(_MEMORY, self._key(owner, memory_id))
+            record = await self._scope.as_it_was(_MEMORY, found)
+            if record is not None:
+                return record
+        return None
+
     async def _visible(self, *, removed: bool) -> list[Record]:
-        """What is there at this moment, oldest first. A note of the position hides the strategy's of the same name."""
+        """What is there at this moment, oldest first.
+
+        A note of the position hides the strategy's of the same name, also one that was removed.
+        """
         store, now_ms = self._scope.store(_MEMORY), self._scope.when_ms
         found: dict[KeyPart | Key, Record] = {}
         for owner in reversed(self._owners):
             for newest in await self._shelves.shelf(store, (owner, self._bucket)).read():
                 # One that is later now may have been another one at this moment.
-                record = await self._scope.seen(_MEMORY, newest) if newest.later_than(now_ms) else newest
-                if record is not None and (removed or not record.removed):
-                    found[record.key if record.removed else record.key[-1]] = record
+                record = await self._scope.as_it_was(_MEMORY, newest) if newest.later_than(now_ms) else newest
+                if record is not None and not record.removed:
+                    found[record.key[-1]] = record
+                elif record is not None:
+                    found.pop(record.key[-1], None)
+                    if removed:
+                        found[record.key] = record
         if len(self._owners) == 1:
             return list(found.values())
         return sorted(found.values(), key=lambda record: record.written_at if record.when is None else record.when)

@@ -64,7 +64,7 @@ class Notification(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     pnl_cost: float | None = None
     reason: str = ""
     text: str
-    """One line for people."""
+    """One line for people, with the mode: on paper nothing was won or lost."""
 
     @property
     def when(self) -> datetime:
@@ -217,9 +217,11 @@ def _about(
     """`state` tells apart what may happen several times in one minute."""
     identity = event.identity
     # Whatever is not of one signal is of the run; the minute tells two of them apart.
-    whose = signal_id or "-".join((identity.strategy_name, identity.exchange_name, identity.symbol))
+    names = (identity.strategy_name, identity.exchange_name, identity.symbol)
+    whose = signal_id or "-".join(names)
     minute = floor_ms(event.when_ms, MINUTE_MS)
-    detail = f"-{crc32(f'{what} {state}'.encode()):08x}" if state or not signal_id else ""
+    # With the names in it: those of another run may read the same once they are joined.
+    detail = f"-{crc32(f'{names} {what} {state}'.encode()):08x}" if state or not signal_id else ""
     return Notification(
         notification_id=f"{whose}-{event.action}-{minute}{detail}",
         kind=event.action,
@@ -233,5 +235,5 @@ def _about(
         signal_id=signal_id,
         price=price,
         reason=reason,
-        text=f"{iso(event.when_ms)} {identity.symbol} {identity.strategy_name}: {event.action} {what}",
+        text=f"{iso(event.when_ms)} {identity.mode} {identity.symbol} {identity.strategy_name}: {event.action} {what}",
     )

@@ -19,7 +19,7 @@ from backtest_kit.persist.store import ANY, Capability, Store, Write
 from backtest_kit.persist.writing import put_each
 from backtest_kit.records.notification import NOTIFICATION, notification_of, notification_writes
 from backtest_kit.records.scope import expectation
-from backtest_kit.records.signals import RECENT, STORAGE, signal_writes
+from backtest_kit.records.signals import RECENT, STORAGE, follows, signal_writes
 
 if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
@@ -231,8 +231,8 @@ def _writes(events: Sequence[Event]) -> list[Write]:
 
 
 async def _compared(store: Store, write: Write) -> Write | None:
-    """`write`, expecting what is there now; None where that is the same already, or of a later moment."""
+    """`write`, expecting what is there now; None where that is the same already, or what came later."""
     found = await store.get(write.contract, write.key)
-    if found is not None and (found.value == write.value or found.later_than(write.when)):
+    if found is not None and (found.value == write.value or not follows(write, found)):
         return None
     return msgspec.structs.replace(write, expect=expectation(store, found))

@@ -30,6 +30,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 Status = Literal["scheduled", "opened", "closed", "cancelled"]
 ScopeOf = Callable[[Mode, str | None, datetime | str | int | None], Scope]
 
+_OVER: Final = ("closed", "cancelled")
 STORAGE: Final = CONTRACTS["storage"]
 RECENT: Final = CONTRACTS["recent"]
 _AHEAD: Final = 4
@@ -213,6 +214,23 @@ async def newest(
         if most is None or count < most:
             break
     return found
+
+
+def follows(write: Write, found: Record) -> bool:
+    """Whether a write says what came after what is there: by its time.
+
+    But a signal that is over stays over, and is so from then on, although the clock was set back meanwhile.
+    """
+    (signal_id, is_over), (found_id, was_over) = _outcome(write.value), _outcome(found.value)
+    if signal_id == found_id and is_over != was_over:
+        return is_over
+    return not found.later_than(write.when)
+
+
+def _outcome(value: Plain) -> tuple[Plain, bool]:
+    """Of which signal a value is, and whether that is over."""
+    fields = value if isinstance(value, dict) else {}
+    return fields.get("signalId"), fields.get("status") in _OVER
 
 
 def _signal(record: Record | None) -> StoredSignal | None:

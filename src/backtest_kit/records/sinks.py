@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -34,6 +35,7 @@ class HttpSink:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"the address of sink {name!r} is none: give https://host/path")
         self.name = name
+        self.destination = _digest(url)
         self._host = parts.hostname
         self._url = url
         self._headers = headers
@@ -104,6 +106,7 @@ class Telegram(HttpSink):
     def __init__(self, name: str, token: str, chat_id: int | str, base_url: str, timeout_s: float) -> None:
         super().__init__(name, f"{base_url}/bot{token}/sendMessage", {}, timeout_s)
         self._chat_id = chat_id
+        self.destination = _digest(base_url, token.partition(":")[0], str(chat_id))
 
     def body(self, notification: Notification) -> Any:
         return {"chat_id": self._chat_id, "text": _shortened(notification.text)}
@@ -140,6 +143,11 @@ def telegram(
     if not token or chat_id in ("", 0):
         raise UserError(f"sink {name!r} needs the token of a bot and the id of a chat: @BotFather makes a bot")
     return Telegram(name, token, chat_id, base_url, timeout_s)
+
+
+def _digest(*parts: str) -> str:
+    """What tells destinations apart, and none of them."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _shortened(text: str) -> str:

@@ -11,7 +11,7 @@ from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.store import Key, Plain, Record
 from backtest_kit.records.scope import Scope
 
-_STATE: Final = CONTRACTS["state"]
+STATE: Final = CONTRACTS["state"]
 
 
 class Slot:
@@ -39,6 +39,7 @@ class Slot:
 
         Raises:
             UserError: something in `value` cannot be stored; the message names it.
+            LookAhead: what is there is of a later moment than this context, as one that was kept.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
         await self._scope.write(self._row, self._keys[0], encode(value))
@@ -53,6 +54,7 @@ class Slot:
         Raises:
             UserError: what `change` returns cannot be stored, or it updates the same value.
             Exception: what `change` raises; the value stays as it is.
+            LookAhead: what is there is of a later moment than this context, as one that was kept.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
 
@@ -82,4 +84,4 @@ class State(Slot):
     """
 
     def __init__(self, scope: Scope, bucket: str, owners: tuple[str, ...]) -> None:
-        super().__init__(scope, _STATE, tuple((owner, bucket) for owner in owners))
+        super().__init__(scope, STATE, tuple((owner, bucket) for owner in owners))

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,6 +29,7 @@ from backtest_kit.model.interval import (
     to_datetime,
 )
 from backtest_kit.records import Records, RunRecords
+from backtest_kit.records.sole import owned_by
 from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
@@ -53,10 +54,10 @@ class _Announced:
     Runs that are started together see each other from the start, however fast the first of them is.
     """
 
-    def __init__(self, job: Job, cron: Cron, seat: RiskSeat | None, under_way: set[tuple[str, Identity]]) -> None:
+    def __init__(self, job: Job, cron: Cron, seat: RiskSeat | None, under_way: set[tuple[str, ...]]) -> None:
         self.seat = seat
         self._identity = job.identity
-        self._run = (job.run_id, job.identity)
+        self._run = _run_of(job)
         self._under_way = under_way
         self._cron: Cron | None = cron
         cron.begin(job.identity)
@@ -148,7 +149,7 @@ class BacktestRunner:
         self._bus = bus
         self._cron = cron
         self._records = records
-        self._under_way: set[tuple[str, Identity]] = set()
+        self._under_way: set[tuple[str, ...]] = set()
         self._risks = RiskBook()
         self._settings = settings
         self._now_ms = now_ms
@@ -175,6 +176,7 @@ class BacktestRunner:
 
         Raises:
             UserError: bad names, options, candles or signals.
+            Conflict: another process replays this strategy on this symbol under the same `run_id`.
             Exception: whatever the strategy raises, with its own traceback.
 
         Runs that share a risk profile or a cron job wait for each other: loop over each of them in a task
@@ -244,7 +246,10 @@ class BacktestRunner:
         if announced.seat is not None:
             announced.seat.enter()
         try:
-            async with self.feeds.use(job.identity.exchange_name, job.settings) as feed:
+            async with (
+                records.alone() if job.is_named else nullcontext(),
+                self.feeds.use(job.identity.exchange_name, job.settings) as feed,
+            ):
                 replay = Replay(job, control, feed, self._bus, self._cron, announced.seat, records)
                 async with aclosing(replay.events()) as events:
                     async for event in events:
@@ -265,7 +270,7 @@ class BacktestRunner:
 
     def _announce(self, job: Job) -> _Announced:
         identity = job.identity
-        if (job.run_id, identity) in self._under_way:
+        if _run_of(job) in self._under_way:
             raise UserError(
                 f"run {job.run_id!r} of strategy {identity.strategy_name!r} for {identity.symbol} is under way, "
                 "and two at once would overwrite each other's records: wait for it, or choose another run_id"
@@ -347,11 +352,17 @@ class BacktestRunner:
             ),
             gaps=gaps,
             run_id=self._new_run_id() if run_id is None else check_name("run_id", run_id),
+            is_named=run_id is not None,
         )
 
     def _new_run_id(self) -> str:
         """An id that no other run has, and that sorts by when it was started."""
         return f"{to_datetime(self._now_ms()):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+
+
+def _run_of(job: Job) -> tuple[str, ...]:
+    """What two runs at once must not have in common."""
+    return job.run_id, *owned_by(job.identity)
 
 
 async def _end(records: RunRecords, *events: Event) -> None:

@@ -32,6 +32,7 @@ from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.lease import Lease, acquire
+from backtest_kit.persist.possession import beside, given_back, kept
 from backtest_kit.records import RunRecords
 from backtest_kit.run.alarms import Alarms
 from backtest_kit.run.chronicle import Chronicle, Observer
@@ -45,7 +46,6 @@ from backtest_kit.run.live_job import LiveJob
 from backtest_kit.run.live_risk import LiveRisk
 from backtest_kit.run.minute import Minute
 from backtest_kit.run.orphans import OrphanGuard
-from backtest_kit.run.possession import beside, given_back, kept
 from backtest_kit.run.replay import columns_of
 from backtest_kit.run.services import Services
 from backtest_kit.run.trader import Trader

@@ -51,6 +51,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     gaps: Gaps
     run_id: str
     """Whose records it reads and writes."""
+    is_named: bool
+    """Somebody has chosen the id, so that another process may have the same."""
 
 
 class Control:

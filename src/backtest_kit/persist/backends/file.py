@@ -119,6 +119,10 @@ class FileStore:
                     left = None if left is None else left - 1
             size = min(2 * size, _LARGEST_CHUNK)
 
+    async def identity(self) -> str:
+        """As `Identified.identity`."""
+        return f"file:{await asyncio.to_thread(os.path.realpath, self.root.path)}/{self._prefix}"
+
     async def namespaces(self) -> list[tuple[str, ...]]:
         return await asyncio.to_thread(self._namespaces, self._prefix)
 
@@ -205,7 +209,7 @@ class FileStore:
         for feed, group in itertools.groupby(chunk, key=lambda item: item.feed):
             items = list(group)
             if feed is None:
-                records += filter(None, (self._load(contract, item.path) for item in items))
+                records += filter(None, (item.damage or self._load(contract, item.path) for item in items))
                 continue
             places = [item.place for item in items if item.place is not None]
             try:

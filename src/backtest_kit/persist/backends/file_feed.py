@@ -133,8 +133,8 @@ class Feed:
         """The newest line of every key that there is now, in order of writing, or in the reverse of it.
 
         Raises:
-            Damaged: a line was found that is not sound. It is told once; the line is in quarantine then, and
-                its key is left out. Where nobody knows its key, every listing raises until it is decided about.
+            Damaged: a line was found that is not sound. It is told once; the line is in quarantine then, its
+                key is left out, and `damage` tells of it. Where nobody knows its key, every listing raises.
         """
         until = last = None
         while True:
@@ -170,17 +170,29 @@ class Feed:
                 if row[0] not in blocked and (include_removed or not row[5]):
                     yield place_of(name, row)
 
+    def damage(self) -> Damaged | None:
+        """What to say of the lines that are in quarantine, which no listing has; None if there are none."""
+        with self._guard:
+            return self._damage.undecided()
+
     def read(self, places: Sequence[Place]) -> list[Record]:
-        """The records at `places`, in their order, without those that have a newer line by now if they moved."""
+        """The records at `places`, in their order, without those that have a newer line by now if they moved.
+
+        Raises:
+            Damaged: a line of one of their keys is not sound, or in quarantine.
+        """
         while True:
             try:
                 return self._read(places)
             except _Moved:
-                places = self._ask(partial(self._moved, places), locked=False)
+                pass
             except Unsound as unsound:
                 self._set_aside(unsound, locked=False)
+            places = self._ask(partial(self._moved, places), locked=False)
 
     def _moved(self, places: Sequence[Place]) -> list[Place]:
+        for place in places:
+            self._damage.refuse(place.hash)
         now = (next(self._index.candidates(place.hash), None) for place in places)
         return [found for place, found in zip(places, now, strict=True) if found and found.tick == place.tick]
 

@@ -50,6 +50,15 @@ class FeedDamage:
             raise self._unreported.popitem()[1]
         return blocked
 
+    def undecided(self) -> Damaged | None:
+        """What to say, behind all that a listing has, of what is in quarantine; None if nothing is."""
+        try:
+            for path in self._blocked:
+                self._quarantine.refuse_blocked(path)
+        except Damaged as error:
+            return error
+        return None
+
     def told(self, path: str) -> Damaged:
         """What to say of the line that was put aside under `path`, which then is told."""
         return self._unreported.pop(path)

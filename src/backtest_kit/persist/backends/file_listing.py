@@ -1,4 +1,9 @@
-"""What a scan of a file store is to read, in order of writing, found while it goes on."""
+"""What a scan of a file store is to read, in order of writing, found while it goes on.
+
+What lies in quarantine is part of it: a file at its place in the order, which it keeps there, and lines of feeds
+behind all others. Of a line the order is known no more when its segment was merged, and a feed is to be read to its
+end although a line of it is damaged.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import heapq
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from backtest_kit.errors import Damaged
 from backtest_kit.persist.backends.file_feed import Feed
 from backtest_kit.persist.backends.file_paths import SUFFIX
 from backtest_kit.persist.backends.file_root import Root
@@ -13,16 +19,18 @@ from backtest_kit.persist.backends.file_segments import Place
 from backtest_kit.persist.contracts import Contract, Kind
 from backtest_kit.persist.files import disk_error
 from backtest_kit.persist.keys import path_of
+from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE
 from backtest_kit.persist.store import Key
 
 
 class Found(NamedTuple):
-    """Something that a scan is to read."""
+    """Something that a scan is to read, or why it cannot be."""
 
     tick: int
     path: str
     feed: Feed | None = None
     place: Place | None = None
+    damage: Damaged | None = None
 
 
 def list_records(
@@ -33,20 +41,16 @@ def list_records(
     directory = _directory(namespace, contract, prefix)
     try:
         if contract.kind is not Kind.FEED:
-            files = [
-                Found(entry.stat().st_mtime_ns, f"{path}/{entry.name}")
-                for path in _below(root, directory, len(contract.key_fields) - len(prefix) - 1)
-                for entry in root.disk.entries(f"{root.path}/{path}")
-                if entry.name.endswith(SUFFIX)
-            ]
-            files.sort(key=_tick)
+            levels = len(contract.key_fields) - len(prefix) - 1
+            files = sorted(_files(root, directory, levels), key=_tick)
             yield from files[::-1] if newest_first else files
             return
-        found = [
-            _lines(feed, newest_first=newest_first, include_removed=include_removed)
-            for feed in _feeds(root, namespace, contract, prefix)
-        ]
+        feeds = _feeds(root, namespace, contract, prefix)
+        found = [_lines(feed, newest_first=newest_first, include_removed=include_removed) for feed in feeds]
         yield from heapq.merge(*found, key=_tick, reverse=newest_first)
+        for feed in feeds:
+            if damage := feed.damage():
+                yield Found(0, feed.path, damage=damage)
     except OSError as error:
         raise disk_error(error, "list", f"{root.path}/{directory}") from error
 
@@ -58,6 +62,25 @@ def count_lines(root: Root, namespace: str, contract: Contract) -> int:
         return sum(feed.count() for feed in _feeds(root, namespace, contract, ()))
     except OSError as error:
         raise disk_error(error, "count", f"{root.path}/{_directory(namespace, contract, ())}") from error
+
+
+def _files(root: Root, directory: str, levels: int) -> list[Found]:
+    """The files `levels` below `directory`, and those that were moved from there into quarantine."""
+    found = _files_in(root, directory, levels)
+    if kept := _files_in(root, f"{QUARANTINE}/{directory}", levels):
+        there = {file.path for file in found}
+        moved = (file._replace(path=file.path.removeprefix(f"{QUARANTINE}/")) for file in kept)
+        found += [file for file in moved if file.path not in there]
+    return found
+
+
+def _files_in(root: Root, directory: str, levels: int) -> list[Found]:
+    return [
+        Found(entry.stat().st_mtime_ns, f"{path}/{entry.name}")
+        for path in _below(root, directory, levels)
+        for entry in root.disk.entries(f"{root.path}/{path}")
+        if entry.name.endswith(SUFFIX)
+    ]
 
 
 def _feeds(root: Root, namespace: str, contract: Contract, prefix: Key) -> list[Feed]:

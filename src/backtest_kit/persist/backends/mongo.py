@@ -11,13 +11,14 @@ blocks its key: `quarantined`, `restore` and `drop` are for the operator.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
 from backtest_kit.errors import UserError
-from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis, mongo_prune
+from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis, mongo_prune, mongo_schema
 from backtest_kit.persist.backends.mongo_batch import Batch
 from backtest_kit.persist.backends.mongo_candles import MongoCandleStore
 from backtest_kit.persist.backends.mongo_client import Link, Links
@@ -30,8 +31,7 @@ from backtest_kit.persist.backends.mongo_documents import (
 )
 from backtest_kit.persist.backends.mongo_intents import replay
 from backtest_kit.persist.backends.mongo_reading import cache_name, find, find_all, standing
-from backtest_kit.persist.backends.mongo_schema import flush, prepare
-from backtest_kit.persist.backends.mongo_settings import MongoSettings, from_environment, with_changes
+from backtest_kit.persist.backends.mongo_settings import LOGGER, Log, MongoSettings, from_environment, with_changes
 from backtest_kit.persist.backends.mongo_writing import Putting, PuttingMany, turn_of
 from backtest_kit.persist.candle_cache import CandleCache
 from backtest_kit.persist.contracts import Contract
@@ -53,7 +53,7 @@ class MongoStore:
 
     Every event loop that uses it has connections of its own, and so has a fork; `close` ends those of the
     loop that calls it. With `existing` the database is opened to look at it: it has to be a store, and
-    nothing is made in it.
+    nothing is made in it, but a batch that a dead process has left in the middle is brought to its end.
 
     Raises:
         UserError: `url` is no address of MongoDB.
@@ -61,13 +61,16 @@ class MongoStore:
 
     capabilities: Final = frozenset(Capability)
 
-    def __init__(self, url: str, *, settings: MongoSettings | None = None, existing: bool = False) -> None:
+    def __init__(
+        self, url: str, *, settings: MongoSettings | None = None, existing: bool = False, log: Log | None = None
+    ) -> None:
         """Without `settings`, they come from the environment, and Redis is used if that names one."""
         if settings is None:
             settings = from_environment(os.environ)
             if not {"CC_REDIS_URL", "CC_REDIS_HOST"} & os.environ.keys():
                 settings = with_changes(settings, {"CC_REDIS_HOST": ""})
-        self._links = Links(with_changes(settings, {"CC_MONGO_CONNECTION_STRING": url}))
+        log = log or logging.LoggerAdapter(logging.getLogger(LOGGER))
+        self._links = Links(with_changes(settings, {"CC_MONGO_CONNECTION_STRING": url}), log)
         self._existing = existing
         self._namespace = ""
         self._cached = CandleCache(self.settings.CC_MONGO_CANDLES_IN_MEMORY)
@@ -98,8 +101,10 @@ class MongoStore:
         if link is None:
             return
         try:
+            # Before it is flushed: what is being written now is acknowledged as well.
+            await link.settle()
             if link.has_unflushed:
-                await link.finish(flush(link))
+                await link.finish(mongo_schema.flush(link))
         finally:
             await link.close()
 
@@ -111,7 +116,8 @@ class MongoStore:
 
     async def put(self, write: Write) -> Record:
         change = change_of(self._namespace, write)
-        return await self._links.here().finish(self._put(change))
+        link = self._links.here()
+        return await link.finish(self._put(link, change))
 
     async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
         """As `PutsEach.put_each`."""
@@ -130,17 +136,19 @@ class MongoStore:
                     break
                 many[turn_of(change)] = place, change
             left = left[len(many) :]
-            results = await self._links.here().finish(self._put_many([change for _, change in many.values()]))
+            link = self._links.here()
+            results = await link.finish(self._put_many(link, [change for _, change in many.values()]))
             done.update(zip((place for place, _ in many.values()), results, strict=True))
         return [done[place] for place in range(len(writes))]
 
     async def batch(self, writes: Sequence[Write]) -> None:
         check_batch(writes)
         changes = [change_of(self._namespace, write) for write in writes]
+        link = self._links.here()
         if len(changes) == 1:
-            await self._links.here().finish(self._put(changes[0]))
+            await link.finish(self._put(link, changes[0]))
         elif changes:
-            await self._links.here().finish(self._batch(changes))
+            await link.finish(self._batch(link, changes))
 
     async def scan(
         self,
@@ -189,6 +197,11 @@ class MongoStore:
         found = {name[len(above) :] for names in lists for name in names if name and name.startswith(above)}
         return [tuple(str(unescape(part, "namespace") or part) for part in name.split("/")) for name in sorted(found)]
 
+    async def identity(self) -> str | None:
+        """As `Identified.identity`, without opening the store."""
+        identity = await mongo_schema.identity(self._links.here())
+        return identity and f"{identity}/{self._namespace}"
+
     async def check(self, *, deep: bool = False) -> list[Finding]:
         """As `Upkeep.check`; `deep` reads every candle as well. What MongoDB itself has stored is its own to verify."""
         return await mongo_damage.check(await self._opened(), deep=deep)
@@ -227,9 +240,9 @@ class MongoStore:
         link = await self._opened()
         return await link.finish(mongo_damage.drop(link, path))
 
-    async def _opened(self) -> Link:
-        """The open link of the running loop; whoever asks while it is being opened waits for the same opening."""
-        link = self._links.here()
+    async def _opened(self, link: Link | None = None) -> Link:
+        """`link`, else that of the running loop, open; whoever asks while it is being opened waits for that opening."""
+        link = link or self._links.here()
         if not link.is_open:
             if link.opening is None:
                 link.opening = asyncio.ensure_future(self._open(link))
@@ -238,26 +251,23 @@ class MongoStore:
         return link
 
     async def _open(self, link: Link) -> None:
-        await prepare(link, existing=self._existing)
-        if not self._existing:
-            await replay(link)
+        await mongo_schema.prepare(link, existing=self._existing)
+        # Also where somebody only looks: half of a batch is nothing that was ever written.
+        await replay(link)
 
-    async def _put(self, change: Change) -> Record:
-        link = self._links.here()
+    async def _put(self, link: Link, change: Change) -> Record:
         async with link.turns.hold([turn_of(change)]):
-            await self._opened()
+            await self._opened(link)
             return await Putting(link, change).run()
 
-    async def _put_many(self, changes: Sequence[Change]) -> list[Record | BaseException]:
-        link = self._links.here()
+    async def _put_many(self, link: Link, changes: Sequence[Change]) -> list[Record | BaseException]:
         async with link.turns.hold([turn_of(change) for change in changes]):
-            await self._opened()
+            await self._opened(link)
             return await PuttingMany(link, changes).run()
 
-    async def _batch(self, changes: Sequence[Change]) -> None:
-        link = self._links.here()
+    async def _batch(self, link: Link, changes: Sequence[Change]) -> None:
         async with link.turns.hold([turn_of(change) for change in changes]):
-            await self._opened()
+            await self._opened(link)
             batch = Batch(link, changes)
             await batch.run()
             crashpoint("mongo.after_batch")

@@ -20,18 +20,17 @@ from pymongo.read_preferences import ReadPreference
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater
 from backtest_kit.persist.backends import mongo_damage
-from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, Link
+from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, JOURNALLED, Link
 from backtest_kit.persist.backends.mongo_documents import (
     Change,
     Document,
     Planned,
-    identity_of,
-    is_named,
     record_of,
     update_of,
 )
 from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, is_duplicate
 from backtest_kit.persist.backends.mongo_intents import carry_out, has_happened, settle
+from backtest_kit.persist.backends.mongo_reading import find_named
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.store import Record
@@ -116,19 +115,8 @@ class Batch:
         return planned
 
     async def _documents(self, group: Sequence[Change], patience: Patience) -> list[Document | None]:
-        collection = self._link.collection(group[0].contract)
-        wanted = {"$or": [change.name for change in group]} if len(group) > 1 else group[0].name
-
-        async def question() -> list[Document]:
-            return await collection.find(wanted).to_list()
-
-        read = await self._link.ask(_DOING, question, patience)
-        found = {identity_of(document, group[0].contract): document for document in read}
-        documents = [found.get(tuple(change.name.values())) for change in group]
-        return [
-            document if document is not None and is_named(document, change.name) else None
-            for change, document in zip(group, documents, strict=True)
-        ]
+        names = [change.name for change in group]
+        return await find_named(self._link, group[0].contract, names, _DOING, patience)
 
     async def _record(
         self, change: Change, document: Document | None, patience: Patience
@@ -169,7 +157,7 @@ class Batch:
         async with self._link.mongo.start_session() as session:
             await session.start_transaction(
                 read_concern=ReadConcern("snapshot"),
-                write_concern=self._link.journalled if self._is_money else ACKNOWLEDGED,
+                write_concern=JOURNALLED if self._is_money else ACKNOWLEDGED,
                 read_preference=ReadPreference.PRIMARY,
             )
             try:
@@ -208,8 +196,6 @@ class Batch:
 
     def _update(self, each: Planned) -> UpdateOne:
         changes = update_of(each.change, self._writer, self._link.next_tick())
-        if not each.rev:
-            changes["$setOnInsert"] = each.change.name
         return UpdateOne(each.expected, changes, upsert=not each.rev)
 
 

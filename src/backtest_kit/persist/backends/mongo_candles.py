@@ -101,6 +101,7 @@ class MongoCandleStore:
             new = candles.take(~np.isin(candles.timestamp, [each["timestamp"] for each in stored]))
             for start in range(0, len(new), _CHUNK):
                 try:
+                    link.has_unflushed = True
                     written += await link.ask(doing, _Insertion(link, name, new[start : start + _CHUNK]))
                 except BacktestKitError as error:
                     if written:

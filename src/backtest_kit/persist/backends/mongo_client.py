@@ -23,7 +23,7 @@ from pymongo.write_concern import WriteConcern
 from backtest_kit.errors import Outcome, UserError
 from backtest_kit.persist.backends.mongo_documents import Document
 from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, may_have_happened, translate
-from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
+from backtest_kit.persist.backends.mongo_settings import Log, MongoSettings, mask
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.turns import Turns
 from backtest_kit.persist.urls import import_backend
@@ -35,27 +35,29 @@ _PART: Final = 10_000
 """Documents."""
 ACKNOWLEDGED: Final = WriteConcern(w=1)
 """For what may be lost or is flushed on close. The server writes it to its journal every 100 ms."""
+JOURNALLED: Final = WriteConcern(w="majority", j=True)
+"""For money, and for what other processes must agree on: it is not rolled back and survives the server."""
 
 
 class Link:
     """What one event loop has open: clients, the order of its writes, and whatever still runs."""
 
-    def __init__(self, settings: MongoSettings) -> None:
+    def __init__(self, settings: MongoSettings, log: Log) -> None:
         """Dials nothing.
 
         Raises:
             UserError: an address cannot be read.
         """
         self.settings: Final = settings
+        self.log: Final = log
         self.where: Final = mask(settings.CC_MONGO_CONNECTION_STRING)
         self.database_name: Final = database_of(settings.CC_MONGO_CONNECTION_STRING)
         self.mongo: Final[AsyncMongoClient[Document]] = _client(settings)
         self.database: Final = self.mongo[self.database_name]
         self.ids = None
         if settings.redis_url:
-            self.ids = import_backend("backtest_kit.persist.backends.redis_ids").IdCache(settings, self.database_name)
-        self.journalled: Final = WriteConcern(w="majority", j=True, wtimeout=settings.CC_MONGO_OPERATION_TIMEOUT_MS)
-        """For money, and for what other processes must agree on: it is not rolled back and survives the server."""
+            redis_ids = import_backend("backtest_kit.persist.backends.redis_ids")
+            self.ids = redis_ids.IdCache(settings, self.database_name, log)
         self.turns: Final = Turns()
         self.owner: Final = secrets.token_hex(8)
         self.has_transactions = False
@@ -97,7 +99,7 @@ class Link:
         level = "majority" if is_money and self.has_transactions else "local"
         return self.database.get_collection(
             name,
-            write_concern=self.journalled if is_money else ACKNOWLEDGED,
+            write_concern=JOURNALLED if is_money else ACKNOWLEDGED,
             read_concern=ReadConcern(level),
             read_preference=ReadPreference.PRIMARY,
         )
@@ -107,10 +109,16 @@ class Link:
 
     def within(self, seconds: float) -> AbstractContextManager[None]:
         """Tell the driver how long it may take for what is asked of it in the block."""
+        options = self.mongo.options
         if not self.mongo.topology_description.has_writable_server():
             # It would look for a server for all of that time.
-            seconds = min(seconds, self.settings.CC_MONGO_SERVER_SELECTION_TIMEOUT_MS / 1000)
+            seconds = min(seconds, options.server_selection_timeout)
         return pymongo.timeout(seconds)
+
+    def attempt(self, patience: Patience) -> AbstractContextManager[None]:
+        """As `within`, for one request: where its connection hangs, there is time left to try another one."""
+        answer_seconds = self.mongo.options.pool_options.socket_timeout
+        return self.within(min(patience.left, answer_seconds or patience.left))
 
     async def ask(
         self,
@@ -126,7 +134,7 @@ class Link:
         patience = patience or self.patience()
 
         async def answer() -> T:
-            with self.within(patience.left):
+            with self.attempt(patience):
                 return await question()
 
         return await self.finish(self._try(doing, answer, patience))
@@ -144,7 +152,7 @@ class Link:
             found: list[Any] = []
             parts = cursor()
             while parts.alive:
-                with self.within((self.patience() if found else patience).left):
+                with self.attempt(self.patience() if found else patience):
                     found += await parts.to_list(part)
             return found
 
@@ -176,10 +184,14 @@ class Link:
         task.add_done_callback(self._forget)
         return await asyncio.shield(task)
 
-    async def close(self) -> None:
-        """Wait for what is under way, then let go of every connection."""
+    async def settle(self) -> None:
+        """Wait for what is under way."""
         while self._tasks:
             await asyncio.wait(set(self._tasks))
+
+    async def close(self) -> None:
+        """Let go of every connection, once nothing is under way."""
+        await self.settle()
         if self.ids is not None:
             await self.ids.close()
         await self.mongo.close()
@@ -194,8 +206,9 @@ class Link:
 class Links:
     """The links of one store. A fork has none, and the loop that asks first gets one of its own."""
 
-    def __init__(self, settings: MongoSettings) -> None:
+    def __init__(self, settings: MongoSettings, log: Log) -> None:
         self.settings: Final = settings
+        self._log = log
         self._pid = os.getpid()
         self._links: dict[asyncio.AbstractEventLoop, Link] = {}
         self._inherited: list[dict[asyncio.AbstractEventLoop, Link]] = []
@@ -212,9 +225,10 @@ class Links:
             self._pid, self._links = os.getpid(), {}
         loop = asyncio.get_running_loop()
         if loop not in self._links:
-            for old in [each for each in self._links if each.is_closed()]:
-                del self._links[old]
-            self._links[loop] = Link(self.settings)
+            # Loops of other threads may be doing the same.
+            for old in [each for each in list(self._links) if each.is_closed()]:
+                self._links.pop(old, None)
+            self._links[loop] = Link(self.settings, self._log)
         return self._links[loop]
 
     def leave(self) -> Link | None:

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC
 from typing import Any, Final
 
-from pymongo import IndexModel
 from pymongo.errors import OperationFailure
 
 from backtest_kit.errors import BacktestKitError
-from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, Link
+from backtest_kit.persist.backends.mongo_client import ACKNOWLEDGED, JOURNALLED, Link
 from backtest_kit.persist.backends.mongo_documents import ROWS, Document
 from backtest_kit.persist.backends.mongo_schema import (
     META,
@@ -22,6 +21,7 @@ from backtest_kit.persist.backends.mongo_schema import (
     harm_of,
     indexes_of,
     indexes_there,
+    is_same,
     shown_fields,
 )
 from backtest_kit.persist.contracts import Contract, Durability
@@ -97,7 +97,7 @@ def _topology(hello: Mapping[str, Any]) -> Reading:
 
 def _address(link: Link) -> list[Reading]:
     """What is promised of a write, and what the address would have had instead."""
-    money, record = (json.dumps(concern.document) for concern in (link.journalled, ACKNOWLEDGED))
+    money, record = (json.dumps(concern.document) for concern in (JOURNALLED, ACKNOWLEDGED))
     readings = [Reading("write concern", Status.OK, f"money {money}; records and candles {record}, flushed on close")]
     asked = link.mongo.write_concern.document
     if (asked.get("w") in (0, 1) and not asked.get("j")) or asked.get("j") is False:
@@ -193,7 +193,8 @@ def _indexes_of(contract: Contract, found: Sequence[Document], *, is_new: bool, 
     subject = f"indexes of {contract.collection}"
     collection = f"db[{json.dumps(contract.collection)}]"
     ours = {model.document["name"]: model for model in indexes_of(contract)}
-    there = {each["name"] for each in found if each["name"] in ours and _is_same(each, ours[each["name"]])}
+    serving = {name: [each["name"] for each in found if is_same(each, model)] for name, model in ours.items()}
+    there = {name for names in serving.values() for name in names}
     readings = []
     for index in found:
         name = index["name"]
@@ -204,7 +205,7 @@ def _indexes_of(contract: Contract, found: Sequence[Document], *, is_new: bool, 
             remedy = drop_command(contract, name)
             readings.append(Reading(subject, Status.FAULT, reason, remedy))
     for name, model in ours.items():
-        if not is_new and name not in {each["name"] for each in found}:
+        if not is_new and not serving[name] and name not in {each["name"] for each in found}:
             keys, options = json.dumps(dict(model.document["key"])), {"name": name}
             is_unique = bool(model.document.get("unique"))
             shown = json.dumps({**options, "unique": True} if is_unique else options)
@@ -213,19 +214,10 @@ def _indexes_of(contract: Contract, found: Sequence[Document], *, is_new: bool, 
             readings.append(
                 Reading(subject, Status.FAULT if is_unique else Status.WARNING, f"{name} is missing: {lost}", remedy)
             )
-    idle = sorted(each["name"] for each in found if each["name"] not in ours and not harm_of(contract, each))
+    idle = sorted(each["name"] for each in found if each["name"] not in {*ours, *there} and not harm_of(contract, each))
     # On a cluster, the index of a shard key is needed whatever it looks like.
     if idle and not is_cluster:
         says = f"{', '.join(idle)}: no query of this program uses them, and every write pays for them"
         drop = f"dropIndexes({json.dumps(idle)})" if len(idle) > 1 else f"dropIndex({json.dumps(idle[0])})"
         readings.append(Reading(subject, Status.WARNING, says, f"mongosh: {collection}.{drop}"))
     return readings
-
-
-def _is_same(index: Document, model: IndexModel) -> bool:
-    wanted = model.document
-    plain = not {"expireAfterSeconds", "partialFilterExpression", "sparse", "collation"} & index.keys()
-    same_keys = [(field, int(way)) for field, way in index["key"].items() if isinstance(way, int | float)]
-    return (
-        plain and same_keys == list(wanted["key"].items()) and bool(index.get("unique")) == bool(wanted.get("unique"))
-    )

@@ -66,8 +66,8 @@ class Planned(NamedTuple):
 
     @property
     def expected(self) -> Document:
-        """The document as it was judged."""
-        return matching({"_id": self.identity}, self.rev or ABSENT)
+        """The document as it was judged, with the name that one which does not exist is made with."""
+        return matching({"_id": self.identity, **self.change.name}, self.rev or ABSENT)
 
 
 def change_of(namespace: str, write: Write) -> Change:

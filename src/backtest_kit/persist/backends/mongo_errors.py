@@ -20,10 +20,10 @@ _WRONG_USER: Final = frozenset((13, 18, 8000))
 _TOO_LARGE: Final = frozenset((10334, 17280, 17419, 17420))
 _DISK_FULL: Final = frozenset((14031,))
 _HEALING: Final = frozenset(
-    (6, 7, 50, 64, 89, 91, 112, 133, 189, 251, 262, 9001, 10058, 10107, 11600, 11602, 13435, 13436)
+    (6, 7, 50, 64, 89, 91, 112, 133, 134, 189, 251, 262, 9001, 10058, 10107, 11600, 11602, 13435, 13436)
 )
 """Codes of servers that are stopping, electing, interrupted, too slow or in each other's way."""
-_NOT_DONE: Final = frozenset((112, 251, 10058, 10107, 13435, 13436))
+_NOT_DONE: Final = frozenset((112, 134, 251, 10058, 10107, 13435, 13436))
 """Those of them with which a server says that it has done nothing."""
 
 

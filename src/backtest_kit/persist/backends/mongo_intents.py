@@ -145,7 +145,7 @@ async def _lock(link: Link, intent: Document, planned: Sequence[Planned]) -> boo
         locks = [
             UpdateOne(
                 each.expected,
-                {"$set": hold} if each.rev else {"$set": hold, "$setOnInsert": {**each.change.name, **_BLANK}},
+                {"$set": hold} if each.rev else {"$set": hold, "$setOnInsert": _BLANK},
                 upsert=not each.rev,
             )
             for each in group

@@ -11,6 +11,7 @@ from pymongo import DeleteOne
 from backtest_kit.errors import Damaged
 from backtest_kit.persist.backends.mongo_client import Link
 from backtest_kit.persist.backends.mongo_documents import ROWS, Document, matching, name_of, record_of
+from backtest_kit.persist.backends.mongo_reading import find_named
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.keys import check_key
 from backtest_kit.persist.store import Key
@@ -23,10 +24,7 @@ _MANY: Final = 5_000
 
 async def prune(link: Link, namespace: str, contract: Contract, revisions: Mapping[Key, int]) -> int:
     """As `Prunes.prune`, in one namespace. What two prune at once, both count."""
-    doomed = [
-        matching(name_of(namespace, contract, check_key(contract, key)), revision)
-        for key, revision in revisions.items()
-    ]
+    doomed = [(name_of(namespace, contract, check_key(contract, key)), revision) for key, revision in revisions.items()]
     pruned = 0
     for start in range(0, len(doomed), _CHUNK):
         pruned += await _prune(link, contract, doomed[start : start + _CHUNK])
@@ -43,11 +41,14 @@ async def forget(link: Link, namespace: str) -> None:
             pass
 
 
-async def _prune(link: Link, contract: Contract, doomed: Sequence[Document]) -> int:
+async def _prune(link: Link, contract: Contract, doomed: Sequence[tuple[Document, int]]) -> int:
     collection = link.collection(contract)
-
-    read = await link.ask_all("prune records", lambda: collection.find({"$or": doomed}))
-    found = [each for each in read if _is_sound(contract, each)]
+    read = await find_named(link, contract, [name for name, _ in doomed], "prune records")
+    found = [
+        each
+        for each, (_, revision) in zip(read, doomed, strict=True)
+        if each is not None and each.get("rev") == revision and "hold" not in each and _is_sound(contract, each)
+    ]
     if not found:
         return 0
     deletes = [DeleteOne(matching({"_id": each["_id"]}, each["rev"])) for each in found]

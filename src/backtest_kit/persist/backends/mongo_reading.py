@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 from pymongo.asynchronous.cursor import AsyncCursor
 
 from backtest_kit.errors import Damaged
 from backtest_kit.persist.backends import mongo_damage
 from backtest_kit.persist.backends.mongo_client import Link
-from backtest_kit.persist.backends.mongo_documents import Document, id_from, is_named, record_of
+from backtest_kit.persist.backends.mongo_documents import Document, id_from, identity_of, is_named, record_of
+from backtest_kit.persist.backends.mongo_errors import Patience
 from backtest_kit.persist.backends.mongo_intents import settle
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.keys import path_of
@@ -32,6 +38,42 @@ async def find(link: Link, contract: Contract, name: Document) -> Document | Non
 
 async def find_one(link: Link, contract: Contract, wanted: Document) -> Document | None:
     return await link.ask(f"read a {contract.name}", lambda: link.collection(contract).find_one(wanted))
+
+
+async def find_named(
+    link: Link,
+    contract: Contract,
+    names: Sequence[Document],
+    doing: str,
+    patience: Patience | None = None,
+    fields: list[str] | None = None,
+) -> list[Document | None]:
+    """The document of each of many names, one question for all that differ in their last field only.
+
+    That is what every planner answers from the index; `$or` of whole names is for some a search through everything.
+    """
+    lasts: dict[tuple[Any, ...], list[Any]] = {}
+    for name in names:
+        *first, last = name.values()
+        lasts.setdefault(tuple(first), []).append(last)
+    collection = link.collection(contract)
+    patience = patience or link.patience()
+
+    async def question(wanted: Document) -> list[Document]:
+        return await collection.find(wanted, fields).to_list()
+
+    def wanted(first: tuple[Any, ...]) -> Document:
+        *outer, field = ("namespace", *contract.key_fields)
+        some = lasts[first]
+        return {**dict(zip(outer, first, strict=True)), field: some[0] if len(some) == 1 else {"$in": some}}
+
+    read = await asyncio.gather(*(link.ask(doing, partial(question, wanted(first)), patience) for first in lasts))
+    found = {identity_of(document, contract): document for part in read for document in part}
+    documents = [found.get(tuple(name.values())) for name in names]
+    return [
+        document if document is not None and is_named(document, name) else None
+        for name, document in zip(names, documents, strict=True)
+    ]
 
 
 async def find_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from ipaddress import IPv6Address
@@ -11,6 +12,11 @@ from urllib.parse import quote
 import msgspec
 
 from backtest_kit.errors import UserError
+
+LOGGER: Final = "backtest_kit.mongo"
+"""The logger in which the store says what it could not do otherwise, such as that Redis went away."""
+Log = logging.LoggerAdapter[logging.Logger]
+"""That logger, or the one that a program has put in its place."""
 
 _AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -25,8 +31,8 @@ class MongoSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How soon a server that cannot be reached is an error."""
     CC_MONGO_CONNECT_TIMEOUT_MS: _AtLeastOne = 3_000
     """How long one connection may take to be made."""
-    CC_MONGO_SOCKET_TIMEOUT_MS: _AtLeastOne = 10_000
-    """How long the server may take for one answer."""
+    CC_MONGO_SOCKET_TIMEOUT_MS: _AtLeastOne = 5_000
+    """How long the server may take for one answer; then another connection is tried, while there is time."""
     CC_MONGO_OPERATION_TIMEOUT_MS: _AtLeastOne = 10_000
     """How long one read or write may take, with all its retries."""
     CC_MONGO_POOL_SIZE: _AtLeastOne = 50

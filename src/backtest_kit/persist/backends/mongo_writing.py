@@ -17,13 +17,12 @@ from backtest_kit.persist.backends.mongo_documents import (
     Change,
     Document,
     expectation,
-    identity_of,
     matching,
     record_of_change,
     update_of,
 )
 from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, is_duplicate, may_have_happened
-from backtest_kit.persist.backends.mongo_reading import cache_name, standing
+from backtest_kit.persist.backends.mongo_reading import cache_name, find_named, standing
 from backtest_kit.persist.contracts import Durability
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.store import ABSENT, ANY, Expect, Record
@@ -72,7 +71,7 @@ class Putting:
         patience = patience or self._link.patience()
         while True:
             try:
-                with self._link.within(patience.left):
+                with self._link.attempt(patience):
                     record = await self._attempt()
             except FAILURES as error:
                 self._is_sent = self._is_sent or may_have_happened(error)
@@ -88,7 +87,9 @@ class Putting:
             if record is not None:
                 return record
             if patience.is_over:
-                raise RetryLater(f"cannot {self._doing}: other writers were first, again and again")
+                outcome = Outcome.UNKNOWN if self._is_sent else Outcome.NOT_DONE
+                raise RetryLater(f"cannot {self._doing}: other writers were first, again and again", outcome=outcome)
+            await patience.pause()
 
     async def _attempt(self) -> Record | None:
         """The record that stands now, or None if it must be tried again."""
@@ -185,7 +186,7 @@ class PuttingMany:
         maybe = set(sent)
         """Those that may have been done. An answer counts them and does not name them."""
         try:
-            with self._link.within(patience.left):
+            with self._link.attempt(patience):
                 new = (await collection.bulk_write(operations, ordered=False)).upserted_ids if operations else None
             ids = {sent[index]: identity for index, identity in (new or {}).items()}
         except BulkWriteError as error:
@@ -223,18 +224,13 @@ class PuttingMany:
         if not asked:
             return {}
         contract = puttings[0].change.contract
-        collection, names = self._link.collection(contract), {index: puttings[index].change.name for index in asked}
-        fields = [*names[asked[0]], "rev", "writer"]
-
-        async def question() -> list[Document]:
-            return await collection.find({"$or": list(names.values())}, fields).to_list()
-
+        names = [puttings[index].change.name for index in asked]
+        fields = [*names[0], "rev", "writer"]
         try:
-            read = await self._link.ask(f"write many {contract.collection}", question, patience)
+            read = await find_named(self._link, contract, names, f"write many {contract.collection}", patience, fields)
         except BacktestKitError:
             return {}  # each of them says it for itself, and asks once more if there is time
-        found = {identity_of(document, contract): document for document in read}
-        return {index: found[key] for index, name in names.items() if (key := tuple(name.values())) in found}
+        return {index: document for index, document in zip(asked, read, strict=True) if document is not None}
 
 
 def _before(tick: int) -> Document:

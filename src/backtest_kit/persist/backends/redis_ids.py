@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,14 +14,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError, TimeoutError as RedisTimeoutError
 
 from backtest_kit.errors import RetryLater, UserError
-from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
+from backtest_kit.persist.backends.mongo_settings import Log, MongoSettings, mask
 
 _FAILURES_TO_OPEN: Final = 3
 _PAUSE_SECONDS: Final = 5.0
 _SCAN: Final = 1_000
 """Names looked at in one request."""
-
-_log = logging.getLogger("backtest_kit.mongo")
 
 
 class _Breaker:
@@ -31,11 +28,12 @@ class _Breaker:
     After a pause it lets one caller try again.
     """
 
-    def __init__(self, broken: str, mended: str, pause_seconds: float) -> None:
+    def __init__(self, broken: str, mended: str, pause_seconds: float, log: Log) -> None:
         """What the log says when it opens and when it closes."""
         self._broken = broken
         self._mended = mended
         self._pause_seconds = pause_seconds
+        self._log = log
         self._failures = 0
         self._try_again_at: float | None = None
 
@@ -57,7 +55,7 @@ class _Breaker:
         self._failures = 0
         if self._try_again_at is not None:
             self._try_again_at = None
-            _log.warning("%s", self._mended)
+            self._log.warning("%s", self._mended)
 
     def failed(self, error: BaseException) -> None:
         self._failures += 1
@@ -65,7 +63,7 @@ class _Breaker:
             self._try_again_at = time.monotonic() + self._pause_seconds
         elif self._failures >= _FAILURES_TO_OPEN or not isinstance(error, TimeoutError | RedisTimeoutError):
             self._try_again_at = time.monotonic() + self._pause_seconds
-            _log.warning(
+            self._log.warning(
                 "%s (%s): slower, and just as right; it is tried again every %g s",
                 self._broken,
                 type(error).__name__,
@@ -76,7 +74,9 @@ class _Breaker:
 class IdCache:
     """The ids of one database, for one event loop. Every name begins with the prefix and the database."""
 
-    def __init__(self, settings: MongoSettings, database: str, *, pause_seconds: float = _PAUSE_SECONDS) -> None:
+    def __init__(
+        self, settings: MongoSettings, database: str, log: Log, *, pause_seconds: float = _PAUSE_SECONDS
+    ) -> None:
         """Dials nothing.
 
         Raises:
@@ -93,12 +93,15 @@ class IdCache:
             f"Redis at {where} fails, every read goes to MongoDB alone",
             f"Redis at {where} answers again: reads take ids from it",
             pause_seconds,
+            log,
         )
         self._stores = _Breaker(
             f"Redis at {where} takes no ids, reads of keys that it does not know go to MongoDB alone",
             f"Redis at {where} takes ids again",
             pause_seconds,
+            log,
         )
+        self._log = log
         try:
             self.client: Final[redis_asyncio.Redis] = redis_asyncio.Redis.from_url(
                 settings.redis_url,
@@ -154,7 +157,7 @@ class IdCache:
         try:
             await self.client.aclose()
         except (RedisError, OSError) as error:
-            _log.debug("closing the connections to Redis: %s", type(error).__name__)
+            self._log.debug("closing the connections to Redis: %s", type(error).__name__)
 
     async def _ask(self, refusals: _Breaker, call: Callable[[], Awaitable[Any]]) -> Any:
         """What Redis answers, or nothing. `refusals` is told if the answer is that it will not."""

@@ -152,6 +152,10 @@ class SqliteStore:
         inner.candles = self._files.store(inner._namespace)
         return inner
 
+    async def identity(self) -> str:
+        """As `Identified.identity`."""
+        return f"sqlite:{await asyncio.to_thread(self.path.resolve)}/{self._namespace}"
+
     async def namespaces(self) -> list[tuple[str, ...]]:
         depth = self._namespace.count("/")
         found = {*await self._database.read(partial(_list_namespaces, self._namespace))}

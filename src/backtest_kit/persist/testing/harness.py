@@ -37,6 +37,13 @@ class Harness:
         """Make the next opening over `place` fail, and return what mends it. None: openings cannot fail."""
         return None
 
+    def damage(self, place: Path, contract: Contract, text: str) -> bool:
+        """Change the stored bytes of the record of `contract` whose value is `text`. False: nobody can get at them.
+
+        The store over `place` is closed.
+        """
+        return False
+
     @pytest.fixture
     def place(self, tmp_path: Path) -> Path:
         return tmp_path

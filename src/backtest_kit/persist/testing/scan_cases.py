@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from backtest_kit.errors import UserError
+from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.store import Capability, Key, Store, Write
 from backtest_kit.persist.testing.harness import (
@@ -177,6 +177,25 @@ class ScanCases(Harness):
         assert len(await collect(store.scan(MEMORY))) == 40
         rest = await collect(listing)
         assert len(rest) <= 39
+
+    @pytest.mark.parametrize("contract", [MEMORY, STORAGE], ids=lambda row: row.name)
+    async def test_every_listing_tells_of_damage(self, place: Path, contract: Contract) -> None:
+        """And not only the one that finds it: a listing that lacks a record is no answer."""
+        texts = ["first", "damaged", "last"]
+        first = self.make_store(place)
+        await put_all(first, (Write(contract, sample_key(contract, text), text) for text in texts))
+        await first.close()
+        if not self.damage(place, contract, "damaged"):
+            pytest.skip("this store says that nobody can get at what it keeps: damage() returns False")
+        for _ in range(2):
+            store = self.make_store(place)
+            for newest_first in (False, True, False):
+                with pytest.raises(Damaged):
+                    await collect(store.scan(contract, newest_first=newest_first))
+                with pytest.raises(Damaged):
+                    await collect(store.scan(contract, limit=3, include_removed=True))
+            assert (await store.get(contract, sample_key(contract, "last"))) is not None
+            await store.close()
 
     async def test_order_survives_reopening(self, place: Path) -> None:
         first = self.make_store(place)

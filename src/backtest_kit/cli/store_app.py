@@ -1,0 +1,139 @@
+"""`backtest-kit store`: options and help here, the work in the module of each verb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from backtest_kit.cli import options
+
+store_app = typer.Typer(
+    help="Look at what is kept, check it, move it.",
+    no_args_is_help=True,
+    epilog="Every verb but migrate takes --store file:DIR, sqlite:FILE or mongodb://HOST/NAME; without it, $CC_STORE, "
+    "or else file:./dump.",
+)
+quarantine_app = typer.Typer(help="What could not be read, and is kept until you decide.", no_args_is_help=True)
+store_app.add_typer(quarantine_app, name="quarantine")
+
+
+@store_app.command(epilog="Example: backtest-kit store ls signal trend/binance")
+def ls(
+    contract: options.ContractName,
+    prefix: Annotated[str, typer.Argument(help="Only keys that begin so: components with / between them.")] = "",
+    store: options.StoreUrl = options.DEFAULT_STORE,
+    namespace: options.Namespace = "",
+    limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="How many records at most.")] = 50,
+    removed: Annotated[bool, typer.Option("--removed", help="Show removed records as well.")] = False,
+) -> None:
+    """List the records of a contract, newest first."""
+    from backtest_kit.cli.store import run_ls
+
+    run_ls(store, namespace, contract, prefix, limit, removed)
+
+
+@store_app.command(epilog="Example: backtest-kit store get signal trend/binance/BTCUSDT")
+def get(
+    contract: options.ContractName,
+    key: Annotated[str, typer.Argument(help="The whole key, as `store ls` shows it.")],
+    store: options.StoreUrl = options.DEFAULT_STORE,
+    namespace: options.Namespace = "",
+) -> None:
+    """Show one record with its revision and times."""
+    from backtest_kit.cli.store import run_get
+
+    run_get(store, namespace, contract, key)
+
+
+@store_app.command()
+def du(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
+    """Show what every contract takes."""
+    from backtest_kit.cli.store import run_du
+
+    run_du(store)
+
+
+@store_app.command(epilog="Example: CC_RETENTION_LOG_DAYS=7 backtest-kit store compact")
+def compact(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
+    """Forget what the CC_RETENTION_* settings say is too old; `store du` shows what that is. Trading may go on."""
+    from backtest_kit.cli.store import run_compact
+
+    run_compact(store)
+
+
+@store_app.command()
+def check(
+    store: options.StoreUrl = options.DEFAULT_STORE,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every candle and the backend's own structures too.")
+    ] = False,
+) -> None:
+    """Verify every record and explain what is wrong; ends with code 1 if anything is. Changes nothing."""
+    from backtest_kit.cli.store import run_check
+
+    raise typer.Exit(run_check(store, deep))
+
+
+@store_app.command("export", epilog="Example: backtest-kit store export backup.jsonl --store sqlite:bot.db")
+def export(
+    file: Annotated[Path, typer.Argument(help="The file to write.")],
+    store: options.StoreUrl = options.DEFAULT_STORE,
+) -> None:
+    """Write every record and candle to one file of lines that any store can import."""
+    from backtest_kit.cli.store import run_export
+
+    run_export(store, file)
+
+
+@store_app.command("import", epilog="Example: backtest-kit store import backup.jsonl --store file:./dump")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A file that `store export` wrote.")],
+    store: options.StoreUrl = options.DEFAULT_STORE,
+) -> None:
+    """Take in what `store export` wrote. The whole file is verified before anything is written."""
+    from backtest_kit.cli.store import run_import
+
+    run_import(store, file)
+
+
+@store_app.command(epilog="Example: backtest-kit store migrate file:./dump sqlite:bot.db --verify")
+def migrate(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="The store to read, such as file:./dump.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The empty store to fill, such as sqlite:bot.db.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Then read both and compare them; ends with code 1 if they differ.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a migration that was killed, or stopped by an error.")
+    ] = False,
+) -> None:
+    """Move everything from one store to another of whatever kind. Stop your program first; SOURCE is not changed."""
+    from backtest_kit.cli.migrate import run_migrate
+
+    raise typer.Exit(run_migrate(source, target, verify=verify, resume=resume))
+
+
+@quarantine_app.command("list")
+def quarantine_list(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
+    """Show what is in quarantine, and why."""
+    from backtest_kit.cli.store import run_quarantine_list
+
+    run_quarantine_list(store)
+
+
+@quarantine_app.command("restore")
+def quarantine_restore(path: options.QuarantinePath, store: options.StoreUrl = options.DEFAULT_STORE) -> None:
+    """Put it back as it is now, perhaps mended by hand, and free its key."""
+    from backtest_kit.cli.store import run_quarantine_restore
+
+    run_quarantine_restore(store, path)
+
+
+@quarantine_app.command("drop")
+def quarantine_drop(path: options.QuarantinePath, store: options.StoreUrl = options.DEFAULT_STORE) -> None:
+    """Give it up, which frees its key."""
+    from backtest_kit.cli.store import run_quarantine_drop
+
+    run_quarantine_drop(store, path)

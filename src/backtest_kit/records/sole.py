@@ -1,0 +1,60 @@
+"""`undisturbed`: a run that somebody has named is replayed by one process at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
+
+from backtest_kit.model.event import Identity
+from backtest_kit.persist.holder import is_neighbour
+from backtest_kit.persist.lease import claim, keeps_claims
+from backtest_kit.persist.possession import given_back, kept
+from backtest_kit.persist.store import Store
+
+TTL_S: Final = 60.0
+"""A thousand runs at once would have much to renew if it were shorter."""
+
+
+@asynccontextmanager
+async def undisturbed(store: Store, run_id: str, identity: Identity) -> AsyncIterator[asyncio.Task[None] | None]:
+    """Have the run of a strategy on a symbol to oneself: two would overwrite each other's records.
+
+    What it yields raises `Conflict` when that is over. It is None where no other process could have the run, because
+    the store ends with this one.
+
+    Raises:
+        Conflict: another process replays it; the message names it.
+        Damaged, OutOfSpace, RetryLater: as `Store.put`.
+    """
+    if not keeps_claims(store):
+        yield None
+        return
+    async with AsyncExitStack() as stack:
+        lease = await claim(
+            store,
+            "run",
+            (run_id, *owned_by(identity)),
+            what=f"run {run_id!r} of strategy {identity.strategy_name!r} for {identity.symbol}",
+            doing="is under way in",
+            ttl=TTL_S,
+            watches=lambda holder: not is_neighbour(holder),  # who lives beside us does not end in the next moment
+            remedy="two at once would overwrite each other's records; wait for it, or choose another run_id",
+        )
+        stack.push_async_callback(given_back, lease)
+        keeper = asyncio.create_task(kept(lease), name=f"lease of run {run_id}")
+        stack.push_async_callback(_ended, keeper)
+        yield keeper
+
+
+def owned_by(identity: Identity) -> tuple[str, str, str]:
+    """Who state and memory of a run belong to, whatever its frame is."""
+    return identity.strategy_name, identity.exchange_name, identity.symbol
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # seen, if the run came to its end before it could be told

@@ -1,0 +1,131 @@
+"""Several processes that have one store and one sink: one of them delivers, and when it ends another goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.records.conftest import kit_on
+from tests.records.happenings import observe, opened
+from tests.records.receiver import SECRET, Receiver, hook
+from tests.records.stores import SHARED
+
+import backtest_kit as bk
+from backtest_kit.persist import lease
+from backtest_kit.records import delivery, sinks
+from backtest_kit.records.notification import Notification
+
+PROGRAM = Path(__file__).with_name("deliverer.py")
+
+
+async def test_of_two_processes_with_one_sink_one_delivers_what_both_tell(
+    shared_address: str, tmp_path: Path, receiver: Receiver
+) -> None:
+    one, other = (kit_on(shared_address, tmp_path) for _ in range(2))
+    for kit in (one, other):
+        kit.records.notification.sink(hook(receiver))
+        await kit.records.begin("live")
+    for number in range(5):
+        await observe(one, [opened(f"one-{number}", number)])
+        await observe(other, [opened(f"other-{number}", number)])
+    everything = {f"{name}-{number}" for name in ("one", "other") for number in range(5)}
+    await receiver.until(lambda: {each["signalId"] for each in receiver.got} == everything)
+    await one.close()
+    await observe(other, [opened("late", 9)])
+    await receiver.until(lambda: receiver.got[-1]["signalId"] == "late")
+    await other.close()
+    assert len(receiver.ids) == len(set(receiver.ids)) == 11
+
+
+async def test_sinks_of_one_name_that_send_elsewhere_have_a_place_each(tmp_path: Path, receiver: Receiver) -> None:
+    receiver.status = lambda body: 503 if body["chat_id"] == 2 else 200
+
+    def bot(chat_id: int) -> bk.Kit:
+        kit = kit_on("sqlite:{place}/bot.db", tmp_path)
+        kit.records.notification.sink(sinks.telegram(f"123:{SECRET}", chat_id, base_url=receiver.url))
+        return kit
+
+    bots = [bot(1), bot(2)]
+    for each in bots:
+        await each.records.begin("live")
+    for number, each in enumerate((*bots, *bots)):
+        await observe(each, [opened(f"s-{number}", number)])
+    await receiver.until(lambda: len(receiver.got) == 4)
+    for each in bots:
+        await each.close()
+    receiver.status = lambda body: 200
+    again = bot(2)
+    await again.records.begin("live")
+    await receiver.until(lambda: len(receiver.got) == 8)
+    await again.close()
+    texts = [[each["text"] for each in receiver.got if each["chat_id"] == chat_id] for chat_id in (1, 2)]
+    assert texts[0] == texts[1]
+    kept = b"".join(path.read_bytes() for path in tmp_path.glob("bot.db*"))
+    assert SECRET.encode() not in kept, "the store knows where sinks send to, and no secret"
+
+
+@pytest.mark.parametrize("store", SHARED)
+async def test_a_process_that_cannot_deliver_lets_another_one_try(
+    store: str, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "DEFAULT_TTL", 0.6)
+    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.2)
+    monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 30.0)
+    tried, told = list[str](), list[str]()
+
+    async def cut_off(notification: Notification) -> None:
+        tried.append(notification.signal_id)
+        raise OSError("no route to host")
+
+    async def connected(notification: Notification) -> None:
+        told.append(notification.signal_id)
+
+    one, other = (kit_on(SHARED[store], tmp_path) for _ in range(2))
+    one.records.notification.sink(cut_off, name="phone")
+    await observe(one, [opened("s-1")])
+    await receiver.until(lambda: tried == ["s-1"])
+    other.records.notification.sink(connected, name="phone")
+    await observe(other, [opened("s-2", 1)])
+    await receiver.until(lambda: told == ["s-1", "s-2"])
+    await other.close()
+    await one.close()
+
+
+@pytest.mark.parametrize("store", SHARED)
+async def test_another_process_goes_on_where_a_killed_one_was(store: str, tmp_path: Path, receiver: Receiver) -> None:
+    """The one that is killed is in the middle of a delivery: that one comes again, and no other."""
+    address = SHARED[store]
+    held = asyncio.Event()
+
+    async def until_killed(body: dict[str, Any]) -> None:
+        if body["signalId"] == "s-2":
+            held.set()
+            await asyncio.Event().wait()
+
+    receiver.before = until_killed
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+    killed = subprocess.Popen(
+        [sys.executable, PROGRAM, address, tmp_path, receiver.url, "4"], env={**os.environ, "PYTHONPATH": path}
+    )
+    try:
+        async with asyncio.timeout(20):
+            await held.wait()
+    except BaseException:
+        killed.kill()
+        raise
+    assert [each["signalId"] for each in receiver.got] == ["s-0", "s-1"]
+    receiver.before = None
+    kit = kit_on(address, tmp_path)
+    kit.records.notification.sink(hook(receiver))
+    await kit.records.begin("live")
+    await observe(kit, [opened("own", 9)])
+    killed.kill()
+    await receiver.until(lambda: len(receiver.got) == 5)
+    killed.wait()
+    await kit.close()
+    assert [each["signalId"] for each in receiver.got] == ["s-0", "s-1", "s-2", "s-3", "own"]
