@@ -25,6 +25,12 @@ LOOK_UPS: dict[str, Any] = {"endpoint": "GET */order", "count": 2}
 """Twice: what asks for something and changes nothing is asked again where an old connection breaks."""
 
 
+def sale_look_ups(kind: Kind) -> dict[str, Any]:
+    """Those of a sale that the exchange has not answered: on a spot market there is a second one, when the sale can
+    no longer arrive, before the stop is put back."""
+    return LOOK_UPS | {"count": 4} if kind == "spot" else LOOK_UPS
+
+
 def stop_posts(kind: Kind) -> dict[str, Any]:
     """The requests that place stops, after an entry."""
     return {"endpoint": "POST */order", "skip": 1} if kind == "spot" else {"endpoint": "POST */algoOrder"}
@@ -32,6 +38,14 @@ def stop_posts(kind: Kind) -> dict[str, Any]:
 
 def nothing_is_naked(venue: Bench) -> None:
     assert sum(quantity for _, quantity, _ in venue.stops()) == pytest.approx(abs(venue.held()), abs=0.00002)
+
+
+def nothing_is_uncovered(venue: Bench) -> None:
+    """The stop of a future may be for more than is held: it only reduces."""
+    ((_, quantity, _),) = venue.stops()
+    assert quantity >= abs(venue.held()) - 0.00002
+    if venue.kind == "spot":
+        nothing_is_naked(venue)
 
 
 @BOTH
@@ -223,14 +237,102 @@ async def test_a_close_whose_answer_was_lost_is_found(bench: MakeBench, kind: Ki
     await broker.open_position(order())
     close = order("close", "-c", quantity=0.02)
     venue.fault("lose_response", "POST */order")
-    venue.fault("outage", **LOOK_UPS)
+    venue.fault("outage", **sale_look_ups(kind))
     with pytest.raises(OrderTransient):
         await broker.close_position(close)
     report = await broker.find(again(close))
     assert report.status == "filled"
-    assert await broker.close_position(again(close)) == report.fill
-    assert venue.filled_orders() == {SIGNAL: 1, f"{SIGNAL}-c": 1}
     assert venue.open_orders() == []
+    assert venue.filled_orders() == {SIGNAL: 1, f"{SIGNAL}-c": 1}
+
+
+async def test_a_stop_that_a_close_has_left_does_not_close_the_next_position(bench: MakeBench) -> None:
+    venue = await bench("futures", PRICE, PRICE, PRICE * 0.98)
+    broker = await venue.broker()
+    await broker.open_position(order(stop_loss=PRICE * 0.99))
+    close = order("close", "-c", quantity=0.02, stop_loss=PRICE * 0.99)
+    venue.fault("error", "DELETE *", count=2, status=503, code=-1001, message="Internal error")
+    with pytest.raises(OrderTransient, match=r"cancel .*-p0"):
+        await broker.close_position(close)
+    with pytest.raises(OrderTransient, match=r"cancel .*-p0"):
+        await broker.find(again(close))
+    assert (await broker.find(again(close))).status == "filled"
+    assert venue.open_orders() == []
+    later = order(signal_id="next", stop_loss=PRICE * 0.95)
+    opened = await broker.open_position(later)
+    await venue.advance(4)
+    assert await broker.check_position(position(later, opened)) is None
+    assert venue.held() == 0.02
+
+
+UNCERTAIN: list[dict[str, Any]] = [
+    {"kind": "error", "status": 503, "code": -1001, "message": "Internal error"},
+    {"kind": "lose_request"},
+]
+
+
+@pytest.mark.parametrize("silent", UNCERTAIN, ids=lambda fault: str(fault["kind"]))
+@pytest.mark.parametrize("change", ["close", "reduce"])
+async def test_a_sale_that_never_arrived_leaves_the_stop_in_place(
+    bench: MakeBench, change: Any, silent: dict[str, Any]
+) -> None:
+    venue = await bench("spot")
+    broker = await venue.broker(arrival_ms=200)
+    await broker.open_position(order())
+    selling = order(change, "-c" if change == "close" else "-r1", cost=500.0, quantity=0.01)
+    hook = broker.close_position if change == "close" else broker.reduce_position
+    for _ in range(3):
+        venue.fault(endpoint="POST */order", **silent)
+        with pytest.raises(OrderTransient) as caught:
+            await hook(selling)
+        assert caught.value.outcome is Outcome.NOT_DONE
+        nothing_is_naked(venue)
+        assert (await broker.find(selling)).status == "absent"
+        selling = again(selling)
+    assert await hook(selling) is not None
+    assert set(venue.filled_orders()) == {SIGNAL, selling.client_order_id}
+
+
+async def test_a_sale_that_arrives_late_on_spot_is_seen_before_the_stop_is_put_back(bench: MakeBench) -> None:
+    venue = await bench("spot")
+    broker = await venue.broker(timeout_ms=200)
+    await venue.by_hand("buy", 1.0)
+    others = venue.held()
+    await broker.open_position(order())
+    venue.fault("latency", "POST */order", latency_ms=700)
+    fill = await broker.close_position(order("close", "-c", quantity=0.02))
+    assert fill is not None
+    assert fill.quantity == 0.01998
+    assert venue.open_orders() == [], "it would sell what the position never had"
+    assert venue.held() == pytest.approx(others, abs=0.00001)
+
+
+async def test_a_sale_on_spot_that_nobody_can_ask_about_is_said_to_have_no_stop(
+    bench: MakeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    venue = await bench("spot")
+    broker = await venue.broker(arrival_ms=200)
+    await broker.open_position(order())
+    venue.fault("lose_request", "POST */order")
+    venue.fault("outage", **sale_look_ups("spot"))
+    with pytest.raises(OrderTransient) as caught:
+        await broker.close_position(order("close", "-c", quantity=0.02))
+    assert caught.value.outcome is Outcome.UNKNOWN
+    told = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert len(told) == 1
+    assert f"held WITHOUT A STOP until the exchange tells what became of {SIGNAL}-c" in told[0]
+
+
+@pytest.mark.parametrize("lost", [UNCERTAIN[0], {"kind": "lose_response"}], ids=lambda fault: str(fault["kind"]))
+async def test_a_stop_that_may_have_made_room_in_vain_is_put_back(bench: MakeBench, lost: dict[str, Any]) -> None:
+    venue = await bench("spot")
+    broker = await venue.broker()
+    await broker.open_position(order())
+    venue.fault(endpoint="DELETE */order", count=2, **lost)
+    with pytest.raises(OrderTransient, match="cancel"):
+        await broker.close_position(order("close", "-c", quantity=0.02))
+    assert len(venue.stops()) == 1
+    nothing_is_naked(venue)
 
 
 @BOTH
@@ -280,6 +382,76 @@ async def test_a_close_that_died_half_way_goes_on(bench: MakeBench, kind: Kind) 
 
 
 @BOTH
+@pytest.mark.parametrize("renamed", [True, False])
+async def test_a_close_whose_second_part_is_refused_is_told_with_the_first(
+    bench: MakeBench, kind: Kind, renamed: bool
+) -> None:
+    venue = await bench(kind, PRICE, PRICE * 0.99)
+    broker = await venue.broker()
+    await broker.open_position(order())
+    venue.fault("partial", "POST */order", fraction=Decimal("0.25"), rest_expires=True)
+    venue.fault("reject", "POST */order", skip=1)
+    close = order("close", "-c", quantity=0.02)
+    with pytest.raises(OrderRejected, match="The order is rejected"):
+        await broker.close_position(close)
+    nothing_is_uncovered(venue)
+    first = venue.fills()[-1]
+    await venue.advance(3)
+    report = await broker.find(close)
+    assert report.status == "absent", "there is something left to sell"
+    fill = await broker.close_position(order("close", "-c5", quantity=0.02) if renamed else again(close))
+    last = venue.fills()[-1]
+    assert fill is not None
+    assert fill.quantity == pytest.approx(0.02, abs=0.00003)
+    assert first.price > last.price * Decimal("1.005")
+    assert fill.price == pytest.approx(
+        float((first.price * first.quantity + last.price * last.quantity) / (first.quantity + last.quantity))
+    )
+
+
+@BOTH
+async def test_a_close_whose_rest_its_stop_has_sold_is_told_with_it(bench: MakeBench, kind: Kind) -> None:
+    venue = await bench(kind, PRICE, PRICE * 0.94)
+    broker = await venue.broker(arrival_ms=200)
+    await broker.open_position(order())
+    venue.fault("partial", "POST */order", fraction=Decimal("0.25"), rest_expires=True)
+    venue.fault("lose_request", "POST */order", skip=1)
+    close = order("close", "-c", quantity=0.02)
+    with pytest.raises(OrderTransient):
+        await broker.close_position(close)
+    await venue.advance(3)
+    report = await broker.find(close)
+    assert report.status == "filled"
+    assert report.fill is not None
+    assert report.fill.quantity == pytest.approx(0.02, abs=0.00003)
+    _, first, last = venue.fills()
+    assert last.client_order_id != first.client_order_id
+    assert report.fill.price == pytest.approx(
+        float((first.price * first.quantity + last.price * last.quantity) / (first.quantity + last.quantity))
+    )
+    assert await broker.close_position(again(close)) == report.fill
+
+
+@BOTH
+async def test_a_close_that_takes_more_orders_than_one_may_is_not_taken_for_done(bench: MakeBench, kind: Kind) -> None:
+    venue = await bench(kind)
+    broker = await venue.broker()
+    await broker.open_position(order())
+    venue.fault("partial", "POST */order", fraction=Decimal("0.03"), rest_expires=True, count=20)
+    close = order("close", "-c", quantity=0.02)
+    with pytest.raises(OrderRejected, match=r"20 orders have not closed all of .*, 0\.01\d* are left"):
+        await broker.close_position(close)
+    assert abs(venue.held()) > 0.01
+    nothing_is_uncovered(venue)
+    assert (await broker.find(again(close))).status == "cancelled", "it goes on under another id"
+    fill = await broker.close_position(order("close", "-c1", quantity=0.02))
+    assert fill is not None
+    assert fill.quantity == pytest.approx(0.02, abs=0.00003)
+    assert abs(venue.held()) < 0.00002
+    assert venue.open_orders() == []
+
+
+@BOTH
 @pytest.mark.parametrize("lost", ["lose_response", "lose_request"])
 async def test_a_reduction_whose_answer_was_lost_is_made_once(bench: MakeBench, kind: Kind, lost: str) -> None:
     venue = await bench(kind)
@@ -288,7 +460,7 @@ async def test_a_reduction_whose_answer_was_lost_is_made_once(bench: MakeBench, 
     reduce = order("reduce", "-r1", cost=500.0, quantity=0.01)
     venue.fault(lost, "POST */order")
     # On spot the first look-up is that of the entry, to see what is held.
-    venue.fault("outage", **LOOK_UPS, skip=1 if kind == "spot" else 0)
+    venue.fault("outage", **sale_look_ups(kind), skip=1 if kind == "spot" else 0)
     with pytest.raises(OrderTransient):
         await broker.reduce_position(reduce)
     report = await broker.find(again(reduce))

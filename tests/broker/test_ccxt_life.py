@@ -281,6 +281,18 @@ async def test_holdings_of_futures_are_positions(bench: MakeBench) -> None:
     assert held.price_open == pytest.approx(PRICE, rel=0.001)
 
 
+@pytest.mark.parametrize("direction", ["long", "short"])
+async def test_a_stop_of_a_future_that_is_left_of_nothing_is_shown(bench: MakeBench, direction: Direction) -> None:
+    venue = await bench("futures")
+    broker = await venue.broker()
+    opening = order(direction=direction)
+    await broker.open_position(opening)
+    await venue.by_hand("sell" if direction == "long" else "buy", 0.02)
+    (left,) = await broker.holdings(["BTCUSDT"])
+    assert (left.direction, left.quantity, left.stop_loss) == (direction, 0, opening.stop_loss)
+    assert left.client_order_ids == (f"{SIGNAL}-p0",)
+
+
 @BOTH
 async def test_savings_of_the_owner_are_left_alone(bench: MakeBench, kind: Kind) -> None:
     venue = await bench(kind)

@@ -53,6 +53,22 @@ async def test_an_exchange_that_does_not_answer_may_answer_later(bench: MakeBenc
         await broker.start()
 
 
+@pytest.mark.parametrize("answer", [{"symbols": []}, {}, "<html>captcha</html>"])
+async def test_an_exchange_that_lists_no_markets_may_list_them_later(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch, answer: Any
+) -> None:
+    async def listed(call: Any) -> Any:
+        return answer
+
+    venue = await bench("spot")
+    broker = venue.unconnected()
+    with monkeypatch.context() as patch:
+        patch.setitem(binance._ROUTES["api", "GET"], "exchangeInfo", binance._Route(listed, signed=False))
+        with pytest.raises(RetryLater, match="list of markets is empty"):
+            await broker.start()
+    await broker.start()
+
+
 async def test_hedge_mode_is_refused(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
     async def hedged(call: Any) -> Any:
         return {"dualSidePosition": True}

@@ -159,6 +159,25 @@ async def test_a_clock_that_was_ahead_for_a_while_is_caught_up_with(tmp_path: Pa
     await asyncio.wait({bot.handle.task})
 
 
+async def test_a_start_with_a_clock_that_is_far_ahead_waits_until_it_is_set_right(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A program that gave up over it would not be started again, and NTP sets a clock within minutes."""
+    bot = Bot(tmp_path)
+    bot.clock = FastWall(set_by_s=7200)
+    source = bot.rig.source = Told(bot.clock)
+    source.server_time_ms = lambda: none()  # type: ignore[assignment,method-assign,return-value]
+    bot.handle = bot.rig.kit(bot.clock).live.background("BTCUSDT", **WHERE)
+    while not any("minutes ago by this clock: set it by NTP" in record.message for record in caplog.records):
+        assert not bot.handle.done(), bot.handle.task.exception()
+        await asyncio.sleep(0.005)
+    bot.clock.set_by_s = 0
+    await bot.asked(2)
+    assert bot.minutes[-1] == pytest.approx((source.there_ms() - START) / MINUTE_MS, abs=2)
+    bot.handle.cancel()
+    await asyncio.wait({bot.handle.task})
+
+
 async def none() -> None:
     return None
 

@@ -76,6 +76,16 @@ async def test_a_position_of_ours_that_the_venue_does_not_hold_is_an_alarm(memor
     assert [event.what for event in memory_rig.of(bk.OrphanFound)] == ["missing_position"]
 
 
+@pytest.mark.parametrize("policy", ["alarm", "adopt", "protect"])
+async def test_a_stop_that_is_left_of_nothing_is_an_alarm_and_told_once(idle: Rig, policy: Any) -> None:
+    idle.venue.held = [bk.Holding(symbol="BTCUSDT", direction="long", quantity=0.0, stop_loss=40_000.0)]
+    await idle.trade(3, orphans=policy)
+    (found,) = idle.of(bk.OrphanFound)
+    assert (found.what, found.quantity) == ("left_stop", 0.0)
+    assert "cancel it at the venue" in found.next_step
+    assert not idle.venue.calls
+
+
 async def test_a_position_of_ours_without_a_stop_gets_one(memory_rig: Rig) -> None:
     memory_rig.venue.held = [held(None)]
     memory_rig.strategy["get_signal"] = lambda ctx: bk.Signal.bracket(

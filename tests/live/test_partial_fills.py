@@ -55,8 +55,9 @@ def test_a_close_is_done_once_all_is_closed() -> None:
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("refused", [True, False])
 async def test_a_close_in_two_orders_is_booked_at_the_average_of_both(
-    memory_rig: Rig, restart: bool, told: bool
+    memory_rig: Rig, restart: bool, told: bool, refused: bool
 ) -> None:
     """The first is filled for a quarter and then ended by the venue; the second closes the rest elsewhere."""
 
@@ -74,11 +75,13 @@ async def test_a_close_in_two_orders_is_booked_at_the_average_of_both(
         async def close_position(self, order: bk.Order) -> bk.Fill | None:
             self.closes.append(order.client_order_id)
             if len(self.closes) == 1:
-                raise bk.OrderTransient("the connection broke")
+                raise bk.OrderRejected("the rest is too much") if refused else bk.OrderTransient("the connection broke")
             rest = self.held * 0.75
             return bk.Fill(price=96.0, cost=rest * 96, quantity=rest) if told else None
 
         async def find(self, order: bk.Order) -> bk.OrderReport:
+            if order.client_order_id != self.closes[0]:
+                return bk.OrderReport(status="absent")
             part = self.held * 0.25
             return bk.OrderReport(status="cancelled", fill=bk.Fill(price=92.0, cost=part * 92, quantity=part))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.live.rig import START, WHERE, Rig
+from tests.live.rig import START, WHERE, Rig, UntilClock
 
 import backtest_kit as bk
 from backtest_kit.market.clock import SteppedClock
@@ -154,6 +155,107 @@ async def test_an_entry_that_has_become_a_position_is_that_position(tmp_path: Pa
     assert left is not None
     assert left.value is None
     assert len(rig.of(bk.PositionOpened)) == 1
+
+
+async def test_of_several_positions_each_has_its_own(rig: Rig) -> None:
+    """Long on one symbol and short on another, on one store: each goes on, and ends, by its own levels."""
+    other = Rig(rig.tmp_path, rig.store)
+    for each, side in ((rig, "long"), (other, "short")):
+        priced(each, lambda minute: 100.0 if minute < 8 else 104.0, bracket(side))
+    held: dict[str, bk.Position | None] = {}
+    for each, symbol in ((rig, "BTCUSDT"), (other, "ETHUSDT")):
+        held[symbol] = (await each.trade(4, symbol=symbol)).status.position
+    for each, symbol in ((rig, "BTCUSDT"), (other, "ETHUSDT")):
+        restored = (await each.trade(0, symbol=symbol)).status.position
+        assert restored is not None
+        assert restored == held[symbol]
+        await each.trade(9, symbol=symbol)
+    assert [(trade.symbol, trade.position, trade.close_reason) for trade in rig.trades() + other.trades()] == [
+        ("BTCUSDT", "long", "take_profit"),
+        ("ETHUSDT", "short", "stop_loss"),
+    ]
+
+
+@pytest.mark.parametrize("attempt", ["lost_request", "not_done"])
+async def test_a_stop_voids_what_was_not_opened_yet_also_after_a_restart(rig: Rig, attempt: str) -> None:
+    priced(rig, lambda minute: 100.0, bracket("long"))
+    rig.venue.script["open", 0] = attempt
+    under_way = (await rig.trade(0)).status.under_way
+    assert under_way
+    sent = len(rig.venue.sent("open"))
+    rig.now_ms += MINUTE_MS
+    handle = rig.kit(SteppedClock(rig.now_ms, sleepers=1)).live.background("BTCUSDT", **WHERE)
+    handle.stop()
+    assert await handle == ()
+    assert len(rig.venue.sent("open")) == sent
+    assert rig.venue.sent("find")
+    assert not rig.of(bk.PositionOpened)
+    assert not (await rig.trade(3)).status.under_way
+    assert len(rig.venue.sent("open")) == sent, "it is not taken up again by a run that goes on"
+
+
+FILLED = bk.Fill(price=101.7, cost=101.7, quantity=1.0, reason="take_profit")
+
+
+async def test_a_take_profit_that_the_venue_has_filled_is_booked_at_its_price_after_a_crash(rig: Rig) -> None:
+    priced(rig, lambda minute: 100.0, bracket("long"))
+    await rig.trade(3)
+    rig.venue.check = lambda position: FILLED
+    rig.now_ms += 30 * MINUTE_MS
+    end = await rig.trade(0)
+    (trade,) = rig.trades()
+    assert (trade.close_reason, trade.price_close) == ("take_profit", 101.7)
+    assert end.status.position is None
+    assert not rig.venue.sent("close")
+    await rig.trade(3)
+    assert len(rig.trades()) == 1
+
+
+class RecordedRig(Rig):
+    """With what its records are handed: a handler hears of nothing that a crash came before."""
+
+    def __init__(self, tmp_path: Path, store: Store) -> None:
+        super().__init__(tmp_path, store)
+        self.recorded: list[bk.Trade] = []
+
+    def kit(self, clock: Any) -> bk.Kit:
+        async def record(events: Sequence[bk.Event]) -> None:
+            self.recorded += [event.trade for event in events if isinstance(event, bk.PositionClosed)]
+
+        kit = super().kit(clock)
+        kit.live.observers.append(record)
+        return kit
+
+
+async def test_a_take_profit_that_the_venue_has_filled_is_booked_once_wherever_a_crash_falls(tmp_path: Path) -> None:
+    booked = []
+    for turns in range(12):
+        rig = RecordedRig(tmp_path / str(turns), bk.MemoryStore())
+        priced(rig, lambda minute: 100.0, bracket("long"))
+        await rig.trade(3)
+        asked = asyncio.Event()
+
+        def told(position: bk.Position, asked: asyncio.Event = asked) -> bk.Fill:
+            asked.set()
+            return FILLED
+
+        rig.venue.check = told
+        clock = UntilClock(rig.now_ms, rig.now_ms + 5 * MINUTE_MS)
+        handle = rig.kit(clock).live.background("BTCUSDT", **WHERE)
+        await asked.wait()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        handle.cancel()
+        await asyncio.wait({handle.task})
+        booked.append(len(rig.recorded))
+        rig.now_ms = clock.now_ms()
+        await rig.trade(2)
+        assert {(trade.close_reason, trade.price_close) for trade in rig.recorded} == {("take_profit", 101.7)}
+        assert len({(trade.closed_at_ms, trade.signal_id) for trade in rig.recorded}) == 1
+        assert (await rig.trade(1)).status.position is None
+        assert not rig.venue.sent("close")
+    assert booked[0] == 0, "it was cut off before it was in the records"
+    assert booked[-1] == 1, "and after it"
 
 
 async def test_nothing_is_found_where_nothing_was(rig: Rig) -> None:

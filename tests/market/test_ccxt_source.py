@@ -114,6 +114,9 @@ async def test_an_exchange_that_answers_with_more_is_cut(fake: FakeClient) -> No
         (ccxt_errors.RequestTimeout("slow"), RetryLater),
         (ccxt_errors.RateLimitExceeded("fast"), RetryLater),
         (ccxt_errors.ExchangeNotAvailable("down"), RetryLater),
+        (ccxt_errors.OperationFailed("their servers"), RetryLater),
+        (ccxt_errors.BadResponse("garbled"), RetryLater),
+        (AttributeError("'NoneType' object has no attribute 'get'"), RetryLater),
         (ccxt_errors.BadSymbol("delisted"), UserError),
         (ccxt_errors.AuthenticationError("key"), UserError),
         (ccxt_errors.ExchangeError("other"), UserError),
@@ -124,6 +127,15 @@ async def test_errors_say_what_to_do(fake: FakeClient, error: Exception, kind: t
     with pytest.raises(kind, match=f"fake .*: {type(error).__name__}: {error}") as caught:
         await sources.ccxt(fake).fetch("BTCUSDT", "1m", START, START + MINUTE_MS)
     assert caught.value.__cause__ is error
+
+
+async def test_a_list_of_no_markets_says_nothing_of_the_symbol(fake: FakeClient) -> None:
+    markets, fake.markets = fake.markets, {}
+    source = sources.ccxt(fake)
+    with pytest.raises(RetryLater, match="fake answered with an empty list of markets"):
+        await source.fetch("BTCUSDT", "1m", START, START + MINUTE_MS)
+    fake.markets = markets
+    assert len(await source.fetch("BTCUSDT", "1m", START, START + MINUTE_MS)) == 1
 
 
 async def test_no_query_string_reaches_a_message(fake: FakeClient) -> None:

@@ -31,7 +31,8 @@ class OrderTransient(BacktestKitError):
 
 
 class OrderRejected(BacktestKitError):
-    """The venue refuses the order for good: too small, no funds, market closed. It is never sent again."""
+    """The venue refuses the order for good: too small, no funds, market closed. It is never sent again; what has to be
+    closed goes on under another id, once `find` has said what was filled of this one."""
 
 
 class OrderDeleted(BacktestKitError):
@@ -99,7 +100,7 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     symbol: str
     direction: Direction
     quantity: float
-    """In base currency."""
+    """In base currency; 0 where no more than protective stops of this account are left of a position."""
     price_open: float | None = None
     """Average entry price, where the venue keeps one."""
     stop_loss: float | None = None

@@ -24,7 +24,7 @@ from backtest_kit.broker.base import (
 )
 from backtest_kit.broker.ccxt_account import agrees, model_quantity, status_of
 from backtest_kit.broker.ccxt_connection import Connection, MarketKind
-from backtest_kit.broker.ccxt_dealer import OPENS, Dealer
+from backtest_kit.broker.ccxt_dealer import MOST_PARTS, OPENS, Dealer
 from backtest_kit.broker.ccxt_errors import order_is_there
 from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder, exit_side
 from backtest_kit.broker.ccxt_stops import StopFilled
@@ -142,7 +142,8 @@ class CcxtBroker(Broker):
             await close()
 
     async def find(self, order: Order) -> OrderReport:
-        """Asked of an entry, an addition or a reduction that was filled, it also sees to the stop of what is held."""
+        """What became of `order`, with what follows from it done: of an entry, an addition or a reduction that was
+        filled, what is held has its stop; of a close, nothing is left open."""
         venue, dealer, stake = self._stake_of(order)
         if order.kind == "move_take":
             return OrderReport(status="filled")
@@ -158,12 +159,15 @@ class CcxtBroker(Broker):
         parts = await dealer.parts(stake, order, certain=True)
         if not any(part.filled for part in parts):
             return OrderReport(status=status_of(parts) if parts else "absent")
-        fill = await venue.executed(stake.market, parts)
         if order.kind == "close":
             left = await dealer.account.held(stake, recent=parts)
-            # Asked to close again, `close_position` sells the rest and answers for both.
-            done = bool(stake.market.unsellable(left, order.price))
-            return OrderReport(status=status_of(parts) if done else "absent", fill=fill)
+            if not stake.market.unsellable(left, order.price):
+                # Asked to close again, `close_position` sells the rest and answers for all that was sold.
+                return OrderReport(status="cancelled" if len(parts) == MOST_PARTS else "absent")
+            # The sale was cut off before it could: a stop that is left would sell the next position.
+            await dealer.clear(stake)
+            return OrderReport(status=status_of(parts), fill=await self._closed(stake, order, parts))
+        fill = await venue.executed(stake.market, parts)
         await dealer.protect_what_is_held(stake, order, *parts)
         return OrderReport(status=status_of(parts), fill=fill)
 
@@ -211,7 +215,7 @@ class CcxtBroker(Broker):
 
     async def close_position(self, order: Order) -> Fill | None:
         """Sell what is really held, and cancel all that is still open of the position."""
-        venue, dealer, stake = self._stake_of(order)
+        _, dealer, stake = self._stake_of(order)
         market, account = stake.market, dealer.account
         live = await dealer.stops.live(stake)
         model = None if order.quantity is None else exact(order.quantity)
@@ -219,7 +223,7 @@ class CcxtBroker(Broker):
         held = await account.held(stake, live, model=None if sold else model, recent=sold)
         if not market.contract and live:
             try:
-                await dealer.stops.cancel(market, live)
+                await dealer.make_room(stake, order, held, live)
             except StopFilled:
                 held = await account.held(stake)
         try:
@@ -231,7 +235,7 @@ class CcxtBroker(Broker):
             left = Decimal(0)
         await dealer.clear(stake)
         if sold:
-            return await venue.executed(market, sold)
+            return await self._closed(stake, order, sold)
         if left:
             small = market.unsellable(left, order.price)
             _log.warning("%s: what is left of %s is too little to sell: %s", market.symbol, stake.ids.entry, small)
@@ -240,6 +244,22 @@ class CcxtBroker(Broker):
         except OrderDeleted as error:
             _log.warning("%s", error)
             return None
+
+    async def _closed(self, stake: Stake, order: Order, parts: list[VenueOrder]) -> Fill:
+        """What has closed the position: `parts`, and where they are not all of it, what was sold beside them, by its
+        stop or under another id of the close."""
+        venue, dealer = self._connected()
+        sold = sum((part.filled for part in parts), Decimal(0))
+        if order.quantity is not None and not agrees(stake.market, sold, exact(order.quantity)):
+            try:
+                return await dealer.account.closing_fill(stake, recent=parts)
+            except OrderDeleted:
+                _log.warning(
+                    "%s: what closed %s is told in part: its entry is not known any more",
+                    stake.market.symbol,
+                    stake.ids.entry,
+                )
+        return await venue.executed(stake.market, parts)
 
     async def add_to_position(self, order: Order) -> Fill | None:
         """Buy, then widen the stop: what was held before stays protected all the time."""
@@ -258,7 +278,7 @@ class CcxtBroker(Broker):
             held = await dealer.account.held(stake)
             quantity = await dealer.to_reduce(stake, order, held)
             if not stake.market.contract:
-                await dealer.stops.cancel(stake.market, live)
+                await dealer.make_room(stake, order, held, live)
             reduced = await dealer.sell(stake, order, quantity, held=held)
         reduced = dealer.filled(stake, reduced)
         with order_is_there():
@@ -316,18 +336,16 @@ class CcxtBroker(Broker):
         return None if order.open else await venue.executed(stake.market, [order])
 
     async def holdings(self, symbols: Sequence[str]) -> list[Holding]:
-        """Of futures all positions. Of spot markets what a stop of this program protects: a balance by itself may
-        be anybody's savings."""
+        """Of futures all positions, and stops that were left without one. Of spot markets what a stop of this program
+        protects: a balance by itself may be anybody's savings."""
         venue, _ = self._connected()
         markets = {symbol: self._market(symbol) for symbol in symbols}
         contracts = [market.symbol for market in markets.values() if market.contract]
         exposures = await venue.exposures(contracts) if contracts else {}
         found: list[Holding] = []
         for symbol, market in markets.items():
-            exposure = exposures.get(market.symbol)
-            if exposure is not None or not market.contract:
-                held = _holding(symbol, exposure, await venue.open_orders(market))
-                found += [held] if held is not None else []
+            held = _holding(symbol, market, exposures.get(market.symbol), await venue.open_orders(market))
+            found += [held] if held is not None else []
         return found
 
     def _connected(self) -> tuple[CcxtVenue, Dealer]:
@@ -353,12 +371,13 @@ class CcxtBroker(Broker):
         return *self._connected(), self._stake(order.identity.symbol, ids, order.direction)
 
 
-def _holding(symbol: str, exposure: Exposure | None, orders: Sequence[VenueOrder]) -> Holding | None:
+def _holding(symbol: str, market: Market, exposure: Exposure | None, orders: Sequence[VenueOrder]) -> Holding | None:
     stops = [order for order in orders if is_stop(order.client_id) and order.trigger is not None]
     if exposure is None:
         if not stops:
             return None
-        exposure = Exposure("long", sum((stop.remaining for stop in stops), Decimal(0)), None)
+        locked = Decimal(0) if market.contract else sum((stop.remaining for stop in stops), Decimal(0))
+        exposure = Exposure("short" if stops[0].side == "buy" else "long", locked, None)
     guards = [float(stop.trigger or 0) for stop in stops if stop.side == exit_side(exposure.direction)]
     first = max if exposure.direction == "long" else min
     signals = {signal_of_stop(stop.client_id) for stop in stops if stop.client_id}

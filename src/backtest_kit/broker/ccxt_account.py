@@ -76,13 +76,16 @@ class Account:
             left += await self._venue.received(market, order) if _enters(suffix) else -order.filled
         return min(left, (await self._venue.balance(market.base))[1]) if left > 0 else Decimal(0)
 
-    async def closing_fill(self, stake: Stake) -> Fill:
+    async def closing_fill(self, stake: Stake, *, recent: Sequence[VenueOrder] = ()) -> Fill:
         """The fill that closed a position which is no longer held.
+
+        Args:
+            recent: orders that were sent just now, which the exchange may not list yet.
 
         Raises:
             OrderDeleted: no order and no trade tells.
         """
-        orders = await self._orders(stake)
+        orders = await self._orders(stake, recent)
         exits = [(order, suffix) for order, suffix in orders if order.filled and suffix.startswith(_CLOSES)]
         if exits:
             stopped = any(suffix.startswith("-p") for _, suffix in exits)

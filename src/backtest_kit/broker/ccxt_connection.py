@@ -98,6 +98,8 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         if lacking:
             raise UserError(f"{self.exchange_id} cannot be traded through ccxt: it has no {', '.join(lacking)}")
         await self._asked(venue, "load the markets", client.load_markets)
+        if not client.markets:
+            raise RetryLater(f"{self.exchange_id}: the list of markets is empty, or ccxt cannot read it")
         balance = await self._asked(venue, "check the key", client.fetch_balance)
         if (balance.get("info") or {}).get("canTrade") is False:
             raise UserError(f"{self.exchange_id}: the account may not trade: allow trading for this API key")

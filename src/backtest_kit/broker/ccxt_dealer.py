@@ -18,7 +18,8 @@ from backtest_kit.errors import BacktestKitError, Outcome
 
 _log = logging.getLogger(__name__)
 OPENS: Final = ("open", "place", "activate")
-_MOST_PARTS: Final = 20
+MOST_PARTS: Final = 20
+"""Orders that carry out one order of the engine, at most."""
 _NAKED: Final = "held WITHOUT A STOP"
 
 
@@ -38,7 +39,7 @@ class Dealer:
     async def parts(self, stake: Stake, order: Order, *, certain: bool) -> list[VenueOrder]:
         """The orders on the exchange that carry out one order: one, but where a close had to sell a rest."""
         found: list[VenueOrder] = []
-        while len(found) < (_MOST_PARTS if order.kind == "close" else 1):
+        while len(found) < (MOST_PARTS if order.kind == "close" else 1):
             opens = order.kind in OPENS
             client_id = stake.ids.entry if opens else stake.ids.of(order.client_order_id, len(found))
             part = await self._venue.order(stake.market, client_id, certain=certain and not found)
@@ -171,27 +172,71 @@ class Dealer:
         return quantity
 
     async def sell_out(self, stake: Stake, order: Order, held: Decimal, sold: list[VenueOrder]) -> Decimal:
-        """Sell all of `held`, in as many orders as the market needs, added to `sold`; what cannot be sold is left."""
-        while len(sold) < _MOST_PARTS and not stake.market.unsellable(held, order.price):
+        """Sell all of `held`, in as many orders as the market needs, added to `sold`; what cannot be sold is left.
+
+        Raises:
+            OrderRejected: it takes more orders than one may.
+        """
+        while not stake.market.unsellable(held, order.price):
+            if len(sold) == MOST_PARTS:
+                if not stake.market.contract:
+                    await self._put_back(stake, order, held)
+                told = f"{stake.market.symbol}: {MOST_PARTS} orders have not closed all of {stake.ids.entry}"
+                raise OrderRejected(f"{told}, {held:f} are left")
             part = await self.sell(stake, order, stake.market.lots(held), held=held, part=len(sold))
             sold.append(part)
             held -= part.filled
         return held
 
     async def sell(self, stake: Stake, order: Order, quantity: Decimal, *, held: Decimal, part: int = 0) -> VenueOrder:
-        """Take `quantity` of `held` out at the market. Where that is certain to have failed, a stop that had to
-        make room for it is put back."""
+        """Take `quantity` of `held` out at the market. Where that has failed, a stop that had to make room for it is
+        put back."""
         market, client_id = stake.market, stake.ids.of(order.client_order_id, part)
         try:
-            sold = await self.send(market, client_id, stake.exit_side, quantity, reduce_only=True)
+            sold = await self._send_exit(stake, client_id, quantity)
             return self.filled(stake, sold)
         except BacktestKitError as error:
-            if error.outcome is Outcome.NOT_DONE and not market.contract:
-                try:
-                    await self.protect(stake, held, order.stop_loss)
-                except BacktestKitError as failed:
-                    _log.error("%s", failed)
+            if not market.contract and error.outcome is Outcome.NOT_DONE:
+                await self._put_back(stake, order, held)
+            elif not market.contract:
+                told = "%s: %s may be %s until the exchange tells what became of %s: %s"
+                _log.error(told, market.symbol, f"{held:f}", _NAKED, client_id, error)
             raise
+
+    async def _send_exit(self, stake: Stake, client_id: str, quantity: Decimal) -> VenueOrder:
+        market = stake.market
+        try:
+            return await self.send(market, client_id, stake.exit_side, quantity, reduce_only=True)
+        except OrderTransient as error:
+            if market.contract or error.outcome is Outcome.NOT_DONE:
+                raise
+            # What is held has no stop now, and gets none while the sale may still arrive.
+            with order_is_there():
+                found = await self._venue.order(market, client_id, certain=True)
+                if found is not None:
+                    return await self._venue.settled(market, found, client_id)
+            raise OrderTransient(str(error), outcome=Outcome.NOT_DONE) from None
+
+    async def make_room(self, stake: Stake, order: Order, held: Decimal, live: list[VenueOrder]) -> None:
+        """Cancel the stops that lock what is to be sold.
+
+        Raises:
+            StopFilled: one of them has sold something.
+        """
+        try:
+            await self.stops.cancel(stake.market, live)
+        except StopFilled:
+            raise
+        except BacktestKitError:
+            await self._put_back(stake, order, held)
+            raise
+
+    async def _put_back(self, stake: Stake, order: Order, held: Decimal) -> None:
+        """See to the stop of what could not be sold."""
+        try:
+            await self.protect(stake, held, order.stop_loss)
+        except BacktestKitError as failed:
+            _log.error("%s", failed)
 
     async def protect(
         self, stake: Stake, held: Decimal, stop_loss: float, live: list[VenueOrder] | None = None
@@ -258,11 +303,11 @@ class Dealer:
 
     async def _exit(self, stake: Stake, id_of: Callable[[int], str], quantity: Decimal) -> None:
         amount = stake.market.lots(quantity)
-        for number in range(_MOST_PARTS):
+        for number in range(MOST_PARTS):
             try:
                 await self._venue.send(stake.market, id_of(number), stake.exit_side, amount, reduce_only=True)
             except AlreadyThere:
                 continue
             return
-        told = f"{stake.market.symbol}: {_MOST_PARTS} exits like {id_of(0)} are on the exchange already"
+        told = f"{stake.market.symbol}: {MOST_PARTS} exits like {id_of(0)} are on the exchange already"
         raise OrderRejected(told)

@@ -65,12 +65,13 @@ class CandleFeed:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def load(
-        self, symbol: str, start_ms: int, stop_ms: int, *, gaps: GapRule = "error", lead_ms: int = 0
+        self, symbol: str, start_ms: int, stop_ms: int, *, gaps: GapRule = "error", lead_ms: int = 0, live: bool = False
     ) -> Loaded:
         """Every minute of `[start_ms - lead_ms, stop_ms)`.
 
         `lead_ms` is what a frame needs before its start; messages speak of the frame. With
-        gaps="fill", minutes missing inside become flat candles of volume 0 and are counted.
+        gaps="fill", minutes missing inside become flat candles of volume 0 and are counted. `live` says that the
+        range ends now: candles that are missing at its end are yet to come, however late they are by this clock.
 
         Raises:
             UserError: the range is no whole minutes or reaches into the future, its head or tail is
@@ -85,6 +86,8 @@ class CandleFeed:
         if not missing:
             return Loaded(candles, 0, fetched)
         if missing.start_ms[0] == first_ms or missing.stop_ms[-1] == stop_ms:
+            if live and missing.stop_ms[-1] == stop_ms:
+                raise self._not_published(symbol, int(missing.start_ms[-1]))
             await self._refuse_edges(symbol, start_ms, stop_ms, lead_ms, candles, missing)
         if gaps == "error":
             raise UserError(
@@ -231,6 +234,15 @@ class CandleFeed:
                 extra={"series": series, "error": error},
             )  # fmt: skip
 
+    def _not_published(self, symbol: str, late_ms: int) -> RetryLater:
+        told = f"{symbol}: {self._exchange_name} has not published the candle of {iso(late_ms)} yet"
+        minutes = (self._now_ms() - late_ms) // MINUTE_MS
+        if minutes * MINUTE_MS >= _PUBLISHING_MS:
+            told += (
+                f", which was {minutes} minutes ago by this clock: set it by NTP if it is ahead, or look at the market"
+            )
+        return RetryLater(told)
+
     async def _refuse_edges(
         self, symbol: str, start_ms: int, stop_ms: int, lead_ms: int, candles: CandleSeries, missing: Gaps
     ) -> None:
@@ -241,7 +253,7 @@ class CandleFeed:
         reaches = bounds is None or bounds[1] >= stop_ms
         late = int(missing.start_ms[-1])
         if no_tail and reaches and self._now_ms() - late < _PUBLISHING_MS:
-            raise RetryLater(f"{symbol}: {self._exchange_name} has not published the candle of {iso(late)} yet")
+            raise self._not_published(symbol, late)
         asked = f"frame outside the data: {symbol} was asked from {iso(start_ms)} to {iso(stop_ms)}"
         if lead_ms:
             asked += f" (and {lead_ms // MINUTE_MS} minutes before it, for the first price)"

@@ -47,14 +47,24 @@ class History:
 
     @classmethod
     async def load(
-        cls, feed: CandleFeed, symbol: str, start_ms: int, stop_ms: int, *, gaps: GapRule = "error", price_window: int
+        cls,
+        feed: CandleFeed,
+        symbol: str,
+        start_ms: int,
+        stop_ms: int,
+        *,
+        gaps: GapRule = "error",
+        price_window: int,
+        live: bool = False,
     ) -> History:
         """The minutes of `[start_ms, stop_ms)`, and the `price_window` before them that the first step needs.
+
+        `live` says that they end now.
 
         Raises:
             UserError, RetryLater: as `CandleFeed.load`.
         """
-        loaded = await feed.load(symbol, start_ms, stop_ms, gaps=gaps, lead_ms=price_window * MINUTE_MS)
+        loaded = await feed.load(symbol, start_ms, stop_ms, gaps=gaps, lead_ms=price_window * MINUTE_MS, live=live)
         return cls(feed, symbol, loaded, gaps=gaps, price_window=price_window)
 
     @property

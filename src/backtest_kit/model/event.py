@@ -223,10 +223,11 @@ class Healed(Event, frozen=True, kw_only=True):
 
 
 class OrphanFound(Event, frozen=True, kw_only=True):
-    """Venue and books disagree: something is held that nobody watches, or not held that should be, or unprotected."""
+    """Venue and books disagree: something is held that nobody watches, or not held that should be, or unprotected; or
+    a stop is left of nothing, and would close the next position."""
 
     action: ClassVar[str] = "orphan"
-    what: Literal["foreign_position", "missing_position", "unprotected_position"]
+    what: Literal["foreign_position", "missing_position", "unprotected_position", "left_stop"]
     quantity: float
     """In base currency, as the venue says."""
     next_step: str

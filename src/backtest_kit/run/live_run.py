@@ -516,6 +516,7 @@ class LiveRun:
                     self.when_ms,
                     gaps=self.job.gaps,
                     price_window=self.job.settings.CC_AVG_PRICE_CANDLES_COUNT,
+                    live=True,
                 )
             return self._histories[symbol]
 

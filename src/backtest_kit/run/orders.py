@@ -60,6 +60,9 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
     """What has happened then."""
     earlier: Fill | None = None
     """Of a close: what orders under other ids have filled of it already, before they ended."""
+    refused: bool = False
+    """Whether the venue has refused an exit under this id: it goes on under another, once the venue has said what was
+    filled of it."""
 
 
 def intended(
@@ -161,7 +164,7 @@ def renamed(intent: Intent, signal_id: str, number: int, fill: Fill | None = Non
     order = msgspec.structs.replace(
         intent.order, client_order_id=signal_id + suffix(intent.order.kind, number), attempt=0
     )
-    return msgspec.structs.replace(intent, order=order, earlier=_together(intent.earlier, fill))
+    return msgspec.structs.replace(intent, order=order, earlier=_together(intent.earlier, fill), refused=False)
 
 
 def _together(one: Fill | None, other: Fill | None) -> Fill | None:

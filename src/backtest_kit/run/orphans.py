@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from backtest_kit.broker.base import Broker, Holding as VenueHolding, Order
 from backtest_kit.engine.pnl import effective_price, remaining_cost
 from backtest_kit.engine.position import open_position
-from backtest_kit.engine.step import Holding, Resting, State
+from backtest_kit.engine.step import Flat, Holding, Resting, State
 from backtest_kit.errors import Conflict
 from backtest_kit.model.event import Event, OrphanFound, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
@@ -20,7 +20,7 @@ from backtest_kit.run.desk import Desk
 from backtest_kit.settings import Settings
 
 OrphanPolicy = Literal["alarm", "adopt", "protect"]
-What = Literal["foreign_position", "missing_position", "unprotected_position"]
+What = Literal["foreign_position", "missing_position", "unprotected_position", "left_stop"]
 
 
 class Books(Protocol):
@@ -47,6 +47,7 @@ _SLACK = 0.01
 """Of what is held on both sides: what rounding and fees may leave where it cancels out."""
 _NUMBERS = 1_000_000
 """What a suffix of a client order id counts to."""
+_LEFT_STOP = "nothing is done, cancel it at the venue: it would close the next position there"
 _log = logging.getLogger("backtest_kit")
 
 
@@ -97,7 +98,11 @@ class OrphanGuard:
         others = beside()
         if others is None:
             return None
-        what = _finding(held, [self._desk.state, *(each.state for each in others)])
+        states = [self._desk.state, *(each.state for each in others)]
+        what = _finding(held, states)
+        flat = all(isinstance(each, Flat) for each in states)
+        if what is None and flat and any(_only_stop(each, symbol) for each in holdings):
+            what = "left_stop"
         if held is None or held.stop_loss is not None:
             self._tries = self._again_ms = 0
         if what is None:
@@ -110,7 +115,10 @@ class OrphanGuard:
         if finding == self._told and (claim or not self._is_due(held, what)):
             return None
         try:
-            next_step = f"nothing is done, look at the venue: {claim}" if claim else await self._act(held, what)
+            if what == "left_stop":
+                next_step = _LEFT_STOP
+            else:
+                next_step = f"nothing is done, look at the venue: {claim}" if claim else await self._act(held, what)
         except Conflict:
             raise
         except Exception as error:
@@ -202,6 +210,10 @@ def _signed(position: Position) -> float:
     entries, reductions = position.entries, position.reductions
     quantity = remaining_cost(entries, reductions) / effective_price(entries, reductions)
     return quantity if position.position == "long" else -quantity
+
+
+def _only_stop(held: VenueHolding, symbol: str) -> bool:
+    return held.symbol == symbol and not held.quantity and held.stop_loss is not None
 
 
 def levels(held: VenueHolding, price: float, settings: Settings) -> tuple[float, float]:

@@ -402,9 +402,8 @@ class Trader(Watcher):
     async def _rejected(self, intent: Intent, text: str) -> tuple[Event, ...]:
         order, state = intent.order, self.book.state
         if order.kind in EXITS:
-            again = renamed(intent, signal_id_of(state), self.book.orders + 1)
-            book = msgspec.structs.replace(self.book, intent=again, orders=self.book.orders + 1)
-            await self._keep(book, "try")
+            refused = msgspec.structs.replace(intent, refused=True)
+            await self._keep(msgspec.structs.replace(self.book, intent=refused), "try")
             self._alarms.order_failed(
                 order, text, "it is sent again at the next minute, and until the venue confirms", alarm=True
             )
@@ -427,7 +426,7 @@ class Trader(Watcher):
         """Go on with an order that the venue has not carried out."""
         order, state, tick, status = intent.order, self.book.state, self._desk.tick, report.status
         fresh = order.when_ms == tick.when_ms
-        refused = status in ("cancelled", "rejected")
+        refused = intent.refused or status in ("cancelled", "rejected")
         if order.kind in ENTRIES:
             again = await self._entry_again(intent, status, fresh=fresh)
             if again is None:

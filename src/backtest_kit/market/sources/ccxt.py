@@ -103,13 +103,17 @@ class CcxtSource(CandleSource):
 
     async def _market(self, client: Any, symbol: str) -> str:
         await self._call(client.load_markets)
+        if not client.markets:
+            raise RetryLater(f"{self._id} answered with an empty list of markets, or with one that ccxt cannot read")
         return str(find_market(client, self._id, symbol)["symbol"])
 
     async def _call(self, request: Callable[[], Awaitable[T]]) -> T:
         errors = library()
         try:
             return await request()
-        except errors.NetworkError as error:
+        except errors.OperationFailed as error:  # what passes, by ccxt's own division: the network, or their servers
             raise RetryLater(f"{self._id} did not answer: {said(error)}") from error
         except errors.BaseError as error:
             raise UserError(f"{self._id} refused the request: {said(error)}") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise RetryLater(f"{self._id} gave an answer that ccxt cannot read: {said(error)}") from error
