@@ -8,15 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from pymongo import AsyncMongoClient
 from tests.records.conftest import kit_on
 from tests.records.happenings import observe, opened
 from tests.records.receiver import SECRET, Receiver, hook
-from tests.records.stores import SHARED
+from tests.records.stores import MONGO, SHARED, address_on
 
 import backtest_kit as bk
 from backtest_kit.persist import lease
+from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.records import delivery, sinks
 from backtest_kit.records.notification import Notification
 
@@ -129,3 +132,29 @@ async def test_another_process_goes_on_where_a_killed_one_was(store: str, tmp_pa
     killed.wait()
     await kit.close()
     assert [each["signalId"] for each in receiver.got] == ["s-0", "s-1", "s-2", "s-3", "own"]
+
+
+async def test_what_a_server_shows_late_is_delivered_late(
+    request: pytest.FixtureRequest, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that write at once to MongoDB the later one may be seen first."""
+    monkeypatch.setattr(delivery, "LOOK_S", 0.05)
+    with address_on(MONGO, request) as here, address_on(MONGO, request) as aside:
+        kit, other = kit_on(here, tmp_path), kit_on(aside, tmp_path)
+        kit.records.notification.sink(hook(receiver))
+        await observe(kit, [opened("first")])
+        await observe(other, [opened("late", 1)])
+        await observe(kit, [opened("second", 2)])
+        await receiver.until(lambda: len(receiver.got) == 2)
+        client: Any  # the stubs have it that find_one brings nothing
+        async with AsyncMongoClient(here) as client:
+            name = CONTRACTS["notification"].collection
+            written = await client[urlsplit(aside).path[1:]][name].find_one({})
+            assert written is not None
+            await client.get_default_database()[name].insert_one(written)
+        await receiver.until(lambda: len(receiver.got) == 3)
+        await observe(kit, [opened("third", 3)])
+        await receiver.until(lambda: len(receiver.got) == 4)
+        await kit.close()
+        await other.close()
+    assert [each["signalId"] for each in receiver.got] == ["first", "second", "late", "third"]

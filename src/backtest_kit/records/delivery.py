@@ -12,8 +12,9 @@ import asyncio
 import inspect
 import logging
 import random
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -43,6 +44,8 @@ GRACE_S: Final = 1.0
 """How long a sink that is cancelled may take to end before it is left to itself, and one that is closed to close."""
 LOOK_S: Final = 1.0
 """After which the store is asked for what other processes have told."""
+SETTLE_S: Final = 3.0
+"""For how long something may still come in before what was delivered already."""
 URGENT: Final = 1000
 """How many notifications that the store does not take wait for a sink; beyond it the oldest are let go of."""
 
@@ -163,11 +166,14 @@ class _Worker:
         self._deliver_to = never_in_the_way(route.deliver)
         self._settings = settings
         self._store = store
-        self.place = Place(places, route.name, route.destination, self.news.set)
+        self.place = Place(places, route.name, route.destination, self._take_over)
         self._urgent: dict[str, Notification] = {}
         """What the store does not take and this sink has not got, by its id."""
         self._handed: dict[str, None] = {}
         """What it got without the store, by its id."""
+        self._passed: dict[str, None] = {}
+        """What of the newest it got, by its id, since this process delivers or before."""
+        self._settled_at = 0.0
         self._ending = False
         self._task: asyncio.Task[None] | None = None
         self._stuck: asyncio.Task[None] | None = None
@@ -179,6 +185,11 @@ class _Worker:
                 _remember(self._urgent, each.notification_id, each)
         self.news.set()
         self._hurried.set()
+
+    def _take_over(self) -> None:
+        """From now on this process delivers."""
+        self._passed.clear()  # others may have delivered since
+        self.news.set()
 
     def start(self) -> None:
         self.news.set()
@@ -238,11 +249,31 @@ class _Worker:
     async def _deliver_some(self) -> bool:
         """Deliver the oldest of what is to be delivered by this process; False if there was nothing."""
         waiting = await self._oldest()
-        for record in waiting:
+        late = await self._late(waiting) if self.place.is_shared else []
+        for record in (*late, *waiting):
             if not await self.place.is_mine():
                 return False
             await self._deliver(record)
-        return bool(waiting)
+            if record not in late:
+                await self.place.move(Reached(record.written_at, str(record.key[1])))
+        return bool(late or waiting)
+
+    async def _late(self, waiting: Sequence[Record]) -> list[Record]:
+        """What has come in before something that was delivered already, the oldest first.
+
+        Of two that write at once a server may show the later one first.
+        """
+        last_id = (await self.place.find()).last_id
+        begins = not self._passed
+        if not begins and time.monotonic() > self._settled_at:
+            return []
+        newest = [record async for record in self._store.scan(NOTIFICATION, newest_first=True, limit=CHUNK)]
+        names = [str(record.key[1]) for record in newest]
+        if begins:
+            ahead = {str(record.key[1]) for record in waiting}
+            self._passed = dict.fromkeys([*(name for name in reversed(names) if name not in ahead), last_id])
+        behind = names.index(last_id) if last_id in names else len(names)
+        return [record for record in reversed(newest[behind:]) if record.key[1] not in self._passed]
 
     async def _oldest(self) -> list[Record]:
         """The `CHUNK` oldest notifications behind the place of the sink, however many there are."""
@@ -278,7 +309,8 @@ class _Worker:
             except Exception:
                 await self.place.leave()  # what this process is kept from, another one may be able to do
                 raise
-        await self.place.move(Reached(record.written_at, notification.notification_id))
+        _remember(self._passed, notification.notification_id, None)
+        self._settled_at = time.monotonic() + SETTLE_S
 
     async def _hand_over(self, notification: Notification) -> None:
         if self._route.kinds and notification.kind not in self._route.kinds:
