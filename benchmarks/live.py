@@ -25,6 +25,8 @@ from backtest_kit.model.interval import MINUTE_MS, to_ms
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.store import Store
 
+GOAL = 0.05
+"""Of a core, for durable books at the pace of a market, where a minute takes a minute."""
 START = to_ms("2024-06-01T10:00") - 1000
 
 
@@ -104,14 +106,18 @@ async def main(symbols: int, speed: float, minutes: int, directory: Path | None)
     file, memory = found["file"], found["memory"]
     more_s = file.cpu_s - memory.cpu_s
     each_ms = more_s * 1000 / (symbols * (minutes - 2))
+    share, minute_ms = each_ms * symbols / MINUTE_MS, MINUTE_MS / speed
+    on_time = not file.missed_minutes and file.late_ms["max"] < minute_ms
+    print(f"durable books: {more_s / file.wall_s:.1%} of a core at this pace, {each_ms:.2f} ms a symbol and minute")
+    print(f"at the pace of a market: {share:.2%} of a core (goal: at most {GOAL:.0%}) {verdict(share <= GOAL)}")
     print(
-        f"durable books: {more_s / file.wall_s:.1%} of a core at this pace, {each_ms:.2f} ms a symbol and minute, which"
+        f"latest decision: {file.late_ms['max']:g} ms into a minute of {minute_ms:g} ms, {file.missed_minutes} missed "
+        f"(goal: none later than its minute) {verdict(on_time)}"
     )
-    print(f"is {each_ms * symbols / MINUTE_MS:.2%} of a core at the pace of a market")
-    minute_ms = MINUTE_MS / speed
-    print(
-        f"latest decision: {file.late_ms['max']:g} ms into a minute of {minute_ms:g} ms, {file.missed_minutes} missed"
-    )
+
+
+def verdict(is_met: bool) -> str:
+    return "ok" if is_met else "MISSED"
 
 
 if __name__ == "__main__":
