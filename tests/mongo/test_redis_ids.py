@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -171,6 +172,29 @@ async def test_death_between_the_write_and_the_cache_loses_nothing(
     found = await store.get(CONTRACTS["signal"], ("trend", "binance", "BTCUSDT"))
     assert found is not None
     assert (found.value, found.rev) == ("new", 1)
+
+
+async def test_a_client_that_loses_a_cancellation_does_not_lose_ours(
+    mongo_url: str, redis_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_over(mongo_url, redis_address)
+    await store.open()
+    ids = store.link().ids
+    assert ids is not None
+    asked = asyncio.Event()
+
+    async def deaf(name: str) -> None:
+        asked.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(ids.client, "get", deaf)
+    reading = asyncio.ensure_future(store.get(STATE, KEYS[0]))
+    await asked.wait()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    await store.close()
 
 
 async def test_redis_that_dies_is_passed_over_and_taken_back(mongo_url: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -102,6 +102,7 @@ class IdCache:
             log,
         )
         self._log = log
+        self._asking: set[asyncio.Task[Any]] = set()
         try:
             self.client: Final[redis_asyncio.Redis] = redis_asyncio.Redis.from_url(
                 settings.redis_url,
@@ -154,6 +155,8 @@ class IdCache:
         return count
 
     async def close(self) -> None:
+        if self._asking:
+            await asyncio.wait(self._asking)
         try:
             await self.client.aclose()
         except (RedisError, OSError) as error:
@@ -164,6 +167,14 @@ class IdCache:
         breaker = self._answers if self._answers.is_open else refusals
         if not breaker.lets_through():
             return None
+        # Apart from whoever asks: the client waits by `asyncio.wait_for`, which up to Python 3.11 loses a cancellation
+        # that comes together with the answer, and the task that was cancelled would go on for ever.
+        task = asyncio.ensure_future(self._answer(refusals, call))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+        return await asyncio.shield(task)
+
+    async def _answer(self, refusals: _Breaker, call: Callable[[], Awaitable[Any]]) -> Any:
         try:
             async with asyncio.timeout(self._timeout_seconds * 2):
                 answer = await call()
