@@ -222,7 +222,7 @@ class _Worker:
                     failures = 0
                     if delivered:
                         continue
-                if self._ending:
+                if self._ending and not self.news.is_set():  # else something was told while this looked
                     return
                 with suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_S if self.place.is_shared else None):
