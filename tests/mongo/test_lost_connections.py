@@ -38,7 +38,7 @@ SIGNAL, SCHEDULE = CONTRACTS["signal"], CONTRACTS["schedule"]
 TIMES = float(os.environ.get("BACKTEST_KIT_FAULTS", "1"))
 LANES = 8
 """Stores that are tried at the same time, each behind a relay of its own."""
-BULK = candles(0, 700)
+BULK = candles(0, 250)
 
 
 def key_of(name: str) -> tuple[str, str, str]:

@@ -60,6 +60,10 @@ class Writer:
             self.acknowledged = self.attempted
             self._moved.set()
 
+    @property
+    def has_moved(self) -> bool:
+        return self._moved.is_set()
+
     async def moves(self, times: int) -> None:
         """Return after so many acknowledgements."""
         for _ in range(times):
@@ -107,8 +111,12 @@ async def kill_again_and_again(
         async with starting:
             await asyncio.to_thread(server.start)
             back = time.monotonic()
-            for writer in writers:
-                await asyncio.wait_for(asyncio.shield(writer.moves(1)), 30)
+            again = asyncio.gather(*(writer.moves(1) for writer in writers))
+            await asyncio.wait([again, failing], timeout=30, return_when=asyncio.FIRST_COMPLETED)
+            if failing.done():
+                break
+            stuck = [writer.key for writer in writers if not writer.has_moved]
+            assert again.done(), f"the server is back, and 30 s later there is no write of {stuck}"
             slowest = max(slowest, time.monotonic() - back)
     is_over.set()
     await failing

@@ -109,16 +109,20 @@ class Link:
 
     def within(self, seconds: float) -> AbstractContextManager[None]:
         """Tell the driver how long it may take for what is asked of it in the block."""
-        options = self.mongo.options
-        if not self.mongo.topology_description.has_writable_server():
+        if not self.sees_server:
             # It would look for a server for all of that time.
-            seconds = min(seconds, options.server_selection_timeout)
+            seconds = min(seconds, self.mongo.options.server_selection_timeout)
         return pymongo.timeout(seconds)
 
     def attempt(self, patience: Patience) -> AbstractContextManager[None]:
         """As `within`, for one request: where its connection hangs, there is time left to try another one."""
-        answer_seconds = self.mongo.options.pool_options.socket_timeout
+        answer_seconds = self.mongo.options.pool_options.socket_timeout if self.sees_server else None
         return self.within(min(patience.left, answer_seconds or patience.left))
+
+    @property
+    def sees_server(self) -> bool:
+        """Whether there is a server to write to, as far as the driver knows."""
+        return self.mongo.topology_description.has_writable_server()
 
     async def ask(
         self,
@@ -161,12 +165,13 @@ class Link:
     async def _try(self, doing: str, answer: Callable[[], Awaitable[T]], patience: Patience) -> T:
         outcome = Outcome.NOT_DONE
         while True:
+            saw_server = self.sees_server
             try:
                 return await answer()
             except FAILURES as error:
                 if may_have_happened(error):
                     outcome = Outcome.UNKNOWN
-                if not heals(error) or patience.is_over:
+                if not heals(error, saw_server=saw_server) or patience.is_over:
                     raise self.failure(error, doing, outcome) from error
                 await patience.pause()
 

@@ -34,10 +34,14 @@ def is_duplicate(error: BaseException) -> bool:
     return isinstance(error, errors.DuplicateKeyError)
 
 
-def heals(error: BaseException) -> bool:
-    """Whether the same call may work in a moment. A server that cannot be found has been waited for already."""
+def heals(error: BaseException, *, saw_server: bool = False) -> bool:
+    """Whether the same call may work in a moment.
+
+    A server that cannot be found has been waited for already, unless `saw_server`: it went away in the middle of the
+    call, and was waited for no longer than for an answer.
+    """
     if isinstance(error, errors.ServerSelectionTimeoutError):
-        return False
+        return saw_server
     if isinstance(error, errors.ConnectionFailure | errors.WTimeoutError | errors.ExecutionTimeout | OSError):
         return True
     return _code(error) in _HEALING or _labelled(error)

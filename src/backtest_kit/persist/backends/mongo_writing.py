@@ -76,12 +76,13 @@ class Putting:
     async def run(self, patience: Patience | None = None) -> Record:
         patience = patience or self._link.patience()
         while True:
+            saw_server = self._link.sees_server
             try:
                 with self._link.attempt(patience):
                     record = await self._attempt()
             except FAILURES as error:
                 self._is_sent = self._is_sent or may_have_happened(error)
-                if not heals(error) or patience.is_over:
+                if not heals(error, saw_server=saw_server) or patience.is_over:
                     outcome = Outcome.UNKNOWN if self._is_sent else Outcome.NOT_DONE
                     raise self._link.failure(error, self._doing, outcome) from error
                 await patience.pause()
