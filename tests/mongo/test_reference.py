@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -204,22 +205,22 @@ async def test_write_then_read_hits_and_a_miss_is_written_back(
 
 
 async def test_concurrent_first_writes_make_one_document(mongo_url: str, documents: Any, tmp_path: Path) -> None:
-    kits = [Kit(tmp_path / "dump") for _ in range(4)]
-    for kit in kits:
-        MongoSetup(kit).setup(CC_MONGO_CONNECTION_STRING=mongo_url, CC_REDIS_HOST="")
-    symbols = [f"COIN{number}" for number in range(5)]
-    await asyncio.gather(
-        *(
-            kit.persistence.signal.write({"by": number}, **{**KEY, "symbol": symbol})
-            for number, kit in enumerate(kits)
-            for symbol in symbols
+    async with AsyncExitStack() as stack:
+        kits = [Kit(tmp_path / "dump") for _ in range(4)]
+        for kit in kits:
+            stack.push_async_callback(kit.close)
+            MongoSetup(kit).setup(CC_MONGO_CONNECTION_STRING=mongo_url, CC_REDIS_HOST="")
+        symbols = [f"COIN{number:02}" for number in range(60)]
+        await asyncio.gather(
+            *(
+                kit.persistence.signal.write({"by": number}, **{**KEY, "symbol": symbol})
+                for symbol in symbols
+                for number, kit in enumerate(kits)
+            )
         )
-    )
     found = list(documents["signal-items"].find())
     assert sorted(each["symbol"] for each in found) == symbols
-    assert {each["rev"] for each in found} == {4}, "no write was lost on the way"
-    for kit in kits:
-        await kit.close()
+    assert {each["symbol"]: each["rev"] for each in found if each["rev"] != 4} == {}, "lost, or counted twice"
 
 
 async def test_first_write_of_a_candle_wins(kit: Kit) -> None:

@@ -125,16 +125,33 @@ class Putting:
         self._first_tick = self._first_tick or tick
         wanted = {**matching(self._change.name, expect), **_before(tick)}
         crashpoint("mongo.before_write")
+        upsert = isinstance(expect, str)
         try:
-            return await collection.find_one_and_update(
+            document: Document | None = await collection.find_one_and_update(
                 wanted,
                 update_of(self._change, self._writer, tick),
                 projection=["rev"],
-                upsert=isinstance(expect, str),
+                upsert=upsert,
                 return_document=ReturnDocument.AFTER,
             )
         except DuplicateKeyError:
             return None
+        return await self._unshown(tick) if upsert and document is None else document
+
+    async def _unshown(self, tick: int) -> Document | None:
+        """What stands after an upsert that was done and answered without its document.
+
+        MongoDB never answers so; some servers that speak its protocol do where the upsert met a document that another
+        first writer had made a moment ago. To send the write once more would count it twice.
+        """
+        self.was_sent()
+        found = await self._look()
+        if found is None or self.record_in(found) is not None:
+            return found
+        if self._link.saw_tick(found) <= tick or not isinstance(found.get("rev"), int):
+            return None
+        # Another write stands on this one, whose revision was the one before it at the latest.
+        return {"_id": found["_id"], "rev": found["rev"] - 1}
 
     async def _refused(self) -> Record | None:
         """Why the document is not as expected: a conflict, damage, or something that is over at the next attempt."""
