@@ -44,6 +44,13 @@ async def test_a_line_that_is_written_late_is_shown(store: Store) -> None:
     assert await news(store, known) == ["01-b"]
 
 
+async def test_a_line_that_comes_in_behind_one_that_was_shown_is_shown(store: Store) -> None:
+    await say(store, "10-a", "20-b", "30-a")
+    known = deque(["10-a", "30-a"])
+    assert await news(store, known) == ["20-b"]
+    assert await news(store, known) == []
+
+
 async def test_of_an_empty_log_all_is_news(store: Store) -> None:
     known: deque[str] = deque()
     assert await news(store, known) == []

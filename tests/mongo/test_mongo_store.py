@@ -555,6 +555,39 @@ async def test_what_others_have_written_since_is_not_undone_by_one_of_many(
     await theirs.close()
 
 
+async def test_many_new_records_are_listed_between_what_was_written_before_and_after(mongo_url: str) -> None:
+    ours, theirs = store_over(mongo_url), store_over(mongo_url)
+    written: list[str] = []
+
+    async def put(store: MongoStore, *names: str) -> None:
+        results = await store.put_each([Write(MEMORY, ("s-1", "plan", name), name) for name in names])
+        assert [each.rev for each in results if not isinstance(each, BaseException)] == [1] * len(names)
+        written.extend(names)
+
+    for number in range(5):
+        await put(ours, f"{number}-one")
+        await put(theirs, *(f"{number}-many-{place}" for place in range(40)))
+        await put(ours, *(f"{number}-few-{place}" for place in range(3)))
+    assert [record.value async for record in ours.scan(MEMORY)] == written
+    assert [record.value async for record in ours.scan(MEMORY, newest_first=True)] == written[::-1]
+    await ours.close()
+    await theirs.close()
+
+
+async def test_many_first_writes_of_two_at_once_count_each(mongo_url: str) -> None:
+    stores = [store_over(mongo_url) for _ in range(2)]
+    keys = [("s-1", "plan", str(number)) for number in range(60)]
+    done = await asyncio.gather(*(each.put_each([Write(MEMORY, key, 1) for key in keys]) for each in stores))
+    for one, other in zip(*done, strict=True):
+        assert not isinstance(one, BaseException)
+        assert not isinstance(other, BaseException)
+        assert {one.rev, other.rev} == {1, 2}
+    lines = [await each.put_each([Write(LOG, (key[2],), place) for key in keys]) for place, each in enumerate(stores)]
+    assert [each.value for part in lines for each in part if not isinstance(each, BaseException)] == [0] * 120
+    for store in stores:
+        await store.close()
+
+
 async def test_many_records_are_found_by_the_index(
     store: MongoStore, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

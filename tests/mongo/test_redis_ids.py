@@ -81,6 +81,22 @@ async def test_write_leaves_the_id_of_its_document_for_a_while(
     assert 0 < ttl <= MongoSettings().CC_REDIS_TTL_SECONDS
 
 
+@pytest.mark.parametrize("may", ["+@all", "+@all -eval"])
+async def test_writes_of_many_leave_their_ids(mongo_url: str, may: str) -> None:
+    with running(redis_server()) as server, redis.Redis(port=server.port) as client:
+        client.execute_command("ACL", "SETUSER", "bot", "on", ">secret", "~*", *may.split())
+        store = store_over(mongo_url, f"redis://bot:secret@127.0.0.1:{server.port}")
+        await store.put_each([Write(STATE, key, list(key)) for key in KEYS])
+        documents = store.link().database["state-items"].find()
+        ids = {entry(mongo_url, (each["signalId"], each["bucketName"])): each["_id"] async for each in documents}
+        assert {name.decode() for name in client.scan_iter()} == ids.keys()
+        assert all(client.get(name) == str(identity).encode() for name, identity in ids.items())
+        assert all(0 < client.ttl(name) <= MongoSettings().CC_REDIS_TTL_SECONDS for name in ids)
+        await require_right_answers(store)
+        assert not is_passed_over(store)
+        await store.close()
+
+
 async def test_candles_have_no_entries(store: MongoStore, cache: redis.Redis) -> None:
     from tests.mongo.samples import ALWAYS, BTC, candles
 

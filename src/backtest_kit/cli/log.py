@@ -25,6 +25,11 @@ from backtest_kit.records.log import LOG, LogLine, at_least, line_of
 _POLL_S: Final = 0.25
 _KNOWN: Final = 4096
 """Lines that are remembered, so that none is shown twice."""
+_OVERLAP: Final = 512
+_OVERLAP_MS: Final = 3_000
+"""How far a look goes on behind the newest line that is known: to so many known ones, and so old.
+
+Of two processes that write at once a server may show the later one first."""
 _COLOURS: Final = {"debug": "dim", "info": "cyan", "warning": "yellow", "error": "bold red"}
 
 
@@ -102,19 +107,30 @@ async def news_of(store: Store, known: deque[str], told: set[str]) -> list[Recor
     `told` is what was said of damage.
     """
     oldest, late = min(known, default=""), 0
+    names, newest_ms, behind = set(known), 0, 0
     news: list[Record] = []
+    maybe: list[Record] = []
+    """News if one that is known comes behind them, else what was there before."""
     async for record in _newest_first(store, told):
         key = str(record.key[0])
-        if key in known:
-            break
-        news.append(record)
-        late += key <= oldest
-        if late == _KNOWN:
-            break
-    else:
-        late = _KNOWN
+        if key in names:
+            newest_ms = newest_ms or record.written_at
+            behind += 1
+            news += maybe
+            maybe.clear()
+            if behind == _OVERLAP or record.written_at < newest_ms - _OVERLAP_MS:
+                break
+        elif behind:
+            maybe.append(record)
+            if len(maybe) == _OVERLAP:
+                break
+        else:
+            news.append(record)
+            late += key <= oldest
+            if late == _KNOWN:
+                break
     known.extend(str(record.key[0]) for record in reversed(news))
-    if late == _KNOWN:
+    if not behind:
         # All that was known is forgotten by now, and what is older than that was written before.
         news = [record for record in news if str(record.key[0]) > oldest]
     return news[::-1]

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from bson.int64 import Int64
 from bson.objectid import ObjectId
+from bson.timestamp import Timestamp
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema
@@ -27,8 +29,10 @@ Document = dict[str, Any]
 ROWS: Final = ALL_CONTRACTS
 RECORD_ROWS: Final = tuple(row for row in ROWS.values() if row.kind is not Kind.SERIES)
 ORDER: Final = ("order", "tick")
-"""Order of writing: the server's own time, which on a MongoDB no two writes share, then the writer's count."""
+"""Order of writing: the server's own time, which only writes of one request share, then the writer's count."""
 
+_NAMES: Final = 4096
+"""Names whose forms are remembered: the fields of the records are the same ones again and again."""
 _ABSENT_BY_TYPE: Final = object()
 
 
@@ -106,6 +110,11 @@ def update_of(change: Change, writer: str, tick: int) -> Document:
     }
 
 
+def document_of(change: Change, writer: str, tick: int, order: Timestamp) -> Document:
+    """What the first write of a name makes, as `update_of` would by an upsert."""
+    return {"_id": ObjectId(), **change.name, **fields_of(change, writer, tick), "rev": Int64(1), "order": order}
+
+
 def fields_of(change: Change, writer: str, tick: int) -> Document:
     write = change.write
     return {
@@ -164,20 +173,21 @@ def is_named(document: Mapping[str, Any], name: Document) -> bool:
     return all(type(document.get(field)) is type(part) and document[field] == part for field, part in name.items())
 
 
-def to_bson(value: Plain, path: str = "value") -> Any:
+def to_bson(value: Any, path: str = "value") -> Any:
     """A copy of a plain JSON tree whose names BSON can carry.
 
     Raises:
         UserError: it is not a plain JSON tree.
     """
-    if isinstance(value, dict):
+    kind = type(value)
+    if kind is str or kind is bool or value is None or (kind is float and math.isfinite(value)):
+        return value
+    if kind is int and -(1 << 63) <= value < 1 << 63:
+        return value
+    if kind is dict:
         return {_escape(name, path): to_bson(item, path) for name, item in value.items()}
-    if isinstance(value, list | tuple):
+    if kind is list or kind is tuple:
         return [to_bson(item, path) for item in value]
-    if value is None or isinstance(value, str | bool) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    if isinstance(value, int) and -(1 << 63) <= value < 1 << 63:
-        return value
     raise UserError(f"the {path} has {value!r} in it, which is no plain JSON, encode it first")
 
 
@@ -205,6 +215,7 @@ def id_from(text: bytes) -> ObjectId | None:
     return ObjectId(name) if ObjectId.is_valid(name) and len(name) == len(str(ObjectId())) else None
 
 
+@lru_cache(_NAMES, typed=True)
 def _escape(name: object, path: str) -> str:
     if not isinstance(name, str):
         raise UserError(f"the {path} has the key {name!r}: keys are text, write {str(name)!r}")
@@ -213,6 +224,7 @@ def _escape(name: object, path: str) -> str:
     return name
 
 
+@lru_cache(_NAMES)
 def _unescape(name: str) -> str:
     return name[1:].replace("%00", "\0").replace("%25", "%") if name[:1] == "%" else name
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
+from urllib.parse import quote
 
 from pymongo.asynchronous.cursor import AsyncCursor
 
@@ -16,8 +17,10 @@ from backtest_kit.persist.backends.mongo_documents import Document, id_from, ide
 from backtest_kit.persist.backends.mongo_errors import Patience
 from backtest_kit.persist.backends.mongo_intents import settle
 from backtest_kit.persist.contracts import Contract
-from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.store import Record
+
+_LETTERS: Final = ":@+=,"
+"""Of a part of a key in the name of an entry, beside those of any address."""
 
 
 async def find(link: Link, contract: Contract, name: Document) -> Document | None:
@@ -114,6 +117,6 @@ async def standing(link: Link, contract: Contract, name: Document | None, docume
 
 
 def cache_name(contract: Contract, name: Document) -> str:
-    """What the entry of a document is called in Redis; no two documents share one but by chance of a hash."""
+    """What the entry of a document is called in Redis; no two documents share one."""
     namespace, *key = name.values()
-    return "/".join((contract.name, f"@{namespace}", *path_of(contract, tuple(key))))
+    return "/".join((contract.name, f"@{namespace}", *(quote(str(part), _LETTERS) for part in key)))

@@ -11,7 +11,7 @@ from typing import Any, Final
 import redis.asyncio as redis_asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError, TimeoutError as RedisTimeoutError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError, TimeoutError as RedisTimeoutError
 
 from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.persist.backends.mongo_settings import Log, MongoSettings, mask
@@ -20,6 +20,8 @@ _FAILURES_TO_OPEN: Final = 3
 _PAUSE_SECONDS: Final = 5.0
 _SCAN: Final = 1_000
 """Names looked at in one request."""
+_SET_MANY: Final = "for place, name in ipairs(KEYS) do redis.call('SET', name, ARGV[place + 1], 'EX', ARGV[1]) end"
+"""A script, as no command before Redis 8.4 sets many that expire."""
 
 
 class _Breaker:
@@ -130,10 +132,9 @@ class IdCache:
             ((name, value),) = entries.items()
             await self._ask(self._stores, lambda: self.client.set(self.prefix + name, value, ex=self._ttl_seconds))
         elif entries:
-            pipeline = self.client.pipeline(transaction=False)
-            for name, value in entries.items():
-                pipeline.set(self.prefix + name, value, ex=self._ttl_seconds)
-            await self._ask(self._stores, pipeline.execute)
+            await self._ask(
+                self._stores, lambda: self._set_many({self.prefix + name: entries[name] for name in entries})
+            )
 
     async def drop(self, name: str) -> None:
         """Forget a name."""
@@ -161,6 +162,16 @@ class IdCache:
             await self.client.aclose()
         except (RedisError, OSError) as error:
             self._log.debug("closing the connections to Redis: %s", type(error).__name__)
+
+    async def _set_many(self, entries: Mapping[str, str]) -> object:
+        try:
+            # One command: to pack and to read one for each takes a client longer than the writes in the database.
+            return await self.client.eval(_SET_MANY, len(entries), *entries, str(self._ttl_seconds), *entries.values())
+        except NoPermissionError:
+            pipeline = self.client.pipeline(transaction=False)
+            for name, value in entries.items():
+                pipeline.set(name, value, ex=self._ttl_seconds)
+            return await pipeline.execute()
 
     async def _ask(self, refusals: _Breaker, call: Callable[[], Awaitable[Any]]) -> Any:
         """What Redis answers, or nothing. `refusals` is told if the answer is that it will not."""
