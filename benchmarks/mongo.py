@@ -102,7 +102,6 @@ class Raw:
             {
                 "$set": {"payload": VALUE, "when": None, "writtenAt": Int64(1), "removed": False, "writer": "raw:1"},
                 "$inc": {"rev": Int64(1)},
-                "$currentDate": {"order": {"$type": "timestamp"}},
             },
             projection=["rev"],
             upsert=upsert,

@@ -162,7 +162,7 @@ class MongoStore:
         name = name_of(self._namespace, contract, check_key(contract, prefix, prefix=True))
         check_limit(limit)
         wanted = {**name, "rev": {"$ne": 0}, **({} if include_removed else {"removed": {"$ne": True}})}
-        sort = [(field, -1 if newest_first else 1) for field in ORDER]
+        sort = [(ORDER, -1 if newest_first else 1)]
         link = await self._opened()
         is_short = limit is not None and limit <= _CHUNK
         found = await find_all(link, contract, wanted, sort, limit, None if is_short else ["_id"])
@@ -248,6 +248,7 @@ class MongoStore:
                 link.opening = asyncio.ensure_future(self._open(link))
                 link.opening.add_done_callback(lambda task: _opening_is_over(link, task))
             await asyncio.shield(link.opening)
+        link.keep_time()
         return link
 
     async def _open(self, link: Link) -> None:

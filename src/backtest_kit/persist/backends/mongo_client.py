@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager
 from typing import Any, Final, TypeVar
@@ -20,7 +19,8 @@ from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
-from backtest_kit.errors import Outcome, UserError
+from backtest_kit.errors import BacktestKitError, Outcome, UserError
+from backtest_kit.persist.backends.mongo_clock import ServerClock
 from backtest_kit.persist.backends.mongo_documents import Document
 from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, may_have_happened, translate
 from backtest_kit.persist.backends.mongo_settings import Log, MongoSettings, mask
@@ -59,6 +59,7 @@ class Link:
             redis_ids = import_backend("backtest_kit.persist.backends.redis_ids")
             self.ids = redis_ids.IdCache(settings, self.database_name, log)
         self.turns: Final = Turns()
+        self.clock: Final = ServerClock()
         self.owner: Final = secrets.token_hex(8)
         self.has_transactions = False
         """Whether the server is part of a replica set or a cluster. Known once it is open."""
@@ -76,8 +77,8 @@ class Link:
         return f"{self.owner}:{self._writes}"
 
     def next_tick(self) -> int:
-        """Grows with every write, and is above every one that was seen."""
-        self._tick = max(self._tick + 1, time.time_ns() // 1000)
+        """Grows with every write, and is above every one that was seen: the order of writing."""
+        self._tick = max(self._tick + 1, self.clock.now_us())
         return self._tick
 
     def saw_tick(self, document: Document | None) -> int:
@@ -123,6 +124,17 @@ class Link:
     def sees_server(self) -> bool:
         """Whether there is a server to write to, as far as the driver knows."""
         return self.mongo.topology_description.has_writable_server()
+
+    def keep_time(self) -> None:
+        """Ask the server for its time if it is time to, beside whatever else is done."""
+        if self.clock.is_due:
+            self._begin(self._read_time(self.clock.ask()))
+
+    async def _read_time(self, asked_us: int) -> None:
+        try:
+            self.clock.answered(asked_us, await self.ask("ask for the time", lambda: self.mongo.admin.command("hello")))
+        except BacktestKitError as error:
+            self.log.debug("the time of MongoDB is not known better than before: %s", error)
 
     async def ask(
         self,
@@ -184,10 +196,13 @@ class Link:
         Half of a write must not land after the next one, and the driver, cancelled while it connects, forgets the
         socket. So nothing that it does is ended from outside, by no timeout of asyncio either: it is told its time.
         """
+        return await asyncio.shield(self._begin(work))
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._forget)
-        return await asyncio.shield(task)
+        return task
 
     async def settle(self) -> None:
         """Wait for what is under way."""

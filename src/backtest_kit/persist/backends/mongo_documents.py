@@ -15,7 +15,6 @@ from typing import Any, Final, NamedTuple
 
 from bson.int64 import Int64
 from bson.objectid import ObjectId
-from bson.timestamp import Timestamp
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema
@@ -28,8 +27,8 @@ Document = dict[str, Any]
 
 ROWS: Final = ALL_CONTRACTS
 RECORD_ROWS: Final = tuple(row for row in ROWS.values() if row.kind is not Kind.SERIES)
-ORDER: Final = ("order", "tick")
-"""Order of writing: the server's own time, which only writes of one request share, then the writer's count."""
+ORDER: Final = "tick"
+"""The order of writing: microseconds, of which no two writes of a process share one."""
 
 _NAMES: Final = 4096
 """Names whose forms are remembered: the fields of the records are the same ones again and again."""
@@ -103,16 +102,12 @@ def expectation(write: Write) -> Expect:
 
 def update_of(change: Change, writer: str, tick: int) -> Document:
     """What the write does to its document. `writer` tells this write from every other."""
-    return {
-        "$set": fields_of(change, writer, tick),
-        "$inc": {"rev": Int64(1)},
-        "$currentDate": {"order": {"$type": "timestamp"}},
-    }
+    return {"$set": fields_of(change, writer, tick), "$inc": {"rev": Int64(1)}}
 
 
-def document_of(change: Change, writer: str, tick: int, order: Timestamp) -> Document:
+def document_of(change: Change, writer: str, tick: int) -> Document:
     """What the first write of a name makes, as `update_of` would by an upsert."""
-    return {"_id": ObjectId(), **change.name, **fields_of(change, writer, tick), "rev": Int64(1), "order": order}
+    return {"_id": ObjectId(), **change.name, **fields_of(change, writer, tick), "rev": Int64(1)}
 
 
 def fields_of(change: Change, writer: str, tick: int) -> Document:

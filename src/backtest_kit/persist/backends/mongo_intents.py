@@ -168,12 +168,7 @@ async def _apply(link: Link, intent: Document) -> None:
         writes = [
             UpdateOne(
                 {"_id": each["document"], **held},
-                {
-                    "$set": each["fields"],
-                    "$inc": {"rev": Int64(1)},
-                    "$unset": {"hold": ""},
-                    "$currentDate": {"order": {"$type": "timestamp"}},
-                },
+                {"$set": each["fields"], "$inc": {"rev": Int64(1)}, "$unset": {"hold": ""}},
             )
             for each in group
         ]

@@ -34,7 +34,7 @@ def indexes_of(contract: Contract) -> list[IndexModel]:
     keys = ("namespace", *contract.key_fields)
     indexes = [IndexModel([(field, 1) for field in keys], name="key", unique=True)]
     if contract.kind in (Kind.FEED, Kind.BUCKET):
-        indexes.append(IndexModel([(field, 1) for field in (*keys[:-1], *ORDER)], name="order"))
+        indexes.append(IndexModel([(field, 1) for field in (*keys[:-1], ORDER)], name="order"))
     return indexes
 
 
@@ -49,7 +49,9 @@ async def prepare(link: Link, *, existing: bool) -> None:
         NewerSchema: a newer version of this program has written to the database.
         RetryLater: the server cannot be asked.
     """
+    asked_us = link.clock.ask()
     hello = await link.ask("open the store", lambda: link.mongo.admin.command("hello"))
+    link.clock.answered(asked_us, hello)
     link.has_transactions = "setName" in hello or hello.get("msg") == "isdbgrid"
     meta = link.named(META, Durability.MONEY)
     version = await link.ask("open the store", lambda: meta.find_one(VERSION))

@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from bson.int64 import Int64
 from bson.objectid import ObjectId
-from bson.timestamp import Timestamp
 from pymongo import InsertOne, ReturnDocument, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
@@ -54,23 +53,22 @@ class Putting:
     def change(self) -> Change:
         return self._change
 
-    def operation(self, document: Document | None, now: Timestamp | None) -> InsertOne[Document] | UpdateOne:
+    def operation(self, document: Document | None) -> InsertOne[Document] | UpdateOne:
         """The first attempt, as one of many in a request, where `document` is what there was a moment ago.
 
-        By its id, new or not: some planners search a whole namespace for a name with conditions beside it. With the
-        server's time of a moment ago what is new is inserted, which costs a server a fraction of an upsert.
+        What is new is inserted, which costs a server a fraction of an upsert. What is there is updated by its id: some
+        planners search a whole namespace for a name with conditions beside it.
         """
         expect = expectation(self._change.write)
         self._link.saw_tick(document)
         self._first_tick = self._link.next_tick()
-        is_new = document is None and isinstance(expect, str)
-        if is_new and now is not None:
-            document = document_of(self._change, self._writer, self._first_tick, now)
-            self.inserted_as = document["_id"]
-            return InsertOne(document)
+        if document is None and isinstance(expect, str):
+            new = document_of(self._change, self._writer, self._first_tick)
+            self.inserted_as = new["_id"]
+            return InsertOne(new)
         identity = ObjectId() if document is None else document["_id"]
         wanted = {"_id": identity, **matching(self._change.name, expect), **_before(self._first_tick)}
-        return UpdateOne(wanted, update_of(self._change, self._writer, self._first_tick), upsert=is_new)
+        return UpdateOne(wanted, update_of(self._change, self._writer, self._first_tick))
 
     def was_sent(self) -> None:
         """It may have been done: `run` finds out what became of it first."""
@@ -213,8 +211,7 @@ class PuttingMany:
         collection = self._link.collection(contract)
         sent = [index for index, each in enumerate(puttings) if each.change.may_change_it]
         there = await self._found(puttings, sent, patience)
-        now = await self._server_time(patience) if len(there) < len(sent) else None
-        operations = [puttings[index].operation(there.get(index), now) for index in sent]
+        operations = [puttings[index].operation(there.get(index)) for index in sent]
         inserted = {index: identity for index in sent if (identity := puttings[index].inserted_as) is not None}
         crashpoint("mongo.before_write")
         ids: dict[int, Any] = {}
@@ -223,14 +220,14 @@ class PuttingMany:
         """Those that may have been done. An answer counts the updates and does not name them."""
         try:
             with self._link.attempt(patience):
-                new = (await collection.bulk_write(operations, ordered=False)).upserted_ids if operations else None
-            ids = {**inserted, **{sent[index]: identity for index, identity in (new or {}).items()}}
+                if operations:
+                    await collection.bulk_write(operations, ordered=False)
+            ids = inserted
         except BulkWriteError as error:
             details = error.details or {}
             if is_duplicate(error) and not details.get("writeConcernErrors"):
                 refused = {sent[each["index"]] for each in details["writeErrors"]}
                 ids = {index: identity for index, identity in inserted.items() if index not in refused}
-                ids.update({sent[each["index"]]: each["_id"] for each in details.get("upserted", ())})
                 maybe -= refused
         except FAILURES as error:
             if not may_have_happened(error):
@@ -254,22 +251,6 @@ class PuttingMany:
         others = await asyncio.gather(*(puttings[index].run(patience) for index in rest), return_exceptions=True)
         done = {**records, **dict(zip(rest, others, strict=True))}
         return [done[index] for index in range(len(puttings))]
-
-    async def _server_time(self, patience: Patience) -> Timestamp | None:
-        """Later than every write that was acknowledged to anybody until now, and earlier than all that come.
-
-        None where the server keeps no such time: one that is no member of a replica set.
-        """
-        if not self._link.has_transactions:
-            return None
-        try:
-            answer = await self._link.ask(
-                "ask MongoDB for its time", lambda: self._link.database.command("ping"), patience
-            )
-        except BacktestKitError:
-            return None  # each of them says it for itself
-        now = answer.get("operationTime")
-        return now if isinstance(now, Timestamp) else None
 
     async def _found(
         self, puttings: Sequence[Putting], asked: Sequence[int], patience: Patience

@@ -1,0 +1,82 @@
+"""The order of writing, where the clocks of the machines that write are apart."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from tests.mongo.samples import store_over
+
+from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo_clock import ServerClock
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.store import Write
+
+LOG = CONTRACTS["log"]
+OTHER_MACHINE = """
+import asyncio, sys, time
+tell = time.time_ns
+time.time_ns = lambda: tell() + int(float(sys.argv[2]) * 1e9)
+from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.store import Write
+
+async def main():
+    store = MongoStore(sys.argv[1])
+    await store.put(Write(CONTRACTS["log"], ("second",), "second"))
+    await store.put_each([Write(CONTRACTS["log"], (name,), name) for name in ("third", "fourth")])
+    await store.close()
+
+asyncio.run(main())
+"""
+
+
+async def lines(store: MongoStore) -> list[object]:
+    return [record.value async for record in store.scan(LOG)]
+
+
+@pytest.mark.parametrize("apart_seconds", [-3600, -1, 1, 3600])
+async def test_machines_whose_clocks_are_apart_list_in_order_of_writing(mongo_url: str, apart_seconds: int) -> None:
+    store = store_over(mongo_url)
+    await store.put(Write(LOG, ("first",), "first"))
+    command = [sys.executable, "-c", OTHER_MACHINE, mongo_url, str(apart_seconds)]
+    subprocess.run(command, check=True, env={"CC_REDIS_HOST": "", "PYTHONWARNINGS": "error"})
+    await store.put(Write(LOG, ("fifth",), "fifth"))
+    assert await lines(store) == ["first", "second", "third", "fourth", "fifth"]
+    await store.close()
+
+
+async def test_clock_that_is_set_while_the_store_is_open_changes_no_order(
+    mongo_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = store_over(mongo_url), store_over(mongo_url)
+    await ours.put(Write(LOG, ("first",), "first"))
+    tell = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: tell() + 60_000_000_000)
+    await ours.get(LOG, ("first",))  # sees that somebody has set the clock, and asks the server
+    await ours.link().settle()
+    await ours.put(Write(LOG, ("second",), "second"))
+    monkeypatch.undo()
+    await theirs.put(Write(LOG, ("third",), "third"))
+    assert await lines(theirs) == ["first", "second", "third"]
+    await ours.close()
+    await theirs.close()
+
+
+def test_what_an_answer_cannot_tell_changes_nothing() -> None:
+    def ahead_ms(clock: ServerClock, told: object, under_way_ms: int) -> float:
+        asked_us = clock.ask() - under_way_ms * 1000
+        clock.answered(asked_us, {"localTime": told})
+        return (clock.now_us() - time.time_ns() // 1000) / 1000
+
+    clock = ServerClock()
+    before = clock.is_due
+    now = datetime.now(UTC).replace(tzinfo=None)
+    assert ahead_ms(clock, now + timedelta(seconds=5), 1) == pytest.approx(5000, abs=100)
+    assert (before, clock.is_due) == (True, False)
+    assert ahead_ms(clock, None, 1) == pytest.approx(5000, abs=100), "what was known before"
+    assert ahead_ms(clock, now + timedelta(milliseconds=50), 1) == pytest.approx(0, abs=10)
+    assert ahead_ms(clock, now + timedelta(seconds=5), 20_000) == pytest.approx(0, abs=10), "too long under way"
