@@ -183,12 +183,16 @@ def redis_at_hand() -> Iterator[str]:
         yield f"redis://127.0.0.1:{server.port}"
 
 
+def address_of(address: str, database: str) -> str:
+    """The address of a database on the server at `address`."""
+    return urlunsplit(urlsplit(address)._replace(path=f"/{database}"))
+
+
 @contextlib.contextmanager
 def database_at(address: str) -> Iterator[str]:
     """The address of a database of its own on the server at `address`, which is dropped afterwards."""
     name = f"test-{uuid.uuid4().hex[:16]}"
-    parts = urlsplit(address)
-    yield urlunsplit(parts._replace(path=f"/{name}"))
+    yield address_of(address, name)
     with pymongo.MongoClient[dict[str, object]](address) as client:
         client.drop_database(name)
 

@@ -22,6 +22,7 @@ import pymongo
 import pytest
 from tests.live.scripts import START, STORY_MINUTES
 from tests.live.stage import Forks, differences, fast_place, forking, stage
+from tests.servers import address_of
 
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.crashpoints import CRASHPOINTS
@@ -142,7 +143,7 @@ class Theatre:
             return outcome
 
     def stage(self, name: str, kind: str, fate: str) -> Any:
-        store: dict[str, Any] = {"store": f"{self._mongo}{database(name)}"} if self._mongo else {}
+        store: dict[str, Any] = {"store": address_of(self._mongo, database(name))} if self._mongo else {}
         return stage(
             self._forks,
             self._place / name,

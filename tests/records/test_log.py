@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,47 @@ async def test_runs_of_a_backtest_have_logs_of_their_own(kit: bk.Kit, backtest: 
         assert len(lines) == 24 * 4
         whens = [line.when_ms for line in reversed(lines)]
         assert whens == sorted(whens, key=lambda when: when or 0)
+
+
+async def test_the_standard_library_is_told_what_strategies_say(
+    kit: bk.Kit, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = run_of(kit).log(NOON_MS)
+    kit.records.log.bridge()  # what comes from the log is not taken in again
+    caplog.set_level(logging.INFO)
+    log.debug("too low")
+    log.info("volume is thin", volume=12.5, far=Mute())
+    log.error("100 % broken")
+    thin, broken = caplog.records
+    assert (thin.name, thin.levelno, thin.getMessage()) == (
+        "backtest_kit.strategy",
+        logging.INFO,
+        "BTCUSDT trend: volume is thin volume=12.5 far=<Mute that cannot be shown: RuntimeError>",
+    )
+    assert broken.getMessage() == "BTCUSDT trend: 100 % broken"
+    (line, *_) = await kit.records.log.list(level="error")
+    assert vars(broken)["line"] == line
+    assert [each.message for each in await kit.records.log.list()] == ["100 % broken", "volume is thin", "too low"]
+    assert capfd.readouterr() == ("", "")
+    kit.records.log.unbridge()
+
+
+async def test_a_program_that_has_set_up_no_logging_prints_nothing(tmp_path: Path) -> None:
+    program = """
+import asyncio, backtest_kit as bk
+async def get_signal(ctx):
+    ctx.log.error("asked")
+bk.add_exchange_schema("demo", source=bk.sources.synthetic(seed=7))
+bk.add_frame_schema("frame", start_date="2024-01-01", end_date="2024-01-01T01:00")
+bk.add_strategy_schema("trend", interval="15m", get_signal=get_signal)
+bk.Backtest.run_sync("BTCUSDT", strategy_name="trend", exchange_name="demo", frame_name="frame")
+"""
+    done = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, err = await done.communicate()
+    assert (done.returncode, out) == (0, b"")
+    assert b"asked" not in err
 
 
 async def test_the_standard_library_can_be_bridged(kit: bk.Kit) -> None:

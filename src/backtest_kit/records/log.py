@@ -33,6 +33,9 @@ Level = Literal["debug", "info", "warning", "error"]
 LOG: Final = CONTRACTS["log"]
 LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 """From the least to the most important."""
+SAID: Final = logging.getLogger("backtest_kit.strategy")
+"""Where the standard library hears of the lines of strategies."""
+SAID.addHandler(logging.NullHandler())  # else it prints them for a program that has set up no logging
 _GROUP: Final = 500
 _FULL: Final = 10_000
 """Lines that may wait. Whoever can wait does so at half of it; where nobody can, the oldest are dropped and counted."""
@@ -203,7 +206,8 @@ class Log:
     """The log of a run at one minute: `ctx.log.info("volume is thin", volume=12.5)`.
 
     Saying a line costs microseconds and does not wait; it is kept within 50 ms, as structured JSON with symbol,
-    strategy, mode and the simulation time of its minute.
+    strategy, mode and the simulation time of its minute. The standard library's logger `backtest_kit.strategy` is told
+    as well, with the whole line as `record.line`.
     """
 
     __slots__ = ("_identity", "_run_id", "_when_ms", "_writer")
@@ -246,6 +250,15 @@ class Log:
             fields=fields,
         )
         self._writer.add(identity.mode, self._run_id, line)
+        number = getattr(logging, level.upper())
+        if SAID.isEnabledFor(number):
+            SAID.log(number, "%s", _readable(line), extra={"line": line})
+
+
+def _readable(line: LogLine) -> str:
+    """`BTCUSDT trend: volume is thin volume=12.5`."""
+    told = (f"{name}={_told(value)}" for name, value in line.fields.items())
+    return " ".join((f"{line.symbol} {line.strategy_name}: {line.message}", *told))
 
 
 class Logs:
@@ -319,8 +332,8 @@ class _Bridge(logging.Handler):
         self._mode = mode
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == __name__:
-            return  # that the log cannot be written, the log need not be told
+        if record.name in (__name__, SAID.name):
+            return  # that the log cannot be written, the log need not be told; and what it says, it has
         fields = {} if record.exc_info is None else {"traceback": "".join(traceback.format_exception(*record.exc_info))}
         try:
             message = record.getMessage()
