@@ -49,34 +49,40 @@ async def test_machines_whose_clocks_are_apart_list_in_order_of_writing(mongo_ur
     await store.close()
 
 
+@pytest.mark.parametrize("set_by_seconds", [-3600, 3600])
 async def test_clock_that_is_set_while_the_store_is_open_changes_no_order(
-    mongo_url: str, monkeypatch: pytest.MonkeyPatch
+    mongo_url: str, monkeypatch: pytest.MonkeyPatch, set_by_seconds: int
 ) -> None:
     ours, theirs = store_over(mongo_url), store_over(mongo_url)
-    await ours.put(Write(LOG, ("first",), "first"))
-    tell = time.time_ns
-    monkeypatch.setattr(time, "time_ns", lambda: tell() + 60_000_000_000)
-    await ours.get(LOG, ("first",))  # sees that somebody has set the clock, and asks the server
-    await ours.link().settle()
+    await theirs.put(Write(LOG, ("first",), "first"))
     await ours.put(Write(LOG, ("second",), "second"))
+    tell = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: tell() + set_by_seconds * 1_000_000_000)
+    await ours.put(Write(LOG, ("third",), "third"))  # before the server could be asked for its time
+    await ours.link().settle()
+    await ours.put(Write(LOG, ("fourth",), "fourth"))
     monkeypatch.undo()
-    await theirs.put(Write(LOG, ("third",), "third"))
-    assert await lines(theirs) == ["first", "second", "third"]
+    await theirs.put(Write(LOG, ("fifth",), "fifth"))
+    assert await lines(theirs) == ["first", "second", "third", "fourth", "fifth"]
     await ours.close()
     await theirs.close()
 
 
 def test_what_an_answer_cannot_tell_changes_nothing() -> None:
-    def ahead_ms(clock: ServerClock, told: object, under_way_ms: int) -> float:
-        asked_us = clock.ask() - under_way_ms * 1000
-        clock.answered(asked_us, {"localTime": told})
-        return (clock.now_us() - time.time_ns() // 1000) / 1000
+    def ahead_ms(clock: ServerClock, told: object, under_way_ms: int = 0) -> float:
+        clock.answered(clock.ask() - under_way_ms * 1000, {"localTime": told})
+        return clock.now_us() / 1000 - time.time() * 1000
 
     clock = ServerClock()
     before = clock.is_due
-    now = datetime.now(UTC).replace(tzinfo=None)
-    assert ahead_ms(clock, now + timedelta(seconds=5), 1) == pytest.approx(5000, abs=100)
+    assert ahead_ms(clock, in_seconds(5)) == pytest.approx(5000, abs=100)
     assert (before, clock.is_due) == (True, False)
-    assert ahead_ms(clock, None, 1) == pytest.approx(5000, abs=100), "what was known before"
-    assert ahead_ms(clock, now + timedelta(milliseconds=50), 1) == pytest.approx(0, abs=10)
-    assert ahead_ms(clock, now + timedelta(seconds=5), 20_000) == pytest.approx(0, abs=10), "too long under way"
+    assert ahead_ms(clock, in_seconds(-5)) == pytest.approx(-5000, abs=100)
+    assert ahead_ms(clock, in_seconds(0.05)) == pytest.approx(0, abs=10), "the clock of this machine is near enough"
+    assert ahead_ms(clock, in_seconds(5), 20_000) == pytest.approx(0, abs=10), "too long under way to tell"
+    assert ahead_ms(clock, in_seconds(5)) == pytest.approx(5000, abs=100)
+    assert ahead_ms(clock, None) == pytest.approx(0, abs=10), "a server that tells no time"
+
+
+def in_seconds(seconds: float) -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None) + timedelta(seconds=seconds)

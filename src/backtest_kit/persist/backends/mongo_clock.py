@@ -14,36 +14,43 @@ _AGAIN_SECONDS: Final = 600.0
 
 
 class ServerClock:
-    """This machine's time, set right where it is far from that of the server, of which there is one."""
+    """The clock of this machine as it was when the server was asked last, set right where it was far from the server's.
+
+    Whoever sets the clock meanwhile changes nothing until the server has been asked again: a tick that is hours ahead
+    would be above all that come, and carried on by everybody who sees it.
+    """
 
     def __init__(self) -> None:
-        self._ahead_us = 0
         self._asked_at = -math.inf
-        self._begun_us = 0
+        self._set_to_us = _now_us() - _running_us()
+        """What the clock of this machine shows beyond the one that only runs, when the server was asked."""
+        self._beyond_us = self._set_to_us
+        """The same of this clock."""
 
     @property
     def is_due(self) -> bool:
         """Whether the server is to be asked: the answer is old, or somebody has set the clock of this machine."""
-        moved_us = _now_us() - _running_us() - self._begun_us
-        return time.monotonic() - self._asked_at > _AGAIN_SECONDS or abs(moved_us) > _APART_US
+        is_set = abs(_now_us() - _running_us() - self._set_to_us) > _APART_US
+        return is_set or time.monotonic() - self._asked_at > _AGAIN_SECONDS
 
     def ask(self) -> int:
         """Note that the server is being asked; what `answered` needs to know of that."""
         self._asked_at = time.monotonic()
-        self._begun_us = _now_us() - _running_us()
-        return _now_us()
+        self._set_to_us = _now_us() - _running_us()
+        return _running_us()
 
     def answered(self, asked_us: int, hello: Mapping[str, Any]) -> None:
-        told = hello.get("localTime")
-        if not isinstance(told, datetime):
-            return
-        under_way_us = _now_us() - asked_us
-        ahead_us = round(told.replace(tzinfo=UTC).timestamp() * 1_000_000) - (asked_us + under_way_us // 2)
-        self._ahead_us = ahead_us if abs(ahead_us) > _APART_US + under_way_us else 0
+        """Go by an answer that is no later than another one."""
+        under_way_us = _running_us() - asked_us
+        told, ahead_us = hello.get("localTime"), 0
+        if isinstance(told, datetime):
+            told_us = round(told.replace(tzinfo=UTC).timestamp() * 1_000_000)
+            ahead_us = told_us - (asked_us + under_way_us // 2 + self._set_to_us)
+        self._beyond_us = self._set_to_us + (ahead_us if abs(ahead_us) > _APART_US + under_way_us else 0)
 
     def now_us(self) -> int:
         """Microseconds."""
-        return _now_us() + self._ahead_us
+        return _running_us() + self._beyond_us
 
 
 def _now_us() -> int:
