@@ -555,6 +555,39 @@ async def test_what_others_have_written_since_is_not_undone_by_one_of_many(
     await theirs.close()
 
 
+@pytest.mark.parametrize("is_done", [True, False])
+async def test_upsert_without_its_document_is_not_sent_again(
+    mongo_url: str, monkeypatch: pytest.MonkeyPatch, is_done: bool
+) -> None:
+    """Where a server leaves the document out, and somebody else has written it since."""
+    ours, theirs = store_over(mongo_url), store_over(mongo_url)
+    await ours.open()
+    ask = AsyncCollection.find_one_and_update
+    asked: list[Any] = []
+
+    async def silent(self: AsyncCollection[Any], *arguments: Any, **options: Any) -> Any:
+        asked.append(self)
+        if len(asked) > 1:
+            return await ask(self, *arguments, **options)
+        if is_done:
+            await ask(self, *arguments, **options)
+        await theirs.put(Write(SIGNAL, KEY, "theirs"))
+        return None
+
+    monkeypatch.setattr(AsyncCollection, "find_one_and_update", silent)
+    if is_done:
+        assert (await ours.put(Write(SIGNAL, KEY, "ours"))).rev == 1
+    else:
+        with pytest.raises(RetryLater, match="another process has written the record") as failure:
+            await ours.put(Write(SIGNAL, KEY, "ours"))
+        assert failure.value.outcome is Outcome.UNKNOWN
+    found = await ours.get(SIGNAL, KEY)
+    assert found is not None
+    assert (found.value, found.rev) == ("theirs", 1 + is_done)
+    await ours.close()
+    await theirs.close()
+
+
 async def test_many_new_records_are_listed_between_what_was_written_before_and_after(mongo_url: str) -> None:
     ours, theirs = store_over(mongo_url), store_over(mongo_url)
     written: list[str] = []

@@ -81,12 +81,17 @@ async def test_write_leaves_the_id_of_its_document_for_a_while(
     assert 0 < ttl <= MongoSettings().CC_REDIS_TTL_SECONDS
 
 
-@pytest.mark.parametrize("may", ["+@all", "+@all -eval"])
-async def test_writes_of_many_leave_their_ids(mongo_url: str, may: str) -> None:
-    with running(redis_server()) as server, redis.Redis(port=server.port) as client:
-        client.execute_command("ACL", "SETUSER", "bot", "on", ">secret", "~*", *may.split())
+@pytest.mark.parametrize("scripts", ["taken", "forbidden", "unknown"])
+async def test_writes_of_many_leave_their_ids(mongo_url: str, scripts: str) -> None:
+    renamed = ["--rename-command", "EVAL", ""] if scripts == "unknown" else []
+    with running(redis_server(*renamed)) as server, redis.Redis(port=server.port) as client:
+        may = ["+@all", *(["-eval"] if scripts == "forbidden" else [])]
+        client.execute_command("ACL", "SETUSER", "bot", "on", ">secret", "~*", *may)
         store = store_over(mongo_url, f"redis://bot:secret@127.0.0.1:{server.port}")
-        await store.put_each([Write(STATE, key, list(key)) for key in KEYS])
+        await store.put_each([Write(STATE, key, list(key)) for key in KEYS[:4]])
+        await store.put_each([Write(STATE, key, list(key)) for key in KEYS[4:]])
+        refused = client.info("commandstats").get("cmdstat_eval", {}).get("rejected_calls", 0)
+        assert refused <= 1, "it is not asked again"
         documents = store.link().database["state-items"].find()
         ids = {entry(mongo_url, (each["signalId"], each["bucketName"])): each["_id"] async for each in documents}
         assert {name.decode() for name in client.scan_iter()} == ids.keys()

@@ -134,6 +134,39 @@ async def test_another_process_goes_on_where_a_killed_one_was(store: str, tmp_pa
     assert [each["signalId"] for each in receiver.got] == ["s-0", "s-1", "s-2", "s-3", "own"]
 
 
+async def test_what_comes_in_late_is_not_lost_with_the_process_that_delivers(
+    request: pytest.FixtureRequest, tmp_path: Path, receiver: Receiver
+) -> None:
+    with address_on(MONGO, request) as here, address_on(MONGO, request) as aside:
+        kit, other = kit_on(here, tmp_path), kit_on(aside, tmp_path)
+        kit.records.notification.sink(hook(receiver))
+        await observe(kit, [opened("first")])
+        await observe(other, [opened("late", 1)])
+        await observe(kit, [opened("second", 2), opened("third", 3)])
+        await receiver.until(lambda: len(receiver.got) == 3)
+        await kit.close()
+        await put_aside(aside, here)
+        kit = kit_on(here, tmp_path)
+        kit.records.notification.sink(hook(receiver))
+        await kit.records.begin("live")
+        await receiver.until(lambda: len(receiver.got) == 4)
+        await observe(kit, [opened("fourth", 4)])
+        await receiver.until(lambda: len(receiver.got) == 5)
+        await kit.close()
+        await other.close()
+    assert [each["signalId"] for each in receiver.got] == ["first", "second", "third", "late", "fourth"]
+
+
+async def put_aside(source: str, target: str) -> None:
+    """Put the notification of one database into another one, as it is."""
+    name = CONTRACTS["notification"].collection
+    client: Any  # the stubs have it that find_one brings nothing
+    async with AsyncMongoClient(target) as client:
+        written = await client[urlsplit(source).path[1:]][name].find_one({})
+        assert written is not None
+        await client.get_default_database()[name].insert_one(written)
+
+
 async def test_what_a_server_shows_late_is_delivered_late(
     request: pytest.FixtureRequest, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,12 +179,7 @@ async def test_what_a_server_shows_late_is_delivered_late(
         await observe(other, [opened("late", 1)])
         await observe(kit, [opened("second", 2)])
         await receiver.until(lambda: len(receiver.got) == 2)
-        client: Any  # the stubs have it that find_one brings nothing
-        async with AsyncMongoClient(here) as client:
-            name = CONTRACTS["notification"].collection
-            written = await client[urlsplit(aside).path[1:]][name].find_one({})
-            assert written is not None
-            await client.get_default_database()[name].insert_one(written)
+        await put_aside(aside, here)
         await receiver.until(lambda: len(receiver.got) == 3)
         await observe(kit, [opened("third", 3)])
         await receiver.until(lambda: len(receiver.got) == 4)

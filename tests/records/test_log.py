@@ -133,7 +133,7 @@ async def test_the_standard_library_is_told_what_strategies_say(
         logging.INFO,
         "BTCUSDT trend: volume is thin volume=12.5 far=<Mute that cannot be shown: RuntimeError>",
     )
-    assert broken.getMessage() == "BTCUSDT trend: 100 % broken"
+    assert (broken.getMessage(), broken.pathname) == ("BTCUSDT trend: 100 % broken", __file__)
     (line, *_) = await kit.records.log.list(level="error")
     assert vars(broken)["line"] == line
     assert [each.message for each in await kit.records.log.list()] == ["100 % broken", "volume is thin", "too low"]

@@ -26,10 +26,11 @@ _POLL_S: Final = 0.25
 _KNOWN: Final = 4096
 """Lines that are remembered, so that none is shown twice."""
 _OVERLAP: Final = 512
-_OVERLAP_MS: Final = 3_000
-"""How far a look goes on behind the newest line that is known: to so many known ones, and so old.
+_SETTLED: Final = 32
+_SETTLED_MS: Final = 15_000
+"""How far a look goes on behind the newest line that is known: to so many known ones, of which so many are so old.
 
-Of two processes that write at once a server may show the later one first."""
+Of two processes that write at once a server may show the later one first, by as long as a store tries a write."""
 _COLOURS: Final = {"debug": "dim", "info": "cyan", "warning": "yellow", "error": "bold red"}
 
 
@@ -86,7 +87,7 @@ async def _show(
         line = line_of(record)
         if wanted(line) and len(last) < limit:
             last.append(line)
-        if len(last) == limit:
+        if len(last) == limit and len(seen) >= _SETTLED:
             break
     for line in reversed(last):
         show(line)
@@ -107,7 +108,7 @@ async def news_of(store: Store, known: deque[str], told: set[str]) -> list[Recor
     `told` is what was said of damage.
     """
     oldest, late = min(known, default=""), 0
-    names, newest_ms, behind = set(known), 0, 0
+    names, newest_ms, behind, settled = set(known), 0, 0, 0
     news: list[Record] = []
     maybe: list[Record] = []
     """News if one that is known comes behind them, else what was there before."""
@@ -118,7 +119,8 @@ async def news_of(store: Store, known: deque[str], told: set[str]) -> list[Recor
             behind += 1
             news += maybe
             maybe.clear()
-            if behind == _OVERLAP or record.written_at < newest_ms - _OVERLAP_MS:
+            settled += record.written_at < newest_ms - _SETTLED_MS
+            if behind == _OVERLAP or settled == _SETTLED:
                 break
         elif behind:
             maybe.append(record)

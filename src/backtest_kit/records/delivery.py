@@ -44,8 +44,10 @@ GRACE_S: Final = 1.0
 """How long a sink that is cancelled may take to end before it is left to itself, and one that is closed to close."""
 LOOK_S: Final = 1.0
 """After which the store is asked for what other processes have told."""
-SETTLE_S: Final = 3.0
-"""For how long something may still come in before what was delivered already."""
+SETTLE_S: Final = 15.0
+"""For how long something may still come in before what was delivered already: longer than a store tries a write."""
+LATELY: Final = 32
+"""Of how many that were delivered last whoever goes on after this process knows that they were."""
 URGENT: Final = 1000
 """How many notifications that the store does not take wait for a sink; beyond it the oldest are let go of."""
 
@@ -255,7 +257,8 @@ class _Worker:
                 return False
             await self._deliver(record)
             if record not in late:
-                await self.place.move(Reached(record.written_at, str(record.key[1])))
+                lately = tuple(list(self._passed)[-LATELY:])
+                await self.place.move(Reached(record.written_at, str(record.key[1]), lately))
         return bool(late or waiting)
 
     async def _late(self, waiting: Sequence[Record]) -> list[Record]:
@@ -263,16 +266,21 @@ class _Worker:
 
         Of two that write at once a server may show the later one first.
         """
-        last_id = (await self.place.find()).last_id
+        place = await self.place.find()
+        last_id = place.last_id
         begins = not self._passed
         if not begins and time.monotonic() > self._settled_at:
             return []
         newest = [record async for record in self._store.scan(NOTIFICATION, newest_first=True, limit=CHUNK)]
         names = [str(record.key[1]) for record in newest]
+        behind = names.index(last_id) if last_id in names else len(names)
         if begins:
             ahead = {str(record.key[1]) for record in waiting}
-            self._passed = dict.fromkeys([*(name for name in reversed(names) if name not in ahead), last_id])
-        behind = names.index(last_id) if last_id in names else len(names)
+            # What is behind none of those that are known to be delivered has come in since, late.
+            known = [names.index(name) for name in place.lately if name in names]
+            unknown = set(names[behind : max(known, default=behind)]).difference(place.lately)
+            passed = [name for name in reversed(names) if name not in ahead and name not in unknown]
+            self._passed = dict.fromkeys([*passed, last_id])
         return [record for record in reversed(newest[behind:]) if record.key[1] not in self._passed]
 
     async def _oldest(self) -> list[Record]:

@@ -35,6 +35,8 @@ LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 """From the least to the most important."""
 SAID: Final = logging.getLogger("backtest_kit.strategy")
 """Where the standard library hears of the lines of strategies."""
+_ABOVE: Final = 3
+"""From there to who has said it, for a handler that names file and line."""
 SAID.addHandler(logging.NullHandler())  # else it prints them for a program that has set up no logging
 _GROUP: Final = 500
 _FULL: Final = 10_000
@@ -252,13 +254,13 @@ class Log:
         self._writer.add(identity.mode, self._run_id, line)
         number = getattr(logging, level.upper())
         if SAID.isEnabledFor(number):
-            SAID.log(number, "%s", _readable(line), extra={"line": line})
+            SAID.log(number, "%s", _readable(line), extra={"line": line}, stacklevel=_ABOVE)
 
 
 def _readable(line: LogLine) -> str:
     """`BTCUSDT trend: volume is thin volume=12.5`."""
     told = (f"{name}={_told(value)}" for name, value in line.fields.items())
-    return " ".join((f"{line.symbol} {line.strategy_name}: {line.message}", *told))
+    return _utf8(" ".join((f"{line.symbol} {line.strategy_name}: {line.message}", *told)))
 
 
 class Logs:

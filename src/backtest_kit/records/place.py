@@ -40,6 +40,8 @@ class Reached(msgspec.Struct, frozen=True, rename="camel"):
     since_ms: int
     """Wall clock: what was written before this sink was there is not for it."""
     last_id: str = ""
+    lately: tuple[str, ...] = ()
+    """The last ones that it has got, the oldest first: what lies between them and is none of them has come in late."""
 
 
 class Place:

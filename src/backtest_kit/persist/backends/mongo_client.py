@@ -31,6 +31,8 @@ from backtest_kit.persist.urls import import_backend
 T = TypeVar("T")
 
 DEFAULT_DATABASE: Final = "backtest-kit"
+_TIME_SECONDS: Final = 1.0
+"""How long the server is asked for its time: who closes the store waits for that."""
 _PART: Final = 10_000
 """Documents."""
 ACKNOWLEDGED: Final = WriteConcern(w=1)
@@ -128,11 +130,16 @@ class Link:
     def keep_time(self) -> None:
         """Ask the server for its time if it is time to, beside whatever else is done."""
         if self.clock.is_due:
-            self._begin(self._read_time(self.clock.ask()))
+            self._begin(self.read_time())
 
-    async def _read_time(self, asked_us: int) -> None:
+    async def read_time(self) -> None:
+        async def question() -> None:
+            asked_us = self.clock.ask()
+            self.clock.answered(asked_us, await self.mongo.admin.command("hello"))
+
+        self.clock.ask()  # nobody else need begin
         try:
-            self.clock.answered(asked_us, await self.ask("ask for the time", lambda: self.mongo.admin.command("hello")))
+            await self.ask("ask for the time", question, Patience(_TIME_SECONDS))
         except BacktestKitError as error:
             self.log.debug("the time of MongoDB is not known better than before: %s", error)
 

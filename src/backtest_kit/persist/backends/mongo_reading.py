@@ -40,7 +40,9 @@ async def find(link: Link, contract: Contract, name: Document) -> Document | Non
 
 
 async def find_one(link: Link, contract: Contract, wanted: Document) -> Document | None:
-    return await link.ask(f"read a {contract.name}", lambda: link.collection(contract).find_one(wanted))
+    document = await link.ask(f"read a {contract.name}", lambda: link.collection(contract).find_one(wanted))
+    link.saw_tick(document)
+    return document
 
 
 async def find_named(
@@ -93,7 +95,10 @@ async def find_all(
     def cursor() -> AsyncCursor[Document]:
         return link.collection(contract).find(wanted, fields, sort=sort, limit=limit or 0)
 
-    return await link.ask_all(f"list {contract.collection}", cursor)
+    found = await link.ask_all(f"list {contract.collection}", cursor)
+    for document in found:
+        link.saw_tick(document)
+    return found
 
 
 async def standing(link: Link, contract: Contract, name: Document | None, document: Document | None) -> Record | None:

@@ -49,9 +49,8 @@ async def prepare(link: Link, *, existing: bool) -> None:
         NewerSchema: a newer version of this program has written to the database.
         RetryLater: the server cannot be asked.
     """
-    asked_us = link.clock.ask()
     hello = await link.ask("open the store", lambda: link.mongo.admin.command("hello"))
-    link.clock.answered(asked_us, hello)
+    await link.read_time()
     link.has_transactions = "setName" in hello or hello.get("msg") == "isdbgrid"
     meta = link.named(META, Durability.MONEY)
     version = await link.ask("open the store", lambda: meta.find_one(VERSION))

@@ -155,10 +155,11 @@ class Putting:
         found = await self._look()
         if found is None or self.record_in(found) is not None:
             return found
-        if self._link.saw_tick(found) <= tick or not isinstance(found.get("rev"), int):
+        rev = found.get("rev")
+        if self._link.saw_tick(found) <= tick or not isinstance(rev, int) or rev < 2:
             return None
         # Another write stands on this one, whose revision was the one before it at the latest.
-        return {"_id": found["_id"], "rev": found["rev"] - 1}
+        return {"_id": found["_id"], "rev": rev - 1}
 
     async def _refused(self) -> Record | None:
         """Why the document is not as expected: a conflict, damage, or something that is over at the next attempt."""

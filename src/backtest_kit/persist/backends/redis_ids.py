@@ -11,7 +11,7 @@ from typing import Any, Final
 import redis.asyncio as redis_asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError, RedisError, ResponseError, TimeoutError as RedisTimeoutError
+from redis.exceptions import RedisError, ResponseError, TimeoutError as RedisTimeoutError
 
 from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.persist.backends.mongo_settings import Log, MongoSettings, mask
@@ -105,6 +105,8 @@ class IdCache:
         )
         self._log = log
         self._asking: set[asyncio.Task[Any]] = set()
+        self._takes_scripts = True
+        """Until it has taken one by one what it refused to take by a script."""
         try:
             self.client: Final[redis_asyncio.Redis] = redis_asyncio.Redis.from_url(
                 settings.redis_url,
@@ -164,14 +166,21 @@ class IdCache:
             self._log.debug("closing the connections to Redis: %s", type(error).__name__)
 
     async def _set_many(self, entries: Mapping[str, str]) -> object:
-        try:
-            # One command: to pack and to read one for each takes a client longer than the writes in the database.
-            return await self.client.eval(_SET_MANY, len(entries), *entries, str(self._ttl_seconds), *entries.values())
-        except NoPermissionError:
-            pipeline = self.client.pipeline(transaction=False)
-            for name, value in entries.items():
-                pipeline.set(name, value, ex=self._ttl_seconds)
-            return await pipeline.execute()
+        refusal = None
+        if self._takes_scripts:
+            try:
+                # One command: to pack and to read one for each takes longer than the writes in the database.
+                return await self.client.eval(
+                    _SET_MANY, len(entries), *entries, str(self._ttl_seconds), *entries.values()
+                )
+            except ResponseError as error:
+                refusal = error
+        pipeline = self.client.pipeline(transaction=False)
+        for name, value in entries.items():
+            pipeline.set(name, value, ex=self._ttl_seconds)
+        answers = await pipeline.execute()
+        self._takes_scripts = refusal is None and self._takes_scripts
+        return answers
 
     async def _ask(self, refusals: _Breaker, call: Callable[[], Awaitable[Any]]) -> Any:
         """What Redis answers, or nothing. `refusals` is told if the answer is that it will not."""
