@@ -51,8 +51,9 @@ class Capability(Enum):
     """`batch` is all or nothing, also when the process is killed inside it. Otherwise `UserError` for a
     batch of more than one write."""
     ORDERED_SCAN = "ordered-scan"
-    """`scan` is in order of writing, and `newest_first` its exact reverse. Otherwise `scan` raises
-    `UserError`, unless the store keeps nothing at all."""
+    """`scan` is in order of writing, and `newest_first` its exact reverse; of what processes on several machines
+    write at once, as near as their clocks are. Otherwise `scan` raises `UserError`, unless the store keeps nothing
+    at all."""
 
 
 class Record(msgspec.Struct, frozen=True):

@@ -1,8 +1,8 @@
 """`MongoStore`: every record of a program in MongoDB, with Redis beside it if there is one.
 
 MongoDB alone is the truth. A write is one `find_one_and_update` by the key, guarded by the revision where
-one is expected; the unique index of each collection decides every race. Redis remembers which `_id` a key
-has; what it says is verified in the document that was found by it.
+one is expected, and many that need not be whole are one request; the unique index of each collection decides
+every race. Redis remembers which `_id` a key has; what it says is verified in the document that was found by it.
 
 A document that cannot be understood stays where it is, is marked with the reason in its field `hold`, and
 blocks its key: `quarantined`, `restore` and `drop` are for the operator.
