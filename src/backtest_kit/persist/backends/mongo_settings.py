@@ -45,7 +45,8 @@ class MongoSettings(msgspec.Struct, frozen=True, kw_only=True):
     CC_REDIS_USER: str = ""
     CC_REDIS_PASSWORD: str = ""
     CC_REDIS_URL: str = ""
-    """Address of Redis in place of the four above: `redis://`, `rediss://` with TLS, or `unix://`."""
+    """Address of Redis in place of the four above: `redis://`, `rediss://` with TLS, `unix://`, or sentinels that know
+    its master, `redis+sentinel://user:password@host:26379,host:26379/service`."""
     CC_REDIS_PREFIX: str = "backtest-kit"
     """What every key in Redis begins with, followed by the name of the database."""
     CC_REDIS_TIMEOUT_MS: _AtLeastOne = 250
@@ -125,7 +126,7 @@ def with_changes(base: MongoSettings, changes: Mapping[str, object]) -> MongoSet
 
 _SCHEMES: Final = {
     "CC_MONGO_CONNECTION_STRING": ("mongodb://", "mongodb+srv://"),
-    "CC_REDIS_URL": ("redis://", "rediss://", "unix://"),
+    "CC_REDIS_URL": ("redis://", "rediss://", "redis+sentinel://", "rediss+sentinel://", "unix://"),
 }
 
 

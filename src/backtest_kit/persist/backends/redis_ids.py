@@ -8,13 +8,11 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
-import redis.asyncio as redis_asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError, TimeoutError as RedisTimeoutError
 
-from backtest_kit.errors import RetryLater, UserError
+from backtest_kit.errors import RetryLater
 from backtest_kit.persist.backends.mongo_settings import Log, MongoSettings, mask
+from backtest_kit.persist.backends.redis_client import client_of
 
 _FAILURES_TO_OPEN: Final = 3
 _PAUSE_SECONDS: Final = 5.0
@@ -107,16 +105,7 @@ class IdCache:
         self._asking: set[asyncio.Task[Any]] = set()
         self._takes_scripts = True
         """Until it has taken one by one what it refused to take by a script."""
-        try:
-            self.client: Final[redis_asyncio.Redis] = redis_asyncio.Redis.from_url(
-                settings.redis_url,
-                socket_timeout=seconds,
-                socket_connect_timeout=seconds,
-                retry=Retry(NoBackoff(), 0),
-            )
-        except ValueError:
-            # Its text may quote the address with the password in it.
-            raise UserError(f"the address of Redis {where} is not one: correct CC_REDIS_URL") from None
+        self.client, self._sentinels = client_of(settings.redis_url, seconds)
 
     @property
     def is_passed_over(self) -> bool:
@@ -160,10 +149,11 @@ class IdCache:
     async def close(self) -> None:
         if self._asking:
             await asyncio.wait(self._asking)
-        try:
-            await self.client.aclose()
-        except (RedisError, OSError) as error:
-            self._log.debug("closing the connections to Redis: %s", type(error).__name__)
+        for client in (self.client, *self._sentinels):
+            try:
+                await client.aclose()
+            except (RedisError, OSError) as error:
+                self._log.debug("closing the connections to Redis: %s", type(error).__name__)
 
     async def _set_many(self, entries: Mapping[str, str]) -> object:
         refusal = None
