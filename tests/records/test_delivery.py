@@ -278,6 +278,7 @@ async def test_what_a_thread_has_done_after_it_was_given_up_is_done(kit: bk.Kit,
     await observe(kit, [opened("s-1")])
     await receiver.until(lambda: calls == ["s-1"])
     await asyncio.sleep(0.05)
+    kit.set_config(CC_MAX_NOTIFICATION_DELIVERY_SECONDS=15)
     gate.set()
     await observe(kit, [opened("s-2", 1)])
     await receiver.until(lambda: "s-2" in calls)
