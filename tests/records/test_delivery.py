@@ -17,7 +17,8 @@ from tests.records.receiver import SECRET, Receiver, hook
 import backtest_kit as bk
 from backtest_kit.errors import UserError
 from backtest_kit.records import delivery, sinks
-from backtest_kit.records.notification import Notification
+from backtest_kit.records.notification import Notification, notification_of
+from backtest_kit.records.threaded import never_in_the_way
 
 
 async def test_notifications_arrive_once_and_in_order(kit: bk.Kit, receiver: Receiver) -> None:
@@ -284,6 +285,31 @@ async def test_what_a_thread_has_done_after_it_was_given_up_is_done(kit: bk.Kit,
     await receiver.until(lambda: "s-2" in calls)
     await kit.close()
     assert calls == ["s-1", "s-2"]
+
+
+async def test_what_a_thread_does_in_the_moment_in_which_it_is_given_up_is_done() -> None:
+    gate, calls = threading.Event(), list[str]()
+
+    def slow(notification: Notification) -> str:
+        calls.append(notification.signal_id)
+        assert gate.wait(20)
+        return "taken"
+
+    deliver: Any = never_in_the_way(slow)
+    notification = notification_of(opened("s-1"))
+    assert notification is not None
+    giving_up = asyncio.create_task(deliver(notification))
+    while not calls:
+        await asyncio.sleep(0.001)
+    gate.set()
+    for thread in threading.enumerate():
+        if thread.name == "notification":
+            thread.join()  # the loop hears of nothing meanwhile
+    giving_up.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await giving_up
+    assert await deliver(notification) == "taken"
+    assert calls == ["s-1"]
 
 
 async def test_a_function_is_a_sink_and_its_errors_are_tried_again(

@@ -45,11 +45,16 @@ class _Threaded:
         if answer is None:
             answer = self._begin(notification)
         self._going_on = name, answer
+        taken = asyncio.wrap_future(answer)
         try:
-            return await asyncio.wrap_future(answer)
-        finally:
-            if answer.done():
-                self._going_on = None
+            await asyncio.wait({taken})
+        except asyncio.CancelledError:
+            # Also where it ended in the same moment, what has come of it is for the next try.
+            if not taken.cancel():
+                taken.exception()
+            raise
+        self._going_on = None
+        return taken.result()
 
     def _begin(self, notification: Notification) -> Future[object]:
         answer: Future[object] = Future()
