@@ -276,7 +276,7 @@ class _Worker:
         behind = names.index(last_id) if last_id in names else len(names)
         if begins:
             ahead = {str(record.key[1]) for record in waiting}
-            # What is behind none of those that are known to be delivered has come in since, late.
+            # What lies among the last that were delivered, and is none of them, has come in since.
             known = [names.index(name) for name in place.lately if name in names]
             unknown = set(names[behind : max(known, default=behind)]).difference(place.lately)
             passed = [name for name in reversed(names) if name not in ahead and name not in unknown]

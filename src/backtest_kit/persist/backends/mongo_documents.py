@@ -28,7 +28,7 @@ Document = dict[str, Any]
 ROWS: Final = ALL_CONTRACTS
 RECORD_ROWS: Final = tuple(row for row in ROWS.values() if row.kind is not Kind.SERIES)
 ORDER: Final = "tick"
-"""The order of writing: microseconds, of which no two writes of a process share one."""
+"""The order of writing: microseconds, of which no two writes of one event loop share one."""
 
 _NAMES: Final = 4096
 """Names whose forms are remembered: the fields of the records are the same ones again and again."""

@@ -51,7 +51,7 @@ def _by_sentinels(parts: SplitResult, how: dict[str, Any]) -> tuple[redis_asynci
     user, _, password = (unquote(part) or None for part in secret.partition(":"))
     how = {**how, "ssl": parts.scheme.startswith("rediss")}
     sentinel_secret = {name.removeprefix("sentinel_"): value for name, value in options.items()}
-    sentinels = Sentinel(  # type: ignore[no-untyped-call]
+    sentinels = Sentinel(  # type: ignore[no-untyped-call]  # its parameters have no types
         [_host_and_port(each) for each in hosts.split(",")],
         sentinel_kwargs={**how, **sentinel_secret},
         **how,
