@@ -72,6 +72,18 @@ async def test_clock_that_is_set_while_the_store_is_open_changes_no_order(
     await theirs.close()
 
 
+async def test_what_was_read_lists_before_what_is_written_after_it(mongo_url: str) -> None:
+    ours, theirs = store_over(mongo_url), store_over(mongo_url)
+    await ours.open()
+    ours.link().saw_tick({"tick": time.time_ns() // 1000 + 5_000_000})  # as one whose clock is ahead
+    await ours.put(Write(LOG, ("first",), "first"))
+    assert await lines(theirs) == ["first"]
+    await theirs.put(Write(LOG, ("second",), "second"))
+    assert await lines(theirs) == ["first", "second"]
+    await ours.close()
+    await theirs.close()
+
+
 async def test_machine_that_finds_its_server_late_goes_by_its_clock_all_the_same(
     mongo_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
