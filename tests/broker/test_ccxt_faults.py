@@ -157,6 +157,7 @@ async def test_the_stop_is_placed_before_the_fees_are_asked_for(bench: MakeBench
     nothing_is_naked(venue)
     report = await broker.find(again(order()))
     assert report.fill is not None
+    assert report.fill.fee is not None
     assert report.fill.fee > 0
 
 

@@ -21,6 +21,11 @@ def kept(bench: Bench, quantity: float) -> float:
     return int(quantity * (0.999 if bench.kind == "spot" else 1) * 1e5 + 1e-6) / 1e5
 
 
+def received(bench: Bench, quantity: float) -> float:
+    """What a purchase brings in: spot takes its fee from it."""
+    return quantity * (0.999 if bench.kind == "spot" else 1)
+
+
 @SIDES
 async def test_an_entry_is_filled_and_has_its_stop(bench: MakeBench, kind: Kind, direction: Direction) -> None:
     venue = await bench(kind)
@@ -29,9 +34,10 @@ async def test_an_entry_is_filled_and_has_its_stop(bench: MakeBench, kind: Kind,
     slip = 1.0001 if direction == "long" else 0.9999
     assert fill is not None
     assert fill.price == pytest.approx(PRICE * slip)
-    assert fill.quantity == 0.02
-    assert fill.cost == pytest.approx(0.02 * PRICE * slip)
-    assert fill.fee == pytest.approx(fill.cost * 0.001)
+    assert fill.quantity == pytest.approx(received(venue, 0.02))
+    assert fill.cost == pytest.approx(fill.quantity * PRICE * slip)
+    assert fill.fee == pytest.approx(0.02 * PRICE * slip * 0.001)
+    assert fill.fee_currency == ("BTC" if kind == "spot" else "USDT")
     assert fill.timestamp == START
     level = PRICE * (0.95 if direction == "long" else 1.05)
     assert venue.stops() == [(IDS.stop(0), kept(venue, 0.02), level)]
@@ -48,6 +54,7 @@ async def test_a_position_is_closed_and_its_stop_cancelled(bench: MakeBench, kin
     fill = await broker.close_position(close)
     assert fill is not None
     assert (fill.quantity, fill.reason) == (kept(venue, 0.02), "")
+    assert fill.fee is not None
     assert fill.fee > 0
     assert venue.open_orders() == []
     assert abs(venue.held()) < 0.00002
@@ -85,7 +92,7 @@ async def test_adding_widens_the_stop(bench: MakeBench, kind: Kind) -> None:
     add = order("add", 1, cost=500.0)
     second = await broker.add_to_position(add)
     assert second is not None
-    assert second.quantity == 0.01
+    assert second.quantity == pytest.approx(received(venue, 0.01))
     ((_, quantity, trigger),) = venue.stops()
     assert quantity == pytest.approx(kept(venue, 0.03), abs=0.000011)
     assert trigger == PRICE * 0.95
@@ -185,9 +192,9 @@ async def test_a_limit_order_rests_is_filled_and_protected(bench: MakeBench, kin
     fill = await broker.check_entry(resting(placed))
     assert fill is not None
     assert fill.price == limit
-    assert fill.quantity == pytest.approx(1000 / limit, abs=1e-5)
+    assert fill.quantity == pytest.approx(received(venue, 1000 / limit), abs=1e-5)
     ((_, quantity, trigger),) = venue.stops()
-    assert (quantity, trigger) == (kept(venue, fill.quantity), placed.stop_loss)
+    assert (quantity, trigger) == (int(fill.quantity * 1e5 + 1e-6) / 1e5, placed.stop_loss)
     assert await broker.open_position(activate) == fill
     assert (await broker.find(again(activate))).fill == fill
     assert len(venue.stops()) == 1
@@ -237,7 +244,7 @@ async def test_what_a_partly_filled_entry_has_is_protected_at_once(bench: MakeBe
     report = await broker.find(again(placed))
     assert report.status == "partly_filled"
     assert report.fill is not None
-    assert report.fill.quantity == 0.0051
+    assert report.fill.quantity == pytest.approx(received(venue, 0.0051))
     ((_, quantity, _),) = venue.stops()
     assert quantity == kept(venue, 0.0051)
     fill = await broker.cancel_entry(order("cancel"))

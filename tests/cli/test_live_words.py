@@ -36,8 +36,8 @@ TRADE = Trade(
     **NAMES, opened_at_ms=NOON, closed_at_ms=NOON, price_open=50_000.0, price_close=51_000.0,
     price_take_profit=51_000.0,
     price_stop_loss=49_000.0, original_price_open=50_000.0, original_price_take_profit=51_000.0,
-    original_price_stop_loss=49_000.0, close_reason="take_profit", cost=100.0, pnl_pct=1.6, pnl_cost=1.6, peak_pct=2.0,
-    fall_pct=-1.0, entries=POSITION.entries,
+    original_price_stop_loss=49_000.0, close_reason="take_profit", cost=100.0, pnl_pct=1.6, pnl_cost=1.6, fees=0.2,
+    peak_pct=2.0, fall_pct=-1.0, entries=POSITION.entries,
 )  # fmt: skip
 ORDER: dict[str, Any] = {"client_order_id": "s-1-2", "attempt": 1, "reason": "no answer", "next_step": "it waits"}
 SIGNAL = bk.Signal.bracket("long", price=50_000.0, take_profit_pct=2, stop_loss_pct=1)

@@ -167,7 +167,7 @@ def test_records_are_listed_and_shown(place: Path) -> None:
     assert "storage" in summary
     assert "signal" not in summary
     listed = run("records", "ls", "storage", cwd=place)
-    assert "BTCUSDT trend: closed long at 100, +9.50 %" in listed
+    assert "BTCUSDT trend: closed long from 100 to 110, +9.50 %" in listed
     assert "ETHUSDT" in listed
     narrowed = run("records", "ls", "storage", "--symbol", "ETHUSDT", "--json", cwd=place)
     (found,) = [json.loads(line) for line in narrowed.splitlines()]

@@ -68,6 +68,13 @@ def prepared(rig: Rig) -> Rig:
     return rig
 
 
+def without_orders(value: Any) -> Any:
+    """Plain fields without what only an exchange says of orders: their ids and fees."""
+    if isinstance(value, dict):
+        return {name: without_orders(item) for name, item in value.items() if name != "execution"}
+    return [without_orders(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def facts(events: list[bk.Event]) -> dict[Any, Any]:
     """What has happened for good, by what it is: told twice, it is still once."""
     found = {}

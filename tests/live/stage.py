@@ -190,12 +190,14 @@ class Stage:
                 if each.quantity
             },
             "books": {
-                "signal": books["signal"],
+                "signal": unnumbered(books["signal"]),
                 "schedule": books["schedule"],
-                **{name: strategy.get(name) for name in ("state", "intent")},
+                **{name: unnumbered(strategy.get(name)) for name in ("state", "intent")},
             },
-            "records": {told(each): each.event for each in self.heard("records")},
-            "trades": [each.event["trade"] for each in unique(self.heard("records")) if each.action == "closed"],
+            "records": {told(each): unnumbered(each.event) for each in self.heard("records")},
+            "trades": [
+                unnumbered(each.event["trade"]) for each in unique(self.heard("records")) if each.action == "closed"
+            ],
         }
 
     def check(self) -> list[str]:
@@ -284,6 +286,16 @@ def plain_id(client_order_id: str) -> str:
     """A client order id without its store and its number, which differ from run to run and grow with attempts."""
     order_id = parse(client_order_id)
     return f"{order_id.digest}-{order_id.kind}" if order_id else client_order_id
+
+
+def unnumbered(value: Any) -> Any:
+    """Plain fields without what the exchange has numbered its orders, and with the ids of `plain_id`."""
+    if isinstance(value, dict):
+        found = {name: unnumbered(item) for name, item in value.items() if name != "orderIds"}
+        if "clientOrderIds" in found:
+            found["clientOrderIds"] = [*map(plain_id, found["clientOrderIds"])]
+        return found
+    return [unnumbered(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @contextlib.asynccontextmanager

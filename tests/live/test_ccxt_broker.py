@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import pytest
 from tests.broker.conftest import Bench, Kind
 from tests.live.bot import Rows, UntilClock
 from tests.live.scripts import START, STORY_MINUTES, Story
-from tests.live.stage import plain_id, story_candles
+from tests.live.stage import plain_id, story_candles, unnumbered
 
 import backtest_kit as bk
 from backtest_kit.market.clock import SteppedClock
@@ -83,7 +84,7 @@ async def played(place: Path, kind: Kind, how: How, seed: int) -> tuple[int, dic
     assert max(venue.filled_orders().values()) == 1
     trades = {event.trade.signal_id: event.trade for event in events if isinstance(event, bk.PositionClosed)}
     outcome = {
-        "trades": list(trades.values()),
+        "trades": [unnumbered(msgspec.to_builtins(trade)) for trade in trades.values()],
         "fills": [
             (plain_id(fill.client_order_id), fill.side, fill.quantity, fill.price, fill.time_ms)
             for fill in venue.fills()
@@ -106,7 +107,7 @@ async def test_a_story_that_is_cut_off_at_its_orders_ends_as_the_one_that_is_not
 ) -> None:
     lives, expected, told = await played(tmp_path / "uncut", kind, "never", 0)
     assert lives == 1
-    assert [trade.close_reason for trade in expected["trades"]] == reasons
+    assert [trade["closeReason"] for trade in expected["trades"]] == reasons
     assert expected["open"] == []
     assert expected["held"] == (pytest.approx(0, abs=0.03) if kind == "spot" else 0)
     assert not [event for event in told if isinstance(event, TROUBLE)]

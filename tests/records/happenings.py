@@ -52,6 +52,7 @@ def closed(
         pnl_pct=pnl_pct,
         pnl_cost=pnl_pct / 2,
         peak_pct=pnl_pct,
+        fees=0.1,
         fall_pct=0.0,
         entries=(bk.Entry(100.0, 50.0, NOON_MS),),
     )

@@ -44,6 +44,7 @@ def make_trade() -> MakeTrade:
             "cost": 100.0,
             "pnl_pct": 1.5,
             "pnl_cost": 1.5,
+            "fees": 0.2,
             "peak_pct": 1.8,
             "fall_pct": -0.4,
             "entries": (Entry(100.0, 100.0, START + 60 * MINUTE_MS),),

@@ -16,7 +16,7 @@ import msgspec
 from backtest_kit.broker.order_ids import NO_STORE
 from backtest_kit.errors import BacktestKitError, Outcome, UserError
 from backtest_kit.model.event import Event, Identity
-from backtest_kit.model.position import Direction, Position, RestingEntry
+from backtest_kit.model.position import Direction, Execution, Position, RestingEntry
 
 OrderKind = Literal[
     "open", "place", "activate", "cancel", "add", "reduce", "close", "move_stop", "move_take", "breakeven"
@@ -72,17 +72,15 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """0 at the first call. Above 0 the venue may know the order already."""
 
 
-class Fill(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+class Fill(Execution, frozen=True, kw_only=True):
     """What a venue did for an order, added up over its partial fills."""
 
     price: float
     """Average price."""
     cost: float
-    """In quote currency, without fees."""
+    """In quote currency, without fees: price times quantity."""
     quantity: float
-    """In base currency."""
-    fee: float = 0.0
-    """In quote currency."""
+    """In base currency, as it has come in: where the fee of a purchase was taken out of it, what was left."""
     timestamp: int = 0
     """Of the last partial fill, epoch ms; 0 where the venue did not tell."""
     reason: Literal["", "take_profit", "stop_loss", "closed"] = ""

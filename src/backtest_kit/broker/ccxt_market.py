@@ -159,7 +159,8 @@ def read_order(raw: dict[str, Any], market: Market) -> VenueOrder:
     status = raw.get("status")
     return VenueOrder(
         id=str(raw["id"]),
-        client_id=raw.get("clientOrderId"),
+        # Binance answers a cancellation with the id of that, and with the order's own beside it.
+        client_id=info.get("origClientOrderId") or raw.get("clientOrderId"),
         side=str(raw.get("side") or ""),
         open=status in ("open", None),
         rejected=status == "rejected",

@@ -270,29 +270,41 @@ class CcxtVenue:
 
     async def executed(self, market: Market, orders: Iterable[VenueOrder]) -> Fill:
         """What `orders` have done, added up, with their fees."""
-        quantity = cost = fee = Decimal(0)
+        orders = [order for order in orders if order.filled]
+        quantity = cost = Decimal(0)
+        charged: list[Decimal | None] = []
+        currencies: dict[str, None] = {}
         timestamp = 0
         for order in orders:
-            if order.filled:
-                price = order.average or Decimal(0)
-                fees, last_ms = await self._fees(market, order)
-                for currency, amount in fees:
-                    fee += await self._in_quote(market, currency, amount, price)
-                quantity += order.filled
-                cost += order.filled * price
-                timestamp = max(timestamp, last_ms)
-        average = float(cost / quantity) if quantity else 0.0
-        return Fill(price=average, cost=float(cost), quantity=float(quantity), fee=float(fee), timestamp=timestamp)
+            price = order.average or Decimal(0)
+            fees, last_ms = await self._fees(market, order)
+            moved = order.filled - (_taken(market, fees) if order.side == "buy" else 0)
+            quantity += moved
+            cost += moved * price
+            charged += [None] if fees is None else [await self._in_quote(market, *fee, price) for fee in fees]
+            currencies |= dict.fromkeys(currency for currency, _ in fees or ())
+            timestamp = max(timestamp, last_ms)
+        known = [each for each in charged if each is not None]
+        return Fill(
+            price=float(cost / quantity) if quantity else 0.0,
+            cost=float(cost),
+            quantity=float(quantity),
+            fee=float(sum(known)) if orders and len(known) == len(charged) else None,
+            fee_currency="+".join(currencies),
+            client_order_ids=tuple(order.client_id for order in orders if order.client_id),
+            order_ids=tuple(order.id for order in orders),
+            timestamp=timestamp,
+        )
 
     async def received(self, market: Market, order: VenueOrder) -> Decimal:
         """The base currency that a purchase has brought in: without the fee, where that was taken in it."""
         if market.contract or not order.filled:
             return order.filled
         fees, _ = await self._fees(market, order)
-        return order.filled - sum((amount for currency, amount in fees if currency == market.base), Decimal(0))
+        return order.filled - _taken(market, fees)
 
-    async def _fees(self, market: Market, order: VenueOrder) -> tuple[list[tuple[str, Decimal]], int]:
-        """The fees of an order, and the time of its last fill."""
+    async def _fees(self, market: Market, order: VenueOrder) -> tuple[list[tuple[str, Decimal]] | None, int]:
+        """The fees of an order, and the time of its last fill. No fees where the exchange does not report all yet."""
         if order.fees is not None:
             return list(order.fees), order.timestamp
         doing = f"read the trades of {order.client_id or order.id}"
@@ -304,11 +316,15 @@ class CcxtVenue:
         else:
             raws = await self.trades_since(market, order.timestamp)
         trades = [raw for raw in raws if str(raw.get("order")) == order.id]
+        last_ms = max([order.timestamp, *(int(trade["timestamp"] or 0) for trade in trades)])
         fees = [trade.get("fee") or {} for trade in trades]
-        paid = [(str(fee["currency"]), exact(fee["cost"])) for fee in fees if fee.get("cost") and fee.get("currency")]
-        return paid, max([order.timestamp, *(int(trade["timestamp"] or 0) for trade in trades)])
+        listed = sum((exact(trade["amount"]) for trade in trades), Decimal(0)) * market.contract_size
+        if listed < order.filled or any(fee.get("cost") is None or not fee.get("currency") for fee in fees):
+            return None, last_ms
+        return [(str(fee["currency"]), exact(fee["cost"])) for fee in fees], last_ms
 
-    async def _in_quote(self, market: Market, currency: str, amount: Decimal, price: Decimal) -> Decimal:
+    async def _in_quote(self, market: Market, currency: str, amount: Decimal, price: Decimal) -> Decimal | None:
+        """A fee in quote currency, at the price of now where it is in a third one; None where that has no price."""
         if currency == market.quote:
             return amount
         if currency == market.base:
@@ -316,8 +332,11 @@ class CcxtVenue:
         pair = f"{currency}/{market.quote}"
         pair = pair if pair in self._client.markets else f"{pair}:{market.quote}"
         if pair not in self._client.markets:
-            _log.warning("%s: a fee of %s %s is not counted: no market %s", self._id, amount, currency, pair)
-            return Decimal(0)
+            _log.warning(
+                "%s: no market %s to value a fee of %s %s: CC_PERCENT_FEE is booked instead",
+                self._id, pair, amount, currency,
+            )  # fmt: skip
+            return None
         ticker = await self.call(f"read the price of {pair}", lambda: self._client.fetch_ticker(pair))
         return amount * exact(ticker["last"])
 
@@ -332,6 +351,12 @@ class CcxtVenue:
     def now_ms(self) -> int:
         """The time at the exchange."""
         return int(self._client.milliseconds()) - int(self._client.options.get("timeDifference") or 0)
+
+
+def _taken(market: Market, fees: Iterable[tuple[str, Decimal]] | None) -> Decimal:
+    """What fees have taken out of the base currency that was bought."""
+    in_base = (amount for currency, amount in fees or () if currency == market.base)
+    return Decimal(0) if market.contract else sum(in_base, Decimal(0))
 
 
 def _lists_of(has: dict[str, Any]) -> list[str]:

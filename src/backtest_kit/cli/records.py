@@ -214,13 +214,18 @@ def summary_of(row: Contract, record: Record) -> str:
         if row.name == "log":
             return f"{value.get('level', '')} {value.get('message', '')}"
         if row.name in ("storage", "recent"):
-            pnl = value.get("pnlPct")
-            earned = "" if pnl is None else f", {pnl:+.2f} %"
-            return (
-                f"{value.get('symbol')} {value.get('strategyName')}: {value.get('status')} {value.get('position')} "
-                f"at {value.get('priceOpen'):g}{earned}"
-            )
+            return _signal(value)
     return json.dumps(value, ensure_ascii=False)
+
+
+def _signal(value: dict[str, Any]) -> str:
+    opened, ended, pnl = (value.get(name) for name in ("priceOpen", "priceClose", "pnlPct"))
+    price = f"at {opened:g}" if ended is None else f"from {opened:g} to {ended:g}"
+    earned = "" if pnl is None else f", {pnl:+.2f} %"
+    return (
+        f"{value.get('symbol')} {value.get('strategyName')}: {value.get('status')} {value.get('position')} "
+        f"{price}{earned}"
+    )
 
 
 def since_ms(text: str | None) -> int | None:

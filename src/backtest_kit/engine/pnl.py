@@ -2,6 +2,7 @@
 
 The formulas are those of backtest-kit: slippage moves both fills against the position, the entry fee is
 paid once, the exit fee by weight, and everything added to or taken from a position is weighted by cost.
+A fee that the exchange reported takes the place of CC_PERCENT_FEE, order by order.
 """
 
 from __future__ import annotations
@@ -78,28 +79,54 @@ def profit(
     Raises:
         BacktestKitError: the reductions took out more than was ever put in; the record is corrupt.
     """
-    fee, slip = settings.CC_PERCENT_FEE, settings.CC_PERCENT_SLIPPAGE / 100
+    return result(position, entries, reductions, price, settings)[:2]
+
+
+def result(
+    position: Direction,
+    entries: Sequence[Entry],
+    reductions: Sequence[Reduction],
+    price: float,
+    settings: Settings,
+    close_fee: float | None = None,
+) -> tuple[float, float, float]:
+    """As `profit`, and the fees in quote currency; `close_fee` is that of the close, where the exchange reported it.
+
+    Raises:
+        BacktestKitError: as `profit`.
+    """
+    rate, slip = settings.CC_PERCENT_FEE, settings.CC_PERCENT_SLIPPAGE / 100
+    total = entries[0].cost if len(entries) == 1 else math.fsum(entry.cost for entry in entries)
     if not reductions:
-        gain, ratio = _leg(position, effective_price(entries), price, slip)
-        pct = gain - fee * (1 + ratio)
-        return pct, pct / 100 * (entries[0].cost if len(entries) == 1 else math.fsum(entry.cost for entry in entries))
-    total = math.fsum(entry.cost for entry in entries)
-    opened = _effective_prices(entries, reductions)
-    closed = [reduction.cost_basis * reduction.percent / 100 for reduction in reductions]
-    oversold = math.fsum(closed) - total
-    if oversold > max(_OVERSOLD_ABSOLUTE, total * _OVERSOLD_RELATIVE):
-        raise BacktestKitError(f"the partial closes took out {oversold:g} more than the {total:g} that was put in")
-    weights = [part / total for part in closed]
-    prices = [reduction.price for reduction in reductions]
-    weights.append((total - math.fsum(closed)) / total)
-    prices.append(price)
-    gains = fees = 0.0
-    for weight, price_open, price_close in zip(weights, opened, prices, strict=True):
-        gain, ratio = _leg(position, price_open, price_close, slip)
-        gains += weight * gain
-        fees += weight * ratio
-    pct = gains - fee * (1 + fees)
-    return pct, pct / 100 * total
+        gains, ratio = _leg(position, effective_price(entries), price, slip)
+        paid = _in_percent(close_fee, total, rate * ratio)
+    else:
+        opened = _effective_prices(entries, reductions)
+        closed = [reduction.cost_basis * reduction.percent / 100 for reduction in reductions]
+        oversold = math.fsum(closed) - total
+        if oversold > max(_OVERSOLD_ABSOLUTE, total * _OVERSOLD_RELATIVE):
+            raise BacktestKitError(f"the partial closes took out {oversold:g} more than the {total:g} that was put in")
+        weights = [*(part / total for part in closed), (total - math.fsum(closed)) / total]
+        prices = [*(reduction.price for reduction in reductions), price]
+        charged = [*map(_charged, reductions), close_fee]
+        gains = paid = 0.0
+        for weight, price_open, price_close, fee in zip(weights, opened, prices, charged, strict=True):
+            gain, ratio = _leg(position, price_open, price_close, slip)
+            gains += weight * gain
+            paid += _in_percent(fee, total, rate * weight * ratio)
+    paid += math.fsum(_in_percent(_charged(entry), total, rate * entry.cost / total) for entry in entries)
+    pct = gains - paid
+    return pct, pct / 100 * total, paid / 100 * total
+
+
+def _charged(part: Entry | Reduction) -> float | None:
+    """The fee in quote currency as the exchange reported it."""
+    return None if part.execution is None else part.execution.fee
+
+
+def _in_percent(fee: float | None, total: float, modelled: float) -> float:
+    """A fee in percent of all cost: as it was charged, or else as the settings say."""
+    return modelled if fee is None else fee / total * 100
 
 
 def _leg(position: Direction, price_open: float, price_close: float, slip: float) -> tuple[float, float]:

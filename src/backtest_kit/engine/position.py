@@ -7,10 +7,20 @@ from zlib import crc32
 
 import msgspec
 
-from backtest_kit.engine.pnl import effective_price, profit
+from backtest_kit.engine.pnl import effective_price, profit, result
 from backtest_kit.model.event import Identity
 from backtest_kit.model.interval import to_datetime
-from backtest_kit.model.position import CloseReason, Entry, Extreme, Position, RestingEntry, Trade
+from backtest_kit.model.position import (
+    CloseReason,
+    Entry,
+    Execution,
+    Extreme,
+    Origin,
+    Position,
+    RestingEntry,
+    Trade,
+    shared,
+)
 from backtest_kit.settings import Settings
 
 _NO_MARKS: Final = str.maketrans("", "", "-:T")
@@ -31,27 +41,18 @@ def make_signal_id(identity: Identity, when_ms: int) -> str:
     return f"{symbol}-{minute}-{crc32(scope.encode()):08x}"
 
 
-def open_position(entry: RestingEntry, when_ms: int, settings: Settings) -> Position:
+def open_position(
+    entry: RestingEntry, when_ms: int, settings: Settings, execution: Execution | None = None
+) -> Position:
     """The position that an entry becomes when it is filled at its price."""
-    entries = (Entry(entry.price_open, entry.cost, when_ms),)
+    entries = (Entry(entry.price_open, entry.cost, when_ms, execution),)
     pct, cost = profit(entry.position, entries, (), entry.price_open, settings)
     return Position(
-        signal_id=entry.signal_id,
-        symbol=entry.symbol,
-        strategy_name=entry.strategy_name,
-        exchange_name=entry.exchange_name,
-        frame_name=entry.frame_name,
-        position=entry.position,
-        price_open=entry.price_open,
-        price_take_profit=entry.price_take_profit,
-        price_stop_loss=entry.price_stop_loss,
-        minutes=entry.minutes,
-        scheduled_at_ms=entry.scheduled_at_ms,
+        **shared(entry, Position),
         opened_at_ms=when_ms,
         entries=entries,
         peak=Extreme(entry.price_open, when_ms, 0.0, 0.0),
         fall=Extreme(entry.price_open, when_ms, pct, cost),
-        note=entry.note,
     )
 
 
@@ -113,20 +114,22 @@ def _level(gone: float, way: float) -> int:
 
 
 def close_trade(
-    position: Position, reason: CloseReason, price: float, when_ms: int, settings: Settings, close_note: str = ""
+    position: Position,
+    reason: CloseReason,
+    price: float,
+    when_ms: int,
+    settings: Settings,
+    close_note: str = "",
+    execution: Execution | None = None,
 ) -> Trade:
     """The trade that a position becomes when all that is left of it is closed at `price`."""
-    entry = effective_price(position.entries, position.reductions)
-    pct, cost = profit(position.position, position.entries, position.reductions, price, settings)
+    entries, reductions = position.entries, position.reductions
+    entry = effective_price(entries, reductions)
+    fee = None if execution is None else execution.fee
+    pct, cost, fees = result(position.position, entries, reductions, price, settings, fee)
     position = _with_extremes(position, entry, price, when_ms, settings)
     return Trade(
-        signal_id=position.signal_id,
-        symbol=position.symbol,
-        strategy_name=position.strategy_name,
-        exchange_name=position.exchange_name,
-        frame_name=position.frame_name,
-        position=position.position,
-        scheduled_at_ms=position.scheduled_at_ms,
+        **shared(position, Origin),
         opened_at_ms=position.opened_at_ms,
         closed_at_ms=when_ms,
         price_open=entry,
@@ -140,10 +143,11 @@ def close_trade(
         cost=position.cost,
         pnl_pct=pct,
         pnl_cost=cost,
+        fees=fees,
         peak_pct=position.peak.pnl_pct,
         fall_pct=position.fall.pnl_pct,
-        entries=position.entries,
-        reductions=position.reductions,
-        note=position.note,
+        entries=entries,
+        reductions=reductions,
+        execution=execution,
         close_note=close_note,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -14,12 +14,30 @@ Direction = Literal["long", "short"]
 CloseReason = Literal["take_profit", "stop_loss", "time_expired", "frame_end", "closed"]
 
 
+class Execution(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """How an order went on the exchange."""
+
+    fee: float | None = None
+    """In quote currency, as the exchange charged it; None where it did not say, and CC_PERCENT_FEE is taken."""
+    fee_currency: str = ""
+    """What it was charged in, such as BNB; empty where the exchange did not say, joined by + where it was several."""
+    client_order_ids: tuple[str, ...] = ()
+    """More than one where the order was sent in parts, or again under another id."""
+    order_ids: tuple[str, ...] = ()
+    """The exchange's own; empty where it did not say."""
+
+
 class Entry(msgspec.Struct, frozen=True, rename="camel"):
-    """A purchase: `cost` in quote currency at `price`."""
+    """A purchase: `cost` in quote currency at `price`.
+
+    Where the exchange took its fee out of what was bought, `cost` is what the rest has cost, and the fee comes on top.
+    """
 
     price: float
     cost: float
     timestamp: int
+    execution: Execution | None = None
+    """None in a backtest, where nothing is sent."""
 
 
 class Reduction(msgspec.Struct, frozen=True, rename="camel"):
@@ -31,6 +49,8 @@ class Reduction(msgspec.Struct, frozen=True, rename="camel"):
     entry_count: int
     """How many entries had been made before it."""
     timestamp: int
+    execution: Execution | None = None
+    """None in a backtest, where nothing is sent."""
 
 
 class Extreme(msgspec.Struct, frozen=True, rename="camel"):
@@ -42,8 +62,8 @@ class Extreme(msgspec.Struct, frozen=True, rename="camel"):
     pnl_cost: float
 
 
-class Position(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """An open position. A change makes a new value; nobody's copy moves under him."""
+class Origin(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What a resting entry, the position that it becomes, and the trade that this becomes have in common."""
 
     signal_id: str
     symbol: str
@@ -51,6 +71,18 @@ class Position(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     exchange_name: str
     frame_name: str
     position: Direction
+    scheduled_at_ms: int
+    note: str = ""
+
+
+def shared(value: msgspec.Struct, kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """The fields of `value` that `kind` has as well, by name: whoever copies them forgets none."""
+    return {name: getattr(value, name) for name in kind.__struct_fields__ if name in value.__struct_fields__}
+
+
+class Position(Origin, frozen=True, kw_only=True):
+    """An open position. A change makes a new value; nobody's copy moves under him."""
+
     price_open: float
     """Price of the first entry."""
     price_take_profit: float
@@ -59,7 +91,6 @@ class Position(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """As the signal gave it."""
     minutes: float
     """Lifetime from `opened_at_ms`; `math.inf` for none."""
-    scheduled_at_ms: int
     opened_at_ms: int
     entries: tuple[Entry, ...]
     reductions: tuple[Reduction, ...] = ()
@@ -72,7 +103,6 @@ class Position(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     loss_level: int = 0
     """Tenths of the way to the stop loss that were reached so far: 0, 10, ... 100."""
     breakeven_reached: bool = False
-    note: str = ""
 
     @property
     def take_profit(self) -> float:
@@ -95,16 +125,9 @@ class Position(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         return self.opened_at_ms + self.minutes * 60_000
 
 
-class Trade(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+class Trade(Origin, frozen=True, kw_only=True):
     """A closed position. Profits are after fees and slippage; percentages are in percent."""
 
-    signal_id: str
-    symbol: str
-    strategy_name: str
-    exchange_name: str
-    frame_name: str
-    position: Direction
-    scheduled_at_ms: int
     opened_at_ms: int
     closed_at_ms: int
     price_open: float
@@ -124,15 +147,24 @@ class Trade(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """Profit in percent of `cost`."""
     pnl_cost: float
     """Profit in quote currency."""
+    fees: float
+    """All fees in quote currency: those that the exchange reported, and CC_PERCENT_FEE where it did not."""
     peak_pct: float
     """Profit in percent at the best price seen on the way."""
     fall_pct: float
     """Profit in percent at the worst price seen on the way."""
     entries: tuple[Entry, ...]
     reductions: tuple[Reduction, ...] = ()
-    note: str = ""
+    execution: Execution | None = None
+    """Of the close; None in a backtest, where nothing is sent."""
     close_note: str = ""
     """What was said with the command that closed it."""
+
+    @property
+    def executions(self) -> tuple[Execution, ...]:
+        """How its orders went: entries, partial closes, the close. Empty in a backtest."""
+        entries, reductions = (part.execution for part in self.entries), (part.execution for part in self.reductions)
+        return tuple(each for each in (*entries, *reductions, self.execution) if each is not None)
 
     @property
     def opened_at(self) -> datetime:
@@ -143,20 +175,12 @@ class Trade(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         return to_datetime(self.closed_at_ms)
 
 
-class RestingEntry(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+class RestingEntry(Origin, frozen=True, kw_only=True):
     """A limit order that waits for its price. `price_stop_loss` reached first cancels it."""
 
-    signal_id: str
-    symbol: str
-    strategy_name: str
-    exchange_name: str
-    frame_name: str
-    position: Direction
     price_open: float
     price_take_profit: float
     price_stop_loss: float
     minutes: float
     """Lifetime of the position once it is open."""
     cost: float
-    scheduled_at_ms: int
-    note: str = ""

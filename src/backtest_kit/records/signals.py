@@ -19,7 +19,7 @@ from backtest_kit.model.event import (
     PositionOpened,
 )
 from backtest_kit.model.interval import to_datetime
-from backtest_kit.model.position import Direction, Position, RestingEntry, Trade
+from backtest_kit.model.position import Entry, Execution, Origin, Position, Reduction, RestingEntry, Trade, shared
 from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.store import Key, Plain, Record, Write, check_limit
@@ -36,30 +36,29 @@ _AHEAD: Final = 4
 """How many records are looked through for each that is asked for, before all are."""
 
 
-class StoredSignal(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+class StoredSignal(Origin, frozen=True, kw_only=True):
     """A signal with all that became of it so far. Prices are those in force; percentages are in percent."""
 
-    signal_id: str
-    symbol: str
-    strategy_name: str
-    exchange_name: str
-    frame_name: str
     status: Status
-    position: Direction
     price_open: float
     """Of the first entry, or what a resting entry waits for; once it is closed, the effective price of all entries."""
+    price_close: float | None = None
+    """None until it is closed."""
     price_take_profit: float
     price_stop_loss: float
     original_price_open: float
     original_price_take_profit: float
     original_price_stop_loss: float
-    minutes: float | None
+    minutes: float | None = None
     """Longest life of the position, `math.inf` for none; None once it is closed."""
     cost: float
     """All that was ever put in, in quote currency."""
-    total_entries: int
-    total_reductions: int
-    scheduled_at_ms: int
+    entries: tuple[Entry, ...] = ()
+    """What was bought, with fees and order ids where an exchange took part."""
+    reductions: tuple[Reduction, ...] = ()
+    """Partial closes."""
+    execution: Execution | None = None
+    """Fee and order ids of the close; None until then, and in a backtest, where nothing is sent."""
     opened_at_ms: int | None = None
     closed_at_ms: int | None = None
     updated_at_ms: int
@@ -68,11 +67,12 @@ class StoredSignal(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     pnl_pct: float | None = None
     """After fees and slippage, once it is closed."""
     pnl_cost: float | None = None
+    fees: float | None = None
+    """All fees in quote currency, once it is closed."""
     peak_pct: float | None = None
     fall_pct: float | None = None
     close_reason: str | None = None
     """Why it was closed, or why its entry was cancelled."""
-    note: str = ""
     close_note: str = ""
 
     @property
@@ -252,90 +252,33 @@ def _resting(
     entry: RestingEntry, status: Status, when_ms: int, price: float, reason: str | None = None
 ) -> StoredSignal:
     return StoredSignal(
-        signal_id=entry.signal_id,
-        symbol=entry.symbol,
-        strategy_name=entry.strategy_name,
-        exchange_name=entry.exchange_name,
-        frame_name=entry.frame_name,
+        **shared(entry, StoredSignal),
         status=status,
-        position=entry.position,
-        price_open=entry.price_open,
-        price_take_profit=entry.price_take_profit,
-        price_stop_loss=entry.price_stop_loss,
         original_price_open=entry.price_open,
         original_price_take_profit=entry.price_take_profit,
         original_price_stop_loss=entry.price_stop_loss,
-        minutes=entry.minutes,
-        cost=entry.cost,
-        total_entries=0,
-        total_reductions=0,
-        scheduled_at_ms=entry.scheduled_at_ms,
         closed_at_ms=when_ms if status == "cancelled" else None,
         updated_at_ms=when_ms,
         current_price=price,
         close_reason=reason,
-        note=entry.note,
     )
 
 
 def _open(position: Position, when_ms: int, price: float) -> StoredSignal:
+    in_force = {"price_take_profit": position.take_profit, "price_stop_loss": position.stop_loss}
     return StoredSignal(
-        signal_id=position.signal_id,
-        symbol=position.symbol,
-        strategy_name=position.strategy_name,
-        exchange_name=position.exchange_name,
-        frame_name=position.frame_name,
+        **{**shared(position, StoredSignal), **in_force},
         status="opened",
-        position=position.position,
-        price_open=position.price_open,
-        price_take_profit=position.take_profit,
-        price_stop_loss=position.stop_loss,
         original_price_open=position.price_open,
         original_price_take_profit=position.price_take_profit,
         original_price_stop_loss=position.price_stop_loss,
-        minutes=position.minutes,
         cost=position.cost,
-        total_entries=len(position.entries),
-        total_reductions=len(position.reductions),
-        scheduled_at_ms=position.scheduled_at_ms,
-        opened_at_ms=position.opened_at_ms,
         updated_at_ms=when_ms,
         current_price=price,
         peak_pct=position.peak.pnl_pct,
         fall_pct=position.fall.pnl_pct,
-        note=position.note,
     )
 
 
 def _closed(trade: Trade, when_ms: int, price: float) -> StoredSignal:
-    return StoredSignal(
-        signal_id=trade.signal_id,
-        symbol=trade.symbol,
-        strategy_name=trade.strategy_name,
-        exchange_name=trade.exchange_name,
-        frame_name=trade.frame_name,
-        status="closed",
-        position=trade.position,
-        price_open=trade.price_open,
-        price_take_profit=trade.price_take_profit,
-        price_stop_loss=trade.price_stop_loss,
-        original_price_open=trade.original_price_open,
-        original_price_take_profit=trade.original_price_take_profit,
-        original_price_stop_loss=trade.original_price_stop_loss,
-        minutes=None,
-        cost=trade.cost,
-        total_entries=len(trade.entries),
-        total_reductions=len(trade.reductions),
-        scheduled_at_ms=trade.scheduled_at_ms,
-        opened_at_ms=trade.opened_at_ms,
-        closed_at_ms=trade.closed_at_ms,
-        updated_at_ms=when_ms,
-        current_price=price,
-        pnl_pct=trade.pnl_pct,
-        pnl_cost=trade.pnl_cost,
-        peak_pct=trade.peak_pct,
-        fall_pct=trade.fall_pct,
-        close_reason=trade.close_reason,
-        note=trade.note,
-        close_note=trade.close_note,
-    )
+    return StoredSignal(**shared(trade, StoredSignal), status="closed", updated_at_ms=when_ms, current_price=price)

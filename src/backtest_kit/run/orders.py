@@ -23,7 +23,7 @@ from backtest_kit.model.event import (
     PositionClosed,
     PositionOpened,
 )
-from backtest_kit.model.position import CloseReason, Entry, Position, RestingEntry, Trade
+from backtest_kit.model.position import CloseReason, Entry, Execution, Position, RestingEntry, Trade, shared
 
 ENTRIES: Final = ("open", "place")
 """Orders that put money at risk and that can be let be."""
@@ -39,7 +39,14 @@ KIND_OF: Final[dict[Change, OrderKind]] = {
     "breakeven": "breakeven",
 }
 """The order that a command is carried out by."""
-_SAME_QUANTITY: Final = 1e-6
+_PART_OF: Final[dict[OrderKind, str]] = {
+    "open": "entries",
+    "activate": "entries",
+    "add": "entries",
+    "reduce": "reductions",
+}
+"""What of a position an order makes."""
+_SAME_QUANTITY: Final = 1e-9
 _SAME_PRICE: Final = 1e-9
 
 
@@ -167,13 +174,18 @@ def _together(one: Fill | None, other: Fill | None) -> Fill | None:
     if len(fills) < 2:
         return fills[0] if fills else None
     first, last = fills
+    if first.client_order_ids and set(first.client_order_ids) <= set(last.client_order_ids):
+        return last  # asked for the close, some exchanges report all orders that took part in it
     quantity = first.quantity + last.quantity
     return msgspec.structs.replace(
         last,
         price=(first.price * first.quantity + last.price * last.quantity) / quantity,
         cost=first.cost + last.cost,
         quantity=quantity,
-        fee=first.fee + last.fee,
+        fee=None if first.fee is None or last.fee is None else first.fee + last.fee,
+        fee_currency="+".join(dict.fromkeys(filter(None, (first.fee_currency, last.fee_currency)))),
+        client_order_ids=(*first.client_order_ids, *last.client_order_ids),
+        order_ids=(*first.order_ids, *last.order_ids),
     )
 
 
@@ -186,7 +198,7 @@ def _whole_close(intent: Intent, fill: Fill | None, position: Position) -> Fill 
             position.entries, position.reductions
         )
         rest, price = max(0.0, held - intent.earlier.quantity), intent.order.price
-        fill = Fill(price=price, cost=rest * price, quantity=rest)
+        fill = Fill(price=price, cost=rest * price, quantity=rest, client_order_ids=(intent.order.client_order_id,))
     return _together(intent.earlier, fill)
 
 
@@ -202,7 +214,7 @@ def renewed(intent: Intent, before: State, tick: Tick, rules: Rules) -> Intent:
         )
         target, events = _with_position(target, position, events)
     elif order.kind == "close" and isinstance(before, Holding):
-        events = tuple(_closed_at(event, before.position, tick.price, tick, rules) for event in events)
+        events = tuple(_closed_by(event, before.position, tick.price, tick.when_ms, rules, None) for event in events)
     return msgspec.structs.replace(intent, order=order, target=target, events=events)
 
 
@@ -212,21 +224,8 @@ def _at(event: Lasting, tick: Tick) -> Lasting:
 
 def entry_of(position: Position) -> RestingEntry:
     """The entry that a position with one entry came from."""
-    return RestingEntry(
-        signal_id=position.signal_id,
-        symbol=position.symbol,
-        strategy_name=position.strategy_name,
-        exchange_name=position.exchange_name,
-        frame_name=position.frame_name,
-        position=position.position,
-        price_open=position.entries[0].price,
-        price_take_profit=position.price_take_profit,
-        price_stop_loss=position.price_stop_loss,
-        minutes=position.minutes,
-        cost=position.entries[0].cost,
-        scheduled_at_ms=position.scheduled_at_ms,
-        note=position.note,
-    )
+    first = position.entries[0]
+    return RestingEntry(**{**shared(position, RestingEntry), "price_open": first.price, "cost": first.cost})
 
 
 def judged(order: Order, report: OrderReport) -> Literal["done", "undone", "open"]:
@@ -250,20 +249,32 @@ def judged(order: Order, report: OrderReport) -> Literal["done", "undone", "open
 def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tuple[State, tuple[Event, ...]]:
     """The state and the events of an order that was carried out, as the venue filled it."""
     order, target, events = intent.order, intent.target, intent.events
-    if order.kind == "close" and isinstance(before, Holding):
-        fill = _whole_close(intent, fill, before.position)
-    if fill is None or fill.price <= 0:
-        return target, events
-    fill = _as_decided(order, fill)
-    if order.kind == "cancel" and isinstance(before, Resting):
+    closing = before.position if order.kind == "close" and isinstance(before, Holding) else None
+    if closing is not None:
+        fill = _whole_close(intent, fill, closing)
+    fill = None if fill is None or fill.price <= 0 else _as_decided(order, fill)
+    if order.kind == "cancel" and isinstance(before, Resting) and fill is not None:
         return _too_late(order, before, fill, rules)
-    if order.kind == "close" and isinstance(before, Holding):
-        tick = Tick(order.when_ms, order.price, *[order.price] * 4)
-        return target, tuple(_closed_at(event, before.position, fill.price, tick, rules) for event in events)
+    if closing is not None:
+        if fill is None:
+            return target, tuple(_as_sent(event, order) for event in events)
+        execution = _execution(order, fill)
+        return target, tuple(
+            _closed_by(event, closing, fill.price, order.when_ms, rules, execution) for event in events
+        )
     if isinstance(target, Holding):
         position = _filled(order, target.position, fill, rules)
         return _with_position(target, position, events)
     return target, events
+
+
+def _execution(order: Order, fill: Fill | None, known: Execution | None = None) -> Execution:
+    """How an order went; without a fill as it was `known`, and at least under which id."""
+    if fill is not None:
+        known = Execution(**shared(fill, Execution))
+    known = known or Execution()
+    client_order_ids = known.client_order_ids or (order.client_order_id,)
+    return msgspec.structs.replace(known, client_order_ids=client_order_ids)
 
 
 def _as_decided(order: Order, fill: Fill) -> Fill:
@@ -278,34 +289,36 @@ def _as_decided(order: Order, fill: Fill) -> Fill:
 def _too_late(order: Order, before: Resting, fill: Fill, rules: Rules) -> tuple[State, tuple[Event, ...]]:
     """An entry that was to be cancelled and was filled instead: the position is open."""
     entry = msgspec.structs.replace(before.entry, price_open=fill.price, cost=fill.cost or before.entry.cost)
-    position = open_position(entry, order.when_ms, rules.settings)
+    position = open_position(entry, order.when_ms, rules.settings, _execution(order, fill))
     opened = PositionOpened(identity=order.identity, when_ms=order.when_ms, price=order.price, position=position)
     return Holding(position, before.last_slot_ms), (opened,)
 
 
-def _filled(order: Order, position: Position, fill: Fill, rules: Rules) -> Position:
+def _filled(order: Order, position: Position, fill: Fill | None, rules: Rules) -> Position:
     """The position with the venue's price and amount in the place of those decided."""
+    name = _PART_OF.get(order.kind)
+    if name is None:
+        return position
+    *earlier, last = getattr(position, name)
+    execution = _execution(order, fill, last.execution)
+    if fill is None:
+        part = msgspec.structs.replace(last, execution=execution)
+        return msgspec.structs.replace(position, **{name: (*earlier, part)})
     if order.kind in ("open", "activate"):
-        entry = msgspec.structs.replace(
-            entry_of(position), price_open=fill.price, cost=fill.cost or position.entries[0].cost
-        )
-        return open_position(entry, position.opened_at_ms, rules.settings)
+        entry = msgspec.structs.replace(entry_of(position), price_open=fill.price, cost=fill.cost or last.cost)
+        return open_position(entry, position.opened_at_ms, rules.settings, execution)
     if order.kind == "add":
-        last = position.entries[-1]
-        bought = Entry(fill.price, fill.cost or last.cost, last.timestamp)
-        return msgspec.structs.replace(position, entries=(*position.entries[:-1], bought))
-    if order.kind == "reduce":
-        last_part, earlier = position.reductions[-1], position.reductions[:-1]
-        percent = last_part.percent
-        held = last_part.cost_basis / effective_price(position.entries, earlier)
-        wanted = held * percent / 100
-        # Against all that was bought: of the dust that is left of a position, rounding is a large part.
-        total = sum(entry.cost / entry.price for entry in position.entries)
-        if fill.quantity > 0 and abs(fill.quantity - wanted) > total * _SAME_QUANTITY:
-            percent = min(100.0, fill.quantity / held * 100)
-        part = msgspec.structs.replace(last_part, price=fill.price, percent=percent)
-        return msgspec.structs.replace(position, reductions=(*earlier, part))
-    return position
+        bought = Entry(fill.price, fill.cost or last.cost, last.timestamp, execution)
+        return msgspec.structs.replace(position, entries=(*earlier, bought))
+    percent = last.percent
+    held = last.cost_basis / effective_price(position.entries, earlier)
+    wanted = held * percent / 100
+    # Against all that was bought: of the dust that is left of a position, rounding is a large part.
+    total = sum(entry.cost / entry.price for entry in position.entries)
+    if fill.quantity > 0 and abs(fill.quantity - wanted) > total * _SAME_QUANTITY:
+        percent = min(100.0, fill.quantity / held * 100)
+    part = msgspec.structs.replace(last, price=fill.price, percent=percent, execution=execution)
+    return msgspec.structs.replace(position, reductions=(*earlier, part))
 
 
 def _with_position(
@@ -320,19 +333,30 @@ def _with_position(
     return msgspec.structs.replace(target, position=position), changed
 
 
-def _closed_at(event: Lasting, position: Position, price: float, tick: Tick, rules: Rules) -> Lasting:
+def _closed_by(
+    event: Lasting, position: Position, price: float, when_ms: int, rules: Rules, execution: Execution | None
+) -> Lasting:
     if not isinstance(event, PositionClosed):
         return event
     trade = event.trade
-    again = close_trade(position, trade.close_reason, price, tick.when_ms, rules.settings, trade.close_note)
-    return msgspec.structs.replace(event, trade=again, when_ms=tick.when_ms)
+    again = close_trade(position, trade.close_reason, price, when_ms, rules.settings, trade.close_note, execution)
+    return msgspec.structs.replace(event, trade=again, when_ms=when_ms)
+
+
+def _as_sent(event: Lasting, order: Order) -> Lasting:
+    """A close of which nothing is known but the order."""
+    if not isinstance(event, PositionClosed):
+        return event
+    return msgspec.structs.replace(event, trade=msgspec.structs.replace(event.trade, execution=_execution(order, None)))
 
 
 def closed(
-    state: Holding, reason: CloseReason, price: float, tick: Tick, rules: Rules
+    state: Holding, reason: CloseReason, price: float, tick: Tick, rules: Rules, fill: Fill | None = None
 ) -> tuple[Flat, tuple[Event, ...]]:
     """A position that the venue has closed by itself."""
-    trade: Trade = close_trade(state.position, reason, price, tick.when_ms, rules.settings, state.closing or "")
+    execution = None if fill is None else Execution(**shared(fill, Execution))
+    note = state.closing or ""
+    trade: Trade = close_trade(state.position, reason, price, tick.when_ms, rules.settings, note, execution)
     event = PositionClosed(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, trade=trade)
     return Flat(state.last_slot_ms, state.position.signal_id), (event,)
 
@@ -348,7 +372,7 @@ def cancelled(state: Resting, tick: Tick, rules: Rules) -> tuple[Flat, tuple[Eve
 def activated(state: Resting, fill: Fill, tick: Tick, rules: Rules) -> tuple[Holding, tuple[Event, ...]]:
     """An entry that the venue has filled."""
     entry = msgspec.structs.replace(state.entry, price_open=fill.price, cost=fill.cost or state.entry.cost)
-    position = open_position(entry, tick.when_ms, rules.settings)
+    position = open_position(entry, tick.when_ms, rules.settings, Execution(**shared(fill, Execution)))
     event = PositionOpened(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, position=position)
     return Holding(position, state.last_slot_ms), (event,)
 
@@ -363,6 +387,13 @@ def signal_id_of(state: State) -> str:
     if isinstance(state, Holding):
         return state.position.signal_id
     return state.entry.signal_id if isinstance(state, Resting) else state.last_signal_id
+
+
+def told_of(intent: Intent, state: State) -> tuple[Lasting, ...]:
+    """What has happened, where the outcome of an intent was written down already."""
+    if isinstance(state, Holding):
+        return _with_position(state, state.position, intent.events)[1]
+    return tuple(_as_sent(event, intent.order) for event in intent.events)
 
 
 def done_already(intent: Intent, state: State) -> bool:

@@ -65,6 +65,7 @@ from backtest_kit.run.orders import (
     renewed,
     retried,
     signal_id_of,
+    told_of,
 )
 
 _log = logging.getLogger("backtest_kit")
@@ -202,7 +203,7 @@ class Trader(Watcher):
             if intent is None:
                 return ()
             if done_already(intent, self.book.state):
-                return await self._conclude(intent.order, self.book.state, intent.events)
+                return await self._conclude(intent.order, self.book.state, told_of(intent, self.book.state))
             try:
                 report = await self._broker.find(intent.order)
             except Exception as error:
@@ -246,7 +247,7 @@ class Trader(Watcher):
             if fill is None:
                 return ()
             if isinstance(state, Holding):
-                after, events = closed(state, fill.reason or "closed", fill.price, tick, self._rules)
+                after, events = closed(state, fill.reason or "closed", fill.price, tick, self._rules, fill)
                 return await self._conclude(None, after, events)
             after, events = activated(state, fill, tick, self._rules)
             intent = self._intended(state, after, events, 0, quantities=False)

@@ -390,11 +390,16 @@ class _Job:
     def _fill(self, order: VenueOrder) -> Fill:
         reasons: dict[str, Literal["take_profit", "stop_loss"]] = {"take": "take_profit", "stop": "stop_loss"}
         foreign: Literal["", "closed"] = "closed" if not order.group else ""
+        market = self._exchange.markets[order.symbol]
+        received, charged = order.filled - order.fee_in_base, order.type != "reference"
         return Fill(
             price=float(order.average_price),
-            cost=float(order.filled_cost),
-            quantity=float(order.filled),
-            fee=float(order.fee),
+            cost=float(order.average_price * received),
+            quantity=float(received),
+            fee=float(order.fee) if charged else None,
+            fee_currency=(market.base if order.fee_in_base else market.quote) if charged else "",
+            client_order_ids=(order.client_order_id,),
+            order_ids=(str(order.id),),
             timestamp=order.updated_ms,
             reason=reasons.get(order.type, foreign),
         )

@@ -371,6 +371,7 @@ class Exchange:
         order.filled += quantity
         order.filled_cost += price * quantity
         order.fee += fee * price if in_base else fee
+        order.fee_in_base += fee if in_base else ZERO
         order.status = "partly_filled" if order.remaining else "filled"
         order.updated_ms = self.now_ms
         if not order.is_open:

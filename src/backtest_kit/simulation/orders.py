@@ -134,6 +134,8 @@ class VenueOrder(msgspec.Struct, kw_only=True):
     """In quote currency, without fees."""
     fee: Decimal = Decimal(0)
     """In quote currency."""
+    fee_in_base: Decimal = Decimal(0)
+    """What of the fee was taken out of the base currency that was bought."""
     reserved: Decimal = Decimal(0)
     """Of the account: quote currency for what buys, base currency for what sells; margin on futures."""
     created_ms: int
