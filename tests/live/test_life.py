@@ -234,7 +234,8 @@ async def test_the_end_of_a_start_can_be_waited_for(rig: Rig) -> None:
     await rig.trade(3)
     kit = rig.kit(UntilClock(rig.now_ms, rig.now_ms + MINUTE_MS))
     handle = kit.live.background("BTCUSDT", **WHERE)
-    assert handle.status.position is None, "nothing was read yet"
+    before = handle.status
+    assert before.position is None, "nothing was read yet"
     async with asyncio.timeout(20):
         await handle.wait_for_init()
     assert handle.status.position is not None

@@ -30,6 +30,7 @@ from backtest_kit.model.interval import iso
 from backtest_kit.model.position import RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.records import RunRecords
+from backtest_kit.records.unawaited import Calls, forgotten, not_begun, watch
 from backtest_kit.run.context import Context, HistoryOf
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.deadline import within
@@ -106,6 +107,7 @@ class Minute:
         self._history_of = history_of
         self._records = records
         self._watcher = watcher
+        self._calls: Calls = {}
         self._wanted: Wanted = frozenset()
         self._bus_version = -1
 
@@ -260,14 +262,27 @@ class Minute:
         """What the user's function returns, awaited if need be.
 
         Raises:
-            UserError: it raised what would end a loop or a process that is not its own.
+            UserError: it raised what would end a loop or a process that is not its own, or forgot an `await`.
             Exception: what else it raised.
         """
+        watch(self._calls)
         try:
             answer = call()
-            if type(answer) is not CoroutineType and not inspect.isawaitable(answer):
-                return answer
-            return await (answer if deadline is None else within(deadline, answer))
+            if type(answer) is CoroutineType or inspect.isawaitable(answer):
+                answer = await (answer if deadline is None else within(deadline, answer))
+            if self._calls and (lost := forgotten(self._calls)):
+                raise UserError(
+                    f"{self._place(what)} did not await {lost}, so it was never carried out: write `await` before it"
+                )
+            return answer
+        except (AttributeError, TypeError) as error:
+            pending = not_begun(self._calls)
+            if not pending and "coroutine" not in str(error):
+                raise
+            raise UserError(
+                f"{self._place(what)} used the answer of {pending or 'an async method'} without awaiting it: "
+                "write `await` before the call, as in `(await ctx.candles('15m', 50)).close`"
+            ) from error
         except (StopIteration, StopAsyncIteration, SystemExit) as error:
             raise UserError(f"{self._place(what)} raised {type(error).__name__}") from error
         except asyncio.CancelledError as error:
