@@ -15,8 +15,10 @@ from backtest_kit.engine.step import Flat, Resting, State, Wanted, activates, ad
 from backtest_kit.engine.validation import check_signal
 from backtest_kit.errors import UserError
 from backtest_kit.events import EventBus
+from backtest_kit.model.decisions import Decisions
 from backtest_kit.model.event import (
     BreakevenReached,
+    EntryCancelled,
     EntryWaiting,
     Event,
     FallReached,
@@ -108,6 +110,7 @@ class Minute:
         self._records = records
         self._watcher = watcher
         self._calls: Calls = {}
+        self.decisions = Decisions()
         self._wanted: Wanted = frozenset()
         self._bus_version = -1
 
@@ -162,6 +165,8 @@ class Minute:
         """Count an event, hand it to its listeners, and go on with what their commands have caused."""
         watcher = self._watcher
         watcher.account(event)
+        if isinstance(event, EntryCancelled):
+            self.decisions.count(self.decisions.cancelled, event.reason)
         if not isinstance(event, ON_DEMAND):
             told.append(event)
         if self._bus.listened:
@@ -197,7 +202,10 @@ class Minute:
         """Ask the strategy, check its answer, ask the risk profiles about it, and act on it."""
         desk, signal, rejected = self._desk, None, tuple[Event, ...]()
         try:
+            self.decisions.called += 1
             signal = await self._ask()
+            if signal is None:
+                self.decisions.returned_none += 1
             if self._flags.stopping:
                 signal = None
             if signal is not None:
@@ -208,6 +216,8 @@ class Minute:
             await self._watcher.failed("get_signal", error)
             signal = None
         admitted = await desk.apply(partial(self._admitted, None if rejected else signal))
+        if signal is not None and not rejected and not admitted and signal.id == state.last_signal_id:
+            self.decisions.repeated += 1
         return (*rejected, *admitted)
 
     def _admitted(self, signal: Signal | None, state: State) -> tuple[State, tuple[Event, ...]]:
@@ -224,6 +234,7 @@ class Minute:
         if refusal is None:
             return ()
         risk_name, reason = refusal
+        self.decisions.count(self.decisions.rejected, risk_name)
         return (
             RiskRejected(
                 identity=self._identity,
