@@ -390,7 +390,7 @@ async def test_available_is_the_unbroken_end(make_candles: Make, source_of: Any)
     assert (await feed.available("BTCUSDT", START, minutes(20))).candles == whole[10:20]
     assert len((await feed.available("BTCUSDT", START, minutes(24))).candles) == 0
     assert len((await feed.available("BTCUSDT", START - DAY_MS, START)).candles) == 0
-    filled, _, _ = await feed.available("BTCUSDT", START, minutes(60), gaps="fill")
+    filled, *_ = await feed.available("BTCUSDT", START, minutes(60), gaps="fill")
     assert filled.timestamp[0] == minutes(10)
     assert len(filled) == 50
 
