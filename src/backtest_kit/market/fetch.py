@@ -20,10 +20,11 @@ from backtest_kit.market.integrity import (
     find_gaps,
     whole_minutes,
 )
-from backtest_kit.market.repair import DirtyRule, Repaired, as_published, describe_repairs, repair
+from backtest_kit.market.repair import DirtyRule, Repaired, as_published, repair
 from backtest_kit.market.sources.base import CandleSource
 from backtest_kit.model.candle import NO_TIME, CandleSeries
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso
+from backtest_kit.model.repairs import describe_repairs
 from backtest_kit.persist.store import CandleStore, SeriesKey
 from backtest_kit.settings import Settings
 
