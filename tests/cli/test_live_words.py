@@ -126,7 +126,7 @@ def test_an_event_in_words_and_as_json(kind: type[bk.Event], fields: dict[str, A
     assert alarming(event) is alarm
     told = json.loads(msgspec.json.encode(document(event)))
     assert not [name for name in names_in(told) if not CAMEL_CASE.fullmatch(name)]
-    assert (told["action"], told["symbol"], told["when"]) == (kind.action, "BTCUSDT", "2024-06-01T12:00Z")
+    assert (told["action"], told["symbol"], told["when"]) == (event.action, "BTCUSDT", "2024-06-01T12:00Z")
 
 
 def names_in(document: object) -> list[str]:

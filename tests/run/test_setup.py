@@ -54,7 +54,8 @@ def test_what_a_result_was_computed_with_is_saved(make_kit: MakeKit, tmp_path: P
     kit.set_config(CC_PERCENT_FEE=0.05, CC_POSITION_ENTRY_COST=250.0)
     result = kit.backtest.run_sync("BTCUSDT", **WHERE, fill="ohlc")
     setup = result.setup
-    assert (setup.fill, setup.gaps, setup.fee_pct, setup.slippage_pct) == ("ohlc", "error", 0.05, 0.1)
+    assert (setup.gaps, setup.dirty) == ("error", "refuse")
+    assert (setup.fill, setup.fee_pct, setup.slippage_pct) == ("ohlc", 0.05, 0.1)
     assert setup.settings == {"CC_POSITION_ENTRY_COST": 250.0}
     assert setup.versions == {
         "backtest-kit": bk.__version__, "python": platform.python_version(), "numpy": np.__version__

@@ -18,6 +18,7 @@ from backtest_kit.cli.choice import choose, pick
 from backtest_kit.cli.interrupt import run_until_interrupted
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
+from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.report import Results
 from backtest_kit.run.backtest import BacktestHandle
@@ -34,6 +35,7 @@ def run_backtest(
     frame: str | None,
     candles: str | None,
     gaps: str,
+    dirty: str | None,
     fill: str,
     dump: Path,
     strategy_name: str | None,
@@ -54,6 +56,7 @@ def run_backtest(
                 frame_name=choice.frame,
                 fill=cast(Fill, fill),
                 gaps=cast(Gaps, gaps),
+                dirty=cast("DirtyRule | None", dirty),
             )
             for each in dict.fromkeys(symbols)
         ]

@@ -14,6 +14,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """The fill model."""
     gaps: str = ""
     """What was done about missing minutes: "error" or "fill"."""
+    dirty: str = ""
+    """What was done about bad rows of the source: "refuse" or "repair"."""
     fee_pct: float = 0.0
     """Fee of each fill, in percent of its value."""
     slippage_pct: float = 0.0

@@ -29,6 +29,7 @@ def setup_of(job: Job, candles: CandleSeries) -> Setup:
     return Setup(
         fill=job.rules.fill,
         gaps=job.gaps,
+        dirty=job.dirty,
         fee_pct=settings.CC_PERCENT_FEE,
         slippage_pct=settings.CC_PERCENT_SLIPPAGE,
         settings=_changed(settings),
