@@ -18,13 +18,22 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, OutOfSpace, RetryLater, UserError
+from backtest_kit.persist.backends.sqlite_mark import (
+    Head,
+    lost_commits,
+    new_head,
+    read_head,
+    read_mark,
+    write_head,
+    write_mark,
+)
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import Disk, disk_error
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 APPLICATION_ID: Final = 0x42_4B_50_79
 """`BKPy` in the header of the file: it is ours, whatever it is called."""
 
@@ -36,9 +45,11 @@ _SCHEMA: Final = (
         key TEXT NOT NULL,
         seq INTEGER NOT NULL,
         removed INTEGER NOT NULL,
-        record BLOB NOT NULL,
-        UNIQUE (namespace, contract, key)
+        record BLOB NOT NULL
     )""",
+    "CREATE UNIQUE INDEX records_by_name ON records (namespace, contract, key)",
+    # The same once more, in a tree of its own: what a damaged page hides in one of them, the other one still finds.
+    "CREATE UNIQUE INDEX records_by_key ON records (key, contract, namespace)",
     "CREATE INDEX records_in_order ON records (namespace, contract, seq)",
     """CREATE TABLE quarantine (
         id INTEGER PRIMARY KEY,
@@ -50,8 +61,17 @@ _SCHEMA: Final = (
         record BLOB NOT NULL,
         UNIQUE (namespace, contract, key, record)
     )""",
+    # A single row; see `Head`.
+    "CREATE TABLE store (head BLOB NOT NULL)",
 )
 _WAYS_OUT: Final = "restore a copy of the file, or move it away to begin with an empty one; it was not changed"
+
+
+_DAMAGE: Final = frozenset(
+    (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT)
+)
+"""What a damaged file is to SQLite. The last two stand for a table that is not there, or a row that is there already:
+in a sound file, no statement of this program meets either."""
 
 
 class Job:
@@ -229,12 +249,18 @@ class Database:
             self._synced = durable
         connection.execute("BEGIN IMMEDIATE")
         crashpoint("sqlite.after_begin")
+        head: Head | None = None
+        before = connection.total_changes
         try:
             for job in jobs:
                 try:
                     job.result = job.perform(connection)
                 except BacktestKitError as error:
                     job.error = error
+            if durable and connection.total_changes != before:
+                head = read_head(connection)
+                head = head._replace(commits=head.commits + 1)
+                write_head(head, connection)
         except BaseException:
             _roll_back(connection)
             raise
@@ -249,6 +275,11 @@ class Database:
             # The end of the transaction may have reached the log before the sync failed.
             for job in jobs:
                 job.error = job.error or self._explain(error, Outcome.UNKNOWN)
+            return
+        # Behind the commit, so that it is never ahead of the database, and before the answer. One that was not synced
+        # may be lost with the host's power, so it is not noted.
+        if head is not None:
+            write_mark(self.path, head)
 
     def _answer(self, connection: sqlite3.Connection, jobs: list[Job]) -> None:
         for job in jobs:
@@ -271,6 +302,7 @@ class Database:
             in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
             reason = "a directory of its path is a file" if in_the_way else error.strerror
             raise UserError(f"{self.path} cannot be made: {reason}; give another path") from error
+        self._require_whole()
         connection = self._connect()
         deadline = time.monotonic() + self._busy_timeout
         while True:
@@ -306,31 +338,78 @@ class Database:
         connection.execute("PRAGMA query_only = ON")
         return connection
 
-    def _open_to_look(self) -> sqlite3.Connection:
-        address = f"{self.path.as_uri()}?mode=ro"
-        # A log that nobody has needs files beside it even to be read; without it nothing changes on a read-only disk.
-        if not os.access(self.path.parent, os.W_OK) and not Path(f"{self.path}-wal").exists():
-            address += "&immutable=1"
-        connection = None
+    def loss(self) -> str | None:
+        """Which commits the database has lost, as far as its mark knows. Blocks, and changes nothing.
+
+        Raises:
+            Damaged, RetryLater, UserError: it cannot be opened.
+        """
+        marks = read_mark(self.path)
+        if not marks or not self.path.exists():
+            return None
+        # Not a connection that writes: when it is closed, it throws away what it could not read of the log.
+        connection = self._connect_to_look()
         try:
-            connection = sqlite3.connect(
-                address, uri=True, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False
-            )
+            return None if self._check_owner(connection) else lost_commits(self.path, marks, read_head(connection))
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+        finally:
+            connection.close()
+
+    def accept_loss(self) -> str | None:
+        """As `AcceptsLoss.accept_loss`: the database gets a new identity, of which no mark knows anything. Blocks."""
+        lost = self.loss()
+        if lost is None:
+            return None
+        connection = self._connect()
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            write_head(new_head()._replace(commits=read_head(connection).commits), connection)
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+        finally:
+            connection.close()
+        return lost
+
+    def _require_whole(self) -> None:
+        lost = self.loss()
+        if lost is not None:
+            raise Damaged(lost)
+
+    def _open_to_look(self) -> sqlite3.Connection:
+        self._require_whole()
+        connection = self._connect_to_look()
+        try:
             if self._check_owner(connection):
-                raise UserError(f"{self.path} is no store of this program, it is empty: name another one")
+                raise UserError(f"{self.path} is not a store of this program, it is empty: name another one")
         except BaseException as error:
-            if connection is not None:
-                connection.close()
+            connection.close()
             if isinstance(error, sqlite3.Error):
                 raise self._explain(error) from error
             raise
         return connection
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect_to_look(self) -> sqlite3.Connection:
+        address = f"{self.path.as_uri()}?mode=ro"
+        # A log that nobody has needs files beside it even to be read; without it nothing changes on a read-only disk.
+        if not os.access(self.path.parent, os.W_OK) and not Path(f"{self.path}-wal").exists():
+            address += "&immutable=1"
+        return self._connect(address, uri=True)
+
+    def _connect(self, address: str | Path | None = None, *, uri: bool = False) -> sqlite3.Connection:
         try:
-            return sqlite3.connect(self.path, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False)
+            connection = sqlite3.connect(
+                address or self.path,
+                uri=uri,
+                timeout=self._busy_timeout,
+                isolation_level=None,
+                check_same_thread=False,
+            )
         except sqlite3.Error as error:
             raise self._explain(error) from error
+        connection.text_factory = _text
+        return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         connection.execute("BEGIN")
@@ -343,10 +422,13 @@ class Database:
         if self._check_owner(connection):
             for statement in _SCHEMA:
                 connection.execute(statement)
+            connection.execute("INSERT INTO store (head) VALUES (?)", (new_head().pack(),))
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             crashpoint("sqlite.after_schema")
         connection.execute("COMMIT")
+        # The identity must be in the database itself: with a damaged log, it would else look like one that is new.
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def _check_owner(self, connection: sqlite3.Connection) -> bool:
         """True if the file is empty and the schema must be made. To be asked inside a transaction."""
@@ -357,6 +439,11 @@ class Database:
             return True
         if application != APPLICATION_ID:
             raise UserError(f"{self.path} is an SQLite database of another program: give another path")
+        if version < SCHEMA_VERSION:
+            raise UserError(
+                f"{self.path} was written by an older version of this program (schema {version}, this one reads "
+                f"{SCHEMA_VERSION}): export it with that version, and import it into a new file"
+            )
         if version > SCHEMA_VERSION:
             raise Damaged(
                 f"{self.path} was written by a newer version of this program (schema {version}, this one reads "
@@ -366,7 +453,7 @@ class Database:
 
     def _explain(self, error: sqlite3.Error, outcome: Outcome | None = None) -> Exception:
         code = _code(error)
-        if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        if code in _DAMAGE:
             return Damaged(f"{self.path} is not a sound SQLite database ({error}): {_WAYS_OUT}", outcome=outcome)
         if code == sqlite3.SQLITE_FULL:
             return OutOfSpace(f"no space left for {self.path}: free some; what is stored is intact", outcome=outcome)
@@ -380,6 +467,11 @@ class Database:
         if isinstance(error, sqlite3.OperationalError):
             return RetryLater(f"{self.path} could not be used ({error}): check the disk and try again", outcome=outcome)
         return error
+
+
+def _text(data: bytes) -> str:
+    """A text of the database. What a damaged page has instead is shown, and is equal to no name."""
+    return data.decode(errors="backslashreplace")
 
 
 def _code(error: sqlite3.Error) -> int | None:
