@@ -30,7 +30,12 @@ CHUNK: Final = 256
 
 _BY_NAME: Final = "SELECT id FROM records INDEXED BY records_by_name WHERE namespace = ? AND contract = ? AND key = ?"
 _BY_KEY: Final = "SELECT id FROM records INDEXED BY records_by_key WHERE namespace = ? AND contract = ? AND key = ?"
-_ROW: Final = "SELECT namespace, contract, key, removed, CAST(record AS BLOB) FROM records NOT INDEXED WHERE id = ?"
+_COLUMNS: Final = (
+    "coalesce(CAST(namespace AS TEXT), ''), coalesce(CAST(contract AS TEXT), ''), coalesce(CAST(key AS TEXT), ''), "
+    "removed, coalesce(CAST(record AS BLOB), x'') FROM records NOT INDEXED"
+)
+"""Of a row, of the types that they should have whatever a damaged page says."""
+_ROW: Final = f"SELECT {_COLUMNS} WHERE id = ?"
 _WRITE: Final = """
     INSERT INTO records (namespace, contract, key, removed, record, seq)
     VALUES (?1, ?2, ?3, ?4, ?5,
@@ -82,7 +87,7 @@ def read(
     if row is None:
         return Suspect(name, b"", Damaged("its row is missing, although the index leads there"))
     if not is_whole:
-        return Suspect(name, row[4] or b"", Damaged("one index of the database has lost it, and the other one has not"))
+        return Suspect(name, row[4], Damaged("one index of the database has lost it, and the other one has not"))
     return _open(contract, name, key, row, open_sealed)
 
 
@@ -106,7 +111,7 @@ def read_all(
         elif _find(name, connection) != (number, True):
             # Else the listed row was pruned, and its number is that of another record now.
             name = namespace, contract.name, row[2]
-            found.append(Suspect(name, row[4] or b"", Damaged(f"its row is called {path_to(row[:3])}")))
+            found.append(Suspect(name, row[4], Damaged(f"its row is called {path_to(row[:3])}")))
     return found
 
 
@@ -167,21 +172,21 @@ def _open(
     contract: Contract,
     name: Name,
     key: Key | None,
-    row: tuple[str, str, str, int, bytes | None],
+    row: tuple[str, str, str, int, bytes],
     open_sealed: Callable[[Contract, Key | None, bytes], Record] = unseal,
 ) -> Record | Suspect:
     *found, removed, data = row
     try:
         if tuple(found) != name:
             raise Damaged(f"its row is called {path_to((found[0], found[1], found[2]))}")
-        record = open_sealed(contract, key, data or b"")
+        record = open_sealed(contract, key, data)
         if key is None and (path := "/".join(path_of(contract, record.key))) != name[2]:
             wrong, name = name[2], (*name[:2], path)
             raise Damaged(f"its row is called {wrong}")
         if removed != record.removed:
             raise Damaged("its row and its record differ in whether it was removed")
     except Damaged as error:
-        return Suspect(name, data or b"", error)
+        return Suspect(name, data, error)
     return record
 
 
@@ -262,8 +267,7 @@ def check_rows(after: int, connection: sqlite3.Connection, *, money_only: bool =
     contracts = [row.name for row in ALL_CONTRACTS.values() if row.durability is Durability.MONEY]
     wanted = f"AND contract IN ({', '.join('?' * len(contracts))})" if money_only else ""
     rows = connection.execute(
-        "SELECT id, namespace, contract, key, removed, CAST(record AS BLOB) FROM records NOT INDEXED "  # noqa: S608
-        f"WHERE id > ? {wanted} ORDER BY id LIMIT ?",
+        f"SELECT id, {_COLUMNS} WHERE id > ? {wanted} ORDER BY id LIMIT ?",
         (after, *(contracts if money_only else ()), CHUNK),
     ).fetchall()
     found = [_check_row(row) for _, *row in rows]
@@ -331,7 +335,7 @@ def restore(path: str, connection: sqlite3.Connection) -> Record:
     number, _ = _find(name, connection)
     row = connection.execute(_ROW, (number,)).fetchone()
     try:
-        record = reseal(contract, b"" if row is None else row[4] or b"")
+        record = reseal(contract, b"" if row is None else row[4])
         if "/".join(path_of(contract, check_key(contract, record.key))) != name[2]:
             raise Damaged(f"it is the record of {record.key}")
     except Damaged as error:

@@ -67,6 +67,8 @@ _SCHEMA: Final = (
 _WAYS_OUT: Final = "restore a copy of the file, or move it away to begin with an empty one; it was not changed"
 
 
+FAILURES: Final = (sqlite3.Error, UnicodeDecodeError)
+"""What a call of SQLite may raise; the second, where its message quotes bytes of a damaged page."""
 _DAMAGE: Final = frozenset(
     (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT)
 )
@@ -232,7 +234,7 @@ class Database:
     def _commit(self, connection: sqlite3.Connection, jobs: list[Job]) -> None:
         try:
             self._transact(connection, jobs)
-        except sqlite3.Error as error:
+        except FAILURES as error:
             if len(jobs) == 1 or _code(error) == sqlite3.SQLITE_BUSY:
                 for job in jobs:
                     job.error = self._explain(error)
@@ -268,7 +270,7 @@ class Database:
         try:
             connection.execute("COMMIT")
             crashpoint("sqlite.after_commit")
-        except sqlite3.Error as error:
+        except FAILURES as error:
             _roll_back(connection)
             if _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
                 raise
@@ -285,7 +287,7 @@ class Database:
         for job in jobs:
             try:
                 job.result = job.perform(connection)
-            except sqlite3.Error as error:
+            except FAILURES as error:
                 job.error = self._explain(error)
             except Exception as error:
                 job.error = error
@@ -312,7 +314,7 @@ class Database:
             except BaseException as error:
                 _roll_back(connection)
                 # SQLite does not wait by itself while another process switches a new file to WAL.
-                if isinstance(error, sqlite3.Error):
+                if isinstance(error, FAILURES):
                     if _code(error) == sqlite3.SQLITE_BUSY and time.monotonic() < deadline:
                         time.sleep(0.01)
                         continue
@@ -351,7 +353,7 @@ class Database:
         connection = self._connect_to_look()
         try:
             return None if self._check_owner(connection) else lost_commits(self.path, marks, read_head(connection))
-        except sqlite3.Error as error:
+        except FAILURES as error:
             raise self._explain(error) from error
         finally:
             connection.close()
@@ -366,7 +368,7 @@ class Database:
             connection.execute("BEGIN IMMEDIATE")
             write_head(new_head()._replace(commits=read_head(connection).commits), connection)
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
+        except FAILURES as error:
             raise self._explain(error) from error
         finally:
             connection.close()
@@ -385,7 +387,7 @@ class Database:
                 raise UserError(f"{self.path} is not a store of this program, it is empty: name another one")
         except BaseException as error:
             connection.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, FAILURES):
                 raise self._explain(error) from error
             raise
         return connection
@@ -406,7 +408,7 @@ class Database:
                 isolation_level=None,
                 check_same_thread=False,
             )
-        except sqlite3.Error as error:
+        except FAILURES as error:
             raise self._explain(error) from error
         connection.text_factory = _text
         return connection
@@ -434,8 +436,8 @@ class Database:
         """True if the file is empty and the schema must be made. To be asked inside a transaction."""
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if not application and not tables:
+        schema = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master")}
+        if not application and not schema:
             return True
         if application != APPLICATION_ID:
             raise UserError(f"{self.path} is an SQLite database of another program: give another path")
@@ -449,11 +451,14 @@ class Database:
                 f"{self.path} was written by a newer version of this program (schema {version}, this one reads "
                 f"up to {SCHEMA_VERSION}): upgrade, or give another path; it was not changed"
             )
+        if not schema.issuperset(_SCHEMA):
+            # A column with another name or type would be read as something else.
+            raise Damaged(f"the tables of {self.path} are not those that this program made: {_WAYS_OUT}")
         return False
 
-    def _explain(self, error: sqlite3.Error, outcome: Outcome | None = None) -> Exception:
+    def _explain(self, error: Exception, outcome: Outcome | None = None) -> Exception:
         code = _code(error)
-        if code in _DAMAGE:
+        if code in _DAMAGE or isinstance(error, UnicodeDecodeError):
             return Damaged(f"{self.path} is not a sound SQLite database ({error}): {_WAYS_OUT}", outcome=outcome)
         if code == sqlite3.SQLITE_FULL:
             return OutOfSpace(f"no space left for {self.path}: free some; what is stored is intact", outcome=outcome)
@@ -474,7 +479,7 @@ def _text(data: bytes) -> str:
     return data.decode(errors="backslashreplace")
 
 
-def _code(error: sqlite3.Error) -> int | None:
+def _code(error: Exception) -> int | None:
     """The primary result code: extended codes say in their higher bits where it came from."""
     code = getattr(error, "sqlite_errorcode", None)
     return None if code is None else code & 0xFF
