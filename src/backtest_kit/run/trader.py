@@ -32,6 +32,7 @@ from backtest_kit.errors import BacktestKitError, Conflict, Outcome, RetryLater,
 from backtest_kit.model.event import (
     Change,
     Event,
+    Lasting,
     PositionClosed,
     PositionOpened,
     RiskRejected,
@@ -43,7 +44,7 @@ from backtest_kit.run.alarms import Alarms, words_of
 from backtest_kit.run.chronicle import Chronicle
 from backtest_kit.run.desk import Act, Desk
 from backtest_kit.run.keeper import Keeper, Need, RiskRefused, Unsaved
-from backtest_kit.run.ledger import LASTING, Book, Commanded
+from backtest_kit.run.ledger import Book, Commanded
 from backtest_kit.run.minute import Minute, Watcher, as_signal
 from backtest_kit.run.orders import (
     COMMANDS,
@@ -159,9 +160,7 @@ class Trader(Watcher):
         if after == before:
             return events
         number = self.book.orders + 1 if isinstance(before, Holding) and isinstance(after, Holding) else 0
-        intent = intended(
-            before, after, events, self._desk.tick, self._rules, number, quantities=self._broker.reports_fills
-        )
+        intent = self._intended(before, after, events, number)
         if intent is not None:
             return await self._order(intent)
         book = msgspec.structs.replace(self.book, state=after)
@@ -250,8 +249,23 @@ class Trader(Watcher):
                 after, events = closed(state, fill.reason or "closed", fill.price, tick, self._rules)
                 return await self._conclude(None, after, events)
             after, events = activated(state, fill, tick, self._rules)
-            intent = intended(state, after, events, tick, self._rules, 0, quantities=False)
+            intent = self._intended(state, after, events, 0, quantities=False)
             return () if intent is None else await self._order(intent)
+
+    def _intended(
+        self, before: State, after: State, events: tuple[Event, ...], number: int, *, quantities: bool | None = None
+    ) -> Intent | None:
+        broker = self._broker
+        return intended(
+            before,
+            after,
+            events,
+            self._desk.tick,
+            self._rules,
+            number,
+            store_id=broker.store_id,
+            quantities=broker.reports_fills if quantities is None else quantities,
+        )
 
     async def pause(self, paused: bool) -> None:
         """Ask the strategy no more, or again; it holds after a restart as well.
@@ -353,7 +367,7 @@ class Trader(Watcher):
         """Write down what has happened; whether that succeeds changes nothing about it."""
         book, when_ms = self.book, self._desk.tick.when_ms if order is None else order.when_ms
         command = isinstance(book.state, Holding) and isinstance(state, Holding)
-        lasting = tuple(event for event in events if isinstance(event, LASTING))
+        lasting = tuple(event for event in events if isinstance(event, Lasting))
         if command and order is not None:
             book = _commanded(book, when_ms, Commanded(order.kind, refused))
         book = msgspec.structs.replace(
@@ -434,7 +448,7 @@ class Trader(Watcher):
             intent = again
         elif order.kind in EXITS:
             number = self.book.orders + 1
-            intent = renamed(intent, signal_id_of(state), number, report.fill) if refused else retried(intent)
+            intent = renamed(intent, number, report.fill) if refused else retried(intent)
             intent = intent if fresh else renewed(intent, state, tick, self._rules)
         elif order.kind == "activate" and refused and isinstance(state, Resting):
             return await self._conclude(None, *cancelled(state, tick, self._rules))
@@ -536,7 +550,7 @@ class Trader(Watcher):
 
     def told(self, event: Event) -> None:
         self._telling = None
-        if self._sent and isinstance(event, LASTING):
+        if self._sent and isinstance(event, Lasting):
             crashpoint(f"live.{self._sent.pop(0)}.after_emit")
 
     async def failed(self, what: str, error: Exception) -> None:
