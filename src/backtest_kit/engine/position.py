@@ -23,6 +23,7 @@ from backtest_kit.model.position import (
 )
 from backtest_kit.settings import Settings
 
+_ROUNDING: Final = 1e-9
 _NO_MARKS: Final = str.maketrans("", "", "-:T")
 LEVEL_STEP: Final = 10
 """Levels of the way to take profit and stop loss are tenths, in percent."""
@@ -128,6 +129,8 @@ def close_trade(
     fee = None if execution is None else execution.fee
     pct, cost, fees = result(position.position, entries, reductions, price, settings, fee)
     position = _with_extremes(position, entry, price, when_ms, settings)
+    if reason in ("stop_loss", "trailing_stop"):
+        reason = _stop_reason(position, entry)
     return Trade(
         **shared(position, Origin),
         opened_at_ms=position.opened_at_ms,
@@ -151,3 +154,10 @@ def close_trade(
         execution=execution,
         close_note=close_note,
     )
+
+
+def _stop_reason(position: Position, entry: float) -> CloseReason:
+    moved, sign = position.moved_stop_loss, 1.0 if position.position == "long" else -1.0
+    # A stop at breakeven is at the entry price, which adding up the rest of the position may round anew.
+    beyond = moved is not None and sign * (moved - entry) > _ROUNDING * entry
+    return "trailing_stop" if beyond else "stop_loss"
