@@ -136,6 +136,11 @@ class Bench:
         assert (await client.ask("POST", "/sim/cancel", body))[0] == 200
 
 
+def received(bench: Bench, quantity: float) -> float:
+    """What a purchase brings in: spot takes its fee from it."""
+    return quantity * (0.999 if bench.kind == "spot" else 1)
+
+
 def urls_of(url: str) -> dict[str, str]:
     """The addresses of Binance's interfaces at a simulated exchange."""
     return dict(ccxt_options(url, library.binance)["urls"]["api"])

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from tests.broker.conftest import IDS, Kind, MakeBench, again, order
+from tests.broker.conftest import IDS, Kind, MakeBench, again, order, received
 
 from backtest_kit.broker.base import OrderTransient
 from backtest_kit.errors import Outcome
@@ -80,6 +80,6 @@ async def test_an_order_that_was_found_again_is_not_done_before_all_of_it_is_fil
     await venue.advance()
     fill = await opening
     assert fill is not None
-    assert fill.quantity == 0.02
+    assert fill.quantity == pytest.approx(received(venue, 0.02))
     assert venue.held() == pytest.approx(0.02, abs=0.00003)
     assert [quantity for _, quantity, _ in venue.stops()] == pytest.approx([venue.held()], abs=0.00002)

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import msgspec
 import pytest
-from tests.broker.conftest import IDS, PRICE, START, Bench, Kind, MakeBench, again, order, position, resting
+from tests.broker.conftest import IDS, PRICE, START, Bench, Kind, MakeBench, again, order, position, received, resting
 
 from backtest_kit.broker.base import Fill, OrderDeleted, OrderRejected, OrderTransient
 from backtest_kit.errors import Outcome
@@ -19,11 +19,6 @@ SIDES = pytest.mark.parametrize(("kind", "direction"), [("spot", "long"), ("futu
 def kept(bench: Bench, quantity: float) -> float:
     """What a purchase leaves on the account: spot takes its fee from it, and a stop takes whole lots."""
     return int(quantity * (0.999 if bench.kind == "spot" else 1) * 1e5 + 1e-6) / 1e5
-
-
-def received(bench: Bench, quantity: float) -> float:
-    """What a purchase brings in: spot takes its fee from it."""
-    return quantity * (0.999 if bench.kind == "spot" else 1)
 
 
 @SIDES

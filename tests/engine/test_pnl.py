@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
-from backtest_kit.engine.pnl import closed_pct, effective_price, profit, remaining_cost
+from backtest_kit.engine.pnl import closed_pct, effective_price, profit, remaining_cost, result
 from backtest_kit.errors import BacktestKitError
-from backtest_kit.model.position import Direction, Entry, Reduction
+from backtest_kit.model.position import Direction, Entry, Execution, Reduction
 from backtest_kit.settings import Settings, with_settings
 
 SETTINGS = Settings()
@@ -127,3 +128,40 @@ def test_a_position_closed_to_the_last_cent_keeps_its_price() -> None:
     assert effective_price([entry(100), entry(90)][:1], whole) == 100
     assert remaining_cost([entry(100)], whole) == 0
     assert profit("long", [entry(100)], whole, 55, SETTINGS) == profit("long", [entry(100)], [], 110, SETTINGS)
+
+
+@given(
+    st.lists(st.tuples(st.floats(1, 1e5), st.floats(1, 1e4), st.none() | st.floats(-1, 100)), min_size=1, max_size=4),
+    st.lists(st.tuples(st.floats(1, 90), st.floats(1, 1e5), st.none() | st.floats(-1, 100)), max_size=3),
+    st.floats(1, 1e5),
+    st.none() | st.floats(-1, 100),
+    directions,
+)
+def test_a_fee_that_was_charged_takes_the_place_of_the_model_s(
+    bought: list[tuple[float, float, float | None]],
+    sold: list[tuple[float, float, float | None]],
+    price: float,
+    close_fee: float | None,
+    side: Direction,
+) -> None:
+    """Order by order: profit is what was gained before fees, less those that were charged and the model's elsewhere."""
+    entries = [Entry(at, cost, 0, Execution(fee=fee)) for at, cost, fee in bought]
+    reductions: list[Reduction] = []
+    for percent, at, fee in sold:
+        held = remaining_cost(entries, reductions)
+        reductions.append(Reduction(percent, at, held, len(entries), 0, Execution(fee=fee)))
+    settings = with_settings(SETTINGS, {"CC_PERCENT_FEE": 0.1, "CC_PERCENT_SLIPPAGE": 0})
+    plain_entries = [msgspec.structs.replace(part, execution=None) for part in entries]
+    plain_reductions = [msgspec.structs.replace(part, execution=None) for part in reductions]
+    gain = profit(side, plain_entries, plain_reductions, price, FREE)[1]
+    opened = effective_price(entries)
+    parts = [(part.cost_basis * part.percent / 100, part.price) for part in reductions]
+    parts.append((remaining_cost(entries, reductions), price))
+    traded = [*(entry.cost for entry in entries), *(cost * at / opened for cost, at in parts)]
+    charged = [*(fee for *_, fee in bought), *(fee for *_, fee in sold), close_fee]
+    fees = sum(value * 0.001 if fee is None else fee for value, fee in zip(traded, charged, strict=True))
+    pct, cost, booked = result(side, entries, reductions, price, settings, close_fee)
+    scale = sum(traded) + sum(abs(fee or 0.0) for fee in charged)
+    assert booked == pytest.approx(fees, abs=1e-9 * scale)
+    assert cost == pytest.approx(gain - fees, abs=1e-9 * scale)
+    assert pct == pytest.approx(cost / sum(entry.cost for entry in entries) * 100)

@@ -279,7 +279,13 @@ def unique(heard: list[Heard]) -> list[Heard]:
 def told(heard: Heard) -> tuple[Any, ...]:
     """What makes an event one of its own: of several changes in a minute each leaves another position."""
     change = heard.event.get("change")
-    return heard.action, heard.when_ms, heard.signal_id, change, repr(heard.event["position"]) if change else ""
+    return (
+        heard.action,
+        heard.when_ms,
+        heard.signal_id,
+        change,
+        repr(unnumbered(heard.event["position"])) if change else "",
+    )
 
 
 def plain_id(client_order_id: str) -> str:

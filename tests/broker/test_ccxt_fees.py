@@ -1,0 +1,66 @@
+"""Fees that come late, or in a currency that is neither bought nor paid with."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from tests.broker.conftest import PRICE, START, Bench, MakeBench, Script, again, order
+
+from backtest_kit.market.clock import SteppedClock
+from backtest_kit.simulation.account import SpotAccount
+from backtest_kit.simulation.binance import API_KEY
+from backtest_kit.simulation.exchange import Terms
+from backtest_kit.simulation.orders import Market, Side
+from backtest_kit.simulation.server import VenueServer
+from backtest_kit.simulation.venue import Venue
+
+
+class ThirdCurrency(SpotAccount):
+    """Pays each fee with 0.001 of a currency that it has enough of."""
+
+    currency = "BNB"
+
+    def settle(
+        self, side: Side, market: Market, price: Decimal, quantity: Decimal, fee_rate: Decimal
+    ) -> tuple[Decimal, str, Decimal]:
+        super().settle(side, market, price, quantity, Decimal(0))
+        return Decimal("0.001"), self.currency, Decimal(0)
+
+
+async def test_fees_that_are_not_reported_yet_are_not_known(bench: MakeBench) -> None:
+    venue = await bench("futures")
+    broker = await venue.broker()
+    fill = await broker.open_position(order())
+    assert fill is not None
+    assert fill.fee == pytest.approx(fill.cost * 0.001)
+    hidden, venue.exchange.fills[:] = list(venue.exchange.fills), []
+    late = (await broker.find(again(order()))).fill
+    assert late is not None
+    assert (late.fee, late.fee_currency, late.quantity) == (None, "", fill.quantity)
+    venue.exchange.fills[:] = hidden
+    assert (await broker.find(again(order()))).fill == fill
+
+
+@pytest.mark.parametrize(("currency", "fee"), [("BNB", 0.001 * PRICE), ("XYZ", None)])
+async def test_a_fee_in_a_third_currency_is_valued_where_that_has_a_market(
+    currency: str, fee: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    venue = Venue(Script((PRICE,)), ("BTCUSDT", "BNBUSDT"), SteppedClock(START), terms=Terms())
+    server = VenueServer(venue)
+    await server.start()
+    bench = Bench(server, "spot")
+    try:
+        broker = await bench.broker()
+        account: Any = venue.exchanges["spot"].account(API_KEY)
+        account.__class__ = type("Own", (ThirdCurrency,), {"currency": currency})
+        fill = await broker.open_position(order())
+    finally:
+        for each in bench.brokers:
+            await each.stop()
+        await server.stop()
+    assert fill is not None
+    assert (fill.fee_currency, fill.quantity) == (currency, 0.02)
+    assert fill.fee == (None if fee is None else pytest.approx(fee))
+    assert ("no market XYZ/USDT:USDT to value a fee" in caplog.text) == (fee is None)
