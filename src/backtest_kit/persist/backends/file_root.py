@@ -178,10 +178,15 @@ class Root:
     def _sweep(self, opened_at: float) -> None:
         try:
             own = [entry.path for entry in self.disk.entries(self.path) if is_part_of_store(entry.name)]
-            for file in self.disk.sweep(own, opened_at, find=f"{SUFFIX}{NEXT}"):
+            left = self.disk.sweep(own, opened_at, find=f"{SUFFIX}{NEXT}")
+        except OSError as error:  # they take space and nothing else, and the next opening tries again
+            _log.warning("temporary files below %s were not all removed: %s", self.path, error)
+            return
+        for file in left:
+            try:
                 self.successors.settle(file.removeprefix(f"{self.path}/").removesuffix(NEXT))
-        except (OSError, BacktestKitError) as error:  # they stay as readable as they were; the next opening tries again
-            _log.warning("not all that a killed process left below %s could be tidied up: %s", self.path, error)
+            except (OSError, BacktestKitError) as error:  # it stays as readable as it was
+                _log.warning("%s, which a killed process left, did not get its name: %s", file, error)
 
     def check_marker(self) -> bool:
         """Whether the root has a marker of its schema.

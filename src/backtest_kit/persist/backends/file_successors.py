@@ -107,6 +107,9 @@ class Successors:
 
     def settle(self, path: str) -> None:
         """Make durable, under its name, what a killed process left. Raises as `promote`."""
+        row = row_of(path)
+        if row is None or row.durability is not Durability.RECORD:
+            return  # what lies in quarantine is not a successor
         with self._hold(path):
             successor = self._load_newer(path)
             if successor is not None:
@@ -126,9 +129,7 @@ class Successors:
     def _load_newer(self, path: str) -> tuple[bytes, int] | None:
         """The bytes and the tick of a successor; None if it is none, because a batch has written the record since."""
         row, file = row_of(path), f"{self._root}/{path}"
-        if row is None:
-            return None
-        successor = self.load(row, None, path, locked=True)
+        successor = row and self.load(row, None, path, locked=True)
         if successor is None:
             return None
         try:
