@@ -129,8 +129,8 @@ class Successors:
     def _load_newer(self, path: str) -> tuple[bytes, int] | None:
         """The bytes and the tick of a successor; None if it is none, because a batch has written the record since."""
         row, file = row_of(path), f"{self._root}/{path}"
-        successor = row and self.load(row, None, path, locked=True)
-        if successor is None:
+        successor = None if row is None else self.load(row, None, path, locked=True)
+        if row is None or successor is None:
             return None
         try:
             data = self._disk.read(file)
