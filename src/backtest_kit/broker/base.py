@@ -130,6 +130,15 @@ class Broker:
     """The store whose orders the broker sends, 6 hex digits: it is part of every client order id. Set by the live run
     before `start`."""
 
+    def account(self) -> str:
+        """What tells the account, with its market, from every other one: the same text for every broker of it, such as
+        a digest of the API key, but never the key.
+
+        On one machine, processes of one store share a symbol of an account, and another store is refused at its start.
+        Empty: the broker cannot tell, and nothing is refused.
+        """
+        return ""
+
     async def start(self) -> None:
         """Connect and check that orders can be placed. Called once, before the first position is restored.
 

@@ -119,6 +119,10 @@ class CcxtBroker(Broker):
     def __repr__(self) -> str:
         return f"CcxtBroker({self._connection.exchange_id!r}, market={self._connection.kind!r})"
 
+    def account(self) -> str:
+        """As `Broker.account`: by key, market and address."""
+        return self._connection.account()
+
     async def start(self) -> None:
         """Connect, load the markets, check key, permissions, one-way position mode and clock.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
@@ -67,6 +68,17 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
             await client.close()
             raise
         return venue, client.close
+
+    def account(self) -> str:
+        """A digest of the key, the market and the address; empty without a key.
+
+        The name of the exchange is not in it: `binance` and `binanceusdm` reach the same futures.
+        """
+        key = self.credentials.get("apiKey") or os.environ.get(KEY_VARIABLES["apiKey"])
+        if not key:
+            return ""
+        reached = repr((key, self.test_network, sorted((name, str(url)) for name, url in self.urls.items())))
+        return f"{self.kind}:{hashlib.sha256(reached.encode()).hexdigest()[:32]}"
 
     def _secrets(self) -> dict[str, str | None]:
         found = {name: self.credentials.get(name) or os.environ.get(env) for name, env in KEY_VARIABLES.items()}
