@@ -1,7 +1,8 @@
 """Everything that one store has, moved into another one of whatever kind, and the proof that it arrived.
 
 Of the source only the record of its id is changed, at the end (see `store_id`). What the target gets has revisions and
-wall-clock times of its own; keys, values, simulation times, removals and the order of writing are those of the source. Leases stay behind.
+wall-clock times of its own; keys, values, simulation times, removals and the order of writing are those of the source.
+Leases stay behind.
 
 While a migration is under way the target has a record of it (`contracts.MIGRATION`): which parts are complete, and
 which record of the source was the newest in each. So a migration that was killed goes on with the first part that is

@@ -118,9 +118,9 @@ class AccountLock:
                 raise Conflict(
                     f"{self._symbol} of this account is traded from another store: {note.holder}, strategy "
                     f"{note.strategy_name}, store {note.store_id} at {note.place}. This is store "
-                    f"{self._note.store_id} at {self._note.place}. Two stores would trade one position twice: stop that "
-                    "process, or start this one with its store (--store or CC_STORE, or from its directory), or "
-                    "give this one an account of its own"
+                    f"{self._note.store_id} at {self._note.place}. Two stores would trade one position twice: stop "
+                    "that process, or start this one with its store (CC_STORE, or from its directory), or give this "
+                    "one an account of its own"
                 )
 
     def _let_go(self) -> None:
