@@ -126,6 +126,8 @@ class Broker:
 
     reports_fills: ClassVar[bool] = False
     """Whether fills carry the venue's own prices: slippage is in them already, and is not charged again."""
+    notes: tuple[str, ...] = ()
+    """What people should know of this broker, shown with the status of the run."""
     store_id: str = NO_STORE
     """The store whose orders the broker sends, 6 hex digits: it is part of every client order id. Set by the live run
     before `start`."""
