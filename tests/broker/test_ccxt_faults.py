@@ -124,8 +124,10 @@ async def test_another_program_s_order_still_under_way_is_waited_for(bench: Make
 
 
 @BOTH
-async def test_a_request_delivered_twice_is_filled_once(bench: MakeBench, kind: Kind) -> None:
-    venue = await bench(kind)
+async def test_a_request_delivered_twice_is_filled_once_where_ids_are_never_taken_again(
+    bench: MakeBench, kind: Kind
+) -> None:
+    venue = await bench(kind, client_ids="ever")
     broker = await venue.broker()
     venue.fault("duplicate", "POST */order")
     fill = await broker.open_position(order())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from backtest_kit.simulation.account import FuturesAccount, SpotAccount
-from backtest_kit.simulation.exchange import Exchange, Minute, Terms
+from backtest_kit.simulation.exchange import ClientIds, Exchange, Minute, Terms
 from backtest_kit.simulation.orders import Kind, Market, NewOrder, Refused
 
 MARKET = Market.of("BTCUSDT", 50_000)
@@ -100,11 +100,10 @@ def test_nothing_is_made_or_lost(given_steps: list[Any], kind: Kind, fraction: D
 
 
 @given(steps, st.sampled_from(get_args(Kind)))
-def test_orders_are_filled_within_their_bounds_and_ids_are_used_once(given_steps: list[Any], kind: Kind) -> None:
+def test_orders_are_filled_within_their_bounds(given_steps: list[Any], kind: Kind) -> None:
     exchange = exchange_at(kind=kind, fill_fraction=Decimal("0.4"))
     run(exchange, given_steps)
     orders = list(exchange.orders.values())
-    assert len({order.client_order_id for order in orders}) == len(orders)
     for order in orders:
         fills = [fill for fill in exchange.fills if fill.order_id == order.id]
         assert order.filled == sum((fill.quantity for fill in fills), Decimal(0))
@@ -116,6 +115,14 @@ def test_orders_are_filled_within_their_bounds_and_ids_are_used_once(given_steps
             assert all(worst(fill.price, order.price) == order.price for fill in fills)
         assert all(fill.price % MARKET.tick_size == 0 for fill in fills)
     assert [order for order in orders if order.is_open] == exchange.open_orders("bot")
+
+
+@given(steps, st.sampled_from(get_args(ClientIds)))
+def test_client_ids_name_one_order_ever_or_one_that_is_open(given_steps: list[Any], rule: ClientIds) -> None:
+    exchange = exchange_at(client_ids=rule)
+    run(exchange, given_steps)
+    named = exchange.orders.values() if rule == "ever" else exchange.open_orders("bot")
+    assert len({order.client_order_id for order in named}) == len(named)
 
 
 @given(steps, st.sampled_from(get_args(Kind)))
@@ -226,8 +233,8 @@ def test_a_part_is_filled_and_the_rest_goes_on_or_expires() -> None:
     ]
 
 
-def test_client_ids_may_be_free_again_once_their_order_is_done() -> None:
-    exchange = exchange_at(client_ids="open")
+def test_a_client_id_is_free_again_once_its_order_is_done() -> None:
+    exchange = exchange_at()
     exchange.place("bot", new("market", id="x"))
     exchange.place("bot", new("limit", price="49000", id="x"))
     with pytest.raises(Refused, match="x is taken by order 2"):

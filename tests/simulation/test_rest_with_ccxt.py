@@ -11,6 +11,7 @@ from backtest_kit.market import sources
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.simulation.client import ccxt_options, connect
+from backtest_kit.simulation.exchange import Terms
 from backtest_kit.simulation.server import VenueServer
 
 Serve = Callable[..., Awaitable[VenueServer]]
@@ -101,8 +102,8 @@ async def test_a_market_order_is_bought_and_sold(serve: Serve, trader: Trader, k
 
 
 @pytest.mark.parametrize("kind", ["spot", "futures"])
-async def test_a_client_order_id_is_taken_for_ever(serve: Serve, trader: Trader, kind: str) -> None:
-    server = await serve()
+async def test_an_id_that_was_used_is_refused_under_the_stricter_rule(serve: Serve, trader: Trader, kind: str) -> None:
+    server = await serve(terms=Terms(client_ids="ever"))
     client, symbol = trader(server, kind), symbol_of(kind)
     await client.create_order(symbol, "market", "buy", 0.01, params={"newClientOrderId": "once"})
     with pytest.raises(ccxt_library.InvalidOrder, match=r"Duplicate order sent|ClientOrderId is duplicated"):
@@ -111,6 +112,23 @@ async def test_a_client_order_id_is_taken_for_ever(serve: Serve, trader: Trader,
     assert (found["filled"], len(await client.fetch_my_trades(symbol))) == (0.01, 1)
     with pytest.raises(ccxt_library.OrderNotFound):
         await client.fetch_order("", symbol, params={"origClientOrderId": "never"})
+
+
+@pytest.mark.parametrize("kind", ["spot", "futures"])
+async def test_an_id_may_be_used_again_once_its_order_is_done(serve: Serve, trader: Trader, kind: str) -> None:
+    server = await serve()
+    client, symbol = trader(server, kind), symbol_of(kind)
+    twice = {"newClientOrderId": "twice"}
+    filled = [await client.create_order(symbol, "market", "buy", 0.01, params=twice) for _ in range(2)]
+    assert [each["filled"] for each in filled] == [0.01, 0.01]
+    resting = await client.create_order(symbol, "limit", "buy", 0.01, 10_000, params=twice)
+    for type_, price in (("market", None), ("limit", 9_000)):
+        with pytest.raises(ccxt_library.InvalidOrder, match=r"Duplicate order sent|ClientOrderId is duplicated"):
+            await client.create_order(symbol, type_, "buy", 0.01, price, params=twice)
+    await client.cancel_order(resting["id"], symbol)
+    latest = await client.create_order(symbol, "market", "sell", 0.01, params=twice)
+    found = await client.fetch_order("", symbol, params={"origClientOrderId": "twice"})
+    assert found["id"] == latest["id"], "of several with one id, the last is found"
 
 
 @pytest.mark.parametrize("kind", ["spot", "futures"])

@@ -9,7 +9,7 @@ from typing import Final
 MAX_LENGTH: Final = 36
 """Binance takes 36 characters, and so do most; a venue that takes fewer says so in `Ids`."""
 _TAKEN_EVERYWHERE: Final = re.compile(r"[A-Za-z0-9_-]+")
-_SUFFIX: Final = re.compile(r"-[a-z][0-9]{0,6}")
+_SUFFIX: Final = re.compile(r"-[a-z][0-9]{0,10}")
 _STOP: Final = re.compile(r"-p[0-9]+")
 _HASH_LENGTH: Final = 22
 
