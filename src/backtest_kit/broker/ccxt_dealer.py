@@ -41,8 +41,7 @@ class Dealer:
         """The orders on the exchange that carry out one order: several where an exit was too large for one."""
         found: list[VenueOrder] = []
         while len(found) < (MOST_PARTS if order.kind in EXITS else 1):
-            opens = order.kind in OPENS
-            client_id = stake.ids.entry if opens else stake.ids.of(order.client_order_id, len(found))
+            client_id = stake.ids.of(order.client_order_id, len(found))
             # The last one as well may still be under way.
             part = await self._venue.order(stake.market, client_id, certain=certain)
             if part is None:
@@ -106,7 +105,7 @@ class Dealer:
             )
         self.stops.check_level(stake, order.stop_loss, order.price)
         open_orders = await self._venue.open_orders(market)
-        others = [each for each in open_orders if stake.ids.suffix(each.client_id) is None]
+        others = [each for each in open_orders if stake.ids.kind(each.client_id) is None]
         ours = [each for each in open_orders if stake.ids.stop_number(each.client_id) is not None]
         whole = quantity + sum((stop.remaining for stop in ours), Decimal(0))
         # Of a future a stop is replaced by a second one that is there for a moment next to it.
@@ -234,7 +233,7 @@ class Dealer:
             if len(sold) == MOST_PARTS:
                 if not stake.market.contract:
                     await self._put_back(stake, order, held)
-                told = f"{stake.market.symbol}: {MOST_PARTS} orders have not closed all of {stake.ids.entry}"
+                told = f"{stake.market.symbol}: {MOST_PARTS} orders have not closed all of {stake.ids.signal_id}"
                 raise OrderRejected(f"{told}, {held:f} are left")
             amount = stake.market.parts(held, order.price, at_market=True)[0]
             part = await self.sell(stake, order, amount, held=held, part=len(sold))
@@ -338,7 +337,7 @@ class Dealer:
         """
         symbol = stake.market.symbol
         told = "%s: no stop can be placed for %s, so the position is closed again: %s"
-        _log.error(told, symbol, stake.ids.entry, why)
+        _log.error(told, symbol, stake.ids.signal_id, why)
         try:
             await self._leave(stake, stake.ids.exit, stop_loss, entry)
         except BacktestKitError as error:
@@ -348,7 +347,7 @@ class Dealer:
     async def clear(self, stake: Stake) -> None:
         """Cancel all that is still open of a position that is not held any more."""
         for order in await self._venue.open_orders(stake.market):
-            if stake.ids.suffix(order.client_id) is not None:
+            if stake.ids.kind(order.client_id) is not None:
                 await self._venue.cancel(stake.market, order)
 
     async def _leave(self, stake: Stake, id_of: Callable[[int], str], price: float, *recent: VenueOrder) -> None:
