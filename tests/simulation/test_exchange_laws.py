@@ -247,7 +247,7 @@ def test_a_client_id_is_free_again_once_its_order_is_done() -> None:
         (new("limit", price="49900.001"), "price_step"),
         (new("limit", price="49900", quantity="0.000001"), "quantity_step"),
         (new("limit", price="49900", quantity="0.00001"), "min_notional"),
-        (new("limit", price="49900", quantity="1000"), "no_funds"),
+        (new("limit", price="49900", quantity="100"), "no_funds"),
         (new("limit", price="50001", post_only=True), "would_match"),
         (new("stop", "sell", trigger="50001"), "would_trigger"),
         (new("market", "sell", reduce_only=True), "nothing_to_reduce"),

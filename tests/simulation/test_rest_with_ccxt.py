@@ -121,8 +121,8 @@ async def test_an_id_may_be_used_again_once_its_order_is_done(serve: Serve, trad
     twice = {"newClientOrderId": "twice"}
     filled = [await client.create_order(symbol, "market", "buy", 0.01, params=twice) for _ in range(2)]
     assert [each["filled"] for each in filled] == [0.01, 0.01]
-    resting = await client.create_order(symbol, "limit", "buy", 0.01, 10_000, params=twice)
-    for type_, price in (("market", None), ("limit", 9_000)):
+    resting = await client.create_order(symbol, "limit", "buy", 0.01, 20_000, params=twice)
+    for type_, price in (("market", None), ("limit", 21_000)):
         with pytest.raises(ccxt_library.InvalidOrder, match=r"Duplicate order sent|ClientOrderId is duplicated"):
             await client.create_order(symbol, type_, "buy", 0.01, price, params=twice)
     await client.cancel_order(resting["id"], symbol)
@@ -137,10 +137,10 @@ async def test_a_limit_order_rests_is_cancelled_and_cannot_be_cancelled_twice(
 ) -> None:
     server = await serve()
     client, symbol = trader(server, kind), symbol_of(kind)
-    order = await client.create_order(symbol, "limit", "buy", 0.01, 10_000)
+    order = await client.create_order(symbol, "limit", "buy", 0.01, 20_000)
     assert (order["status"], [each["id"] for each in await client.fetch_open_orders(symbol)]) == ("open", [order["id"]])
     locked = (await client.fetch_balance())["USDT"]["used"]
-    assert locked == pytest.approx(100 if kind == "spot" else 5)
+    assert locked == pytest.approx(200 if kind == "spot" else 10)
     assert (await client.cancel_order(order["id"], symbol))["status"] == "canceled"
     assert (await client.fetch_balance())["USDT"]["used"] == 0
     with pytest.raises(ccxt_library.OrderNotFound):

@@ -60,15 +60,17 @@ class Stops:
             await self.cancel(market, wrong)
             wrong = []
         trigger = market.stop_trigger(stake.direction, price)
+        # The clock of a program before this one may have been ahead of ours.
+        latest = max((stake.ids.stop_number(stop.client_id) or 0 for stop in live), default=0)
         for amount in lacking:
             try:
-                await self._place(stake, amount, trigger, quantity)
+                await self._place(stake, amount, trigger, quantity, latest)
             except TooManyStops:
                 if not wrong:
                     raise
                 # There is no room for the new one beside the old ones.
                 await self.cancel(market, [wrong.pop()])
-                await self._place(stake, amount, trigger, quantity)
+                await self._place(stake, amount, trigger, quantity, latest)
         await self.cancel(market, wrong)
 
     def difference(
@@ -124,23 +126,24 @@ class Stops:
         side, sign = stake.exit_side, -1 if stake.exit_side == "sell" else 1
         return stake.market.price_for(side, trigger * (1 + sign * self._beyond), at_worst=False)
 
-    async def _place(self, stake: Stake, amount: Decimal, trigger: Decimal, whole: Decimal) -> None:
-        """Place one stop for `amount` of the `whole`."""
+    async def _place(self, stake: Stake, amount: Decimal, trigger: Decimal, whole: Decimal, latest: int) -> None:
+        """Place one stop for `amount` of the `whole`, numbered after the `latest` of those that are live."""
         market, side, limit = stake.market, stake.exit_side, self._limit_of(stake, trigger)
-        number, pauses = self._venue.fresh_number(), iter(_PAUSES_S)
-        client_id = stake.ids.stop(number)
+        number, pauses = self._venue.fresh_number(latest), iter(_PAUSES_S)
         while True:
             try:
+                client_id = stake.ids.stop(number)
                 await self._venue.send(market, client_id, side, amount, trigger=trigger, limit=limit, reduce_only=True)
                 return
             except NoFunds as error:
                 amount = await self._covered(market, amount, whole, error)
                 await self._pause(pauses, error)
             except (AlreadyThere, OrderTransient) as error:
-                # It keeps its id: while it is open, the exchange refuses a second one.
                 await self._pause(pauses, error)
-            if any(stake.ids.stop_number(stop.client_id) == number for stop in await self.live(stake)):
-                return
+                if any(stake.ids.stop_number(stop.client_id) == number for stop in await self.live(stake)):
+                    return
+                # One that may still arrive keeps its id: while it is open, the exchange refuses a second one.
+                number = self._venue.fresh_number() if isinstance(error, AlreadyThere) else number
 
     async def _covered(self, market: Market, amount: Decimal, whole: Decimal, error: OrderRejected) -> Decimal:
         """What of `amount` the free balance covers: the fees of the `whole` that were taken in base currency may not be

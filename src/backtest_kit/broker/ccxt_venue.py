@@ -330,13 +330,13 @@ class CcxtVenue:
         one = self._id in _ONE_BOOK and not market.contract
         return [{}] if one else [{}, {"trigger": True}]
 
-    def fresh_number(self) -> int:
-        """A number for an order that no order before it has: the exchange's time in hundredths of a second.
+    def fresh_number(self, above: int = 0) -> int:
+        """A number `above` another one that no order before it has: the exchange's time in hundredths of a second.
 
         Counted from 0 at each start, a number could be that of an order which is done, and the fate of that one
         would be taken for its own: Binance takes the id of such an order again.
         """
-        self._latest_number = max(self._latest_number + 1, self.now_ms() // 10 % 2**32)
+        self._latest_number = max(self._latest_number + 1, above + 1, self.now_ms() // 10 % 2**32) % 2**32
         return self._latest_number
 
     def now_ms(self) -> int:
