@@ -91,8 +91,8 @@ async def played(venue: Bench, after: int, fate: Fate) -> bool:
         if life.cancelled():
             await settled(venue)
             if venue.kind == "futures" and wanted.kind in ("move_stop", "reduce"):
-                stops = sum(quantity for _, quantity, _ in venue.stops())
-                assert stops >= venue.held() - 1e-9, f"{where}: a future is never without its stops"
+                covered = sum(quantity for _, quantity, _ in venue.stops())
+                assert covered >= venue.held() - 1e-9, f"{where}: a future is never without its stops"
             broker = await venue.broker(max_slippage_pct=0.5, arrival_ms=1)
             fill = await carry_out(broker, again(wanted))
         else:

@@ -318,10 +318,13 @@ def test_both_sides_of_every_limit_are_read() -> None:
         "info": {"filters": filters},
     }
     market = read_market(raw, 4, (2, 3, 4))
-    assert (market.min_quantity, market.largest, market.largest_at_market) == (Decimal("0.001"), 100, 9)
-    assert (market.min_cost, market.max_cost, market.max_cost_at_market) == (5, 900, None)
-    assert (market.min_price, market.max_price) == (Decimal("0.01"), None)
-    assert (market.sell_floor, market.buy_cap) == (Decimal("0.2"), 5)
+    least, most = market.min_quantity, market.largest
+    assert [str(each) for each in (least, most, market.largest_at_market)] == ["0.001", "100.0", "9.0"]
+    assert [str(each) for each in (market.min_cost, market.max_cost, market.max_cost_at_market)] == [
+        *("5.0", "900.0", "None")
+    ]
+    assert [str(each) for each in (market.min_price, market.max_price)] == ["0.01", "None"]
+    assert [str(each) for each in (market.sell_floor, market.buy_cap)] == ["0.2", "5"]
     assert (market.max_stops, market.max_orders) == (5, 200)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 from backtest_kit.simulation.account import FuturesAccount, SpotAccount
 from backtest_kit.simulation.exchange import ClientIds, Exchange, Minute, Terms
-from backtest_kit.simulation.orders import Kind, Market, NewOrder, Refused
+from backtest_kit.simulation.orders import Kind, Limits, Market, NewOrder, Refused
 
 MARKET = Market.of("BTCUSDT", 50_000)
 MINUTE_MS = 60_000
@@ -40,7 +40,8 @@ steps = st.lists(orders_and_parts | orders_and_parts | minutes | st.integers(1, 
 
 
 def exchange_at(price: str = "50000", kind: Kind = "futures", **terms: Any) -> Exchange:
-    exchange = Exchange(kind, [MARKET], Terms(**terms))
+    market = Market.of("BTCUSDT", 50_000, terms.get("limits"))
+    exchange = Exchange(kind, [market], Terms(**terms))
     exchange.prices["BTCUSDT"] = Decimal(price)
     return exchange
 
@@ -266,6 +267,66 @@ def test_refusals_change_nothing(order: NewOrder, reason: str) -> None:
     assert not exchange.fills
     assert (account.wallet, account.reserved) == (BEGIN, Decimal(0))
     exchange.place("bot", new("market", id=order.client_order_id))  # the id is not used up
+
+
+LIMITS = Limits(
+    max_quantity=Decimal("0.2"),
+    max_market_quantity=Decimal("0.1"),
+    max_notional=Decimal(5_000),
+    min_price=Decimal(30_000),
+    max_price=Decimal(90_000),
+    price_band=(Decimal("0.9"), Decimal("1.1")),
+    max_stops=1,
+    max_orders=2,
+)
+
+
+@pytest.mark.parametrize(
+    ("order", "reason"),
+    [
+        (new("limit", price="49000", quantity="0.1"), None),
+        (new("limit", price="49000", quantity="0.10204"), None),
+        (new("limit", price="49000", quantity="0.10205"), "max_notional"),
+        (new("limit", price="49000", quantity="0.20001"), "max_quantity"),
+        (new("market", quantity="0.1"), None),
+        (new("market", quantity="0.10001"), "max_market_quantity"),
+        (new("stop", trigger="60000", quantity="0.1"), None),
+        (new("stop", trigger="60000", quantity="0.10001"), "max_market_quantity"),
+        (new("take", trigger="40000", quantity="0.10001"), "max_market_quantity"),
+        (new("stop_limit", trigger="51000", price="51000", quantity="0.09"), None),
+        (new("stop_limit", trigger="51000", price="55000.01"), "price_above_band"),
+        (new("limit", price="45000"), None),
+        (new("limit", price="44999.99"), "price_below_band"),
+        (new("limit", "sell", price="55000.01"), "price_above_band"),
+        (new("stop", trigger="90000"), None),
+        (new("stop", trigger="90000.01"), "price_range"),
+        (new("stop", "sell", trigger="29999.99"), "price_range"),
+    ],
+)
+def test_limits_are_taken_and_what_is_beyond_them_is_not(order: NewOrder, reason: str | None) -> None:
+    exchange = exchange_at(limits=LIMITS)
+    if reason is None:
+        assert exchange.place("bot", order).client_order_id == order.client_order_id
+        return
+    with pytest.raises(Refused) as refused:
+        exchange.place("bot", order)
+    assert refused.value.reason == reason
+    assert not exchange.orders
+
+
+def test_open_orders_and_stops_are_counted_for_each_account() -> None:
+    exchange = exchange_at(limits=LIMITS)
+    exchange.place("bot", new("stop", trigger="60000"))
+    with pytest.raises(Refused) as stops:
+        exchange.place("bot", new("take", trigger="40000"))
+    exchange.place("bot", new("limit", price="49000"))
+    with pytest.raises(Refused) as orders:
+        exchange.place("bot", new("limit", price="49000", id="third"))
+    assert (stops.value.reason, orders.value.reason) == ("max_stops", "max_orders")
+    assert exchange.place("bot", new("market")).status == "filled", "what does not rest is not counted"
+    assert exchange.place("other", new("take", trigger="40000")).is_open
+    exchange.cancel("bot", "BTCUSDT", client_order_id="stop-buy")
+    assert exchange.place("bot", new("take", trigger="40000")).is_open
 
 
 def test_two_positions_of_a_symbol_are_kept_apart() -> None:

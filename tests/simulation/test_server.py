@@ -415,9 +415,22 @@ def test_the_command_serves_logs_survives_a_kill_and_ends_cleanly(tmp_path: Path
     assert [json.loads(line)["done"] for line in (tmp_path / "venue.jsonl").read_text().splitlines()[1:]]
 
 
+@pytest.mark.parametrize(("arguments", "rule"), [([], "open"), (["--client-ids", "ever"], "ever")])
+def test_the_command_chooses_the_rule_for_client_ids(tmp_path: Path, arguments: list[str], rule: str) -> None:
+    command = [*COMMAND, "--start", "2024-01-01", "--state", "venue.jsonl", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout is not None
+    assert "is served at" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    head = json.loads((tmp_path / "venue.jsonl").read_text().splitlines()[0])
+    assert (process.returncode, head["terms"]["client_ids"]) == (0, rule)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--client-ids", "never"], "'never' is not one of"),
         (["--fault", "explode"], "fault {'kind': 'explode'}"),
         (["--candles", "nothing.csv"], "nothing.csv does not exist"),
         (["--symbols", "GOLD"], "symbol is 'GOLD'"),
