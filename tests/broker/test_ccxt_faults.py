@@ -96,8 +96,8 @@ async def test_an_entry_that_never_arrived_is_sent_again(bench: MakeBench, kind:
 @BOTH
 async def test_an_order_still_under_way_is_waited_for(bench: MakeBench, kind: Kind) -> None:
     venue = await bench(kind)
-    broker = await venue.broker(timeout_ms=200)
-    venue.fault("latency", "POST */order", latency_ms=700)
+    broker = await venue.broker(timeout_ms=1000, arrival_ms=4000)
+    venue.fault("latency", "POST */order", latency_ms=2500)
     with pytest.raises(OrderTransient) as caught:
         await broker.open_position(order())
     assert caught.value.outcome is Outcome.UNKNOWN
@@ -297,11 +297,11 @@ async def test_a_sale_that_never_arrived_leaves_the_stop_in_place(
 
 async def test_a_sale_that_arrives_late_on_spot_is_seen_before_the_stop_is_put_back(bench: MakeBench) -> None:
     venue = await bench("spot")
-    broker = await venue.broker(timeout_ms=200)
+    broker = await venue.broker(timeout_ms=1000, arrival_ms=4000)
     await venue.by_hand("buy", 1.0)
     others = venue.held()
     await broker.open_position(order())
-    venue.fault("latency", "POST */order", latency_ms=700)
+    venue.fault("latency", "POST */order", latency_ms=2500)
     fill = await broker.close_position(order("close", quantity=0.02))
     assert fill is not None
     assert fill.quantity == 0.01998

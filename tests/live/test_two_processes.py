@@ -36,7 +36,7 @@ async def test_of_two_that_race_for_a_position_one_trades_it(tmp_path: Path) -> 
 async def race(forks: Forks, place: Path) -> int:
     candles = flat_candles(lambda minute: 100.0, 30)
     # A clock that goes on: who has lost some of his positions does not wait for them any more.
-    clock = AcceleratedClock(START, 15.0)
+    clock = AcceleratedClock(START, 6.0)
     async with stage(
         forks, place, candles=candles, clock=clock, symbols=SYMBOLS, end_ms=START + 3 * MINUTE_MS, script="always",
         lease_ttl_s=3.0,
