@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -13,10 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from backtest_kit import Walker
 from backtest_kit.cli.backtest import WIDTH_IN_FILES
 from backtest_kit.cli.choice import choose
+from backtest_kit.cli.interrupt import run_until_interrupted
 from backtest_kit.cli.options import separated
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
 from backtest_kit.errors import BacktestKitError, UserError
+from backtest_kit.market.repair import DirtyRule
 from backtest_kit.report.comparison import Comparison
 from backtest_kit.run.replay import Gaps
 from backtest_kit.run.walker import WalkProgress
@@ -31,6 +32,7 @@ def run_walk(
     frame: str | None,
     candles: str | None,
     gaps: str,
+    dirty: str | None,
     fill: str,
     dump: Path,
     exchange_name: str | None,
@@ -59,7 +61,7 @@ def run_walk(
 
     try:
         with bars:
-            comparison = asyncio.run(
+            comparison = run_until_interrupted(
                 Walker.run(
                     symbols,
                     strategies=names,
@@ -68,6 +70,7 @@ def run_walk(
                     metric=metric,
                     fill=cast(Fill, fill),
                     gaps=cast(Gaps, gaps),
+                    dirty=cast("DirtyRule | None", dirty),
                     on_progress=show,
                 )
             )
