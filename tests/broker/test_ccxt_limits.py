@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from decimal import Decimal
 from typing import Any
 
@@ -243,6 +244,27 @@ async def test_a_reduction_cut_off_between_its_parts_is_finished(bench: MakeBenc
     assert_protected(venue)
     assert (await later.find(again(again(reduce)))).status == "filled"
     assert max(venue.filled_orders().values()) == 1
+
+
+async def test_the_last_part_of_a_close_may_still_be_under_way(bench: MakeBench) -> None:
+    venue = await bench("spot", limits=limits(max_market_quantity=Decimal("0.02")), fees_in="quote")
+    await venue.by_hand("buy", 0.02)
+    await venue.by_hand("buy", 0.02)
+    savings = venue.held()
+    dying, _ = await entered(venue)
+    sent, close = venue.sent(), order("close", 1, quantity=0.03)
+    venue.fault("latency", "POST */order", skip=1, latency_ms=2500)
+    closing = asyncio.create_task(dying.close_position(close))
+    while venue.sent() < sent + 2:
+        await asyncio.sleep(0.01)
+    closing.cancel()
+    await asyncio.wait([closing])
+    later = await venue.broker(arrival_ms=5000)
+    if (await later.find(again(close))).status == "absent":
+        await later.close_position(again(close))
+    while any("outcome" not in request for request in venue.server.requests):
+        await asyncio.sleep(0.01)
+    assert venue.held() == pytest.approx(savings), "the second part was not sold twice"
 
 
 MARKET = Market(
