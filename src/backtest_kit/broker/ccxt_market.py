@@ -160,7 +160,9 @@ def exit_side(direction: Direction) -> Side:
     return "sell" if direction == "long" else "buy"
 
 
-def read_market(raw: dict[str, Any], precision_mode: int, digits: tuple[int, int, int]) -> Market:
+def read_market(
+    raw: dict[str, Any], precision_mode: int, digits: tuple[int, int, int], *, market_stop: bool = True
+) -> Market:
     """A market out of ccxt's description; `digits` are its modes (decimal places, significant digits, tick size).
 
     Raises:
@@ -189,8 +191,7 @@ def read_market(raw: dict[str, Any], precision_mode: int, digits: tuple[int, int
         return value and value * size
 
     by_digits = precision_mode == significant
-    info = raw.get("info") or {}
-    kinds, filters = info.get("orderTypes") or (), _filters(info)
+    filters = _filters(raw.get("info") or {})
     bounds = filters.get("NOTIONAL") or {}
     max_cost = limit("cost", "max")
     return Market(
@@ -204,7 +205,7 @@ def read_market(raw: dict[str, Any], precision_mode: int, digits: tuple[int, int
         price_digits=int(precision.get("price") or 8) if by_digits else 0,
         min_quantity=max(quantity("amount", "min") or Decimal(0), quantity("market", "min") or Decimal(0)),
         min_cost=limit("cost", "min") or Decimal(0),
-        market_stop=not kinds or bool({"STOP_LOSS", "STOP_MARKET"} & set(kinds)),
+        market_stop=market_stop,
         largest=quantity("amount", "max"),
         largest_at_market=quantity("market", "max"),
         max_cost=max_cost,
@@ -239,7 +240,7 @@ def _count(filters: dict[str, dict[str, Any]], *paths: str) -> int | None:
     return None if value is None else int(value)
 
 
-def read_order(raw: dict[str, Any], market: Market) -> VenueOrder:
+def read_order(raw: dict[str, Any], market: Market, *, conditional: bool = False) -> VenueOrder:
     """An order out of ccxt's report."""
     info = raw.get("info") or {}
     filled = exact(raw.get("filled") or 0) * market.contract_size
@@ -259,7 +260,7 @@ def read_order(raw: dict[str, Any], market: Market) -> VenueOrder:
         average=exact(average) if average else cost / filled if filled and cost else None,
         trigger=exact(raw["triggerPrice"]) if raw.get("triggerPrice") else None,
         timestamp=int(raw.get("timestamp") or 0),
-        conditional="algoId" in info,
+        conditional=conditional,
         spawned=str(spawned) if spawned and str(spawned) != "0" else None,
         fees=tuple((str(fee["currency"]), exact(fee["cost"])) for fee in fees) or None,
     )
