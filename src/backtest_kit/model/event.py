@@ -235,12 +235,14 @@ class OrphanFound(Event, frozen=True, kw_only=True):
 
 
 class MinutesMissed(Event, frozen=True, kw_only=True):
-    """Minutes passed without a decision. They are not made up for."""
+    """Consecutive minutes passed without a decision: reported once, at the minute that ends the hole. They are not made
+    up for."""
 
     action: ClassVar[str] = "missed"
     count: int
     first_ms: int
     reason: str
+    """Of the first of them."""
 
 
 class ClockJumped(Event, frozen=True, kw_only=True):

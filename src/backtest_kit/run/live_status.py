@@ -52,6 +52,8 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True):
     clock_drift_ms: int | None = None
     """How far the exchange's clock is ahead of this machine's, where it tells. Beyond a second the run goes by the
     exchange's, and says so in the log."""
+    waiting: str = ""
+    """Why nothing is decided at the moment, such as a missing candle; empty while minutes are acted at."""
     missed: int = 0
     """Minutes that passed without a decision."""
     gaps_filled: int = 0
@@ -100,8 +102,9 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         held=lease is not None and lease.held,
         ended=ended,
         clock_drift_ms=run.job.time.drift_ms,
-        missed=run.missed,
-        gaps_filled=run.gaps_filled,
+        waiting=run.waiting,
+        missed=run.missed.total,
+        gaps_filled=run.candles.filled,
         trades=len(run.trader.trades),
         **held,
     )
