@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Final, Protocol
 
 from backtest_kit.broker.base import Holding
+from backtest_kit.broker.order_ids import digest_of
 from backtest_kit.errors import BacktestKitError
 from backtest_kit.persist.contracts import CONTRACTS, LEASE
 from backtest_kit.persist.lease import Sightings, StoreOf
@@ -41,7 +42,9 @@ class StoredClaims:
     async def of(self, held: Holding) -> str:
         try:
             async for key, signal_id, how in self._books():
-                if self._is_here(key) or (signal_id and signal_id == held.signal_id):
+                if self._is_here(key) or (
+                    signal_id and held.signal_id and digest_of(signal_id) == digest_of(held.signal_id)
+                ):
                     return f"strategy {key[0]} {how} of {key[2]} on {key[1]}"
             async for found in self._store_of(LEASE).scan(LEASE):
                 if self._is_here(found.key) and (holder := self._sightings.living(found)) is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from backtest_kit.broker.base import Broker, Holding as VenueHolding, Order
+from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.engine.pnl import effective_price, remaining_cost
 from backtest_kit.engine.position import open_position
 from backtest_kit.engine.step import Flat, Holding, Resting, State
@@ -46,7 +47,7 @@ _LONGEST_WAIT = 60
 _SLACK = 0.01
 """Of what is held on both sides: what rounding and fees may leave where it cancels out."""
 _NUMBERS = 1_000_000
-"""What a suffix of a client order id counts to."""
+"""Orders that a client order id can count."""
 _LEFT_STOP = "nothing is done, cancel it at the venue: it would close the next position there"
 _log = logging.getLogger("backtest_kit")
 
@@ -170,9 +171,11 @@ class OrphanGuard:
 
     def _order(self, signal_id: str, held: VenueHolding, stop: float, take: float) -> Order:
         tick = self._desk.tick
+        number = tick.when_ms // MINUTE_MS % _NUMBERS
         return Order(
             kind="move_stop",
-            client_order_id=f"{signal_id}-p{tick.when_ms // MINUTE_MS % _NUMBERS}",
+            client_order_id=SignalIds(signal_id, self._broker.store_id).order("move_stop", number),
+            signal_id=signal_id,
             identity=self._desk.rules.identity,
             when_ms=tick.when_ms,
             direction=held.direction,
