@@ -233,7 +233,6 @@ async def test_a_filled_minute_whose_candle_comes_late_is_replaced_and_a_revised
     whole, late = make_candles(40), 20
     source = source_of(whole.take(np.r_[0:late, late + 1 : 22]))
     history = await History.load(feed_of(source), "BTCUSDT", minutes(10), minutes(19), gaps="fill", price_window=5)
-    assert history.real is None
     await history.extend(minutes(22))
     assert (history.filled, history.candles.volume[late - 5]) == (1, 0.0)
     assert history.real is not None
@@ -243,7 +242,6 @@ async def test_a_filled_minute_whose_candle_comes_late_is_replaced_and_a_revised
     source.held = CandleSeries(**columns)[:30]
     await history.extend(minutes(23))
     assert history.filled == 0
-    assert history.real is None
     assert history.candles == whole[5:23]
     assert history.prices.tolist()[4:] == vwap(whole[5:23], 5).tolist()[4:]
 
