@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
+
+import msgspec
 
 from backtest_kit.broker.base import Holding
 from backtest_kit.broker.order_ids import digest_of
 from backtest_kit.errors import BacktestKitError
+from backtest_kit.persist.codec import decode_as
 from backtest_kit.persist.contracts import CONTRACTS, LEASE
 from backtest_kit.persist.lease import Sightings, StoreOf
 from backtest_kit.persist.store import Key, Plain
+from backtest_kit.run.orders import Intent, signal_id_of
 
 _HELD_BY: Final = {
     "signal": "holds a position",
     "schedule": "has a resting entry",
     "strategy": "has an order under way",
 }
+
+
+class _Held(msgspec.Struct, rename="camel"):
+    """What a position and a resting entry have in common."""
+
+    signal_id: str
+
+
+class _Sending(msgspec.Struct):
+    """What a book says of the order that is under way."""
+
+    intent: Intent | None = None
 
 
 class Claims(Protocol):
@@ -68,8 +84,9 @@ class StoredClaims:
 
 def _signal_id(name: str, value: Plain) -> str | None:
     """The signal of what a record says is held or under way; None where it says of nothing."""
-    record: Any = value
-    if name == "strategy" and record is not None:
-        record = (record.get("intent") or {}).get("target")
-        return None if record is None else str(record.get("lastSignalId", ""))
-    return None if record is None else str(record.get("signalId", ""))
+    if value is None:
+        return None
+    if name != "strategy":
+        return decode_as(_Held, value).signal_id
+    intent = decode_as(_Sending, value).intent
+    return None if intent is None else signal_id_of(intent.target)
