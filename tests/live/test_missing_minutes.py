@@ -99,7 +99,7 @@ async def test_live_paper_and_backtest_agree_on_what_is_missing(
             market.clock = None
             kit = memory_rig.kit(None)
             kit.add_frame_schema("frame", start_date=START, end_date=START + 45 * MINUTE_MS)
-            where = {"strategy_name": "trend", "exchange_name": "demo", "frame_name": "frame"}
+            where: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "demo", "frame_name": "frame"}
             async for _ in kit.backtest.run("BTCUSDT", **where, fill=fill, gaps="fill"):
                 pass
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Final, Literal, NamedTuple
 from weakref import WeakValueDictionary
@@ -11,10 +12,18 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from backtest_kit.errors import BacktestKitError, RetryLater, UserError
-from backtest_kit.market.integrity import check_candles, fill_gaps, find_gaps
+from backtest_kit.market.integrity import (
+    check_candles,
+    check_grid,
+    fill_gaps,
+    find_gaps,
+    whole_minutes,
+)
+from backtest_kit.market.repair import DirtyRule, Repaired, as_published, repair
 from backtest_kit.market.sources.base import CandleSource
-from backtest_kit.model.candle import BoolColumn, CandleSeries
+from backtest_kit.model.candle import NO_TIME, BoolColumn, CandleSeries
 from backtest_kit.model.interval import DAY_MS, MINUTE_MS, floor_ms, iso
+from backtest_kit.model.repairs import describe_repairs
 from backtest_kit.persist.store import CandleStore, SeriesKey
 from backtest_kit.settings import Settings
 
@@ -45,8 +54,24 @@ class Loaded(NamedTuple):
     """Minutes that no source had."""
     fetched: int
     """Candles that the source was asked for."""
+    repairs: Counter[str] = Counter()  # noqa: RUF012  # never changed
+    """How many rows of the source were repaired, by what was done to them: see `REPAIRS`."""
     real: BoolColumn | None = None
     """Which of them are real, and not filled; None where all are."""
+
+
+class _Page(NamedTuple):
+    """What the source answered to one request."""
+
+    content: Repaired
+    next_ms: int | None
+    """The minute after its last row; None where no row is of the range."""
+
+
+class _Collected(NamedTuple):
+    candles: CandleSeries
+    fetched: int
+    repairs: Counter[str]
 
 
 class CandleFeed:
@@ -70,6 +95,7 @@ class CandleFeed:
         self._now_ms = now_ms
         # Weak: a lock lives while someone holds or awaits it, so none outlives its event loop.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._logged: dict[str, tuple[int, str]] = {}
 
     async def load(
         self,
@@ -78,6 +104,7 @@ class CandleFeed:
         stop_ms: int,
         *,
         gaps: GapRule = "error",
+        dirty: DirtyRule = "refuse",
         lead_ms: int = 0,
         edges: EdgeRule = "refuse",
         before: CandleSeries | None = None,
@@ -86,25 +113,29 @@ class CandleFeed:
 
         `lead_ms` is what a frame needs before its start; messages speak of the frame. With gaps="fill", missing
         minutes become flat candles of volume 0 and are counted, at the edges as well wherever there is a candle
-        beyond them. `before` is the last candle before the range, where the caller has it.
+        beyond them. With dirty="repair" bad rows of the source are repaired, counted and logged (see `REPAIRS`).
+        `before` is the last candle before the range, where the caller has it.
 
         Raises:
             UserError: the range is no whole minutes or reaches into the future, or lies outside of the source's
-                data, minutes are missing and gaps is "error", or a candle is refused by `check_candles`.
+                data, minutes are missing and gaps is "error", the source serves candles of another length, or a candle
+                is refused by `check_candles`.
             RetryLater: the source does not answer, or has not published the last minutes yet.
         """
         self._check_range(symbol, start_ms, stop_ms, gaps)
         first_ms = start_ms - lead_ms
-        candles, fetched = await self._collect(symbol, first_ms, stop_ms)
+        candles, fetched, repairs = await self._collect(symbol, first_ms, stop_ms, dirty)
         missing = find_gaps(candles, first_ms, stop_ms)
         if not missing:
-            return Loaded(candles, 0, fetched)
+            return Loaded(candles, 0, fetched, repairs)
         no_head, no_tail = bool(missing.start_ms[0] == first_ms), bool(missing.stop_ms[-1] == stop_ms)
         if no_tail and edges == "wait":
             raise self._not_published(symbol, int(missing.start_ms[-1]))
         if no_head and before is None:
-            before = await self._last_before(symbol, first_ms)
-        after = await self._first_after(symbol, stop_ms) if no_tail and edges == "refuse" else CandleSeries.empty()
+            before = await self._last_before(symbol, first_ms, dirty)
+        after = (
+            await self._first_after(symbol, stop_ms, dirty) if no_tail and edges == "refuse" else CandleSeries.empty()
+        )
         known = _merge([before or CandleSeries.empty(), candles, after])
         off_head = no_head and not before
         off_tail = no_tail and not after and edges == "refuse"
@@ -117,9 +148,11 @@ class CandleFeed:
                 f"{missing.describe(symbol)}: choose another frame, or fill them with flat candles "
                 f'(gaps="fill", on the command line --gaps fill)'
             )
-        return _filled(known, first_ms, stop_ms, fetched)
+        return _filled(known, first_ms, stop_ms, fetched, repairs)
 
-    async def available(self, symbol: str, start_ms: int, stop_ms: int, *, gaps: GapRule = "error") -> Loaded:
+    async def available(
+        self, symbol: str, start_ms: int, stop_ms: int, *, gaps: GapRule = "error", dirty: DirtyRule = "refuse"
+    ) -> Loaded:
         """The longest unbroken run of candles in `[start_ms, stop_ms)` that ends at `stop_ms`; may be empty.
 
         With gaps="fill" missing minutes break nothing, and the run begins at `start_ms`, or where the data do.
@@ -129,19 +162,19 @@ class CandleFeed:
         if stop_ms <= start_ms:
             return Loaded(CandleSeries.empty(), 0, 0)
         self._check_range(symbol, start_ms, stop_ms, gaps)
-        candles, fetched = await self._collect(symbol, start_ms, stop_ms)
+        candles, fetched, repairs = await self._collect(symbol, start_ms, stop_ms, dirty)
         missing = find_gaps(candles, start_ms, stop_ms)
         if not missing:
-            return Loaded(candles, 0, fetched)
+            return Loaded(candles, 0, fetched, repairs)
         if gaps == "error":
-            return Loaded(candles.between(int(missing.stop_ms[-1]), stop_ms), 0, fetched)
+            return Loaded(candles.between(int(missing.stop_ms[-1]), stop_ms), 0, fetched, repairs)
         if missing.start_ms[0] == start_ms:
-            before = await self._last_before(symbol, start_ms)
+            before = await self._last_before(symbol, start_ms, dirty)
             if not before and not candles:
-                return Loaded(candles, 0, fetched)
+                return Loaded(candles, 0, fetched, repairs)
             start_ms = start_ms if before else int(candles.timestamp[0])
             candles = _merge([before, candles])
-        return _filled(candles, start_ms, stop_ms, fetched)
+        return _filled(candles, start_ms, stop_ms, fetched, repairs)
 
     def _check_range(self, symbol: str, start_ms: int, stop_ms: int, gaps: GapRule) -> None:
         if gaps not in ("error", "fill"):
@@ -158,8 +191,8 @@ class CandleFeed:
                 f"end it at {iso(closed)} or earlier"
             )
 
-    async def _collect(self, symbol: str, start_ms: int, stop_ms: int) -> tuple[CandleSeries, int]:
-        """What store and source have in the range: checked and ascending, with the gaps that remain.
+    async def _collect(self, symbol: str, start_ms: int, stop_ms: int, dirty: DirtyRule) -> _Collected:
+        """What store and source have in the range: checked or repaired, ascending, with the gaps that remain.
 
         And how many of them the source delivered.
         """
@@ -167,36 +200,43 @@ class CandleFeed:
         async with lock:
             series = SeriesKey(self._source.series_name or self._exchange_name, symbol, "1m")
             known = await self._cached(series, start_ms, stop_ms)
-            parts = [known]
-            missing = find_gaps(known, start_ms, stop_ms)
+            pages = [repair(known, start_ms, stop_ms, self._settings) if dirty == "repair" else as_published(known)]
+            missing = find_gaps(pages[0].candles, start_ms, stop_ms)
             for low, high in zip(missing.start_ms.tolist(), missing.stop_ms.tolist(), strict=True):
-                parts += await self._download(series, low, high)
-        candles = _merge(parts)
-        check_candles(candles, symbol=symbol, settings=self._settings)
-        return candles, sum(map(len, parts[1:]))
+                pages += await self._download(series, low, high, dirty)
+        candles = _merge([page.candles for page in pages])
+        if dirty == "refuse":
+            check_candles(candles, symbol=symbol, settings=self._settings)
+        repairs = sum((page.repairs for page in pages), Counter[str]())
+        said = stop_ms, describe_repairs(repairs)
+        if repairs and self._logged.get(symbol) != said:
+            # A live run asks every second for a candle that is not there yet.
+            self._logged[symbol] = said
+            _log.warning("%s: bad rows of %s were repaired: %s", symbol, self._exchange_name, said[1])
+        return _Collected(candles, sum(len(page.candles) for page in pages[1:]), repairs)
 
-    async def _last_before(self, symbol: str, when_ms: int) -> CandleSeries:
+    async def _last_before(self, symbol: str, when_ms: int, dirty: DirtyRule) -> CandleSeries:
         """The last candle that opens before a moment; empty where there is none."""
-        bounds = await self._source.range(symbol)
-        begin_ms = max(floor_ms(bounds[0], MINUTE_MS) if bounds else when_ms - _LOOK_BACK_MS, 0)
+        bounds = await self._bounds(symbol)
+        begin_ms = max(bounds[0] if bounds else when_ms - _LOOK_BACK_MS, 0)
         reach_ms = self._page_ms
         while when_ms > begin_ms:
             low_ms = max(when_ms - reach_ms, begin_ms)
-            candles, _ = await self._collect(symbol, low_ms, when_ms)
+            candles = (await self._collect(symbol, low_ms, when_ms, dirty)).candles
             if candles:
                 return candles[-1:]
             when_ms, reach_ms = low_ms, reach_ms * 4
         return CandleSeries.empty()
 
-    async def _first_after(self, symbol: str, when_ms: int) -> CandleSeries:
+    async def _first_after(self, symbol: str, when_ms: int, dirty: DirtyRule) -> CandleSeries:
         """A candle that opens at a moment or later, the first one where it is near; empty where there is none."""
-        bounds = await self._source.range(symbol)
+        bounds = await self._bounds(symbol)
         closed_ms = floor_ms(self._now_ms(), MINUTE_MS)
-        end_ms = min(floor_ms(bounds[1], MINUTE_MS), closed_ms) if bounds else closed_ms
+        end_ms = min(bounds[1], closed_ms) if bounds else closed_ms
         for low_ms, high_ms in ((when_ms, when_ms + self._page_ms), (end_ms - self._page_ms, end_ms)):
             low_ms, high_ms = max(low_ms, when_ms), min(high_ms, end_ms)
             if low_ms < high_ms:
-                candles, _ = await self._collect(symbol, low_ms, high_ms)
+                candles = (await self._collect(symbol, low_ms, high_ms, dirty)).candles
                 if candles:
                     return candles[:1]
         return CandleSeries.empty()
@@ -218,40 +258,63 @@ class CandleFeed:
         """What one request brings at most."""
         return (self._source.page_limit or self._settings.CC_MAX_CANDLES_PER_REQUEST) * MINUTE_MS
 
-    async def _download(self, series: SeriesKey, start_ms: int, stop_ms: int) -> list[CandleSeries]:
+    async def _download(self, series: SeriesKey, start_ms: int, stop_ms: int, dirty: DirtyRule) -> list[Repaired]:
         """The source's candles of one range, stored as they come."""
-        parts: list[CandleSeries] = []
+        if dirty == "refuse":
+            await self._source.verify(series.symbol)
+        pages: list[Repaired] = []
         stored = 0
         try:
-            async for page in self._pages(series.symbol, start_ms, stop_ms):
-                parts.append(page)
-                if sum(map(len, parts[stored:])) >= _STORE_BATCH:
-                    await self._keep(series, parts[stored:])
-                    stored = len(parts)
+            async for page in self._pages(series.symbol, start_ms, stop_ms, dirty):
+                pages.append(page)
+                if sum(len(each.candles) for each in pages[stored:]) >= _STORE_BATCH:
+                    await self._keep(series, pages[stored:])
+                    stored = len(pages)
         finally:
             # Also when a later page fails: the next attempt goes on from here.
-            await self._keep(series, parts[stored:])
-        return parts
+            await self._keep(series, pages[stored:])
+        return pages
 
-    async def _pages(self, symbol: str, start_ms: int, stop_ms: int) -> AsyncIterator[CandleSeries]:
+    async def _pages(self, symbol: str, start_ms: int, stop_ms: int, dirty: DirtyRule) -> AsyncIterator[Repaired]:
         bounds_known = False
+        # To repair them takes the minute before, of which rows may be moved up into the page.
+        lead_ms = MINUTE_MS if dirty == "repair" else 0
+        span_ms = max(self._page_ms - lead_ms, MINUTE_MS)
         while start_ms < stop_ms:
-            page_stop = min(start_ms + self._page_ms, stop_ms)
-            page = await self._request(symbol, start_ms, page_stop)
-            if len(page):
-                yield page
-                # A short page may be a gap, or an exchange with smaller pages: ask on from its last candle.
-                start_ms = int(page.timestamp[-1]) + MINUTE_MS
+            page_stop = min(start_ms + span_ms, stop_ms)
+            page, next_ms = await self._request(symbol, start_ms, page_stop, dirty, lead_ms)
+            yield page
+            if next_ms is not None:
+                # A short page may be a gap, or an exchange with smaller pages: ask on from its last row.
+                start_ms = next_ms
                 continue
             start_ms = page_stop
             if not bounds_known and start_ms < stop_ms:
                 # Years before a listing would otherwise be asked for page by page.
-                bounds = await self._source.range(symbol)
+                bounds = await self._bounds(symbol)
                 bounds_known = True
                 if bounds is not None:
                     start_ms, stop_ms = max(start_ms, bounds[0]), min(stop_ms, bounds[1])
 
-    async def _request(self, symbol: str, start_ms: int, stop_ms: int) -> CandleSeries:
+    async def _bounds(self, symbol: str) -> tuple[int, int] | None:
+        """The source's range in whole minutes: its first row may open off them."""
+        bounds = await self._source.range(symbol)
+        return None if bounds is None else (_whole_minute(bounds[0]), _whole_minute(bounds[1]))
+
+    async def _request(self, symbol: str, start_ms: int, stop_ms: int, dirty: DirtyRule, lead_ms: int) -> _Page:
+        rows = await self._fetch(symbol, max(start_ms - lead_ms, 0), stop_ms)
+        check_grid(rows.timestamp, what=f"{symbol} of {self._exchange_name}")
+        minutes = whole_minutes(rows.timestamp)
+        wanted = (minutes >= start_ms) & (minutes < stop_ms)
+        next_ms = int(minutes[wanted].max()) + MINUTE_MS if wanted.any() else None
+        if dirty == "repair":
+            return _Page(repair(rows, start_ms, stop_ms, self._settings), next_ms)
+        untimed = rows.timestamp == NO_TIME
+        page = rows.take(untimed | (rows.timestamp >= start_ms) & (rows.timestamp < stop_ms))
+        check_candles(page, symbol=symbol, settings=self._settings)
+        return _Page(as_published(page), next_ms)
+
+    async def _fetch(self, symbol: str, start_ms: int, stop_ms: int) -> CandleSeries:
         attempts = self._settings.CC_GET_CANDLES_RETRY_COUNT
         for attempt in range(1, attempts + 1):
             try:
@@ -268,14 +331,16 @@ class CandleFeed:
             await asyncio.sleep(self._settings.CC_GET_CANDLES_RETRY_DELAY_MS / 1000)
         if not isinstance(page, CandleSeries):
             raise UserError(f"{type(self._source).__name__}.fetch returned {type(page).__name__}, not a CandleSeries")
-        page = page.take((page.timestamp >= start_ms) & (page.timestamp < stop_ms))
-        check_candles(page, symbol=symbol, settings=self._settings)
         return page
 
-    async def _keep(self, series: SeriesKey, parts: list[CandleSeries]) -> None:
-        if self._store is None or not parts:
+    async def _keep(self, series: SeriesKey, pages: list[Repaired]) -> None:
+        """Store candles as they were published. Repaired ones are not: they are repaired, and counted, in each run."""
+        candles = CandleSeries.concat([page.candles for page in pages])
+        # Requests may be so small that one row came in each.
+        check_grid(candles.timestamp, what=f"{series.symbol} of {self._exchange_name}")
+        if self._store is None or not len(candles):
             return
-        candles = CandleSeries.concat(parts)
+        candles = CandleSeries.concat([page.candles.take(page.published) for page in pages])
         closed = candles.between(0, floor_ms(self._now_ms(), MINUTE_MS))
         try:
             if len(closed):
@@ -310,7 +375,7 @@ class CandleFeed:
     ) -> BacktestKitError:
         """The error of a range that begins before the data (`off_head`) or ends after them, naming one that works."""
         first_ms = start_ms - lead_ms
-        bounds = await self._source.range(symbol)
+        bounds = await self._bounds(symbol)
         reaches = bounds is None or bounds[1] >= stop_ms
         found = (int(known.timestamp[0]), int(known.timestamp[-1]) + MINUTE_MS) if known else None
         late = found[1] if found and found[1] > first_ms else first_ms
@@ -335,13 +400,17 @@ class CandleFeed:
         )
 
 
-def _filled(candles: CandleSeries, start_ms: int, stop_ms: int, fetched: int) -> Loaded:
+def _filled(candles: CandleSeries, start_ms: int, stop_ms: int, fetched: int, repairs: Counter[str]) -> Loaded:
     """The minutes of a range from candles of which some are missing, and one may lie before it."""
     whole = fill_gaps(candles, start_ms, stop_ms)
     real = np.zeros(len(whole), dtype=np.bool_)
     real[(candles.between(start_ms, stop_ms).timestamp - start_ms) // MINUTE_MS] = True
     filled = len(whole) - int(np.count_nonzero(real))
-    return Loaded(whole, filled, fetched, real if filled else None)
+    return Loaded(whole, filled, fetched, repairs, real if filled else None)
+
+
+def _whole_minute(when_ms: int) -> int:
+    return floor_ms(when_ms + MINUTE_MS - 1, MINUTE_MS)
 
 
 def _merge(parts: list[CandleSeries]) -> CandleSeries:

@@ -7,9 +7,10 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from backtest_kit.errors import LookAhead, UserError
+from backtest_kit.errors import LookAhead, RetryLater, UserError
 from backtest_kit.market.fetch import CandleFeed, EdgeRule, GapRule, Loaded
 from backtest_kit.market.price import resample, vwap
+from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.candle import BoolColumn, CandleSeries, FloatColumn
 from backtest_kit.model.interval import CANDLE_INTERVALS, DAY_MS, INTERVAL_MS, MINUTE_MS, interval_ms, iso
 
@@ -48,15 +49,27 @@ class History:
     Columns already taken stay as they are; take columns and their index with no `await` in between.
     """
 
-    def __init__(self, feed: CandleFeed, symbol: str, loaded: Loaded, *, gaps: GapRule, price_window: int) -> None:
+    def __init__(
+        self,
+        feed: CandleFeed,
+        symbol: str,
+        loaded: Loaded,
+        *,
+        gaps: GapRule,
+        dirty: DirtyRule = "refuse",
+        price_window: int,
+    ) -> None:
         """Take contiguous candles; `load` is the usual way."""
         self.symbol: Final = symbol
         self.filled = loaded.filled
         """Minutes that no source had, and that were filled flat."""
         self.fetched = loaded.fetched
         """Candles that the source was asked for; the others were cached."""
+        self.repairs = loaded.repairs
+        """How many rows of the source were repaired, by what was done to them: see `REPAIRS`."""
         self._feed = feed
         self._gaps: Final[GapRule] = gaps
+        self._dirty: Final[DirtyRule] = dirty
         self._price_window: Final = price_window
         self._moving = asyncio.Lock()
         self._begins = False
@@ -73,6 +86,7 @@ class History:
         stop_ms: int,
         *,
         gaps: GapRule = "error",
+        dirty: DirtyRule = "refuse",
         price_window: int,
         edges: EdgeRule = "refuse",
     ) -> History:
@@ -81,8 +95,9 @@ class History:
         Raises:
             UserError, RetryLater: as `CandleFeed.load`.
         """
-        loaded = await feed.load(symbol, start_ms, stop_ms, gaps=gaps, lead_ms=price_window * MINUTE_MS, edges=edges)
-        return cls(feed, symbol, loaded, gaps=gaps, price_window=price_window)
+        lead_ms = price_window * MINUTE_MS
+        loaded = await feed.load(symbol, start_ms, stop_ms, gaps=gaps, dirty=dirty, lead_ms=lead_ms, edges=edges)
+        return cls(feed, symbol, loaded, gaps=gaps, dirty=dirty, price_window=price_window)
 
     @property
     def candles(self) -> CandleSeries:
@@ -183,26 +198,49 @@ class History:
         async with self._moving:
             if stop_ms <= self._stop_ms:
                 return
-            # What was filled a moment ago may have come since; what was real stays as it was seen.
-            known, late = self._minutes, self._late()
-            settled = known.cut(slice(0, len(known.candles) - late))
-            begin_ms = self._stop_ms - late * MINUTE_MS
-            loaded = await self._feed.load(
-                self.symbol, begin_ms, stop_ms, gaps=self._gaps, edges=edges, before=settled.candles[-1:]
-            )
-            if late:
-                recent = known.cut(slice(-late, None))
-                self.filled -= late - int(np.count_nonzero(recent.real_rows()))
-                loaded = _as_seen(loaded, recent)
-            self._join(settled, self._taken(loaded))
+            known = self._minutes
+            if known.real is not None and not known.real[-1]:
+                # A filled end was a guess.
+                known = known.cut(slice(0, len(known.real) - int(known.real[::-1].argmax())))
+            begin_ms = int(known.candles.timestamp[-1]) + MINUTE_MS
+            newer = await self._load(begin_ms, stop_ms, edges, known)
+            known = await self._asked_again(known)
+            self.filled -= int(np.count_nonzero(~self._minutes.real_rows())) - int(np.count_nonzero(~known.real_rows()))
+            self._join(known, self._taken(newer))
             self._trim()
 
-    def _late(self) -> int:
-        """How many of the last minutes to ask for again: from the first one on that was filled lately."""
-        if self._minutes.real is None:
-            return 0
-        recent = self._minutes.real[1:][-_LATE:]
-        return 0 if recent.all() else len(recent) - int(recent.argmin())
+    async def _asked_again(self, known: _Minutes) -> _Minutes:
+        """The same with the candles that have come of minutes that were filled lately. What was real stays as it was
+        seen, even if the source has revised it."""
+        recent = known.real_rows()[1:][-_LATE:]
+        if recent.all():
+            return known
+        first = len(known.candles) - len(recent) + int(recent.argmin())
+        settled, open_ = known.cut(slice(0, first)), known.cut(slice(first, None))
+        begin_ms, stop_ms = int(open_.candles.timestamp[0]), int(open_.candles.timestamp[-1]) + MINUTE_MS
+        try:
+            loaded = await self._load(begin_ms, stop_ms, "fill", settled)
+        except RetryLater:
+            return known  # another minute may bring them
+        kept, found = open_.real_rows(), np.ones(len(open_.candles), dtype=np.bool_)
+        found = found if loaded.real is None else loaded.real
+        columns = {
+            name: np.where(kept, getattr(open_.candles, name), column)
+            for name, column in loaded.candles.columns().items()
+        }
+        candles, real = CandleSeries(**columns), kept | found
+        return self._joined(settled, _Minutes(candles, vwap(candles, self._price_window), None if real.all() else real))
+
+    async def _load(self, begin_ms: int, stop_ms: int, edges: EdgeRule, known: _Minutes) -> Loaded:
+        return await self._feed.load(
+            self.symbol,
+            begin_ms,
+            stop_ms,
+            gaps=self._gaps,
+            dirty=self._dirty,
+            edges=edges,
+            before=known.candles[-1:],
+        )
 
     def _trim(self) -> None:
         """Let go of what is twice as old as a strategy looks back: a run of months must not keep them all."""
@@ -225,7 +263,7 @@ class History:
             # Reach further than asked: a strategy asks again at its next step, each time a bit later or deeper.
             span_ms = max(self._first_ms - start_ms, DAY_MS)
             low_ms = max(self._first_ms - span_ms, 0)
-            older = await self._feed.available(self.symbol, low_ms, self._first_ms, gaps=self._gaps)
+            older = await self._feed.available(self.symbol, low_ms, self._first_ms, gaps=self._gaps, dirty=self._dirty)
             self._begins = not older.candles or int(older.candles.timestamp[0]) > low_ms
             if older.candles:
                 self._join(self._taken(older), self._minutes)
@@ -233,9 +271,13 @@ class History:
     def _taken(self, loaded: Loaded) -> _Minutes:
         self.filled += loaded.filled
         self.fetched += loaded.fetched
+        self.repairs = self.repairs + loaded.repairs
         return _Minutes(loaded.candles, vwap(loaded.candles, self._price_window), loaded.real)
 
     def _join(self, older: _Minutes, newer: _Minutes) -> None:
+        self._set(self._joined(older, newer))
+
+    def _joined(self, older: _Minutes, newer: _Minutes) -> _Minutes:
         """Put two runs of candles together; only the prices whose window spans both are still to be made."""
         reach = self._price_window - 1
         first = max(len(older.candles) - reach, 0)
@@ -245,7 +287,7 @@ class History:
         real = None
         if older.real is not None or newer.real is not None:
             real = np.concatenate((older.real_rows(), newer.real_rows()))
-        self._set(_Minutes(CandleSeries.concat((older.candles, newer.candles)), prices, real))
+        return _Minutes(CandleSeries.concat((older.candles, newer.candles)), prices, real)
 
     def _set(self, minutes: _Minutes) -> None:
         self._minutes = minutes
@@ -259,19 +301,6 @@ class History:
             f"{self.symbol}: {limit} x {interval} candles before {iso(stop_ms)} were asked, but its unbroken candles "
             f"begin at {iso(self._first_ms)}: start the frame at {iso(enough)} or later, or ask for fewer"
         )
-
-
-def _as_seen(loaded: Loaded, seen: _Minutes) -> Loaded:
-    """Candles that begin with seen ones. The real ones stay as they were, even if the source has revised them."""
-    kept = seen.real_rows()
-    columns = {name: column.copy() for name, column in loaded.candles.columns().items()}
-    for name, column in seen.candles.columns().items():
-        columns[name][: len(kept)][kept] = column[kept]
-    real = np.ones(len(loaded.candles), dtype=np.bool_) if loaded.real is None else loaded.real.copy()
-    real[: len(kept)] |= kept
-    return loaded._replace(
-        candles=CandleSeries(**columns), real=None if real.all() else real, filled=int(np.count_nonzero(~real))
-    )
 
 
 def _is_count(limit: object) -> bool:

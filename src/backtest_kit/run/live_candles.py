@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from typing import Final
 
 from backtest_kit.engine.step import Tick
@@ -40,6 +41,11 @@ class LiveCandles:
     def filled(self) -> int:
         """Minutes without a candle that were taken as flat."""
         return sum(history.filled for history in self._histories.values())
+
+    @property
+    def repairs(self) -> Counter[str]:
+        """Rows that were repaired, by what was done to them."""
+        return sum((history.repairs for history in self._histories.values()), Counter[str]())
 
     def tick(self, when_ms: int) -> Tick:
         """A minute of the run's own symbol, as a step sees it."""
@@ -90,6 +96,7 @@ class LiveCandles:
                     when_ms - MINUTE_MS,
                     when_ms,
                     gaps=self._job.gaps,
+                    dirty=self._job.dirty,
                     price_window=self._job.settings.CC_AVG_PRICE_CANDLES_COUNT,
                     edges=edges,
                 )
