@@ -55,6 +55,8 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     exchange's, and says so in the log."""
     waiting: str = ""
     """Why nothing is decided at the moment, such as a missing candle; empty while minutes are acted at."""
+    notes: tuple[str, ...] = ()
+    """What people should know of the broker."""
     missed: int = 0
     """Minutes that passed without a decision."""
     gaps_filled: int = 0
@@ -106,6 +108,7 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         ended=ended,
         clock_drift_ms=run.job.time.drift_ms,
         waiting=run.waiting,
+        notes=job.broker.notes,
         missed=run.missed.total,
         gaps_filled=run.candles.filled,
         repairs=run.candles.repairs,
