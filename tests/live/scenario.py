@@ -80,7 +80,7 @@ def facts(events: list[bk.Event]) -> dict[Any, Any]:
     found = {}
     for event in events:
         if isinstance(event, LASTING):
-            fields = msgspec.to_builtins(event)
+            fields = without_orders(msgspec.to_builtins(event))
             held = fields.get("position") or fields.get("entry") or fields.get("trade")
             found[event.action, event.when_ms, held["signalId"]] = fields
     return found

@@ -295,11 +295,11 @@ def plain_id(client_order_id: str) -> str:
 
 
 def unnumbered(value: Any) -> Any:
-    """Plain fields without what the exchange has numbered its orders, and with the ids of `plain_id`."""
+    """Plain fields without the numbers of the exchange, and with each id of `plain_id` once: a close may take two."""
     if isinstance(value, dict):
         found = {name: unnumbered(item) for name, item in value.items() if name != "orderIds"}
         if "clientOrderIds" in found:
-            found["clientOrderIds"] = [*map(plain_id, found["clientOrderIds"])]
+            found["clientOrderIds"] = [*dict.fromkeys(map(plain_id, found["clientOrderIds"]))]
         return found
     return [unnumbered(item) for item in value] if isinstance(value, list | tuple) else value
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from tests.live.rig import START, Rig
-from tests.live.scenario import MINUTES, facts, prepared
+from tests.live.scenario import MINUTES, facts, prepared, without_orders
 
 import backtest_kit as bk
 from backtest_kit.engine.step import Resting
@@ -78,7 +78,9 @@ async def test_a_change_that_got_half_way_into_stores_of_ones_own_heals(tmp_path
     assert set(rig.venue.times_done.values()) <= {1}
     # What a life has told whose store was away, the next one tells again, word for word.
     assert facts(rig.events) == facts(whole.events)
-    assert list({trade.signal_id: trade for trade in rig.trades()}.values()) == whole.trades()
+    trades = {trade.signal_id: trade for trade in rig.trades()}.values()
+    # But for the numbers of its orders, which grow with attempts.
+    assert without_orders(msgspec.to_builtins([*trades])) == without_orders(msgspec.to_builtins(whole.trades()))
     assert len(rig.trades()) <= 3
     status = (await rig.trade(1)).status
     assert status.position is None
