@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager
 from typing import Any, Final, TypeVar
@@ -33,6 +34,7 @@ T = TypeVar("T")
 DEFAULT_DATABASE: Final = "backtest-kit"
 _TIME_SECONDS: Final = 1.0
 """How long the server is asked for its time: who closes the store waits for that."""
+UPKEEP_SECONDS: Final = 600.0
 _PART: Final = 10_000
 """Documents."""
 ACKNOWLEDGED: Final = WriteConcern(w=1)
@@ -65,6 +67,8 @@ class Link:
         self.owner: Final = secrets.token_hex(8)
         self.has_transactions = False
         """Whether the server is part of a replica set or a cluster. Known once it is open."""
+        self.upkeep_at = 0.0
+        """When to look after the database next, by `time.monotonic`."""
         self.opening: asyncio.Task[None] | None = None
         self.is_open = False
         self.has_unflushed = False
@@ -131,6 +135,12 @@ class Link:
         """Ask the server for its time if it is time to, beside whatever else is done."""
         if self.clock.is_due:
             self._begin(self.read_time())
+
+    def keep_up(self, upkeep: Callable[[Link], Coroutine[Any, Any, None]]) -> None:
+        """Begin `upkeep` if it is time to, beside whatever else is done."""
+        if time.monotonic() >= self.upkeep_at:
+            self.upkeep_at = time.monotonic() + UPKEEP_SECONDS
+            self._begin(upkeep(self))
 
     async def read_time(self) -> None:
         async def question() -> None:
