@@ -126,9 +126,7 @@ async def test_a_store_that_is_only_looked_at_makes_no_index(
     assert unique(database) == []
 
 
-async def test_a_server_that_is_away_is_no_reason_to_close(
-    store: MongoStore, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_server_that_is_away_is_no_reason_to_close(store: MongoStore, caplog: pytest.LogCaptureFixture) -> None:
     link = store.link()
     client = link.mongo
     await client.close()

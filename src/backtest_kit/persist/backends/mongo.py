@@ -32,7 +32,14 @@ from backtest_kit.persist.backends.mongo_documents import (
 )
 from backtest_kit.persist.backends.mongo_intents import replay
 from backtest_kit.persist.backends.mongo_reading import cache_name, find, find_all, standing
-from backtest_kit.persist.backends.mongo_settings import LOGGER, Log, MongoSettings, from_environment, with_changes
+from backtest_kit.persist.backends.mongo_settings import (
+    LOGGER,
+    PATIENT,
+    Log,
+    MongoSettings,
+    from_environment,
+    with_changes,
+)
 from backtest_kit.persist.backends.mongo_writing import Putting, PuttingMany, turn_of
 from backtest_kit.persist.candle_cache import CandleCache
 from backtest_kit.persist.contracts import Contract
@@ -63,11 +70,23 @@ class MongoStore:
     capabilities: Final = frozenset(Capability)
 
     def __init__(
-        self, url: str, *, settings: MongoSettings | None = None, existing: bool = False, log: Log | None = None
+        self,
+        url: str,
+        *,
+        settings: MongoSettings | None = None,
+        existing: bool = False,
+        patient: bool = False,
+        log: Log | None = None,
     ) -> None:
-        """Without `settings`, they come from the environment, and Redis is used if that names one."""
+        """Without `settings`, they come from the environment, and Redis is used if that names one.
+
+        With `patient`, it waits minutes for a slow server where the environment does not say how long: for moving
+        a whole store, which has nothing better to do.
+        """
         if settings is None:
             settings = from_environment(os.environ)
+            if patient:
+                settings = with_changes(settings, {k: v for k, v in PATIENT.items() if k not in os.environ})
             if not {"CC_REDIS_URL", "CC_REDIS_HOST"} & os.environ.keys():
                 settings = with_changes(settings, {"CC_REDIS_HOST": ""})
         log = log or logging.LoggerAdapter(logging.getLogger(LOGGER))
@@ -255,7 +274,12 @@ class MongoStore:
         return link
 
     async def _open(self, link: Link) -> None:
-        await mongo_schema.prepare(link, existing=self._existing)
+        try:
+            await mongo_schema.prepare(link, existing=self._existing)
+        except BacktestKitError:
+            link.outage.is_known = not link.sees_server
+            raise
+        link.outage.is_known = False
         link.upkeep_at = time.monotonic() + UPKEEP_SECONDS
         # Also where somebody only looks: half of a batch is nothing that was ever written.
         await replay(link)
