@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,12 @@ async def test_a_server_that_is_away_is_waited_for_once(monkeypatch: pytest.Monk
     store = store_over(NOWHERE, CC_MONGO_SERVER_SELECTION_TIMEOUT_MS=30_000, CC_MONGO_OPERATION_TIMEOUT_MS=3_000)
     allowed: list[float] = []
     timeout = pymongo.timeout
-    monkeypatch.setattr(pymongo, "timeout", lambda seconds: (allowed.append(seconds), timeout(seconds))[1])
+
+    def watched(seconds: float) -> AbstractContextManager[None]:
+        allowed.append(seconds)
+        return timeout(seconds)
+
+    monkeypatch.setattr(pymongo, "timeout", watched)
     for _ in range(2):
         with pytest.raises(RetryLater, match=r"no MongoDB server answers at mongodb://\*\*\*@127.0.0.1:1/x: start it"):
             await store.put(Write(SIGNAL, KEY, 1))

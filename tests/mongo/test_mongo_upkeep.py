@@ -13,10 +13,10 @@ from tests.mongo.samples import KEY, NAME, Database
 from backtest_kit.errors import BacktestKitError, Damaged, UserError
 from backtest_kit.persist.backends.mongo import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.store import Write
+from backtest_kit.persist.store import Plain, Write
 
 SIGNAL, MEMORY = CONTRACTS["signal"], CONTRACTS["memory"]
-VALUE = {"price": 100.5, "levels": [1, 2.5, None, True], "note": "x"}
+VALUE: Plain = {"price": 100.5, "levels": [1, 2.5, None, True], "note": "x"}
 
 CHANGES: dict[str, dict[str, Any]] = {
     "price": {"payload.price": 100.6},
