@@ -148,6 +148,19 @@ def many_fills(make_trade: MakeTrade) -> Trade:
     )
 
 
+@pytest.mark.parametrize(
+    ("closes", "decimals"),
+    [((68000.0, 68006.85), 2), ((1.08, 1.08345), 5), ((2.3, 2.3456), 4), ((1.2345e-5,), 9), ((2.31e-10,), 12), ((), 2)],
+)
+def test_the_axis_shows_the_ticks_of_the_market(
+    closes: tuple[float, ...], decimals: int, make_result: MakeResult
+) -> None:
+    times = [START + at * MINUTE_MS for at in range(len(closes))]
+    chart = CandleSeries(times, closes, closes, closes, closes, [1.0] * len(closes))
+    page = Page(render_html(Results([make_result("BTCUSDT", chart=chart)])))
+    assert page.data["markets"][0]["decimals"] == decimals
+
+
 def test_every_fill_and_level_of_a_position_is_drawn(make_trade: MakeTrade, make_result: MakeResult) -> None:
     trades = [make_trade(), many_fills(make_trade)]
     data = Page(render_html(Results([make_result("ETHUSDT"), make_result(trades=trades)]))).data
