@@ -174,7 +174,7 @@ def test_every_fill_and_level_of_a_position_is_drawn(make_trade: MakeTrade, make
     assert mark["reduced"] == [[bar(40), 101.5], [bar(50), 102.5]]
     assert mark["levels"] == [105.0, 99.5, 107.0, 95.0, 99.25]
     assert mark["text"] == (
-        "long 99.25 to 102.00 in 3 entries, 25.00 % out at 101.50, 50.00 % out at 102.50, +1.50 %, take_profit"
+        "long 99.25 to 102 in 3 entries, 25.00 % out at 101.5, 50.00 % out at 102.5, +1.50 %, take_profit"
     )
     assert (plain["added"], plain["reduced"]) == ([], [])
     labels = [label for label, _ in data["columns"]]
