@@ -181,7 +181,7 @@ def test_every_fill_and_level_of_a_position_is_drawn(make_trade: MakeTrade, make
     row = dict(zip(labels, data["trades"][mark["row"]], strict=True))
     assert row["Entries (list)"] == "100.00 @ 100.5; 100.00 @ 99; 50.00 @ 98"
     assert row["Partial Closes (list)"] == "25.00 % @ 101.5; 50.00 % @ 102.5"
-    assert (row["DCA Entries"], row["Partial Closes"], row["Original TP"]) == ("3", "2", "107.00")
+    assert (row["DCA Entries"], row["Partial Closes"], row["Original TP"]) == ("3", "2", "107")
     assert data["heat"]["header"][0] == "Symbol"
 
 
