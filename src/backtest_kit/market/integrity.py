@@ -98,7 +98,7 @@ def check_order(candles: CandleSeries, *, what: str, step_ms: int = MINUTE_MS) -
         return
     untimed = int(np.count_nonzero(times == NO_TIME))
     if untimed:
-        raise UserError(f"{what}: {untimed:,} of {len(times):,} candles have no readable timestamp: {_WAY_OUT}")
+        raise BadCandles(f"{what}: {untimed:,} of {len(times):,} candles have no readable timestamp: {_WAY_OUT}")
     steps, odd = np.divmod(times, step_ms)
     if odd.any():
         at = int(np.argmax(odd != 0))
