@@ -16,7 +16,8 @@ test: $(VENV)/developing lint ## Everything: lint, types, layers, tests, coverag
 	$(BIN)/coverage report --include='*/backtest_kit/persist/*' --skip-covered --fail-under=95
 	$(BIN)/coverage report --include='*/backtest_kit/engine/*' --skip-covered --fail-under=95
 
-prove: $(VENV)/developing ## Thousands of states after a loss of power more than the tests try
+prove: $(VENV)/developing ## The large suites of faults, of which make test runs samples
+	MARKET_FAULTS=300 $(BIN)/python -m pytest -n auto tests/live/test_market_faults.py
 	BACKTEST_KIT_POWER_STATES=20000 $(BIN)/python -m pytest -n auto tests/persist/test_file_power.py
 
 power: $(VENV)/developing ## As root: cut the power of a real file system on a loop device

@@ -33,7 +33,7 @@ class Books:
 async def adopted(broker: CcxtBroker, price: float) -> Holding:
     identity = Identity("BTCUSDT", "trend", "binance", "", "live")
     desk = Desk(Rules(identity=identity, settings=Settings(), interval_ms=MINUTE_MS))
-    desk.tick = Tick(START, *[price] * 5)
+    desk.tick = Tick.flat(START, price)
     books = Books(broker)
     store = MemoryStore()
     claims = StoredClaims(lambda row: store, ("trend", "binance", "BTCUSDT"))

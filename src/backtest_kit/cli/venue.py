@@ -15,10 +15,11 @@ from backtest_kit.market.clock import AcceleratedClock, Clock, SteppedClock, Sys
 from backtest_kit.market.sources import CandleSource
 from backtest_kit.model.interval import DAY_MS, iso, to_ms
 from backtest_kit.simulation.binance import API_KEY, API_SECRET
-from backtest_kit.simulation.exchange import Terms
+from backtest_kit.simulation.exchange import ClientIds, Terms
 from backtest_kit.simulation.faults import Fault, Faults
 from backtest_kit.simulation.journal import Journal
 from backtest_kit.simulation.orders import Kind, VenueFill
+from backtest_kit.simulation.publishing import Publishing
 from backtest_kit.simulation.server import VenueServer
 from backtest_kit.simulation.venue import Venue
 
@@ -34,7 +35,9 @@ def run_venue(
     fee_pct: float,
     slippage_pct: float,
     balance: float,
+    client_ids: ClientIds,
     faults: Sequence[str],
+    publishing: str | None,
     state: Path | None,
 ) -> None:
     source = sources.synthetic(seed) if candles is None else file_source(candles)
@@ -44,11 +47,14 @@ def run_venue(
         maker_fee_pct=fee,
         slippage_pct=Decimal(repr(slippage_pct)),
         balance=Decimal(repr(balance)),
+        client_ids=client_ids,
     )
     struck = Faults(seed)
     for each in faults:
         struck.add(Fault.parse(each))
-    asyncio.run(_serve(port, symbols, source, speed, start, terms, struck, Journal(state) if state else None))
+    published = Publishing.parse(publishing) if publishing else None
+    journal = Journal(state) if state else None
+    asyncio.run(_serve(port, symbols, source, speed, start, terms, struck, published, journal))
 
 
 async def _serve(
@@ -59,6 +65,7 @@ async def _serve(
     start: str | None,
     terms: Terms,
     faults: Faults,
+    publishing: Publishing | None,
     journal: Journal | None,
 ) -> None:
     stopping = asyncio.Event()
@@ -73,7 +80,7 @@ async def _serve(
             f"at {fill.price:f} ({fill.client_order_id})"
         )
 
-    venue = Venue(source, symbols, clock, terms=terms, journal=journal, on_fill=told)
+    venue = Venue(source, symbols, clock, terms=terms, journal=journal, on_fill=told, publishing=publishing)
     server = VenueServer(
         venue, port=port, faults=faults, log=lambda line: _say(f"{iso(clock.now_ms() // 1000 * 1000)} {line}")
     )
