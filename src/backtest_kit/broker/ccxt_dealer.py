@@ -15,6 +15,7 @@ from backtest_kit.broker.ccxt_stops import StopFilled, Stops
 from backtest_kit.broker.ccxt_venue import CcxtVenue
 from backtest_kit.broker.rounding import exact
 from backtest_kit.errors import BacktestKitError, Outcome
+from backtest_kit.model.price import price_text
 
 _log = logging.getLogger(__name__)
 OPENS: Final = ("open", "place", "activate")
@@ -76,7 +77,7 @@ class Dealer:
         quantity = market.lots(exact(order.cost) / exact(order.price))
         small = market.too_small(quantity, min(order.price, order.stop_loss))
         if small:
-            paid = f"{order.cost:g} {market.quote} at {order.price:g}"
+            paid = f"{order.cost:g} {market.quote} at {price_text(order.price)}"
             raise OrderRejected(f"{market.symbol}: {paid} are too little: {small}")
         await self._check_size(stake, order, quantity)
         needed = exact(order.cost)

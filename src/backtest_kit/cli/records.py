@@ -14,6 +14,7 @@ from backtest_kit.cli import options
 from backtest_kit.cli.store import add, console, require_existing, table, with_store
 from backtest_kit.errors import UserError
 from backtest_kit.model.interval import iso, to_ms
+from backtest_kit.model.price import price_text
 from backtest_kit.persist import operations
 from backtest_kit.persist.binding import runs_in
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Kind, contract
@@ -246,8 +247,8 @@ def summary_of(row: Contract, record: Record) -> str:
 
 
 def _signal(value: dict[str, Any]) -> str:
-    opened, ended, pnl = (value.get(name) for name in ("priceOpen", "priceClose", "pnlPct"))
-    price = f"at {opened:g}" if ended is None else f"from {opened:g} to {ended:g}"
+    opened, ended, pnl = value["priceOpen"], value.get("priceClose"), value.get("pnlPct")
+    price = f"at {price_text(opened)}" if ended is None else f"from {price_text(opened)} to {price_text(ended)}"
     earned = "" if pnl is None else f", {pnl:+.2f} %"
     return (
         f"{value.get('symbol')} {value.get('strategyName')}: {value.get('status')} {value.get('position')} "

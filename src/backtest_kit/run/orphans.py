@@ -15,6 +15,7 @@ from backtest_kit.errors import Conflict
 from backtest_kit.model.event import Event, OrphanFound, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Position, RestingEntry
+from backtest_kit.model.price import price_text
 from backtest_kit.run.alarms import words_of
 from backtest_kit.run.claims import Claims
 from backtest_kit.run.desk import Desk
@@ -157,17 +158,17 @@ class OrphanGuard:
         if isinstance(state, Holding):
             position = state.position
             await self._protect(self._order(position.signal_id, held, position.stop_loss, position.take_profit))
-            return f"a stop was placed at {position.stop_loss:g}"
+            return f"a stop was placed at {price_text(position.stop_loss)}"
         stop, take = levels(held, self._desk.tick.price, settings)
         order = self._order(_signal_id(held, self._desk), held, stop, take)
         if held.stop_loss is None:
             await self._protect(order)
         if self._policy == "protect":
-            return f"its stop is at {stop:g}, watched it is not"
+            return f"its stop is at {price_text(stop)}, watched it is not"
         if self._books.stopping:
-            return f"its stop is at {stop:g}, and it is not adopted, because the run is told to stop"
+            return f"its stop is at {price_text(stop)}, and it is not adopted, because the run is told to stop"
         self._desk.events += await self._books.adopt(*adopted(held, stop, take, state.last_slot_ms, self._desk))
-        return f"it is the strategy's own now, stop at {stop:g}, take profit at {take:g}"
+        return f"it is the strategy's own now, stop at {price_text(stop)}, take profit at {price_text(take)}"
 
     def _order(self, signal_id: str, held: VenueHolding, stop: float, take: float) -> Order:
         tick = self._desk.tick
