@@ -1,7 +1,8 @@
 from .broker.base import (
     Broker as Broker,
     Fill as Fill,
-    Holding as Holding,
+    VenuePosition as VenuePosition,
+    VenueSignal as VenueSignal,
     Order as Order,
     OrderDeleted as OrderDeleted,
     OrderRejected as OrderRejected,

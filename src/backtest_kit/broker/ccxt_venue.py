@@ -186,6 +186,16 @@ class CcxtVenue:
                     found[order.id] = await self._follow(market, order)
         return sorted(found.values(), key=lambda order: order.timestamp)
 
+    async def latest_orders(self, market: Market) -> list[VenueOrder]:
+        """The latest orders of a market, open ones and others: as many as the exchange lists in one answer."""
+        has, client = self._client.has, self._client
+        names = ["fetch_orders"] if has.get("fetchOrders") is True else _lists_of(has)
+        doing = f"list the latest orders of {market.symbol}"
+        raws = [
+            raw for name in names for raw in await self.call(doing, lambda name=name: getattr(client, name)(market.symbol))  # type: ignore[misc]
+        ]
+        return [read_order(raw, market) for raw in raws]
+
     async def trades_since(self, market: Market, since_ms: int) -> list[dict[str, Any]]:
         """The account's own trades of a market, as ccxt reports them, oldest first."""
         doing = f"list the trades of {market.symbol}"
