@@ -19,7 +19,7 @@ from backtest_kit.broker.order_ids import ADD, ENTRY, STOP, OrderId, parse
 from backtest_kit.model.position import Direction
 
 _LOST_TO_FEES: Final = Decimal("0.02")
-"""Of what was bought: less than this may be left after everything was sold, since fees are taken in base currency."""
+"""Of what was bought, at most: fees are taken in base currency, and lists of orders do not tell them."""
 _NOTHING: Final = Decimal(0)
 
 
@@ -72,9 +72,9 @@ def bought(market: Market, orders: Iterable[VenueOrder]) -> dict[tuple[str, str]
 
 
 def _counts(market: Market, signal: Bought) -> bool:
-    """Whether what is left is more than fees and lots leave, and enough to be sold."""
-    spared = max(market.lot, signal.total * _LOST_TO_FEES)
-    return signal.left >= spared and not market.unsellable(signal.left, signal.price or float("inf"))
+    """Whether what is left could be sold, also if fees have taken the most that they take."""
+    sure = signal.left - signal.total * _LOST_TO_FEES
+    return not market.unsellable(sure, signal.price or float("inf"))
 
 
 class Holdings:
@@ -112,7 +112,9 @@ class Holdings:
             if (order_id := parse(order.client_id)) is not None and order.side == "sell":
                 key = order_id.store_id, order_id.digest
                 locked[key] = locked.get(key, _NOTHING) + order.remaining
-        loose = [each for key, each in held.items() if each.left > locked.get(key, _NOTHING) + each.total * _LOST_TO_FEES]
+        loose = [
+            each for key, each in held.items() if each.left > locked.get(key, _NOTHING) + each.total * _LOST_TO_FEES
+        ]
         if not loose:
             return held
         total = (await self._venue.balance(market.base))[1]

@@ -1,4 +1,4 @@
-"""Looks for what the exchange holds and the store does not know, and the other way round; keeps entries back meanwhile."""
+"""What the exchange holds and the store does not know, and the other way round: found, reported, acted on."""
 
 from __future__ import annotations
 
