@@ -11,6 +11,7 @@ import pytest
 
 from backtest_kit.broker.base import Fill, Order, OrderKind
 from backtest_kit.broker.ccxt import CcxtBroker
+from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.market.clock import SteppedClock
 from backtest_kit.market.sources import ANY_RANGE, CandleSource
 from backtest_kit.model.candle import CandleSeries
@@ -28,6 +29,7 @@ from backtest_kit.simulation.venue import Venue
 START = 1_704_067_200_000
 PRICE = 50_000.0
 SIGNAL = "BTCUSDT-202401010000-0a1b2c3d"
+IDS = SignalIds(SIGNAL)
 ARRIVAL_MS = 1000
 Kind = Literal["spot", "futures"]
 
@@ -162,7 +164,7 @@ async def bench() -> AsyncIterator[MakeBench]:
 
 def order(
     kind: OrderKind = "open",
-    suffix: str = "",
+    number: int = 0,
     *,
     signal_id: str = SIGNAL,
     direction: Direction = "long",
@@ -177,7 +179,8 @@ def order(
     }
     return Order(
         kind=kind,
-        client_order_id=signal_id + suffix,
+        client_order_id=SignalIds(signal_id).order(kind, number),
+        signal_id=signal_id,
         identity=Identity("BTCUSDT", "trend", "binance", "", "live"),
         when_ms=START,
         direction=direction,
@@ -195,7 +198,7 @@ def position(opened: Order, *fills: Fill | None, **fields: Any) -> Position:
     first = entries[0].price
     extreme = Extreme(first, START, 0.0, 0.0)
     return Position(
-        signal_id=opened.client_order_id,
+        signal_id=opened.signal_id,
         symbol="BTCUSDT",
         strategy_name="trend",
         exchange_name="binance",
@@ -216,7 +219,7 @@ def position(opened: Order, *fills: Fill | None, **fields: Any) -> Position:
 
 def resting(placed: Order) -> RestingEntry:
     return RestingEntry(
-        signal_id=placed.client_order_id,
+        signal_id=placed.signal_id,
         symbol="BTCUSDT",
         strategy_name="trend",
         exchange_name="binance",

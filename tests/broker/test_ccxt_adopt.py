@@ -56,7 +56,7 @@ async def test_an_adopted_position_is_held_with_its_own_stop_and_closed_for_good
     later = await venue.broker()
     assert await later.check_position(state.position) is None
     assert venue.stops() == [stop]
-    closing = order("close", "-c", signal_id=state.position.signal_id, stop_loss=state.position.stop_loss)
+    closing = order("close", signal_id=state.position.signal_id, stop_loss=state.position.stop_loss)
     closed = await later.close_position(closing)
     assert closed is not None
     assert closed.quantity == pytest.approx(fill.quantity, abs=0.00003)

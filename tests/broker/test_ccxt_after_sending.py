@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from tests.broker.conftest import SIGNAL, Kind, MakeBench, again, order
+from tests.broker.conftest import IDS, Kind, MakeBench, again, order
 
 from backtest_kit.broker.base import OrderTransient
 from backtest_kit.errors import Outcome
@@ -31,7 +31,7 @@ async def test_an_entry_whose_fees_cannot_be_read_is_not_taken_for_refused(
     assert caught.value.outcome is Outcome.UNKNOWN
     venue.server.faults.clear()
     assert (await broker.find(again(order()))).status == "filled"
-    assert venue.filled_orders() == {SIGNAL: 1}
+    assert venue.filled_orders() == {IDS.entry: 1}
 
 
 @AFTER
@@ -43,7 +43,7 @@ async def test_a_change_whose_fees_cannot_be_read_is_not_taken_for_undone(
     broker = await venue.broker()
     await broker.open_position(order())
     venue.fault(endpoint="GET */userTrades", count=5, **refusal)
-    changing = order(change, "-a1" if change == "add" else "-r1", cost=500.0)
+    changing = order(change, 1, cost=500.0)
     hook = broker.add_to_position if change == "add" else broker.reduce_position
     with pytest.raises(OrderTransient) as caught:
         await hook(changing)
@@ -61,9 +61,9 @@ async def test_a_reduction_that_is_still_being_filled_is_not_taken_for_undone(
     venue.fault("partial", "POST */order")
     venue.fault(endpoint="GET */order", count=5, **refusal)
     with pytest.raises(OrderTransient) as caught:
-        await broker.reduce_position(order("reduce", "-r1", cost=500.0, quantity=0.01))
+        await broker.reduce_position(order("reduce", 1, cost=500.0, quantity=0.01))
     assert caught.value.outcome is Outcome.UNKNOWN
-    assert venue.filled_orders()[SIGNAL + "-r1"] == 1
+    assert venue.filled_orders()[IDS.order("reduce", 1)] == 1
 
 
 @pytest.mark.parametrize("kind", ["spot", "futures"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.broker.conftest import PRICE, SIGNAL, Bench, Kind, MakeBench, again, order, position
+from tests.broker.conftest import IDS, PRICE, SIGNAL, Bench, Kind, MakeBench, again, order, position
 
 from backtest_kit.broker.base import OrderDeleted, OrderRejected, OrderTransient
 from backtest_kit.errors import Outcome
@@ -55,7 +55,7 @@ async def test_an_entry_whose_answer_was_lost_is_found(bench: MakeBench, kind: K
     venue.fault("lose_response", "POST */order")
     fill = await broker.open_position(order())
     assert fill is not None
-    assert venue.filled_orders() == {SIGNAL: 1}
+    assert venue.filled_orders() == {IDS.entry: 1}
     assert len(venue.stops()) == 1
 
 
@@ -75,7 +75,7 @@ async def test_an_entry_that_nobody_could_ask_about_is_not_sent_again(bench: Mak
     assert report.fill is not None
     assert report.fill.quantity == 0.02
     assert await later.open_position(again(order())) == report.fill
-    assert venue.filled_orders() == {SIGNAL: 1}
+    assert venue.filled_orders() == {IDS.entry: 1}
     assert len(venue.stops()) == 1
     nothing_is_naked(venue)
 
@@ -90,7 +90,7 @@ async def test_an_entry_that_never_arrived_is_sent_again(bench: MakeBench, kind:
     assert caught.value.outcome is Outcome.UNKNOWN
     assert (await broker.find(again(order()))).status == "absent"
     assert await broker.open_position(again(order())) is not None
-    assert venue.filled_orders() == {SIGNAL: 1}
+    assert venue.filled_orders() == {IDS.entry: 1}
 
 
 @BOTH
@@ -103,7 +103,7 @@ async def test_an_order_still_under_way_is_waited_for(bench: MakeBench, kind: Ki
     assert caught.value.outcome is Outcome.UNKNOWN
     assert venue.fills() == [], "it has not arrived when the first look finds nothing"
     assert (await broker.find(again(order()))).status == "filled"
-    assert venue.filled_orders() == {SIGNAL: 1}
+    assert venue.filled_orders() == {IDS.entry: 1}
 
 
 async def test_another_program_s_order_still_under_way_is_waited_for(bench: MakeBench) -> None:
@@ -119,7 +119,7 @@ async def test_another_program_s_order_still_under_way_is_waited_for(bench: Make
     later = await venue.broker()
     assert venue.fills() == []
     assert (await later.find(again(order()))).status == "filled"
-    assert venue.filled_orders() == {SIGNAL: 1}
+    assert venue.filled_orders() == {IDS.entry: 1}
     nothing_is_naked(venue)
 
 
@@ -131,7 +131,7 @@ async def test_a_request_delivered_twice_is_filled_once(bench: MakeBench, kind: 
     fill = await broker.open_position(order())
     assert fill is not None
     assert fill.quantity == 0.02
-    assert venue.filled_orders() == {SIGNAL: 1}
+    assert venue.filled_orders() == {IDS.entry: 1}
     nothing_is_naked(venue)
 
 
@@ -190,7 +190,7 @@ async def test_a_naked_position_is_an_alarm_and_is_healed_by_the_next_question(b
     assert venue.stops() == []
     assert (await broker.find(again(order()))).status == "filled"
     nothing_is_naked(venue)
-    assert venue.filled_orders() == {SIGNAL: 1}
+    assert venue.filled_orders() == {IDS.entry: 1}
 
 
 @BOTH
@@ -204,13 +204,13 @@ async def test_a_killed_program_s_entry_gets_its_stop(bench: MakeBench, kind: Ki
         await asyncio.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     assert await child.wait() == -signal.SIGKILL
-    assert venue.filled_orders() == {SIGNAL: 1}
+    assert venue.filled_orders() == {IDS.entry: 1}
     assert venue.stops() == []
     later = await venue.broker()
     assert (await later.find(again(order()))).status == "filled"
     nothing_is_naked(venue)
     assert await later.open_position(again(order())) is not None
-    assert venue.filled_orders() == {SIGNAL: 1}
+    assert venue.filled_orders() == {IDS.entry: 1}
     assert len(venue.stops()) == 1
 
 
@@ -235,7 +235,7 @@ async def test_a_close_whose_answer_was_lost_is_found(bench: MakeBench, kind: Ki
     venue = await bench(kind)
     broker = await venue.broker()
     await broker.open_position(order())
-    close = order("close", "-c", quantity=0.02)
+    close = order("close", quantity=0.02)
     venue.fault("lose_response", "POST */order")
     venue.fault("outage", **sale_look_ups(kind))
     with pytest.raises(OrderTransient):
@@ -243,18 +243,18 @@ async def test_a_close_whose_answer_was_lost_is_found(bench: MakeBench, kind: Ki
     report = await broker.find(again(close))
     assert report.status == "filled"
     assert venue.open_orders() == []
-    assert venue.filled_orders() == {SIGNAL: 1, f"{SIGNAL}-c": 1}
+    assert venue.filled_orders() == {IDS.entry: 1, IDS.order("close", 0): 1}
 
 
 async def test_a_stop_that_a_close_has_left_does_not_close_the_next_position(bench: MakeBench) -> None:
     venue = await bench("futures", PRICE, PRICE, PRICE * 0.98)
     broker = await venue.broker()
     await broker.open_position(order(stop_loss=PRICE * 0.99))
-    close = order("close", "-c", quantity=0.02, stop_loss=PRICE * 0.99)
+    close = order("close", quantity=0.02, stop_loss=PRICE * 0.99)
     venue.fault("error", "DELETE *", count=2, status=503, code=-1001, message="Internal error")
-    with pytest.raises(OrderTransient, match=r"cancel .*-p0"):
+    with pytest.raises(OrderTransient, match=f"cancel {IDS.stop(0)}"):
         await broker.close_position(close)
-    with pytest.raises(OrderTransient, match=r"cancel .*-p0"):
+    with pytest.raises(OrderTransient, match=f"cancel {IDS.stop(0)}"):
         await broker.find(again(close))
     assert (await broker.find(again(close))).status == "filled"
     assert venue.open_orders() == []
@@ -279,7 +279,7 @@ async def test_a_sale_that_never_arrived_leaves_the_stop_in_place(
     venue = await bench("spot")
     broker = await venue.broker(arrival_ms=200)
     await broker.open_position(order())
-    selling = order(change, "-c" if change == "close" else "-r1", cost=500.0, quantity=0.01)
+    selling = order(change, 0 if change == "close" else 1, cost=500.0, quantity=0.01)
     hook = broker.close_position if change == "close" else broker.reduce_position
     for _ in range(3):
         venue.fault(endpoint="POST */order", **silent)
@@ -290,7 +290,7 @@ async def test_a_sale_that_never_arrived_leaves_the_stop_in_place(
         assert (await broker.find(selling)).status == "absent"
         selling = again(selling)
     assert await hook(selling) is not None
-    assert set(venue.filled_orders()) == {SIGNAL, selling.client_order_id}
+    assert set(venue.filled_orders()) == {IDS.entry, selling.client_order_id}
 
 
 async def test_a_sale_that_arrives_late_on_spot_is_seen_before_the_stop_is_put_back(bench: MakeBench) -> None:
@@ -300,7 +300,7 @@ async def test_a_sale_that_arrives_late_on_spot_is_seen_before_the_stop_is_put_b
     others = venue.held()
     await broker.open_position(order())
     venue.fault("latency", "POST */order", latency_ms=700)
-    fill = await broker.close_position(order("close", "-c", quantity=0.02))
+    fill = await broker.close_position(order("close", quantity=0.02))
     assert fill is not None
     assert fill.quantity == 0.01998
     assert venue.open_orders() == [], "it would sell what the position never had"
@@ -316,11 +316,11 @@ async def test_a_sale_on_spot_that_nobody_can_ask_about_is_said_to_have_no_stop(
     venue.fault("lose_request", "POST */order")
     venue.fault("outage", **sale_look_ups("spot"))
     with pytest.raises(OrderTransient) as caught:
-        await broker.close_position(order("close", "-c", quantity=0.02))
+        await broker.close_position(order("close", quantity=0.02))
     assert caught.value.outcome is Outcome.UNKNOWN
     told = [record.message for record in caplog.records if record.levelname == "ERROR"]
     assert len(told) == 1
-    assert f"held WITHOUT A STOP until the exchange tells what became of {SIGNAL}-c" in told[0]
+    assert f"held WITHOUT A STOP until the exchange tells what became of {IDS.order('close', 0)}" in told[0]
 
 
 @pytest.mark.parametrize("lost", [UNCERTAIN[0], {"kind": "lose_response"}], ids=lambda fault: str(fault["kind"]))
@@ -330,7 +330,7 @@ async def test_a_stop_that_may_have_made_room_in_vain_is_put_back(bench: MakeBen
     await broker.open_position(order())
     venue.fault(endpoint="DELETE */order", count=2, **lost)
     with pytest.raises(OrderTransient, match="cancel"):
-        await broker.close_position(order("close", "-c", quantity=0.02))
+        await broker.close_position(order("close", quantity=0.02))
     assert len(venue.stops()) == 1
     nothing_is_naked(venue)
 
@@ -342,10 +342,10 @@ async def test_a_close_that_is_refused_leaves_the_stop_in_place(bench: MakeBench
     opened = await broker.open_position(order())
     venue.fault("reject", "POST */order")
     with pytest.raises(OrderRejected, match="The order is rejected"):
-        await broker.close_position(order("close", "-c", quantity=0.02))
+        await broker.close_position(order("close", quantity=0.02))
     nothing_is_naked(venue)
     assert await broker.check_position(position(order(), opened)) is None
-    assert await broker.close_position(again(order("close", "-c", quantity=0.02))) is not None
+    assert await broker.close_position(again(order("close", quantity=0.02))) is not None
     assert abs(venue.held()) < 0.00002
 
 
@@ -355,12 +355,12 @@ async def test_a_close_that_is_filled_in_parts_goes_on_to_the_end(bench: MakeBen
     broker = await venue.broker()
     await broker.open_position(order())
     venue.fault("partial", "POST */order", fraction=Decimal("0.25"), rest_expires=True, count=2)
-    fill = await broker.close_position(order("close", "-c", quantity=0.02))
+    fill = await broker.close_position(order("close", quantity=0.02))
     assert fill is not None
     assert fill.quantity == pytest.approx(0.02, abs=0.00003)
     assert abs(venue.held()) < 0.00002
-    assert list(venue.filled_orders()) == [SIGNAL, f"{SIGNAL}-c", f"{SIGNAL}-c_1", f"{SIGNAL}-c_2"]
-    assert (await broker.find(again(order("close", "-c")))).fill == fill
+    assert list(venue.filled_orders()) == [IDS.entry, *(IDS.of(f"{SIGNAL}-c", part) for part in range(3))]
+    assert (await broker.find(again(order("close")))).fill == fill
 
 
 @BOTH
@@ -368,7 +368,7 @@ async def test_a_close_that_died_half_way_goes_on(bench: MakeBench, kind: Kind) 
     venue = await bench(kind)
     broker = await venue.broker()
     await broker.open_position(order())
-    close = order("close", "-c", quantity=0.02)
+    close = order("close", quantity=0.02)
     venue.fault("partial", "POST */order", fraction=Decimal("0.25"), rest_expires=True)
     venue.fault("error", "POST */order", skip=1, status=503, message="try later")
     with pytest.raises(OrderTransient):
@@ -391,7 +391,7 @@ async def test_a_close_whose_second_part_is_refused_is_told_with_the_first(
     await broker.open_position(order())
     venue.fault("partial", "POST */order", fraction=Decimal("0.25"), rest_expires=True)
     venue.fault("reject", "POST */order", skip=1)
-    close = order("close", "-c", quantity=0.02)
+    close = order("close", quantity=0.02)
     with pytest.raises(OrderRejected, match="The order is rejected"):
         await broker.close_position(close)
     nothing_is_uncovered(venue)
@@ -399,7 +399,7 @@ async def test_a_close_whose_second_part_is_refused_is_told_with_the_first(
     await venue.advance(3)
     report = await broker.find(close)
     assert report.status == "absent", "there is something left to sell"
-    fill = await broker.close_position(order("close", "-c5", quantity=0.02) if renamed else again(close))
+    fill = await broker.close_position(order("close", 5, quantity=0.02) if renamed else again(close))
     last = venue.fills()[-1]
     assert fill is not None
     assert fill.quantity == pytest.approx(0.02, abs=0.00003)
@@ -416,7 +416,7 @@ async def test_a_close_whose_rest_its_stop_has_sold_is_told_with_it(bench: MakeB
     await broker.open_position(order())
     venue.fault("partial", "POST */order", fraction=Decimal("0.25"), rest_expires=True)
     venue.fault("lose_request", "POST */order", skip=1)
-    close = order("close", "-c", quantity=0.02)
+    close = order("close", quantity=0.02)
     with pytest.raises(OrderTransient):
         await broker.close_position(close)
     await venue.advance(3)
@@ -438,13 +438,13 @@ async def test_a_close_that_takes_more_orders_than_one_may_is_not_taken_for_done
     broker = await venue.broker()
     await broker.open_position(order())
     venue.fault("partial", "POST */order", fraction=Decimal("0.03"), rest_expires=True, count=20)
-    close = order("close", "-c", quantity=0.02)
+    close = order("close", quantity=0.02)
     with pytest.raises(OrderRejected, match=r"20 orders have not closed all of .*, 0\.01\d* are left"):
         await broker.close_position(close)
     assert abs(venue.held()) > 0.01
     nothing_is_uncovered(venue)
     assert (await broker.find(again(close))).status == "cancelled", "it goes on under another id"
-    fill = await broker.close_position(order("close", "-c1", quantity=0.02))
+    fill = await broker.close_position(order("close", 1, quantity=0.02))
     assert fill is not None
     assert fill.quantity == pytest.approx(0.02, abs=0.00003)
     assert abs(venue.held()) < 0.00002
@@ -457,7 +457,7 @@ async def test_a_reduction_whose_answer_was_lost_is_made_once(bench: MakeBench, 
     venue = await bench(kind)
     broker = await venue.broker()
     await broker.open_position(order())
-    reduce = order("reduce", "-r1", cost=500.0, quantity=0.01)
+    reduce = order("reduce", 1, cost=500.0, quantity=0.01)
     venue.fault(lost, "POST */order")
     # On spot the first look-up is that of the entry, to see what is held.
     venue.fault("outage", **sale_look_ups(kind), skip=1 if kind == "spot" else 0)
@@ -467,7 +467,7 @@ async def test_a_reduction_whose_answer_was_lost_is_made_once(bench: MakeBench, 
     if lost == "lose_request":
         assert report.status == "absent"
         assert await broker.reduce_position(again(reduce)) is not None
-    assert venue.filled_orders() == {SIGNAL: 1, f"{SIGNAL}-r1": 1}
+    assert venue.filled_orders() == {IDS.entry: 1, IDS.order("reduce", 1): 1}
     nothing_is_naked(venue)
 
 
@@ -479,7 +479,7 @@ async def test_a_stop_that_was_not_replaced_is_replaced_by_the_next_check(bench:
     post = "POST */order" if kind == "spot" else "POST */algoOrder"
     venue.fault("error", post, count=4, status=503, message="try later")
     with pytest.raises(OrderTransient) as caught:
-        await broker.move_stop(order("move_stop", "-s1", stop_loss=PRICE * 0.97))
+        await broker.move_stop(order("move_stop", 1, stop_loss=PRICE * 0.97))
     assert "may be held WITHOUT A STOP" in str(caught.value)
     assert len(venue.stops()) == (0 if kind == "spot" else 1), "a future keeps its old stop until it has the new one"
     assert await broker.check_position(position(order(), opened)) is None
@@ -495,7 +495,7 @@ async def test_a_stop_filled_while_it_is_replaced_closes_the_position(bench: Mak
     opened = await broker.open_position(order())
     cancels = "DELETE */*rder"
     venue.fault("latency", cancels, latency_ms=300)
-    moving = asyncio.create_task(broker.move_stop(order("move_stop", "-s1", stop_loss=PRICE * 0.94)))
+    moving = asyncio.create_task(broker.move_stop(order("move_stop", 1, stop_loss=PRICE * 0.94)))
     while not venue.sent("DELETE"):
         await asyncio.sleep(0.01)
     await venue.advance(3)
@@ -523,14 +523,14 @@ async def test_closed_by_hand_on_futures(bench: MakeBench) -> None:
     assert (fill.reason, fill.quantity) == ("closed", 0.02)
     assert fill.price == pytest.approx(PRICE * 1.01 * 0.9999)
     assert venue.open_orders() == []
-    assert await broker.close_position(order("close", "-c", quantity=0.02)) == fill
+    assert await broker.close_position(order("close", quantity=0.02)) == fill
 
 
 async def test_closed_by_hand_on_spot(bench: MakeBench) -> None:
     venue = await bench("spot")
     broker = await venue.broker()
     opened = await broker.open_position(order())
-    await venue.cancel_by_hand(f"{SIGNAL}-p0")
+    await venue.cancel_by_hand(IDS.stop(0))
     await venue.by_hand("sell", 0.01998)
     fill = await broker.check_position(position(order(), opened))
     assert fill is not None
@@ -542,9 +542,9 @@ async def test_a_stop_cancelled_by_hand_is_placed_again(bench: MakeBench, kind: 
     venue = await bench(kind)
     broker = await venue.broker()
     opened = await broker.open_position(order())
-    await venue.cancel_by_hand(f"{SIGNAL}-p0")
+    await venue.cancel_by_hand(IDS.stop(0))
     assert await broker.check_position(position(order(), opened)) is None
-    assert [name for name, _, _ in venue.stops()] == [f"{SIGNAL}-p1"]
+    assert [name for name, _, _ in venue.stops()] == [IDS.stop(1)]
     nothing_is_naked(venue)
 
 
@@ -556,13 +556,13 @@ async def test_reduced_by_hand_is_followed_and_said_once(
     broker = await venue.broker()
     opened = await broker.open_position(order())
     if kind == "spot":
-        await venue.cancel_by_hand(f"{SIGNAL}-p0")
+        await venue.cancel_by_hand(IDS.stop(0))
     await venue.by_hand("sell", 0.005)
     for _ in range(2):
         assert await broker.check_position(position(order(), opened)) is None
     nothing_is_naked(venue)
     assert sum("somebody else traded it" in record.message for record in caplog.records) == 1
-    fill = await broker.close_position(order("close", "-c", quantity=0.02))
+    fill = await broker.close_position(order("close", quantity=0.02))
     assert fill is not None
     assert fill.quantity == pytest.approx(0.015, abs=0.00003), "what is held, not what the engine believes"
 
@@ -605,9 +605,9 @@ async def test_a_reduction_must_leave_enough_to_protect(bench: MakeBench, kind: 
     broker = await venue.broker()
     await broker.open_position(order(cost=20.0, stop_loss=PRICE * 0.8))
     with pytest.raises(OrderRejected, match="too little to take out"):
-        await broker.reduce_position(order("reduce", "-r1", quantity=0.000001))
+        await broker.reduce_position(order("reduce", 1, quantity=0.000001))
     with pytest.raises(OrderRejected, match=r"too little would be left to protect.*close the position"):
-        await broker.reduce_position(order("reduce", "-r1", quantity=0.00039 if kind == "spot" else 0.0004))
+        await broker.reduce_position(order("reduce", 1, quantity=0.00039 if kind == "spot" else 0.0004))
     nothing_is_naked(venue)
 
 
@@ -677,7 +677,7 @@ async def test_signal_ids_of_any_kind_find_their_orders(bench: MakeBench, kind: 
     opened = await broker.open_position(odd)
     assert await broker.open_position(again(odd)) == opened
     assert await broker.check_position(position(odd, opened)) is None
-    fill = await broker.close_position(order("close", "-c", signal_id=odd.client_order_id, quantity=0.02))
+    fill = await broker.close_position(order("close", signal_id=odd.signal_id, quantity=0.02))
     assert fill is not None
     assert set(venue.filled_orders().values()) == {1}
     assert venue.open_orders() == []

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import msgspec
 import pytest
-from tests.broker.conftest import PRICE, SIGNAL, START, Bench, Kind, MakeBench, again, order, position, resting
+from tests.broker.conftest import IDS, PRICE, START, Bench, Kind, MakeBench, again, order, position, resting
 
 from backtest_kit.broker.base import Fill, OrderDeleted, OrderRejected, OrderTransient
 from backtest_kit.errors import Outcome
@@ -34,7 +34,7 @@ async def test_an_entry_is_filled_and_has_its_stop(bench: MakeBench, kind: Kind,
     assert fill.fee == pytest.approx(fill.cost * 0.001)
     assert fill.timestamp == START
     level = PRICE * (0.95 if direction == "long" else 1.05)
-    assert venue.stops() == [(f"{SIGNAL}-p0", kept(venue, 0.02), level)]
+    assert venue.stops() == [(IDS.stop(0), kept(venue, 0.02), level)]
     assert await broker.check_position(position(order(direction=direction), fill)) is None
 
 
@@ -44,14 +44,14 @@ async def test_a_position_is_closed_and_its_stop_cancelled(bench: MakeBench, kin
     broker = await venue.broker()
     opened = await broker.open_position(order(direction=direction))
     assert opened is not None
-    close = order("close", "-c", direction=direction, quantity=opened.quantity)
+    close = order("close", direction=direction, quantity=opened.quantity)
     fill = await broker.close_position(close)
     assert fill is not None
     assert (fill.quantity, fill.reason) == (kept(venue, 0.02), "")
     assert fill.fee > 0
     assert venue.open_orders() == []
     assert abs(venue.held()) < 0.00002
-    assert venue.filled_orders() == {SIGNAL: 1, f"{SIGNAL}-c": 1}
+    assert venue.filled_orders() == {IDS.entry: 1, IDS.order("close", 0): 1}
     report = await broker.find(again(close))
     assert (report.status, report.fill) == ("filled", fill)
 
@@ -72,9 +72,9 @@ async def test_a_stop_that_nobody_watched_is_told_at_the_next_check(
     assert (fill.reason, fill.quantity) == ("stop_loss", kept(venue, 0.02))
     assert fill.price == pytest.approx(PRICE * (0.95 if direction == "long" else 1.05), rel=0.001)
     assert venue.open_orders() == []
-    closing = await later.close_position(order("close", "-c", direction=direction, quantity=0.02))
+    closing = await later.close_position(order("close", direction=direction, quantity=0.02))
     assert closing == fill
-    assert f"{SIGNAL}-c" not in venue.filled_orders()
+    assert IDS.order("close", 0) not in venue.filled_orders()
 
 
 @BOTH
@@ -82,7 +82,7 @@ async def test_adding_widens_the_stop(bench: MakeBench, kind: Kind) -> None:
     venue = await bench(kind)
     broker = await venue.broker()
     first = await broker.open_position(order())
-    add = order("add", "-a1", cost=500.0)
+    add = order("add", 1, cost=500.0)
     second = await broker.add_to_position(add)
     assert second is not None
     assert second.quantity == 0.01
@@ -92,7 +92,7 @@ async def test_adding_widens_the_stop(bench: MakeBench, kind: Kind) -> None:
     assert await broker.check_position(position(order(), first, second)) is None
     assert (await broker.find(again(add))).fill == second
     assert await broker.add_to_position(again(add)) == second
-    assert venue.filled_orders() == {SIGNAL: 1, f"{SIGNAL}-a1": 1}
+    assert venue.filled_orders() == {IDS.entry: 1, IDS.order("add", 1): 1}
 
 
 @BOTH
@@ -100,7 +100,7 @@ async def test_reducing_narrows_the_stop(bench: MakeBench, kind: Kind) -> None:
     venue = await bench(kind)
     broker = await venue.broker()
     opened = await broker.open_position(order())
-    reduce = order("reduce", "-r1", cost=400.0, quantity=0.008)
+    reduce = order("reduce", 1, cost=400.0, quantity=0.008)
     fill = await broker.reduce_position(reduce)
     assert fill is not None
     assert fill.quantity == 0.008
@@ -108,7 +108,7 @@ async def test_reducing_narrows_the_stop(bench: MakeBench, kind: Kind) -> None:
     assert quantity == pytest.approx(kept(venue, 0.02) - 0.008)
     assert (await broker.find(again(reduce))).fill == fill
     assert await broker.reduce_position(again(reduce)) == fill
-    assert venue.filled_orders() == {SIGNAL: 1, f"{SIGNAL}-r1": 1}
+    assert venue.filled_orders() == {IDS.entry: 1, IDS.order("reduce", 1): 1}
     reduction = Reduction(40.0, fill.price, 1000.0, 1, START)
     before = venue.sent("DELETE")
     assert await broker.check_position(position(order(), opened, reductions=(reduction,))) is None
@@ -121,7 +121,7 @@ async def test_a_reduction_without_quantity_is_taken_at_cost(bench: MakeBench, k
     broker = await venue.broker()
     await broker.open_position(order())
     await venue.advance(3)
-    fill = await broker.reduce_position(order("reduce", "-r1", cost=500.0, price=PRICE * 1.2))
+    fill = await broker.reduce_position(order("reduce", 1, cost=500.0, price=PRICE * 1.2))
     assert fill is not None
     assert fill.quantity == 0.00999, "half of 0.02, at the price that was paid, slippage included"
 
@@ -132,16 +132,16 @@ async def test_the_stop_is_moved(bench: MakeBench, kind: Kind, direction: Direct
     broker = await venue.broker()
     opened = await broker.open_position(order(direction=direction))
     level = PRICE * (0.97 if direction == "long" else 1.03)
-    move = order("move_stop", "-s1", direction=direction, stop_loss=level)
+    move = order("move_stop", 1, direction=direction, stop_loss=level)
     assert (await broker.find(again(move))).status == "absent"
     await broker.move_stop(move)
-    assert venue.stops() == [(f"{SIGNAL}-p1", kept(venue, 0.02), level)]
+    assert venue.stops() == [(IDS.stop(1), kept(venue, 0.02), level)]
     assert (await broker.find(again(move))).status == "filled"
     await broker.move_stop(again(move))
-    assert venue.stops() == [(f"{SIGNAL}-p1", kept(venue, 0.02), level)]
+    assert venue.stops() == [(IDS.stop(1), kept(venue, 0.02), level)]
     moved = position(order(direction=direction), opened, moved_stop_loss=level)
     assert await broker.check_position(moved) is None
-    assert venue.stops() == [(f"{SIGNAL}-p1", kept(venue, 0.02), level)]
+    assert venue.stops() == [(IDS.stop(1), kept(venue, 0.02), level)]
 
 
 @BOTH
@@ -150,7 +150,7 @@ async def test_a_stop_that_differs_from_the_engine_s_is_set_right(bench: MakeBen
     broker = await venue.broker()
     opened = await broker.open_position(order())
     assert await broker.check_position(position(order(), opened, moved_stop_loss=PRICE * 0.96)) is None
-    assert venue.stops() == [(f"{SIGNAL}-p1", kept(venue, 0.02), PRICE * 0.96)]
+    assert venue.stops() == [(IDS.stop(1), kept(venue, 0.02), PRICE * 0.96)]
 
 
 @BOTH
@@ -159,7 +159,7 @@ async def test_moving_a_stop_beyond_the_market_leaves_at_the_market(bench: MakeB
     broker = await venue.broker()
     opened = await broker.open_position(order())
     with pytest.raises(OrderRejected, match=r"nothing of BTCUSDT-\S+ is held any more"):
-        await broker.move_stop(order("move_stop", "-s1", stop_loss=PRICE * 1.01))
+        await broker.move_stop(order("move_stop", 1, stop_loss=PRICE * 1.01))
     fill = await broker.check_position(position(order(), opened))
     assert fill is not None
     assert fill.reason == "stop_loss"
@@ -174,7 +174,7 @@ async def test_a_limit_order_rests_is_filled_and_protected(bench: MakeBench, kin
     placed = order("place", direction=direction, price=limit)
     await broker.place_entry(placed)
     await broker.place_entry(again(placed))
-    assert [each.client_order_id for each in venue.open_orders()] == [SIGNAL]
+    assert [each.client_order_id for each in venue.open_orders()] == [IDS.entry]
     assert await broker.check_entry(resting(placed)) is None
     assert (await broker.find(again(placed))).status == "resting"
     activate = order("activate", direction=direction, price=limit)
@@ -191,7 +191,7 @@ async def test_a_limit_order_rests_is_filled_and_protected(bench: MakeBench, kin
     assert await broker.open_position(activate) == fill
     assert (await broker.find(again(activate))).fill == fill
     assert len(venue.stops()) == 1
-    assert venue.filled_orders() == {SIGNAL: 1}
+    assert venue.filled_orders() == {IDS.entry: 1}
 
 
 @BOTH
@@ -200,7 +200,7 @@ async def test_a_resting_order_is_cancelled(bench: MakeBench, kind: Kind) -> Non
     broker = await venue.broker()
     placed = order("place", price=PRICE * 0.98)
     await broker.place_entry(placed)
-    cancel = order("cancel", "-x", price=PRICE)
+    cancel = order("cancel", price=PRICE)
     assert (await broker.find(again(cancel))).status == "absent"
     assert await broker.cancel_entry(cancel) is None
     assert await broker.cancel_entry(again(cancel)) is None
@@ -219,7 +219,7 @@ async def test_cancelling_too_late_returns_the_fill(bench: MakeBench, kind: Kind
     placed = order("place", price=PRICE * 0.98)
     await broker.place_entry(placed)
     await venue.advance(3)
-    fill = await broker.cancel_entry(order("cancel", "-x"))
+    fill = await broker.cancel_entry(order("cancel"))
     assert fill is not None
     assert fill.price == PRICE * 0.98
     assert len(venue.stops()) == 1
@@ -240,7 +240,7 @@ async def test_what_a_partly_filled_entry_has_is_protected_at_once(bench: MakeBe
     assert report.fill.quantity == 0.0051
     ((_, quantity, _),) = venue.stops()
     assert quantity == kept(venue, 0.0051)
-    fill = await broker.cancel_entry(order("cancel", "-x"))
+    fill = await broker.cancel_entry(order("cancel"))
     assert fill == report.fill
     assert [each.client_order_id for each in venue.open_orders()] == [venue.stops()[0][0]]
 
@@ -254,7 +254,7 @@ async def test_a_limit_on_slippage_leaves_what_is_dearer(bench: MakeBench, kind:
     assert fill.price == PRICE * 1.002, "the venue fills no worse than the limit"
     dear = order(signal_id="second", price=PRICE * 0.99)
     if kind == "futures":
-        await broker.close_position(order("close", "-c"))
+        await broker.close_position(order("close"))
     with pytest.raises(OrderRejected, match="was not filled within max_slippage_pct"):
         await broker.open_position(dear)
     assert (await broker.find(again(dear))).status == "cancelled"
@@ -268,7 +268,7 @@ async def test_holdings_of_spot_are_what_a_stop_of_ours_protects(bench: MakeBenc
     await broker.open_position(order())
     (held,) = await broker.holdings(["BTCUSDT"])
     assert (held.symbol, held.direction, held.quantity, held.stop_loss) == ("BTCUSDT", "long", 0.01998, PRICE * 0.95)
-    assert held.client_order_ids == (f"{SIGNAL}-p0",)
+    assert held.client_order_ids == (IDS.stop(0),)
 
 
 async def test_holdings_of_futures_are_positions(bench: MakeBench) -> None:
@@ -290,7 +290,7 @@ async def test_a_stop_of_a_future_that_is_left_of_nothing_is_shown(bench: MakeBe
     await venue.by_hand("sell" if direction == "long" else "buy", 0.02)
     (left,) = await broker.holdings(["BTCUSDT"])
     assert (left.direction, left.quantity, left.stop_loss) == (direction, 0, opening.stop_loss)
-    assert left.client_order_ids == (f"{SIGNAL}-p0",)
+    assert left.client_order_ids == (IDS.stop(0),)
 
 
 @BOTH
@@ -301,10 +301,10 @@ async def test_savings_of_the_owner_are_left_alone(bench: MakeBench, kind: Kind)
     before = venue.held()
     broker = await venue.broker()
     opened = await broker.open_position(order())
-    await broker.add_to_position(order("add", "-a1"))
-    await broker.reduce_position(order("reduce", "-r1", quantity=0.01))
+    await broker.add_to_position(order("add", 1))
+    await broker.reduce_position(order("reduce", 1, quantity=0.01))
     assert opened is not None
-    fill = await broker.close_position(order("close", "-c", quantity=0.03))
+    fill = await broker.close_position(order("close", quantity=0.03))
     assert isinstance(fill, Fill)
     assert venue.held() == pytest.approx(before, abs=0.00002)
     assert venue.held() >= before
@@ -320,11 +320,11 @@ async def test_an_exchange_that_takes_client_ids_again_is_asked_as_well(bench: M
     broker = await venue.broker()
     opened = await broker.open_position(order())
     assert await broker.open_position(again(order())) == opened
-    await venue.cancel_by_hand(f"{SIGNAL}-p0")
+    await venue.cancel_by_hand(IDS.stop(0))
     assert await broker.check_position(position(order(), opened)) is None
-    assert venue.stops() == [(f"{SIGNAL}-p0", 0.02, PRICE * 0.95)], "the id is free again"
+    assert venue.stops() == [(IDS.stop(0), 0.02, PRICE * 0.95)], "the id is free again"
     await venue.advance(6)
     fill = await broker.check_position(position(order(), opened))
     assert fill is not None
     assert (fill.reason, fill.quantity) == ("stop_loss", 0.02)
-    assert venue.filled_orders() == {SIGNAL: 1, f"{SIGNAL}-p0": 1}
+    assert venue.filled_orders() == {IDS.entry: 1, IDS.stop(0): 1}

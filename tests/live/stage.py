@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import pytest
 from tests.live.bot import End, Heard, Job, Rows
 from tests.live.scripts import START, story_price
 
+from backtest_kit.broker.order_ids import digest_of, parse
 from backtest_kit.market.clock import Clock, SteppedClock
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
@@ -173,7 +173,7 @@ class Stage:
         orders: dict[str, list[Any]] = {}
         for order in exchange.orders.values():
             name = plain_id(order.client_order_id)
-            fields = msgspec.structs.asdict(order) | {"id": 0, "client_order_id": name}
+            fields = msgspec.structs.asdict(order) | {"id": 0, "client_order_id": name, "group": plain_id(order.group)}
             orders.setdefault(name, []).append(fields)
         books = self.end().books
         strategy = books["strategy"] or {}
@@ -214,10 +214,11 @@ class Stage:
         paid: dict[str, float] = {}
         for order in exchange.orders.values():
             if order.filled and not order.reduce_only:
-                paid[order.group] = paid.get(order.group, 0.0) + float(order.filled_cost)
-        held = {(self.end().books["signal"] or {}).get("signalId")}
+                signal = plain_id(order.client_order_id).partition("-")[0]
+                paid[signal] = paid.get(signal, 0.0) + float(order.filled_cost)
+        held = {digest_of((self.end().books["signal"] or {}).get("signalId", ""))}
         booked = {
-            each.signal_id: sum(entry["cost"] for entry in each.event["trade"]["entries"])
+            digest_of(each.signal_id): sum(entry["cost"] for entry in each.event["trade"]["entries"])
             for each in self.heard("records")
             if each.action == "closed"
         }
@@ -280,8 +281,9 @@ def told(heard: Heard) -> tuple[Any, ...]:
 
 
 def plain_id(client_order_id: str) -> str:
-    """A client order id without its running number, which grows with every attempt."""
-    return re.sub(r"(-[a-z])\d+$", r"\1", client_order_id)
+    """A client order id without its store and its number, which differ from run to run and grow with attempts."""
+    order_id = parse(client_order_id)
+    return f"{order_id.digest}-{order_id.kind}" if order_id else client_order_id
 
 
 @contextlib.asynccontextmanager

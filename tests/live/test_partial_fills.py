@@ -18,6 +18,7 @@ def order(kind: Any) -> Order:
     return Order(
         kind=kind,
         client_order_id="s",
+        signal_id="s",
         identity=Identity("BTCUSDT", "trend", "venue", "", "live"),
         when_ms=0,
         direction="long",

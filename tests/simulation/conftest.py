@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from backtest_kit.broker.base import Broker, Order
+from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.market import sources
 from backtest_kit.market.clock import Clock, SteppedClock
 from backtest_kit.model.event import Identity
@@ -78,7 +79,7 @@ def advance(server: VenueServer, minutes: int) -> None:
     clock.advance_to(clock.now_ms() + minutes * 60_000)
 
 
-def order_of(kind: Any, client_order_id: str = "s1", **fields: Any) -> Order:
+def order_of(kind: Any, signal_id: str = "s1", number: int = 0, **fields: Any) -> Order:
     given: dict[str, Any] = {
         "identity": Identity("BTCUSDT", "trend", "venue", "", "live"),
         "when_ms": START,
@@ -89,4 +90,5 @@ def order_of(kind: Any, client_order_id: str = "s1", **fields: Any) -> Order:
         "stop_loss": 10_000.0,
         **fields,
     }
-    return Order(kind=kind, client_order_id=client_order_id, **given)
+    client_order_id = SignalIds(signal_id).order(kind, number)
+    return Order(kind=kind, client_order_id=client_order_id, signal_id=signal_id, **given)

@@ -7,6 +7,7 @@ import pytest
 from tests.simulation.conftest import START, advance, order_of
 
 from backtest_kit.broker.base import Broker, OrderDeleted, OrderRejected, OrderTransient
+from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.errors import Outcome, RetryLater
 from backtest_kit.market import sources
 from backtest_kit.model.position import Entry, Extreme, Position, RestingEntry
@@ -14,6 +15,7 @@ from backtest_kit.simulation.faults import Fault
 from backtest_kit.simulation.http import HttpClient
 from backtest_kit.simulation.server import VenueServer
 
+IDS = SignalIds("s1")
 Serve = Callable[..., Awaitable[VenueServer]]
 BrokerOf = Callable[..., Broker]
 
@@ -86,32 +88,32 @@ async def test_the_life_of_a_position_at_the_venues_prices(serve: Serve, broker_
     (held,) = await broker.holdings(["BTCUSDT", "ETHUSDT"]) or []
     assert (held.symbol, held.direction, held.quantity) == ("BTCUSDT", direction, opened.quantity)
     assert (held.price_open, held.stop_loss) == (opened.price, levels.get("stop_loss", 10_000.0))
-    assert held.client_order_ids == ("s1:stop", "s1:take")
+    assert held.client_order_ids == (IDS.stop(0), IDS.take(0))
 
-    added = await broker.add_to_position(order_of("add", "s1-add-1", cost=500.0, **levels))
-    reduced = await broker.reduce_position(order_of("reduce", "s1-reduce-1", cost=750.0, **levels))
+    added = await broker.add_to_position(order_of("add", number=1, cost=500.0, **levels))
+    reduced = await broker.reduce_position(order_of("reduce", number=1, cost=750.0, **levels))
     assert added is not None
     assert reduced is not None
     assert reduced.quantity == pytest.approx((opened.quantity + added.quantity) / 2, abs=0.00001)
 
     stop = 11_000.0 if direction == "long" else 89_000.0
-    await broker.move_stop(order_of("move_stop", "s1-stop-1", **levels | {"stop_loss": stop}))
-    await broker.move_stop(order_of("move_stop", "s1-stop-1", **levels | {"stop_loss": stop}))
+    await broker.move_stop(order_of("move_stop", number=1, **levels | {"stop_loss": stop}))
+    await broker.move_stop(order_of("move_stop", number=1, **levels | {"stop_loss": stop}))
     (held,) = await broker.holdings(["BTCUSDT"]) or []
-    assert (held.stop_loss, held.client_order_ids) == (stop, ("s1:take", "s1-stop-1"))
+    assert (held.stop_loss, held.client_order_ids) == (stop, (IDS.take(0), IDS.order("move_stop", 1)))
 
-    closed = await broker.close_position(order_of("close", "s1-close", cost=750.0, **levels))
+    closed = await broker.close_position(order_of("close", cost=750.0, **levels))
     assert closed is not None
     assert closed.quantity == pytest.approx(opened.quantity + added.quantity - reduced.quantity)
     assert await broker.holdings(["BTCUSDT"]) == []
     assert orders(server) == {
-        "s1": "filled",
-        "s1:stop": "cancelled",
-        "s1:take": "expired",
-        "s1-add-1": "filled",
-        "s1-reduce-1": "filled",
-        "s1-stop-1": "expired",
-        "s1-close": "filled",
+        IDS.entry: "filled",
+        IDS.stop(0): "cancelled",
+        IDS.take(0): "expired",
+        IDS.order("add", 1): "filled",
+        IDS.order("reduce", 1): "filled",
+        IDS.order("move_stop", 1): "expired",
+        IDS.order("close", 0): "filled",
     }
 
 
@@ -126,8 +128,8 @@ async def test_a_stop_that_the_venue_triggers_is_told_with_its_reason(serve: Ser
     assert fill is not None
     assert (fill.reason, fill.price <= stop) == ("stop_loss", True)
     assert fill.timestamp == int(series.timestamp[(series.low <= stop).argmax()]) + 60_000
-    assert await broker.close_position(order_of("close", "s1-close")) == fill
-    assert orders(server) == {"s1": "filled", "s1:stop": "filled", "s1:take": "expired"}
+    assert await broker.close_position(order_of("close")) == fill
+    assert orders(server) == {IDS.entry: "filled", IDS.stop(0): "filled", IDS.take(0): "expired"}
 
 
 async def test_an_entry_rests_is_filled_and_protected(serve: Serve, broker_of: BrokerOf) -> None:
@@ -146,7 +148,7 @@ async def test_an_entry_rests_is_filled_and_protected(serve: Serve, broker_of: B
     assert fill is not None
     assert fill.price == price
     assert await broker.open_position(order_of("activate", price=price)) == fill
-    assert await broker.cancel_entry(order_of("cancel", "s1-cancel")) == fill
+    assert await broker.cancel_entry(order_of("cancel")) == fill
     assert await broker.check_position(position()) is None
     (held,) = await broker.holdings(["BTCUSDT"]) or []
     assert held.stop_loss == 10_000.0
@@ -156,8 +158,8 @@ async def test_a_cancelled_entry_leaves_nothing(serve: Serve, broker_of: BrokerO
     server = await serve()
     broker = broker_of(server)
     await broker.place_entry(order_of("place", price=20_000.0))
-    assert await broker.cancel_entry(order_of("cancel", "s1-cancel")) is None
-    assert await broker.cancel_entry(order_of("cancel", "s1-cancel")) is None
+    assert await broker.cancel_entry(order_of("cancel")) is None
+    assert await broker.cancel_entry(order_of("cancel")) is None
     assert set(orders(server).values()) == {"cancelled"}
     with pytest.raises(OrderDeleted, match="the entry s1 does not rest here"):
         await broker.check_entry(entry())
@@ -190,12 +192,12 @@ async def test_at_reference_everything_is_as_the_engine_decided(serve: Serve, br
     assert opened.cost == pytest.approx(1000)
     advance(server, 600)  # no level is watched by the venue
     assert await broker.check_position(position()) is None
-    await broker.move_stop(order_of("move_stop", "s1-stop", stop_loss=40_000.0))
-    added = await broker.add_to_position(order_of("add", "s1-add", price=41_000.123, cost=333.3))
+    await broker.move_stop(order_of("move_stop", number=1, stop_loss=40_000.0))
+    added = await broker.add_to_position(order_of("add", price=41_000.123, cost=333.3))
     assert added is not None
-    taken = await broker.reduce_position(order_of("reduce", "s1-reduce", price=42_000.0, cost=100.0))
+    taken = await broker.reduce_position(order_of("reduce", price=42_000.0, cost=100.0))
     closed = await broker.close_position(
-        order_of("close", "s1-close", price=44_000.5, quantity=opened.quantity + added.quantity - 0.001)
+        order_of("close", price=44_000.5, quantity=opened.quantity + added.quantity - 0.001)
     )
     assert closed is not None
     assert taken is not None
@@ -224,7 +226,7 @@ async def test_a_lost_answer_is_found_and_the_order_is_filled_once(serve: Serve,
     assert report.status == "filled"
     assert report.fill is not None
     assert fill_count(server) == 1
-    with pytest.raises(OrderTransient, match="s1 is taken by order 1"):
+    with pytest.raises(OrderTransient, match=f"{IDS.entry} is taken by order 1"):
         await broker.open_position(order_of("open", attempt=1))
     assert fill_count(server) == 1
 
@@ -256,7 +258,7 @@ async def test_rejections_and_parts(serve: Serve, broker_of: BrokerOf) -> None:
     server = await serve()
     broker = broker_of(server)
     server.faults.add(Fault(kind="reject"))
-    with pytest.raises(OrderRejected, match="s1 is refused on purpose"):
+    with pytest.raises(OrderRejected, match=f"{IDS.entry} is refused on purpose"):
         await broker.open_position(order_of("open"))
     assert (await broker.find(order_of("open"))).status == "absent"
 

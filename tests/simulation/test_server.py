@@ -18,6 +18,7 @@ import pytest
 from tests.simulation.conftest import START, advance, order_of
 
 from backtest_kit.broker.base import Broker, OrderTransient
+from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.errors import Damaged, Outcome, RetryLater, UserError
 from backtest_kit.market import sources
 from backtest_kit.market.clock import AcceleratedClock, SteppedClock, SystemClock
@@ -48,6 +49,10 @@ async def trader() -> AsyncIterator[Callable[[VenueServer], Any]]:
     yield make
     for client in made:
         await client.close()
+
+
+def entry_of(signal_id: str) -> str:
+    return SignalIds(signal_id).entry
 
 
 async def ask(http: HttpClient, method: str, path: str, value: Any = None) -> Any:
@@ -294,7 +299,7 @@ async def test_a_restarted_venue_is_the_same(
     await broker.place_entry(order_of("place", "s2", price=20_000.0))
     first.faults.add(Fault(kind="partial"))
     with pytest.raises(OrderTransient):
-        await broker.add_to_position(order_of("add", "s1-add"))
+        await broker.add_to_position(order_of("add", number=1))
     advance(first, 45)
     before = await ask(http_of(first), "GET", "/sim/state")
     await first.stop()
@@ -303,7 +308,7 @@ async def test_a_restarted_venue_is_the_same(
     second = await serve(state=state, clock=SteppedClock(before["nowMs"]))
     after = await ask(http_of(second), "GET", "/sim/state")
     assert after | {"requests": 0} == before | {"requests": 0}
-    with pytest.raises(OrderTransient, match="s1 is taken by order 1"):
+    with pytest.raises(OrderTransient, match=f"{entry_of('s1')} is taken by order 1"):
         await broker_of(second).open_position(order_of("open"))
     await second.stop()
     with pytest.raises(UserError, match="the kept state is that of BTCUSDT, ETHUSDT on synthetic-7"):
@@ -332,7 +337,7 @@ async def test_a_full_disk_is_said_and_nothing_is_forgotten(serve: Serve, broker
     await broker_of(server).open_position(order_of("open", "s2"))
     await server.stop()
     again = await serve(state=state)
-    assert [fill.client_order_id for fill in again.venue.exchanges["futures"].fills] == ["s1", "s2"]
+    assert [fill.client_order_id for fill in again.venue.exchanges["futures"].fills] == [entry_of("s1"), entry_of("s2")]
 
 
 class Feed(sources.CandleSource):
@@ -385,10 +390,10 @@ def test_the_command_serves_logs_survives_a_kill_and_ends_cleanly(tmp_path: Path
         assert process.stdout is not None
         return process, process.stdout.readline().split()[-1]
 
-    async def trade(url: str, client_order_id: str) -> Any:
+    async def trade(url: str, signal_id: str) -> Any:
         broker, http = connect(url).broker(), HttpClient(url)
         try:
-            await broker.open_position(order_of("open", client_order_id))
+            await broker.open_position(order_of("open", signal_id))
             return await ask(http, "GET", "/sim/state")
         finally:
             await broker.stop()
@@ -399,11 +404,11 @@ def test_the_command_serves_logs_survives_a_kill_and_ends_cleanly(tmp_path: Path
     process.communicate()
     process, url = start()
     state = asyncio.run(trade(url, "s2"))
-    assert [fill["client_order_id"] for fill in state["futures"]["fills"]] == ["s1", "s2"]
+    assert [fill["client_order_id"] for fill in state["futures"]["fills"]] == [entry_of("s1"), entry_of("s2")]
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 0
-    assert "futures bot: buy 0.01821 BTCUSDT at 54886.51 (s2)" in output
+    assert f"futures bot: buy 0.01821 BTCUSDT at 54886.51 ({entry_of('s2')})" in output
     assert output.endswith("stopped\n")
     assert [json.loads(line)["done"] for line in (tmp_path / "venue.jsonl").read_text().splitlines()[1:]]
 

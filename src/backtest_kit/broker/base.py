@@ -13,6 +13,7 @@ from typing import ClassVar, Final, Literal
 
 import msgspec
 
+from backtest_kit.broker.order_ids import NO_STORE
 from backtest_kit.errors import BacktestKitError, Outcome, UserError
 from backtest_kit.model.event import Event, Identity
 from backtest_kit.model.position import Direction, Position, RestingEntry
@@ -44,8 +45,11 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     kind: OrderKind
     client_order_id: str
-    """The signal id for what opens (`open`, `place`, `activate`), with a suffix of its own for everything later
-    in the life of the position. The same operation has the same id at every attempt."""
+    """32 lower-case hex digits, which every exchange takes (`backtest_kit.broker.order_ids`). `open`, `place` and
+    `activate` share one; everything later in the life of the position has its own. The same operation has the same id
+    at every attempt."""
+    signal_id: str
+    """Of the position or entry that the order is about."""
     identity: Identity
     when_ms: int
     """The minute of the decision."""
@@ -139,6 +143,9 @@ class Broker:
 
     reports_fills: ClassVar[bool] = False
     """Whether fills carry the venue's own prices: slippage is in them already, and is not charged again."""
+    store_id: str = NO_STORE
+    """The store whose orders the broker sends, 6 hex digits: it is part of every client order id. Set by the live run
+    before `start`."""
 
     async def start(self) -> None:
         """Connect and check that orders can be placed. Called once, before the first position is restored.

@@ -24,12 +24,12 @@ from backtest_kit.broker.base import (
 )
 from backtest_kit.broker.ccxt_account import agrees, model_quantity, status_of
 from backtest_kit.broker.ccxt_connection import Connection, MarketKind
-from backtest_kit.broker.ccxt_dealer import MOST_PARTS, OPENS, Dealer
+from backtest_kit.broker.ccxt_dealer import MOST_PARTS, Dealer
 from backtest_kit.broker.ccxt_errors import order_is_there
 from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder, exit_side
 from backtest_kit.broker.ccxt_stops import StopFilled
 from backtest_kit.broker.ccxt_venue import CcxtVenue, Exposure
-from backtest_kit.broker.order_ids import SignalIds, is_stop, signal_of_stop
+from backtest_kit.broker.order_ids import STOP, SignalIds, parse, taken_over
 from backtest_kit.broker.rounding import exact
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.model.position import Direction, Position, RestingEntry
@@ -238,7 +238,7 @@ class CcxtBroker(Broker):
             return await self._closed(stake, order, sold)
         if left:
             small = market.unsellable(left, order.price)
-            _log.warning("%s: what is left of %s is too little to sell: %s", market.symbol, stake.ids.entry, small)
+            _log.warning("%s: what is left of %s is too little to sell: %s", market.symbol, stake.ids.signal_id, small)
         try:
             return await account.closing_fill(stake)
         except OrderDeleted as error:
@@ -257,7 +257,7 @@ class CcxtBroker(Broker):
                 _log.warning(
                     "%s: what closed %s is told in part: its entry is not known any more",
                     stake.market.symbol,
-                    stake.ids.entry,
+                    stake.ids.signal_id,
                 )
         return await venue.executed(stake.market, parts)
 
@@ -288,7 +288,7 @@ class CcxtBroker(Broker):
     async def move_stop(self, order: Order) -> None:
         _, dealer, stake = self._stake_of(order)
         if not await dealer.protect_what_is_held(stake, order):
-            raise OrderRejected(f"{stake.market.symbol}: nothing of {stake.ids.entry} is held any more")
+            raise OrderRejected(f"{stake.market.symbol}: nothing of {stake.ids.signal_id} is held any more")
 
     async def check_position(self, position: Position) -> Fill | None:
         """None while the position is held, with its stop set right where it is not as it should be.
@@ -297,7 +297,7 @@ class CcxtBroker(Broker):
             OrderDeleted: nothing is held, and the exchange does not tell why.
             OrderTransient: the exchange does not answer, or the position could not be protected.
         """
-        stake = self._stake(position.symbol, SignalIds(position.signal_id), position.position)
+        stake = self._stake(position.symbol, self._ids(position.signal_id), position.position)
         _, dealer = self._connected()
         model, stop_loss = model_quantity(position), position.stop_loss
         for _ in range(_CHECKS):
@@ -320,7 +320,7 @@ class CcxtBroker(Broker):
     async def check_entry(self, entry: RestingEntry) -> Fill | None:
         """None while the limit order rests, or its fill. Whatever was filled has its stop at once."""
         venue, dealer = self._connected()
-        stake = self._stake(entry.symbol, SignalIds(entry.signal_id), entry.position)
+        stake = self._stake(entry.symbol, self._ids(entry.signal_id), entry.position)
         order = await venue.order(stake.market, stake.ids.entry, certain=True)
         if order is None or (not order.open and not order.filled):
             what = "is not known there" if order is None else f"was {status_of([order])} there"
@@ -367,12 +367,16 @@ class CcxtBroker(Broker):
         return Stake(self._market(symbol), ids, direction)
 
     def _stake_of(self, order: Order) -> tuple[CcxtVenue, Dealer, Stake]:
-        ids = SignalIds.of_order(order.client_order_id, opens=order.kind in OPENS)
-        return *self._connected(), self._stake(order.identity.symbol, ids, order.direction)
+        stake = self._stake(order.identity.symbol, self._ids(order.signal_id), order.direction)
+        return *self._connected(), stake
+
+    def _ids(self, signal_id: str) -> SignalIds:
+        return SignalIds(signal_id, self.store_id)
 
 
 def _holding(symbol: str, market: Market, exposure: Exposure | None, orders: Sequence[VenueOrder]) -> Holding | None:
-    stops = [order for order in orders if is_stop(order.client_id) and order.trigger is not None]
+    ours = {order.id: order_id for order in orders if (order_id := parse(order.client_id)) and order_id.kind == STOP}
+    stops = [order for order in orders if order.id in ours and order.trigger is not None]
     if exposure is None:
         if not stops:
             return None
@@ -380,7 +384,7 @@ def _holding(symbol: str, market: Market, exposure: Exposure | None, orders: Seq
         exposure = Exposure("short" if stops[0].side == "buy" else "long", locked, None)
     guards = [float(stop.trigger or 0) for stop in stops if stop.side == exit_side(exposure.direction)]
     first = max if exposure.direction == "long" else min
-    signals = {signal_of_stop(stop.client_id) for stop in stops if stop.client_id}
+    signals = {taken_over(ours[stop.id]) for stop in stops}
     return Holding(
         symbol=symbol,
         direction=exposure.direction,

@@ -15,12 +15,14 @@ import msgspec
 from backtest_kit.broker.base import Fill, OrderDeleted
 from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder
 from backtest_kit.broker.ccxt_venue import CcxtVenue
+from backtest_kit.broker.order_ids import ADD, CLOSE, ENTRY, EXIT, STOP
 from backtest_kit.broker.rounding import exact
 from backtest_kit.model.position import Position
 
 _CLOSE_ENOUGH: Final = Decimal("0.02")
 """Fees that are taken in base currency, and lots, keep what is held below what the model says by less than this."""
-_CLOSES: Final = ("-p", "-c", "-x")
+_CLOSES: Final = (STOP, CLOSE, EXIT)
+_ENTERS: Final = (ENTRY, ADD)
 _LISTED_AFTER_MS: Final = 60_000
 """Lists of orders come from a database that lags behind the book; trades older than this have theirs listed."""
 
@@ -72,8 +74,8 @@ class Account:
             return live[0].remaining
         orders = await self._orders(stake, recent)
         left = Decimal(0)
-        for order, suffix in orders:
-            left += await self._venue.received(market, order) if _enters(suffix) else -order.filled
+        for order, kind in orders:
+            left += await self._venue.received(market, order) if kind in _ENTERS else -order.filled
         return min(left, (await self._venue.balance(market.base))[1]) if left > 0 else Decimal(0)
 
     async def closing_fill(self, stake: Stake, *, recent: Sequence[VenueOrder] = ()) -> Fill:
@@ -86,21 +88,21 @@ class Account:
             OrderDeleted: no order and no trade tells.
         """
         orders = await self._orders(stake, recent)
-        exits = [(order, suffix) for order, suffix in orders if order.filled and suffix.startswith(_CLOSES)]
+        exits = [(order, kind) for order, kind in orders if order.filled and kind in _CLOSES]
         if exits:
-            stopped = any(suffix.startswith("-p") for _, suffix in exits)
+            stopped = any(kind == STOP for _, kind in exits)
             fill = await self._venue.executed(stake.market, [order for order, _ in exits])
             return msgspec.structs.replace(fill, reason="stop_loss" if stopped else "closed")
         by_hand = await self._closed_by_hand(stake, orders) if orders else None
         if by_hand is None:
             raise OrderDeleted(
-                f"{stake.market.symbol} is not held any more, and neither an order nor a trade after {stake.ids.entry} "
-                "says why: it was closed or withdrawn by somebody else"
+                f"{stake.market.symbol} is not held any more, and neither an order nor a trade after the entry of "
+                f"{stake.ids.signal_id} says why: it was closed or withdrawn by somebody else"
             )
         return by_hand
 
     async def _orders(self, stake: Stake, recent: Sequence[VenueOrder] = ()) -> list[tuple[VenueOrder, str]]:
-        """All orders of the position with their suffixes, oldest first; none where its entry is not known."""
+        """All orders of the position with their kinds, oldest first; none where its entry is not known."""
         market = stake.market
         entry = await self._venue.order(market, stake.ids.entry)
         if entry is None:
@@ -110,10 +112,8 @@ class Account:
         for order_id in await self._unlisted(stake, listed, entry.timestamp):
             order = await self._venue.order_by_id(market, order_id)
             listed[order.id] = order
-        ours = [(order, stake.ids.suffix(order.client_id)) for order in listed.values()]
-        return sorted(
-            ((order, suffix) for order, suffix in ours if suffix is not None), key=lambda each: each[0].timestamp
-        )
+        ours = [(order, stake.ids.kind(order.client_id)) for order in listed.values()]
+        return sorted(((order, kind) for order, kind in ours if kind is not None), key=lambda each: each[0].timestamp)
 
     async def _unlisted(self, stake: Stake, listed: dict[str, VenueOrder], since_ms: int) -> set[str]:
         """Orders that have just traded and are not in the list yet."""
@@ -123,7 +123,7 @@ class Account:
 
     async def _closed_by_hand(self, stake: Stake, orders: Sequence[tuple[VenueOrder, str]]) -> Fill | None:
         ours = {order.id for order, _ in orders}
-        left = sum((order.filled if _enters(suffix) else -order.filled for order, suffix in orders), Decimal(0))
+        left = sum((order.filled if kind in _ENTERS else -order.filled for order, kind in orders), Decimal(0))
         quantity = cost = Decimal(0)
         timestamp = 0
         trades: list[dict[str, Any]] = await self._venue.trades_since(stake.market, orders[0][0].timestamp)
@@ -149,7 +149,3 @@ def status_of(orders: Iterable[VenueOrder]) -> Literal["resting", "partly_filled
     if filled:
         return "filled"
     return "rejected" if any(order.rejected for order in orders) else "cancelled"
-
-
-def _enters(suffix: str) -> bool:
-    return not suffix or suffix.startswith("-a")

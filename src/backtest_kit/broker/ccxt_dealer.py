@@ -40,8 +40,7 @@ class Dealer:
         """The orders on the exchange that carry out one order: one, but where a close had to sell a rest."""
         found: list[VenueOrder] = []
         while len(found) < (MOST_PARTS if order.kind == "close" else 1):
-            opens = order.kind in OPENS
-            client_id = stake.ids.entry if opens else stake.ids.of(order.client_order_id, len(found))
+            client_id = stake.ids.of(order.client_order_id, len(found))
             part = await self._venue.order(stake.market, client_id, certain=certain and not found)
             if part is None:
                 break
@@ -181,7 +180,7 @@ class Dealer:
             if len(sold) == MOST_PARTS:
                 if not stake.market.contract:
                     await self._put_back(stake, order, held)
-                told = f"{stake.market.symbol}: {MOST_PARTS} orders have not closed all of {stake.ids.entry}"
+                told = f"{stake.market.symbol}: {MOST_PARTS} orders have not closed all of {stake.ids.signal_id}"
                 raise OrderRejected(f"{told}, {held:f} are left")
             part = await self.sell(stake, order, stake.market.lots(held), held=held, part=len(sold))
             sold.append(part)
@@ -287,7 +286,7 @@ class Dealer:
         """
         symbol = stake.market.symbol
         told = "%s: no stop can be placed for %s, so the position is closed again: %s"
-        _log.error(told, symbol, stake.ids.entry, why)
+        _log.error(told, symbol, stake.ids.signal_id, why)
         try:
             await self._exit(stake, stake.ids.exit, quantity)
         except BacktestKitError as error:
@@ -298,7 +297,7 @@ class Dealer:
     async def clear(self, stake: Stake) -> None:
         """Cancel all that is still open of a position that is not held any more."""
         for order in await self._venue.open_orders(stake.market):
-            if stake.ids.suffix(order.client_id) is not None:
+            if stake.ids.kind(order.client_id) is not None:
                 await self._venue.cancel(stake.market, order)
 
     async def _exit(self, stake: Stake, id_of: Callable[[int], str], quantity: Decimal) -> None:

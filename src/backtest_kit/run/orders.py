@@ -10,6 +10,7 @@ from typing import Final, Literal
 import msgspec
 
 from backtest_kit.broker.base import Fill, Order, OrderKind, OrderReport
+from backtest_kit.broker.order_ids import SignalIds, store_of
 from backtest_kit.engine.pnl import effective_price, remaining_cost
 from backtest_kit.engine.position import close_trade, open_position
 from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State, Tick
@@ -39,15 +40,6 @@ KIND_OF: Final[dict[Change, OrderKind]] = {
     "breakeven": "breakeven",
 }
 """The order that a command is carried out by."""
-_SUFFIXES: Final[dict[OrderKind, str]] = {
-    "close": "c",
-    "cancel": "x",
-    "reduce": "r",
-    "add": "a",
-    "move_stop": "s",
-    "breakeven": "s",
-    "move_take": "t",
-}
 _SAME_QUANTITY: Final = 1e-6
 _SAME_PRICE: Final = 1e-9
 
@@ -68,12 +60,20 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def intended(
-    before: State, after: State, events: tuple[Event, ...], tick: Tick, rules: Rules, number: int, *, quantities: bool
+    before: State,
+    after: State,
+    events: tuple[Event, ...],
+    tick: Tick,
+    rules: Rules,
+    number: int,
+    *,
+    store_id: str,
+    quantities: bool,
 ) -> Intent | None:
     """The order that a venue needs for a change of state, or None where the change is ours alone.
 
-    `number` counts the orders in the life of the position. With `quantities` the fills of the position have
-    said how much of the base currency is held.
+    `number` counts the orders in the life of the position; `store_id` is part of the order's client id. With
+    `quantities` the fills of the position have said how much of the base currency is held.
     """
     kind = _kind(before, after, events)
     if kind is None:
@@ -85,7 +85,8 @@ def intended(
         quantity = cost / effective_price(held.entries, held.reductions)
     order = Order(
         kind=kind,
-        client_order_id=held.signal_id + suffix(kind, number),
+        client_order_id=SignalIds(held.signal_id, store_id).order(kind, number),
+        signal_id=held.signal_id,
         identity=rules.identity,
         when_ms=tick.when_ms,
         direction=held.position,
@@ -106,14 +107,6 @@ def _booked(kind: OrderKind, held: Position | RestingEntry, events: tuple[Event,
     if kind in ("open", "activate", "add") and isinstance(held, Position):
         return held.entries[-1].price
     return next((event.trade.price_close for event in events if isinstance(event, PositionClosed)), tick.price)
-
-
-def suffix(kind: OrderKind, number: int) -> str:
-    """What tells an order of a position from the one that opened it; the first to close is always `-c`."""
-    letter = _SUFFIXES.get(kind)
-    if letter is None:
-        return ""
-    return f"-{letter}" if kind in EXITS and not number else f"-{letter}{number}"
 
 
 def _kind(before: State, after: State, events: tuple[Event, ...]) -> OrderKind | None:
@@ -161,11 +154,11 @@ def retried(intent: Intent) -> Intent:
     return msgspec.structs.replace(intent, order=order)
 
 
-def renamed(intent: Intent, signal_id: str, number: int, fill: Fill | None = None) -> Intent:
+def renamed(intent: Intent, number: int, fill: Fill | None = None) -> Intent:
     """The same order under an id of its own: the one before is over at the venue, which has filled `fill` of it."""
-    order = msgspec.structs.replace(
-        intent.order, client_order_id=signal_id + suffix(intent.order.kind, number), attempt=0
-    )
+    order = intent.order
+    client_order_id = SignalIds(order.signal_id, store_of(order.client_order_id)).order(order.kind, number)
+    order = msgspec.structs.replace(order, client_order_id=client_order_id, attempt=0)
     return msgspec.structs.replace(intent, order=order, earlier=_together(intent.earlier, fill), refused=False)
 
 

@@ -168,9 +168,7 @@ class Trader(Watcher):
         if after == before:
             return events
         number = self.book.orders + 1 if isinstance(before, Holding) and isinstance(after, Holding) else 0
-        intent = intended(
-            before, after, events, self._desk.tick, self._rules, number, quantities=self._broker.reports_fills
-        )
+        intent = self._intended(before, after, events, number)
         if intent is not None:
             if self.no_entry and intent.order.kind in OPENING:
                 return self._entry_waits(intent)
@@ -271,8 +269,23 @@ class Trader(Watcher):
                 after, events = closed(state, fill.reason or "closed", fill.price, tick, self._rules)
                 return await self._conclude(None, after, events)
             after, events = activated(state, fill, tick, self._rules)
-            intent = intended(state, after, events, tick, self._rules, 0, quantities=False)
+            intent = self._intended(state, after, events, 0, quantities=False)
             return () if intent is None else await self._order(intent)
+
+    def _intended(
+        self, before: State, after: State, events: tuple[Event, ...], number: int, *, quantities: bool | None = None
+    ) -> Intent | None:
+        broker = self._broker
+        return intended(
+            before,
+            after,
+            events,
+            self._desk.tick,
+            self._rules,
+            number,
+            store_id=broker.store_id,
+            quantities=broker.reports_fills if quantities is None else quantities,
+        )
 
     async def pause(self, paused: bool) -> None:
         """Ask the strategy no more, or again; it holds after a restart as well.
@@ -455,7 +468,7 @@ class Trader(Watcher):
             intent = again
         elif order.kind in EXITS:
             number = self.book.orders + 1
-            intent = renamed(intent, signal_id_of(state), number, report.fill) if refused else retried(intent)
+            intent = renamed(intent, number, report.fill) if refused else retried(intent)
             intent = intent if fresh else renewed(intent, state, tick, self._rules)
         elif order.kind == "activate" and refused and isinstance(state, Resting):
             return await self._conclude(None, *cancelled(state, tick, self._rules))

@@ -224,6 +224,7 @@ class VenueBroker(Broker):
             account=self._account,
             kind=self._kind,
             fill_at=self._fill_at,
+            store_id=self.store_id,
             order=order,
             signal_id=signal_id,
             symbol=symbol,

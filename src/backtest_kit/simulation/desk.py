@@ -1,6 +1,6 @@
 """`BrokerDesk`: does at a venue what a broker is told by the engine, one whole operation at a time.
 
-The orders of a position are a group, named by its signal id: what opens it, what adds and reduces, what protects it.
+The orders of a position are a group, named by the id of its entry: what opens it, adds, reduces, protects it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Final, Literal
 import msgspec
 
 from backtest_kit.broker.base import Fill, Holding, Order, OrderReport
+from backtest_kit.broker.order_ids import NO_STORE, SignalIds
 from backtest_kit.errors import Outcome
 from backtest_kit.model.position import Direction
 from backtest_kit.simulation.account import ZERO, FuturesAccount
@@ -23,7 +24,6 @@ from backtest_kit.simulation.orders import Kind, NewOrder, OrderType, Refused, S
 from backtest_kit.simulation.venue import Venue
 
 FillAt = Literal["venue", "reference"]
-_OPENING: Final = frozenset({"open", "place", "activate"})
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -33,6 +33,8 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     kind: Kind
     fill_at: FillAt
     order: Order | None = None
+    store_id: str = NO_STORE
+    """Whose orders they are."""
     signal_id: str = ""
     """Of what is checked."""
     symbol: str = ""
@@ -188,16 +190,16 @@ class _Job:
         self._do(self._protective(wanted.client_order_id, kind, price, group))
 
     def check_position(self) -> Fill | None:
-        group = self._wish.signal_id
+        group = self._group()
         if self._held(group):
             return None
         fill = self._closing_fill(group)
         if fill is None:
-            raise _Failed(Problem("deleted", f"nothing of {group} is held here, and no fill of it is known"))
+            raise _Failed(Problem("deleted", f"nothing of {self._wish.signal_id} is held here or was filled"))
         return fill
 
     def check_entry(self) -> Fill | None:
-        entry = self._known(self._wish.signal_id)
+        entry = self._known(self._group())
         if entry is not None and entry.is_open:
             return None
         if entry is not None and entry.filled:
@@ -227,12 +229,10 @@ class _Job:
         if self._at_reference:
             price = _number(wanted.price)
             quantity = _exact(_number(wanted.cost) / price)
-            order = self._do(
-                self._new(_side(wanted.direction), "reference", quantity=quantity, price=price, group=group)
-            )
+            order = self._do(self._new(_side(wanted.direction), "reference", quantity=quantity, price=price))
             self._fill_reference(order, quantity)
         else:
-            new = self._new(_side(wanted.direction), "market", cost=_number(wanted.cost), group=group)
+            new = self._new(_side(wanted.direction), "market", cost=_number(wanted.cost))
             order = self._do(new)
             if protect and (order.filled or order.is_open):
                 self._protect(group)
@@ -253,14 +253,12 @@ class _Job:
             quantity = min(held, _exact(_number(wanted.cost) / self._average_entry(group)))
         side = _side("short" if wanted.direction == "long" else "long")
         if self._at_reference:
-            order = self._do(
-                self._new(side, "reference", quantity=quantity, price=_number(wanted.price), group=group, reduce=True)
-            )
+            order = self._do(self._new(side, "reference", quantity=quantity, price=_number(wanted.price), reduce=True))
             self._fill_reference(order, quantity)
         else:
             # What is left over when everything is closed would be below a lot: it goes along.
             rounded = None if whole else self._exchange.market(self._symbol).round_quantity(quantity)
-            order = self._do(self._new(side, "market", quantity=rounded, group=group, reduce=True))
+            order = self._do(self._new(side, "market", quantity=rounded, reduce=True))
         fill = self._filled(order)
         if whole and self._held(group):
             raise _Failed(Problem("transient", f"{order.client_order_id} has closed a part of {group}", "UNKNOWN"))
@@ -274,7 +272,6 @@ class _Job:
         quantity: Decimal | None = None,
         cost: Decimal | None = None,
         price: Decimal | None = None,
-        group: str | None = None,
         reduce: bool = False,
     ) -> NewOrder:
         return NewOrder(
@@ -286,13 +283,13 @@ class _Job:
             cost=cost,
             price=price,
             reduce_only=reduce,
-            group=self._order.client_order_id if group is None else group,
+            group=self._group(),
         )
 
     def _protect(self, group: str) -> None:
         """Both levels in force, as orders that take whatever the group holds then."""
-        self._do(self._protective(f"{group}:stop", "stop", self._order.stop_loss, group))
-        self._do(self._protective(f"{group}:take", "take", self._order.take_profit, group))
+        self._do(self._protective(self._ids.stop(0), "stop", self._order.stop_loss, group))
+        self._do(self._protective(self._ids.take(0), "take", self._order.take_profit, group))
 
     def _protective(self, client_order_id: str, kind: OrderType, price: float, group: str) -> NewOrder:
         return NewOrder(
@@ -336,13 +333,13 @@ class _Job:
         except Refused:
             return None
 
+    @property
+    def _ids(self) -> SignalIds:
+        wish = self._wish
+        return SignalIds(wish.order.signal_id if wish.order else wish.signal_id, wish.store_id)
+
     def _group(self) -> str:
-        """The signal id: that of what opens, else the longest known one with which the client id begins."""
-        name = self._order.client_order_id
-        if self._order.kind in _OPENING:
-            return name
-        known = [order.group for order in self._of_account() if name.startswith(order.group)]
-        return max(known, key=len, default=name)
+        return self._ids.entry
 
     def _of_account(self) -> list[VenueOrder]:
         return [
