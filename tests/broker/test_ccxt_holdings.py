@@ -95,7 +95,7 @@ def play(lives: list[dict[str, Any]]) -> tuple[Account, dict[SignalIds, Decimal]
         if life["exit"]:
             exits = {"close": ids.order("close", 0), "stop": ids.stop(3), "leave": ids.exit(0)}
             account.sell(ids, exits[life["exit"]])
-    return account, {ids: coins for ids, coins in account.coins.items()}
+    return account, dict(account.coins)
 
 
 @given(LIVES, st.randoms(use_true_random=False))

@@ -164,7 +164,7 @@ class OrdersOnly(ReferenceBroker):
     async def check_entry(self, entry: bk.RestingEntry) -> bk.Fill | None:
         return None
 
-    async def holdings(self, symbols: Sequence[str]) -> list[bk.Holding] | None:
+    async def holdings(self, symbols: Sequence[str]) -> list[bk.VenuePosition] | None:
         return None
 
 

@@ -15,8 +15,10 @@ import backtest_kit as bk
 from backtest_kit.model.interval import MINUTE_MS
 
 
-def held(stop_loss: float | None, direction: Any = "long") -> bk.Holding:
-    return bk.Holding(symbol="BTCUSDT", direction=direction, quantity=0.5, price_open=41_000.0, stop_loss=stop_loss)
+def held(stop_loss: float | None, direction: Any = "long") -> bk.VenuePosition:
+    return bk.VenuePosition(
+        symbol="BTCUSDT", direction=direction, quantity=0.5, price_open=41_000.0, stop_loss=stop_loss
+    )
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ async def test_a_position_of_ours_that_the_venue_does_not_hold_is_an_alarm(memor
 
 @pytest.mark.parametrize("policy", ["alarm", "adopt", "protect"])
 async def test_a_stop_that_is_left_of_nothing_is_an_alarm_and_told_once(idle: Rig, policy: Any) -> None:
-    idle.venue.held = [bk.Holding(symbol="BTCUSDT", direction="long", quantity=0.0, stop_loss=40_000.0)]
+    idle.venue.held = [bk.VenuePosition(symbol="BTCUSDT", direction="long", quantity=0.0, stop_loss=40_000.0)]
     await idle.trade(3, orphans=policy)
     (found,) = idle.of(bk.OrphanFound)
     assert (found.what, found.quantity) == ("left_stop", 0.0)
@@ -280,7 +282,7 @@ def opening(direction: Any) -> Any:
     ],
 )
 async def test_of_strategies_side_by_side_the_sum_is_compared_and_nothing_is_done(
-    idle: Rig, sides: tuple[Any, Any], on_venue: bk.Holding | None, what: str | None, orphans: str
+    idle: Rig, sides: tuple[Any, Any], on_venue: bk.VenuePosition | None, what: str | None, orphans: str
 ) -> None:
     clock = UntilClock(START, START + 5 * MINUTE_MS)
     clock.join("", 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
@@ -45,8 +44,8 @@ def book(state: State, target: State | None = None) -> Book:
     if target is not None:
         ids = SignalIds("any", OURS)
         order = Order(
-            kind="open", client_order_id=ids.entry, signal_id="any", identity=Identity("BTCUSDT", "trend", "demo"),
-            when_ms=0, direction="long", price=PRICE, cost=0.0, take_profit=110.0, stop_loss=90.0,
+            kind="open", client_order_id=ids.entry, signal_id="any", when_ms=0, direction="long", price=PRICE, cost=0.0,
+            take_profit=110.0, stop_loss=90.0, identity=Identity("BTCUSDT", "trend", "demo", "", "live"),
         )  # fmt: skip
         intent = Intent(order=order, target=target, events=())
     return Book(state=state, intent=intent)
@@ -148,7 +147,9 @@ def test_what_is_known_and_not_as_it_should_be_is_found_and_keeps_no_entry_back(
 def test_an_order_of_another_store_is_named_as_that() -> None:
     difference = found(on_exchange(2, signal("a", THEIRS, quantity=2)), FLAT)
     assert difference is not None
-    assert f"order {SignalIds('a', THEIRS).stop(0)} is of store {THEIRS}, not of this store, {OURS}" in difference.reason
+    assert (
+        f"order {SignalIds('a', THEIRS).stop(0)} is of store {THEIRS}, not of this store, {OURS}" in difference.reason
+    )
     assert "--orphans adopt" in difference.way_out
     lost = found(on_exchange(2, signal("a", quantity=2, order="")), FLAT)
     assert lost is not None
@@ -173,5 +174,5 @@ def test_of_many_strategies_the_sum_counts(positions: list[tuple[float, Any]], e
     if beyond:
         assert difference is not None and difference.no_entry  # noqa: PT018
     named = [signal(f"unknown-{n}", THEIRS) for n in range(unknown)]
-    difference = found(msgspec.structs.replace(on_exchange(net), signals=tuple(named)), *books)
+    difference = found(on_exchange(net, *named, stop_loss=90.0 if net else None), *books)
     assert (difference is not None and difference.no_entry) == bool(unknown)

@@ -38,14 +38,23 @@ class Bought(msgspec.Struct, kw_only=True):
         return float(self.cost / self.total) if self.total and self.cost else None
 
 
-def bought(market: Market, orders: Iterable[VenueOrder]) -> dict[tuple[str, str], Bought]:
+Key = tuple[str, str]
+"""Store id and digest of a signal."""
+
+
+def _key(order: VenueOrder) -> Key | None:
+    order_id = parse(order.client_id)
+    return None if order_id is None else (order_id.store_id, order_id.digest)
+
+
+def bought(market: Market, orders: Iterable[VenueOrder]) -> dict[Key, Bought]:
     """What is left of what each signal bought, by its store id and digest, without what could not be sold any more.
 
     A sale made by hand after a purchase takes away from what is left, the oldest purchase first: closing by hand is one
     of the ways out.
     """
     orders = sorted(orders, key=lambda order: order.timestamp)
-    found: dict[tuple[str, str], Bought] = {}
+    found: dict[Key, Bought] = {}
     by_hand: list[VenueOrder] = []
     for order in orders:
         order_id = parse(order.client_id)
@@ -103,30 +112,31 @@ class Holdings:
         exposure = Exposure("long", sum((each.left for each in held.values()), _NOTHING), None)
         return _position(symbol, exposure, orders, held)
 
-    async def _really(
-        self, market: Market, held: dict[tuple[str, str], Bought], orders: Sequence[VenueOrder]
-    ) -> dict[tuple[str, str], Bought]:
-        """`held` as far as the balance has it: coins may have been withdrawn. Those that a stop locks are there."""
-        locked: dict[tuple[str, str], Decimal] = {}
+    async def _really(self, market: Market, held: dict[Key, Bought], orders: Sequence[VenueOrder]) -> dict[Key, Bought]:
+        """`held` as the balance has it. What a stop locks is there, also where its purchase is not listed any more; what
+        none locks may have been withdrawn."""
+        locked: dict[Key, Decimal] = {}
         for order in orders:
-            if (order_id := parse(order.client_id)) is not None and order.side == "sell":
-                key = order_id.store_id, order_id.digest
+            if order.side == "sell" and (key := _key(order)) is not None:
                 locked[key] = locked.get(key, _NOTHING) + order.remaining
-        loose = [
-            each for key, each in held.items() if each.left > locked.get(key, _NOTHING) + each.total * _LOST_TO_FEES
-        ]
-        if not loose:
-            return held
-        total = (await self._venue.balance(market.base))[1]
-        total -= sum(locked.values(), _NOTHING)
-        for each in loose:
-            each.left = max(_NOTHING, min(each.left, total))
-            total -= each.left
+        loose = []
+        for key in {**held, **locked}:
+            each, sure = held.setdefault(key, Bought()), locked.get(key, _NOTHING)
+            # A stop that differs by no more than fees is for all of it, and tells what the fees have left.
+            if each.left - sure > each.total * _LOST_TO_FEES:
+                loose.append(each)
+            else:
+                each.left = sure
+        if loose:
+            free = (await self._venue.balance(market.base))[1] - sum(locked.values(), _NOTHING)
+            for each in loose:
+                each.left = max(_NOTHING, min(each.left, free))
+                free -= each.left
         return {key: each for key, each in held.items() if _counts(market, each)}
 
 
 def _position(
-    symbol: str, exposure: Exposure | None, orders: Sequence[VenueOrder], held: dict[tuple[str, str], Bought]
+    symbol: str, exposure: Exposure | None, orders: Sequence[VenueOrder], held: dict[Key, Bought]
 ) -> VenuePosition | None:
     ours = [(order, order_id) for order in orders if (order_id := parse(order.client_id)) is not None]
     stops = [(order, order_id) for order, order_id in ours if order_id.kind == STOP and order.trigger is not None]
@@ -156,7 +166,7 @@ def _position(
 
 
 def _signal(
-    key: tuple[str, str],
+    key: Key,
     held: Bought | None,
     ours: Sequence[tuple[VenueOrder, OrderId]],
     guards: Sequence[tuple[VenueOrder, OrderId]],

@@ -190,11 +190,12 @@ class CcxtVenue:
         """The latest orders of a market, open ones and others: as many as the exchange lists in one answer."""
         has, client = self._client.has, self._client
         names = ["fetch_orders"] if has.get("fetchOrders") is True else _lists_of(has)
-        doing = f"list the latest orders of {market.symbol}"
-        raws = [
-            raw for name in names for raw in await self.call(doing, lambda name=name: getattr(client, name)(market.symbol))  # type: ignore[misc]
-        ]
-        return [read_order(raw, market) for raw in raws]
+        found: list[VenueOrder] = []
+        for listing in [getattr(client, name) for name in names]:
+            doing = f"list the latest orders of {market.symbol}"
+            raws = await self.call(doing, lambda listing=listing: listing(market.symbol))  # type: ignore[misc]
+            found += [read_order(raw, market) for raw in raws]
+        return found
 
     async def trades_since(self, market: Market, since_ms: int) -> list[dict[str, Any]]:
         """The account's own trades of a market, as ccxt reports them, oldest first."""

@@ -91,7 +91,7 @@ class Trader(Watcher):
         self._ended = False
         self.stopping = False
         self.no_entry = "the exchange was not asked yet what it holds"
-        """Why nothing may be opened or added to; empty while the exchange holds nothing that the store does not know."""
+        """Why nothing may be opened or added to; empty while the exchange holds nothing unknown."""
         self.blind = False
         """Whether nobody knows the price of this minute."""
         self.unpriced = False
