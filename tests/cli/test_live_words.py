@@ -112,7 +112,7 @@ def test_an_event_in_words_and_as_json(kind: type[bk.Event], fields: dict[str, A
     assert said in words(event)
     assert alarming(event) is alarm
     told = json.loads(msgspec.json.encode(document(event)))
-    assert (told["action"], told["symbol"], told["when"]) == (kind.action, "BTCUSDT", "2024-06-01T12:00Z")
+    assert (told["action"], told["symbol"], told["when"]) == (event.action, "BTCUSDT", "2024-06-01T12:00Z")
 
 
 def test_every_kind_that_is_told_is_tried() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import backtest_kit as bk
+from backtest_kit.broker.order_ids import PARTS, parse
 from backtest_kit.errors import Outcome
 from backtest_kit.market.clock import SteppedClock
 from backtest_kit.model.interval import MINUTE_MS, to_ms
@@ -15,6 +16,13 @@ from backtest_kit.persist.store import Store
 
 START = to_ms("2024-06-01T10:00")
 WHERE: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "demo", "allow_weak": True}
+
+
+def written(order: bk.Order) -> str:
+    """The id of an order as people write it: signal id, kind and number."""
+    order_id = parse(order.client_order_id)
+    assert order_id is not None, order
+    return f"{order.signal_id}-{order_id.kind}{order_id.number // PARTS}"
 
 
 class UntilClock(SteppedClock):
@@ -41,7 +49,7 @@ class Venue(bk.Broker):
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, int]] = []
-        """Hook, client order id, attempt."""
+        """Hook, client order id as people write it, attempt."""
         self.done: dict[tuple[str, str], bk.Fill] = {}
         self.times_done: dict[str, int] = {}
         """Fills by client order id; an entry that only rests is none."""
@@ -53,12 +61,12 @@ class Venue(bk.Broker):
         self.price: Callable[[bk.Order], float] = lambda order: order.price
 
     async def find(self, order: bk.Order) -> bk.OrderReport:
-        self.calls.append(("find", order.client_order_id, order.attempt))
+        self.calls.append(("find", written(order), order.attempt))
         if self.find_fails:
             self.find_fails -= 1
             raise bk.OrderTransient("the venue is away", outcome=Outcome.UNKNOWN)
-        placed = self.done.get(("place", order.client_order_id))
-        fill = self.done.get((order.kind, order.client_order_id))
+        placed = self.done.get(("place", written(order)))
+        fill = self.done.get((order.kind, written(order)))
         if fill is None:
             return bk.OrderReport(status="resting" if placed and order.kind == "activate" else "absent")
         if order.kind == "cancel":
@@ -66,7 +74,7 @@ class Venue(bk.Broker):
         return bk.OrderReport(status="resting" if order.kind == "place" else "filled", fill=fill)
 
     async def _do(self, hook: str, order: bk.Order) -> bk.Fill:
-        self.calls.append((hook, order.client_order_id, order.attempt))
+        self.calls.append((hook, written(order), order.attempt))
         number = self.counts[hook] = self.counts.get(hook, 0) + 1
         fault = self.script.get((hook, number)) or self.script.get((hook, 0))
         if callable(fault):
@@ -81,8 +89,8 @@ class Venue(bk.Broker):
         quantity = order.cost / price if hook in ("open", "activate", "add") else order.quantity or 0.0
         fill = bk.Fill(price=price, cost=order.cost, quantity=quantity, timestamp=order.when_ms)
         if hook != "place":
-            self.times_done[order.client_order_id] = self.times_done.get(order.client_order_id, 0) + 1
-        self.done[order.kind, order.client_order_id] = fill
+            self.times_done[written(order)] = self.times_done.get(written(order), 0) + 1
+        self.done[order.kind, written(order)] = fill
         if fault == "lost_response":
             raise bk.OrderTransient("the answer was lost", outcome=Outcome.UNKNOWN)
         return fill

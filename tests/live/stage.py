@@ -192,7 +192,7 @@ class Stage:
             "books": {
                 "signal": books["signal"],
                 "schedule": books["schedule"],
-                **{name: strategy.get(name) for name in ("closing", "order", "intent", "lastSlotMs", "lastSignalId")},
+                **{name: strategy.get(name) for name in ("state", "intent")},
             },
             "records": {told(each): each.event for each in self.heard("records")},
             "trades": [each.event["trade"] for each in unique(self.heard("records")) if each.action == "closed"],

@@ -105,7 +105,9 @@ async def test_the_records_are_what_the_contracts_say(rig: Rig) -> None:
     schedule = await rig.kit(None).persistence.schedule.read(**where)
     assert schedule["priceOpen"] < 101
     strategy = await rig.kit(None).persistence.strategy.read(**where)
-    assert strategy["lastSignalId"] == schedule["signalId"]
+    assert strategy["state"] == {
+        "type": "resting", "entry": schedule["signalId"], "lastSlotMs": START + 10 * 60_000, "order": ""
+    }  # fmt: skip
     assert strategy["intent"] is None
 
 

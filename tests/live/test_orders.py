@@ -107,7 +107,7 @@ async def test_a_close_is_never_given_up(story: Rig, restart: bool) -> None:
             await story.trade(3)
     else:
         await story.trade(18)
-    attempts = [attempt for _, order_id, attempt in story.venue.sent("close") if order_id.endswith("1001-44c07977-c")]
+    attempts = [attempt for _, order_id, attempt in story.venue.sent("close") if order_id.endswith("1001-44c07977-c0")]
     # Of the attempts before a start one counts.
     assert attempts == ([0, 1, 2, 3, 4, 5, 2, 3, 4] if restart else list(range(9)))
     (trade,) = story.trades()
@@ -118,10 +118,13 @@ async def test_a_close_is_never_given_up(story: Rig, restart: bool) -> None:
     assert [failed.alarm for failed in story.of(bk.OrderFailed)] == [attempt >= 2 for attempt in attempts[:-1]]
 
 
-async def test_a_close_that_is_refused_goes_on_under_another_id(story: Rig) -> None:
+@pytest.mark.parametrize("lives", [(12,), (8, 4), (9, 3), (7, 5), (3, 3, 3, 3), (8, 1, 1, 2)])
+async def test_a_close_that_is_refused_goes_on_under_another_id(rig: Rig, lives: tuple[int, ...]) -> None:
+    story = prepared(rig)
     story.venue.script["close", 1] = story.venue.script["close", 2] = "rejected"
-    await story.trade(12)
-    assert [order_id.rpartition("-")[2] for _, order_id, _ in story.venue.sent("close")] == ["c", "c8", "c9"]
+    for minutes in lives:
+        await story.trade(minutes)
+    assert [order_id.rpartition("-")[2] for _, order_id, _ in story.venue.sent("close")] == ["c0", "c8", "c9"]
     assert [(failed.alarm, failed.attempt) for failed in story.of(bk.OrderFailed)] == [(True, 0), (True, 0)]
     assert len(story.trades()) == 1
 

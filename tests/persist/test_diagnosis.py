@@ -63,6 +63,18 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.param).format(tmp_path)
 
 
+async def test_a_store_that_others_can_read_is_named_and_left_as_it_is(url: str, tmp_path: Path) -> None:
+    await fill(url)
+    part = next(path for path in (tmp_path / "dump/signal", tmp_path / "bot.db") if path.exists())
+    assert not any(each.subject == "permissions" and each.remedy for each in await diagnosis(url))
+    part.chmod(0o755)
+    said = found(await diagnosis(url), Status.WARNING)
+    assert f"can read {part}" in said
+    assert f"chmod -R go= {part}" in said
+    await fill(url)
+    assert part.stat().st_mode & 0o777 == 0o755
+
+
 async def test_sound_store_is_fit_for_live_and_looking_changes_nothing(url: str, tmp_path: Path) -> None:
     await fill(url)
     before = tree(tmp_path)

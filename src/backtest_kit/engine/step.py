@@ -72,7 +72,7 @@ class Tick(msgspec.Struct, frozen=True):
     close: float
 
 
-class Flat(msgspec.Struct, frozen=True):
+class Flat(msgspec.Struct, frozen=True, tag="flat", rename="camel"):
     """Nothing is held and nothing rests."""
 
     last_slot_ms: int = -1
@@ -81,7 +81,7 @@ class Flat(msgspec.Struct, frozen=True):
     """The signal that was acted on last; the same id again is ignored."""
 
 
-class Resting(msgspec.Struct, frozen=True):
+class Resting(msgspec.Struct, frozen=True, tag="resting", rename="camel"):
     """A limit order waits for its price."""
 
     entry: RestingEntry
@@ -90,7 +90,7 @@ class Resting(msgspec.Struct, frozen=True):
     """What the next step carries out: a command, or the refusal of a risk profile."""
 
 
-class Holding(msgspec.Struct, frozen=True):
+class Holding(msgspec.Struct, frozen=True, tag="holding", rename="camel"):
     """A position is open."""
 
     position: Position

@@ -1,9 +1,9 @@
-"""What happens in a run, as values. `action` names each kind in one word."""
+"""What happens in a run, as values."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import ClassVar, Literal
+from typing import Literal
 
 import msgspec
 
@@ -26,12 +26,16 @@ class Identity(msgspec.Struct, frozen=True, rename="camel"):
     mode: Mode
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """Base of all events."""
+class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel", tag_field="action"):
+    """Base of all events. The tag of each kind is written with it, so that a stored event says what it is."""
 
-    action: ClassVar[str] = ""
     identity: Identity
     when_ms: int
+
+    @property
+    def action(self) -> str:
+        """What happened, in one word."""
+        return str(self.__struct_config__.tag)
 
     @property
     def when(self) -> datetime:
@@ -49,128 +53,116 @@ class MarketEvent(Event, frozen=True, kw_only=True):
     """The current price of the symbol at that minute."""
 
 
-class EntryScheduled(MarketEvent, frozen=True, kw_only=True):
+class EntryScheduled(MarketEvent, frozen=True, kw_only=True, tag="scheduled"):
     """A resting entry was placed."""
 
-    action: ClassVar[str] = "scheduled"
     entry: RestingEntry
 
 
-class EntryCancelled(MarketEvent, frozen=True, kw_only=True):
+class EntryCancelled(MarketEvent, frozen=True, kw_only=True, tag="cancelled"):
     """A resting entry was given up before it was reached."""
 
-    action: ClassVar[str] = "cancelled"
     entry: RestingEntry
     reason: CancelReason
 
 
-class PositionOpened(MarketEvent, frozen=True, kw_only=True):
+class PositionOpened(MarketEvent, frozen=True, kw_only=True, tag="opened"):
     """A position was opened, at once or by a resting entry that was reached."""
 
-    action: ClassVar[str] = "opened"
     position: Position
 
 
-class PositionClosed(MarketEvent, frozen=True, kw_only=True):
+class PositionClosed(MarketEvent, frozen=True, kw_only=True, tag="closed"):
     """A position was closed."""
 
-    action: ClassVar[str] = "closed"
     trade: Trade
 
 
-class PositionChanged(MarketEvent, frozen=True, kw_only=True):
+class PositionChanged(MarketEvent, frozen=True, kw_only=True, tag="changed"):
     """A command changed an open position; `position` is how it is now."""
 
-    action: ClassVar[str] = "changed"
     position: Position
     change: Change
 
 
-class PositionActive(MarketEvent, frozen=True, kw_only=True):
+Lasting = EntryScheduled | EntryCancelled | PositionOpened | PositionClosed | PositionChanged
+"""Events that a position keeps until they are in the records: those that begin, change or end something."""
+
+
+class PositionActive(MarketEvent, frozen=True, kw_only=True, tag="active"):
     """One more minute in which a position stays open."""
 
-    action: ClassVar[str] = "active"
     position: Position
 
 
-class EntryWaiting(MarketEvent, frozen=True, kw_only=True):
+class EntryWaiting(MarketEvent, frozen=True, kw_only=True, tag="waiting"):
     """One more minute in which a resting entry was not reached."""
 
-    action: ClassVar[str] = "waiting"
     entry: RestingEntry
 
 
-class LevelReached(MarketEvent, frozen=True, kw_only=True):
+class LevelReached(MarketEvent, frozen=True, kw_only=True, tag="level"):
     """A position has come another tenth of the way to its take profit, or to its stop loss.
 
     Each level is reported once in the life of a position; a jump over several reports all of them.
     """
 
-    action: ClassVar[str] = "level"
     position: Position
     side: Literal["profit", "loss"]
     level: int
     """10, 20, ... 100: percent of the way from the effective entry price."""
 
 
-class BreakevenReached(MarketEvent, frozen=True, kw_only=True):
+class BreakevenReached(MarketEvent, frozen=True, kw_only=True, tag="breakeven"):
     """For the first time, a stop at the entry price would not lose: the price has earned the costs."""
 
-    action: ClassVar[str] = "breakeven"
     position: Position
 
 
-class PeakReached(MarketEvent, frozen=True, kw_only=True):
+class PeakReached(MarketEvent, frozen=True, kw_only=True, tag="peak"):
     """A position is better off than ever before; `position.peak` has the figures."""
 
-    action: ClassVar[str] = "peak"
     position: Position
 
 
-class FallReached(MarketEvent, frozen=True, kw_only=True):
+class FallReached(MarketEvent, frozen=True, kw_only=True, tag="fall"):
     """A position is worse off than ever before; `position.fall` has the figures."""
 
-    action: ClassVar[str] = "fall"
     position: Position
 
 
-class Progress(Event, frozen=True, kw_only=True):
+class Progress(Event, frozen=True, kw_only=True, tag="progress"):
     """How far a run has come: at most one for each percent."""
 
-    action: ClassVar[str] = "progress"
     fraction: float
     """0 to 1."""
 
 
-class RunFailed(Event, frozen=True, kw_only=True):
+class RunFailed(Event, frozen=True, kw_only=True, tag="failed"):
     """A run ended by an error; whoever awaits the run gets the error itself."""
 
-    action: ClassVar[str] = "failed"
     error: Exception
 
 
-class RunDone(Event, frozen=True, kw_only=True):
+class RunDone(Event, frozen=True, kw_only=True, tag="done"):
     """A run came to its end, or was stopped or cancelled."""
 
-    action: ClassVar[str] = "done"
     trades: tuple[Trade, ...]
     cancelled: bool = False
     """Whether it was ended at once, with what it held left as it was."""
 
 
-class RiskRejected(MarketEvent, frozen=True, kw_only=True):
+class RiskRejected(MarketEvent, frozen=True, kw_only=True, tag="rejected"):
     """A risk profile refused a signal."""
 
-    action: ClassVar[str] = "rejected"
     signal: Signal
     risk_name: str
     reason: str
 
 
-class Recovered(Event, frozen=True, kw_only=True):
+class Recovered(Event, frozen=True, kw_only=True, tag="recovered"):
     """A live or paper run has begun: what it found of the run before it, and what it did about that."""
 
-    action: ClassVar[str] = "recovered"
     position: Position | None = None
     """The open position, as it goes on."""
     entry: RestingEntry | None = None
@@ -181,10 +173,9 @@ class Recovered(Event, frozen=True, kw_only=True):
     """What was done, in plain words; empty where nothing was left to do."""
 
 
-class OrderFailed(Event, frozen=True, kw_only=True):
+class OrderFailed(Event, frozen=True, kw_only=True, tag="order_failed"):
     """An order did not go through, or nobody knows whether it did."""
 
-    action: ClassVar[str] = "order_failed"
     kind: str
     """What the order was for: open, place, activate, cancel, add, reduce, close, move_stop, move_take, breakeven;
     or check, where the venue does not tell how a position or an entry stands there."""
@@ -198,35 +189,30 @@ class OrderFailed(Event, frozen=True, kw_only=True):
     """Whether somebody should look: it was refused for good, or has failed too often."""
 
 
-class StrategyFailed(Event, frozen=True, kw_only=True):
+class StrategyFailed(Event, frozen=True, kw_only=True, tag="strategy_failed"):
     """Code of the user raised in a live or paper run, which goes on at the next minute."""
 
-    action: ClassVar[str] = "strategy_failed"
     what: str
     """get_signal, manage, a cron handler, or the name of a handler."""
     error: Exception
 
 
-class Degraded(Event, frozen=True, kw_only=True):
+class Degraded(Event, frozen=True, kw_only=True, tag="degraded"):
     """The store does not take writes: nothing is opened, and what is open is watched on and may close."""
 
-    action: ClassVar[str] = "degraded"
     reason: str
     kept: bool
     """Whether the emergency file has what the store lacks: if not, a crash now loses it."""
 
 
-class Healed(Event, frozen=True, kw_only=True):
+class Healed(Event, frozen=True, kw_only=True, tag="healed"):
     """The store has everything again, and takes writes."""
 
-    action: ClassVar[str] = "healed"
 
-
-class OrphanFound(Event, frozen=True, kw_only=True):
+class OrphanFound(Event, frozen=True, kw_only=True, tag="orphan"):
     """The exchange and the store disagree: a position or an order that the store does not know, a stop that is left of
     another position and would close the next one, a position that is missing there, or one without a stop."""
 
-    action: ClassVar[str] = "orphan"
     what: Literal["foreign_position", "foreign_order", "left_stop", "missing_position", "unprotected_position"]
     quantity: float
     """In base currency, as the exchange says."""
@@ -236,25 +222,22 @@ class OrphanFound(Event, frozen=True, kw_only=True):
     """What is done about it, in words."""
 
 
-class MinutesMissed(Event, frozen=True, kw_only=True):
+class MinutesMissed(Event, frozen=True, kw_only=True, tag="missed"):
     """Minutes passed without a decision. They are not made up for."""
 
-    action: ClassVar[str] = "missed"
     count: int
     first_ms: int
     reason: str
 
 
-class ClockJumped(Event, frozen=True, kw_only=True):
+class ClockJumped(Event, frozen=True, kw_only=True, tag="clock"):
     """Somebody set the wall clock, or the machine slept."""
 
-    action: ClassVar[str] = "clock"
     by_ms: int
     """Below 0 it was set back."""
 
 
-class Paused(Event, frozen=True, kw_only=True):
+class Paused(Event, frozen=True, kw_only=True, tag="paused"):
     """The strategy is not asked for signals, or is again. What is open goes on either way."""
 
-    action: ClassVar[str] = "paused"
     paused: bool

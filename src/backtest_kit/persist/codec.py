@@ -18,7 +18,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import Enum
 from numbers import Integral
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 import msgspec
 import numpy as np
@@ -26,6 +26,8 @@ import numpy as np
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.store import Key, Plain, Record
+
+T = TypeVar("T")
 
 SCHEMA_VERSION: Final = 1
 """Version of the envelope that this program writes, and the newest that it reads."""
@@ -71,6 +73,19 @@ def decode(plain: Plain) -> Any:
         if tag.startswith(_TAG):
             return _decode_tag(tag, plain[tag])
     return {name: decode(item) for name, item in plain.items()}
+
+
+def decode_as(kind: type[T], plain: Plain) -> T:
+    """The value of type `kind` that `encode` made `plain` of.
+
+    Raises:
+        Damaged: it is no such value.
+    """
+    try:
+        return msgspec.convert(decode(plain), kind)
+    except msgspec.ValidationError as error:
+        name = getattr(kind, "__name__", str(kind)).lstrip("_")
+        raise Damaged(f"a record is no {name}: {error}; `backtest-kit store get` shows it") from None
 
 
 def dump_value(value: Plain) -> bytes:

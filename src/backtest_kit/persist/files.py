@@ -13,7 +13,6 @@ import itertools
 import os
 import random
 import re
-import shutil
 import stat
 import sys
 from collections import deque
@@ -54,6 +53,8 @@ class OsCalls(Protocol):
     ftruncate: Any
     utime: Any
     posix_fallocate: Any
+    lseek: Any
+    rmdir: Any
 
 
 def disk_error(error: OSError, doing: str, path: object, outcome: Outcome = Outcome.NOT_DONE) -> BacktestKitError:
@@ -70,10 +71,15 @@ def disk_error(error: OSError, doing: str, path: object, outcome: Outcome = Outc
 
 
 class Disk:
-    """Reading and durable writing over a set of OS calls. Methods block and raise `OSError`."""
+    """Reading and durable writing over a set of OS calls. Methods block and raise `OSError`.
 
-    def __init__(self, calls: OsCalls = os) -> None:
+    What a `private` one makes is closed to other users whatever the umask: files are 0600, directories 0700.
+    Without it the umask decides, as for any document.
+    """
+
+    def __init__(self, calls: OsCalls = os, *, private: bool = True) -> None:
         self._os = calls
+        self._file_mode, self._directory_mode = (0o600, 0o700) if private else (0o666, 0o777)
         self._serial = itertools.count()
         self._token = f"{random.randrange(1 << 48):012x}"  # noqa: S311  # a process id comes again
 
@@ -125,6 +131,11 @@ class Disk:
 
     def open_for_update(self, path: str) -> int:
         return self._open(path, _UPDATE)
+
+    def make_file(self, path: str) -> None:
+        """Make an empty file, for a library that would make it with other permissions; one that is there stays."""
+        with contextlib.suppress(FileExistsError):
+            self._os.close(self._open(path, _CREATE))
 
     def close(self, fd: int) -> None:
         self._os.close(fd)
@@ -186,7 +197,7 @@ class Disk:
                 continue
 
     def overwrite(self, fd: int, offset: int, data: bytes) -> None:
-        os.lseek(fd, offset, os.SEEK_SET)
+        self._os.lseek(fd, offset, os.SEEK_SET)
         self.write_all(fd, data)
 
     def truncate(self, fd: int, size: int) -> None:
@@ -203,12 +214,23 @@ class Disk:
     def discard_directory(self, path: str) -> None:
         """Remove a directory, if it is empty."""
         with contextlib.suppress(OSError):
-            os.rmdir(path)  # noqa: PTH106
+            self._os.rmdir(path)
 
     def remove_tree(self, path: str) -> None:
         """Remove a directory and all that is in it. It may not exist."""
+        try:
+            with self._os.scandir(path) as found:
+                entries = list(found)
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                self.remove_tree(entry.path)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    self._os.unlink(entry.path)
         with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(path)
+            self._os.rmdir(path)
 
     def sync_file(self, path: str) -> None:
         """Make durable what was written to `path` under any descriptor; a file that is gone needs nothing."""
@@ -227,7 +249,7 @@ class Disk:
     def make_directories(self, path: str, *, sync: bool) -> None:
         """Make `path` and what is missing above it, each level durable in its parent if `sync`."""
         try:
-            self._os.mkdir(path)
+            self._os.mkdir(path, self._directory_mode)
         except FileExistsError:
             return
         except FileNotFoundError:
@@ -249,6 +271,13 @@ class Disk:
 
     def touch(self, path: str, mtime_ns: int) -> None:
         self._os.utime(path, ns=(mtime_ns, mtime_ns))
+
+    def is_at(self, fd: int, path: str) -> bool:
+        """Whether `path` is the name of an open file still, and not of another one or of none."""
+        try:
+            return os.path.samestat(self.stat(path), self.fstat(fd))
+        except FileNotFoundError:
+            return False
 
     def exists(self, path: str) -> bool:
         try:
@@ -290,12 +319,12 @@ class Disk:
     def _open(self, path: str, flags: int) -> int:
         while True:
             try:
-                return int(self._os.open(path, flags, 0o666))
+                return int(self._os.open(path, flags, self._file_mode))
             except InterruptedError:
                 continue
 
     def _read_span(self, fd: int, offset: int, length: int) -> bytes:
-        os.lseek(fd, offset, os.SEEK_SET)
+        self._os.lseek(fd, offset, os.SEEK_SET)
         return self._read_exactly(fd, length)
 
     def _read_exactly(self, fd: int, length: int) -> bytes:

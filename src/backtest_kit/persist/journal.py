@@ -143,9 +143,13 @@ class Journal:
         for entry in sorted(self._disk.entries(self._directory), key=lambda entry: entry.name):
             if not entry.name.endswith(SUFFIX):
                 continue
-            fd = self._disk.open_for_append(entry.path)
             try:
-                if not try_lock(fd):
+                fd = self._disk.open_for_update(entry.path)
+            except FileNotFoundError:
+                continue  # its owner has emptied it meanwhile
+            try:
+                # Locked and still there: an owner removes its file first and then lets go of the lock.
+                if not try_lock(fd) or not self._disk.is_at(fd, entry.path):
                     continue
                 data = self._disk.read(entry.path)
                 outcomes = [redo(change) for change in _changes(data)]
@@ -187,18 +191,24 @@ class Journal:
         return file
 
     def _start(self) -> _File:
-        self._serial += 1
-        path = f"{self._directory}/{time.time_ns():020d}-{os.getpid()}-{self._serial}{SUFFIX}"
-        fd = self._disk.open_for_append(path)
-        self._current = _File(path, fd)
-        try:
-            try_lock(fd)
-            self._disk.sync_directory(self._directory)
-        except BaseException:
-            self._current = None
-            self._disk.close(fd)
-            self._disk.discard(path)
-            raise
+        while self._current is None:
+            self._serial += 1
+            path = f"{self._directory}/{time.time_ns():020d}-{os.getpid()}-{self._serial}{SUFFIX}"
+            fd = self._disk.open_for_append(path)
+            try:
+                # Until it is locked it looks like that of a dead process: whoever opens the root just then takes it
+                # away, and entries in it would be lost. Once it is locked and still there, it is safe.
+                safe = try_lock(fd) and self._disk.is_at(fd, path)
+                if safe:
+                    self._disk.sync_directory(self._directory)
+            except BaseException:
+                self._disk.close(fd)
+                self._disk.discard(path)
+                raise
+            if safe:
+                self._current = _File(path, fd)
+            else:
+                self._disk.close(fd)
         return self._current
 
     def _let_go(self) -> None:

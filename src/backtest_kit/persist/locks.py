@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import sys
@@ -17,6 +18,8 @@ from backtest_kit.errors import RetryLater
 from backtest_kit.persist.files import Disk
 
 LOCK_TIMEOUT_SECONDS: Final = 10.0
+
+_log = logging.getLogger(__name__)
 
 
 class Locked(RetryLater):
@@ -59,25 +62,37 @@ class LockSet:
             Locked: another process kept one of them for `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
-        held: list[tuple[threading.Lock, int | None]] = []
+        held: list[tuple[int, int | None]] = []
         try:
             for shard in sorted({_shard(name, self._count) for name in names}):
-                thread_lock = self._threads[shard]
-                if not thread_lock.acquire(timeout=timeout):
+                if not self._threads[shard].acquire(timeout=timeout):
                     raise self.timed_out(shard, timeout)
-                held.append((thread_lock, None))
+                held.append((shard, None))
                 fd = self._file(shard)
                 while not try_lock(fd):
                     if time.monotonic() > deadline:
                         raise self.timed_out(shard, timeout)
                     time.sleep(random.uniform(0.0002, 0.002))  # noqa: S311
-                held[-1] = thread_lock, fd
+                held[-1] = shard, fd
             yield
         finally:
-            for thread_lock, locked in reversed(held):
+            for shard, locked in reversed(held):
                 if locked is not None:
-                    unlock(locked)
-                thread_lock.release()
+                    self._unlock(shard, locked)
+                self._threads[shard].release()
+
+    def _unlock(self, shard: int, fd: int) -> None:
+        """Let go of a lock, whatever the system says: what was done under it is done, and is not to look undone."""
+        try:
+            unlock(fd)
+        except OSError as error:
+            # The lock goes with the file; the next one to need it opens the file again.
+            path = f"{self._directory}/{shard:02d}.lock"
+            _log.warning("cannot unlock %s: %s; the file was closed instead, which unlocks it", path, error)
+            with self._guard:
+                del self._files[shard]
+            with contextlib.suppress(OSError):  # closed all the same
+                self._disk.close(fd)
 
     def close(self) -> None:
         """Close the files of those locks that nobody holds."""

@@ -22,10 +22,10 @@ from weakref import WeakKeyDictionary
 import msgspec
 
 from backtest_kit.errors import BacktestKitError, RetryLater, UserError
+from backtest_kit.persist.codec import decode_as
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Key, Record, Store
 from backtest_kit.records.place import Place, Reached
-from backtest_kit.records.signals import read_as
 from backtest_kit.records.state import STATE
 from backtest_kit.records.threaded import Deliver as Deliver, never_in_the_way
 from backtest_kit.settings import Settings
@@ -309,7 +309,7 @@ class _Worker:
     async def _deliver(self, record: Record) -> None:
         from backtest_kit.records.notification import Notification
 
-        notification = read_as(Notification, record.value)
+        notification = decode_as(Notification, record.value)
         if notification.notification_id not in self._handed:
             self._urgent.pop(notification.notification_id, None)
             try:

@@ -19,11 +19,11 @@ import msgspec
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.model.event import Identity, Mode
 from backtest_kit.model.interval import to_datetime
-from backtest_kit.persist.codec import encode
+from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Plain, Record, Write
 from backtest_kit.persist.writing import now_ms, put_each
-from backtest_kit.records.signals import ScopeOf, newest, read_as
+from backtest_kit.records.signals import ScopeOf, newest
 
 if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
@@ -71,7 +71,7 @@ class LogLine(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 def line_of(record: Record) -> LogLine:
     """The line in a stored record. Raises `Damaged` if it is none."""
-    return read_as(LogLine, record.value)
+    return decode_as(LogLine, record.value)
 
 
 class _Waiting(NamedTuple):

@@ -15,13 +15,12 @@ from typing import Final
 import msgspec
 
 from backtest_kit.errors import BacktestKitError, Conflict
-from backtest_kit.persist.codec import encode
+from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.lease import Lease, claim, keeps_claims
 from backtest_kit.persist.possession import given_back, kept
 from backtest_kit.persist.store import Key, Record, Store, Write
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.scope import expectation
-from backtest_kit.records.signals import read_as
 from backtest_kit.records.state import STATE
 
 OWNER: Final = "notification sinks"
@@ -68,7 +67,7 @@ class Place:
         if self._record is None:
             record = await self._store.get(STATE, self._key)
             self._record = record if record is not None else await self._put(Reached(self._born_ms), None)
-        return read_as(Reached, self._record.value)
+        return decode_as(Reached, self._record.value)
 
     async def move(self, reached: Reached) -> None:
         """Everything up to here was delivered.

@@ -8,7 +8,6 @@ from typing import Final, Literal, TypeVar
 
 import msgspec
 
-from backtest_kit.errors import Damaged
 from backtest_kit.model.event import (
     EntryCancelled,
     EntryScheduled,
@@ -21,7 +20,7 @@ from backtest_kit.model.event import (
 )
 from backtest_kit.model.interval import to_datetime
 from backtest_kit.model.position import Direction, Position, RestingEntry, Trade
-from backtest_kit.persist.codec import decode, encode
+from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.store import Key, Plain, Record, Write, check_limit
 from backtest_kit.records.scope import Scope
@@ -207,7 +206,7 @@ async def newest(
         count = 0
         async for record in scope.store(row).scan(row, prefix, limit=most, newest_first=True):
             count += 1
-            if scope.sees(record) and wanted(each := read_as(kind, record.value)):
+            if scope.sees(record) and wanted(each := decode_as(kind, record.value)):
                 found.append(each)
                 if len(found) == limit:
                     return found
@@ -236,19 +235,7 @@ def _outcome(value: Plain) -> tuple[Plain, bool]:
 def _signal(record: Record | None) -> StoredSignal | None:
     if record is None:
         return None
-    return read_as(StoredSignal, record.value)
-
-
-def read_as(kind: type[S], value: Plain) -> S:
-    """A stored value as the struct that it was.
-
-    Raises:
-        Damaged: it is no such thing.
-    """
-    try:
-        return msgspec.convert(decode(value), kind)
-    except msgspec.ValidationError as error:
-        raise Damaged(f"a record is no {kind.__name__}: {error}; `backtest-kit store get` shows it") from None
+    return decode_as(StoredSignal, record.value)
 
 
 def _recent_key(identity: Identity) -> Key:

@@ -8,9 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from backtest_kit.errors import BacktestKitError
-from backtest_kit.model.event import Event
+from backtest_kit.model.event import Event, Lasting
 from backtest_kit.records import RunRecords
-from backtest_kit.run.ledger import LASTING
 
 PATIENCE_S: Final = 5.0
 """How long a minute waits for the store to take notes."""
@@ -48,7 +47,7 @@ class Chronicle:
 
     async def note(self, *events: Event) -> None:
         """Hand over what no book keeps: refusals, failures, how a run begins and ends; and what waits of that."""
-        self._waiting += (event for event in events if not isinstance(event, LASTING))
+        self._waiting += (event for event in events if not isinstance(event, Lasting))
         del self._waiting[:-_MOST]
         async with self._noting:
             noted = {id(event): event for event in self._waiting}

@@ -43,7 +43,8 @@ class EmergencyFile:
         disk, fd = Disk(), -1
         try:
             disk.make_directories(str(self._path.absolute().parent), sync=True)
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            disk.make_file(str(self._path))
+            fd = disk.open_for_update(str(self._path))
             if os.fstat(fd).st_size < SIZE:
                 _allocate(fd)
                 os.fsync(fd)

@@ -18,10 +18,11 @@ import msgspec
 from backtest_kit.engine.step import Holding, Resting, State
 from backtest_kit.errors import BacktestKitError, Conflict, Damaged, OutOfSpace, RetryLater
 from backtest_kit.model.position import Position, RestingEntry
+from backtest_kit.persist.codec import decode_as, dump_value, encode, parse
 from backtest_kit.persist.lease import Lapsed, Lease
 from backtest_kit.run.alarms import Alarms
 from backtest_kit.run.emergency import ROOM, EmergencyFile
-from backtest_kit.run.ledger import Book, Ledger, RiskMoved, records_of
+from backtest_kit.run.ledger import Book, Ledger, RiskMoved
 from backtest_kit.run.live_risk import LiveRisk
 from backtest_kit.run.orders import ENTRIES
 
@@ -31,6 +32,14 @@ Need = Literal["store", "disk", "try"]
 what the book says has happened already."""
 
 _log = logging.getLogger("backtest_kit")
+
+
+class _Aside(msgspec.Struct, frozen=True):
+    """What the emergency file has."""
+
+    after: tuple[str, int]
+    """Owner and number of the book that the store had then."""
+    book: Book
 
 
 class Unsaved(Exception):
@@ -191,22 +200,21 @@ class Keeper:
         Where they are too many even so, the older ones stay in the memory alone: what is held comes first.
         """
         while True:
-            sealed = zlib.compress(msgspec.json.encode({"after": self._stored, "records": records_of(book)}))
+            sealed = zlib.compress(dump_value(encode(_Aside(self._stored, book))))
             if len(sealed) <= ROOM or not book.outbox:
                 return sealed
             book = msgspec.structs.replace(book, outbox=book.outbox[len(book.outbox) // 2 + 1 :])
 
     def _newer(self, kept: bytes) -> Book | None:
         """What was put aside, if nobody has written to the store since."""
-        found: dict[str, Any] = msgspec.json.decode(zlib.decompress(kept))
         try:
-            book = self._ledger.book_of(found["records"])
+            aside = decode_as(_Aside, parse(zlib.decompress(kept)))
         except Damaged as error:
             _log.error("what is in the emergency file is left there: %s", error)
             return None
         owner, seq = self._stored
-        same_writer = owner == book.owner and seq < book.seq
-        return book if same_writer or [owner, seq] == list(found["after"]) else None
+        same_writer = owner == aside.book.owner and seq < aside.book.seq
+        return aside.book if same_writer or aside.after == self._stored else None
 
 
 def held_by(state: State) -> Position | RestingEntry | None:

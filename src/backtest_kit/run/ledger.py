@@ -17,19 +17,11 @@ from typing import Any, Final
 
 import msgspec
 
-from backtest_kit.broker.base import Fill, Order, OrderKind
+from backtest_kit.broker.base import OrderKind
 from backtest_kit.engine.position import LEVEL_STEP
-from backtest_kit.engine.step import Flat, Holding, Resting, State
+from backtest_kit.engine.step import Flat, Holding, State
 from backtest_kit.errors import Conflict, Damaged, OutOfSpace, RetryLater
-from backtest_kit.model.event import (
-    EntryCancelled,
-    EntryScheduled,
-    Event,
-    PositionChanged,
-    PositionClosed,
-    PositionOpened,
-)
-from backtest_kit.model.position import Position, RestingEntry
+from backtest_kit.model.event import Lasting
 from backtest_kit.persist.binding import Mode, Persistence
 from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import CONTRACTS, Contract
@@ -38,11 +30,9 @@ from backtest_kit.run.orders import Intent, signal_id_of
 
 _ROWS: Final = (CONTRACTS["signal"], CONTRACTS["schedule"], CONTRACTS["strategy"])
 _PARTIAL, _BREAKEVEN = CONTRACTS["partial"], CONTRACTS["breakeven"]
-_EVENTS: Final[dict[str, type[Event]]] = {
-    kind.action: kind for kind in (EntryScheduled, EntryCancelled, PositionOpened, PositionClosed, PositionChanged)
-}
-LASTING: Final = tuple(_EVENTS.values())
-"""Events that the books keep until somebody has taken them into his records."""
+_HELD_IN: Final = {"signal": ("holding", "position"), "schedule": ("resting", "entry")}
+"""By contract: the state whose part it holds, and the name of that part. Where a torn batch has left both, the entry
+has become the position."""
 
 _Name = tuple[str, Key]
 
@@ -51,7 +41,7 @@ class RiskMoved(Exception):
     """Another position has changed a risk profile since it was asked: nothing was written, ask again."""
 
 
-class Commanded(msgspec.Struct, frozen=True):
+class Commanded(msgspec.Struct, frozen=True, rename="camel"):
     """A command that was carried out, or that the venue has refused."""
 
     kind: OrderKind
@@ -59,7 +49,7 @@ class Commanded(msgspec.Struct, frozen=True):
     """Why; empty where it was carried out."""
 
 
-class Book(msgspec.Struct, frozen=True, kw_only=True):
+class Book(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """Everything that must be remembered of one position."""
 
     state: State = Flat()
@@ -75,7 +65,7 @@ class Book(msgspec.Struct, frozen=True, kw_only=True):
     orders: int = 0
     """How many orders were sent in the life of what is held."""
     intent: Intent | None = None
-    outbox: tuple[Event, ...] = ()
+    outbox: tuple[Lasting, ...] = ()
     """What happened and is not in anybody's records yet."""
     owner: str = ""
     """Who wrote it: the lease's random name."""
@@ -105,17 +95,9 @@ class Ledger:
         self._unsure.clear()
         for row in _ROWS:
             await self._read(row, self._scope)
-        return self.book_of({row.name: self._known[row.name, self._scope][1] for row in _ROWS})
-
-    def book_of(self, records: dict[str, Plain]) -> Book:
-        """The book that three records make.
-
-        Raises:
-            Damaged: they do not.
-        """
         try:
-            return _book(*(decode(records[name]) for name in ("signal", "schedule", "strategy")))
-        except (msgspec.ValidationError, KeyError, TypeError) as error:
+            return book_of({row.name: self._known[row.name, self._scope][1] for row in _ROWS})
+        except (msgspec.ValidationError, AttributeError, KeyError, TypeError) as error:
             name = "/".join(map(str, self._scope))
             raise Damaged(
                 f"what is stored of {name} is no position of this program ({error}): look at it with "
@@ -221,87 +203,35 @@ def _marks(state: Holding) -> dict[str, Plain]:
 
 
 def records_of(book: Book) -> dict[str, Plain]:
-    """The three records that hold a book, by the names of their contracts."""
-    state = book.state
-    strategy = {
-        "lastSlotMs": state.last_slot_ms,
-        "lastSignalId": signal_id_of(state),
-        "closing": state.closing if isinstance(state, Holding) else None,
-        "order": state.order if isinstance(state, Resting) else "",
-        "paused": book.paused,
-        "whenMs": book.when_ms,
-        "commandMs": book.command_ms,
-        "commands": book.commands,
-        "seenMs": book.seen_ms,
-        "orders": book.orders,
-        "intent": None if book.intent is None else _intent_record(book.intent),
-        "outbox": [_event_record(event) for event in book.outbox],
-        "owner": book.owner,
-        "seq": book.seq,
-    }
-    return {
-        "signal": encode(state.position) if isinstance(state, Holding) else None,
-        "schedule": encode(state.entry) if isinstance(state, Resting) else None,
-        "strategy": encode(strategy),
-    }
+    """The three records that hold a book, by the names of their contracts.
+
+    What is held has a record of its own; in its place, the state in `strategy` names the signal that it belongs to.
+    """
+    strategy: Any = encode(book)
+    records: dict[str, Plain] = dict.fromkeys(_HELD_IN)
+    for name, (_, field) in _HELD_IN.items():
+        if field in strategy["state"]:
+            records[name] = held = strategy["state"][field]
+            strategy["state"][field] = held["signalId"]
+    return {**records, "strategy": strategy}
 
 
-def _book(signal: Any, schedule: Any, strategy: Any) -> Book:
-    strategy = strategy or {}
-    slot, last = strategy.get("lastSlotMs", -1), strategy.get("lastSignalId", "")
-    state: State = Flat(slot, last)
-    if signal is not None:
-        # Where a torn batch has left both, the entry has become the position.
-        position = msgspec.convert(signal, Position)
-        state = Holding(position, slot, strategy.get("closing") if last == position.signal_id else None)
-    elif schedule is not None:
-        entry = msgspec.convert(schedule, RestingEntry)
-        state = Resting(entry, slot, strategy.get("order", "") if last == entry.signal_id else "")
-    intent = strategy.get("intent")
-    return Book(
-        state=state,
-        paused=strategy.get("paused", False),
-        when_ms=strategy.get("whenMs", -1),
-        command_ms=strategy.get("commandMs", -1),
-        commands=msgspec.convert(strategy.get("commands", ()), tuple[Commanded, ...]),
-        seen_ms=strategy.get("seenMs", -1),
-        orders=strategy.get("orders", 0),
-        intent=None if intent is None else _intent(intent),
-        outbox=tuple(map(_event, strategy.get("outbox", ()))),
-        owner=strategy.get("owner", ""),
-        seq=strategy.get("seq", 0),
-    )
+def book_of(records: dict[str, Plain]) -> Book:
+    """The book that `records_of` made `records` of, or as much of it as a torn batch has left."""
+    found: dict[str, Any] = {name: decode(value) for name, value in records.items()}
+    strategy = found["strategy"] or {}
+    state: Any = strategy.get("state") or encode(Flat())
+    return msgspec.convert({**strategy, "state": _joined(state, found)}, Book)
 
 
-def _intent_record(intent: Intent) -> dict[str, object]:
-    target = intent.target
-    return {
-        "order": intent.order,
-        "target": {
-            "signal": target.position if isinstance(target, Holding) else None,
-            "schedule": target.entry if isinstance(target, Resting) else None,
-            "lastSlotMs": target.last_slot_ms,
-            "lastSignalId": signal_id_of(target),
-            "closing": target.closing if isinstance(target, Holding) else None,
-        },
-        "events": [_event_record(event) for event in intent.events],
-        "earlier": intent.earlier,
-    }
-
-
-def _intent(record: Any) -> Intent:
-    target = record["target"]
-    return Intent(
-        order=msgspec.convert(record["order"], Order),
-        target=_book(target["signal"], target["schedule"], target).state,
-        events=tuple(map(_event, record["events"])),
-        earlier=msgspec.convert(record.get("earlier"), Fill | None),
-    )
-
-
-def _event_record(event: Event) -> dict[str, object]:
-    return {"action": event.action, "event": event}
-
-
-def _event(record: Any) -> Event:
-    return msgspec.convert(record["event"], _EVENTS[record["action"]])
+def _joined(state: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
+    """The state that `strategy` describes, with what is held. Where both disagree, a batch was torn: what is held is
+    newer, because it is written first."""
+    for name, (tag, field) in _HELD_IN.items():
+        held = records[name]
+        if held is not None:
+            same = state.get(field) == held["signalId"]
+            rest = state if same else {"type": tag, "lastSlotMs": state["lastSlotMs"]}
+            return {**rest, field: held}
+    over = next((state[field] for _, field in _HELD_IN.values() if field in state), None)
+    return state if over is None else {"type": "flat", "lastSlotMs": state["lastSlotMs"], "lastSignalId": over}

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from backtest_kit.errors import Damaged
 from backtest_kit.model.event import Identity
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Position, RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.persist.binding import Mode, Persistence
-from backtest_kit.persist.codec import decode, encode
+from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.keys import path_of
-from backtest_kit.persist.store import ABSENT, Key, Write
+from backtest_kit.persist.store import ABSENT, Key, Plain, Write
 from backtest_kit.run.risk import ActivePosition, active, judge
 from backtest_kit.run.schema import RiskSchema
 
@@ -122,8 +120,8 @@ class LiveRisk:
         return slots
 
 
-def _slots(key: Key, value: object) -> _Slots:
+def _slots(key: Key, value: Plain) -> _Slots:
     try:
-        return msgspec.convert(decode(value) or {}, dict[str, ActivePosition])  # type: ignore[arg-type]
-    except msgspec.ValidationError as error:
+        return decode_as(_Slots, value or {})
+    except Damaged as error:
         raise Damaged(f"risk {'/'.join(map(str, key))} is not one of this program: {error}") from error

@@ -18,6 +18,7 @@ from backtest_kit.model.event import (
     Change,
     EntryCancelled,
     Event,
+    Lasting,
     PositionChanged,
     PositionClosed,
     PositionOpened,
@@ -44,13 +45,13 @@ _SAME_QUANTITY: Final = 1e-6
 _SAME_PRICE: Final = 1e-9
 
 
-class Intent(msgspec.Struct, frozen=True, kw_only=True):
+class Intent(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """An order that is about to be sent, or was sent and nobody knows what became of it."""
 
     order: Order
     target: State
     """The state once it is done as decided."""
-    events: tuple[Event, ...]
+    events: tuple[Lasting, ...]
     """What has happened then."""
     earlier: Fill | None = None
     """Of a close: what orders under other ids have filled of it already, before they ended."""
@@ -97,7 +98,7 @@ def intended(
         stop_loss=stop,
         reason=_reason(before, events),
     )
-    return Intent(order=order, target=after, events=events)
+    return Intent(order=order, target=after, events=tuple(each for each in events if isinstance(each, Lasting)))
 
 
 def _booked(kind: OrderKind, held: Position | RestingEntry, events: tuple[Event, ...], tick: Tick) -> float:
@@ -207,7 +208,7 @@ def renewed(intent: Intent, before: State, tick: Tick, rules: Rules) -> Intent:
     return msgspec.structs.replace(intent, order=order, target=target, events=events)
 
 
-def _at(event: Event, tick: Tick) -> Event:
+def _at(event: Lasting, tick: Tick) -> Lasting:
     return msgspec.structs.replace(event, when_ms=tick.when_ms, price=tick.price)
 
 
@@ -309,7 +310,9 @@ def _filled(order: Order, position: Position, fill: Fill, rules: Rules) -> Posit
     return position
 
 
-def _with_position(target: Holding, position: Position, events: tuple[Event, ...]) -> tuple[Holding, tuple[Event, ...]]:
+def _with_position(
+    target: Holding, position: Position, events: tuple[Lasting, ...]
+) -> tuple[Holding, tuple[Lasting, ...]]:
     changed = tuple(
         msgspec.structs.replace(event, position=position)
         if isinstance(event, PositionOpened | PositionChanged)
@@ -319,7 +322,7 @@ def _with_position(target: Holding, position: Position, events: tuple[Event, ...
     return msgspec.structs.replace(target, position=position), changed
 
 
-def _closed_at(event: Event, position: Position, price: float, tick: Tick, rules: Rules) -> Event:
+def _closed_at(event: Lasting, position: Position, price: float, tick: Tick, rules: Rules) -> Lasting:
     if not isinstance(event, PositionClosed):
         return event
     trade = event.trade

@@ -32,6 +32,7 @@ from backtest_kit.errors import BacktestKitError, Conflict, Outcome, RetryLater,
 from backtest_kit.model.event import (
     Change,
     Event,
+    Lasting,
     PositionClosed,
     PositionOpened,
     RiskRejected,
@@ -43,7 +44,7 @@ from backtest_kit.run.alarms import Alarms, words_of
 from backtest_kit.run.chronicle import Chronicle
 from backtest_kit.run.desk import Act, Desk
 from backtest_kit.run.keeper import Keeper, Need, RiskRefused, Unsaved
-from backtest_kit.run.ledger import LASTING, Book, Commanded
+from backtest_kit.run.ledger import Book, Commanded
 from backtest_kit.run.minute import Minute, Watcher, as_signal
 from backtest_kit.run.orders import (
     COMMANDS,
@@ -387,7 +388,7 @@ class Trader(Watcher):
         """Write down what has happened; whether that succeeds changes nothing about it."""
         book, when_ms = self.book, self._desk.tick.when_ms if order is None else order.when_ms
         command = isinstance(book.state, Holding) and isinstance(state, Holding)
-        lasting = tuple(event for event in events if isinstance(event, LASTING))
+        lasting = tuple(event for event in events if isinstance(event, Lasting))
         if command and order is not None:
             book = _commanded(book, when_ms, Commanded(order.kind, refused))
         book = msgspec.structs.replace(
@@ -572,7 +573,7 @@ class Trader(Watcher):
 
     def told(self, event: Event) -> None:
         self._telling = None
-        if self._sent and isinstance(event, LASTING):
+        if self._sent and isinstance(event, Lasting):
             crashpoint(f"live.{self._sent.pop(0)}.after_emit")
 
     async def failed(self, what: str, error: Exception) -> None:

@@ -13,6 +13,7 @@ from typing import IO
 import msgspec
 
 from backtest_kit.errors import Damaged, Outcome, RetryLater, UserError
+from backtest_kit.persist.files import Disk
 from backtest_kit.simulation.exchange import Terms
 from backtest_kit.simulation.orders import Kind, Market, NewOrder
 
@@ -121,6 +122,7 @@ class Journal:
         """
         try:
             fresh = not self._path.exists() or not self._path.stat().st_size
+            Disk().make_file(str(self._path))
             self._file = self._path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"{self._path} cannot be written: {error.strerror}: give another file of state") from None

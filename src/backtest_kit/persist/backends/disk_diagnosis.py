@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from backtest_kit.errors import BacktestKitError
 from backtest_kit.persist.backends.file_paths import MARKER, OWN_DIRECTORY
-from backtest_kit.persist.backends.file_root import Root
+from backtest_kit.persist.backends.file_root import Root, is_part_of_store
 from backtest_kit.persist.codec import SCHEMA_VERSION
 from backtest_kit.persist.diagnosis import Reading, Status
 from backtest_kit.persist.files import Disk
@@ -47,7 +49,10 @@ def examine_root(root: Root, samples: int) -> list[Reading]:
     except BacktestKitError as error:
         return [*readings, Reading("schema", Status.FAULT, str(error))]
     says = f"version {SCHEMA_VERSION}" if is_marked else f"{own / MARKER} is missing: the next run writes it"
-    return [*readings, Reading("schema", Status.OK if is_marked else Status.WARNING, says), _locks(own, root.disk)]
+    schema = Reading("schema", Status.OK if is_marked else Status.WARNING, says)
+    # The root itself may be open: reports in it are for others to read.
+    parts = [path for path in Path(root.path).iterdir() if is_part_of_store(path.name)]
+    return [*readings, schema, examine_permissions(parts), _locks(own, root.disk)]
 
 
 def examine_directory(directory: Path, samples: int, disk: Disk) -> list[Reading]:
@@ -56,6 +61,16 @@ def examine_directory(directory: Path, samples: int, disk: Disk) -> list[Reading
     if not place.is_dir():
         return [Reading("directory", Status.FAULT, f"{place} is a file, not a directory", "name another path")]
     return [_kind(place), *_space(place), _writing(place, directory, samples, disk)]
+
+
+def examine_permissions(paths: Iterable[Path]) -> Reading:
+    """Whether other users can read the files and directories of a store. Its permissions are never changed."""
+    open_to_others = [path for path in sorted(paths) if sys.platform != "win32" and path.stat().st_mode & 0o077]
+    if not open_to_others:
+        return Reading("permissions", Status.OK, "closed to other users")
+    listed = " ".join(shlex.quote(str(path)) for path in open_to_others)
+    says = f"other users of this machine can read {', '.join(map(str, open_to_others))}"
+    return Reading("permissions", Status.WARNING, says, f"close it, unless you mean to share it: chmod -R go= {listed}")
 
 
 def _writing(place: Path, directory: Path, samples: int, disk: Disk) -> Reading:

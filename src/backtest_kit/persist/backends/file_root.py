@@ -28,13 +28,18 @@ from backtest_kit.persist.locks import LockSet
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE, Quarantine
 from backtest_kit.persist.store import Key, Record
 
-_SWEPT: Final = frozenset((*ALL_CONTRACTS, OWN_DIRECTORY, QUARANTINE))
+_OWN_NAMES: Final = frozenset((*ALL_CONTRACTS, OWN_DIRECTORY, QUARANTINE))
 _KEPT_FILES: Final = 128
 _CLOCK_STEP_NS: Final = 100_000_000
 _GROUP_PATIENCE: Final = 0.05
 _RECOVERY_PATIENCE: Final = 60.0
 
 _log = logging.getLogger(__name__)
+
+
+def is_part_of_store(name: str) -> bool:
+    """Whether a name in the root is one that a store gives: the others are the user's."""
+    return name in _OWN_NAMES or name.startswith("@")
 
 
 class _Marker(msgspec.Struct, rename="camel"):
@@ -158,11 +163,7 @@ class Root:
 
     def _sweep(self) -> None:
         try:
-            own = [
-                entry.path
-                for entry in self.disk.entries(self.path)
-                if entry.name in _SWEPT or entry.name.startswith("@")
-            ]
+            own = [entry.path for entry in self.disk.entries(self.path) if is_part_of_store(entry.name)]
             self.disk.sweep(own, time.time())
         except OSError as error:  # they take space and nothing else, and the next opening tries again
             _log.warning("temporary files below %s were not all removed: %s", self.path, error)

@@ -7,7 +7,12 @@ import sqlite3
 import time
 from pathlib import Path
 
-from backtest_kit.persist.backends.disk_diagnosis import LOCK_PATIENCE_SECONDS, examine_directory, user
+from backtest_kit.persist.backends.disk_diagnosis import (
+    LOCK_PATIENCE_SECONDS,
+    examine_directory,
+    examine_permissions,
+    user,
+)
 from backtest_kit.persist.diagnosis import Reading, Status
 from backtest_kit.persist.files import Disk
 
@@ -22,7 +27,7 @@ def examine_file(path: Path, samples: int) -> list[Reading]:
     if not os.access(path, os.W_OK):
         remedy = f"give the file to this user: chown {user()} {path}*"
         return [*readings, Reading("file", Status.FAULT, f"{path} is not writable", remedy)]
-    return readings
+    return [*readings, examine_permissions([path])]
 
 
 def examine_connection(connection: sqlite3.Connection) -> list[Reading]:

@@ -267,6 +267,7 @@ class Database:
                 raise NotADirectoryError
             if self.path.is_dir():
                 raise UserError(f"{self.path} is a directory: give the SQLite store the path of a file")
+            disk.make_file(str(self.path))  # SQLite gives its log and shared memory the permissions of the database
         except OSError as error:
             in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
             reason = "a directory of its path is a file" if in_the_way else error.strerror

@@ -25,6 +25,8 @@ CALLS: Final = (
     "ftruncate",
     "utime",
     "posix_fallocate",
+    "lseek",
+    "rmdir",
 )
 
 

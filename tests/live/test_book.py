@@ -1,0 +1,134 @@
+"""A book comes back from a store as it went in: every state, order, event and number, whatever fields they have."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+
+import hypothesis
+import msgspec
+import pytest
+from hypothesis import strategies as st
+
+import backtest_kit as bk
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.urls import store_at
+from backtest_kit.run.ledger import Book, Ledger, book_of, records_of
+
+SCOPE = ("trend", "demo", "BTCUSDT")
+PLAIN: Final[dict[Any, st.SearchStrategy[Any]]] = {
+    bool: st.booleans(),
+    int: st.integers(-(2**53), 2**53),
+    float: st.floats(),
+    str: st.text(max_size=5),
+    NoneType: st.none(),
+}
+TENTHS: Final = dict.fromkeys(("profit_level", "loss_level"), st.integers(0, 10).map(lambda tenths: tenths * 10))
+
+
+def any_of(kind: Any) -> st.SearchStrategy[Any]:
+    """Values of a type, made from what it is declared as: a field that is added is tried from then on."""
+    if kind in PLAIN:
+        return PLAIN[kind]
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return st.sampled_from(parts)
+    if origin in (Union, UnionType):
+        return st.one_of([st.deferred(lambda part=part: any_of(part)) for part in parts])  # type: ignore[misc]
+    if origin is tuple and parts[-1] is ...:
+        return st.lists(any_of(parts[0]), max_size=2).map(tuple)
+    hints = get_type_hints(kind)
+    made = {name: any_of(hints[name]) for name in kind.__struct_fields__}
+    return st.builds(kind, **{name: TENTHS.get(name, values) for name, values in made.items()})
+
+
+BOOKS: Final = any_of(Book)
+UNHURRIED: Final = hypothesis.settings(suppress_health_check=list(hypothesis.HealthCheck), database=None)
+
+
+def same(found: Book, book: Book) -> bool:
+    """By their text, in which nan is nan, and 1 is not 1.0."""
+    return repr(found) == repr(book)
+
+
+@hypothesis.settings(UNHURRIED, max_examples=100)
+@hypothesis.given(BOOKS)
+def test_the_records_of_a_book_are_that_book(book: Book) -> None:
+    assert same(book_of(records_of(book)), book)
+
+
+@pytest.mark.parametrize("store", ["memory:", "file:{place}/dump", "sqlite:{place}/bot.db"])
+def test_a_book_comes_back_from_a_store(store: str, tmp_path: Path) -> None:
+    @hypothesis.settings(UNHURRIED, max_examples=5)
+    @hypothesis.given(st.lists(BOOKS, min_size=1, max_size=4))
+    def law(books: list[Book]) -> None:
+        number.append(len(number))
+        asyncio.run(written_and_read(store.format(place=tmp_path / str(len(number))), books))
+
+    number: list[int] = []
+    law()
+
+
+async def written_and_read(address: str, books: list[Book]) -> None:
+    """One after the other, each read by who has written none of them."""
+    kit = bk.Kit()
+    try:
+        kit.persistence.bind("*", store_at(address))
+        ledger = Ledger(kit.persistence, "live", SCOPE)
+        assert await ledger.load() == Book()
+        for book in books:
+            await ledger.commit(book)
+            assert same(await Ledger(kit.persistence, "live", SCOPE).load(), book)
+    finally:
+        await kit.close()
+
+
+@hypothesis.settings(UNHURRIED, max_examples=100)
+@hypothesis.given(BOOKS)
+def test_no_field_of_a_book_is_left_out_of_the_records(book: Book) -> None:
+    records: Any = records_of(book)
+    assert set(records) == {"signal", "schedule", "strategy"} <= set(CONTRACTS)
+    whole = {**records["strategy"], "state": {**records["strategy"]["state"]}}
+    for part, name in (("position", "signal"), ("entry", "schedule")):
+        assert (part in whole["state"]) == (records[name] is not None)
+        if records[name] is not None:
+            assert whole["state"][part] == records[name]["signalId"]
+            whole["state"][part] = records[name]
+    assert list(left_out(book, whole)) == []
+
+
+def left_out(value: Any, record: Any, path: str = "book") -> Any:
+    """Fields of structs, however deep, that have no place in what is stored of them."""
+    if isinstance(value, msgspec.Struct):
+        for name, stored in zip(value.__struct_fields__, value.__struct_encode_fields__, strict=True):
+            if stored not in record:
+                yield f"{path}.{name}"
+            else:
+                yield from left_out(getattr(value, name), record[stored], f"{path}.{name}")
+    elif isinstance(value, tuple):
+        assert len(value) == len(record)
+        for index, each in enumerate(value):
+            yield from left_out(each, record[index], f"{path}[{index}]")
+
+
+@hypothesis.settings(UNHURRIED, max_examples=100)
+@hypothesis.given(BOOKS, BOOKS, st.integers(0, 3))
+def test_a_torn_batch_leaves_what_is_held(before: Book, after: Book, written: int) -> None:
+    """Records are written in their order, `strategy` last: what is held is that of the newest record."""
+    old, new = records_of(before), records_of(after)
+    names = ("signal", "schedule", "strategy")
+    torn = {name: (new if number < written else old)[name] for number, name in enumerate(names)}
+    book: Any = book_of(torn)
+    position, entry = torn["signal"], torn["schedule"]
+    found: Any = records_of(book)
+    if position is not None:
+        assert found["signal"] == position
+    elif entry is not None:
+        assert (found["signal"], found["schedule"]) == (None, entry)
+    else:
+        assert type(book.state).__name__ == "Flat"
+    source = after if written == len(names) else before
+    rest = {name: getattr(source, name) for name in Book.__struct_fields__ if name != "state"}
+    assert same(msgspec.structs.replace(book, **rest), book)
