@@ -113,7 +113,7 @@ class Holdings:
         return _position(symbol, exposure, orders, held)
 
     async def _really(self, market: Market, held: dict[Key, Bought], orders: Sequence[VenueOrder]) -> dict[Key, Bought]:
-        """`held` as the balance has it. What a stop locks is there, also where its purchase is not listed any more; what
+        """`held` as the balance has it. What a stop locks is there, even if its purchase is not listed any more; what
         none locks may have been withdrawn."""
         locked: dict[Key, Decimal] = {}
         for order in orders:
