@@ -97,7 +97,7 @@ async def test_the_candle_that_is_still_open_is_dropped(fake: FakeClient) -> Non
     assert len(await sources.ccxt(fake).fetch("BTCUSDT", "1m", START, START + 30 * MINUTE_MS)) == 30
 
 
-async def test_an_exchange_that_answers_with_more_is_cut(fake: FakeClient) -> None:
+async def test_an_exchange_that_answers_with_more_is_cut_by_the_feed(fake: FakeClient) -> None:
     fetch = fake.fetch_ohlcv
 
     async def more(symbol: str, timeframe: str, since: int, limit: int) -> list[list[float]]:
@@ -105,7 +105,8 @@ async def test_an_exchange_that_answers_with_more_is_cut(fake: FakeClient) -> No
 
     fake.fetch_ohlcv = more  # type: ignore[method-assign]
     low, high = START + 10 * MINUTE_MS, START + 20 * MINUTE_MS
-    assert await sources.ccxt(fake).fetch("BTCUSDT", "1m", low, high) == fake.held[10:20]
+    feed = CandleFeed("fake", sources.ccxt(fake), None, Settings(), lambda: fake.now_ms)
+    assert (await feed.load("BTCUSDT", low, high)).candles == fake.held[10:20]
 
 
 @pytest.mark.parametrize(

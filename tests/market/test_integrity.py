@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from backtest_kit.errors import UserError
-from backtest_kit.market.integrity import check_candles, fill_gaps, find_gaps
-from backtest_kit.model.candle import COLUMNS, CandleSeries
+from backtest_kit.market.integrity import check_candles, check_grid, fill_gaps, find_gaps
+from backtest_kit.model.candle import COLUMNS, NO_TIME, CandleSeries, TimeColumn
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.settings import Settings
 
@@ -95,6 +95,7 @@ def test_a_price_far_below_the_typical_one_is_refused(make_candles: Make, column
     message = refusal(candles)
     assert "is 0.999 at 2022-01-01T00:05Z" in message
     assert "below 1, the typical 1000" in message
+    assert "CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR = 1000: raise this setting" in message
     check(candles, CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR=2000)
 
 
@@ -163,3 +164,44 @@ def test_filled_minutes_are_flat_at_the_previous_close(present: set[int], start:
         close = rows[max(each for each in present if each <= minute)][4]
         expected.append(rows.get(minute, (minute * MINUTE_MS, close, close, close, close, 0.0)))
     assert fill_gaps(candles, start * MINUTE_MS, stop * MINUTE_MS) == CandleSeries.from_rows(expected)
+
+
+def at_minutes(*minutes: float) -> TimeColumn:
+    return np.array([START + int(minute * MINUTE_MS) for minute in minutes], dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        (at_minutes(0, 60, 120), "X has 1h candles: give 1m candles"),
+        (at_minutes(180, 60, 120, 60), "X has 1h candles"),
+        (at_minutes(0, 60, 180, 540), "X has 1h candles"),
+        (at_minutes(0, 1440, 2880), "X has 1d candles"),
+        (at_minutes(*range(0, 100, 5)), "X has 5m candles"),
+        (at_minutes(*range(0, 100, 3)), "X has 3m candles"),
+        (at_minutes(*(each + 0.25 for each in range(0, 600, 60))), "X has 1h candles"),
+        (at_minutes(*(each / 60 for each in range(180))), "X has a row every 1 s: give 1m candles"),
+    ],
+)
+def test_candles_of_another_length_are_called_what_they_are(times: TimeColumn, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_grid(times, what="X")
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        at_minutes(),
+        at_minutes(7),
+        at_minutes(0, 60),
+        at_minutes(0, 60, 61, 180),
+        at_minutes(0, 3, 9),
+        at_minutes(0, 30, 31, 90, 120, 150),
+        at_minutes(0, 1, 2, 60, 61, 62),
+        at_minutes(5, 4, 3, 2, 1),
+        at_minutes(0, 0, 1, 1, 2.2, 3.2, 4.2),
+        np.array([NO_TIME, START, NO_TIME, START + 60 * MINUTE_MS]),
+    ],
+)
+def test_minutes_with_holes_are_minutes(times: TimeColumn) -> None:
+    check_grid(times, what="X")

@@ -16,7 +16,7 @@ import pytest
 from backtest_kit.errors import UserError
 from backtest_kit.market import sources
 from backtest_kit.market.sources import CandleSource, table as table_module
-from backtest_kit.model.candle import COLUMNS, CandleSeries
+from backtest_kit.model.candle import COLUMNS, NO_TIME, CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
 
 START = 1_640_995_200_000
@@ -37,7 +37,7 @@ async def everything(source: CandleSource, symbol: str = "BTCUSDT") -> CandleSer
 
 async def refusal(source: CandleSource, symbol: str = "BTCUSDT") -> str:
     with pytest.raises(UserError) as caught:
-        await source.fetch(symbol, "1m", START, START + MINUTE_MS)
+        await source.verify(symbol)
     return str(caught.value)
 
 
@@ -181,11 +181,11 @@ async def test_a_file_that_was_corrected_is_read_again(make_candles: Make, tmp_p
         (f"{HEADER}\n{START},1,1,1,1,1\n{START + MINUTE_MS},1,high,1,1,1\n".encode(), "line 3: 'high' is 'high'"),
         (f"{HEADER}\n{START},1,1,1,1,1\n{START + MINUTE_MS},1,1,1,,1\n".encode(), "line 3: 'close' is empty"),
         (f"{HEADER}\n{START},1,1,1,1,1\nyesterday,1,1,1,1,1\n".encode(), "line 3: 'timestamp' is 'yesterday'"),
-        (f"{HEADER}\n2022-01-01T00:00Z,1,1,1,1,1\n{START},1,1,1,1,1\n".encode(), "line 3: the timestamp is '1640"),
-        (f"{HEADER}\n{START},1,1,1,1,1\n,1,1,1,1,1\n".encode(), "line 3: the timestamp is empty"),
-        (f"{HEADER}\n{START},1,1,1,1,1\n{START}000,1,1,1,1,1\n".encode(), "are not epochs of one unit"),
-        (f"{HEADER}\n12,1,1,1,1,1\n".encode(), "are not epochs of one unit"),
-        (f"{HEADER}\n{START}001,1,1,1,1,1\n".encode(), "line 2: timestamp 1640995200000001 (us) is no whole milli"),
+        (f"{HEADER}\n{START},1,1,1,1,1\n,1,1,1,1,1\n".encode(), "line 3: 'timestamp' is empty: write it as ISO 8601"),
+        (f"{HEADER}\n{START},1,1,1,1,1\n12,1,1,1,1,1\n".encode(), "line 3: 'timestamp' is 12: write it as ISO 8601"),
+        (f"{HEADER}\n12,1,1,1,1,1\n".encode(), "line 2: 'timestamp' is 12: write it as ISO 8601"),
+        (f"{HEADER}\n{START}001,1,1,1,1,1\n".encode(), "do not open on a whole 60 s step"),
+        (f"{HEADER}\n{START},1,1,1,1,inf\n".encode(), "line 2: 'volume' is inf: give a finite number"),
         (f"{HEADER}\n{START + 1},1,1,1,1,1\n".encode(), "do not open on a whole 60 s step"),
         (f"{HEADER}\n{START},1,1,1\n".encode(), "cannot be read as candles"),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xfe" * 20, "cannot be read as candles"),
@@ -198,19 +198,51 @@ async def test_a_file_that_is_no_candle_file_says_why(tmp_path: Path, body: byte
     assert str(tmp_path / "x.csv") in message
 
 
-async def test_candles_out_of_order_are_named(make_candles: Make, tmp_path: Path) -> None:
+async def test_candles_out_of_order_are_named_and_served_as_they_are(make_candles: Make, tmp_path: Path) -> None:
     held = make_candles(5)
     (tmp_path / "x.csv").write_text(text_of(held.take(np.array([0, 2, 1]))))
     message = await refusal(sources.csv(tmp_path / "x.csv"))
     assert "x.csv: candles must be oldest first" in message
     assert "2022-01-01T00:01Z comes after the candle of 2022-01-01T00:02Z" in message
+    read = await sources.csv(tmp_path / "x.csv").fetch("X", "1m", START + MINUTE_MS, START + 5 * MINUTE_MS)
+    assert read == held.take(np.array([2, 1]))
 
 
-async def test_longer_candles_are_called_what_they_are(make_candles: Make, tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_text(text_of(make_candles(600).take(np.arange(0, 600, 60))))
-    assert "x.csv holds 1h candles: give 1m candles" in await refusal(sources.csv(tmp_path / "x.csv"))
-    (tmp_path / "y.csv").write_text(text_of(make_candles(600).take(np.array([0, 60, 61, 180]))))
-    assert len(await everything(sources.csv(tmp_path / "y.csv"))) == 4
+async def test_each_time_tells_its_own_unit(make_candles: Make, tmp_path: Path) -> None:
+    """Two months of Binance joined: it counts microseconds since 2025. And a tool that wrote both ways."""
+    held = make_candles(4)
+    ways: list[Callable[[int], object]] = [
+        int,
+        lambda ms: ms * 1000,
+        lambda ms: ms // 1000,
+        lambda ms: datetime.fromtimestamp(ms / 1000, UTC).isoformat(),
+    ]
+    lines = [text_of(held[at : at + 1], time=way).splitlines()[1] for at, way in enumerate(ways)]
+    (tmp_path / "x.csv").write_text("\n".join([HEADER, *lines[:3]]))
+    assert await everything(sources.csv(tmp_path / "x.csv")) == held[:3]
+    (tmp_path / "y.csv").write_text("\n".join([HEADER, *lines]))
+    assert await everything(sources.csv(tmp_path / "y.csv")) == held
+    await sources.csv(tmp_path / "y.csv").verify("BTCUSDT")
+
+
+async def test_what_cannot_be_read_stays_in_its_place(make_candles: Make, tmp_path: Path) -> None:
+    """The caller decides what becomes of it: it is never left out in silence."""
+    held = make_candles(5)
+    lines = text_of(held).splitlines()
+    lines[2] = f"{START + MINUTE_MS},1,none,1,,1"
+    lines[4] = "yesterday,1,1,1,1,1"
+    (tmp_path / "x.csv").write_text("\n".join(lines))
+    source = sources.csv(tmp_path / "x.csv")
+    assert await source.range("X") == (START, START + 5 * MINUTE_MS)
+    read = await source.fetch("X", "1m", START + MINUTE_MS, START + 4 * MINUTE_MS)
+    assert read.timestamp.tolist() == [START + MINUTE_MS, START + 2 * MINUTE_MS, NO_TIME]
+    assert np.isnan(read.high[0])
+    assert np.isnan(read.close[0])
+    assert read[1:2] == held[2:3]
+    columns = {**dict(held.columns()), "timestamp": pa.array([START * 10**6, None], pa.timestamp("ns"))}
+    table = pa.table({name: column[:2] for name, column in columns.items()})
+    pa.parquet.write_table(table, tmp_path / "y.parquet")
+    assert (await everything(sources.parquet(tmp_path / "y.parquet"))).timestamp.tolist() == [START, NO_TIME]
 
 
 async def test_damaged_missing_and_impossible_paths(make_candles: Make, tmp_path: Path) -> None:

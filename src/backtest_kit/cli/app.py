@@ -77,6 +77,7 @@ def backtest(
     frame: options.Frame = None,
     candles: options.Candles = None,
     gaps: options.GapRule = "error",
+    dirty: options.DirtyRule = None,
     fill: options.FillModel = "vwap",
     dump: options.Dump = Path("dump"),
     strategy: options.Strategy = None,
@@ -96,6 +97,7 @@ def backtest(
         frame=frame,
         candles=candles,
         gaps=gaps,
+        dirty=dirty,
         fill=fill,
         dump=dump,
         strategy_name=strategy,
@@ -126,6 +128,7 @@ def walk(
     frame: options.Frame = None,
     candles: options.Candles = None,
     gaps: options.GapRule = "error",
+    dirty: options.DirtyRule = None,
     fill: options.FillModel = "vwap",
     dump: options.Dump = Path("dump"),
     exchange: options.Exchange = None,
@@ -144,6 +147,7 @@ def walk(
         frame=frame,
         candles=candles,
         gaps=gaps,
+        dirty=dirty,
         fill=fill,
         dump=dump,
         exchange_name=exchange,
@@ -188,6 +192,7 @@ def paper(
     dump: options.LiveDump = Path("dump"),
     fill: options.FillModel = "vwap",
     gaps: options.GapRule = "fill",
+    dirty: options.DirtyRule = "repair",
     as_json: options.AsJson = False,
 ) -> None:
     """Trade on paper: real candles and real time, and every order is filled at the price that the engine decided.
@@ -208,6 +213,7 @@ def paper(
             dump=dump,
             fill=fill,
             gaps=gaps,
+            dirty=dirty,
             orphans="alarm",
             venue=venue,
             allow_weak=True,
@@ -229,6 +235,7 @@ def live(
     dump: options.LiveDump = Path("dump"),
     fill: options.FillModel = "vwap",
     gaps: options.GapRule = "fill",
+    dirty: options.DirtyRule = "repair",
     orphans: options.Orphans = "alarm",
     allow_weak: Annotated[
         bool, typer.Option("--allow-weak", help="Trust positions to a store that `doctor --live` calls weak.")
@@ -251,6 +258,7 @@ def live(
             dump=dump,
             fill=fill,
             gaps=gaps,
+            dirty=dirty,
             orphans=orphans,
             venue=None,
             allow_weak=allow_weak,

@@ -17,6 +17,7 @@ from backtest_kit import default_kit
 from backtest_kit.cli.choice import choose, pick
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
+from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.report import Results
 from backtest_kit.run.backtest import BacktestHandle
@@ -33,6 +34,7 @@ def run_backtest(
     frame: str | None,
     candles: str | None,
     gaps: str,
+    dirty: str | None,
     fill: str,
     dump: Path,
     strategy_name: str | None,
@@ -53,6 +55,7 @@ def run_backtest(
                 frame_name=choice.frame,
                 fill=cast(Fill, fill),
                 gaps=cast(Gaps, gaps),
+                dirty=cast("DirtyRule | None", dirty),
             )
             for each in dict.fromkeys(symbols)
         ]

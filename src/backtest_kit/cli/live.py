@@ -16,6 +16,7 @@ from backtest_kit.cli.live_output import JsonOutput, Output, ViewOutput
 from backtest_kit.cli.live_words import TOLD, awaited
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
+from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.event import Event, Mode
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.diagnosis import Status
@@ -40,6 +41,7 @@ def run_live(
     dump: Path,
     fill: str,
     gaps: str,
+    dirty: str | None,
     orphans: str,
     venue: str | None,
     allow_weak: bool,
@@ -65,6 +67,7 @@ def run_live(
                 paper=mode == "paper",
                 fill=cast(Fill, fill),
                 gaps=cast(Gaps, gaps),
+                dirty=cast(DirtyRule, dirty),
                 orphans=cast(OrphanPolicy, orphans),
                 allow_weak=True,  # looked at before, where what is found can be shown
             )

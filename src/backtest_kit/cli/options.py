@@ -36,6 +36,15 @@ Candles = Annotated[
 GapRule = Annotated[
     str, typer.Option("--gaps", metavar="error|fill", help="Missing minutes: refuse, or fill with flat candles.")
 ]
+DirtyRule = Annotated[
+    str | None,
+    typer.Option(
+        "--dirty",
+        metavar="refuse|repair",
+        help="Bad rows: refuse, or sort them, move them up to the next whole minute, and count the minutes of the "
+        "others as missing. Backtests repair with --gaps fill, otherwise refuse; live always repairs.",
+    ),
+]
 FillModel = Annotated[
     str,
     typer.Option(

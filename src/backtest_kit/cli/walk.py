@@ -17,6 +17,7 @@ from backtest_kit.cli.options import separated
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
 from backtest_kit.errors import BacktestKitError, UserError
+from backtest_kit.market.repair import DirtyRule
 from backtest_kit.report.comparison import Comparison
 from backtest_kit.run.replay import Gaps
 from backtest_kit.run.walker import WalkProgress
@@ -31,6 +32,7 @@ def run_walk(
     frame: str | None,
     candles: str | None,
     gaps: str,
+    dirty: str | None,
     fill: str,
     dump: Path,
     exchange_name: str | None,
@@ -68,6 +70,7 @@ def run_walk(
                     metric=metric,
                     fill=cast(Fill, fill),
                     gaps=cast(Gaps, gaps),
+                    dirty=cast("DirtyRule | None", dirty),
                     on_progress=show,
                 )
             )

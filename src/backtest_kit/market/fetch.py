@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Final, Literal, NamedTuple
 from weakref import WeakValueDictionary
@@ -11,10 +12,19 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from backtest_kit.errors import RetryLater, UserError
-from backtest_kit.market.integrity import Gaps, check_candles, fill_gaps, find_gaps
+from backtest_kit.market.integrity import (
+    Gaps,
+    check_candles,
+    check_grid,
+    fill_gaps,
+    find_gaps,
+    whole_minutes,
+)
+from backtest_kit.market.repair import DirtyRule, Repaired, as_published, repair
 from backtest_kit.market.sources.base import CandleSource
-from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.candle import NO_TIME, CandleSeries
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso
+from backtest_kit.model.repairs import describe_repairs
 from backtest_kit.persist.store import CandleStore, SeriesKey
 from backtest_kit.settings import Settings
 
@@ -40,6 +50,22 @@ class Loaded(NamedTuple):
     """Minutes that no source had."""
     fetched: int
     """Candles that the source was asked for."""
+    repairs: Counter[str] = Counter()  # noqa: RUF012  # never changed
+    """How many rows of the source were repaired, by what was done to them: see `REPAIRS`."""
+
+
+class _Page(NamedTuple):
+    """What the source answered to one request."""
+
+    content: Repaired
+    next_ms: int | None
+    """The minute after its last row; None where no row is of the range."""
+
+
+class _Collected(NamedTuple):
+    candles: CandleSeries
+    fetched: int
+    repairs: Counter[str]
 
 
 class CandleFeed:
@@ -65,26 +91,35 @@ class CandleFeed:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def load(
-        self, symbol: str, start_ms: int, stop_ms: int, *, gaps: GapRule = "error", lead_ms: int = 0, live: bool = False
+        self,
+        symbol: str,
+        start_ms: int,
+        stop_ms: int,
+        *,
+        gaps: GapRule = "error",
+        dirty: DirtyRule = "refuse",
+        lead_ms: int = 0,
+        live: bool = False,
     ) -> Loaded:
         """Every minute of `[start_ms - lead_ms, stop_ms)`.
 
         `lead_ms` is what a frame needs before its start; messages speak of the frame. With
-        gaps="fill", minutes missing inside become flat candles of volume 0 and are counted. `live` says that the
+        gaps="fill", minutes missing inside become flat candles of volume 0 and are counted. With dirty="repair" bad
+        rows of the source are repaired, counted and logged (see `REPAIRS`). `live` says that the
         range ends now: candles that are missing at its end are yet to come, however late they are by this clock.
 
         Raises:
             UserError: the range is no whole minutes or reaches into the future, its head or tail is
-                outside the source's data, minutes are missing and gaps is "error", or a candle is
-                refused by `check_candles`.
+                outside the source's data, minutes are missing and gaps is "error", the source
+                serves candles of another length, or a candle is refused by `check_candles`.
             RetryLater: the source does not answer, or has not published the last minutes yet.
         """
         self._check_range(symbol, start_ms, stop_ms, gaps)
         first_ms = start_ms - lead_ms
-        candles, fetched = await self._collect(symbol, first_ms, stop_ms)
+        candles, fetched, repairs = await self._collect(symbol, first_ms, stop_ms, dirty)
         missing = find_gaps(candles, first_ms, stop_ms)
         if not missing:
-            return Loaded(candles, 0, fetched)
+            return Loaded(candles, 0, fetched, repairs)
         if missing.start_ms[0] == first_ms or missing.stop_ms[-1] == stop_ms:
             if live and missing.stop_ms[-1] == stop_ms:
                 raise self._not_published(symbol, int(missing.start_ms[-1]))
@@ -94,9 +129,11 @@ class CandleFeed:
                 f"{missing.describe(symbol)}: choose another frame, or fill them with flat candles "
                 f'(gaps="fill", on the command line --gaps fill)'
             )
-        return Loaded(fill_gaps(candles, first_ms, stop_ms), missing.total, fetched)
+        return Loaded(fill_gaps(candles, first_ms, stop_ms), missing.total, fetched, repairs)
 
-    async def available(self, symbol: str, start_ms: int, stop_ms: int, *, gaps: GapRule = "error") -> Loaded:
+    async def available(
+        self, symbol: str, start_ms: int, stop_ms: int, *, gaps: GapRule = "error", dirty: DirtyRule = "refuse"
+    ) -> Loaded:
         """The longest unbroken run of candles in `[start_ms, stop_ms)` that ends at `stop_ms`; may be empty.
 
         With gaps="fill" missing minutes break nothing, and the run begins at the first candle there is.
@@ -106,14 +143,14 @@ class CandleFeed:
         if stop_ms <= start_ms:
             return Loaded(CandleSeries.empty(), 0, 0)
         self._check_range(symbol, start_ms, stop_ms, gaps)
-        candles, fetched = await self._collect(symbol, start_ms, stop_ms)
+        candles, fetched, repairs = await self._collect(symbol, start_ms, stop_ms, dirty)
         missing = find_gaps(candles, start_ms, stop_ms)
         if not missing or not len(candles):
-            return Loaded(candles, 0, fetched)
+            return Loaded(candles, 0, fetched, repairs)
         if gaps == "fill":
             whole = fill_gaps(candles, int(candles.timestamp[0]), stop_ms)
-            return Loaded(whole, len(whole) - len(candles), fetched)
-        return Loaded(candles.between(int(missing.stop_ms[-1]), stop_ms), 0, fetched)
+            return Loaded(whole, len(whole) - len(candles), fetched, repairs)
+        return Loaded(candles.between(int(missing.stop_ms[-1]), stop_ms), 0, fetched, repairs)
 
     def _check_range(self, symbol: str, start_ms: int, stop_ms: int, gaps: GapRule) -> None:
         if gaps not in ("error", "fill"):
@@ -130,8 +167,8 @@ class CandleFeed:
                 f"end it at {iso(closed)} or earlier"
             )
 
-    async def _collect(self, symbol: str, start_ms: int, stop_ms: int) -> tuple[CandleSeries, int]:
-        """What store and source have in the range: checked and ascending, with the gaps that remain.
+    async def _collect(self, symbol: str, start_ms: int, stop_ms: int, dirty: DirtyRule) -> _Collected:
+        """What store and source have in the range: checked or repaired, ascending, with the gaps that remain.
 
         And how many of them the source delivered.
         """
@@ -139,13 +176,17 @@ class CandleFeed:
         async with lock:
             series = SeriesKey(self._source.series_name or self._exchange_name, symbol, "1m")
             known = await self._cached(series, start_ms, stop_ms)
-            parts = [known]
-            missing = find_gaps(known, start_ms, stop_ms)
+            pages = [repair(known, start_ms, stop_ms, self._settings) if dirty == "repair" else as_published(known)]
+            missing = find_gaps(pages[0].candles, start_ms, stop_ms)
             for low, high in zip(missing.start_ms.tolist(), missing.stop_ms.tolist(), strict=True):
-                parts += await self._download(series, low, high)
-        candles = _merge(parts)
-        check_candles(candles, symbol=symbol, settings=self._settings)
-        return candles, sum(map(len, parts[1:]))
+                pages += await self._download(series, low, high, dirty)
+        candles = _merge([page.candles for page in pages])
+        if dirty == "refuse":
+            check_candles(candles, symbol=symbol, settings=self._settings)
+        repairs = sum((page.repairs for page in pages), Counter[str]())
+        if repairs:
+            _log.warning("%s: bad rows of %s were repaired: %s", symbol, self._exchange_name, describe_repairs(repairs))
+        return _Collected(candles, sum(len(page.candles) for page in pages[1:]), repairs)
 
     async def _cached(self, series: SeriesKey, start_ms: int, stop_ms: int) -> CandleSeries:
         if self._store is None:
@@ -164,40 +205,63 @@ class CandleFeed:
         """What one request brings at most."""
         return (self._source.page_limit or self._settings.CC_MAX_CANDLES_PER_REQUEST) * MINUTE_MS
 
-    async def _download(self, series: SeriesKey, start_ms: int, stop_ms: int) -> list[CandleSeries]:
+    async def _download(self, series: SeriesKey, start_ms: int, stop_ms: int, dirty: DirtyRule) -> list[Repaired]:
         """The source's candles of one range, stored as they come."""
-        parts: list[CandleSeries] = []
+        if dirty == "refuse":
+            await self._source.verify(series.symbol)
+        pages: list[Repaired] = []
         stored = 0
         try:
-            async for page in self._pages(series.symbol, start_ms, stop_ms):
-                parts.append(page)
-                if sum(map(len, parts[stored:])) >= _STORE_BATCH:
-                    await self._keep(series, parts[stored:])
-                    stored = len(parts)
+            async for page in self._pages(series.symbol, start_ms, stop_ms, dirty):
+                pages.append(page)
+                if sum(len(each.candles) for each in pages[stored:]) >= _STORE_BATCH:
+                    await self._keep(series, pages[stored:])
+                    stored = len(pages)
         finally:
             # Also when a later page fails: the next attempt goes on from here.
-            await self._keep(series, parts[stored:])
-        return parts
+            await self._keep(series, pages[stored:])
+        return pages
 
-    async def _pages(self, symbol: str, start_ms: int, stop_ms: int) -> AsyncIterator[CandleSeries]:
+    async def _pages(self, symbol: str, start_ms: int, stop_ms: int, dirty: DirtyRule) -> AsyncIterator[Repaired]:
         bounds_known = False
+        # To repair them takes the minute before, of which rows may be moved up into the page.
+        lead_ms = MINUTE_MS if dirty == "repair" else 0
+        span_ms = max(self._page_ms - lead_ms, MINUTE_MS)
         while start_ms < stop_ms:
-            page_stop = min(start_ms + self._page_ms, stop_ms)
-            page = await self._request(symbol, start_ms, page_stop)
-            if len(page):
-                yield page
-                # A short page may be a gap, or an exchange with smaller pages: ask on from its last candle.
-                start_ms = int(page.timestamp[-1]) + MINUTE_MS
+            page_stop = min(start_ms + span_ms, stop_ms)
+            page, next_ms = await self._request(symbol, start_ms, page_stop, dirty, lead_ms)
+            yield page
+            if next_ms is not None:
+                # A short page may be a gap, or an exchange with smaller pages: ask on from its last row.
+                start_ms = next_ms
                 continue
             start_ms = page_stop
             if not bounds_known and start_ms < stop_ms:
                 # Years before a listing would otherwise be asked for page by page.
-                bounds = await self._source.range(symbol)
+                bounds = await self._bounds(symbol)
                 bounds_known = True
                 if bounds is not None:
                     start_ms, stop_ms = max(start_ms, bounds[0]), min(stop_ms, bounds[1])
 
-    async def _request(self, symbol: str, start_ms: int, stop_ms: int) -> CandleSeries:
+    async def _bounds(self, symbol: str) -> tuple[int, int] | None:
+        """The source's range in whole minutes: its first row may open off them."""
+        bounds = await self._source.range(symbol)
+        return None if bounds is None else (_whole_minute(bounds[0]), _whole_minute(bounds[1]))
+
+    async def _request(self, symbol: str, start_ms: int, stop_ms: int, dirty: DirtyRule, lead_ms: int) -> _Page:
+        rows = await self._fetch(symbol, max(start_ms - lead_ms, 0), stop_ms)
+        check_grid(rows.timestamp, what=f"{symbol} of {self._exchange_name}")
+        minutes = whole_minutes(rows.timestamp)
+        wanted = (minutes >= start_ms) & (minutes < stop_ms)
+        next_ms = int(minutes[wanted].max()) + MINUTE_MS if wanted.any() else None
+        if dirty == "repair":
+            return _Page(repair(rows, start_ms, stop_ms, self._settings), next_ms)
+        untimed = rows.timestamp == NO_TIME
+        page = rows.take(untimed | (rows.timestamp >= start_ms) & (rows.timestamp < stop_ms))
+        check_candles(page, symbol=symbol, settings=self._settings)
+        return _Page(as_published(page), next_ms)
+
+    async def _fetch(self, symbol: str, start_ms: int, stop_ms: int) -> CandleSeries:
         attempts = self._settings.CC_GET_CANDLES_RETRY_COUNT
         for attempt in range(1, attempts + 1):
             try:
@@ -214,14 +278,16 @@ class CandleFeed:
             await asyncio.sleep(self._settings.CC_GET_CANDLES_RETRY_DELAY_MS / 1000)
         if not isinstance(page, CandleSeries):
             raise UserError(f"{type(self._source).__name__}.fetch returned {type(page).__name__}, not a CandleSeries")
-        page = page.take((page.timestamp >= start_ms) & (page.timestamp < stop_ms))
-        check_candles(page, symbol=symbol, settings=self._settings)
         return page
 
-    async def _keep(self, series: SeriesKey, parts: list[CandleSeries]) -> None:
-        if self._store is None or not parts:
+    async def _keep(self, series: SeriesKey, pages: list[Repaired]) -> None:
+        """Store candles as they were published. Repaired ones are not: they are repaired, and counted, in each run."""
+        candles = CandleSeries.concat([page.candles for page in pages])
+        # Requests may be so small that one row came in each.
+        check_grid(candles.timestamp, what=f"{series.symbol} of {self._exchange_name}")
+        if self._store is None or not len(candles):
             return
-        candles = CandleSeries.concat(parts)
+        candles = CandleSeries.concat([page.candles.take(page.published) for page in pages])
         closed = candles.between(0, floor_ms(self._now_ms(), MINUTE_MS))
         try:
             if len(closed):
@@ -249,7 +315,7 @@ class CandleFeed:
         """Raise for a head or tail without candles, naming a frame that would work."""
         first_ms = start_ms - lead_ms
         no_head, no_tail = missing.start_ms[0] == first_ms, missing.stop_ms[-1] == stop_ms
-        bounds = await self._source.range(symbol)
+        bounds = await self._bounds(symbol)
         reaches = bounds is None or bounds[1] >= stop_ms
         late = int(missing.start_ms[-1])
         if no_tail and reaches and self._now_ms() - late < _PUBLISHING_MS:
@@ -270,6 +336,10 @@ class CandleFeed:
             f"{asked}, but {self._exchange_name} has {iso(have[0])} to {iso(have[1])}: "
             f"use start_date={iso(start)!r}, end_date={iso(stop)!r}"
         )
+
+
+def _whole_minute(when_ms: int) -> int:
+    return floor_ms(when_ms + MINUTE_MS - 1, MINUTE_MS)
 
 
 def _merge(parts: list[CandleSeries]) -> CandleSeries:

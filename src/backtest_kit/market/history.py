@@ -10,6 +10,7 @@ import numpy as np
 from backtest_kit.errors import LookAhead, UserError
 from backtest_kit.market.fetch import CandleFeed, GapRule, Loaded
 from backtest_kit.market.price import resample, vwap
+from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.candle import CandleSeries, FloatColumn
 from backtest_kit.model.interval import CANDLE_INTERVALS, DAY_MS, INTERVAL_MS, MINUTE_MS, interval_ms, iso
 
@@ -29,15 +30,27 @@ class History:
     Columns already taken stay as they are; take columns and their index with no `await` in between.
     """
 
-    def __init__(self, feed: CandleFeed, symbol: str, loaded: Loaded, *, gaps: GapRule, price_window: int) -> None:
+    def __init__(
+        self,
+        feed: CandleFeed,
+        symbol: str,
+        loaded: Loaded,
+        *,
+        gaps: GapRule,
+        dirty: DirtyRule = "refuse",
+        price_window: int,
+    ) -> None:
         """Take contiguous candles; `load` is the usual way."""
         self.symbol: Final = symbol
         self.filled = loaded.filled
         """Minutes that no source had, and that were filled flat."""
         self.fetched = loaded.fetched
         """Candles that the source was asked for; the others were cached."""
+        self.repairs = loaded.repairs
+        """How many rows of the source were repaired, by what was done to them: see `REPAIRS`."""
         self._feed = feed
         self._gaps: Final[GapRule] = gaps
+        self._dirty: Final[DirtyRule] = dirty
         self._price_window: Final = price_window
         self._moving = asyncio.Lock()
         self._begins = False
@@ -54,6 +67,7 @@ class History:
         stop_ms: int,
         *,
         gaps: GapRule = "error",
+        dirty: DirtyRule = "refuse",
         price_window: int,
         live: bool = False,
     ) -> History:
@@ -64,8 +78,9 @@ class History:
         Raises:
             UserError, RetryLater: as `CandleFeed.load`.
         """
-        loaded = await feed.load(symbol, start_ms, stop_ms, gaps=gaps, lead_ms=price_window * MINUTE_MS, live=live)
-        return cls(feed, symbol, loaded, gaps=gaps, price_window=price_window)
+        lead_ms = price_window * MINUTE_MS
+        loaded = await feed.load(symbol, start_ms, stop_ms, gaps=gaps, dirty=dirty, lead_ms=lead_ms, live=live)
+        return cls(feed, symbol, loaded, gaps=gaps, dirty=dirty, price_window=price_window)
 
     @property
     def candles(self) -> CandleSeries:
@@ -158,7 +173,7 @@ class History:
         """
         async with self._moving:
             if stop_ms > self._stop_ms:
-                loaded = await self._feed.load(self.symbol, self._stop_ms, stop_ms, gaps=self._gaps)
+                loaded = await self._feed.load(self.symbol, self._stop_ms, stop_ms, gaps=self._gaps, dirty=self._dirty)
                 self._count(loaded)
                 newer = loaded.candles
                 self._join(self._candles, self._prices, newer, vwap(newer, self._price_window))
@@ -185,7 +200,7 @@ class History:
             # Reach further than asked: a strategy asks again at its next step, each time a bit later or deeper.
             span_ms = max(self._first_ms - start_ms, DAY_MS)
             low_ms = max(self._first_ms - span_ms, 0)
-            older = await self._feed.available(self.symbol, low_ms, self._first_ms, gaps=self._gaps)
+            older = await self._feed.available(self.symbol, low_ms, self._first_ms, gaps=self._gaps, dirty=self._dirty)
             self._count(older)
             self._begins = not len(older.candles) or int(older.candles.timestamp[0]) > low_ms
             if len(older.candles):
@@ -194,6 +209,7 @@ class History:
     def _count(self, loaded: Loaded) -> None:
         self.filled += loaded.filled
         self.fetched += loaded.fetched
+        self.repairs = self.repairs + loaded.repairs
 
     def _join(
         self, older: CandleSeries, older_prices: FloatColumn, newer: CandleSeries, newer_prices: FloatColumn

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
 from backtest_kit.errors import UserError
-from backtest_kit.model.candle import COLUMNS, PRICE_COLUMNS, CandleSeries, FloatColumn, TimeColumn
-from backtest_kit.model.interval import MINUTE_MS, iso
+from backtest_kit.model.candle import COLUMNS, NO_TIME, PRICE_COLUMNS, CandleSeries, FloatColumn, TimeColumn
+from backtest_kit.model.interval import INTERVAL_MS, MINUTE_MS, iso
 from backtest_kit.settings import Settings
 
-_WAY_OUT: Final = "correct the source, or choose a frame without it"
+_WAY_OUT: Final = (
+    'correct the source, choose a frame without it, or have bad rows repaired (dirty="repair", '
+    "on the command line --dirty repair)"
+)
 _PLACES_SHOWN: Final = 3
+_ODDS: Final = 1000
+"""Rows of an illiquid market may lie on a coarser grid by chance; at one in so many it is no chance."""
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_Fault: TypeAlias = "tuple[NDArray[np.bool_], str, str]"
-"""The rows at fault, the column to show, and the rule they break."""
+    Mask: TypeAlias = "NDArray[np.bool_]"
+
+
+class Fault(NamedTuple):
+    """A rule that every row must obey by itself."""
+
+    kind: str
+    column: str
+    rule: str
+    find: Callable[[CandleSeries], Mask]
+    """The rows that break it."""
 
 
 class Gaps(NamedTuple):
@@ -62,11 +77,13 @@ def check_candles(candles: CandleSeries, *, symbol: str, settings: Settings, ste
             CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR, or as `check_order`.
     """
     check_order(candles, what=symbol, step_ms=step_ms)
-    if not len(candles) or _plausible(candles, settings):
+    if not len(candles) or is_plausible(candles, settings):
         return
-    for wrong, column, rule in _faults(candles, settings):
+    for fault in FAULTS:
+        wrong = fault.find(candles)
         if wrong.any():
-            _refuse(candles, symbol, wrong, column, rule)
+            _refuse(candles, symbol, wrong, fault.column, f"{fault.rule}: {_WAY_OUT}")
+    _check_level(candles, symbol, settings)
 
 
 def check_order(candles: CandleSeries, *, what: str, step_ms: int = MINUTE_MS) -> None:
@@ -78,6 +95,9 @@ def check_order(candles: CandleSeries, *, what: str, step_ms: int = MINUTE_MS) -
     times = candles.timestamp
     if not len(times) or (times[0] % step_ms == 0 and bool((times[1:] - times[:-1] == step_ms).all())):
         return
+    untimed = int(np.count_nonzero(times == NO_TIME))
+    if untimed:
+        raise UserError(f"{what}: {untimed:,} of {len(times):,} candles have no readable timestamp: {_WAY_OUT}")
     steps, odd = np.divmod(times, step_ms)
     if odd.any():
         at = int(np.argmax(odd != 0))
@@ -93,7 +113,7 @@ def check_order(candles: CandleSeries, *, what: str, step_ms: int = MINUTE_MS) -
     fault = "appears twice" if here == before else f"comes after the candle of {iso(before)}"
     raise UserError(
         f"{what}: candles must be oldest first and unique, but {iso(here)} {fault} "
-        f"({np.count_nonzero(~ahead):,} such places): sort them and drop the duplicates"
+        f"({np.count_nonzero(~ahead):,} such places): {_WAY_OUT}"
     )
 
 
@@ -131,8 +151,37 @@ def fill_gaps(candles: CandleSeries, start_ms: int, stop_ms: int) -> CandleSerie
     return CandleSeries(times, open_, high, low, close, np.where(present, candles.volume[source], 0.0))
 
 
-def _plausible(candles: CandleSeries, settings: Settings) -> bool:
-    """One cheap pass that good candles clear; whatever fails it is looked at rule by rule."""
+def check_grid(times: TimeColumn, *, what: str) -> None:
+    """Refuse rows that are spaced like candles of another length than a minute: filled up to minutes, each would show
+    its close before its time. `what` names where they come from.
+
+    Raises:
+        UserError: naming the length.
+    """
+    spacing = np.diff(times)
+    if 2 * np.count_nonzero(spacing == MINUTE_MS) >= len(spacing):
+        return
+    spacing = np.diff(np.unique(times[times != NO_TIME]))
+    if len(spacing) < 2:
+        return
+    usual_ms = int(np.median(spacing))
+    if 2 * usual_ms < MINUTE_MS:
+        raise UserError(f"{what} has a row every {usual_ms / 1000:g} s: give 1m candles")
+    common_ms = int(np.gcd.reduce(np.diff(np.unique(whole_minutes(times[times != NO_TIME])))))
+    for name, step_ms in reversed(INTERVAL_MS.items()):
+        steps = step_ms // MINUTE_MS
+        if common_ms % step_ms == 0 and steps > 1 and len(spacing) * math.log(steps) >= math.log(_ODDS):
+            raise UserError(f"{what} has {name} candles: give 1m candles, longer ones are made from them")
+
+
+def whole_minutes(times: TimeColumn) -> TimeColumn:
+    """Each time moved up to a whole minute."""
+    minutes: TimeColumn = -(-times // MINUTE_MS) * MINUTE_MS
+    return minutes
+
+
+def is_plausible(candles: CandleSeries, settings: Settings) -> bool:
+    """One cheap pass that good candles clear; whatever fails it must be looked at rule by rule. Not for no candles."""
     prices = [getattr(candles, name) for name in PRICE_COLUMNS]
     lowest = np.min([column.min() for column in prices])
     highest = np.max([column.max() for column in prices])
@@ -148,18 +197,37 @@ def _plausible(candles: CandleSeries, settings: Settings) -> bool:
     )
 
 
-def _faults(candles: CandleSeries, settings: Settings) -> Iterator[_Fault]:
-    for name in COLUMNS[1:]:
-        yield ~np.isfinite(getattr(candles, name)), name, "every value must be finite"
-    for name in PRICE_COLUMNS:
-        yield getattr(candles, name) <= 0, name, "prices must be above 0"
-    yield candles.volume < 0, "volume", "volumes must not be negative"
-    yield candles.high < candles.low, "high", "high must not be below low"
+def _not_finite(name: str) -> Fault:
+    return Fault("not_finite", name, "every value must be finite", lambda candles: ~np.isfinite(getattr(candles, name)))
+
+
+def _not_above_zero(name: str) -> Fault:
+    return Fault("price", name, "prices must be above 0", lambda candles: getattr(candles, name) <= 0)
+
+
+FAULTS: Final = (
+    *map(_not_finite, COLUMNS[1:]),
+    *map(_not_above_zero, PRICE_COLUMNS),
+    Fault("volume", "volume", "volumes must not be negative", lambda candles: candles.volume < 0),
+    Fault("range", "high", "high must not be below low", lambda candles: candles.high < candles.low),
+)
+"""What no market can have made."""
+
+
+def _check_level(candles: CandleSeries, symbol: str, settings: Settings) -> None:
+    """Refuse prices far below the typical one: exchanges publish such candles when their data are incomplete."""
+    factor = settings.CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR
     typical = _typical_price(candles, settings.CC_GET_CANDLES_MIN_CANDLES_FOR_MEDIAN)
-    least = typical / settings.CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR
+    least = typical / factor
+    rule = (
+        f"no price may be below {least:g}, the typical {typical:g} divided by "
+        f"CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR = {factor}: raise this setting if the price is real, "
+        f"otherwise {_WAY_OUT}"
+    )
     for name in PRICE_COLUMNS:
-        rule = f"no price may be below {least:g}, the typical {typical:g} divided by the threshold factor"
-        yield getattr(candles, name) < least, name, rule
+        wrong = getattr(candles, name) < least
+        if wrong.any():
+            _refuse(candles, symbol, wrong, name, rule)
 
 
 def _typical_price(candles: CandleSeries, least_for_median: int) -> float:
@@ -177,7 +245,7 @@ def _refuse(candles: CandleSeries, symbol: str, wrong: NDArray[np.bool_], column
     others = "" if count == 1 else f" and in {count - 1:,} more candles"
     raise UserError(
         f"{symbol}: {column} is {getattr(candles, column)[at]:g} at {iso(int(candles.timestamp[at]))}"
-        f"{others}, but {rule}: {_WAY_OUT}"
+        f"{others}, but {rule}"
     )
 
 

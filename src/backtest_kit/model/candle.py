@@ -17,6 +17,8 @@ TimeColumn: TypeAlias = "NDArray[np.int64]"
 
 COLUMNS: Final = ("timestamp", "open", "high", "low", "close", "volume")
 PRICE_COLUMNS: Final = ("open", "high", "low", "close")
+NO_TIME: Final = -(2**63)
+"""Timestamp of a raw row whose own cannot be read."""
 
 
 class CandleSeries:

@@ -46,6 +46,8 @@ class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=T
     """The candles of the frame, coarse enough to draw."""
     gaps_filled: Mapping[str, int] = msgspec.field(default_factory=dict)
     """Missing minutes that were filled with flat candles, by symbol; other symbols that were read included."""
+    repairs: Mapping[str, Mapping[str, int]] = msgspec.field(default_factory=dict)
+    """Rows of the source that were repaired, by symbol and by what was done to them: see `model.repairs.REPAIRS`."""
     candles_used: int = 0
     """Minutes that were read, history before the frame included."""
     stopped: bool = False

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, get_args
 
 from backtest_kit.model.interval import MINUTE_MS, iso
 from backtest_kit.model.position import CloseReason, Trade
+from backtest_kit.model.repairs import describe_repairs
 from backtest_kit.report.statistics import Statistics, statistics_of
 from backtest_kit.report.wording import (
     PROFILE_LINES,
@@ -134,7 +135,7 @@ def remarks(results: Results) -> list[str]:
 
 
 def gap_remarks(results: Results) -> list[str]:
-    """A sentence for each symbol with minutes that were filled."""
+    """A sentence for each symbol with minutes that were filled, and with rows that were repaired."""
     sentences = []
     names = result_names(results)
     for result in results:
@@ -146,6 +147,9 @@ def gap_remarks(results: Results) -> list[str]:
             sentences.append(
                 f"{subject} of {symbol}{asker} {verb} filled with flat candles of no volume ({share:.2g} % of all)"
             )
+        for symbol, repairs in sorted(result.repairs.items()):
+            asker = "" if symbol == result.symbol else f", read by {names[id(result)]}"
+            sentences.append(f"Rows of {symbol}{asker} that were repaired: {describe_repairs(repairs)}")
     return sentences
 
 

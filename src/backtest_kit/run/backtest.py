@@ -16,6 +16,7 @@ from backtest_kit.engine.step import Fill, Rules
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.events import EventBus
 from backtest_kit.market.price import resample
+from backtest_kit.market.repair import DirtyRule, dirty_rule
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.event import Event, Identity, RunDone, RunFailed
 from backtest_kit.model.interval import (
@@ -164,6 +165,7 @@ class BacktestRunner:
         frame_name: str,
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        dirty: DirtyRule | None = None,
         run_id: str | None = None,
     ) -> AsyncIterator[Event]:
         """Replay, yielding each event as it happens: opened, closed, scheduled, cancelled, rejected.
@@ -171,6 +173,10 @@ class BacktestRunner:
         Args:
             fill: "vwap" touches levels by the current price; "ohlc" by the wicks, stop before take.
             gaps: "error" refuses candles with missing minutes; "fill" puts flat candles there.
+            dirty: What becomes of rows of the source that are no candle of a minute: "refuse" names the first one,
+                "repair" goes on with what is sure, and counts and logs what was done. Off the whole minute they move
+                up to the next one, rows for one minute count once (the first stays), all are sorted, and the minute
+                of any other bad row is missing. Default: "repair" with gaps="fill", else "refuse".
             run_id: Whose state, session, memory and interval records it uses. By default a run has a new id and
                 begins without any; with that of an earlier run it goes on with what that one kept.
 
@@ -182,7 +188,7 @@ class BacktestRunner:
         Runs that share a risk profile or a cron job wait for each other: loop over each of them in a task
         of its own, and to its end, or close it (`contextlib.aclosing`).
         """
-        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, run_id)
+        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, dirty, run_id)
         async with aclosing(self._replay(job, Control(job.frame.start_ms), self._announce(job))) as events:
             async for event in events:
                 yield event
@@ -196,6 +202,7 @@ class BacktestRunner:
         frame_name: str,
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        dirty: DirtyRule | None = None,
         run_id: str | None = None,
     ) -> BacktestHandle:
         """Start a backtest on the running event loop and return its handle. Arguments as for `run`.
@@ -203,7 +210,7 @@ class BacktestRunner:
         Raises:
             UserError: bad names or options, no event loop runs in this thread, or the run is under way already.
         """
-        return self.start(self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, run_id))
+        return self.start(self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, dirty, run_id))
 
     def start(self, job: Job) -> BacktestHandle:
         """Start a resolved backtest on the running event loop, as `background` does."""
@@ -229,10 +236,11 @@ class BacktestRunner:
         frame_name: str,
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        dirty: DirtyRule | None = None,
         run_id: str | None = None,
     ) -> BacktestResult:
         """Run a backtest to its end and return its result. Arguments and errors as for `run`."""
-        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, run_id)
+        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, dirty, run_id)
 
         return run_blocking(lambda: self.start(job), self.leave_loop)
 
@@ -298,6 +306,7 @@ class BacktestRunner:
             trades=tuple(control.trades),
             chart=_chart(candles),
             gaps_filled={name: each.filled for name, each in histories.items() if each.filled},
+            repairs={name: each.repairs for name, each in histories.items() if each.repairs},
             stopped=control.when_ms < frame.stop_ms,
             candles_used=sum(len(each.candles) for each in histories.values()),
             candles_fetched=sum(each.fetched for each in histories.values()),
@@ -313,6 +322,7 @@ class BacktestRunner:
         frame_name: str,
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        dirty: DirtyRule | None = None,
         run_id: str | None = None,
     ) -> Job:
         """One backtest, resolved: of a registered strategy, or of a schema that is registered nowhere.
@@ -351,6 +361,7 @@ class BacktestRunner:
                 stop_ms=frame.stop_ms,
             ),
             gaps=gaps,
+            dirty=dirty_rule(dirty, gaps),
             run_id=self._new_run_id() if run_id is None else check_name("run_id", run_id),
             is_named=run_id is not None,
         )

@@ -34,6 +34,7 @@ from backtest_kit.engine.step import Fill, Rules
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.events import EventBus
 from backtest_kit.market.clock import SystemClock
+from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.event import Event, Identity, Mode
 from backtest_kit.model.interval import interval_ms
 from backtest_kit.model.position import Trade
@@ -59,6 +60,7 @@ _TTL_S: Final = (1, 3600)
 _OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "fill": get_args(Fill),
     "gaps": get_args(Gaps),
+    "dirty": get_args(DirtyRule),
     "orphans": get_args(OrphanPolicy),
 }
 
@@ -73,6 +75,9 @@ class LiveOptions(TypedDict, total=False):
     gaps: Gaps
     """"fill" (default) takes minutes that the exchange has no candle of as flat, and counts them; with "error" the
     minutes after one are missed."""
+    dirty: DirtyRule
+    """"repair" (default) makes the best of rows that are no candle of a minute, counts and logs them, and takes the
+    minute of any other bad row as missing; with "refuse" the minute of one is missed."""
     orphans: OrphanPolicy
     """What is done about a position on the venue that nobody watches, or that has no stop there: "alarm" (default)
     tells, "adopt" makes it the strategy's own, "protect" places a stop. See `OrphanGuard`."""
@@ -251,6 +256,7 @@ class LiveRunner:
         paper: bool = False,
         fill: Fill = "vwap",
         gaps: Gaps = "fill",
+        dirty: DirtyRule = "repair",
         orphans: OrphanPolicy = "alarm",
         lease_ttl_s: float = DEFAULT_TTL,
         allow_weak: bool = False,
@@ -261,7 +267,7 @@ class LiveRunner:
             UserError: bad names or options, or a live run has no broker.
         """
         check_name("symbol", symbol)
-        for name, value in (("fill", fill), ("gaps", gaps), ("orphans", orphans)):
+        for name, value in (("fill", fill), ("gaps", gaps), ("dirty", dirty), ("orphans", orphans)):
             if value not in _OPTIONS[name]:
                 raise UserError(f"{name} is {value!r}: use one of {', '.join(_OPTIONS[name])}")
         ttl: object = lease_ttl_s
@@ -293,6 +299,7 @@ class LiveRunner:
             broker=broker,
             time=self._time_of(exchange),
             gaps=gaps,
+            dirty=dirty,
             orphans=orphans,
             lease_ttl_s=lease_ttl_s,
             fitness=None if paper or allow_weak or not sends(broker) else self._fitness,

@@ -7,6 +7,7 @@ import msgspec
 from backtest_kit.broker.base import Broker
 from backtest_kit.engine.step import Rules
 from backtest_kit.market.clock import Clock
+from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.event import Identity
 from backtest_kit.persist.lease import DEFAULT_TTL
 from backtest_kit.run.orphans import OrphanPolicy
@@ -28,6 +29,7 @@ class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
     broker: Broker
     time: VenueTime
     gaps: Gaps
+    dirty: DirtyRule
     orphans: OrphanPolicy
     fitness: Fitness | None = None
     """Looks at the stores before the start; None where they are trusted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -533,6 +534,7 @@ class LiveRun:
                     self.when_ms - MINUTE_MS,
                     self.when_ms,
                     gaps=self.job.gaps,
+                    dirty=self.job.dirty,
                     price_window=self.job.settings.CC_AVG_PRICE_CANDLES_COUNT,
                     live=True,
                 )
@@ -547,6 +549,11 @@ class LiveRun:
     def gaps_filled(self) -> int:
         """Minutes without a candle that were taken as flat."""
         return sum(history.filled for history in self._histories.values())
+
+    @property
+    def repairs(self) -> Counter[str]:
+        """Rows that were repaired, by what was done to them."""
+        return sum((history.repairs for history in self._histories.values()), Counter[str]())
 
 
 def _given_up(state: State) -> tuple[State, tuple[Event, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -58,6 +59,8 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Minutes that passed without a decision."""
     gaps_filled: int = 0
     """Minutes without a candle that were taken as flat."""
+    repairs: Mapping[str, int] = msgspec.field(default_factory=dict)
+    """Rows of the exchange that were repaired, by what was done to them: see `REPAIRS`."""
     trades: int = 0
     """Positions that were closed in this run."""
 
@@ -105,6 +108,7 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         clock_drift_ms=run.job.time.drift_ms,
         missed=run.missed,
         gaps_filled=run.gaps_filled,
+        repairs=run.repairs,
         trades=len(run.trader.trades),
         **held,
     )

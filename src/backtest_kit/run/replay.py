@@ -14,6 +14,7 @@ from backtest_kit.engine.step import Flat, Resting, Rules
 from backtest_kit.events import EventBus
 from backtest_kit.market.fetch import CandleFeed
 from backtest_kit.market.history import History
+from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.event import (
     EntryCancelled,
     EntryScheduled,
@@ -49,6 +50,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     rules: Rules
     gaps: Gaps
+    dirty: DirtyRule
     run_id: str
     """Whose records it reads and writes."""
     is_named: bool
@@ -168,6 +170,7 @@ class Replay(Watcher):
                         frame.start_ms,
                         frame.stop_ms,
                         gaps=self._job.gaps,
+                        dirty=self._job.dirty,
                         price_window=self._job.settings.CC_AVG_PRICE_CANDLES_COUNT,
                     )
         return histories[symbol]

@@ -13,6 +13,7 @@ import msgspec
 from backtest_kit.engine.step import Fill
 from backtest_kit.errors import BacktestKitError, LookAhead, UserError
 from backtest_kit.market.fetch import CandleFeed
+from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.report.comparison import Comparison, Contender, Failure, metric_line
 from backtest_kit.report.result import BacktestResult, Results
@@ -107,6 +108,7 @@ class Walker:
         metric: str = "sharpe_ratio",
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        dirty: DirtyRule | None = None,
         on_progress: Callable[[WalkProgress], None] | None = None,
     ) -> Comparison:
         """Replay each strategy over the frame and rank them by a statistic of all their trades together.
@@ -118,7 +120,7 @@ class Walker:
             strategies: Names of registered strategies, parameter sets of `grid`, or both.
             metric: The field of `Statistics` to rank by. More is better, but for std_dev, max_drawdown,
                 loss_count and max_loss_streak.
-            fill, gaps: As for `Backtest.run`.
+            fill, gaps, dirty: As for `Backtest.run`.
             on_progress: Called about ten times a second, and once for every strategy that has ended.
 
         Raises:
@@ -134,7 +136,7 @@ class Walker:
         backtest = self._backtest
         # Every name and option is checked before the first candle is read.
         rounds = [
-            [backtest.job(symbol, each, exchange_name, frame_name, fill, gaps) for symbol in wanted]
+            [backtest.job(symbol, each, exchange_name, frame_name, fill, gaps, dirty) for symbol in wanted]
             for each in strategies
         ]
         contenders: list[Contender] = []
@@ -165,6 +167,7 @@ class Walker:
         metric: str = "sharpe_ratio",
         fill: Fill = "vwap",
         gaps: Gaps = "error",
+        dirty: DirtyRule | None = None,
         on_progress: Callable[[WalkProgress], None] | None = None,
     ) -> Comparison:
         """Compare strategies and return when all have ended. Arguments and errors as for `run`."""
@@ -177,6 +180,7 @@ class Walker:
                 metric=metric,
                 fill=fill,
                 gaps=gaps,
+                dirty=dirty,
                 on_progress=on_progress,
             ),
             self._backtest.leave_loop,
@@ -196,7 +200,10 @@ async def _load(feed: CandleFeed, jobs: Sequence[Job]) -> None:
     """Bring in the candles of the frame: what they lack is the frame's fault, and no strategy's."""
     for job in jobs:
         lead_ms = job.settings.CC_AVG_PRICE_CANDLES_COUNT * MINUTE_MS
-        await feed.load(job.identity.symbol, job.frame.start_ms, job.frame.stop_ms, gaps=job.gaps, lead_ms=lead_ms)
+        frame = job.frame
+        await feed.load(
+            job.identity.symbol, frame.start_ms, frame.stop_ms, gaps=job.gaps, dirty=job.dirty, lead_ms=lead_ms
+        )
 
 
 def _reporter(on_progress: Callable[[WalkProgress], None] | None, name: str, number: int, count: int) -> _Report:

@@ -31,15 +31,26 @@ class CandleSource(ABC):
 
     @abstractmethod
     async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
-        """The closed candles that open in `[start_ms, stop_ms)`, ascending and none from outside.
+        """The closed candles that open in `[start_ms, stop_ms)`, as they are published.
 
-        May be fewer than fit: the caller asks on from the last one, and takes an empty answer as
-        "nothing there".
+        May be fewer than fit: the caller asks on from the last one, and takes an empty answer as "nothing there". Bad
+        rows are kept, with NaN and NO_TIME for what cannot be read: the caller refuses or repairs them. It ignores
+        what lies outside of the range.
 
         Raises:
             UserError: the request can never be answered (unknown symbol, no such file).
             RetryLater: it may be answered later.
         """
+
+    async def verify(self, symbol: str) -> None:
+        """Refuse rows that cannot be read, naming where they stand. Called before a fetch where bad rows are refused.
+
+        For sources that can say it better than the caller, who knows of rows no more than their time.
+
+        Raises:
+            UserError: the first such row.
+        """
+        return
 
     async def range(self, symbol: str) -> tuple[int, int] | None:
         """The first open time and the end (last open + 1 minute) of what there is, in epoch ms.

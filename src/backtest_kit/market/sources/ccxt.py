@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 from backtest_kit.ccxt_client import find_market, library, open_client, said
 from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.market.sources.base import CandleSource
-from backtest_kit.model.candle import CandleSeries
+from backtest_kit.market.sources.rows import series_of
+from backtest_kit.model.candle import NO_TIME, CandleSeries
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, interval_ms
 
 T = TypeVar("T")
@@ -57,7 +58,8 @@ class CcxtSource(CandleSource):
         rows = await self._call(lambda: client.fetch_ohlcv(market, interval, since=start_ms, limit=limit))
         # Exchanges add the candle that is still open, and some answer with more than was asked.
         stop_ms = min(stop_ms, self._now_ms(client) - step_ms + 1)
-        return CandleSeries.from_rows([row[:6] for row in rows if start_ms <= row[0] < stop_ms])
+        series = series_of(rows or [])
+        return series.take(series.timestamp < stop_ms)
 
     async def range(self, symbol: str) -> tuple[int, int] | None:
         client = self._client()
@@ -66,9 +68,10 @@ class CcxtSource(CandleSource):
             first = await self._call(lambda: client.fetch_ohlcv(market, "1m", since=0, limit=1))
         except UserError:
             return None  # some exchanges refuse such an old date: their first candle stays unknown
-        if not first:
+        begins = series_of(first or []).timestamp
+        if not len(begins) or begins[0] == NO_TIME:
             return None
-        return int(first[0][0]), floor_ms(self._now_ms(client), MINUTE_MS)
+        return int(begins[0]), floor_ms(self._now_ms(client), MINUTE_MS)
 
     async def server_time_ms(self) -> int | None:
         client = self._client()

@@ -8,6 +8,7 @@ from typing import Any
 
 from backtest_kit.errors import UserError
 from backtest_kit.market.sources.base import CandleSource
+from backtest_kit.market.sources.rows import series_of
 from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.model.interval import interval_ms
 
@@ -21,7 +22,7 @@ def function(get_candles: GetCandles) -> CandleSource:
     It returns the `limit` closed candles from `since_ms` on, or as many of them as there are: a
     `CandleSeries`, or rows that are dicts with timestamp, open, high, low, close and volume, or
     sequences in that order. Timestamps are open times in epoch ms. Whatever it returns outside of
-    the asked range is dropped.
+    the asked range is dropped. Where bad rows are repaired, it is asked for the minute before as well.
 
     Raises:
         UserError: `get_candles` is not callable.
@@ -41,8 +42,7 @@ class FunctionSource(CandleSource):
         pending = self._get_candles(symbol, interval, start_ms, limit)
         if not inspect.isawaitable(pending):
             raise UserError(f"{self._name}() returned {type(pending).__name__}: write it as `async def`")
-        candles = self._series(await pending)
-        return candles.take((candles.timestamp >= start_ms) & (candles.timestamp < stop_ms))
+        return self._series(await pending)
 
     def _series(self, rows: Any) -> CandleSeries:
         if isinstance(rows, CandleSeries):
@@ -53,11 +53,11 @@ class FunctionSource(CandleSource):
                 f"with {', '.join(COLUMNS)}"
             )
         try:
-            return CandleSeries.from_rows([self._row(row) for row in rows])
-        except (UserError, ValueError) as error:
+            return series_of([self._row(row) for row in rows])
+        except UserError as error:
             raise UserError(f"{self._name}() returned rows that are no candles: {error}") from None
 
-    def _row(self, row: Any) -> Sequence[float]:
+    def _row(self, row: Any) -> Sequence[Any]:
         if isinstance(row, Mapping):
             missing = [name for name in COLUMNS if name not in row]
             if missing:

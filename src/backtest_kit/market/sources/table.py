@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -14,8 +15,9 @@ import numpy as np
 from backtest_kit.errors import UserError
 from backtest_kit.market.integrity import check_order
 from backtest_kit.market.sources.base import ANY_RANGE, CandleSource
-from backtest_kit.model.candle import COLUMNS, CandleSeries, FloatColumn, TimeColumn
-from backtest_kit.model.interval import INTERVAL_MS, MINUTE_MS, interval_ms
+from backtest_kit.market.sources.rows import epoch_ms, number
+from backtest_kit.model.candle import COLUMNS, NO_TIME, CandleSeries, FloatColumn, TimeColumn
+from backtest_kit.model.interval import MINUTE_MS, interval_ms
 
 _ALIASES: Final = {
     "timestamp": ("timestamp", "time", "datetime", "date", "open_time", "opentime", "ts", "unix", "t"),
@@ -46,7 +48,7 @@ def csv(path: str | Path) -> CandleSource:
 
     Columns are found by their header, in any case and order: timestamp (or time, date, open_time ...),
     open, high, low, close, volume, or o, h, l, c, v. Timestamps are open times: ISO 8601, or epochs in
-    s, ms, us or ns, told apart by their magnitude. Downloads of Binance need no header. With a `symbol`
+    s, ms, us or ns, each told by its magnitude. Downloads of Binance need no header. With a `symbol`
     column the rows of the asked symbol are served; with `{symbol}` in the path (`data/{symbol}.csv.gz`)
     every symbol has a file of its own; otherwise the file is that of whichever symbol is asked for.
 
@@ -73,28 +75,61 @@ class TableSource(CandleSource):
 
     async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
         interval_ms(interval, ("1m",), what="interval of a candle file")
-        return (await self._candles(symbol)).between(start_ms, stop_ms)
+        return (await self._rows(symbol)).between(start_ms, stop_ms)
 
-    async def range(self, symbol: str) -> tuple[int, int]:
-        times = (await self._candles(symbol)).timestamp
-        return int(times[0]), int(times[-1]) + MINUTE_MS
+    async def verify(self, symbol: str) -> None:
+        rows = await self._rows(symbol)
+        file = self._files[self._path_of(symbol)]
+        if file.complaint:
+            raise UserError(f'{file.complaint}, or have bad rows repaired (dirty="repair")')
+        check_order(rows.candles, what=str(file.path))
 
-    async def _candles(self, symbol: str) -> CandleSeries:
-        path = Path(self._path.replace("{symbol}", symbol))
-        return await asyncio.to_thread(self._of_symbol, path, symbol)
+    async def range(self, symbol: str) -> tuple[int, int] | None:
+        return (await self._rows(symbol)).range()
 
-    def _of_symbol(self, path: Path, symbol: str) -> CandleSeries:
+    async def _rows(self, symbol: str) -> _Rows:
+        return await asyncio.to_thread(self._of_symbol, self._path_of(symbol), symbol)
+
+    def _path_of(self, symbol: str) -> Path:
+        return Path(self._path.replace("{symbol}", symbol))
+
+    def _of_symbol(self, path: Path, symbol: str) -> _Rows:
         with self._lock:
             if path not in self._files:
                 self._files[path] = _File(path, self._read)
-            return self._files[path].candles(symbol)
+            return self._files[path].rows(symbol)
+
+
+class _Rows:
+    """The rows of one symbol as the file has them."""
+
+    def __init__(self, candles: CandleSeries) -> None:
+        self.candles = candles
+        # A row without a time belongs to where it stands.
+        times = candles.timestamp
+        self._times = np.where(times == NO_TIME, np.maximum.accumulate(times), times)
+        self._ascending = bool((self._times[1:] >= self._times[:-1]).all())
+
+    def between(self, start_ms: int, stop_ms: int) -> CandleSeries:
+        if self._ascending:
+            low, high = np.searchsorted(self._times, (start_ms, stop_ms))
+            return self.candles[int(low) : int(high)]
+        return self.candles.take((self._times >= start_ms) & (self._times < stop_ms))
+
+    def range(self) -> tuple[int, int] | None:
+        known = self._times[self._times != NO_TIME]
+        return (int(known.min()), int(known.max()) + MINUTE_MS) if len(known) else None
 
 
 class _File:
-    """One parsed file: its candles, whole or by symbol."""
+    """One parsed file: its rows, whole or by symbol.
+
+    `complaint` names the first cell that cannot be read. It stands in the columns as NaN or NO_TIME.
+    """
 
     def __init__(self, path: Path, read: Callable[[Path], tuple[_Table, str, int]]) -> None:
-        self._path = path
+        self.path = path
+        self.complaint = ""
         table, self._row_word, self._first_row = self._load(read)
         plain = [_plain(name) for name in table.column_names]
         twice = sorted({name for name in plain if plain.count(name) > 1})
@@ -107,26 +142,24 @@ class _File:
         times = self._times(table[names["timestamp"]])
         self._series = CandleSeries(times, *(self._numbers(table[names[name]], names[name]) for name in COLUMNS[1:]))
         self._symbols: Any = np.asarray(table[found["symbol"]].to_pylist(), dtype=str) if "symbol" in found else None
-        self._checked: dict[str | None, CandleSeries] = {}
+        self._known: dict[str | None, _Rows] = {}
 
-    def candles(self, symbol: str) -> CandleSeries:
+    def rows(self, symbol: str) -> _Rows:
         name = None if self._symbols is None else symbol
-        if name not in self._checked:
+        if name not in self._known:
             series = self._series
             if name is not None:
                 series = series.take(self._symbols == name)
                 if not len(series):
                     known = ", ".join(np.unique(self._symbols).tolist()[:10])
-                    raise UserError(f"{self._path} has no candle of {symbol}: its symbol column holds {known}")
-            check_order(series, what=str(self._path))
-            self._check_spacing(series)
-            self._checked[name] = series
-        return self._checked[name]
+                    raise UserError(f"{self.path} has no candle of {symbol}: its symbol column holds {known}")
+            self._known[name] = _Rows(series)
+        return self._known[name]
 
     def _load(self, read: Callable[[Path], tuple[_Table, str, int]]) -> tuple[_Table, str, int]:
         import pyarrow as pa
 
-        path = self._path
+        path = self.path
         if path.is_dir():
             raise UserError(f"{path} is a directory: give the path of a candle file, or a pattern with {{symbol}}")
         try:
@@ -144,93 +177,86 @@ class _File:
         if missing:
             shown = ", ".join(f"{name!r:.40}" for name in listed[:15])
             raise UserError(
-                f"{self._path} lacks {', '.join(missing)}: a candle file needs the columns {', '.join(COLUMNS)} "
+                f"{self.path} lacks {', '.join(missing)}: a candle file needs the columns {', '.join(COLUMNS)} "
                 f"(a header names them), and this one has {shown}"
             )
         return names
 
-    def _check_spacing(self, series: CandleSeries) -> None:
-        """Say plainly that a file of longer candles is one, before all its minutes count as missing."""
-        if len(series) < 3:
-            return
-        spacing = np.diff(series.timestamp)
-        step_ms = int(spacing.min())
-        name = next((name for name, length in INTERVAL_MS.items() if length == step_ms), None)
-        if name not in (None, "1m") and not (spacing % step_ms).any():
-            raise UserError(f"{self._path} holds {name} candles: give 1m candles, longer ones are made from them")
-
     def _numbers(self, column: Any, name: str) -> FloatColumn:
         import pyarrow as pa
-        import pyarrow.compute as pc
 
-        if column.null_count:
-            at = pc.index(column.is_null(), True).as_py()
-            raise UserError(f"{self._path}, {self._row(at)}: {name!r} is empty: give a number, or drop the row")
         try:
             numbers: FloatColumn = column.cast(pa.float64(), safe=False).to_numpy()
         except pa.ArrowException:
-            texts = column.to_pylist()
-            at = _first_odd(texts)
-            raise UserError(f"{self._path}, {self._row(at)}: {name!r} is {texts[at]!r:.60}: give a number") from None
+            numbers = np.array([number(cell) for cell in column.to_pylist()])
+        if not np.isfinite(numbers).all():
+            self._complain(int(np.argmin(np.isfinite(numbers))), name, column, "give a finite number")
         return numbers
 
     def _times(self, column: Any) -> TimeColumn:
         import pyarrow as pa
 
         kind = column.type
-        if column.null_count:
-            at = column.is_null().to_pylist().index(True)
-            raise UserError(f"{self._path}, {self._row(at)}: the timestamp is empty: give one, or drop the row")
         if pa.types.is_date(kind):
             column, kind = column.cast(pa.timestamp("s")), pa.timestamp("s")
         if pa.types.is_timestamp(kind):
             # Integers of the column's own unit; zone or none, Arrow counts them from the epoch in UTC.
-            return self._to_ms(column.cast(pa.int64()).to_numpy(), kind.unit)
-        if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-            values = column.to_numpy()
-            return self._to_ms(values, self._epoch_unit(values))
-        texts = column.to_pylist()
-        if _is_number(texts[0]):
-            # Either every text is an epoch, or one that is none made texts of them all: name that one.
-            return self._times(pa.chunked_array([self._numbers(column, "timestamp")]))
-        return np.array([self._parse_time(at, text) for at, text in enumerate(texts)], dtype=np.int64)
+            times = _to_ms(column.cast(pa.int64()).fill_null(0).to_numpy(), kind.unit)
+            times = np.where(column.is_null().to_numpy(), NO_TIME, times)
+        elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            times = _epochs(column.fill_null(0).to_numpy())
+        else:
+            times = _times_of(column.to_pylist())
+        unreadable = times == NO_TIME
+        if unreadable.any():
+            way_out = "write it as ISO 8601 or as an epoch in s, ms, us or ns"
+            self._complain(int(np.argmax(unreadable)), "timestamp", column, way_out)
+        if unreadable.all():
+            raise UserError(self.complaint)
+        return times
 
-    def _epoch_unit(self, values: Any) -> str:
-        low, high = values.min(), values.max()
-        for unit, least, most in _EPOCH_UNITS:
-            if least <= low and high < most:
-                return unit
-        raise UserError(
-            f"{self._path}: timestamps from {low} to {high} are not epochs of one unit (s, ms, us or ns): "
-            f"write them all as epoch milliseconds or ISO 8601"
-        )
-
-    def _to_ms(self, values: Any, unit: str) -> TimeColumn:
-        per_second = _PER_SECOND[unit]
-        if values.dtype.kind == "f":
-            milliseconds: TimeColumn = np.rint(values * (1000 / per_second)).astype(np.int64)
-            return milliseconds
-        whole: TimeColumn = values.astype(np.int64)
-        if per_second <= 1000:
-            return whole * (1000 // per_second)
-        per_ms = per_second // 1000
-        rest = whole % per_ms
-        if rest.any():
-            at = int(np.argmax(rest != 0))
-            raise UserError(f"{self._path}, {self._row(at)}: timestamp {whole[at]} ({unit}) is no whole millisecond")
-        return whole // per_ms
-
-    def _parse_time(self, at: int, text: Any) -> int:
-        try:
-            moment = datetime.fromisoformat(str(text).strip())
-        except ValueError:
-            raise UserError(
-                f"{self._path}, {self._row(at)}: the timestamp is {text!r:.60}: write it as ISO 8601 or as an epoch"
-            ) from None
-        return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+    def _complain(self, at: int, name: str, column: Any, way_out: str) -> None:
+        cell = column[at].as_py()
+        said = "is empty" if cell is None or cell == "" else f"is {cell!r:.60}"
+        self.complaint = self.complaint or f"{self.path}, {self._row(at)}: {name!r} {said}: {way_out}"
 
     def _row(self, at: int) -> str:
         return f"{self._row_word} {at + self._first_row}"
+
+
+def _epochs(values: Any) -> TimeColumn:
+    """Epochs in ms, the unit of each told by its size: files of one market are joined that count in different ones."""
+    times = np.full(len(values), NO_TIME, dtype=np.int64)
+    for unit, least, most in _EPOCH_UNITS:
+        rows = (values >= least) & (values < most)
+        times[rows] = _to_ms(values[rows], unit)
+    return times
+
+
+def _to_ms(values: Any, unit: str) -> TimeColumn:
+    """Parts of a millisecond are moved up, so that nothing is known too early."""
+    per_second = _PER_SECOND[unit]
+    if values.dtype.kind == "f":
+        # A float has no more than its microseconds right.
+        return epoch_ms(np.round(values * (1000 / per_second), 3))
+    whole: TimeColumn = values.astype(np.int64)
+    return whole * (1000 // per_second) if per_second <= 1000 else -(-whole // (per_second // 1000))
+
+
+def _times_of(texts: Sequence[Any]) -> TimeColumn:
+    numbers = np.array([number(text) for text in texts])
+    times = _epochs(numbers)
+    for at in np.flatnonzero(np.isnan(numbers)).tolist():
+        times[at] = _iso_ms(texts[at])
+    return times
+
+
+def _iso_ms(text: Any) -> int:
+    try:
+        moment = datetime.fromisoformat(str(text).strip())
+    except ValueError:
+        return NO_TIME
+    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def _read_csv(path: Path) -> tuple[_Table, str, int]:
@@ -241,7 +267,7 @@ def _read_csv(path: Path) -> tuple[_Table, str, int]:
     with pa.input_stream(str(path), compression="detect") as stream:
         first = stream.read(4096).split(b"\n", 1)[0].decode("utf-8-sig").strip()
     cells = first.split(",")
-    headless = all(map(_is_number, cells))
+    headless = not any(math.isnan(number(cell)) for cell in cells)
     if headless and len(cells) != len(_KLINE_COLUMNS):
         raise ValueError(f"it has no header line: begin it with {','.join(COLUMNS)}")
     options = arrow_csv.ReadOptions(column_names=_KLINE_COLUMNS if headless else None)
@@ -256,15 +282,3 @@ def _read_parquet(path: Path) -> tuple[_Table, str, int]:
 
 def _plain(name: str) -> str:
     return name.strip().lower().replace(" ", "_")
-
-
-def _first_odd(texts: Sequence[Any]) -> int:
-    return next((at for at, text in enumerate(texts) if not _is_number(text)), 0)
-
-
-def _is_number(text: Any) -> bool:
-    try:
-        float(text)
-    except (TypeError, ValueError):
-        return False
-    return True
