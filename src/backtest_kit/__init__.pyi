@@ -66,6 +66,9 @@ from .market.clock import (
 from .model.candle import (
     CandleSeries as CandleSeries,
 )
+from .model.decisions import (
+    Decisions as Decisions,
+)
 from .model.event import (
     BreakevenReached as BreakevenReached,
     ClockJumped as ClockJumped,
@@ -101,6 +104,9 @@ from .model.position import (
     Reduction as Reduction,
     RestingEntry as RestingEntry,
     Trade as Trade,
+)
+from .model.setup import (
+    Setup as Setup,
 )
 from .model.signal import (
     Signal as Signal,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -106,19 +107,6 @@ SAID: list[tuple[type[bk.Event], dict[str, Any], str, bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "fields", "said", "alarm"), SAID)
-def test_an_event_in_words_and_as_json(kind: type[bk.Event], fields: dict[str, Any], said: str, alarm: bool) -> None:
-    event = kind(identity=WHO, when_ms=NOON, **fields)
-    assert said in words(event)
-    assert alarming(event) is alarm
-    told = json.loads(msgspec.json.encode(document(event)))
-    assert (told["action"], told["symbol"], told["when"]) == (event.action, "BTCUSDT", "2024-06-01T12:00Z")
-
-
-def test_every_kind_that_is_told_is_tried() -> None:
-    assert set(TOLD) == {kind for kind, *_ in SAID} - {bk.RunFailed}
-
-
 def status_of(**fields: Any) -> LiveStatus:
     given = {"identity": WHO, "when_ms": NOON, "next_ms": NOON + 60_000, "price": 50_100.0, "written_ms": NOON}
     return LiveStatus(**{**given, "holder": "process 7 on here", "held": True, **fields})
@@ -129,6 +117,37 @@ HELD: dict[str, Any] = {
     "to_take_profit_pct": 1.8, "to_stop_loss_pct": 2.2,
 }  # fmt: skip
 WAITING: dict[str, Any] = {"entry": ENTRY, "direction": "long", "price_open": 48_000.0}
+
+
+@pytest.mark.parametrize(("kind", "fields", "said", "alarm"), SAID)
+def test_an_event_in_words_and_as_json(kind: type[bk.Event], fields: dict[str, Any], said: str, alarm: bool) -> None:
+    event = kind(identity=WHO, when_ms=NOON, **fields)
+    assert said in words(event)
+    assert alarming(event) is alarm
+    told = json.loads(msgspec.json.encode(document(event)))
+    assert not [name for name in names_in(told) if not CAMEL_CASE.fullmatch(name)]
+    assert (told["action"], told["symbol"], told["when"]) == (event.action, "BTCUSDT", "2024-06-01T12:00Z")
+
+
+def names_in(document: object) -> list[str]:
+    """Every field name of a JSON document, whatever it lies in."""
+    if isinstance(document, dict):
+        return [*document, *(name for value in document.values() for name in names_in(value))]
+    return [name for value in document for name in names_in(value)] if isinstance(document, list) else []
+
+
+CAMEL_CASE = re.compile("[a-z][a-zA-Z0-9]*")
+
+
+@pytest.mark.parametrize("fields", [HELD, WAITING, {}])
+def test_a_status_has_its_fields_spelled_as_an_event_has(fields: dict[str, Any]) -> None:
+    told = json.loads(msgspec.json.encode(status_of(**fields)))
+    assert {"whenMs", "nextMs"} <= set(told)
+    assert not [name for name in names_in(told) if not CAMEL_CASE.fullmatch(name)]
+
+
+def test_every_kind_that_is_told_is_tried() -> None:
+    assert set(TOLD) == {kind for kind, *_ in SAID} - {bk.RunFailed}
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,35 @@ def test_the_log_is_filtered(place: Path) -> None:
     assert "does not exist" in run("log", "--store", "file:nowhere", cwd=place, code=2)
 
 
+async def on_paper_only(kit: bk.Kit) -> None:
+    paper = bk.Identity("BTCUSDT", "trend", "binance", "", "paper")
+    await observe(kit, [opened("s-1", identity=paper)])
+    kit.records.of_run(paper, None).log(NOON_MS).info("on paper")
+    await kit.close()
+
+
+def test_records_of_another_mode_are_pointed_to(tmp_path: Path) -> None:
+    asyncio.run(on_paper_only(bk.Kit(tmp_path / "dump")))
+    pointed = "Nothing in live mode. There are records with --mode paper.\n"
+    assert run("log", cwd=tmp_path) == pointed
+    assert run("log", "--symbol", "XYZ", "--mode", "paper", cwd=tmp_path) == ""
+    for contract in ("storage", "notification"):
+        assert run("records", "ls", contract, "--json", cwd=tmp_path) == pointed
+        assert run("records", "ls", contract, "--json", "--mode", "paper", cwd=tmp_path) != ""
+    assert pointed in run("records", "ls", cwd=tmp_path)
+    assert run("records", "ls", "memory", "--json", cwd=tmp_path) == "", "there are none of these anywhere"
+
+
+def test_records_of_a_backtest_are_pointed_to(tmp_path: Path) -> None:
+    async def fill_run(kit: bk.Kit) -> None:
+        backtest = bk.Identity("BTCUSDT", "trend", "binance", "day", "backtest")
+        kit.records.of_run(backtest, "one").log(NOON_MS).info("in a run")
+        await kit.close()
+
+    asyncio.run(fill_run(bk.Kit(tmp_path / "dump")))
+    assert run("log", "--mode", "paper", cwd=tmp_path) == ("Nothing in paper mode. There are records with --run one.\n")
+
+
 def test_the_log_is_readable_on_a_terminal(place: Path) -> None:
     import pty
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from backtest_kit.cli import migrate
+from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.migration import Migration, migrate_store
@@ -112,6 +113,28 @@ def test_check_finds_nothing_in_a_sound_store(url: str, tmp_path: Path) -> None:
     assert "every record is sound" in run("check", "--deep", "--store", url, cwd=tmp_path)
 
 
+def test_a_loss_is_found_and_accepted(tmp_path: Path) -> None:
+    async def write() -> None:
+        store = SqliteStore(tmp_path / "bot.db")
+        await store.put(Write(CONTRACTS["signal"], ("trend", "binance", "BTCUSDT"), "kept"))
+        await store.close()
+
+    asyncio.run(write())
+    older = (tmp_path / "bot.db").read_bytes()
+    asyncio.run(write())
+    (tmp_path / "bot.db").write_bytes(older)
+    url = "sqlite:bot.db"
+    assert "has lost commit 2" in run("check", "--store", url, cwd=tmp_path, code=1)
+    assert "has lost commit 2" in run("get", "signal", "trend/binance/BTCUSDT", "--store", url, cwd=tmp_path, code=1)
+    told = run("check", "--accept-loss", "--store", url, cwd=tmp_path)
+    assert "accepted: " in told
+    assert "every record is sound" in told
+    assert "no acknowledged write is missing" in run("check", "--accept-loss", "--store", url, cwd=tmp_path)
+    assert '"rev": 1' in run("get", "signal", "trend/binance/BTCUSDT", "--store", url, cwd=tmp_path)
+    (tmp_path / "dump").mkdir()
+    assert "has no loss to accept" in run("check", "--accept-loss", "--store", "file:dump", cwd=tmp_path, code=2)
+
+
 def test_export_and_import_carry_everything_over(url: str, tmp_path: Path) -> None:
     other = "sqlite:other.db" if url.startswith("file") else "file:./other"
     told = run("export", "all.jsonl", "--store", url, cwd=tmp_path)
@@ -171,7 +194,7 @@ def test_looking_at_what_is_no_store_changes_nothing(tmp_path: Path, verb: tuple
     before = sorted(tmp_path.rglob("*"))
     for url in ("file:home", "file:empty.db", "sqlite:empty.db"):
         told = run(*verb, "--store", url, cwd=tmp_path, code=2)
-        assert "no store" in told or "is a file" in told
+        assert "store of this program" in told or "is a file" in told
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "empty.db").stat().st_size == 0
 

@@ -72,7 +72,7 @@ def test_some_strategies_another_frame_and_a_candle_file(tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (0, "")
     assert "always long" in done.stdout
     assert "always short" not in done.stdout
-    assert "A, file, 2024-06-01T01:00..2024-06-01T09:00" in done.stdout
+    assert "A, candles.csv, 2024-06-01T01:00..2024-06-01T09:00" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -143,10 +143,11 @@ class Held:
         sign, wicks = self.sign, rules.fill == "ohlc"
         best, worst = (last.high, last.low)[::sign] if wicks else (price, price)
         take, stop, gap = sign * self.take, sign * self.stop, sign * last.open
+        stopped = "trailing_stop" if stop > sign * self.entry + 1e-9 * self.entry else "stop_loss"
         outcomes = (
             (self.order == "close", "closed", price),
             (when - (self.opened or 0) >= self.wish.minutes * MINUTE, "time_expired", price),
-            (sign * worst <= stop, "stop_loss", sign * min(stop, gap) if wicks else self.stop),
+            (sign * worst <= stop, stopped, sign * min(stop, gap) if wicks else self.stop),
             (sign * best >= take, "take_profit", sign * max(take, gap) if wicks else self.take),
             (when == rules.stop, "frame_end", price),
         )

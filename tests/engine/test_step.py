@@ -311,6 +311,26 @@ def test_moved_levels_are_the_ones_in_force() -> None:
     assert (taken.price_close, taken.price_take_profit, taken.original_price_take_profit) == (104, 104, 110)
 
 
+@pytest.mark.parametrize(
+    ("signal", "stop", "price", "reason"),
+    [
+        (Signal("long", 110, 90), 99.0, 98.0, "stop_loss"),
+        (Signal("long", 110, 90), 100.0, 98.0, "stop_loss"),
+        (Signal("long", 110, 90), 100.1, 98.0, "trailing_stop"),
+        (Signal("short", 90, 110), 101.0, 102.0, "stop_loss"),
+        (Signal("short", 90, 110), 100.0, 102.0, "stop_loss"),
+        (Signal("short", 90, 110), 99.9, 102.0, "trailing_stop"),
+    ],
+)
+@pytest.mark.parametrize("rules", [RULES, OHLC])
+def test_a_stop_moved_past_the_entry_price_is_a_trailing_stop(
+    rules: Rules, signal: Signal, stop: float, price: float, reason: str
+) -> None:
+    state = opened(signal)
+    state = msgspec.structs.replace(state, position=msgspec.structs.replace(state.position, moved_stop_loss=stop))
+    assert closed(state, tick(1, price), rules).close_reason == reason
+
+
 def test_commands_to_a_resting_entry_are_carried_out_at_the_next_minute() -> None:
     state = resting(WAITING_LONG, 101.0)
     assert cancelled(msgspec.structs.replace(state, order="cancel"), tick(1, 100.0, low=99)).reason == "user"

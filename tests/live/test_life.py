@@ -230,6 +230,29 @@ async def test_a_run_that_ended_without_beginning_keeps_nobody_waiting_for_a_pau
         await handle
 
 
+async def test_the_end_of_a_start_can_be_waited_for(rig: Rig) -> None:
+    await rig.trade(3)
+    kit = rig.kit(UntilClock(rig.now_ms, rig.now_ms + MINUTE_MS))
+    handle = kit.live.background("BTCUSDT", **WHERE)
+    before = handle.status
+    assert before.position is None, "nothing was read yet"
+    async with asyncio.timeout(20):
+        await handle.wait_for_init()
+    assert handle.status.position is not None
+    handle.cancel()
+    await asyncio.wait({handle.task})
+    await handle.wait_for_init()
+
+
+async def test_who_waits_for_a_start_that_fails_gets_its_error(rig: Rig) -> None:
+    kit = rig.kit(UntilClock(START, START + MINUTE_MS))
+    await rig.store.put(Write(CONTRACTS["signal"], ("trend", "demo", "BTCUSDT"), "no position"))
+    handle = kit.live.background("BTCUSDT", **WHERE)
+    async with asyncio.timeout(20):
+        with pytest.raises(bk.Damaged):
+            await handle.wait_for_init()
+
+
 async def test_leaving_the_loop_over_the_events_cancels_the_run(rig: Rig) -> None:
     clock = UntilClock(START, START + 5 * MINUTE_MS)
     kit = rig.kit(clock)

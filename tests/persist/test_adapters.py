@@ -253,6 +253,25 @@ def test_door_has_its_own_name_for_binding_and_no_other(persistence: Persistence
         persistence.signal.use_persist_risk_adapter  # noqa: B018
 
 
+@pytest.mark.parametrize("name", ["measure", "interval", "memory"])
+async def test_what_is_removed_softly_is_removed_by_the_name_of_the_reference(
+    persistence: Persistence, name: str
+) -> None:
+    door, row, key = persistence.adapters[name], CONTRACTS[name], key_of(name)
+    await door.write("value", **key)
+    assert f"remove_{name}_data" in dir(door)
+    assert await getattr(door, f"remove_{name}_data")(**key) is True
+    record = await persistence.store_for(row, "live").get(row, tuple(key[snake(field)] for field in row.key_fields))
+    assert record is not None
+    assert (record.removed, record.value) == (True, "value")
+    assert [entry async for entry in door.list()] == []
+
+
+def test_what_is_never_removed_has_no_such_name(persistence: Persistence) -> None:
+    with pytest.raises(AttributeError):
+        persistence.session.remove_session_data  # noqa: B018
+
+
 async def test_unencodable_value_names_its_place(persistence: Persistence) -> None:
     with pytest.raises(UserError, match=r"levels\[1\]"):
         await persistence.signal.write({"levels": [1, {2}]}, **KEY)

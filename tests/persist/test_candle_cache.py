@@ -44,6 +44,37 @@ def test_a_range_is_read_once_and_its_end_alone_as_time_goes_on() -> None:
     assert server.asked == [(0, 100), (100, 101), (101, 102)]
 
 
+def test_a_look_before_the_range_reads_what_is_missing_alone() -> None:
+    """A strategy that looks back before its frame must not drive the frame out, nor the frame what it looked at."""
+    cache, server = CandleCache(10_000), Server(list(range(2_000)))
+    ask(cache, server, 500, 1_940)
+    for now in range(500, 560):
+        assert ask(cache, server, now - 300, now) == server.there[now - 300 : now]
+        assert ask(cache, server, 500, 1_940) == server.there[500:1_940]
+    assert server.asked == [(500, 1_940), (200, 500)]
+
+
+def test_spans_apart_are_kept_apart_until_what_lies_between_is_read() -> None:
+    cache, server = CandleCache(10_000), Server(list(range(500)))
+    for _ in range(2):
+        for start, stop in ((0, 100), (200, 300), (400, 450)):
+            assert ask(cache, server, start, stop) == server.there[start:stop]
+    assert ask(cache, server, 50, 250) == server.there[50:250]
+    assert ask(cache, server, 0, 300) == server.there[:300]
+    assert server.asked == [(0, 100), (200, 300), (400, 450), (100, 200)]
+    assert ask(cache, server, 0, 460) == server.there[:460]
+    assert server.asked[4:] == [(300, 460)]
+    assert cache._count == 460
+
+
+def test_a_hole_before_what_is_kept_does_not_drive_it_out() -> None:
+    cache, server = CandleCache(10_000), Server(list(range(100, 500)))
+    ask(cache, server, 100, 500)
+    for _ in range(2):
+        assert ask(cache, server, 0, 300) == server.there[:200]
+    assert server.asked == [(100, 500), (0, 100), (0, 100)]
+
+
 def test_what_is_missing_is_asked_for_again_until_it_is_there() -> None:
     cache, server = CandleCache(1_000), Server([0, 1, 3])
     assert len(ask(cache, server, 0, 4)) == 3

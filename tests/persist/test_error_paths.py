@@ -238,7 +238,7 @@ class TestSqlite:
         connection = sqlite3.connect(tmp_path / "bot.db")
         connection.execute("CREATE TRIGGER full BEFORE INSERT ON records BEGIN SELECT RAISE(ABORT, 'no'); END")
         connection.commit()
-        with pytest.raises(sqlite3.IntegrityError, match="no"):
+        with pytest.raises(Damaged, match=r"bot\.db is not a sound SQLite database \(no\)"):
             await store.put(Write(SIGNAL, ("trend", "binance", "ETHUSDT"), "new"))
         connection.execute("DROP TRIGGER full")
         connection.commit()

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from backtest_kit import default_kit
 from backtest_kit.cli.choice import choose, pick
+from backtest_kit.cli.interrupt import run_until_interrupted
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
 from backtest_kit.market.repair import DirtyRule
@@ -62,7 +63,7 @@ def run_backtest(
         return await _watch(handles)
 
     try:
-        results = asyncio.run(run_all())
+        results = run_until_interrupted(run_all())
     except (Exception, SystemExit) as error:
         raise strategy_failure(error, strategy_file) from error
     _show(results, trades_shown)
@@ -80,14 +81,25 @@ async def _watch(handles: Sequence[BacktestHandle]) -> Results:
         transient=True,
         disable=not console.is_terminal,
     )
-    everything = asyncio.gather(*handles)
-    with bars:
-        tasks = {bars.add_task(each.symbol, total=1.0): each for each in handles}
-        while not everything.done():
-            for task, handle in tasks.items():
-                bars.update(task, completed=handle.progress)
-            await asyncio.wait([everything], timeout=_REDRAW_S)
-    return Results(await everything)
+    tasks = [each.task for each in handles]
+    bar_of = {bars.add_task(each.symbol, total=1.0): each for each in handles}
+    try:
+        with bars:
+            while not all(task.done() for task in tasks):
+                for bar, handle in bar_of.items():
+                    bars.update(bar, completed=handle.progress)
+                await asyncio.wait(tasks, timeout=_REDRAW_S, return_when=asyncio.FIRST_EXCEPTION)
+                if any(task.done() and task.exception() is not None for task in tasks):
+                    break
+    finally:
+        # Also after an interrupt: every run ends here, and each error that is not raised below was looked at.
+        for task in tasks:
+            task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    failure = next((each for each in outcomes if isinstance(each, Exception)), None)
+    if failure is not None:
+        raise failure
+    return Results(task.result() for task in tasks)
 
 
 def _show(results: Results, trades_shown: int) -> None:

@@ -39,11 +39,13 @@ def choose(
     kit = default_kit
     strategies = load_strategies(strategy_file, dump / "backtest")
     known = {each.name: each.source for each in kit.list_exchange_schemas()}
-    exchange = (
-        "file" if candles is not None and not known else pick("exchange", exchange_name, list(known), strategy_file)
-    )
-    if known and exchange not in known:
-        raise UserError(f"exchange {exchange!r} is not registered (registered: {', '.join(known)})")
+    if candles is not None and exchange_name is None:
+        # Named after the file: the exchange of the strategy file has not made these candles.
+        exchange = Path(candles).name
+    else:
+        exchange = pick("exchange", exchange_name, list(known), strategy_file)
+        if candles is None and exchange not in known:
+            raise UserError(f"exchange {exchange!r} is not registered (registered: {', '.join(known)})")
     if candles is not None:
         known[exchange] = file_source(candles)
         kit.add_exchange_schema(exchange, source=known[exchange], replace=True)

@@ -13,7 +13,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from backtest_kit.cli.records import require_run, since_ms, space_of
+from backtest_kit.cli.records import other_spaces, point_to, require_run, since_ms, space_of
 from backtest_kit.cli.store import require_existing
 from backtest_kit.errors import Damaged
 from backtest_kit.model.interval import iso, to_datetime
@@ -64,7 +64,9 @@ def run_log(
             space = space_of(store, mode, run_id)
             if run_id is not None and not follow:  # whoever follows may wait for one that begins
                 require_run(run_id, await runs_in(store), address)
-            await _show(space, wanted, limit, show, follow=follow)
+            shown = await _show(space, wanted, limit, show, follow=follow)
+            if limit and not shown and run_id is None:
+                point_to(mode, await other_spaces(store, mode, [LOG]))
         finally:
             await store.close()
 
@@ -77,7 +79,8 @@ def run_log(
 
 async def _show(
     store: Store, wanted: Callable[[LogLine], bool], limit: int, show: Callable[[LogLine], None], *, follow: bool
-) -> None:
+) -> int:
+    """Show the last lines, and those that come while it follows; how many of the last there were."""
     seen: list[str] = []
     last: list[LogLine] = []
     told: set[str] = set()
@@ -98,6 +101,7 @@ async def _show(
             line = line_of(record)
             if wanted(line):
                 show(line)
+    return len(last)
 
 
 async def news_of(store: Store, known: deque[str], told: set[str]) -> list[Record]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -76,7 +77,7 @@ def run_ls(
 
     listed = [with_store(address, read) for address in _addresses(url)]
     if not any(count for places in listed for *_, count in places):
-        _require_run_at(url, run_id)
+        _explain_nothing(url, mode, run_id, contracts)
     # Of each contract, from the first place that has any of it.
     found = [next((each for each in places if each[2]), places[0]) for places in zip(*listed, strict=True)]
     if as_json:
@@ -172,6 +173,27 @@ def space_of(store: Store, mode: str, run_id: str | None) -> Store:
     return store.within("paper") if mode == "paper" else store
 
 
+async def other_spaces(store: Store, mode: str, contracts: Sequence[Contract]) -> list[str]:
+    """The options that show records of `contracts` in the other mode, and in the last run of a backtest."""
+    spaces = {f"--mode {other}": space_of(store, other, None) for other in ("live", "paper") if other != mode}
+    if runs := await runs_in(store):
+        spaces[f"--run {max(runs)}"] = space_of(store, mode, max(runs))
+    return [option for option, space in spaces.items() if await _has_any(space, contracts)]
+
+
+async def _has_any(space: Store, contracts: Sequence[Contract]) -> bool:
+    for row in contracts:
+        async for _ in space.scan(row, limit=1):
+            return True
+    return False
+
+
+def point_to(mode: str, found_at: Sequence[str]) -> None:
+    """Say on standard error where there are records, if there are none where they were looked for."""
+    if found_at:
+        sys.stderr.write(f"Nothing in {mode} mode. There are records with {' and with '.join(found_at)}.\n")
+
+
 def require_run(run_id: str, runs: set[str], where: str) -> None:
     """Raise `UserError` if a run is none of those that have kept something there."""
     if run_id not in runs:
@@ -180,10 +202,15 @@ def require_run(run_id: str, runs: set[str], where: str) -> None:
         raise UserError(f"no run {run_id!r} has kept anything in {where}: {last}")
 
 
-def _require_run_at(url: str, run_id: str | None) -> None:
+def _explain_nothing(url: str, mode: str, run_id: str | None, contracts: Sequence[Contract]) -> None:
+    """Raise `UserError` if there is no such run; say where else there are records."""
+    addresses = _addresses(url)
     if run_id is not None:
-        places = {address: with_store(address, runs_in) for address in _addresses(url)}
+        places = {address: with_store(address, runs_in) for address in addresses}
         require_run(run_id, set().union(*places.values()), " and ".join(places))
+        return
+    found_at = [with_store(address, lambda store: other_spaces(store, mode, contracts)) for address in addresses]
+    point_to(mode, [option for options in found_at for option in options])
 
 
 def record_contract(name: str) -> Contract:

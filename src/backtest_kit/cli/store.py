@@ -105,8 +105,11 @@ def _sum(expired: list[Expired]) -> str:
     return f"{sum(each.records for each in expired):,} records of {sum(each.size for each in expired):,} bytes"
 
 
-def run_check(url: str, deep: bool) -> int:
+def run_check(url: str, deep: bool, accept_loss: bool = False) -> int:
     """Print what is wrong; the exit code is 1 if anything is."""
+    if accept_loss:
+        lost = with_store(url, operations.accept_loss)
+        say(f"accepted: {lost}" if lost else f"{shown(url)}: no acknowledged write is missing.")
     findings = with_store(url, lambda store: operations.check(store, deep=deep))
     for finding in findings:
         say(f"{finding.path}: {finding.problem}")

@@ -66,14 +66,16 @@ def compact(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
 @store_app.command()
 def check(
     store: options.StoreUrl = options.DEFAULT_STORE,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Read every candle and the backend's own structures too.")
+    deep: Annotated[bool, typer.Option("--deep", help="Read every candle too.")] = False,
+    accept_loss: Annotated[
+        bool,
+        typer.Option("--accept-loss", help="Go on with a database that has lost acknowledged writes, then check it."),
     ] = False,
 ) -> None:
-    """Verify every record and explain what is wrong; ends with code 1 if anything is. Changes nothing."""
+    """Verify every record and explain what is wrong; exits with code 1 if anything is. Changes nothing by itself."""
     from backtest_kit.cli.store import run_check
 
-    raise typer.Exit(run_check(store, deep))
+    raise typer.Exit(run_check(store, deep, accept_loss))
 
 
 @store_app.command("export", epilog="Example: backtest-kit store export backup.jsonl --store sqlite:bot.db")

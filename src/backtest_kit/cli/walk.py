@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from backtest_kit import Walker
 from backtest_kit.cli.backtest import WIDTH_IN_FILES
 from backtest_kit.cli.choice import choose
+from backtest_kit.cli.interrupt import run_until_interrupted
 from backtest_kit.cli.options import separated
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
@@ -61,7 +61,7 @@ def run_walk(
 
     try:
         with bars:
-            comparison = asyncio.run(
+            comparison = run_until_interrupted(
                 Walker.run(
                     symbols,
                     strategies=names,

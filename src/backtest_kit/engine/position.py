@@ -13,6 +13,7 @@ from backtest_kit.model.interval import to_datetime
 from backtest_kit.model.position import CloseReason, Entry, Extreme, Position, RestingEntry, Trade
 from backtest_kit.settings import Settings
 
+_ROUNDING: Final = 1e-9
 _NO_MARKS: Final = str.maketrans("", "", "-:T")
 LEVEL_STEP: Final = 10
 """Levels of the way to take profit and stop loss are tenths, in percent."""
@@ -119,6 +120,8 @@ def close_trade(
     entry = effective_price(position.entries, position.reductions)
     pct, cost = profit(position.position, position.entries, position.reductions, price, settings)
     position = _with_extremes(position, entry, price, when_ms, settings)
+    if reason in ("stop_loss", "trailing_stop"):
+        reason = _stop_reason(position, entry)
     return Trade(
         signal_id=position.signal_id,
         symbol=position.symbol,
@@ -147,3 +150,10 @@ def close_trade(
         note=position.note,
         close_note=close_note,
     )
+
+
+def _stop_reason(position: Position, entry: float) -> CloseReason:
+    moved, sign = position.moved_stop_loss, 1.0 if position.position == "long" else -1.0
+    # A stop at breakeven is at the entry price, which adding up the rest of the position may round anew.
+    beyond = moved is not None and sign * (moved - entry) > _ROUNDING * entry
+    return "trailing_stop" if beyond else "stop_loss"

@@ -11,7 +11,9 @@ import msgspec
 from backtest_kit.model.interval import to_datetime
 
 Direction = Literal["long", "short"]
-CloseReason = Literal["take_profit", "stop_loss", "time_expired", "frame_end", "closed"]
+CloseReason = Literal["take_profit", "stop_loss", "trailing_stop", "time_expired", "frame_end", "closed"]
+"""`trailing_stop` is a stop loss that was moved past the effective entry price, so that it closed in profit before
+costs."""
 
 
 class Entry(msgspec.Struct, frozen=True, rename="camel"):

@@ -73,14 +73,17 @@ class _Door:
         """
         self.use_store(AdapterStore(self._contract, adapter), mode=mode)
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        row = self.__dict__.get("_contract")
-        if row is None or name != f"use_persist_{row.name}_adapter":
+    def _by_contract(self) -> dict[str, Callable[..., Any]]:
+        """Methods that carry the name of the contract, as the reference has them."""
+        return {f"use_persist_{self._contract.name}_adapter": self.use_adapter}
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if "_contract" not in self.__dict__ or name not in (named := self._by_contract()):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return self.use_adapter
+        return named[name]
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), f"use_persist_{self._contract.name}_adapter"]
+        return [*super().__dir__(), *self._by_contract()]
 
     def __repr__(self) -> str:
         return f"<{adapter_name(self._contract)}({', '.join(self._fields)})>"
@@ -189,6 +192,13 @@ class ContractAdapter(_Door):
             except Conflict:
                 continue
             return True
+
+    def _by_contract(self) -> dict[str, Callable[..., Any]]:
+        named = super()._by_contract()
+        if self._contract.delete is Delete.SOFT:
+            # `await PersistMemoryAdapter.remove_memory_data(...)` is `remove`.
+            named[f"remove_{self._contract.name}_data"] = self.remove
+        return named
 
     async def list(
         self, *, when: When | None = None, mode: Mode = "live", run: str | None = None, **prefix: KeyPart

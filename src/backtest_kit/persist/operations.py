@@ -16,7 +16,7 @@ from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
 from backtest_kit.persist.keys import check_key, path_of, unescape
 from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Key, KeyPart, Record, Store
-from backtest_kit.persist.upkeep import Finding, ListsNamespaces, ListsSeries, Upkeep
+from backtest_kit.persist.upkeep import AcceptsLoss, Finding, ListsNamespaces, ListsSeries, Upkeep
 
 EVER: Final = (-(2**62), 2**62)
 """A range of time that every candle is in."""
@@ -91,8 +91,8 @@ async def du(store: Store) -> list[Usage]:
 async def check(store: Store, *, deep: bool = False) -> list[Finding]:
     """Everything that is wrong with a store, each in plain words; nothing, if it is sound. Changes nothing.
 
-    Every record in every namespace is read and verified; with `deep`, so are all candles and the
-    backend's own structures. Of a store that is no `Upkeep`, only the given namespace is read.
+    Every record in every namespace is read and verified, and so are the backend's own structures; with `deep`, so
+    are all candles. Of a store that is no `Upkeep`, only the given namespace is read.
     """
     if isinstance(store, Upkeep):
         return await store.check(deep=deep)
@@ -104,6 +104,17 @@ async def check(store: Store, *, deep: bool = False) -> list[Finding]:
         except Damaged as error:
             found.append(Finding(contract.name, str(error)))
     return found
+
+
+async def accept_loss(store: Store) -> str | None:
+    """Go on with a store that has lost acknowledged writes. Returns and raises as `AcceptsLoss.accept_loss`.
+
+    Raises:
+        UserError: this kind of store never refuses to open for that reason.
+    """
+    if not isinstance(store, AcceptsLoss):
+        raise UserError(f"{type(store).__name__} has no loss to accept: only SQLite stores have a mark")
+    return await store.accept_loss()
 
 
 async def quarantine_list(store: Store) -> list[Quarantined]:

@@ -31,9 +31,9 @@ class Upkeep(Protocol):
     """A store that can be inspected and mended. Every method sees all namespaces."""
 
     async def check(self, *, deep: bool = False) -> list[Finding]:
-        """Everything that is wrong, by path, after reading every record. Changes nothing.
+        """Everything that is wrong, by path. Changes nothing.
 
-        With `deep`, every candle is read as well, and the backend's own structures are verified.
+        Every record is read, and the backend's own structures are verified; with `deep`, so is every candle.
         """
         ...
 
@@ -56,6 +56,19 @@ class Upkeep(Protocol):
 
         Raises:
             UserError: nothing is called so.
+        """
+        ...
+
+
+@runtime_checkable
+class AcceptsLoss(Protocol):
+    """A store that notices when acknowledged writes are gone, and is not opened until an operator has decided."""
+
+    async def accept_loss(self) -> str | None:
+        """Go on with what is left. Returns what was lost, or None if nothing is missing, and then changes nothing.
+
+        Raises:
+            Damaged, RetryLater, UserError: the store cannot be opened even so.
         """
         ...
 

@@ -16,6 +16,7 @@ from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Key, KeyPart, Plain, Record, Store, check_limit
 from backtest_kit.records.scope import Scope
+from backtest_kit.records.unawaited import must_await
 
 if TYPE_CHECKING:
     from backtest_kit.records.search import TextIndex
@@ -66,6 +67,7 @@ class Memory:
         self._owners = owners
         self._shelves = shelves
 
+    @must_await
     async def write(self, memory_id: str, value: Any, *, text: str | None = None, role: Role = "user") -> None:
         """Note `value` under a name; an earlier note of that name is replaced.
 
@@ -87,6 +89,7 @@ class Memory:
         note: Plain = {"value": encode(value), "role": role, "text": encode(text, "text")}
         await self._scope.write(_MEMORY, self._key(self._owners[0], memory_id), note)
 
+    @must_await
     async def read(self, memory_id: str) -> Any:
         """The value under a name, or None if there is none, it was removed, or it is of a later moment.
 
@@ -96,6 +99,7 @@ class Memory:
         record = await self._find(self._owners, memory_id)
         return None if record is None or record.removed else _entry(record).value
 
+    @must_await
     async def remove(self, memory_id: str) -> bool:
         """Take a note out of all that `read`, `list` and `search` return, and say whether there was one.
 
@@ -108,6 +112,7 @@ class Memory:
         beneath = await self._find(self._owners[1:], memory_id)
         return await self._scope.remove(_MEMORY, self._key(self._owners[0], memory_id), beneath)
 
+    @must_await
     async def search(self, query: str, k: int = 5) -> list[MemoryEntry]:
         """The `k` notes that match a query best, best first: BM25 over their texts, English words by their stem.
 
@@ -127,6 +132,7 @@ class Memory:
         found = await asyncio.to_thread(index.search, records, _text, query, k)
         return [_entry(records[key]) for key in found]
 
+    @must_await
     async def as_messages(self, *, limit: int | None = None) -> list[dict[str, str]]:
         """The newest notes in the order in which they were made, as `{"role": ..., "content": ...}` of chat APIs.
 
@@ -173,6 +179,7 @@ class Memory:
     def __repr__(self) -> str:
         return f"Memory({'/'.join((self._owners[0], self._bucket))})"
 
+    @must_await
     async def list(self, *, limit: int | None = None, removed: bool = False) -> list[MemoryEntry]:
         """The notes, newest first; with `removed` those too that were removed, marked as such.
 

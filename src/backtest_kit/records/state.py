@@ -10,6 +10,7 @@ from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.store import Key, Plain, Record
 from backtest_kit.records.scope import Scope
+from backtest_kit.records.unawaited import must_await
 
 STATE: Final = CONTRACTS["state"]
 
@@ -25,6 +26,7 @@ class Slot:
         self._row = row
         self._keys = keys
 
+    @must_await
     async def get(self, default: Any = None) -> Any:
         """The value, or `default` if there is none at this moment. What is returned is the caller's to change.
 
@@ -34,6 +36,7 @@ class Slot:
         """
         return await self._begin(self._keys, default)
 
+    @must_await
     async def set(self, value: Any) -> None:
         """Replace the value by anything that can be stored: text, numbers, None, datetimes, lists, dicts, structs.
 
@@ -44,6 +47,7 @@ class Slot:
         """
         await self._scope.write(self._row, self._keys[0], encode(value))
 
+    @must_await
     async def update(self, change: Callable[[Any], Any], default: Any = None) -> Any:
         """Replace the value by what `change` makes of it, and return that: `update(lambda count: count + 1, 0)`.
 

@@ -13,7 +13,9 @@ import msgspec
 
 from backtest_kit.errors import UserError
 from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.decisions import Decisions
 from backtest_kit.model.position import Trade
+from backtest_kit.model.setup import Setup
 from backtest_kit.persist.atomic import write_atomic
 from backtest_kit.report import frames
 from backtest_kit.report.markdown import render_markdown
@@ -60,6 +62,10 @@ class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=T
     """Whose records it used: `Backtest.run(..., run_id=...)` with it goes on with them."""
     show_note: bool = False
     """Whether reports show the note of each position."""
+    decisions: Decisions = msgspec.field(default_factory=Decisions)
+    """What became of the calls of `get_signal`."""
+    setup: Setup = msgspec.field(default_factory=Setup)
+    """What it was computed with and from."""
 
     @cached_property
     def stats(self) -> Statistics:

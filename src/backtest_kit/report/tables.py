@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from itertools import combinations, groupby
 from typing import TYPE_CHECKING, Final, NamedTuple, get_args
 
+from backtest_kit.model.decisions import Decisions
 from backtest_kit.model.interval import MINUTE_MS, iso
 from backtest_kit.model.position import CloseReason, Trade
 from backtest_kit.model.repairs import describe_repairs
+from backtest_kit.model.setup import Setup
 from backtest_kit.report.statistics import Statistics, statistics_of
 from backtest_kit.report.wording import (
     PROFILE_LINES,
@@ -121,8 +123,9 @@ def remarks(results: Results) -> list[str]:
         subject = "1 position was" if len(unfinished) == 1 else f"{len(unfinished)} positions were"
         total = signed_percent(math.fsum(trade.pnl_pct for trade in unfinished))
         sentences.append(f"{subject} still open at the end of the frame (close reason frame_end): {total}")
-    sentences += gap_remarks(results)
     names = result_names(results)
+    sentences += [_never_entered(names[id(result)], result.decisions) for result in results if not result.trades]
+    sentences += gap_remarks(results)
     sentences += [f"{names[id(result)]} was stopped at {iso(result.stop_ms)}" for result in results if result.stopped]
     for first, second in combinations(results, 2):
         if first.symbol != second.symbol and len(first.chart) and first.chart == second.chart:
@@ -131,7 +134,38 @@ def remarks(results: Results) -> list[str]:
         sentences.append(
             "The drawdown of the total takes each trade with the whole account, one after the other in order of close"
         )
-    return sentences
+    return [*sentences, *dict.fromkeys(_costs(result.setup) for result in results if result.setup.fill)]
+
+
+def _never_entered(name: str, decisions: Decisions) -> str:
+    """Why no position was closed, as far as the calls of the strategy say it."""
+    if not decisions.called:
+        return f"{name}: get_signal was never called, because no decision slot of the strategy begins inside the frame"
+    parts = [f"get_signal was called {_times(decisions.called)}"]
+    if decisions.returned_none:
+        parts.append(f"it returned None {_times(decisions.returned_none)}")
+    parts += [f"risk profile {risk!r} rejected {_signals(count)}" for risk, count in decisions.rejected.items()]
+    if decisions.repeated:
+        parts.append(f"{_signals(decisions.repeated)} had the id of the position before")
+    for reason, count in decisions.cancelled.items():
+        entries = "1 resting entry was" if count == 1 else f"{count:,} resting entries were"
+        parts.append(f"{entries} cancelled ({reason})")
+    return f"{name} has no trades: {'; '.join(parts)}"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"
+
+
+def _signals(count: int) -> str:
+    return "1 signal" if count == 1 else f"{count:,} signals"
+
+
+def _costs(setup: Setup) -> str:
+    changed = "".join(f", {name}={value:g}" for name, value in setup.settings.items())
+    return (
+        f"Fee {setup.fee_pct:g} % and slippage {setup.slippage_pct:g} % of each fill; fill model {setup.fill}{changed}"
+    )
 
 
 def gap_remarks(results: Results) -> list[str]:

@@ -292,6 +292,7 @@ class BacktestRunner:
         async for _ in self._replay(job, control, announced):
             pass
         from backtest_kit.report.result import BacktestResult
+        from backtest_kit.run.setup import setup_of
 
         frame, histories = job.frame, control.histories
         candles = histories[job.identity.symbol].candles.between(frame.start_ms, frame.stop_ms)
@@ -312,6 +313,8 @@ class BacktestRunner:
             candles_fetched=sum(each.fetched for each in histories.values()),
             report_path=self._report_path(),
             show_note=job.settings.CC_REPORT_SHOW_SIGNAL_NOTE,
+            decisions=control.decisions,
+            setup=setup_of(job, histories[job.identity.symbol].candles),
         )
 
     def job(

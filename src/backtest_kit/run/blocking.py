@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,19 +16,48 @@ T = TypeVar("T")
 def run_blocking(main: Callable[[], Awaitable[T]], leave: Callable[[], Awaitable[None]]) -> T:
     """Run `main` to its end on an event loop of its own, and then `leave`, which closes what is open for that loop.
 
-    Where a loop already runs in this thread (a notebook), the new one gets a thread of its own.
+    Where a loop already runs in this thread (a notebook), the new one gets a thread of its own. Ctrl-C cancels
+    `main` and raises `KeyboardInterrupt` once it has ended.
     """
 
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[T] | None]] = []
+
     async def whole() -> T:
+        running.append((asyncio.get_running_loop(), asyncio.current_task()))
         try:
             return await main()
         finally:
             await leave()
 
-    if not _loop_is_running():
-        return asyncio.run(whole())
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="backtest-kit") as thread:
-        return thread.submit(lambda: asyncio.run(whole())).result()
+    try:
+        if not _loop_is_running():
+            return asyncio.run(whole())
+        with _interruptible(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="backtest-kit") as thread:
+            outcome = thread.submit(lambda: asyncio.run(whole()))
+            try:
+                return outcome.result()
+            except KeyboardInterrupt:
+                # The signal reached this thread; the loop in the other one would go on to its end.
+                for loop, task in running:
+                    if task is not None:
+                        loop.call_soon_threadsafe(task.cancel)
+                raise
+    except KeyboardInterrupt:
+        # Where the loop stood when it was cancelled says nothing to the user.
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise here: the handler of a loop that is blocked by this call would only take note of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _loop_is_running() -> bool:

@@ -16,6 +16,7 @@ from backtest_kit.errors import UserError
 from backtest_kit.model.event import Change, Event, PositionChanged
 from backtest_kit.model.interval import MINUTE_MS, to_datetime
 from backtest_kit.model.position import Direction, Entry, Extreme, Position, Reduction, RestingEntry
+from backtest_kit.records.unawaited import must_await
 
 FULLY_REDUCED = "full_partial_close"
 
@@ -197,6 +198,7 @@ class PositionView:
             return False
         return True
 
+    @must_await
     async def reduce(self, *, percent: float | None = None, cost: float | None = None) -> CommandOutcome:
         """Close a part: `percent` of what is still held, or `cost` of it. All of it closes the position.
 
@@ -208,6 +210,7 @@ class PositionView:
             "reduced", lambda held, price: commands.reduce(held, price, when_ms, percent=percent, cost=cost)
         )
 
+    @must_await
     async def add(self, cost: float | None = None) -> CommandOutcome:
         """Buy more for `cost` (default CC_POSITION_ENTRY_COST), at a better price than ever before.
 
@@ -218,6 +221,7 @@ class PositionView:
         amount = settings.CC_POSITION_ENTRY_COST if cost is None else cost
         return await self._change("added", lambda held, price: commands.add(held, price, when_ms, amount, settings))
 
+    @must_await
     async def move_stop(self, price: float) -> CommandOutcome:
         """Move the stop loss to an absolute price, towards profit.
 
@@ -227,6 +231,7 @@ class PositionView:
         settings = self._desk.rules.settings
         return await self._change("stop_moved", lambda held, now: commands.move_stop(held, now, price, settings))
 
+    @must_await
     async def move_take(self, price: float) -> CommandOutcome:
         """Move the take profit to an absolute price, towards the entry.
 
@@ -236,11 +241,13 @@ class PositionView:
         settings = self._desk.rules.settings
         return await self._change("take_moved", lambda held, now: commands.move_take(held, now, price, settings))
 
+    @must_await
     async def breakeven(self) -> CommandOutcome:
         """Move the stop loss to the effective entry price, once the price has earned the costs."""
         settings = self._desk.rules.settings
         return await self._change("breakeven", lambda held, now: commands.breakeven(held, now, settings))
 
+    @must_await
     async def close(self, note: str = "") -> CommandOutcome:
         """Close it at the next minute, at the price of then, with the reason "closed"."""
         given: object = note
@@ -306,10 +313,12 @@ class EntryView:
         """Whole minutes since it was placed."""
         return (self._desk.tick.when_ms - self.value.scheduled_at_ms) // MINUTE_MS
 
+    @must_await
     async def cancel(self) -> CommandOutcome:
         """Give it up at the next minute, with the reason "user"."""
         return await self._order("cancel")
 
+    @must_await
     async def activate(self) -> CommandOutcome:
         """Enter at the next minute without waiting for the price, at the price of then.
 

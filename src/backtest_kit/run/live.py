@@ -134,13 +134,28 @@ class LiveHandle:
         """Ask the strategy again. Raises as `pause`."""
         await self._pause(False)
 
-    async def _pause(self, paused: bool) -> None:
-        # A run that has not begun does not know yet whether it is paused, and one may end without beginning.
+    async def wait_for_init(self) -> None:
+        """Wait until the start is over: position and orders are read back from the store, the exchange was asked about
+        them, and the first minute is next.
+
+        Raises:
+            Exception: what ended the run before that; `asyncio.CancelledError` where it was cancelled.
+        """
+        await self._begun()
+        if self.task.done() and not self._run.began.is_set():
+            self.task.result()
+
+    async def _begun(self) -> None:
+        """Wait until the run has begun, or has ended without beginning."""
         begun = asyncio.ensure_future(self._run.began.wait())
         try:
             await asyncio.wait({begun, self.task}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             begun.cancel()
+
+    async def _pause(self, paused: bool) -> None:
+        # A run that has not begun does not know yet whether it is paused.
+        await self._begun()
         if self.task.done():
             raise UserError(f"{self!r} has ended: pause or resume the one that follows it")
         await self._run.pause(paused)

@@ -14,7 +14,7 @@ from backtest_kit.model.position import Direction, Position, RestingEntry
 from backtest_kit.run.live_run import LiveRun
 
 
-class LiveStatus(msgspec.Struct, frozen=True, kw_only=True):
+class LiveStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """A live run at one moment. Prices are absolute, distances in percent of the current price."""
 
     identity: Identity

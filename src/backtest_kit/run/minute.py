@@ -15,8 +15,10 @@ from backtest_kit.engine.step import Flat, Resting, State, Wanted, activates, ad
 from backtest_kit.engine.validation import check_signal
 from backtest_kit.errors import UserError
 from backtest_kit.events import EventBus
+from backtest_kit.model.decisions import Decisions
 from backtest_kit.model.event import (
     BreakevenReached,
+    EntryCancelled,
     EntryWaiting,
     Event,
     FallReached,
@@ -30,6 +32,7 @@ from backtest_kit.model.interval import iso
 from backtest_kit.model.position import RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.records import RunRecords
+from backtest_kit.records.unawaited import Calls, forgotten, not_begun, watch
 from backtest_kit.run.context import Context, HistoryOf
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.deadline import within
@@ -106,6 +109,8 @@ class Minute:
         self._history_of = history_of
         self._records = records
         self._watcher = watcher
+        self._calls: Calls = {}
+        self.decisions = Decisions()
         self._wanted: Wanted = frozenset()
         self._bus_version = -1
 
@@ -160,6 +165,8 @@ class Minute:
         """Count an event, hand it to its listeners, and go on with what their commands have caused."""
         watcher = self._watcher
         watcher.account(event)
+        if isinstance(event, EntryCancelled):
+            self.decisions.count(self.decisions.cancelled, event.reason)
         if not isinstance(event, ON_DEMAND):
             told.append(event)
         if self._bus.listened:
@@ -195,7 +202,10 @@ class Minute:
         """Ask the strategy, check its answer, ask the risk profiles about it, and act on it."""
         desk, signal, rejected = self._desk, None, tuple[Event, ...]()
         try:
+            self.decisions.called += 1
             signal = await self._ask()
+            if signal is None:
+                self.decisions.returned_none += 1
             if self._flags.stopping:
                 signal = None
             if signal is not None:
@@ -206,6 +216,8 @@ class Minute:
             await self._watcher.failed("get_signal", error)
             signal = None
         admitted = await desk.apply(partial(self._admitted, None if rejected else signal))
+        if signal is not None and not rejected and not admitted and signal.id == state.last_signal_id:
+            self.decisions.repeated += 1
         return (*rejected, *admitted)
 
     def _admitted(self, signal: Signal | None, state: State) -> tuple[State, tuple[Event, ...]]:
@@ -222,6 +234,7 @@ class Minute:
         if refusal is None:
             return ()
         risk_name, reason = refusal
+        self.decisions.count(self.decisions.rejected, risk_name)
         return (
             RiskRejected(
                 identity=self._identity,
@@ -260,14 +273,27 @@ class Minute:
         """What the user's function returns, awaited if need be.
 
         Raises:
-            UserError: it raised what would end a loop or a process that is not its own.
+            UserError: it raised what would end a loop or a process that is not its own, or forgot an `await`.
             Exception: what else it raised.
         """
+        watch(self._calls)
         try:
             answer = call()
-            if type(answer) is not CoroutineType and not inspect.isawaitable(answer):
-                return answer
-            return await (answer if deadline is None else within(deadline, answer))
+            if type(answer) is CoroutineType or inspect.isawaitable(answer):
+                answer = await (answer if deadline is None else within(deadline, answer))
+            if self._calls and (lost := forgotten(self._calls)):
+                raise UserError(
+                    f"{self._place(what)} did not await {lost}, so it was never carried out: write `await` before it"
+                )
+            return answer
+        except (AttributeError, TypeError) as error:
+            pending = not_begun(self._calls)
+            if not pending and "coroutine" not in str(error):
+                raise
+            raise UserError(
+                f"{self._place(what)} used the answer of {pending or 'an async method'} without awaiting it: "
+                "write `await` before the call, as in `(await ctx.candles('15m', 50)).close`"
+            ) from error
         except (StopIteration, StopAsyncIteration, SystemExit) as error:
             raise UserError(f"{self._place(what)} raised {type(error).__name__}") from error
         except asyncio.CancelledError as error:

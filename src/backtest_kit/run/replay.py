@@ -15,6 +15,7 @@ from backtest_kit.events import EventBus
 from backtest_kit.market.fetch import CandleFeed
 from backtest_kit.market.history import History
 from backtest_kit.market.repair import DirtyRule
+from backtest_kit.model.decisions import Decisions
 from backtest_kit.model.event import (
     EntryCancelled,
     EntryScheduled,
@@ -60,7 +61,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class Control:
     """What a running backtest and its handle tell each other."""
 
-    __slots__ = ("histories", "paused", "stopping", "trades", "when_ms")
+    __slots__ = ("decisions", "histories", "paused", "stopping", "trades", "when_ms")
 
     def __init__(self, start_ms: int) -> None:
         self.stopping = False
@@ -69,6 +70,7 @@ class Control:
         self.histories: dict[str, History] = {}
         """What has been read so far, by symbol."""
         self.trades: list[Trade] = []
+        self.decisions = Decisions()
 
 
 class Replay(Watcher):
@@ -93,6 +95,7 @@ class Replay(Watcher):
         self._records = records
         self._desk = Desk(job.rules)
         self._minute = Minute(self._desk, job.strategy, bus, cron, seat, control, self._history_of, records, self)
+        control.decisions = self._minute.decisions
         self._percent = -1
         self._loading = asyncio.Lock()
 

@@ -7,6 +7,7 @@ import sqlite3
 import time
 from pathlib import Path
 
+from backtest_kit.persist.backends import sqlite_rows
 from backtest_kit.persist.backends.disk_diagnosis import (
     LOCK_PATIENCE_SECONDS,
     examine_directory,
@@ -40,6 +41,23 @@ def examine_connection(connection: sqlite3.Connection) -> list[Reading]:
         return [*readings, Reading("journal", Status.OK, says)]
     remedy = "the next run of this program sets WAL; see which other program has the file open"
     return [*readings, Reading("journal", Status.WEAK, f"journal_mode is {mode}, not WAL", remedy)]
+
+
+def examine_contents(connection: sqlite3.Connection) -> Reading:
+    """Whether the database and every record of money class in it are sound. Reads the whole file.
+
+    What is in quarantine is not told here once more.
+    """
+    known = {item.path for item in sqlite_rows.list_quarantine(connection)}
+    found, last = sqlite_rows.check_integrity(connection), 0
+    while not found:
+        last, part = sqlite_rows.check_rows(last, connection, money_only=True)
+        found = [finding for finding in part if finding.path not in known]
+        if not last:
+            return Reading("contents", Status.OK, "every index and every record of money class is sound")
+    shown = "; ".join(f"{each.path}: {each.problem}" for each in found[:3]) + "; ..." * (len(found) > 3)
+    remedy = "see all of it with backtest-kit store check, and restore a copy of the file"
+    return Reading("contents", Status.FAULT, f"damaged: {shown}", remedy)
 
 
 def examine_write_lock(path: Path) -> Reading:

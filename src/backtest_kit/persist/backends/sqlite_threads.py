@@ -18,13 +18,22 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, OutOfSpace, RetryLater, UserError
+from backtest_kit.persist.backends.sqlite_mark import (
+    Head,
+    lost_commits,
+    new_head,
+    read_head,
+    read_mark,
+    write_head,
+    write_mark,
+)
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import Disk, disk_error
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 APPLICATION_ID: Final = 0x42_4B_50_79
 """`BKPy` in the header of the file: it is ours, whatever it is called."""
 
@@ -36,9 +45,11 @@ _SCHEMA: Final = (
         key TEXT NOT NULL,
         seq INTEGER NOT NULL,
         removed INTEGER NOT NULL,
-        record BLOB NOT NULL,
-        UNIQUE (namespace, contract, key)
+        record BLOB NOT NULL
     )""",
+    "CREATE UNIQUE INDEX records_by_name ON records (namespace, contract, key)",
+    # The same once more, in a tree of its own: what a damaged page hides in one of them, the other one still finds.
+    "CREATE UNIQUE INDEX records_by_key ON records (key, contract, namespace)",
     "CREATE INDEX records_in_order ON records (namespace, contract, seq)",
     """CREATE TABLE quarantine (
         id INTEGER PRIMARY KEY,
@@ -50,8 +61,19 @@ _SCHEMA: Final = (
         record BLOB NOT NULL,
         UNIQUE (namespace, contract, key, record)
     )""",
+    # A single row; see `Head`.
+    "CREATE TABLE store (head BLOB NOT NULL)",
 )
 _WAYS_OUT: Final = "restore a copy of the file, or move it away to begin with an empty one; it was not changed"
+
+
+FAILURES: Final = (sqlite3.Error, UnicodeDecodeError)
+"""What a call of SQLite may raise; the second, where its message quotes bytes of a damaged page."""
+_DAMAGE: Final = frozenset(
+    (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT)
+)
+"""What a damaged file is to SQLite. The last two stand for a table that is not there, or a row that is there already:
+in a sound file, no statement of this program meets either."""
 
 
 class Job:
@@ -212,7 +234,7 @@ class Database:
     def _commit(self, connection: sqlite3.Connection, jobs: list[Job]) -> None:
         try:
             self._transact(connection, jobs)
-        except sqlite3.Error as error:
+        except FAILURES as error:
             if len(jobs) == 1 or _code(error) == sqlite3.SQLITE_BUSY:
                 for job in jobs:
                     job.error = self._explain(error)
@@ -229,12 +251,18 @@ class Database:
             self._synced = durable
         connection.execute("BEGIN IMMEDIATE")
         crashpoint("sqlite.after_begin")
+        head: Head | None = None
+        before = connection.total_changes
         try:
             for job in jobs:
                 try:
                     job.result = job.perform(connection)
                 except BacktestKitError as error:
                     job.error = error
+            if durable and connection.total_changes != before:
+                head = read_head(connection)
+                head = head._replace(commits=head.commits + 1)
+                write_head(head, connection)
         except BaseException:
             _roll_back(connection)
             raise
@@ -242,19 +270,24 @@ class Database:
         try:
             connection.execute("COMMIT")
             crashpoint("sqlite.after_commit")
-        except sqlite3.Error as error:
+        except FAILURES as error:
             _roll_back(connection)
             if _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
                 raise
             # The end of the transaction may have reached the log before the sync failed.
             for job in jobs:
                 job.error = job.error or self._explain(error, Outcome.UNKNOWN)
+            return
+        # Behind the commit, so that it is never ahead of the database, and before the answer. One that was not synced
+        # may be lost with the host's power, so it is not noted.
+        if head is not None:
+            write_mark(self.path, head)
 
     def _answer(self, connection: sqlite3.Connection, jobs: list[Job]) -> None:
         for job in jobs:
             try:
                 job.result = job.perform(connection)
-            except sqlite3.Error as error:
+            except FAILURES as error:
                 job.error = self._explain(error)
             except Exception as error:
                 job.error = error
@@ -272,6 +305,7 @@ class Database:
             in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
             reason = "a directory of its path is a file" if in_the_way else error.strerror
             raise UserError(f"{self.path} cannot be made: {reason}; give another path") from error
+        self._require_whole()
         connection = self._connect()
         deadline = time.monotonic() + self._busy_timeout
         while True:
@@ -281,7 +315,7 @@ class Database:
             except BaseException as error:
                 _roll_back(connection)
                 # SQLite does not wait by itself while another process switches a new file to WAL.
-                if isinstance(error, sqlite3.Error):
+                if isinstance(error, FAILURES):
                     if _code(error) == sqlite3.SQLITE_BUSY and time.monotonic() < deadline:
                         time.sleep(0.01)
                         continue
@@ -307,31 +341,78 @@ class Database:
         connection.execute("PRAGMA query_only = ON")
         return connection
 
-    def _open_to_look(self) -> sqlite3.Connection:
-        address = f"{self.path.as_uri()}?mode=ro"
-        # A log that nobody has needs files beside it even to be read; without it nothing changes on a read-only disk.
-        if not os.access(self.path.parent, os.W_OK) and not Path(f"{self.path}-wal").exists():
-            address += "&immutable=1"
-        connection = None
+    def loss(self) -> str | None:
+        """Which commits the database has lost, as far as its mark knows. Blocks, and changes nothing.
+
+        Raises:
+            Damaged, RetryLater, UserError: it cannot be opened.
+        """
+        marks = read_mark(self.path)
+        if not marks or not self.path.exists():
+            return None
+        # Not a connection that writes: when it is closed, it throws away what it could not read of the log.
+        connection = self._connect_to_look()
         try:
-            connection = sqlite3.connect(
-                address, uri=True, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False
-            )
+            return None if self._check_owner(connection) else lost_commits(self.path, marks, read_head(connection))
+        except FAILURES as error:
+            raise self._explain(error) from error
+        finally:
+            connection.close()
+
+    def accept_loss(self) -> str | None:
+        """As `AcceptsLoss.accept_loss`: the database gets a new identity, of which no mark knows anything. Blocks."""
+        lost = self.loss()
+        if lost is None:
+            return None
+        connection = self._connect()
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            write_head(new_head()._replace(commits=read_head(connection).commits), connection)
+            connection.execute("COMMIT")
+        except FAILURES as error:
+            raise self._explain(error) from error
+        finally:
+            connection.close()
+        return lost
+
+    def _require_whole(self) -> None:
+        lost = self.loss()
+        if lost is not None:
+            raise Damaged(lost)
+
+    def _open_to_look(self) -> sqlite3.Connection:
+        self._require_whole()
+        connection = self._connect_to_look()
+        try:
             if self._check_owner(connection):
-                raise UserError(f"{self.path} is no store of this program, it is empty: name another one")
+                raise UserError(f"{self.path} is not a store of this program, it is empty: name another one")
         except BaseException as error:
-            if connection is not None:
-                connection.close()
-            if isinstance(error, sqlite3.Error):
+            connection.close()
+            if isinstance(error, FAILURES):
                 raise self._explain(error) from error
             raise
         return connection
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect_to_look(self) -> sqlite3.Connection:
+        address = f"{self.path.as_uri()}?mode=ro"
+        # A log that nobody has needs files beside it even to be read; without it nothing changes on a read-only disk.
+        if not os.access(self.path.parent, os.W_OK) and not Path(f"{self.path}-wal").exists():
+            address += "&immutable=1"
+        return self._connect(address, uri=True)
+
+    def _connect(self, address: str | Path | None = None, *, uri: bool = False) -> sqlite3.Connection:
         try:
-            return sqlite3.connect(self.path, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False)
-        except sqlite3.Error as error:
+            connection = sqlite3.connect(
+                address or self.path,
+                uri=uri,
+                timeout=self._busy_timeout,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+        except FAILURES as error:
             raise self._explain(error) from error
+        connection.text_factory = _text
+        return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         connection.execute("BEGIN")
@@ -344,30 +425,41 @@ class Database:
         if self._check_owner(connection):
             for statement in _SCHEMA:
                 connection.execute(statement)
+            connection.execute("INSERT INTO store (head) VALUES (?)", (new_head().pack(),))
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             crashpoint("sqlite.after_schema")
         connection.execute("COMMIT")
+        # The identity must be in the database itself: with a damaged log, it would else look like one that is new.
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def _check_owner(self, connection: sqlite3.Connection) -> bool:
         """True if the file is empty and the schema must be made. To be asked inside a transaction."""
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if not application and not tables:
+        schema = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master")}
+        if not application and not schema:
             return True
         if application != APPLICATION_ID:
             raise UserError(f"{self.path} is an SQLite database of another program: give another path")
+        if version < SCHEMA_VERSION:
+            raise UserError(
+                f"{self.path} was written by an older version of this program (schema {version}, this one reads "
+                f"{SCHEMA_VERSION}): export it with that version, and import it into a new file"
+            )
         if version > SCHEMA_VERSION:
             raise Damaged(
                 f"{self.path} was written by a newer version of this program (schema {version}, this one reads "
                 f"up to {SCHEMA_VERSION}): upgrade, or give another path; it was not changed"
             )
+        if not schema.issuperset(_SCHEMA):
+            # A column with another name or type would be read as something else.
+            raise Damaged(f"the tables of {self.path} are not those that this program made: {_WAYS_OUT}")
         return False
 
-    def _explain(self, error: sqlite3.Error, outcome: Outcome | None = None) -> Exception:
+    def _explain(self, error: Exception, outcome: Outcome | None = None) -> Exception:
         code = _code(error)
-        if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        if code in _DAMAGE or isinstance(error, UnicodeDecodeError):
             return Damaged(f"{self.path} is not a sound SQLite database ({error}): {_WAYS_OUT}", outcome=outcome)
         if code == sqlite3.SQLITE_FULL:
             return OutOfSpace(f"no space left for {self.path}: free some; what is stored is intact", outcome=outcome)
@@ -383,7 +475,12 @@ class Database:
         return error
 
 
-def _code(error: sqlite3.Error) -> int | None:
+def _text(data: bytes) -> str:
+    """A text of the database. What a damaged page has instead is shown, and is equal to no name."""
+    return data.decode(errors="backslashreplace")
+
+
+def _code(error: Exception) -> int | None:
     """The primary result code: extended codes say in their higher bits where it came from."""
     code = getattr(error, "sqlite_errorcode", None)
     return None if code is None else code & 0xFF
