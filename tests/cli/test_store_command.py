@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 
 from backtest_kit.cli import migrate
+from backtest_kit.errors import Conflict
 from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.migration import Migration, migrate_store
 from backtest_kit.persist.store import Store, Write
+from backtest_kit.persist.store_id import claim_store_id
+from backtest_kit.persist.urls import store_at
 
 COMMAND = [str(Path(sys.executable).with_name("backtest-kit")), "store"]
 KEY: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "binance", "symbol": "BTCUSDT"}
@@ -181,7 +184,7 @@ def test_damage_is_found_kept_and_decided_on(tmp_path: Path, monkeypatch: pytest
 
 def test_help_names_every_verb(tmp_path: Path) -> None:
     page = run("--help", cwd=tmp_path)
-    for verb in ("ls", "get", "du", "check", "export", "import", "migrate", "quarantine"):
+    for verb in ("ls", "get", "du", "check", "export", "import", "migrate", "reclaim", "quarantine"):
         assert verb in page
     assert "restore" in run("quarantine", "--help", cwd=tmp_path)
 
@@ -211,6 +214,27 @@ def test_migrate_moves_everything_and_proves_it(url: str, tmp_path: Path) -> Non
     assert "on paper" in run(
         "get", "signal", "trend/binance/BTCUSDT", "--store", "file:./third", "--namespace", "paper", cwd=tmp_path
     )
+
+
+def test_migrate_moves_the_id_and_reclaim_takes_it_back(url: str, tmp_path: Path) -> None:
+    other = "sqlite:other.db" if url.startswith("file") else "file:./other"
+
+    async def claimed(address: str) -> str:
+        store = store_at(address)
+        try:
+            return await claim_store_id(store)
+        finally:
+            await store.close()
+
+    own = asyncio.run(claimed(url))
+    for _ in range(2):
+        run("migrate", url, other, "--verify", cwd=tmp_path)
+        assert asyncio.run(claimed(other)) == own
+        with pytest.raises(Conflict, match=f"this store was moved to {other}, "):
+            asyncio.run(claimed(url))
+    assert f"{url} may trade live again. Never start {other} again" in run("reclaim", "--store", url, cwd=tmp_path)
+    assert asyncio.run(claimed(url)) == own
+    assert "this store was not moved" in run("reclaim", "--store", url, cwd=tmp_path, code=2)
 
 
 def test_migrate_names_what_differs_and_what_to_do(url: str, tmp_path: Path) -> None:

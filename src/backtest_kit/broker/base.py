@@ -143,9 +143,20 @@ class Broker:
 
     reports_fills: ClassVar[bool] = False
     """Whether fills carry the venue's own prices: slippage is in them already, and is not charged again."""
+    notes: tuple[str, ...] = ()
+    """What people should know of this broker, shown with the status of the run."""
     store_id: str = NO_STORE
     """The store whose orders the broker sends, 6 hex digits: it is part of every client order id. Set by the live run
     before `start`."""
+
+    def account(self) -> str:
+        """What tells the account, with its market, from every other one: the same text for every broker of it, such as
+        a digest of the API key, but never the key.
+
+        On one machine, processes of one store share a symbol of an account, and another store is refused at its start.
+        Empty: the broker cannot tell, and nothing is refused.
+        """
+        return ""
 
     async def start(self) -> None:
         """Connect and check that orders can be placed. Called once, before the first position is restored.

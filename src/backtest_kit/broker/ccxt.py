@@ -23,11 +23,12 @@ from backtest_kit.broker.base import (
     VenuePosition,
 )
 from backtest_kit.broker.ccxt_account import agrees, model_quantity, status_of
-from backtest_kit.broker.ccxt_connection import Connection, MarketKind
+from backtest_kit.broker.ccxt_connection import Connection
 from backtest_kit.broker.ccxt_dealer import MOST_PARTS, Dealer
 from backtest_kit.broker.ccxt_errors import order_is_there
 from backtest_kit.broker.ccxt_holdings import Holdings
 from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder
+from backtest_kit.broker.ccxt_rules import MarketKind
 from backtest_kit.broker.ccxt_stops import StopFilled
 from backtest_kit.broker.ccxt_venue import CcxtVenue
 from backtest_kit.broker.order_ids import SignalIds
@@ -120,6 +121,10 @@ class CcxtBroker(Broker):
     def __repr__(self) -> str:
         return f"CcxtBroker({self._connection.exchange_id!r}, market={self._connection.kind!r})"
 
+    def account(self) -> str:
+        """As `Broker.account`: by key, market and address."""
+        return self._connection.account()
+
     async def start(self) -> None:
         """Connect, load the markets, check key, permissions, one-way position mode and clock.
 
@@ -128,7 +133,7 @@ class CcxtBroker(Broker):
             RetryLater: the exchange does not answer.
         """
         if self._open is None:
-            venue, self._close = await self._connection.open()
+            venue, self._close, self.notes = await self._connection.open()
             dealer = Dealer(
                 venue,
                 leverage=self._leverage,

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 
 from backtest_kit.broker.base import OrderRejected
 from backtest_kit.broker.ccxt_errors import NotAllowed
+from backtest_kit.broker.ccxt_rules import MarketKind, VenueRules
 from backtest_kit.broker.ccxt_venue import CcxtVenue
 from backtest_kit.ccxt_client import open_client
 from backtest_kit.errors import BacktestKitError, RetryLater, UserError
 
 _log = logging.getLogger(__name__)
 KEY_VARIABLES: Final = {"apiKey": "CC_CCXT_API_KEY", "secret": "CC_CCXT_SECRET", "password": "CC_CCXT_PASSWORD"}
-MarketKind = Literal["spot", "futures"]
 _SKEW_WARNED_MS: Final = 1000
 _NEEDED: Final = ("createOrder", "cancelOrder", "fetchOrder", "fetchOpenOrders", "fetchBalance", "fetchMyTrades")
 
@@ -38,8 +39,8 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         return f"Connection({self.exchange_id!r}, {self.kind!r})"
 
-    async def open(self) -> tuple[CcxtVenue, Callable[[], Awaitable[None]]]:
-        """The account, checked, and what closes it.
+    async def open(self) -> tuple[CcxtVenue, Callable[[], Awaitable[None]], tuple[str, ...]]:
+        """The account, checked; what closes it; and what is not known of the exchange, for people.
 
         Raises:
             UserError: keys, permissions, account mode or market make trading impossible.
@@ -54,10 +55,13 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         client.logger.setLevel(logging.WARNING)
         if self.urls:
             client.urls["api"] = {**client.urls["api"], **self.urls}
+        rules = VenueRules(client, self.kind)
         try:
+            notes = rules.check()
             venue = CcxtVenue(
                 client,
                 self.exchange_id,
+                rules,
                 deadline_s=1.5 * self.timeout_ms / 1000,
                 arrival_s=self.arrival_ms / 1000,
                 secrets=[secret for secret in secrets.values() if secret],
@@ -66,7 +70,20 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         except BaseException:
             await client.close()
             raise
-        return venue, client.close
+        for note in notes:
+            _log.warning("%s", note)
+        return venue, client.close, tuple(notes)
+
+    def account(self) -> str:
+        """A digest of the key, the market and the address; empty without a key.
+
+        The name of the exchange is not in it: `binance` and `binanceusdm` reach the same futures.
+        """
+        key = self.credentials.get("apiKey") or os.environ.get(KEY_VARIABLES["apiKey"])
+        if not key:
+            return ""
+        reached = repr((key, self.test_network, sorted((name, str(url)) for name, url in self.urls.items())))
+        return f"{self.kind}:{hashlib.sha256(reached.encode()).hexdigest()[:32]}"
 
     def _secrets(self) -> dict[str, str | None]:
         found = {name: self.credentials.get(name) or os.environ.get(env) for name, env in KEY_VARIABLES.items()}

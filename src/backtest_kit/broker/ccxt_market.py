@@ -109,7 +109,9 @@ def exit_side(direction: Direction) -> Side:
     return "sell" if direction == "long" else "buy"
 
 
-def read_market(raw: dict[str, Any], precision_mode: int, digits: tuple[int, int, int]) -> Market:
+def read_market(
+    raw: dict[str, Any], precision_mode: int, digits: tuple[int, int, int], *, market_stop: bool = True
+) -> Market:
     """A market out of ccxt's description; `digits` are its modes (decimal places, significant digits, tick size).
 
     Raises:
@@ -132,7 +134,6 @@ def read_market(raw: dict[str, Any], precision_mode: int, digits: tuple[int, int
         return exact((limits.get(kind) or {}).get("min") or 0)
 
     by_digits = precision_mode == significant
-    kinds = (raw.get("info") or {}).get("orderTypes") or ()
     return Market(
         symbol=raw["symbol"],
         base=raw["base"],
@@ -144,11 +145,11 @@ def read_market(raw: dict[str, Any], precision_mode: int, digits: tuple[int, int
         price_digits=int(precision.get("price") or 8) if by_digits else 0,
         min_quantity=least("amount") * size,
         min_cost=least("cost"),
-        market_stop=not kinds or bool({"STOP_LOSS", "STOP_MARKET"} & set(kinds)),
+        market_stop=market_stop,
     )
 
 
-def read_order(raw: dict[str, Any], market: Market) -> VenueOrder:
+def read_order(raw: dict[str, Any], market: Market, *, conditional: bool = False) -> VenueOrder:
     """An order out of ccxt's report."""
     info = raw.get("info") or {}
     filled = exact(raw.get("filled") or 0) * market.contract_size
@@ -168,7 +169,7 @@ def read_order(raw: dict[str, Any], market: Market) -> VenueOrder:
         average=exact(average) if average else cost / filled if filled and cost else None,
         trigger=exact(raw["triggerPrice"]) if raw.get("triggerPrice") else None,
         timestamp=int(raw.get("timestamp") or 0),
-        conditional="algoId" in info,
+        conditional=conditional,
         spawned=str(spawned) if spawned and str(spawned) != "0" else None,
         fees=tuple((str(fee["currency"]), exact(fee["cost"])) for fee in fees) or None,
     )

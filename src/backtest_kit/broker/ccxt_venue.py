@@ -13,6 +13,8 @@ import msgspec
 from backtest_kit.broker.base import Fill, OrderTransient
 from backtest_kit.broker.ccxt_errors import OrderMissing, is_clock_skew, order_error, order_is_there
 from backtest_kit.broker.ccxt_market import Market, Side, VenueOrder, read_market, read_order
+from backtest_kit.broker.ccxt_rules import LISTED_DAYS, VenueRules
+from backtest_kit.broker.order_ids import parse
 from backtest_kit.broker.rounding import exact
 from backtest_kit.ccxt_client import find_market, library, said
 from backtest_kit.errors import BacktestKitError, Outcome
@@ -21,12 +23,16 @@ from backtest_kit.model.position import Direction
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _DAY_MS: Final = 86_400_000
-_LOOKS_UP_BY_CLIENT_ID: Final = frozenset({"binance", "binanceusdm", "binanceus"})
-"""Exchanges whose `fetch_order` is known to look up by client id and to say so where there is none. Of any other
-one "no such order" is believed only when its lists of orders do not have it either."""
-_ONE_BOOK: Final = frozenset({"binance", "binanceus"})
-"""Exchanges that list the stops of their spot markets among all other orders."""
+_MINUTE_MS: Final = 60_000
 _SETTLING_S: Final = 5.0
+_LISTINGS: Final = {
+    "fetchOrders": "fetch_orders",
+    "fetchClosedOrders": "fetch_closed_orders",
+    "fetchCanceledOrders": "fetch_canceled_orders",
+    "fetchMyTrades": "fetch_my_trades",
+}
+_ENDED: Final = ("fetchClosedOrders", "fetchCanceledOrders")
+"""What lists the orders that are over, where one list does not have all orders."""
 
 
 class Exposure(msgspec.Struct, frozen=True):
@@ -40,8 +46,17 @@ class Exposure(msgspec.Struct, frozen=True):
 class CcxtVenue:
     """A connected account. Raises what hooks raise: `OrderTransient`, `OrderRejected` and its kinds."""
 
-    def __init__(self, client: Any, exchange_id: str, *, deadline_s: float, arrival_s: float, secrets: Iterable[str]):
-        self._client, self._id = client, exchange_id
+    def __init__(
+        self,
+        client: Any,
+        exchange_id: str,
+        rules: VenueRules,
+        *,
+        deadline_s: float,
+        arrival_s: float,
+        secrets: Iterable[str],
+    ) -> None:
+        self._client, self._id, self._rules = client, exchange_id, rules
         self._deadline_s, self._arrival_s = deadline_s, arrival_s
         self._secrets = tuple(secret for secret in secrets if secret)
         self._markets: dict[str, Market] = {}
@@ -54,7 +69,8 @@ class CcxtVenue:
         if symbol not in self._markets:
             raw, ccxt = find_market(self._client, self._id, symbol), library()
             modes = (ccxt.DECIMAL_PLACES, ccxt.SIGNIFICANT_DIGITS, ccxt.TICK_SIZE)
-            self._markets[symbol] = read_market(raw, self._client.precisionMode, modes)
+            market_stop = self._rules.market_stop(raw)
+            self._markets[symbol] = read_market(raw, self._client.precisionMode, modes, market_stop=market_stop)
         return self._markets[symbol]
 
     async def call(self, doing: str, request: Callable[[], Awaitable[T]], *, again: bool = True) -> T:
@@ -91,7 +107,7 @@ class CcxtVenue:
         """Send one order. Afterwards it rests, or, for a market order, it is done."""
         params: dict[str, Any] = {"clientOrderId": client_id}
         if trigger is not None:
-            params["stopLossPrice"] = float(trigger)
+            params |= {"stopLossPrice": float(trigger), **self._rules.stop_id(client_id)}
         if reduce_only and market.contract:
             params["reduceOnly"] = True
         if immediate:
@@ -147,43 +163,44 @@ class CcxtVenue:
         return found
 
     async def _look(self, market: Market, client_id: str) -> VenueOrder | None:
-        params = {"clientOrderId": client_id}
-        doing = f"look up {client_id}"
-        try:
-            raw = await self.call(doing, lambda: self._client.fetch_order(client_id, market.symbol, params))
-        except OrderMissing:
-            if self._id in _LOOKS_UP_BY_CLIENT_ID:
-                return None
-            recent = self.now_ms() - _DAY_MS
-            listed = [*await self.open_orders(market), *await self.orders_since(market, recent)]
-            return next((order for order in listed if order.client_id == client_id), None)
-        return read_order(raw, market)
+        further = self._rules.lookup
+        if further is not None:
+            params = {"clientOrderId": client_id, **further}
+            doing = f"look up {client_id}"
+            try:
+                raw = await self.call(doing, lambda: self._client.fetch_order(client_id, market.symbol, params))
+                return read_order(raw, market)
+            except OrderMissing:
+                if self._rules.certain:
+                    return None
+        # Of any other exchange "no such order" is believed only when its lists of orders do not have it either.
+        recent = self.now_ms() - LISTED_DAYS * _DAY_MS
+        listed = [*await self.open_orders(market), *await self.orders_since(market, recent)]
+        sought = parse(client_id)
+        return next((order for order in listed if sought is not None and parse(order.client_id) == sought), None)
 
     async def open_orders(self, market: Market) -> list[VenueOrder]:
         found: dict[str, VenueOrder] = {}
-        for params in self._books(market):
+        for params in self._rules.books("fetchOpenOrders"):
             raws = await self.call(
                 f"list the open orders of {market.symbol}",
                 lambda params=params: self._client.fetch_open_orders(market.symbol, None, None, params),  # type: ignore[misc]
             )
-            found |= {order.id: order for order in (read_order(raw, market) for raw in raws) if order.open}
+            orders = (read_order(raw, market, conditional=bool(params)) for raw in raws)
+            # Where an exchange takes no notice of what is asked for, the same orders come twice.
+            found = {order.id: order for order in orders if order.open} | found
         return list(found.values())
 
     async def orders_since(self, market: Market, since_ms: int) -> list[VenueOrder]:
         """All orders of a market from `since_ms` on, oldest first; what triggered stops became is filled in."""
-        has, client = self._client.has, self._client
-        lists = (
-            [client.fetch_orders]
-            if has.get("fetchOrders") is True
-            else [getattr(client, name) for name in _lists_of(has)]
-        )
+        has = self._client.has
         found: dict[str, VenueOrder] = {}
-        for listing in lists:
-            for params in self._books(market):
+        for method in ["fetchOrders"] if has.get("fetchOrders") is True else [name for name in _ENDED if has.get(name)]:
+            for params in self._rules.books(method):
                 doing = f"list the orders of {market.symbol}"
-                for raw in await self._pages(doing, listing, market, since_ms, params):
-                    order = read_order(raw, market)
-                    found[order.id] = await self._follow(market, order)
+                for raw in await self._pages(doing, method, market, since_ms, params):
+                    order = read_order(raw, market, conditional=bool(params))
+                    found.setdefault(order.id, await self._follow(market, order))
         return sorted(found.values(), key=lambda order: order.timestamp)
 
     async def latest_orders(self, market: Market) -> list[VenueOrder]:
@@ -200,17 +217,21 @@ class CcxtVenue:
     async def trades_since(self, market: Market, since_ms: int) -> list[dict[str, Any]]:
         """The account's own trades of a market, as ccxt reports them, oldest first."""
         doing = f"list the trades of {market.symbol}"
-        trades = await self._pages(doing, self._client.fetch_my_trades, market, since_ms, {})
+        trades = await self._pages(doing, "fetchMyTrades", market, since_ms, {})
         return sorted(trades, key=lambda trade: int(trade["timestamp"]))
 
     async def _pages(
-        self, doing: str, listing: Any, market: Market, since_ms: int, params: dict[str, Any]
+        self, doing: str, method: str, market: Market, since_ms: int, params: dict[str, Any]
     ) -> list[dict[str, Any]]:
+        """All that a list has from `since_ms` on, in windows as long as the exchange takes them."""
+        listing = getattr(self._client, _LISTINGS[method])
         found: dict[str, dict[str, Any]] = {}
         now_ms = self.now_ms()
-        # Binance lists one day at most at a time.
+        days_back, window_days = self._rules.days_back(method), self._rules.window_days(method)
+        if days_back is not None:
+            since_ms = max(since_ms, now_ms - int(days_back * _DAY_MS) + _MINUTE_MS)
         while True:
-            until_ms = since_ms + _DAY_MS
+            until_ms = now_ms + 1 if window_days is None else since_ms + int(window_days * _DAY_MS)
             window = params if until_ms > now_ms else {**params, "until": until_ms - 1}
             page_ms = since_ms
             while True:
@@ -233,7 +254,7 @@ class CcxtVenue:
 
     async def cancel(self, market: Market, order: VenueOrder) -> VenueOrder:
         """Cancel an order, and say what had become of it by then."""
-        params = {"trigger": True} if order.conditional else {}
+        params = (self._rules.trigger("cancelOrder") or {}) if order.conditional else {}
         doing = f"cancel {order.client_id or order.id}"
         try:
             raw = await self.call(doing, lambda: self._client.cancel_order(order.id, market.symbol, params))
@@ -241,7 +262,7 @@ class CcxtVenue:
             return await self.final(market, order)
         # A conditional order that could be cancelled was never triggered; some exchanges tell no more than the id.
         return (
-            read_order(raw, market)
+            read_order(raw, market, conditional=order.conditional)
             if order.conditional or raw.get("filled") is not None
             else await self.final(market, order)
         )
@@ -256,10 +277,10 @@ class CcxtVenue:
         Raises:
             OrderRejected: the exchange has none.
         """
-        params = {"trigger": True} if conditional else {}
+        params = (self._rules.trigger("fetchOrder") or {}) if conditional else {}
         doing = f"look up {order_id}"
         raw = await self.call(doing, lambda: self._client.fetch_order(order_id, market.symbol, params))
-        return await self._follow(market, read_order(raw, market))
+        return await self._follow(market, read_order(raw, market, conditional=conditional))
 
     async def balance(self, currency: str) -> tuple[Decimal, Decimal]:
         """What is free, and all that there is, of a currency."""
@@ -307,7 +328,7 @@ class CcxtVenue:
         if order.fees is not None:
             return list(order.fees), order.timestamp
         doing = f"read the trades of {order.client_id or order.id}"
-        if self._id in _LOOKS_UP_BY_CLIENT_ID:
+        if self._rules.certain:
             by_id = {"orderId": order.id}
             raws = await self.call(doing, lambda: self._client.fetch_my_trades(market.symbol, None, None, by_id))
         elif self._client.has.get("fetchOrderTrades") is True:
@@ -336,15 +357,6 @@ class CcxtVenue:
         doing = f"set the leverage of {market.symbol} to {leverage}"
         await self.call(doing, lambda: self._client.set_leverage(leverage, market.symbol))
 
-    def _books(self, market: Market) -> list[dict[str, Any]]:
-        one = self._id in _ONE_BOOK and not market.contract
-        return [{}] if one else [{}, {"trigger": True}]
-
     def now_ms(self) -> int:
         """The time at the exchange."""
         return int(self._client.milliseconds()) - int(self._client.options.get("timeDifference") or 0)
-
-
-def _lists_of(has: dict[str, Any]) -> list[str]:
-    names = {"fetchClosedOrders": "fetch_closed_orders", "fetchCanceledOrders": "fetch_canceled_orders"}
-    return [method for name, method in names.items() if has.get(name)]

@@ -123,7 +123,7 @@ def troubles(status: LiveStatus) -> list[str]:
         said.append(f"{_count(status.missed, 'minute')} missed")
     if status.written_ms > status.when_ms > 0:
         said.append(f"the clock is behind the last write, of {iso(status.written_ms)}")
-    return said
+    return [*said, *status.notes]
 
 
 def lost(status: LiveStatus) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from typing import Final
 
 from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
@@ -15,7 +15,7 @@ from backtest_kit.errors import UserError
 from backtest_kit.persist.comparison import Comparison, Sum, compare_stores
 from backtest_kit.persist.migration import Migration, Progress, migrate_store
 from backtest_kit.persist.store import Capability
-from backtest_kit.persist.urls import store_at
+from backtest_kit.persist.urls import shown, store_at
 from backtest_kit.persist.walk import Part
 
 _SECONDS_PER_LINE: Final = 5.0
@@ -39,17 +39,24 @@ async def _migrate(
     source_url: str, target_url: str, *, verify: bool, resume: bool
 ) -> tuple[Migration, list[Comparison] | None]:
     source, target = store_at(source_url, existing=True), store_at(target_url)
+    writable = store_at(source_url)  # not opened before the very end, when the source is known to be a store
     if Capability.DURABLE not in target.capabilities:
         raise UserError(f"nothing that is moved to {target_url} outlives this command: name a file or a server")
     try:
         with _shown() as (on_progress, on_part):
-            moved = await migrate_store(source, target, resume=resume, on_progress=on_progress)
+            moved = await migrate_store(
+                source,
+                target,
+                resume=resume,
+                on_progress=on_progress,
+                source_to_mark=writable,
+                target_name=shown(target_url),
+            )
             compared = await compare_stores(source, target, on_part=on_part) if verify else None
     finally:
-        try:
-            await source.close()
-        finally:
-            await target.close()
+        async with AsyncExitStack() as stack:
+            for store in (target, writable, source):
+                stack.push_async_callback(store.close)
     return moved, compared
 
 

@@ -20,6 +20,7 @@ from backtest_kit.persist import operations, transfer
 from backtest_kit.persist.contracts import contract
 from backtest_kit.persist.retention import Expired, compact, retention_of
 from backtest_kit.persist.store import Record, Store
+from backtest_kit.persist.store_id import reclaim_store_id
 from backtest_kit.persist.urls import shown, store_at
 from backtest_kit.settings import from_environment
 
@@ -135,6 +136,11 @@ def run_quarantine_restore(url: str, path: str) -> None:
 def run_quarantine_drop(url: str, path: str) -> None:
     with_store(url, lambda store: operations.quarantine_drop(store, path), existing=False)
     say(f"{path} is given up, and its key is free.")
+
+
+def run_reclaim(url: str) -> None:
+    other = with_store(url, reclaim_store_id, existing=False)
+    say(f"{shown(url)} may trade live again. Never start {other} again: both would trade the same positions.")
 
 
 def run_export(url: str, file: Path) -> None:

@@ -111,10 +111,19 @@ def migrate(
         bool, typer.Option("--resume", help="Go on with a migration that was killed, or stopped by an error.")
     ] = False,
 ) -> None:
-    """Move everything from one store to another of whatever kind. Stop your program first; SOURCE is not changed."""
+    """Move everything from one store to another of whatever kind. Stop your program first; If it has traded
+    live, SOURCE refuses live starts afterwards (see `store reclaim`); nothing else in it is changed."""
     from backtest_kit.cli.migrate import run_migrate
 
     raise typer.Exit(run_migrate(source, target, verify=verify, resume=resume))
+
+
+@store_app.command(epilog="Example: backtest-kit store reclaim --store file:./dump")
+def reclaim(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
+    """Trade live from a store again after `store migrate` moved it elsewhere. Stop using the other store first."""
+    from backtest_kit.cli.store import run_reclaim
+
+    run_reclaim(store)
 
 
 @quarantine_app.command("list")

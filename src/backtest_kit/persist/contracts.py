@@ -119,13 +119,17 @@ MIGRATION: Final = Contract("migration", ("name",), _S, _R, Delete.NULL_VALUE, D
 is complete. Like a lease it says nothing of a strategy, and never moves."""
 MIGRATION_KEY: Final = ("checkpoint",)
 
+STORE_ID: Final = Contract("identity", ("name",), _S, _R, Delete.NEVER, Durability.MONEY)
+"""The id of the store, see `persist.store_id`. Migrations and exports take it along in their own way."""
+STORE_ID_KEY: Final = ("store",)
+
 HISTORY: Final = Contract(
     "history", ("contractName", "recordKey", "revision"), Kind.FEED, _R, Delete.NEVER, Durability.RECORD
 )
 """Revisions of records that were replaced, see `persist.history`. They count the revisions of one store, so they stay
 in it: a migration does not take them along."""
 
-ALL_CONTRACTS: Final = {**CONTRACTS, **{row.name: row for row in (LEASE, CLAIM, MIGRATION, HISTORY)}}
+ALL_CONTRACTS: Final = {**CONTRACTS, **{row.name: row for row in (LEASE, CLAIM, MIGRATION, STORE_ID, HISTORY)}}
 """Whatever may lie in a store, by name: the contracts of the user, and what stores keep for themselves."""
 
 

@@ -1,7 +1,8 @@
 """Everything that one store has, moved into another one of whatever kind, and the proof that it arrived.
 
-The source is only read. What the target gets has revisions and wall-clock times of its own; keys, values,
-simulation times, removals and the order of writing are those of the source. Leases stay behind.
+Of the source only the record of its id is changed, at the end (see `store_id`). What the target gets has revisions and
+wall-clock times of its own; keys, values, simulation times, removals and the order of writing are those of the source.
+Leases stay behind.
 
 While a migration is under way the target has a record of it (`contracts.MIGRATION`): which parts are complete, and
 which record of the source was the newest in each. So a migration that was killed goes on with the first part that is
@@ -27,6 +28,7 @@ from backtest_kit.persist.contracts import CONTRACTS, MIGRATION, MIGRATION_KEY
 from backtest_kit.persist.lease import require_idle
 from backtest_kit.persist.operations import EVER, spaces, text_of
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Store, Write
+from backtest_kit.persist.store_id import move_store_id, place_of, require_movable_id
 from backtest_kit.persist.upkeep import Finding, Identified, ListsNamespaces, ListsSeries, Upkeep
 from backtest_kit.persist.walk import Part
 
@@ -81,16 +83,23 @@ async def migrate_store(
     *,
     resume: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    source_to_mark: Store | None = None,
+    target_name: str = "",
 ) -> Migration:
     """Write every record, in every namespace, and every candle of `source` to `target`.
 
     The target is empty, or has the beginning of what the source has; with `resume` it may also be one that an
     earlier call did not complete. Nobody may write to either of them meanwhile: stop the program that does. A
-    source that was written to all the same is noticed at the end.
+    source that was written to all the same is noticed at the end. A source that has traded live gives its id to the
+    target as the last step, and refuses live starts from then on.
+
+    Args:
+        source_to_mark: the source, opened for writing, where `source` is not.
+        target_name: what the source calls the target when it refuses a live start.
 
     Raises:
-        UserError: `target` has something else, is half of another migration, or a store cannot list what it has.
-            Nothing was written.
+        UserError: `target` has something else, is half of another migration, has traded live itself, or a store
+            cannot list what it has. Nothing was written.
         Damaged: something in `source` cannot be read; all of it is named, and nothing was written.
         Conflict: a process trades a position that is in one of them, it is named, and nothing was written; or
             the source was written to meanwhile, and what is in the target is not of one moment.
@@ -98,6 +107,7 @@ async def migrate_store(
     """
     left_out = await _require_movable(source, target)
     complete = await _checkpoint(source, target, resume)
+    moving = await require_movable_id(source, target)
     mine, theirs = await walk.parts(source), await _parts_of_target(target)
     waiting = sorted({*mine, *theirs} - complete.keys(), key=lambda part: part.place)
     lists = isinstance(target, ListsNamespaces) and isinstance(target.candles, ListsSeries)
@@ -108,7 +118,11 @@ async def migrate_store(
         await work.write_down()
         for number, part in enumerate(waiting, 1):
             await work.copy(number, part, present.get(part, 0))
-        await work.finish(mine)
+        await work.require_unchanged(mine)
+        if moving is not None:
+            await work.write_down()  # the source is not to be given up for what is not on the disk yet
+            await move_store_id(moving, source_to_mark or source, target, target_name or await place_of(target))
+        await work.finish()
     return Migration(work.summary(), left_out)
 
 
@@ -287,8 +301,8 @@ class _Work:
         await self._target.put(Write(MIGRATION, MIGRATION_KEY, value))
         self._written_down = time.monotonic()
 
-    async def finish(self, parts: list[Part]) -> None:
-        """Remove the record of it, if the source is what it was when it was copied.
+    async def require_unchanged(self, parts: list[Part]) -> None:
+        """Make sure that the source is what it was when it was copied.
 
         Raises:
             Conflict: it was written to.
@@ -303,6 +317,9 @@ class _Work:
                 "what is in the target is not of one moment: stop the program that does. What it added is moved by "
                 "going on; what it changed takes an empty target"
             )
+
+    async def finish(self) -> None:
+        """Make everything durable, and remove the record of the migration."""
         await self._flush()
         await self._target.put(Write(MIGRATION, MIGRATION_KEY, None, removed=True))
 

@@ -27,11 +27,12 @@ from backtest_kit.errors import BacktestKitError, Damaged, UserError
 from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.persist import walk
 from backtest_kit.persist.codec import dump_value, parse
-from backtest_kit.persist.contracts import CONTRACTS, Kind
+from backtest_kit.persist.contracts import CONTRACTS, Durability, Kind
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.keys import check_key
 from backtest_kit.persist.operations import text_of
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Record, SeriesKey, Store, Write
+from backtest_kit.persist.store_id import adopt_store_id, read_store_id
 
 FORMAT: Final = "backtest-kit store"
 VERSION: Final = 1
@@ -40,6 +41,11 @@ _DIGEST: Final = b',"digest":"'
 _CANDLES_PER_LINE: Final = 10_000
 _CHUNK: Final = 500
 _MOST_PROBLEMS: Final = 20
+
+
+class _Head(msgspec.Struct, rename="camel"):
+    store_id: str = ""
+    """Of the store that was exported; empty where it had not traded live."""
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -80,7 +86,8 @@ async def export_store(store: Store, file: str | os.PathLike[str], *, candles: b
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from error
     try:
-        lines = [_seal({"format": FORMAT, "version": VERSION})]
+        own = await read_store_id(store)
+        lines = [_seal({"format": FORMAT, "version": VERSION} | ({"storeId": own.id} if own else {}))]
         async for fields, count in _everything(store, candles):
             lines.append(_seal(fields))
             records += not count
@@ -110,12 +117,17 @@ async def import_store(store: Store, file: str | os.PathLike[str]) -> Counts:
     source = Path(file)
     problems: list[str] = []
     foot: dict[str, Any] | None = None
+    head, foreign = _Head(), False
     records = rows = 0
     async with aclosing(_lines(source, problems)) as lines:
         async for number, line in lines:
             if isinstance(line, dict):
                 foot = line
                 continue
+            if isinstance(line, _Head):
+                head = line
+                continue
+            foreign = foreign or (_holds_money(line) and await _is_of_other_store(store, head))
             records += line.columns is None
             rows += 0 if line.columns is None else len(line.columns["timestamp"])
             if await _is_other(store, line):
@@ -124,6 +136,11 @@ async def import_store(store: Store, file: str | os.PathLike[str]) -> Counts:
                 break
     if foot != {"end": True, "records": records, "candles": rows} and not problems:
         problems.append(f"it ends after {records} records and {rows} candles, and no foot says so: it was cut")
+    if foreign:
+        problems.append(
+            f"it has positions of store {head.store_id}, and the target trades live under an id of its own, so that "
+            "it would not know their orders on the exchange: import it into an empty store"
+        )
     if problems:
         listed = "; ".join(problems[:_MOST_PROBLEMS]) + ("; and more" if len(problems) > _MOST_PROBLEMS else "")
         raise UserError(f"{source} was not imported, nothing was written: {listed}")
@@ -169,8 +186,8 @@ def _finish(output: BinaryIO, lines: list[bytes], part: Path, target: Path) -> N
     disk.sync_directory(str(target.parent))
 
 
-async def _lines(source: Path, problems: list[str]) -> AsyncGenerator[tuple[int, _Line | dict[str, Any]]]:
-    """Every sound line after the head with its number, and the foot as a dict. The others go into `problems`."""
+async def _lines(source: Path, problems: list[str]) -> AsyncGenerator[tuple[int, _Head | _Line | dict[str, Any]]]:
+    """Every sound line with its number, and the foot as a dict. The others go into `problems`."""
     try:
         file = await asyncio.to_thread(source.open, "rb")
     except OSError as error:
@@ -185,14 +202,13 @@ async def _lines(source: Path, problems: list[str]) -> AsyncGenerator[tuple[int,
                 except BacktestKitError as error:
                     problems.append(f"line {number}: {error}")
                     continue
-                if line is not None:
-                    yield number, line
+                yield number, line
     finally:
         file.close()
 
 
-def _open(number: int, data: bytes) -> _Line | dict[str, Any] | None:
-    """One line, checked; None for the head."""
+def _open(number: int, data: bytes) -> _Head | _Line | dict[str, Any]:
+    """One line, checked."""
     body, mark, digest = data.rpartition(_DIGEST)
     if not mark:
         foot = parse(data)
@@ -209,7 +225,7 @@ def _open(number: int, data: bytes) -> _Line | dict[str, Any] | None:
             raise Damaged(
                 f"it was written by a newer version of this program (format {fields.get('version')}): upgrade"
             )
-        return None
+        return msgspec.convert(fields, _Head)
     try:
         line = msgspec.convert(fields, _Line)
     except msgspec.ValidationError as error:
@@ -230,6 +246,10 @@ async def _write_all(store: Store, source: Path) -> Counts:
     try:
         async for _, line in _lines(source, []):
             if isinstance(line, dict):
+                continue
+            if isinstance(line, _Head):
+                if line.store_id:
+                    await adopt_store_id(store, line.store_id)
                 continue
             here, weight = walk.space_of(store, line.namespace), len(dump_value(line.value))
             is_full = len(waiting) >= walk.BATCH_RECORDS or size + weight > walk.BATCH_BYTES
@@ -254,6 +274,16 @@ async def _write_all(store: Store, source: Path) -> Counts:
         )
         raise type(error)(note, outcome=error.outcome) from error
     return Counts(records + len(waiting), rows, present)
+
+
+def _holds_money(line: _Line) -> bool:
+    """Whether a line is of a live position, or what else money depends on."""
+    return not line.namespace and CONTRACTS[line.contract].durability is Durability.MONEY and line.value is not None
+
+
+async def _is_of_other_store(store: Store, head: _Head) -> bool:
+    own = await read_store_id(store)
+    return own is not None and bool(head.store_id) and own.id != head.store_id
 
 
 async def _is_other(store: Store, line: _Line) -> bool:

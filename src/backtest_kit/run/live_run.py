@@ -29,13 +29,15 @@ from backtest_kit.model.event import (
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso
 from backtest_kit.model.position import Position, RestingEntry
 from backtest_kit.persist.binding import Persistence
-from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.contracts import CONTRACTS, LEASE
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.lease import Lease, acquire
 from backtest_kit.persist.possession import beside, given_back, kept_through_lapses
 from backtest_kit.persist.store import Key
+from backtest_kit.persist.store_id import claim_store_id
 from backtest_kit.records import RunRecords
+from backtest_kit.run.account_lock import account_locked
 from backtest_kit.run.alarms import Alarms, words_of
 from backtest_kit.run.chronicle import Chronicle, Observer
 from backtest_kit.run.cron import Cron
@@ -177,7 +179,26 @@ class LiveRun:
             self.keeper.lease = lease
             stack.push_async_callback(given_back, lease)
             crashpoint("live.start.after_lease")
+            if mode == "live":
+                await stack.enter_async_context(self._account())
             yield lease
+
+    @asynccontextmanager
+    async def _account(self) -> AsyncIterator[None]:
+        """The right to send orders from this store: they carry its id, and no other store of this machine trades the
+        symbol of the account."""
+        broker, identity = self.job.broker, self.job.identity
+        store = self._persistence.store_for(LEASE, "live")
+        # After the lease, which is refused in a store that a migration has not completed: that one gets its id from it.
+        broker.store_id = await claim_store_id(store)
+        async with account_locked(
+            broker.account(),
+            identity.symbol,
+            store=store,
+            store_id=broker.store_id,
+            strategy_name=identity.strategy_name,
+        ):
+            yield
 
     async def _work(self) -> None:
         """Connect to everything that the run needs, and trade; let go of it in the reverse order."""

@@ -55,6 +55,8 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     clock_drift_ms: int | None = None
     """How far the exchange's clock is ahead of this machine's, where it tells. Beyond a second the run goes by the
     exchange's, and says so in the log."""
+    notes: tuple[str, ...] = ()
+    """What people should know of the broker."""
     missed: int = 0
     """Minutes that passed without a decision."""
     gaps_filled: int = 0
@@ -106,6 +108,7 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         held=lease is not None and lease.held,
         ended=ended,
         clock_drift_ms=run.job.time.drift_ms,
+        notes=job.broker.notes,
         missed=run.missed,
         gaps_filled=run.gaps_filled,
         repairs=run.repairs,

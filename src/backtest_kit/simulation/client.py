@@ -171,6 +171,9 @@ class VenueBroker(Broker):
         self._account = account
         self._kind: Kind = kind
 
+    def account(self) -> str:
+        return f"{self._kind}:{self._http.url}:{self._account}"
+
     async def start(self) -> None:
         try:
             await self._ask("holdings", self._wish(), list[VenuePosition])
