@@ -205,7 +205,7 @@ class CcxtVenue:
     async def latest_orders(self, market: Market) -> list[VenueOrder]:
         """The latest orders of a market, open ones and others: as many as the exchange lists in one answer."""
         doing, found = f"list the latest orders of {market.symbol}", list[VenueOrder]()
-        for listing in [getattr(self._client, method) for method in self._lists()]:
+        for listing in [getattr(self._client, _LISTINGS[method]) for method in self._lists()]:
             raws = await self.call(doing, lambda listing=listing: listing(market.symbol))  # type: ignore[misc]
             found += [read_order(raw, market) for raw in raws]
         return found

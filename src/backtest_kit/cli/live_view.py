@@ -37,7 +37,8 @@ def view(head: str, statuses: Sequence[LiveStatus], width: int, height: int) -> 
     reasons = dict.fromkeys(each.degraded for each in statuses if each.degraded)
     parts += [_cut(Text(f"DEGRADED, nothing new is opened: {reason}", "bold red")) for reason in reasons]
     waiting = {each.no_entry: each.identity.symbol for each in statuses if each.no_entry}
-    parts += [Text(f"NO ENTRIES for {symbol}: {reason}", "bold red") for reason, symbol in waiting.items()]
+    for reason, symbol in list(waiting.items())[:1]:  # the others are told by their rows, and by their alarms
+        parts.append(Text(f"NO ENTRIES for {symbol}: {reason}", "bold red"))
     return Group(*parts)
 
 

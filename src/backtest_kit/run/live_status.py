@@ -102,7 +102,7 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         paused=book.paused,
         stopping=run.trader.stopping,
         degraded=run.keeper.degraded,
-        no_entry=run.trader.no_entry if run.when_ms else "",
+        no_entry=run.trader.no_entry if run.began.is_set() else "",
         written_ms=run.keeper.written_ms,
         holder="" if lease is None else str(lease.holder),
         held=lease is not None and lease.held,
