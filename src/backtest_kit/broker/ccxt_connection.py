@@ -57,7 +57,6 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
             client.urls["api"] = {**client.urls["api"], **self.urls}
         rules = VenueRules(client, self.kind)
         try:
-            notes = rules.check()
             venue = CcxtVenue(
                 client,
                 self.exchange_id,
@@ -66,7 +65,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
                 arrival_s=self.arrival_ms / 1000,
                 secrets=[secret for secret in secrets.values() if secret],
             )
-            await self._check(client, venue)
+            notes = await self._check(client, venue, rules)
         except BaseException:
             await client.close()
             raise
@@ -109,11 +108,13 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         given = {name: secret for name, secret in secrets.items() if secret}
         return {**given, "timeout": self.timeout_ms, "enableRateLimit": self.rate_limit, "options": options}
 
-    async def _check(self, client: Any, venue: CcxtVenue) -> None:
+    async def _check(self, client: Any, venue: CcxtVenue, rules: VenueRules) -> list[str]:
+        """What is not known of the exchange, for people, where it can be traded."""
         needed = (*_NEEDED, "fetchPositions") if self.kind == "futures" else _NEEDED
         lacking = [name for name in needed if not client.has.get(name)]
         if lacking:
             raise UserError(f"{self.exchange_id} cannot be traded through ccxt: it has no {', '.join(lacking)}")
+        notes = rules.check()
         await self._asked(venue, "load the markets", client.load_markets)
         if not client.markets:
             raise RetryLater(f"{self.exchange_id}: the list of markets is empty, or ccxt cannot read it")
@@ -133,6 +134,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
                 "%s: this machine's clock is %+d ms off the exchange's: orders are sent in the exchange's time; "
                 "synchronise this clock (NTP)", self.exchange_id, skew_ms
             )  # fmt: skip
+        return notes
 
     async def _asked(self, venue: CcxtVenue, doing: str, request: Callable[[], Awaitable[Any]]) -> Any:
         try:
