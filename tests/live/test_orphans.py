@@ -28,14 +28,14 @@ class Mirror(Venue):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stop: Callable[[], float | None] = lambda: None
+        self.trigger: Callable[[], float | None] = lambda: None
         self.factor = 1.0
         """What it lists of all that was bought; below 0 the other way round."""
 
     async def holdings(self, symbols: Sequence[str]) -> list[bk.VenuePosition] | None:
         bought = sum(fill.quantity for (kind, _), fill in self.done.items() if kind == "open") * self.factor
         direction = "long" if bought > 0 else "short"
-        return [held(self.stop(), direction, abs(bought))] if bought else []
+        return [held(self.trigger(), direction, abs(bought))] if bought else []
 
 
 @pytest.fixture
@@ -143,11 +143,11 @@ async def test_a_stop_that_vanishes_again_is_placed_again_at_once(memory_rig: Ri
         await memory_rig.trade(0)
     clock = UntilClock(START + MINUTE_MS, START + 9 * MINUTE_MS)
     kit = memory_rig.kit(clock)
-    venue.stop = lambda: None if (clock.now_ms() - START) // MINUTE_MS in (2, 5, 8) else 30_000.0
+    venue.trigger = lambda: None if (clock.now_ms() - START) // MINUTE_MS in (2, 5, 8) else 30_000.0
     if foreign:
 
         async def holdings(symbols: Any) -> Any:
-            return [held(venue.stop())]
+            return [held(venue.trigger())]
 
         venue.holdings = holdings  # type: ignore[method-assign]
     handle = kit.live.background("BTCUSDT", **WHERE, orphans="protect")
@@ -198,7 +198,7 @@ async def test_what_another_strategy_of_the_store_has_is_known_although_its_proc
     store = bk.MemoryStore()
     first, second = Rig(tmp_path / "first", store), Rig(tmp_path / "second", store)
     first.venue = second.venue = Mirror()
-    second.venue.stop = lambda: 40_000.0
+    second.venue.trigger = lambda: 40_000.0
     second.strategy["get_signal"] = lambda ctx: None
     if left == "entry":
         first.strategy["get_signal"] = lambda ctx: bk.Signal(
@@ -245,7 +245,8 @@ async def test_of_more_than_another_strategy_has_nothing_is_done(
     elif left == "alive":
         first.strategy["get_signal"] = lambda ctx: None
     clock = UntilClock(START, START)
-    alive, signals = None, ()
+    alive = None
+    signals: tuple[bk.VenueSignal, ...] = ()
     if left == "alive":
         alive = first.kit(clock).live.background("BTCUSDT", **WHERE)
         await clock.over.wait()
@@ -341,7 +342,7 @@ async def test_of_strategies_side_by_side_the_sum_is_compared_and_nothing_is_don
     async def holdings(symbols: Any) -> Any:
         # What is wrong with it is so from the next minute on.
         asked.append((clock.now_ms() - START) // MINUTE_MS)
-        mirror.done, mirror.factor, mirror.stop = idle.venue.done, factor, lambda: stop
+        mirror.done, mirror.factor, mirror.trigger = idle.venue.done, factor, lambda: stop
         return await mirror.holdings(symbols) if asked[-1] else []
 
     idle.venue.holdings = holdings  # type: ignore[method-assign]
