@@ -30,6 +30,12 @@ class UserError(BacktestKitError):
     """A bad schema, signal, setting or data file: correct the input named in the message."""
 
 
+class BadCandles(UserError):
+    """A source has answered with what cannot be traded on, or not even be read as candles.
+
+    In a backtest the source is to be corrected. A live run asks again: the next answer may be a good one."""
+
+
 class RetryLater(BacktestKitError):
     """A store or an exchange is unavailable, too slow or locked: the same call may work later."""
 

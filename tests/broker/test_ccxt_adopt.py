@@ -45,7 +45,7 @@ class NoOthers:
 async def adopted(broker: CcxtBroker, price: float) -> Holding:
     identity = Identity("BTCUSDT", "trend", "binance", "", "live")
     desk = Desk(Rules(identity=identity, settings=Settings(), interval_ms=MINUTE_MS))
-    desk.tick = Tick(START, *[price] * 5)
+    desk.tick = Tick.flat(START, price)
     books = Books(broker)
     guard = OrphanGuard(desk, broker, "adopt", books, NoOthers())
     found = await guard.compare(START, lambda: {("trend", "binance", "BTCUSDT"): Book()})

@@ -22,7 +22,8 @@ from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.codec import seal, unseal
 from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.files import Disk
+from backtest_kit.persist.files import Disk, has_lost_blocks
+from backtest_kit.persist.journal import written_lines
 from backtest_kit.persist.store import Key, Plain, Record, SeriesKey, Write
 from backtest_kit.persist.testing.faults import FaultFS
 
@@ -200,7 +201,7 @@ async def test_five_hundred_damaged_journals(tmp_path: Path, chance: random.Rand
         kept = Path(f"{journal}.damaged")
         assert not journal.exists()
         assert not kept.exists() or kept.read_bytes() == data
-        whole = data.endswith(b"\n") and all(line in sound + other for line in data.splitlines(keepends=True))
+        whole = data.endswith(b"\n") and all(line in sound + other for line in written_lines(data))
         if b"\n" in data.rstrip(b"\n") and not whole and data.endswith(b"\n"):
             assert kept.exists(), number
         await store.close()
@@ -218,6 +219,8 @@ async def test_a_thousand_damaged_feed_lines(tmp_path: Path, chance: random.Rand
         line = chance.choice((flip, blank, insert, cut))(middle[:-1], last, chance)
         if not line or line.isspace() or line == middle[:-1]:
             continue
+        if has_lost_blocks(line + b"\n", len(first)):
+            continue  # as it would be if it had never been durable
         root = tmp_path / str(number)
         feed = root / "storage/backtest/00000001.jsonl"
         feed.parent.mkdir(parents=True)

@@ -36,15 +36,16 @@ SETTINGS = with_settings(Settings(), {"CC_MAX_SIGNAL_LIFETIME_MINUTES": "inf"})
 IDENTITY = Identity("BTCUSDT", "trend", "binance", "jan", "backtest")
 
 
-def market(seed: int, minutes: int, sigma: float) -> Columns:
-    """Random columns with a price that lags the candles a little, as an average does."""
+def market(seed: int, minutes: int, sigma: float, missing: float = 0.0) -> Columns:
+    """Random columns with a price that lags the candles a little, as an average does; a part of them is filled."""
     rng = np.random.default_rng(seed)
     close = 100 * np.exp(np.cumsum(rng.normal(0, sigma, minutes)))
     open_ = np.concatenate(([100.0], close[:-1]))
     high = np.maximum(open_, close) * (1 + rng.exponential(sigma, minutes))
     low = np.minimum(open_, close) * (1 - rng.exponential(sigma, minutes))
     prices = (close + open_ + high + low) / 4
-    return Columns(START - 5 * M, prices, open_, high, low, close)
+    real = rng.random(minutes) >= missing if missing else None
+    return Columns(START - 5 * M, prices, open_, high, low, close, real)
 
 
 def answer(seed: int, when_ms: int, price: float) -> Signal | None:
@@ -106,7 +107,7 @@ def run(
         tick = columns.tick(when)
         if not isinstance(state, Flat):
             state, happened = step(state, tick, rules, wanted)
-        elif decision_due(state, when, rules):
+        elif tick.real and decision_due(state, when, rules):
             state, happened = admit(state, answer(seed, when, tick.price), tick, rules)
         else:
             continue
@@ -125,15 +126,16 @@ def run(
     fill=st.sampled_from(["vwap", "ohlc"]),
     interval=st.sampled_from([1, 5, 15, 60]),
     grid=st.sampled_from([1, 3, 60]),
+    missing=st.sampled_from([0.0, 0.02, 0.5, 0.97]),
     wanted=st.frozensets(
         st.sampled_from([PositionActive, EntryWaiting, PeakReached, FallReached, LevelReached, BreakevenReached])
     ),
 )
 def test_skipping_changes_nothing(
-    seed: int, minutes: int, sigma: float, fill: Fill, interval: int, grid: int, wanted: Wanted
+    seed: int, minutes: int, sigma: float, fill: Fill, interval: int, grid: int, missing: float, wanted: Wanted
 ) -> None:
-    """Whatever is listened to, and whatever the listeners then command."""
-    columns = market(seed, minutes, sigma)
+    """Whatever is listened to, whatever the listeners then command, and whichever candles are missing."""
+    columns = market(seed, minutes, sigma, missing)
     rules = Rules(
         identity=IDENTITY,
         settings=SETTINGS,
@@ -147,7 +149,8 @@ def test_skipping_changes_nothing(
     visited = run(columns, rules, seed, skip=False, wanted=wanted)
     assert skipped[:2] == visited[:2]
     for event in visited[0]:
-        if isinstance(event, PositionClosed):
+        assert columns.tick(event.when_ms).real or event.when_ms == rules.stop_ms
+        if isinstance(event, PositionClosed) and event.trade.close_reason != "frame_end":
             assert event.trade.fall_pct <= event.trade.pnl_pct <= event.trade.peak_pct
 
 

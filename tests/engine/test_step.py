@@ -380,3 +380,26 @@ def test_events_say_where_they_belong() -> None:
     assert isinstance(event, PositionOpened)
     assert (event.symbol, event.action, event.when_ms, event.price) == ("BTCUSDT", "opened", T, 100)
     assert event.when.isoformat() == "2024-01-01T00:00:00+00:00"
+
+
+def test_a_minute_without_a_candle_of_the_market_touches_fills_and_ends_nothing() -> None:
+    def made_up(minute: int, price: float) -> Tick:
+        return msgspec.structs.replace(tick(minute, price), real=False)
+
+    for rules in (RULES, OHLC):
+        holding = opened(LONG, rules=rules)
+        told = msgspec.structs.replace(holding, closing="by hand")
+        resting, _ = admit(Flat(), Signal("long", 102, 97, price_open=99, minutes=60), tick(0, 100), rules)
+        assert isinstance(resting, Resting)
+        for state in (holding, told, resting, msgspec.structs.replace(resting, order="activate")):
+            for minute, price in ((1, 103.0), (2, 98.0), (60, 100.0), (500, 100.0)):
+                assert step(state, made_up(minute, price), rules, frozenset({PositionActive})) == (state, ())
+        assert not activates(resting, made_up(1, 98), rules)
+        assert closed(told, tick(3, 100.2), rules).price_close == 100.2
+        assert closed(holding, tick(61, 100.1), rules).close_reason == "time_expired"
+        # The end of a frame does not wait: what is open there counts at the last price there is.
+        ending = msgspec.structs.replace(rules, stop_ms=T + 5 * M)
+        assert closed(holding, made_up(5, 103.0), ending).close_reason == "frame_end"
+        after, (event,) = step(resting, made_up(5, 98.0), ending)
+        assert isinstance(event, EntryCancelled)
+        assert (type(after), event.reason) == (Flat, "frame_end")

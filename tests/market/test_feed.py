@@ -390,7 +390,7 @@ async def test_available_is_the_unbroken_end(make_candles: Make, source_of: Any)
     assert (await feed.available("BTCUSDT", START, minutes(20))).candles == whole[10:20]
     assert len((await feed.available("BTCUSDT", START, minutes(24))).candles) == 0
     assert len((await feed.available("BTCUSDT", START - DAY_MS, START)).candles) == 0
-    filled, *_ = await feed.available("BTCUSDT", START, minutes(60), gaps="fill")
+    filled = (await feed.available("BTCUSDT", START, minutes(60), gaps="fill")).candles
     assert filled.timestamp[0] == minutes(10)
     assert len(filled) == 50
 
@@ -417,6 +417,70 @@ async def test_real_candles_are_loaded_or_their_gaps_named(real_files: list[Path
         else:
             assert (await feed.load("BTCUSDT", *bounds)).candles == held
     assert outcomes == {True, False}, "the files hold both whole and broken series"
+
+
+async def test_a_missing_minute_at_an_edge_is_a_gap_like_any_other(
+    make_candles: Make, source_of: Any, memory_store: Any
+) -> None:
+    whole = make_candles(400)
+    held = whole.take(np.r_[0:95, 96:299, 300:400])
+    for told in (True, False):
+        source = source_of(held)
+        if not told:
+            source.range = unknown_range
+        feed = feed_of(source, memory_store, CC_MAX_CANDLES_PER_REQUEST=50)
+        for first, last in ((95, 200), (50, 300), (95, 300), (299, 300)):
+            with pytest.raises(UserError, match=r"missing in [12] place.*--gaps fill"):
+                await feed.load("BTCUSDT", minutes(first), minutes(last))
+            loaded = await feed.load("BTCUSDT", minutes(first), minutes(last), gaps="fill")
+            assert loaded.real is not None
+            assert loaded.filled == np.count_nonzero(~loaded.real)
+            assert loaded.candles.take(loaded.real) == held.between(minutes(first), minutes(last))
+            assert loaded.candles.close[~loaded.real].tolist() == [
+                whole.close[at - 1] for at in (95, 299) if first <= at < last
+            ]
+        memory_store.rows.clear()
+
+
+async def test_the_candle_before_a_long_hole_is_found(make_candles: Make, source_of: Any) -> None:
+    """However many pages it is away."""
+    held = make_candles(9000).take(np.r_[0:20, 8000:9000])
+    source = source_of(held)
+    loaded = await feed_of(source).load("BTCUSDT", minutes(7990), minutes(8100), gaps="fill")
+    assert loaded.filled == 10
+    assert loaded.candles.close[:10].tolist() == [held.close[19]] * 10
+    source.range = unknown_range
+    assert (await feed_of(source).load("BTCUSDT", minutes(7990), minutes(8100), gaps="fill")).filled == 10
+    deep = await feed_of(source).available("BTCUSDT", minutes(10), minutes(8010), gaps="fill")
+    assert (int(deep.candles.timestamp[0]), deep.filled) == (minutes(10), 7980)
+    deep = await feed_of(source).available("BTCUSDT", minutes(5000), minutes(8010), gaps="fill")
+    assert (int(deep.candles.timestamp[0]), deep.filled) == (minutes(5000), 3000)
+
+
+async def test_the_range_that_an_error_names_is_true(make_candles: Make, source_of: Any) -> None:
+    """It begins and ends where the data do, whatever is missing at the edge of the frame."""
+    source = source_of(make_candles(400).take(np.r_[0:299, 300:400]))
+    with pytest.raises(UserError, match="binance has 2022-01-01T00:00Z to 2022-01-01T06:40Z: use start_date"):
+        await feed_of(source).load("BTCUSDT", minutes(-10), minutes(300))
+    with pytest.raises(UserError, match="end_date='2022-01-01T06:40Z'"):
+        await feed_of(source).load("BTCUSDT", minutes(299), minutes(420))
+
+
+async def unknown_range(symbol: str) -> None:
+    return None
+
+
+async def test_a_live_range_waits_for_its_end_and_for_a_first_candle(make_candles: Make, source_of: Any) -> None:
+    source = source_of(make_candles(60).take(np.r_[10:30, 31:59]))
+    feed = feed_of(source, now=minutes(60))
+    with pytest.raises(RetryLater, match="has not published the candle of 2022-01-01T00:59Z yet"):
+        await feed.load("BTCUSDT", minutes(59), minutes(60), gaps="fill", edges="wait")
+    with pytest.raises(RetryLater, match="no candle before 2022-01-01T00:06Z yet"):
+        await feed.load("BTCUSDT", minutes(5), minutes(59), gaps="fill", edges="wait")
+    assert (await feed.load("BTCUSDT", minutes(30), minutes(59), gaps="fill", edges="wait")).filled == 1
+    loaded = await feed.load("BTCUSDT", minutes(58), minutes(60), gaps="fill", edges="fill")
+    assert loaded.real is not None
+    assert loaded.real.tolist() == [True, False]
 
 
 def garbled(held: CandleSeries, **cells: tuple[int, float]) -> CandleSeries:
@@ -463,7 +527,7 @@ async def test_a_minute_is_found_whose_row_opened_before_the_range(make_candles:
     columns = {**held.columns(), "timestamp": held.timestamp + 14_000}
     feed = feed_of(Raw(CandleSeries(**columns)))
     for at in range(1, 30):
-        loaded = await feed.load("BTCUSDT", minutes(at), minutes(at + 1), dirty="repair", live=True)
+        loaded = await feed.load("BTCUSDT", minutes(at), minutes(at + 1), dirty="repair", edges="wait")
         assert loaded.candles.close[0] == held.close[at - 1]
 
 
@@ -475,7 +539,8 @@ async def test_only_what_was_published_is_cached(make_candles: Make, memory_stor
     first = await feed.load("BTCUSDT", START, minutes(30), gaps="fill", dirty="repair")
     (stored,) = memory_store.rows.values()
     assert sorted(stored) == [minutes(at) for at in range(30) if at not in (10, 11, 20)]
-    assert await feed.load("BTCUSDT", START, minutes(30), gaps="fill", dirty="repair") == first._replace(fetched=1)
+    second = await feed.load("BTCUSDT", START, minutes(30), gaps="fill", dirty="repair")
+    assert (second.candles, second.filled, second.fetched, second.repairs) == (first.candles, 2, 1, first.repairs)
     with pytest.raises(UserError, match="do not open on a whole 60 s step"):
         await feed.load("BTCUSDT", START, minutes(30), gaps="fill")
 

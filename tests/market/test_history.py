@@ -225,3 +225,48 @@ async def test_prices_do_not_depend_on_how_the_candles_came(
     await history.window("1m", older + 1, minutes(older + 1))
     assert history.candles == held
     assert np.array_equal(history.prices, vwap(held, price_window), equal_nan=True)
+
+
+async def test_a_filled_minute_whose_candle_comes_late_is_replaced_and_a_revised_one_is_not(
+    make_candles: Make, source_of: Any
+) -> None:
+    whole, late = make_candles(40), 20
+    source = source_of(whole.take(np.r_[0:late, late + 1 : 22]))
+    history = await History.load(feed_of(source), "BTCUSDT", minutes(10), minutes(19), gaps="fill", price_window=5)
+    await history.extend(minutes(22))
+    assert (history.filled, history.candles.volume[late - 5]) == (1, 0.0)
+    assert history.real is not None
+    assert np.flatnonzero(~history.real).tolist() == [late - 5]
+    columns = {name: column.copy() for name, column in whole.columns().items()}
+    columns["close"][21] *= 1.0001
+    source.held = CandleSeries(**columns)[:30]
+    await history.extend(minutes(23))
+    assert history.filled == 0
+    assert history.candles == whole[5:23]
+    assert history.prices.tolist()[4:] == vwap(whole[5:23], 5).tolist()[4:]
+
+
+async def test_a_hole_is_asked_for_again_for_some_minutes_only(make_candles: Make, source_of: Any) -> None:
+    whole = make_candles(60)
+    source = source_of(whole.take(np.r_[0:20, 23:60]))
+    history = await History.load(feed_of(source), "BTCUSDT", minutes(10), minutes(20), gaps="fill", price_window=5)
+    for at in range(24, 40):
+        source.asked.clear()
+        await history.extend(minutes(at))
+    assert source.asked == [(minutes(38), minutes(39))]
+    assert history.filled == 3
+    source.held = whole
+    await history.extend(minutes(45))
+    assert history.filled == 3, "what a strategy has read for long does not change under it"
+
+
+async def test_an_end_that_is_filled_is_a_guess_until_the_next_minute(make_candles: Make, source_of: Any) -> None:
+    whole = make_candles(40)
+    source = source_of(whole[:20])
+    history = await History.load(feed_of(source), "BTCUSDT", minutes(10), minutes(20), gaps="fill", price_window=5)
+    await history.extend(minutes(22), edges="fill")
+    assert (history.stop_ms, history.filled) == (minutes(22), 2)
+    source.held = whole
+    await history.extend(minutes(23), edges="fill")
+    assert history.filled == 0
+    assert history.candles == whole[5:23]

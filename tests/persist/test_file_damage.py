@@ -130,7 +130,8 @@ async def test_scan_tells_of_damage_where_it_meets_it(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     for name in "abc":
         await store.put(Write(STATE, (name, "x"), name))
-    (tmp_path / "state/b/x.json").write_bytes(b"")
+    await store.close()
+    (tmp_path / "state/b/x.json").write_bytes(b"rotten")
     os.utime(tmp_path / "state/b/x.json", (time.time() + 1, time.time() + 1))
     scan = store.scan(STATE)
     assert [(await anext(scan)).value for _ in "ac"] == ["a", "c"]
@@ -146,6 +147,7 @@ async def test_every_scan_tells_of_what_is_in_quarantine(tmp_path: Path) -> None
     for space in (store, store.within("paper")):
         for name in "abc":
             await space.put(Write(STATE, (name, "x"), name))
+    await store.close()
     place = tmp_path / "@paper/state/b/x.json"
     written = place.stat().st_mtime_ns
     place.write_bytes(b"rotten")

@@ -59,11 +59,33 @@ async def test_new_directories_are_durable_in_their_parents(file_store: FileStor
     assert synced[-1] == "binance"
 
 
-async def test_record_write_is_synced_within_50_ms(file_store: FileStore, faults: FaultFS) -> None:
+def steps_of(faults: FaultFS, name: str) -> list[str]:
+    """What was done with the files and the directory of a record, in order."""
+    told = {f"{name}.json.next": "successor", f"{name}.json": "record", "a": "directory"}
+    return [
+        f"{call} {told[Path(path).name]}"
+        for call, path in faults.history
+        if call in ("fsync", "replace") and Path(path).name in told
+    ]
+
+
+async def test_record_write_is_synced_within_50_ms_before_it_gets_its_name(
+    file_store: FileStore, faults: FaultFS
+) -> None:
     await file_store.put(Write(STATE, ("a", "b"), 1))
-    assert not [path for call, path in faults.history if call == "fsync" and path.endswith("b.json")]
-    await asyncio.sleep(0.2)
-    assert [path for call, path in faults.history if call == "fsync" and path.endswith("b.json")]
+    renamed = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def observe(call: str, path: str) -> None:
+        if call == "close" and path.endswith("/a"):
+            loop.call_soon_threadsafe(renamed.set)
+
+    faults.observer = observe
+    if steps_of(faults, "b") == []:
+        await renamed.wait()
+    faults.observer = lambda call, path: None
+    await file_store.close()
+    assert steps_of(faults, "b") == ["fsync successor", "replace successor", "fsync directory"]
 
 
 async def test_cache_write_is_never_synced(file_store: FileStore, faults: FaultFS) -> None:
@@ -77,7 +99,7 @@ async def test_cache_write_is_never_synced(file_store: FileStore, faults: FaultF
 async def test_closing_syncs_records(file_store: FileStore, faults: FaultFS) -> None:
     await file_store.put(Write(STATE, ("a", "b"), 1))
     await file_store.close()
-    assert [path for call, path in faults.history if call == "fsync" and path.endswith("b.json")]
+    assert steps_of(faults, "b") == ["fsync successor", "replace successor", "fsync directory"]
 
 
 async def test_many_money_writes_at_once_share_their_syncs(file_store: FileStore, faults: FaultFS) -> None:

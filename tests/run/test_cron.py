@@ -356,3 +356,16 @@ def test_removing_what_is_not_there_names_what_is() -> None:
     cron.add("hourly", interval="1h", handler=print)
     with pytest.raises(UserError, match=r"\(registered: 'hourly'\)"):
         cron.remove("x")
+
+
+async def test_a_boundary_among_missing_minutes_waits_for_the_next_one_there_is() -> None:
+    cron, performed = Cron(), list[tuple[str, int]]()
+    for name, interval in (("hourly", "1h"), ("quarters", "15m"), ("daily", "1d")):
+        cron.add(name, interval=interval, handler=lambda tick: performed.append((tick.name, tick.when_ms)))
+    cron.begin(run_of("A"))
+    since_ms, when_ms = START + HOUR - 2 * MINUTE_MS, START + HOUR + 17 * MINUTE_MS
+    await cron.fire(when_ms, run_of("A"), since_ms=since_ms)
+    # Of two boundaries of one job, only the last is made up for.
+    assert performed == [("hourly", START + HOUR), ("quarters", START + HOUR + 15 * MINUTE_MS)]
+    await cron.fire(when_ms + MINUTE_MS, run_of("A"), since_ms=when_ms)
+    assert len(performed) == 2

@@ -375,6 +375,10 @@ def venue(
         list[str] | None,
         typer.Option("--fault", metavar="KIND,FIELD=VALUE...", help="What goes wrong; may be given several times."),
     ] = None,
+    publishing: Annotated[
+        str | None,
+        typer.Option("--publishing", metavar="FIELD=VALUE,...", help="What goes wrong with candles: missing=0.02,..."),
+    ] = None,
     state: Annotated[
         Path | None, typer.Option("--state", metavar="FILE", help="Keep orders here, and go on from there.")
     ] = None,
@@ -396,6 +400,7 @@ def venue(
         slippage_pct=slippage,
         balance=balance,
         faults=fault or [],
+        publishing=publishing,
         state=state,
     )
 

@@ -119,6 +119,8 @@ def troubles(status: LiveStatus) -> list[str]:
         said.append("stopping")
     if status.paused:
         said.append("paused")
+    if status.waiting and not status.ended:
+        said.append(f"waiting: {status.waiting}")
     if status.missed:
         said.append(f"{_count(status.missed, 'minute')} missed")
     if status.written_ms > status.when_ms > 0:

@@ -19,6 +19,7 @@ from backtest_kit.simulation.exchange import Terms
 from backtest_kit.simulation.faults import Fault, Faults
 from backtest_kit.simulation.journal import Journal
 from backtest_kit.simulation.orders import Kind, VenueFill
+from backtest_kit.simulation.publishing import Publishing
 from backtest_kit.simulation.server import VenueServer
 from backtest_kit.simulation.venue import Venue
 
@@ -35,6 +36,7 @@ def run_venue(
     slippage_pct: float,
     balance: float,
     faults: Sequence[str],
+    publishing: str | None,
     state: Path | None,
 ) -> None:
     source = sources.synthetic(seed) if candles is None else file_source(candles)
@@ -48,7 +50,9 @@ def run_venue(
     struck = Faults(seed)
     for each in faults:
         struck.add(Fault.parse(each))
-    asyncio.run(_serve(port, symbols, source, speed, start, terms, struck, Journal(state) if state else None))
+    published = Publishing.parse(publishing) if publishing else None
+    journal = Journal(state) if state else None
+    asyncio.run(_serve(port, symbols, source, speed, start, terms, struck, published, journal))
 
 
 async def _serve(
@@ -59,6 +63,7 @@ async def _serve(
     start: str | None,
     terms: Terms,
     faults: Faults,
+    publishing: Publishing | None,
     journal: Journal | None,
 ) -> None:
     stopping = asyncio.Event()
@@ -73,7 +78,7 @@ async def _serve(
             f"at {fill.price:f} ({fill.client_order_id})"
         )
 
-    venue = Venue(source, symbols, clock, terms=terms, journal=journal, on_fill=told)
+    venue = Venue(source, symbols, clock, terms=terms, journal=journal, on_fill=told, publishing=publishing)
     server = VenueServer(
         venue, port=port, faults=faults, log=lambda line: _say(f"{iso(clock.now_ms() // 1000 * 1000)} {line}")
     )

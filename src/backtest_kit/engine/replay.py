@@ -11,11 +11,12 @@ import math
 from typing import Final, NamedTuple
 
 import msgspec
+import numpy as np
 
 from backtest_kit.engine.pnl import effective_price
 from backtest_kit.engine.position import LEVEL_STEP, breakeven_pct, is_simple, watch
 from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State, Tick, Wanted, decision_due
-from backtest_kit.model.candle import FloatColumn
+from backtest_kit.model.candle import BoolColumn, FloatColumn
 from backtest_kit.model.event import (
     BreakevenReached,
     EntryWaiting,
@@ -42,6 +43,8 @@ class Columns(NamedTuple):
     high: FloatColumn
     low: FloatColumn
     close: FloatColumn
+    real: BoolColumn | None = None
+    """Which minutes have a candle of the market's; None where all have. In the others nothing happens."""
 
     def index_at(self, when_ms: int) -> int:
         """The element that the step at `when_ms` sees last."""
@@ -56,7 +59,15 @@ class Columns(NamedTuple):
             float(self.high[c]),
             float(self.low[c]),
             float(self.close[c]),
+            self.real is None or bool(self.real[c]),
         )
+
+    def real_from(self, when_ms: int, stop_ms: int) -> int:
+        """The first minute from `when_ms` on that has a real candle; `stop_ms` where none has before that."""
+        if self.real is None:
+            return when_ms
+        ahead = self.real[self.index_at(when_ms) : self.index_at(stop_ms)]
+        return when_ms + int(ahead.argmax()) * MINUTE_MS if ahead.any() else stop_ms
 
 
 def next_minute(state: State, columns: Columns, when_ms: int, rules: Rules, wanted: Wanted = frozenset()) -> int:
@@ -66,7 +77,11 @@ def next_minute(state: State, columns: Columns, when_ms: int, rules: Rules, want
     by the last bit of a float, never too late.
     """
     stop_ms = int(rules.stop_ms)
-    after = when_ms + MINUTE_MS
+    return columns.real_from(_next_event(state, columns, when_ms + MINUTE_MS, stop_ms, rules, wanted), stop_ms)
+
+
+def _next_event(state: State, columns: Columns, after: int, stop_ms: int, rules: Rules, wanted: Wanted) -> int:
+    """As `next_minute`, if every candle were real."""
     if isinstance(state, Flat):
         return min(_next_decision(state, after, rules), stop_ms)
     if isinstance(state, Resting):
@@ -138,9 +153,15 @@ def coast(state: State, columns: Columns, when_ms: int, until_ms: int, rules: Ru
     if first >= last:
         return state
     window = columns.prices[first:last]
+    minutes = None if columns.real is None else np.flatnonzero(columns.real[first:last])
+    if minutes is not None:
+        if not len(minutes):
+            return state
+        window = window[minutes]
     position = state.position
     for c in sorted({int(window.argmax()), int(window.argmin())}):
-        position = watch(position, float(window[c]), when_ms + (c + 1) * MINUTE_MS, rules.settings)
+        passed = c if minutes is None else int(minutes[c])
+        position = watch(position, float(window[c]), when_ms + (passed + 1) * MINUTE_MS, rules.settings)
     return msgspec.structs.replace(state, position=position) if position is not state.position else state
 
 

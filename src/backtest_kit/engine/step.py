@@ -70,6 +70,14 @@ class Tick(msgspec.Struct, frozen=True):
     high: float
     low: float
     close: float
+    real: bool = True
+    """False where the market has published no candle, and the one that closed was made up for it: nothing is decided,
+    touched or filled then. Only the end of a frame does not wait."""
+
+    @classmethod
+    def flat(cls, when_ms: int, price: float) -> Tick:
+        """A minute of which one price is known."""
+        return cls(when_ms, price, price, price, price, price)
 
 
 class Flat(msgspec.Struct, frozen=True, tag="flat", rename="camel"):
@@ -121,6 +129,8 @@ def step(state: State, tick: Tick, rules: Rules, wanted: Wanted = _NOTHING) -> t
     Events that end or begin something are always made; those of a minute that changes nothing for
     good (active, waiting, peak, fall, level, breakeven) only where `wanted` has their type.
     """
+    if not tick.real and tick.when_ms < rules.stop_ms:
+        return state, ()
     if isinstance(state, Holding):
         return _step_holding(state, tick, rules, wanted)
     if isinstance(state, Resting):
@@ -189,6 +199,8 @@ def _step_resting(state: Resting, tick: Tick, rules: Rules, wanted: Wanted) -> t
 def _cancel_reason(state: Resting, tick: Tick, rules: Rules) -> CancelReason | None:
     entry = state.entry
     over = tick.when_ms >= rules.stop_ms
+    if not tick.real:
+        return "frame_end" if over else None
     if state.order in ("cancel", "refuse"):
         return "user" if state.order == "cancel" else "risk"
     if state.order == "activate":
@@ -205,7 +217,7 @@ def _cancel_reason(state: Resting, tick: Tick, rules: Rules) -> CancelReason | N
 def _enters(state: Resting, tick: Tick) -> bool:
     entry = state.entry
     touched = tick.low <= entry.price_open if entry.position == "long" else tick.high >= entry.price_open
-    return touched or state.order == "activate"
+    return tick.real and (touched or state.order == "activate")
 
 
 def _between_levels(entry: RestingEntry, price: float) -> bool:
@@ -228,6 +240,8 @@ def _step_holding(state: Holding, tick: Tick, rules: Rules, wanted: Wanted) -> t
 
 def _fill(state: Holding, tick: Tick, rules: Rules) -> tuple[CloseReason, float] | None:
     """Why and at what price the position closes at this minute."""
+    if not tick.real:
+        return "frame_end", tick.price
     if state.closing is not None:
         return "closed", tick.price
     if tick.when_ms >= state.position.expires_at_ms:

@@ -11,9 +11,8 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from backtest_kit.errors import RetryLater, UserError
+from backtest_kit.errors import BacktestKitError, RetryLater, UserError
 from backtest_kit.market.integrity import (
-    Gaps,
     check_candles,
     check_grid,
     fill_gaps,
@@ -22,13 +21,16 @@ from backtest_kit.market.integrity import (
 )
 from backtest_kit.market.repair import DirtyRule, Repaired, as_published, repair
 from backtest_kit.market.sources.base import CandleSource
-from backtest_kit.model.candle import NO_TIME, CandleSeries
-from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso
+from backtest_kit.model.candle import NO_TIME, BoolColumn, CandleSeries
+from backtest_kit.model.interval import DAY_MS, MINUTE_MS, floor_ms, iso
 from backtest_kit.model.repairs import describe_repairs
 from backtest_kit.persist.store import CandleStore, SeriesKey
 from backtest_kit.settings import Settings
 
 GapRule = Literal["error", "fill"]
+EdgeRule = Literal["refuse", "wait", "fill"]
+"""What to do about minutes that are missing at an edge of a range with no candle beyond them. "refuse": the range lies
+outside of the data. "wait": they are yet to come. "fill": those at its end become flat candles all the same."""
 
 _STORE_BATCH: Final = 20_000
 """Fetched candles that are stored together: a long download that is killed loses no more than these."""
@@ -38,6 +40,8 @@ _NO_USE_RETRYING: Final = (
 """Errors of the source's code: another attempt would meet them again."""
 _PUBLISHING_MS: Final = 5 * MINUTE_MS
 """How late an exchange may be with a candle before it counts as missing."""
+_LOOK_BACK_MS: Final = 30 * DAY_MS
+"""How far an earlier candle is looked for, where the source does not say where its candles begin."""
 
 _log = logging.getLogger("backtest_kit")
 
@@ -52,6 +56,8 @@ class Loaded(NamedTuple):
     """Candles that the source was asked for."""
     repairs: Counter[str] = Counter()  # noqa: RUF012  # never changed
     """How many rows of the source were repaired, by what was done to them: see `REPAIRS`."""
+    real: BoolColumn | None = None
+    """Which of them are real, and not filled; None where all are."""
 
 
 class _Page(NamedTuple):
@@ -89,6 +95,7 @@ class CandleFeed:
         self._now_ms = now_ms
         # Weak: a lock lives while someone holds or awaits it, so none outlives its event loop.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._logged: dict[str, tuple[int, str]] = {}
 
     async def load(
         self,
@@ -99,19 +106,20 @@ class CandleFeed:
         gaps: GapRule = "error",
         dirty: DirtyRule = "refuse",
         lead_ms: int = 0,
-        live: bool = False,
+        edges: EdgeRule = "refuse",
+        before: CandleSeries | None = None,
     ) -> Loaded:
         """Every minute of `[start_ms - lead_ms, stop_ms)`.
 
-        `lead_ms` is what a frame needs before its start; messages speak of the frame. With
-        gaps="fill", minutes missing inside become flat candles of volume 0 and are counted. With dirty="repair" bad
-        rows of the source are repaired, counted and logged (see `REPAIRS`). `live` says that the
-        range ends now: candles that are missing at its end are yet to come, however late they are by this clock.
+        `lead_ms` is what a frame needs before its start; messages speak of the frame. With gaps="fill", missing
+        minutes become flat candles of volume 0 and are counted, at the edges as well wherever there is a candle
+        beyond them. With dirty="repair" bad rows of the source are repaired, counted and logged (see `REPAIRS`).
+        `before` is the last candle before the range, where the caller has it.
 
         Raises:
-            UserError: the range is no whole minutes or reaches into the future, its head or tail is
-                outside the source's data, minutes are missing and gaps is "error", the source
-                serves candles of another length, or a candle is refused by `check_candles`.
+            UserError: the range is no whole minutes or reaches into the future, or lies outside of the source's
+                data, minutes are missing and gaps is "error", the source serves candles of another length, or a candle
+                is refused by `check_candles`.
             RetryLater: the source does not answer, or has not published the last minutes yet.
         """
         self._check_range(symbol, start_ms, stop_ms, gaps)
@@ -120,23 +128,34 @@ class CandleFeed:
         missing = find_gaps(candles, first_ms, stop_ms)
         if not missing:
             return Loaded(candles, 0, fetched, repairs)
-        if missing.start_ms[0] == first_ms or missing.stop_ms[-1] == stop_ms:
-            if live and missing.stop_ms[-1] == stop_ms:
-                raise self._not_published(symbol, int(missing.start_ms[-1]))
-            await self._refuse_edges(symbol, start_ms, stop_ms, lead_ms, candles, missing)
+        no_head, no_tail = bool(missing.start_ms[0] == first_ms), bool(missing.stop_ms[-1] == stop_ms)
+        if no_tail and edges == "wait":
+            raise self._not_published(symbol, int(missing.start_ms[-1]))
+        if no_head and before is None:
+            before = await self._last_before(symbol, first_ms, dirty)
+        after = (
+            await self._first_after(symbol, stop_ms, dirty) if no_tail and edges == "refuse" else CandleSeries.empty()
+        )
+        known = _merge([before or CandleSeries.empty(), candles, after])
+        off_head = no_head and not before
+        off_tail = no_tail and not after and edges == "refuse"
+        if off_head and edges == "wait":
+            raise RetryLater(f"{symbol}: {self._exchange_name} has no candle before {iso(first_ms + MINUTE_MS)} yet")
+        if off_head or off_tail:
+            raise await self._outside(symbol, start_ms, stop_ms, lead_ms, known, off_head=off_head, off_tail=off_tail)
         if gaps == "error":
             raise UserError(
                 f"{missing.describe(symbol)}: choose another frame, or fill them with flat candles "
                 f'(gaps="fill", on the command line --gaps fill)'
             )
-        return Loaded(fill_gaps(candles, first_ms, stop_ms), missing.total, fetched, repairs)
+        return _filled(known, first_ms, stop_ms, fetched, repairs)
 
     async def available(
         self, symbol: str, start_ms: int, stop_ms: int, *, gaps: GapRule = "error", dirty: DirtyRule = "refuse"
     ) -> Loaded:
         """The longest unbroken run of candles in `[start_ms, stop_ms)` that ends at `stop_ms`; may be empty.
 
-        With gaps="fill" missing minutes break nothing, and the run begins at the first candle there is.
+        With gaps="fill" missing minutes break nothing, and the run begins at `start_ms`, or where the data do.
         Raises as `load`, but never for candles that are absent.
         """
         start_ms = max(start_ms, 0)
@@ -145,12 +164,17 @@ class CandleFeed:
         self._check_range(symbol, start_ms, stop_ms, gaps)
         candles, fetched, repairs = await self._collect(symbol, start_ms, stop_ms, dirty)
         missing = find_gaps(candles, start_ms, stop_ms)
-        if not missing or not len(candles):
+        if not missing:
             return Loaded(candles, 0, fetched, repairs)
-        if gaps == "fill":
-            whole = fill_gaps(candles, int(candles.timestamp[0]), stop_ms)
-            return Loaded(whole, len(whole) - len(candles), fetched, repairs)
-        return Loaded(candles.between(int(missing.stop_ms[-1]), stop_ms), 0, fetched, repairs)
+        if gaps == "error":
+            return Loaded(candles.between(int(missing.stop_ms[-1]), stop_ms), 0, fetched, repairs)
+        if missing.start_ms[0] == start_ms:
+            before = await self._last_before(symbol, start_ms, dirty)
+            if not before and not candles:
+                return Loaded(candles, 0, fetched, repairs)
+            start_ms = start_ms if before else int(candles.timestamp[0])
+            candles = _merge([before, candles])
+        return _filled(candles, start_ms, stop_ms, fetched, repairs)
 
     def _check_range(self, symbol: str, start_ms: int, stop_ms: int, gaps: GapRule) -> None:
         if gaps not in ("error", "fill"):
@@ -184,9 +208,38 @@ class CandleFeed:
         if dirty == "refuse":
             check_candles(candles, symbol=symbol, settings=self._settings)
         repairs = sum((page.repairs for page in pages), Counter[str]())
-        if repairs:
-            _log.warning("%s: bad rows of %s were repaired: %s", symbol, self._exchange_name, describe_repairs(repairs))
+        said = stop_ms, describe_repairs(repairs)
+        if repairs and self._logged.get(symbol) != said:
+            # A live run asks every second for a candle that is not there yet.
+            self._logged[symbol] = said
+            _log.warning("%s: bad rows of %s were repaired: %s", symbol, self._exchange_name, said[1])
         return _Collected(candles, sum(len(page.candles) for page in pages[1:]), repairs)
+
+    async def _last_before(self, symbol: str, when_ms: int, dirty: DirtyRule) -> CandleSeries:
+        """The last candle that opens before a moment; empty where there is none."""
+        bounds = await self._bounds(symbol)
+        begin_ms = max(bounds[0] if bounds else when_ms - _LOOK_BACK_MS, 0)
+        reach_ms = self._page_ms
+        while when_ms > begin_ms:
+            low_ms = max(when_ms - reach_ms, begin_ms)
+            candles = (await self._collect(symbol, low_ms, when_ms, dirty)).candles
+            if candles:
+                return candles[-1:]
+            when_ms, reach_ms = low_ms, reach_ms * 4
+        return CandleSeries.empty()
+
+    async def _first_after(self, symbol: str, when_ms: int, dirty: DirtyRule) -> CandleSeries:
+        """A candle that opens at a moment or later, the first one where it is near; empty where there is none."""
+        bounds = await self._bounds(symbol)
+        closed_ms = floor_ms(self._now_ms(), MINUTE_MS)
+        end_ms = min(bounds[1], closed_ms) if bounds else closed_ms
+        for low_ms, high_ms in ((when_ms, when_ms + self._page_ms), (end_ms - self._page_ms, end_ms)):
+            low_ms, high_ms = max(low_ms, when_ms), min(high_ms, end_ms)
+            if low_ms < high_ms:
+                candles = (await self._collect(symbol, low_ms, high_ms, dirty)).candles
+                if candles:
+                    return candles[:1]
+        return CandleSeries.empty()
 
     async def _cached(self, series: SeriesKey, start_ms: int, stop_ms: int) -> CandleSeries:
         if self._store is None:
@@ -309,33 +362,51 @@ class CandleFeed:
             )
         return RetryLater(told)
 
-    async def _refuse_edges(
-        self, symbol: str, start_ms: int, stop_ms: int, lead_ms: int, candles: CandleSeries, missing: Gaps
-    ) -> None:
-        """Raise for a head or tail without candles, naming a frame that would work."""
+    async def _outside(
+        self,
+        symbol: str,
+        start_ms: int,
+        stop_ms: int,
+        lead_ms: int,
+        known: CandleSeries,
+        *,
+        off_head: bool,
+        off_tail: bool,
+    ) -> BacktestKitError:
+        """The error of a range that begins before the data (`off_head`) or ends after them, naming one that works."""
         first_ms = start_ms - lead_ms
-        no_head, no_tail = missing.start_ms[0] == first_ms, missing.stop_ms[-1] == stop_ms
         bounds = await self._bounds(symbol)
         reaches = bounds is None or bounds[1] >= stop_ms
-        late = int(missing.start_ms[-1])
-        if no_tail and reaches and self._now_ms() - late < _PUBLISHING_MS:
-            raise self._not_published(symbol, late)
+        found = (int(known.timestamp[0]), int(known.timestamp[-1]) + MINUTE_MS) if known else None
+        late = found[1] if found and found[1] > first_ms else first_ms
+        if off_tail and reaches and self._now_ms() - late < _PUBLISHING_MS:
+            return self._not_published(symbol, late)
         asked = f"frame outside the data: {symbol} was asked from {iso(start_ms)} to {iso(stop_ms)}"
         if lead_ms:
             asked += f" (and {lead_ms // MINUTE_MS} minutes before it, for the first price)"
-        found = (int(candles.timestamp[0]), int(candles.timestamp[-1]) + MINUTE_MS) if len(candles) else None
-        have = _reach(bounds, found, first_ms if no_head else None, stop_ms if no_tail else None)
+        have = _reach(bounds, found, first_ms if off_head else None, stop_ms if off_tail else None)
         if have is None:
-            raise UserError(f"{asked}, and {self._exchange_name} has no candle there: choose another frame or symbol")
+            return UserError(f"{asked}, and {self._exchange_name} has no candle there: choose another frame or symbol")
         low, high = have[0] + lead_ms, have[1]
         if low >= high:
-            raise UserError(f"{asked}, but {self._exchange_name} has only {iso(have[0])} to {iso(high)}: get more data")
+            return UserError(
+                f"{asked}, but {self._exchange_name} has only {iso(have[0])} to {iso(high)}: get more data"
+            )
         start, stop = max(low, start_ms), min(high, stop_ms)
         start, stop = (start, stop) if start < stop else (low, high)
-        raise UserError(
+        return UserError(
             f"{asked}, but {self._exchange_name} has {iso(have[0])} to {iso(have[1])}: "
             f"use start_date={iso(start)!r}, end_date={iso(stop)!r}"
         )
+
+
+def _filled(candles: CandleSeries, start_ms: int, stop_ms: int, fetched: int, repairs: Counter[str]) -> Loaded:
+    """The minutes of a range from candles of which some are missing, and one may lie before it."""
+    whole = fill_gaps(candles, start_ms, stop_ms)
+    real = np.zeros(len(whole), dtype=np.bool_)
+    real[(candles.between(start_ms, stop_ms).timestamp - start_ms) // MINUTE_MS] = True
+    filled = len(whole) - int(np.count_nonzero(real))
+    return Loaded(whole, filled, fetched, repairs, real if filled else None)
 
 
 def _whole_minute(when_ms: int) -> int:

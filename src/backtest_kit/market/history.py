@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from backtest_kit.errors import LookAhead, UserError
-from backtest_kit.market.fetch import CandleFeed, GapRule, Loaded
+from backtest_kit.errors import LookAhead, RetryLater, UserError
+from backtest_kit.market.fetch import CandleFeed, EdgeRule, GapRule, Loaded
 from backtest_kit.market.price import resample, vwap
 from backtest_kit.market.repair import DirtyRule
-from backtest_kit.model.candle import CandleSeries, FloatColumn
+from backtest_kit.model.candle import BoolColumn, CandleSeries, FloatColumn
 from backtest_kit.model.interval import CANDLE_INTERVALS, DAY_MS, INTERVAL_MS, MINUTE_MS, interval_ms, iso
 
 _STEPS: Final = {name: INTERVAL_MS[name] for name in CANDLE_INTERVALS}
 _WHOLE: Final = (int, np.integer)
+_LATE: Final = 5
+"""Minutes for which a filled one is asked for again, at each minute that follows."""
+
+
+class _Minutes(NamedTuple):
+    """Contiguous candles and the price after each; `real` says which are not filled, None that all are real."""
+
+    candles: CandleSeries
+    prices: FloatColumn
+    real: BoolColumn | None
+
+    def cut(self, rows: slice) -> _Minutes:
+        real = None if self.real is None else self.real[rows]
+        return _Minutes(self.candles[rows], self.prices[rows], None if real is None or real.all() else real)
+
+    def real_rows(self) -> BoolColumn:
+        return np.ones(len(self.candles), dtype=np.bool_) if self.real is None else self.real
 
 
 class History:
@@ -26,7 +43,9 @@ class History:
     volume-weighted average over candles i - price_window + 1 .. i, the price at the step that follows
     candle i. So the steps t, t + 1 min, ... read consecutive elements, and a run of steps is a slice.
 
-    `candles`, `prices` and `first_ms` are replaced together when history is prepended, appended or trimmed.
+    A minute that no source had is a flat candle of volume 0, and False in `real`.
+
+    `candles`, `prices`, `real` and `first_ms` are replaced together when history is prepended, appended or trimmed.
     Columns already taken stay as they are; take columns and their index with no `await` in between.
     """
 
@@ -56,7 +75,7 @@ class History:
         self._begins = False
         self._depth_ms = DAY_MS
         """How far back a strategy is known to look."""
-        self._set(loaded.candles, vwap(loaded.candles, price_window))
+        self._set(_Minutes(loaded.candles, vwap(loaded.candles, price_window), loaded.real))
 
     @classmethod
     async def load(
@@ -69,28 +88,31 @@ class History:
         gaps: GapRule = "error",
         dirty: DirtyRule = "refuse",
         price_window: int,
-        live: bool = False,
+        edges: EdgeRule = "refuse",
     ) -> History:
         """The minutes of `[start_ms, stop_ms)`, and the `price_window` before them that the first step needs.
-
-        `live` says that they end now.
 
         Raises:
             UserError, RetryLater: as `CandleFeed.load`.
         """
         lead_ms = price_window * MINUTE_MS
-        loaded = await feed.load(symbol, start_ms, stop_ms, gaps=gaps, dirty=dirty, lead_ms=lead_ms, live=live)
+        loaded = await feed.load(symbol, start_ms, stop_ms, gaps=gaps, dirty=dirty, lead_ms=lead_ms, edges=edges)
         return cls(feed, symbol, loaded, gaps=gaps, dirty=dirty, price_window=price_window)
 
     @property
     def candles(self) -> CandleSeries:
         """Contiguous 1m candles of `[first_ms, stop_ms)`."""
-        return self._candles
+        return self._minutes.candles
+
+    @property
+    def real(self) -> BoolColumn | None:
+        """Which candles are real, and not filled; None where all are."""
+        return self._minutes.real
 
     @property
     def prices(self) -> FloatColumn:
         """The price known once each candle has closed; NaN for the first `price_window - 1`."""
-        return self._prices
+        return self._minutes.prices
 
     @property
     def first_ms(self) -> int:
@@ -132,7 +154,7 @@ class History:
                 f"{self.symbol}: the price at {iso(when_ms)} takes {self._price_window} closed minutes, "
                 f"and candles begin at {iso(self._first_ms)}"
             )
-        return float(self._prices[index])
+        return float(self._minutes.prices[index])
 
     async def window(self, interval: str, limit: int, when_ms: int, *, until_ms: int | None = None) -> CandleSeries:
         """The last `limit` candles of `interval` that have closed by `when_ms`, or by an earlier `until_ms`.
@@ -163,32 +185,73 @@ class History:
             if start_ms < self._first_ms:
                 raise self._too_early(interval, limit, stop_ms, step_ms)
         low, high = (start_ms - self._first_ms) // MINUTE_MS, (stop_ms - self._first_ms) // MINUTE_MS
-        return resample(self._candles, step_ms, slice(low, high))
+        return resample(self._minutes.candles, step_ms, slice(low, high))
 
-    async def extend(self, stop_ms: int) -> None:
+    async def extend(self, stop_ms: int, *, edges: EdgeRule = "wait") -> None:
         """Append the minutes up to `stop_ms`, as a live run does at each step. Does nothing if they are there.
+
+        The last of them is real, or not there yet; only with edges="fill" it may be filled, until the next call.
 
         Raises:
             UserError, RetryLater: as `CandleFeed.load`; the history is as it was.
         """
         async with self._moving:
-            if stop_ms > self._stop_ms:
-                loaded = await self._feed.load(self.symbol, self._stop_ms, stop_ms, gaps=self._gaps, dirty=self._dirty)
-                self._count(loaded)
-                newer = loaded.candles
-                self._join(self._candles, self._prices, newer, vwap(newer, self._price_window))
-                self._trim()
+            if stop_ms <= self._stop_ms:
+                return
+            known = self._minutes
+            if known.real is not None and not known.real[-1]:
+                # A filled end was a guess.
+                known = known.cut(slice(0, len(known.real) - int(known.real[::-1].argmax())))
+            begin_ms = int(known.candles.timestamp[-1]) + MINUTE_MS
+            newer = await self._load(begin_ms, stop_ms, edges, known)
+            known = await self._asked_again(known)
+            self.filled -= int(np.count_nonzero(~self._minutes.real_rows())) - int(np.count_nonzero(~known.real_rows()))
+            self._join(known, self._taken(newer))
+            self._trim()
+
+    async def _asked_again(self, known: _Minutes) -> _Minutes:
+        """The same with the candles that have come of minutes that were filled lately. What was real stays as it was
+        seen, even if the source has revised it."""
+        recent = known.real_rows()[1:][-_LATE:]
+        if recent.all():
+            return known
+        first = len(known.candles) - len(recent) + int(recent.argmin())
+        settled, open_ = known.cut(slice(0, first)), known.cut(slice(first, None))
+        begin_ms, stop_ms = int(open_.candles.timestamp[0]), int(open_.candles.timestamp[-1]) + MINUTE_MS
+        try:
+            loaded = await self._load(begin_ms, stop_ms, "fill", settled)
+        except RetryLater:
+            return known  # another minute may bring them
+        kept, found = open_.real_rows(), np.ones(len(open_.candles), dtype=np.bool_)
+        found = found if loaded.real is None else loaded.real
+        columns = {
+            name: np.where(kept, getattr(open_.candles, name), column)
+            for name, column in loaded.candles.columns().items()
+        }
+        candles, real = CandleSeries(**columns), kept | found
+        return self._joined(settled, _Minutes(candles, vwap(candles, self._price_window), None if real.all() else real))
+
+    async def _load(self, begin_ms: int, stop_ms: int, edges: EdgeRule, known: _Minutes) -> Loaded:
+        return await self._feed.load(
+            self.symbol,
+            begin_ms,
+            stop_ms,
+            gaps=self._gaps,
+            dirty=self._dirty,
+            edges=edges,
+            before=known.candles[-1:],
+        )
 
     def _trim(self) -> None:
         """Let go of what is twice as old as a strategy looks back: a run of months must not keep them all."""
         keep = (self._depth_ms + DAY_MS) // MINUTE_MS
-        if len(self._candles) > 2 * keep:
+        count = len(self._minutes.candles)
+        if count > 2 * keep:
             self._begins = False
+            last = self._minutes.cut(slice(count - keep, count))
             # Copies: a view would hold on to all of it.
-            self._set(
-                self._candles.take(np.arange(len(self._candles) - keep, len(self._candles))),
-                self._prices[-keep:].copy(),
-            )
+            candles = last.candles.take(np.arange(keep))
+            self._set(_Minutes(candles, last.prices.copy(), None if last.real is None else last.real.copy()))
 
     async def _prepend(self, start_ms: int) -> None:
         """Reach back to `start_ms` or as far as the data go."""
@@ -201,32 +264,36 @@ class History:
             span_ms = max(self._first_ms - start_ms, DAY_MS)
             low_ms = max(self._first_ms - span_ms, 0)
             older = await self._feed.available(self.symbol, low_ms, self._first_ms, gaps=self._gaps, dirty=self._dirty)
-            self._count(older)
-            self._begins = not len(older.candles) or int(older.candles.timestamp[0]) > low_ms
-            if len(older.candles):
-                self._join(older.candles, vwap(older.candles, self._price_window), self._candles, self._prices)
+            self._begins = not older.candles or int(older.candles.timestamp[0]) > low_ms
+            if older.candles:
+                self._join(self._taken(older), self._minutes)
 
-    def _count(self, loaded: Loaded) -> None:
+    def _taken(self, loaded: Loaded) -> _Minutes:
         self.filled += loaded.filled
         self.fetched += loaded.fetched
         self.repairs = self.repairs + loaded.repairs
+        return _Minutes(loaded.candles, vwap(loaded.candles, self._price_window), loaded.real)
 
-    def _join(
-        self, older: CandleSeries, older_prices: FloatColumn, newer: CandleSeries, newer_prices: FloatColumn
-    ) -> None:
+    def _join(self, older: _Minutes, newer: _Minutes) -> None:
+        self._set(self._joined(older, newer))
+
+    def _joined(self, older: _Minutes, newer: _Minutes) -> _Minutes:
         """Put two runs of candles together; only the prices whose window spans both are still to be made."""
         reach = self._price_window - 1
-        first = max(len(older) - reach, 0)
-        spanning = vwap(CandleSeries.concat((older[first:], newer[:reach])), self._price_window)[len(older) - first :]
-        prices = np.concatenate((older_prices, spanning, newer_prices[len(spanning) :]))
-        self._set(CandleSeries.concat((older, newer)), prices)
+        first = max(len(older.candles) - reach, 0)
+        seam = CandleSeries.concat((older.candles[first:], newer.candles[:reach]))
+        spanning = vwap(seam, self._price_window)[len(older.candles) - first :]
+        prices = np.concatenate((older.prices, spanning, newer.prices[len(spanning) :]))
+        real = None
+        if older.real is not None or newer.real is not None:
+            real = np.concatenate((older.real_rows(), newer.real_rows()))
+        return _Minutes(CandleSeries.concat((older.candles, newer.candles)), prices, real)
 
-    def _set(self, candles: CandleSeries, prices: FloatColumn) -> None:
-        self._candles = candles
-        self._prices = prices
-        self._prices.flags.writeable = False
-        self._first_ms = int(candles.timestamp[0])
-        self._stop_ms = int(candles.timestamp[-1]) + MINUTE_MS
+    def _set(self, minutes: _Minutes) -> None:
+        self._minutes = minutes
+        minutes.prices.flags.writeable = False
+        self._first_ms = int(minutes.candles.timestamp[0])
+        self._stop_ms = int(minutes.candles.timestamp[-1]) + MINUTE_MS
 
     def _too_early(self, interval: str, limit: int, stop_ms: int, step_ms: int) -> UserError:
         enough = self._first_ms + -self._first_ms % step_ms + int(limit) * step_ms

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from backtest_kit.errors import UserError
+from backtest_kit.errors import BadCandles, UserError
 from backtest_kit.model.candle import COLUMNS, NO_TIME, PRICE_COLUMNS, CandleSeries, FloatColumn, TimeColumn
 from backtest_kit.model.interval import INTERVAL_MS, MINUTE_MS, iso
 from backtest_kit.settings import Settings
@@ -72,7 +72,7 @@ def check_candles(candles: CandleSeries, *, symbol: str, settings: Settings, ste
     candles, and the price of a step is made of high, low and close.
 
     Raises:
-        UserError: a value is not finite, a price is not above 0, a volume is below 0, high is below low,
+        BadCandles: a value is not finite, a price is not above 0, a volume is below 0, high is below low,
             a price is below the typical price of the series divided by
             CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR, or as `check_order`.
     """
@@ -90,7 +90,7 @@ def check_order(candles: CandleSeries, *, what: str, step_ms: int = MINUTE_MS) -
     """Refuse timestamps that are not whole steps, ascending and unique. `what` names the candles.
 
     Raises:
-        UserError: naming the first offender.
+        BadCandles: naming the first offender.
     """
     times = candles.timestamp
     if not len(times) or (times[0] % step_ms == 0 and bool((times[1:] - times[:-1] == step_ms).all())):
@@ -101,7 +101,7 @@ def check_order(candles: CandleSeries, *, what: str, step_ms: int = MINUTE_MS) -
     steps, odd = np.divmod(times, step_ms)
     if odd.any():
         at = int(np.argmax(odd != 0))
-        raise UserError(
+        raise BadCandles(
             f"{what}: {np.count_nonzero(odd):,} of {len(times):,} candles do not open on a whole "
             f"{step_ms // 1000} s step, the first at {iso(int(times[at]))}: {_WAY_OUT}"
         )
@@ -111,7 +111,7 @@ def check_order(candles: CandleSeries, *, what: str, step_ms: int = MINUTE_MS) -
     at = int(np.argmin(ahead)) + 1
     before, here = int(times[at - 1]), int(times[at])
     fault = "appears twice" if here == before else f"comes after the candle of {iso(before)}"
-    raise UserError(
+    raise BadCandles(
         f"{what}: candles must be oldest first and unique, but {iso(here)} {fault} "
         f"({np.count_nonzero(~ahead):,} such places): {_WAY_OUT}"
     )
@@ -243,7 +243,7 @@ def _refuse(candles: CandleSeries, symbol: str, wrong: NDArray[np.bool_], column
     at = int(np.argmax(wrong))
     count = int(np.count_nonzero(wrong))
     others = "" if count == 1 else f" and in {count - 1:,} more candles"
-    raise UserError(
+    raise BadCandles(
         f"{symbol}: {column} is {getattr(candles, column)[at]:g} at {iso(int(candles.timestamp[at]))}"
         f"{others}, but {rule}"
     )

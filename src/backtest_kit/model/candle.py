@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
-from backtest_kit.errors import UserError
+from backtest_kit.errors import BadCandles
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FloatColumn: TypeAlias = "NDArray[np.float64]"
 TimeColumn: TypeAlias = "NDArray[np.int64]"
+BoolColumn: TypeAlias = "NDArray[np.bool_]"
 
 COLUMNS: Final = ("timestamp", "open", "high", "low", "close", "volume")
 PRICE_COLUMNS: Final = ("open", "high", "low", "close")
@@ -50,20 +51,20 @@ class CandleSeries:
         """Take six columns of one length. Arrays of the right type are not copied.
 
         Raises:
-            UserError: the columns are not of one length, or are not one-dimensional numbers.
+            BadCandles: the columns are not of one length, or are not one-dimensional numbers.
         """
         length: int | None = None
         for name, column in zip(COLUMNS, (timestamp, open, high, low, close, volume), strict=True):
             try:
                 array = np.asarray(column, dtype=np.int64 if name == "timestamp" else np.float64)
             except (TypeError, ValueError) as error:
-                raise UserError(f"candle column {name!r} is not numeric: {error}") from None
+                raise BadCandles(f"candle column {name!r} is not numeric: {error}") from None
             if array.ndim != 1:
-                raise UserError(f"candle column {name!r} has {array.ndim} dimensions: give a flat column")
+                raise BadCandles(f"candle column {name!r} has {array.ndim} dimensions: give a flat column")
             if length is None:
                 length = len(array)
             elif len(array) != length:
-                raise UserError(f"candle column {name!r} has {len(array)} rows, 'timestamp' has {length}")
+                raise BadCandles(f"candle column {name!r} has {len(array)} rows, 'timestamp' has {length}")
             view = array.view()
             view.flags.writeable = False
             setattr(self, name, view)
@@ -99,7 +100,7 @@ class CandleSeries:
         """From rows of (timestamp, open, high, low, close, volume)."""
         columns = list(zip(*rows, strict=True))
         if columns and len(columns) != len(COLUMNS):
-            raise UserError(f"a candle row has {len(columns)} fields: give {', '.join(COLUMNS)}")
+            raise BadCandles(f"a candle row has {len(columns)} fields: give {', '.join(COLUMNS)}")
         return cls(*columns) if columns else cls.empty()
 
     @classmethod

@@ -223,11 +223,13 @@ class OrphanFound(Event, frozen=True, kw_only=True, tag="orphan"):
 
 
 class MinutesMissed(Event, frozen=True, kw_only=True, tag="missed"):
-    """Minutes passed without a decision. They are not made up for."""
+    """Consecutive minutes passed without a decision: reported once, at the minute that ends the hole. They are not made
+    up for."""
 
     count: int
     first_ms: int
     reason: str
+    """Of the first of them."""
 
 
 class ClockJumped(Event, frozen=True, kw_only=True, tag="clock"):

@@ -36,6 +36,23 @@ _UPDATE: Final = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY
 _SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 
+_SECTOR: Final = 512
+_ZEROS: Final = re.compile(rb"\0+")
+
+
+def has_lost_blocks(data: bytes, offset: int = 0) -> bool:
+    """Whether text that lies at `offset` of a file has zeros of the kind that a loss of power leaves.
+
+    What was not synced reads as zeros from the beginning of the write, or of a block, to the end of a block or of
+    the write. Any other zero is damage of another kind.
+    """
+    runs = [run.span() for run in _ZEROS.finditer(data)]
+    return bool(runs) and all(
+        (low == 0 or (offset + low) % _SECTOR == 0) and (high == len(data) or (offset + high) % _SECTOR == 0)
+        for low, high in runs
+    )
+
+
 class OsCalls(Protocol):
     """The calls that a `Disk` makes. The `os` module is one; a shim that fails on purpose is another."""
 
@@ -186,6 +203,7 @@ class Disk:
         crashpoint("file.after_rename")
 
     def move(self, source: str, target: str) -> None:
+        """Give a file, whose bytes the caller has synced, another name; it stays where it is if that fails."""
         self._os.replace(source, target)
 
     def write_all(self, fd: int, data: bytes) -> None:
@@ -303,9 +321,13 @@ class Disk:
     def writable(self, path: str) -> bool:
         return os.access(path, os.W_OK)
 
-    def sweep(self, directories: Iterable[str], now: float) -> None:
-        """Remove the temporary files under `directories` that no writer can still be at work on."""
+    def sweep(self, directories: Iterable[str], now: float, *, find: str) -> list[str]:
+        """Remove the temporary files under `directories` that no writer can still be at work on at the time `now`.
+
+        Returns the files whose names end in `find` and that were written before.
+        """
         pending = list(directories)
+        others: list[str] = []
         while pending:
             with contextlib.suppress(FileNotFoundError), self._os.scandir(pending.pop()) as found:
                 for entry in found:
@@ -315,6 +337,11 @@ class Disk:
                                 self._os.unlink(entry.path)
                     elif entry.is_dir(follow_symlinks=False):
                         pending.append(entry.path)
+                    elif entry.name.endswith(find):
+                        with contextlib.suppress(FileNotFoundError):
+                            if entry.stat(follow_symlinks=False).st_mtime < now:
+                                others.append(entry.path)
+        return others
 
     def _open(self, path: str, flags: int) -> int:
         while True:

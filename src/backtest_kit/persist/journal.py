@@ -22,7 +22,7 @@ from typing import Any, Final
 from backtest_kit.errors import Damaged, Outcome
 from backtest_kit.persist.codec import parse, seal_line, unseal_line
 from backtest_kit.persist.crashpoints import crashpoint
-from backtest_kit.persist.files import Disk, disk_error
+from backtest_kit.persist.files import Disk, disk_error, has_lost_blocks
 from backtest_kit.persist.locks import in_children, try_lock
 
 SUFFIX: Final = ".journal"
@@ -156,6 +156,7 @@ class Journal:
                 done += len(outcomes)
                 if _is_damaged(data) or not all(outcomes):
                     kept = f"{entry.path}.damaged"
+                    self._disk.fsync(fd)
                     self._disk.move(entry.path, kept)
                     _log.error("not all of a journal could be carried out: what was left of it is in %s", kept)
                 else:
@@ -219,16 +220,28 @@ class Journal:
         self._retired, self._unfinished, self._current = [], [], None
 
 
+def written_lines(data: bytes) -> Iterator[bytes]:
+    """The lines of a journal, without what a loss of power cut short: it was never synced, so never acknowledged.
+
+    That is whatever is behind the last newline, and lines with zeros where blocks of them were lost.
+    """
+    offset = 0
+    for line in data.splitlines(keepends=True):
+        if line.endswith(b"\n") and not has_lost_blocks(line, offset):
+            yield line
+        offset += len(line)
+
+
 def _changes(data: bytes) -> Iterator[dict[str, Any]]:
     """The changes of all whole entries."""
-    for line in data.split(b"\n")[:-1]:
+    for line in written_lines(data):
         with contextlib.suppress(Damaged):
             yield from parse(unseal_line(line))["changes"]
 
 
 def _is_damaged(data: bytes) -> bool:
-    """True if a line is not whole. The end after the last newline does not count: it was never acknowledged."""
-    for line in data.split(b"\n")[:-1]:
+    """True if a line that was written is not whole."""
+    for line in written_lines(data):
         try:
             unseal_line(line)
         except Damaged:

@@ -75,6 +75,7 @@ class Quarantine:
                     f"decide about that one first, with `backtest-kit store quarantine drop {path}`, or move it away"
                 )
             self._keep_reason(Quarantined(path, contract.name, list(key), reason, _now_ms()))
+            self._disk.sync_file(f"{self._root}/{path}")
             self._disk.move(f"{self._root}/{path}", place)
             crashpoint("quarantine.after_move")
             self._disk.sync_directory(place.rpartition("/")[0])
@@ -159,6 +160,7 @@ class Quarantine:
     def put_back(self, path: str) -> None:
         """Move what lies at `path` back to where it was found."""
         place, target = self.place(path), f"{self._root}/{path}"
+        self._disk.sync_file(place)  # the operator may have mended it just now
         self._disk.move(place, target)
         self._disk.sync_directory(target.rpartition("/")[0])
         self._disk.discard(place + REASON_SUFFIX)

@@ -14,7 +14,7 @@ import msgspec
 from backtest_kit.errors import UserError
 from backtest_kit.events import Handler, Listener, as_listener
 from backtest_kit.model.event import Identity, Mode
-from backtest_kit.model.interval import floor_ms, interval_ms, iso, to_datetime
+from backtest_kit.model.interval import MINUTE_MS, floor_ms, interval_ms, iso, to_datetime
 from backtest_kit.run.schema import check_name
 
 _ScopeKey = tuple[asyncio.AbstractEventLoop, str, Mode]
@@ -158,8 +158,11 @@ class Cron:
         steps = [job.step_ms for job in self._jobs.values() if job.concerns(symbol)]
         return min((floor_ms(when_ms, step_ms) + step_ms for step_ms in steps), default=None)
 
-    async def fire(self, when_ms: int, identity: Identity, ctx: object = None) -> None:
-        """Perform the jobs whose boundary is `when_ms` and that no run of the scope has performed yet, in their order.
+    async def fire(self, when_ms: int, identity: Identity, ctx: object = None, *, since_ms: int | None = None) -> None:
+        """Perform the jobs that have a boundary at `when_ms` and that no run of the scope has performed yet, in order.
+
+        `since_ms` is the minute that the run acted at before, by default one minute earlier. Where it is earlier than
+        that, because minutes are missing, a job whose boundary was among them is performed now, for the last of them.
 
         Of several runs at one boundary, the first performs the job and the others wait for it and share its error.
 
@@ -167,12 +170,14 @@ class Cron:
             UserError: the run was started by the very job that it would wait for.
             Exception: what a handler raises; the jobs after it are not performed by this run.
         """
+        since_ms = when_ms - MINUTE_MS if since_ms is None else since_ms
         for job in tuple(self._jobs.values()):
-            if when_ms % job.step_ms == 0 and job.concerns(identity.symbol):
+            boundary_ms = floor_ms(when_ms, job.step_ms)
+            if boundary_ms > since_ms and job.concerns(identity.symbol):
                 scope = self._scopes[_scope_of(identity)]
                 symbol = None if job.symbols is None else identity.symbol
                 progress = scope.progress.setdefault((job, symbol), _Progress())
-                await _perform(job, progress, when_ms, identity, ctx)
+                await _perform(job, progress, boundary_ms, identity, ctx)
 
 
 def _scope_of(identity: Identity) -> _ScopeKey:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from backtest_kit.engine.step import Flat, Resting, State, Tick
-from backtest_kit.errors import BacktestKitError, Conflict, RetryLater, UserError
+from backtest_kit.errors import Conflict, RetryLater
 from backtest_kit.events import EventBus
-from backtest_kit.market.fetch import CandleFeed
 from backtest_kit.market.history import History
 from backtest_kit.model.event import (
     ClockJumped,
     Event,
-    MinutesMissed,
     Paused,
     Recovered,
     RunDone,
@@ -46,17 +43,19 @@ from backtest_kit.run.emergency import EmergencyFile
 from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.keeper import Keeper, held_by
 from backtest_kit.run.ledger import Book, Ledger
+from backtest_kit.run.live_candles import POLL_MS, LiveCandles
 from backtest_kit.run.live_job import LiveJob
 from backtest_kit.run.live_risk import LiveRisk
 from backtest_kit.run.minute import Minute
+from backtest_kit.run.missed import MissedMinutes
 from backtest_kit.run.orphans import Comparison, OrphanGuard, side_by_side
 from backtest_kit.run.other_books import StoredBooks
-from backtest_kit.run.replay import columns_of
 from backtest_kit.run.services import Services
 from backtest_kit.run.trader import Trader
 
-_POLL_MS: Final = 1000
-"""How often a candle that is not published yet is asked for."""
+T = TypeVar("T")
+_AGAIN_S: Final = 1.0
+"""How long a start waits before it asks a store or an exchange again that was away."""
 _LOOK_UP_S: Final = 5.0
 """How often who waits for the time looks whether the clock was set."""
 _log = logging.getLogger("backtest_kit")
@@ -107,9 +106,9 @@ class LiveRun:
         self._beside = beside
         self._yielded = yielded
         self._woken = asyncio.Event()
-        self._loading = asyncio.Lock()
-        self._feed: CandleFeed | None = None
-        self._histories: dict[str, History] = {}
+        self.candles = LiveCandles(job)
+        self.missed = MissedMinutes(identity)
+        self._away = ""
         self._jumps = 0
         self._resolved_ms = -1
         """The minute in which the start has asked about an order under way."""
@@ -121,7 +120,8 @@ class LiveRun:
         self.lease: Lease | None = None
         self.when_ms = 0
         """The minute that is acted at; 0 until the clock is started."""
-        self.missed = 0
+        self._acted_ms = 0
+        """The minute at which the strategy was asked last."""
 
     async def live(self) -> None:
         """Trade until stopped, and tell the listeners how it ended.
@@ -170,17 +170,19 @@ class LiveRun:
         """The position itself, given back in the end."""
         job, mode = self.job, self.job.identity.mode
         async with AsyncExitStack() as stack:
-            await self._persistence.open(mode)
-            if job.fitness is not None:
-                await stack.enter_async_context(self._services.use(job.fitness))
-            await self._chronicle.begin()
-            lease = await acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl_s)
+            await self._patiently(lambda: self._persistence.open(mode))
+            if (fitness := job.fitness) is not None:
+                await self._patiently(lambda: stack.enter_async_context(self._services.use(fitness)))
+            await self._patiently(self._chronicle.begin)
+            lease = await self._patiently(
+                lambda: acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl_s)
+            )
             self.lease = lease
             self.keeper.lease = lease
             stack.push_async_callback(given_back, lease)
             crashpoint("live.start.after_lease")
             if mode == "live":
-                await stack.enter_async_context(self._account())
+                await self._patiently(lambda: stack.enter_async_context(self._account()))
             yield lease
 
     @asynccontextmanager
@@ -204,11 +206,11 @@ class LiveRun:
         """Connect to everything that the run needs, and trade; let go of it in the reverse order."""
         job = self.job
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self._services.use(job.clock))
+            await self._patiently(lambda: stack.enter_async_context(self._services.use(job.clock)))
             self._jumps = len(getattr(job.clock, "jumps", ()))
             self.when_ms = floor_ms(job.clock.now_ms(), MINUTE_MS)
-            await stack.enter_async_context(self._services.use(job.broker))
-            self._feed = await stack.enter_async_context(
+            await self._patiently(lambda: stack.enter_async_context(self._services.use(job.broker)))
+            self.candles.feed = await stack.enter_async_context(
                 self._feeds.use(job.identity.exchange_name, job.settings, job.clock.now_ms)
             )
             self._cron.begin(job.identity)
@@ -216,6 +218,20 @@ class LiveRun:
             stack.callback(self.keeper.close)
             stack.push_async_callback(self.trader.end)
             await self._trade()
+
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """What a step of the start returns, tried again for as long as a store or the exchange is away or too slow."""
+        while True:
+            try:
+                result = await call()
+            except RetryLater as error:
+                if not self._away:
+                    _log.warning("the start of %s waits: %s", self.job.identity.symbol, error)
+                self._away = str(error)
+            else:
+                self._away = ""
+                return result
+            await asyncio.sleep(_AGAIN_S)
 
     async def _trade(self) -> None:
         if not await self._recover():
@@ -229,21 +245,21 @@ class LiveRun:
         """Take in what the run before has left, and finish what it had begun; False if there is nothing to do and
         the run is told to stop before it could begin."""
         owner = "" if self.lease is None else self.lease.holder.owner
-        steps = list(await self.keeper.load(owner))
+        steps = list(await self._patiently(lambda: self.keeper.load(owner)))
         crashpoint("live.start.after_load")
         seen_ms, intent = self.trader.book.seen_ms, self.trader.book.intent
         self.desk.state = self.trader.book.state
         await self.job.time.measure()
-        away = await self._first_history()
+        away = await self._first_candles()
         if self._finished():
             return False
         if away:
-            _log.warning("no candles of %s yet: %s", self.job.identity.symbol, away)
+            _log.warning("the start of %s waits for candles: %s", self.job.identity.symbol, away)
             steps.append("the exchange has no candles yet, so nothing is decided")
-            self.desk.tick = Tick(self.when_ms, *[_last_price(self.trader.book)] * 5)
+            self.desk.tick = Tick.flat(self.when_ms, _last_price(self.trader.book))
             self.trader.unpriced = self.trader.blind = True
         await self.trader.begin()
-        await self.trader.confirm()
+        await self._patiently(self.trader.confirm)
         self.began.set()
         await self._reconcile(resending=True)
         events = await self.trader.resolve()
@@ -288,19 +304,20 @@ class LiveRun:
     async def _watch_until_candles(self, reason: str) -> None:
         """Watch the venue alone, once a minute, until there are candles or nothing is left to wait for."""
         clock, watched_ms = self.job.clock, self.when_ms
+        self._away = reason
         await self._watch(watched_ms)
         while not self._finished():
-            await self._sleep_until(clock.now_ms() + _POLL_MS)
-            away, missed = await self._first_history(), (self.when_ms - watched_ms) // MINUTE_MS
+            await self._sleep_until(clock.now_ms() + POLL_MS)
+            away, missed = await self._first_candles(), (self.when_ms - watched_ms) // MINUTE_MS
             if missed > 0:
-                await self._miss(watched_ms, missed, reason)
+                self.missed.add(watched_ms, missed, self._away)
+            self._away = away
             if not away:
                 self.trader.unpriced = False
                 return
             if missed > 0:
                 watched_ms = self.when_ms
                 await self._watch(watched_ms)
-            reason = away
 
     def _finished(self) -> bool:
         book = self.trader.book
@@ -313,8 +330,10 @@ class LiveRun:
         told: list[Event] = []
         cut_off = await self._cut_off()
         if cut_off:
-            await self._miss(self.when_ms, 1, cut_off)
+            self.missed.add(self.when_ms, 1, cut_off)
         else:
+            if (missed := self.missed.over(self.when_ms)) is not None:
+                await self._emit(missed)
             try:
                 await self._decide(told)
             except Exception as error:
@@ -331,10 +350,11 @@ class LiveRun:
             await self.desk.apply(_given_up)
         book = trader.book
         if book.intent is None:
+            since_ms, self._acted_ms = self._acted_ms or when_ms - MINUTE_MS, when_ms
             await minute.act(
                 minute.wanted(),
                 told,
-                at_boundary=self._cron.next_boundary(when_ms - MINUTE_MS, self.job.identity.symbol) == when_ms,
+                since_ms=since_ms,
                 settled=book.when_ms >= when_ms or self._commanded,
             )
 
@@ -439,39 +459,32 @@ class LiveRun:
                 when_ms = max(self.when_ms + MINUTE_MS, now_ms)
                 continue
             if now_ms > when_ms:
-                await self._miss(when_ms, (now_ms - when_ms) // MINUTE_MS, "the minute before took too long")
+                self.missed.add(when_ms, (now_ms - when_ms) // MINUTE_MS, "the previous minute took too long")
                 when_ms = now_ms
             reason = await self._published(when_ms)
             if not reason:
                 break
             if self._finished():
                 return False
-            await self._miss(when_ms, 1, reason)
+            self.missed.add(when_ms, 1, reason)
             await self._watch(when_ms)
             when_ms += MINUTE_MS
         self.job.time.witness(when_ms)
         self.when_ms = when_ms
-        self.desk.tick = columns_of(self._histories[self.job.identity.symbol]).tick(when_ms)
+        self.desk.tick = self.candles.tick(when_ms)
         return True
 
     async def _published(self, when_ms: int) -> str:
         """Wait for the candles up to a minute, but not into the next one: why they are not there, or nothing."""
-        clock, history, logged = self.job.clock, self._histories[self.job.identity.symbol], ""
+        clock = self.job.clock
         while True:
-            reason = "its candles came too late"
-            try:
-                await history.extend(when_ms)
-                if clock.now_ms() < when_ms + MINUTE_MS:
-                    return ""
-            except Exception as error:  # the source may be anybody's code
-                reason = words_of(error)
-                if not isinstance(error, BacktestKitError) and reason != logged:
-                    logged = reason
-                    _log.error("the source of the candles of %s failed", self.job.identity.symbol, exc_info=error)
+            reason = await self.candles.missing(when_ms)
+            if clock.now_ms() < when_ms + MINUTE_MS and not reason:
+                return ""
             await self._watch_clock()
             if not when_ms <= clock.now_ms() < when_ms + MINUTE_MS or self._finished():
-                return reason
-            await self._sleep_until(min(clock.now_ms() + _POLL_MS, when_ms + MINUTE_MS))
+                return reason or "its candles came too late"
+            await self._sleep_until(min(clock.now_ms() + POLL_MS, when_ms + MINUTE_MS))
 
     async def _sleep_until(self, when_ms: int) -> None:
         """Sleep, but wake up to be told to stop, and because of a clock that was set back."""
@@ -491,16 +504,6 @@ class LiveRun:
             await asyncio.wait({sleep, woken})
         sleep.result()
 
-    async def _miss(self, first_ms: int, count: int, reason: str) -> None:
-        self.missed += count
-        identity = self.job.identity
-        event = MinutesMissed(identity=identity, when_ms=first_ms, count=count, first_ms=first_ms, reason=reason)
-        _log.warning(
-            "%d minutes of %s from %s on were missed: %s", count, identity.symbol, iso(first_ms), reason,
-            extra={"event": event},
-        )  # fmt: skip
-        await self._emit(event)
-
     async def _watch_clock(self) -> None:
         jumps: Sequence[Any] = getattr(self.job.clock, "jumps", ())
         for jump in jumps[self._jumps :]:
@@ -519,7 +522,9 @@ class LiveRun:
         await self._chronicle.note(event)
 
     async def _end(self, event: Event) -> None:
-        await self._emit(event)
+        missed = self.missed.over(event.when_ms)
+        for each in (event,) if missed is None else (missed, event):
+            await self._emit(each)
         await self._chronicle.end()
 
     async def _handler_failed(self, what: str, error: Exception) -> None:
@@ -527,39 +532,24 @@ class LiveRun:
 
     # Candles
 
-    async def _first_history(self) -> str:
-        """Take in the candles that the minute of now takes, as the first one: why they are not there, or nothing."""
+    async def _first_candles(self) -> str:
+        """Take in the candles that the minute of now takes, as the first one: why they are not there, or nothing.
+
+        Raises:
+            UserError: nothing is held, and no waiting mends it.
+        """
         self.when_ms = floor_ms(self.job.clock.now_ms(), MINUTE_MS)
-        try:
-            history = await self._load(self.job.identity.symbol)
-        except RetryLater as error:
-            return str(error)
-        self.desk.tick = columns_of(history).tick(self.when_ms)
-        self.job.time.witness(self.when_ms)
-        return ""
+        book = self.trader.book
+        patient = book.intent is not None or not isinstance(book.state, Flat)
+        away = await self.candles.missing(self.when_ms, patient=patient)
+        if not away:
+            self.desk.tick = self.candles.tick(self.when_ms)
+            self.job.time.witness(self.when_ms)
+        return away
 
     async def _history_of(self, symbol: str) -> History:
         """The candles of a symbol up to the minute that the desk shows."""
-        history = self._histories.get(symbol) or await self._load(symbol)
-        await history.extend(self.when_ms)
-        return history
-
-    async def _load(self, symbol: str) -> History:
-        async with self._loading:
-            if symbol not in self._histories:
-                if self._feed is None:
-                    raise UserError(f"the candles of {symbol} were asked for before the run began, or after its end")
-                self._histories[symbol] = await History.load(
-                    self._feed,
-                    symbol,
-                    self.when_ms - MINUTE_MS,
-                    self.when_ms,
-                    gaps=self.job.gaps,
-                    dirty=self.job.dirty,
-                    price_window=self.job.settings.CC_AVG_PRICE_CANDLES_COUNT,
-                    live=True,
-                )
-            return self._histories[symbol]
+        return await self.candles.history_of(symbol, self.when_ms)
 
     @property
     def next_ms(self) -> int:
@@ -567,14 +557,9 @@ class LiveRun:
         return self.when_ms + MINUTE_MS
 
     @property
-    def gaps_filled(self) -> int:
-        """Minutes without a candle that were taken as flat."""
-        return sum(history.filled for history in self._histories.values())
-
-    @property
-    def repairs(self) -> Counter[str]:
-        """Rows that were repaired, by what was done to them."""
-        return sum((history.repairs for history in self._histories.values()), Counter[str]())
+    def waiting(self) -> str:
+        """Why nothing is decided at the moment; empty while minutes are acted at."""
+        return self._away or self.missed.reason
 
 
 def _given_up(state: State) -> tuple[State, tuple[Event, ...]]:

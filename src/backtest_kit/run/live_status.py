@@ -55,6 +55,8 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     clock_drift_ms: int | None = None
     """How far the exchange's clock is ahead of this machine's, where it tells. Beyond a second the run goes by the
     exchange's, and says so in the log."""
+    waiting: str = ""
+    """Why nothing is decided at the moment, such as a missing candle; empty while minutes are acted at."""
     notes: tuple[str, ...] = ()
     """What people should know of the broker."""
     missed: int = 0
@@ -108,10 +110,11 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         held=lease is not None and lease.held,
         ended=ended,
         clock_drift_ms=run.job.time.drift_ms,
+        waiting=run.waiting,
         notes=job.broker.notes,
-        missed=run.missed,
-        gaps_filled=run.gaps_filled,
-        repairs=run.repairs,
+        missed=run.missed.total,
+        gaps_filled=run.candles.filled,
+        repairs=run.candles.repairs,
         trades=len(run.trader.trades),
         **held,
     )

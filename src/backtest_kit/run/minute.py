@@ -133,13 +133,14 @@ class Minute:
         """What the user's code is given at this minute."""
         return Context(self._identity, self._desk, self._history_of, self._records)
 
-    async def act(self, wanted: Wanted, told: list[Event], *, at_boundary: bool, settled: bool = False) -> None:
+    async def act(self, wanted: Wanted, told: list[Event], *, since_ms: int, settled: bool = False) -> None:
         """Act, tell who listens, and add to `told` what happened for good.
 
         The market comes first: nobody's command can undo what this minute's range has touched. Then cron,
         whose work a decision of the same minute may build on, and last the strategy.
 
         Args:
+            since_ms: The minute that was acted at before.
             settled: This minute's one transition was made already: nothing opens or closes any more.
         """
         desk = self._desk
@@ -148,10 +149,10 @@ class Minute:
             rejected = await self._check_activation()
             for event in (*rejected, *await desk.apply(partial(self._stepped, wanted, bool(rejected)))):
                 await self.tell(event, told)
-        if at_boundary:
-            await self._call(
-                "a cron handler", partial(self._cron.fire, desk.tick.when_ms, self._identity, self.context())
-            )
+        boundary_ms = self._cron.next_boundary(since_ms, self._identity.symbol)
+        if boundary_ms is not None and boundary_ms <= desk.tick.when_ms:
+            fire = partial(self._cron.fire, desk.tick.when_ms, self._identity, self.context(), since_ms=since_ms)
+            await self._call("a cron handler", fire)
             await self.tell_commands(told)
         if was_flat and not settled and isinstance(desk.state, Flat) and self._asks(desk.state):
             for event in await self._decide(desk.state):
@@ -196,7 +197,8 @@ class Minute:
         return await self.refusal(as_signal(desk.state.entry))
 
     def _asks(self, state: Flat) -> bool:
-        return not self._flags.paused and decision_due(state, self._desk.tick.when_ms, self._desk.rules)
+        desk = self._desk
+        return desk.tick.real and not self._flags.paused and decision_due(state, desk.tick.when_ms, desk.rules)
 
     async def _decide(self, state: Flat) -> tuple[Event, ...]:
         """Ask the strategy, check its answer, ask the risk profiles about it, and act on it."""

@@ -260,7 +260,7 @@ def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tu
     if order.kind == "cancel" and isinstance(before, Resting):
         return _too_late(order, before, fill, rules)
     if order.kind == "close" and isinstance(before, Holding):
-        tick = Tick(order.when_ms, order.price, *[order.price] * 4)
+        tick = Tick.flat(order.when_ms, order.price)
         return target, tuple(_closed_at(event, before.position, fill.price, tick, rules) for event in events)
     if isinstance(target, Holding):
         position = _filled(order, target.position, fill, rules)

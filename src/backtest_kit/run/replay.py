@@ -115,15 +115,16 @@ class Replay(Watcher):
                 seen, columns = history.candles, columns_of(history)
             until_ms = next_minute(desk.state, columns, when_ms, rules, wanted)
             boundary_ms = cron.next_boundary(when_ms, symbol)
-            if boundary_ms is not None:
-                until_ms = min(until_ms, boundary_ms)
+            if boundary_ms is not None and boundary_ms < until_ms:
+                until_ms = columns.real_from(boundary_ms, until_ms)
             desk.state = coast(desk.state, columns, when_ms, until_ms, rules)
             desk.tick = columns.tick(until_ms)
-            control.when_ms = when_ms = until_ms
+            since_ms, control.when_ms = when_ms, until_ms
+            when_ms = until_ms
             if self._seat is not None:
                 await self._seat.turn(when_ms)
             told: list[Event] = []
-            await minute.act(wanted, told, at_boundary=when_ms == boundary_ms)
+            await minute.act(wanted, told, since_ms=since_ms)
             if Progress in wanted:
                 await self._tell_progress()
             if told:
@@ -182,4 +183,6 @@ class Replay(Watcher):
 def columns_of(history: History) -> Columns:
     """What a replay scans of a history."""
     candles = history.candles
-    return Columns(history.first_ms, history.prices, candles.open, candles.high, candles.low, candles.close)
+    return Columns(
+        history.first_ms, history.prices, candles.open, candles.high, candles.low, candles.close, history.real
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from backtest_kit.model.interval import DAY_MS, INTERVAL_MS, MINUTE_MS, floor_ms
 from backtest_kit.simulation import binance_words as words
 from backtest_kit.simulation.binance_call import ApiError, Call
+from backtest_kit.simulation.publishing import Row
 
 
 async def ping(call: Call) -> Any:
@@ -46,20 +48,19 @@ async def klines(call: Call) -> Any:
         start_ms = floor_ms(stop_ms - 1, step_ms) - (limit - 1) * step_ms
     first_ms = floor_ms(start_ms + step_ms - 1, step_ms)
     stop_ms = min(stop_ms, first_ms + limit * step_ms)
-    candles = await call.venue.candles(symbol, interval, first_ms, stop_ms)
-    columns = (candles.timestamp, candles.open, candles.high, candles.low, candles.close, candles.volume)
-    rows = [_kline(step_ms, *row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    rows = [_kline(step_ms, row) for row in await call.venue.rows(symbol, interval, first_ms, stop_ms)]
     current_ms = floor_ms(now_ms, step_ms)
     if first_ms <= current_ms < stop_ms and len(rows) < limit:
         # The candle that is still open shows the price of now and nothing of what comes.
         async with call.venue.at_now():
             price = float(call.exchange.prices[symbol])
-        rows.append(_kline(step_ms, current_ms, price, price, price, price, 0.0))
+        rows.append(_kline(step_ms, [current_ms, price, price, price, price, 0.0]))
     return rows
 
 
-def _kline(step_ms: int, open_ms: int, open_: float, high: float, low: float, close: float, volume: float) -> list[Any]:
-    prices = [repr(each) for each in (open_, high, low, close, volume)]
+def _kline(step_ms: int, row: Row) -> list[Any]:
+    open_ms, volume, close = int(row[0] or 0), row[5] or 0.0, row[4] or 0.0
+    prices = [None if each is None or math.isnan(each) else repr(each) for each in row[1:]]
     turnover = repr(volume * close)
     return [open_ms, *prices, open_ms + step_ms - 1, turnover, 100, repr(volume / 2), repr(volume * close / 2), "0"]
 

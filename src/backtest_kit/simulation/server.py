@@ -23,6 +23,7 @@ import msgspec
 
 from backtest_kit.errors import BacktestKitError, Conflict, Outcome, RetryLater, UserError
 from backtest_kit.market.clock import AcceleratedClock, SteppedClock
+from backtest_kit.model.candle import COLUMNS
 from backtest_kit.model.interval import MINUTE_MS, floor_ms
 from backtest_kit.simulation.account import SpotAccount
 from backtest_kit.simulation.binance import API_KEY, API_SECRET, BinanceApi
@@ -179,8 +180,8 @@ class VenueServer:
         self.venue.exchanges["spot"].market(symbol)
         if what == "range":
             return await self.venue.range(symbol)
-        candles = await self.venue.candles(symbol, what, int(params["start"]), int(params["stop"]))
-        return {name: column.tolist() for name, column in candles.columns().items()}
+        rows = await self.venue.rows(symbol, what, int(params["start"]), int(params["stop"]))
+        return {name: [row[at] for row in rows] for at, name in enumerate(COLUMNS)}
 
     def _note(self, request: Request, strike: Strike) -> dict[str, Any]:
         params: dict[str, Any] = dict(parse_qsl(request.query or request.body.decode(errors="replace")))

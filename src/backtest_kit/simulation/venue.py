@@ -19,6 +19,7 @@ from backtest_kit.model.interval import DAY_MS, MINUTE_MS, floor_ms, interval_ms
 from backtest_kit.simulation.exchange import Exchange, Minute, Terms
 from backtest_kit.simulation.journal import Action, Cancel, Done, Entry, FillReference, Head, Journal, Place
 from backtest_kit.simulation.orders import Kind, Market, VenueFill, VenueOrder
+from backtest_kit.simulation.publishing import Publishing, Row, plain_rows
 
 _PAGE: Final = 500
 """Minutes that are asked of an exchange at once."""
@@ -43,6 +44,7 @@ class Venue:
         terms: Terms | None = None,
         journal: Journal | None = None,
         on_fill: Callable[[Kind, VenueFill], None] | None = None,
+        publishing: Publishing | None = None,
     ) -> None:
         if not symbols or len(set(symbols)) != len(symbols):
             raise UserError(f"symbols are {', '.join(symbols) or 'none'}: name at least one, and each once")
@@ -55,6 +57,7 @@ class Venue:
         self._terms = terms or Terms()
         self._journal = journal
         self._on_fill = on_fill
+        self._publishing = publishing
         self._turn = asyncio.Lock()
         self._settled_ms = 0
         self._ahead = {symbol: CandleSeries.empty() for symbol in symbols}
@@ -139,6 +142,17 @@ class Venue:
             return CandleSeries.empty()
         minutes = await self._source.fetch(symbol, "1m", start_ms, stop_ms)
         return minutes if step_ms == MINUTE_MS or not len(minutes) else _grouped(minutes, step_ms)
+
+    async def rows(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> list[Row]:
+        """The same candles as they are published, with what goes wrong with those of a minute.
+
+        Raises:
+            RetryLater: none are served now.
+        """
+        candles = await self.candles(symbol, interval, start_ms, stop_ms)
+        if self._publishing is None or interval != "1m":
+            return plain_rows(candles)
+        return self._publishing.rows(candles, self.clock.now_ms())
 
     async def range(self, symbol: str) -> tuple[int, int] | None:
         """The first open time there is, and the end of what has closed; None where the source cannot tell."""

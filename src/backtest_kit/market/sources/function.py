@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from backtest_kit.errors import UserError
+from backtest_kit.errors import BadCandles, UserError
 from backtest_kit.market.sources.base import CandleSource
 from backtest_kit.market.sources.rows import series_of
 from backtest_kit.model.candle import COLUMNS, CandleSeries
@@ -48,21 +48,21 @@ class FunctionSource(CandleSource):
         if isinstance(rows, CandleSeries):
             return rows
         if not isinstance(rows, list | tuple):
-            raise UserError(
+            raise BadCandles(
                 f"{self._name}() returned {type(rows).__name__}: return a CandleSeries or a list of rows "
                 f"with {', '.join(COLUMNS)}"
             )
         try:
             return series_of([self._row(row) for row in rows])
         except UserError as error:
-            raise UserError(f"{self._name}() returned rows that are no candles: {error}") from None
+            raise BadCandles(f"{self._name}() returned rows that are no candles: {error}") from None
 
     def _row(self, row: Any) -> Sequence[Any]:
         if isinstance(row, Mapping):
             missing = [name for name in COLUMNS if name not in row]
             if missing:
-                raise UserError(f"a row lacks {', '.join(missing)}; it has {', '.join(map(str, row))}")
+                raise BadCandles(f"a row lacks {', '.join(missing)}; it has {', '.join(map(str, row))}")
             return [row[name] for name in COLUMNS]
         if isinstance(row, list | tuple) and len(row) == len(COLUMNS):
             return row
-        raise UserError(f"a row is {row!r:.80}: give a dict, or a sequence of {', '.join(COLUMNS)}")
+        raise BadCandles(f"a row is {row!r:.80}: give a dict, or a sequence of {', '.join(COLUMNS)}")

@@ -255,10 +255,10 @@ class Committer:
             if contract.durability is Durability.MONEY:
                 self._root.writes.write_durably(change.path, seal_text(staged.dumped), staged.tick)
                 crashpoint("file.after_acknowledge")
+            elif contract.durability is Durability.RECORD:
+                self._root.writes.write_successor(change.path, seal_text(staged.dumped), staged.tick)
             else:
                 self._root.writes.write(change.path, seal_text(staged.dumped), staged.tick)
-                if contract.durability is Durability.RECORD:
-                    self._root.writes.sync_soon(change.path)
 
     def _commit_lines(self, group: list[Request], ticks: Iterator[int]) -> None:
         """Carry out requests of one line each, with one append to each feed."""

@@ -48,7 +48,7 @@ from backtest_kit.persist.backends.file_segments import (
 from backtest_kit.persist.codec import NewerSchema, open_envelope, parse, unseal_line
 from backtest_kit.persist.contracts import Contract, WriteRule
 from backtest_kit.persist.crashpoints import crashpoint
-from backtest_kit.persist.files import Disk
+from backtest_kit.persist.files import Disk, has_lost_blocks
 from backtest_kit.persist.locks import LockSet
 from backtest_kit.persist.quarantine import Quarantine
 from backtest_kit.persist.store import Key, Record
@@ -529,7 +529,8 @@ class Feed:
     def _lines(self, name: str, data: bytes, start: int) -> Iterator[Row]:
         for row in split_lines(name, data, start):
             if isinstance(row, Unsound):
-                self._damage.put_aside(row)
+                # No index vouches for these lines yet: one with lost blocks may never have been durable.
+                self._damage.put_aside(row, blocks=not has_lost_blocks(row.line, row.offset))
             else:
                 yield row
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from backtest_kit.errors import Damaged
 from backtest_kit.persist.backends.file_segments import Unsound, hash_in, key_in
 from backtest_kit.persist.contracts import Contract
-from backtest_kit.persist.files import Disk
+from backtest_kit.persist.files import Disk, has_lost_blocks
 from backtest_kit.persist.quarantine import Quarantine
+
+_log = logging.getLogger(__name__)
 
 
 class FeedDamage:
@@ -74,17 +78,20 @@ class FeedDamage:
                 self._unreported.pop(path, None)
                 self._quarantine.refuse_blocked(path)
 
-    def put_aside(self, unsound: Unsound) -> str:
+    def put_aside(self, unsound: Unsound, *, blocks: bool = True) -> str:
         """Move a damaged line into quarantine, under the name that is returned.
 
-        Blanks stay in its place, so that no offset changes.
+        Blanks stay in its place, so that no offset changes. Without `blocks` it is only kept as evidence.
         """
         if self._read_only:
             where = f"{self._directory}/{unsound.segment} at byte {unsound.offset}"
             raise Damaged(f"{where}: {unsound.reason}; it stays where it is, the root is read-only")
         key = key_in(unsound.line, self._contract, unsound.hash)
         reason = unsound.reason
-        if unsound.hash is None:
+        if not blocks:
+            reason = "it was written shortly before the power failed and never synced"
+            _log.warning("%s/%s at byte %d: %s", self._directory, unsound.segment, unsound.offset, reason)
+        elif unsound.hash is None:
             reason += "; it may be of any key, so the whole feed is blocked"
         path, error = self._quarantine.keep(
             self._contract,
@@ -92,10 +99,11 @@ class FeedDamage:
             f"{self._path}/{unsound.segment}.{unsound.offset}",
             unsound.line,
             reason,
-            blocks=True,
+            blocks=blocks,
             hash=unsound.hash,
         )
-        self._blocked[path], self._unreported[path] = unsound.hash, error
+        if blocks:
+            self._blocked[path], self._unreported[path] = unsound.hash, error
         fd = self._disk.open_for_update(f"{self._directory}/{unsound.segment}")
         try:
             self._disk.overwrite(fd, unsound.offset, b" " * (len(unsound.line) - 1) + b"\n")
@@ -110,7 +118,9 @@ class FeedDamage:
         Returns how many bytes of it stay.
         """
         known = hash_in(torn)
-        if known is not None:  # A write that was cut short is shorter than its line.
+        if known is not None and not has_lost_blocks(
+            torn, offset
+        ):  # A write that was cut short is shorter than its line.
             self.put_aside(Unsound(segment, offset, torn, "the end of the line was changed on the disk", known))
             return len(torn)
         if torn:

@@ -7,16 +7,18 @@ end although a line of it is damaged.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from backtest_kit.errors import Damaged
 from backtest_kit.persist.backends.file_feed import Feed
-from backtest_kit.persist.backends.file_paths import SUFFIX
+from backtest_kit.persist.backends.file_paths import NEXT, SUFFIX
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.file_segments import Place
-from backtest_kit.persist.contracts import Contract, Kind
+from backtest_kit.persist.contracts import Contract, Durability, Kind
 from backtest_kit.persist.files import disk_error
 from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE
@@ -42,7 +44,7 @@ def list_records(
     try:
         if contract.kind is not Kind.FEED:
             levels = len(contract.key_fields) - len(prefix) - 1
-            files = sorted(_files(root, directory, levels), key=_tick)
+            files = sorted(_files(root, contract, directory, levels), key=_tick)
             yield from files[::-1] if newest_first else files
             return
         feeds = _feeds(root, namespace, contract, prefix)
@@ -64,23 +66,35 @@ def count_lines(root: Root, namespace: str, contract: Contract) -> int:
         raise disk_error(error, "count", f"{root.path}/{_directory(namespace, contract, ())}") from error
 
 
-def _files(root: Root, directory: str, levels: int) -> list[Found]:
+def _files(root: Root, contract: Contract, directory: str, levels: int) -> list[Found]:
     """The files `levels` below `directory`, and those that were moved from there into quarantine."""
     found = _files_in(root, directory, levels)
-    if kept := _files_in(root, f"{QUARANTINE}/{directory}", levels):
-        there = {file.path for file in found}
-        moved = (file._replace(path=file.path.removeprefix(f"{QUARANTINE}/")) for file in kept)
-        found += [file for file in moved if file.path not in there]
+    if contract.durability is Durability.RECORD:
+        # Twice: a listing can miss a file that gets another name meanwhile, and a record does that only once.
+        found = {**found, **_files_in(root, directory, levels)}
+    kept = _files_in(root, f"{QUARANTINE}/{directory}", levels)
+    moved = {path.removeprefix(f"{QUARANTINE}/"): tick for path, tick in kept.items()}
+    return [Found(tick, path) for path, tick in {**moved, **found}.items()]
+
+
+def _files_in(root: Root, directory: str, levels: int) -> dict[str, int]:
+    """The path of each record and its tick, which is that of its successor if it has one."""
+    found: dict[str, int] = {}
+    for path in _below(root, directory, levels):
+        for entry in root.disk.entries(f"{root.path}/{path}"):
+            name = entry.name.removesuffix(NEXT)
+            if name.endswith(SUFFIX):
+                record = f"{path}/{name}"
+                found[record] = max(_tick_of(root, entry, record), found.get(record, 0))
     return found
 
 
-def _files_in(root: Root, directory: str, levels: int) -> list[Found]:
-    return [
-        Found(entry.stat().st_mtime_ns, f"{path}/{entry.name}")
-        for path in _below(root, directory, levels)
-        for entry in root.disk.entries(f"{root.path}/{path}")
-        if entry.name.endswith(SUFFIX)
-    ]
+def _tick_of(root: Root, entry: os.DirEntry[str], record: str) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return entry.stat().st_mtime_ns
+    with contextlib.suppress(FileNotFoundError):  # a successor that has become the record meanwhile
+        return root.disk.stat(f"{root.path}/{record}").st_mtime_ns
+    return 0
 
 
 def _feeds(root: Root, namespace: str, contract: Contract, prefix: Key) -> list[Feed]:

@@ -10,12 +10,21 @@ import msgspec
 
 from backtest_kit.errors import Damaged, RetryLater, UserError
 from backtest_kit.persist.backends.file_candles import SUFFIX as CANDLE_SUFFIX, verify as verify_candles
-from backtest_kit.persist.backends.file_paths import MARKER, OWN_DIRECTORY, SUFFIX as RECORD_SUFFIX, unseal_at
-from backtest_kit.persist.backends.file_root import Root
+from backtest_kit.persist.backends.file_paths import (
+    MARKER,
+    NEXT,
+    OWN_DIRECTORY,
+    SUFFIX as RECORD_SUFFIX,
+    row_of,
+    unseal_at,
+)
+from backtest_kit.persist.backends.file_root import Root, newest
 from backtest_kit.persist.backends.file_segments import SUFFIX as FEED_SUFFIX, Line
+from backtest_kit.persist.backends.file_successors import is_torn
 from backtest_kit.persist.codec import dump_record, open_envelope, parse, reseal, seal, unseal_line
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
 from backtest_kit.persist.files import STALE_TEMP_SECONDS, TEMP_NAME, disk_error
+from backtest_kit.persist.journal import written_lines
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE, Quarantined
 from backtest_kit.persist.store import Key, Record
 from backtest_kit.persist.upkeep import Finding
@@ -48,8 +57,7 @@ def _check_own(root: Root) -> Iterator[Finding]:
     for entry in root.disk.entries(f"{root.path}/{OWN_DIRECTORY}/journal"):
         path = f"{OWN_DIRECTORY}/journal/{entry.name}"
         try:
-            # Behind the last newline is what a killed process was writing, which was never acknowledged.
-            for line in root.disk.read(entry.path).split(b"\n")[:-1]:
+            for line in written_lines(root.disk.read(entry.path)):
                 parse(unseal_line(line))
         except FileNotFoundError:
             continue  # carried out while this went on
@@ -99,7 +107,7 @@ def restore(root: Root, path: str) -> Record | None:
             else is in its place.
     """
     item = root.quarantine.find(path)
-    row = _row_of(path)
+    row = row_of(path)
     if row is None or not item.blocks:
         raise UserError(f"{path} is only kept as evidence and blocks nothing: drop it when you have seen it")
     root.checkpoint()  # else a journal could bring an older revision back
@@ -141,9 +149,12 @@ def _in_place(root: Root, row: Contract, path: str, record: Record) -> Record | 
     try:
         if row.kind is Kind.FEED:
             return root.feed(row, path.rpartition("/")[0]).find(record.key, locked=True, despite_block=True)
-        return unseal_at(row, record.key, path, root.disk.read(f"{root.path}/{path}"))
-    except FileNotFoundError:
-        return None
+        successor = root.successors.load(row, record.key, path, locked=True)
+        try:
+            current = unseal_at(row, record.key, path, root.disk.read(f"{root.path}/{path}"))
+        except FileNotFoundError:
+            return successor
+        return newest(current, successor)
     except (Damaged, IsADirectoryError) as error:
         raise UserError(f"what is at {root.path}/{path} by now cannot be read: {error}; move it away first") from None
 
@@ -171,7 +182,7 @@ def drop(root: Root, path: str) -> Quarantined:
     """
     item = root.quarantine.find(path)
     root.checkpoint()  # else a journal could bring an older revision back
-    row = _row_of(path)
+    row = row_of(path)
     with root.locked((_lock_of(path, row),), patient=True):
         root.require_unjournalled(_lock_of(path, row))
         root.quarantine.release(path)
@@ -234,7 +245,7 @@ def forget(root: Root, prefix: str) -> None:
 
 
 def _check_file(root: Root, path: str) -> Iterator[Finding]:
-    row = _row_of(path)
+    row = row_of(path)
     if row is None:
         return
     try:
@@ -245,6 +256,12 @@ def _check_file(root: Root, path: str) -> Iterator[Finding]:
             yield from _check_lines(row, path, data)
         elif path.endswith(RECORD_SUFFIX):
             unseal_at(row, None, path, data)
+        elif path.endswith(f"{RECORD_SUFFIX}{NEXT}"):
+            if is_torn(data):
+                problem = "a write that a loss of power cut short: put aside at the next opening"
+                yield Finding(path, problem, blocks=False)
+            else:
+                unseal_at(row, None, path.removesuffix(NEXT), data)
     except FileNotFoundError:
         return  # replaced or merged while this went on
     except (Damaged, OSError) as error:
@@ -262,14 +279,6 @@ def _check_lines(row: Contract, path: str, data: bytes) -> Iterator[Finding]:
                 problem = "the write of the last line was cut short: removed at the next use" if torn else str(error)
                 yield Finding(f"{path} at byte {offset}", problem, blocks=not torn)
         offset += len(line) + 1
-
-
-def _row_of(path: str) -> Contract | None:
-    """The contract whose directory `path` is in, namespaces left aside."""
-    names = path.split("/")
-    while names and names[0].startswith("@"):
-        names = names[1:]
-    return ALL_CONTRACTS.get(names[0]) if names else None
 
 
 def _lock_of(path: str, row: Contract | None) -> str:

@@ -7,11 +7,13 @@ from typing import Final
 
 from backtest_kit.errors import Damaged
 from backtest_kit.persist.codec import unseal
-from backtest_kit.persist.contracts import Contract, Kind
+from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
 from backtest_kit.persist.keys import path_of, unescape
 from backtest_kit.persist.store import Key, Record
 
 SUFFIX: Final = ".json"
+NEXT: Final = ".next"
+"""Behind the name of a record: the file that will replace it once it is synced, see `file_successors`."""
 MARKER: Final = f"root{SUFFIX}"
 OWN_DIRECTORY: Final = ".backtest-kit"
 """What the store keeps for itself below its root: marker, locks, journal, clock. No contract is called so."""
@@ -35,6 +37,14 @@ def record_path(prefix: str, row: Contract, key: Key) -> str:
 @functools.lru_cache(maxsize=4096)
 def _path(prefix: str, row: Contract, key: Key) -> str:
     return prefix + "/".join((row.name, *path_of(row, key)))
+
+
+def row_of(path: str) -> Contract | None:
+    """The contract whose directory `path` is in, namespaces left aside."""
+    names = path.split("/")
+    while names and names[0].startswith("@"):
+        names = names[1:]
+    return ALL_CONTRACTS.get(names[0]) if names else None
 
 
 def key_of(row: Contract, path: str) -> list[object]:

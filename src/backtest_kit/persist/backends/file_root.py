@@ -14,14 +14,15 @@ from typing import Final
 
 import msgspec
 
-from backtest_kit.errors import Damaged, Outcome, RetryLater, UserError
+from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater, UserError
 from backtest_kit.persist.backends.file_feed import Feed
-from backtest_kit.persist.backends.file_paths import MARKER, OWN_DIRECTORY, key_of, unseal_at
+from backtest_kit.persist.backends.file_paths import MARKER, NEXT, OWN_DIRECTORY, SUFFIX, key_of, unseal_at
 from backtest_kit.persist.backends.file_promises import PATIENCE, Promised, Promises, Target
+from backtest_kit.persist.backends.file_successors import Successors, is_lost
 from backtest_kit.persist.backends.file_sync import Syncer
 from backtest_kit.persist.backends.file_writes import Writes
 from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema, unseal_head
-from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
+from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Durability, Kind
 from backtest_kit.persist.files import Disk, absolute_root, disk_error, require_directory
 from backtest_kit.persist.journal import Journal
 from backtest_kit.persist.locks import LockSet
@@ -40,6 +41,13 @@ _log = logging.getLogger(__name__)
 def is_part_of_store(name: str) -> bool:
     """Whether a name in the root is one that a store gives: the others are the user's."""
     return name in _OWN_NAMES or name.startswith("@")
+
+
+def newest(current: Record | None, successor: Record | None) -> Record | None:
+    """Which of a record and its successor counts."""
+    if current is None or (successor is not None and successor.rev >= current.rev):
+        return successor
+    return current
 
 
 class _Marker(msgspec.Struct, rename="camel"):
@@ -68,9 +76,10 @@ class Root:
         self._last_tick = 0
         self._feeds: dict[str, Feed] = {}
         self._replaced: deque[int] = deque()
-        self._syncer = Syncer(disk, self._journal)
         # By way of the attribute, because closing puts another syncer in its place.
-        self.writes = Writes(self.path, disk, lambda paths: self._syncer.note(paths))
+        self.writes = Writes(self.path, disk, lambda paths, successors: self._syncer.note(paths, successors))
+        self.successors = Successors(self.path, disk, self.locks, self.quarantine, self.writes)
+        self._syncer = self._make_syncer()
         self._promises = Promises(self.path, disk, self.locks, self.quarantine, self.writes, self.feed)
 
     # -- life ----------------------------------------------------------------------------------------
@@ -100,13 +109,15 @@ class Root:
                     self._recover()
                 self._opened = True
                 if not self._existing:
-                    self._sweeper = threading.Thread(target=self._sweep, name="backtest-kit-sweep", daemon=True)
+                    self._sweeper = threading.Thread(
+                        target=self._sweep, args=(time.time(),), name="backtest-kit-sweep", daemon=True
+                    )
                     self._sweeper.start()
 
     def close(self) -> None:
         """Make everything durable and let go. The next call opens again."""
         with self._guard:
-            syncer, self._syncer = self._syncer, Syncer(self.disk, self._journal)
+            syncer, self._syncer = self._syncer, self._make_syncer()
             try:
                 if self._opened:
                     self._opened = False
@@ -132,6 +143,9 @@ class Root:
                 raise UserError(f"{self.path} is no store of this program, it has no {OWN_DIRECTORY}: name another one")
         except OSError as error:
             raise disk_error(error, "look at", self.path) from error
+
+    def _make_syncer(self) -> Syncer:
+        return Syncer(self.disk, self._journal, self.successors.promote)
 
     def _must_recover(self) -> bool:
         """Whether there is a journal in a root that is only opened to look at it, and where nothing is made."""
@@ -161,12 +175,18 @@ class Root:
                 raise UserError(message) from error
             raise disk_error(error, "open the store", self.path) from error
 
-    def _sweep(self) -> None:
+    def _sweep(self, opened_at: float) -> None:
         try:
             own = [entry.path for entry in self.disk.entries(self.path) if is_part_of_store(entry.name)]
-            self.disk.sweep(own, time.time())
+            left = self.disk.sweep(own, opened_at, find=f"{SUFFIX}{NEXT}")
         except OSError as error:  # they take space and nothing else, and the next opening tries again
             _log.warning("temporary files below %s were not all removed: %s", self.path, error)
+            return
+        for file in left:
+            try:
+                self.successors.settle(file.removeprefix(f"{self.path}/").removesuffix(NEXT))
+            except (OSError, BacktestKitError) as error:  # it stays as readable as it was
+                _log.warning("%s, which a killed process left, did not get its name: %s", file, error)
 
     def check_marker(self) -> bool:
         """Whether the root has a marker of its schema.
@@ -246,6 +266,16 @@ class Root:
         if promised is not None:
             return promised
         try:
+            # Before the record: a successor that is gone by now has become the record.
+            successor = (
+                self.successors.load(row, key, path, locked=locked) if row.durability is Durability.RECORD else None
+            )
+        except OSError as error:
+            raise disk_error(error, "read", f"{self.path}/{path}{NEXT}") from error
+        return newest(self._load_file(row, key, path, locked=locked, head=head), successor)
+
+    def _load_file(self, row: Contract, key: Key | None, path: str, *, locked: bool, head: bool) -> Record | None:
+        try:
             file = f"{self.path}/{path}"
             keep = head and len(self._replaced) < _KEPT_FILES
             data = self.disk.read_and_keep(file, self._replaced) if keep else self.disk.read(file)
@@ -261,12 +291,16 @@ class Root:
         except NewerSchema as error:
             raise NewerSchema(f"{self.path}/{path}: {error}") from None
         except Damaged as error:
+            if is_lost(row, data) and (locked or self.read_only):
+                if locked:
+                    self.successors.set_aside(row, path, path, data)
+                return None
             if locked:
                 raise self.quarantine.take(row, key or key_of(row, path), path, str(error)) from None
             if self.read_only:
                 raise Damaged(f"{self.path}/{path}: {error}; it stays where it is, the root is read-only") from None
         with self.locks.hold((path,)):
-            return self.load(row, key, path, locked=True, head=head)
+            return self._load_file(row, key, path, locked=True, head=head)
 
     def _load_line(self, row: Contract, key: Key, path: str, *, locked: bool) -> Record | None:
         promised = self._promises.find((path, key))

@@ -217,7 +217,7 @@ def read_index(disk: Disk, directory: str, segment: str) -> Any:
 
 def write_index(disk: Disk, directory: str, segment: str, index: Any, size: int) -> None:
     body = index.tobytes()
-    temp = disk.write_temp(directory, _index_head(segment, size, len(index), _checksum(body)) + body, sync=False)
+    temp = disk.write_temp(directory, _index_head(segment, size, len(index), _checksum(body)) + body, sync=True)
     disk.rename(temp, f"{directory}/{index_name(segment)}")
 
 

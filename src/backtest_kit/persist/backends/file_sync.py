@@ -23,11 +23,14 @@ _log = logging.getLogger(__name__)
 class Syncer:
     """Syncs records soon, checkpoints the journal now and then, and does the housekeeping of feeds."""
 
-    def __init__(self, disk: Disk, journal: Journal) -> None:
+    def __init__(self, disk: Disk, journal: Journal, promote: Callable[[str], None]) -> None:
+        """`promote` syncs the successor of a record and gives it its name."""
         self._disk = disk
         self._journal = journal
+        self._promote = promote
         self._wake = threading.Condition()
         self._changed: dict[str, None] = {}
+        self._successors: dict[str, None] = {}
         self._jobs: list[Callable[[], object]] = []
         self._due: float | None = None
         self._checkpoint_due: float | None = None
@@ -35,10 +38,11 @@ class Syncer:
         self._closing = False
         self._thread: threading.Thread | None = None
 
-    def note(self, paths: Iterable[str]) -> None:
-        """Files and directories that changed and shall be durable within the delay of a record."""
+    def note(self, paths: Iterable[str], successors: Iterable[str] = ()) -> None:
+        """Files and directories that changed, and records that have a successor, to be durable within the delay."""
         with self._wake:
             self._changed.update(dict.fromkeys(paths))
+            self._successors.update(dict.fromkeys(successors))
             self._schedule(time.monotonic() + RECORD_DELAY_SECONDS)
 
     def note_journal(self) -> None:
@@ -97,14 +101,13 @@ class Syncer:
     def _pass(self, *, checkpoint: bool) -> None:
         with self._wake:
             changed, self._changed = self._changed, {}
+            successors, self._successors = self._successors, {}
             jobs, self._jobs = self._jobs, []
+        # Renamed before the directories are synced, which makes the new names durable.
+        for path in successors:
+            self._attempt(self._promote, path)
         for path in changed:
-            try:
-                self._disk.sync_file(path)
-            except OSError as error:
-                kind = OutOfSpace if error.errno == errno.ENOSPC else RetryLater
-                message = f"cannot sync {path}: {error.strerror}; what was last written there may not outlive this host"
-                self._failed(kind(f"{message}: write it again", outcome=Outcome.UNKNOWN))
+            self._attempt(self._disk.sync_file, path)
         for job in [*jobs, *([self._journal.checkpoint] if checkpoint else [])]:
             try:
                 job()
@@ -112,6 +115,16 @@ class Syncer:
                 self._failed(error)
             except OSError as error:
                 self._failed(RetryLater(f"the housekeeping of a feed failed and changed nothing: {error}"))
+
+    def _attempt(self, work: Callable[[str], None], path: str) -> None:
+        try:
+            work(path)
+        except OSError as error:
+            kind = OutOfSpace if error.errno == errno.ENOSPC else RetryLater
+            message = f"cannot sync {path}: {error.strerror}; what was last written there may not outlive this host"
+            self._failed(kind(f"{message}: write it again", outcome=Outcome.UNKNOWN))
+        except BacktestKitError as error:
+            self._failed(error)
 
     def _failed(self, error: BacktestKitError) -> None:
         _log.error("%s (%s)", error, error.outcome.value)

@@ -6,14 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
 from backtest_kit.errors import Outcome
+from backtest_kit.persist.backends.file_paths import NEXT
 from backtest_kit.persist.files import Disk, disk_error
 
 
 class Writes:
     """Methods block. Paths are relative to the root, with `/`; the caller holds their locks."""
 
-    def __init__(self, root: str, disk: Disk, note: Callable[[Sequence[str]], None]) -> None:
-        """`note` is told of the files and directories that have to be durable within the delay of a record."""
+    def __init__(self, root: str, disk: Disk, note: Callable[[Sequence[str], Sequence[str]], None]) -> None:
+        """`note` gets the files and directories, and the successors, to make durable within the delay of a record."""
         self._root = root
         self._disk = disk
         self._note = note
@@ -41,7 +42,7 @@ class Writes:
             raise disk_error(error, "make durable", target, Outcome.UNKNOWN) from error
 
     def write(self, path: str, data: bytes, tick: int) -> None:
-        """Replace `path`; it survives the process, not the host."""
+        """Replace `path`; it survives the process. When the power fails it may be lost, old value and new."""
         target = f"{self._root}/{path}"
         directory = target.rpartition("/")[0]
         try:
@@ -72,7 +73,9 @@ class Writes:
 
     def remove(self, path: str) -> None:
         """Remove the file of a record, and the directory that it leaves empty."""
-        self._disk.remove(f"{self._root}/{path}")
+        for file in (path, f"{path}{NEXT}"):  # in this order: without its successor an older revision would be seen
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.remove(f"{self._root}/{file}")
         directory = f"{self._root}/{path}".rpartition("/")[0]
         self._disk.discard_directory(directory)
         self._anchored.discard(directory)
@@ -85,15 +88,22 @@ class Writes:
             known.difference_update([path for path in known if f"{path}/".startswith(directory)])
         self._disk.remove_tree(directory)
 
+    def write_successor(self, path: str, data: bytes, tick: int) -> None:
+        """Replace `path` within the delay of a record, in an order that no loss of power can break."""
+        self.write(f"{path}{NEXT}", data, tick)
+        self._note(self._directories_of(path), [path])
+
     def sync_soon(self, path: str) -> None:
         """Make a file durable within the delay of a record, and the directories above it, if they may be new."""
-        file = f"{self._root}/{path}"
-        directory = file.rpartition("/")[0]
+        self._note([f"{self._root}/{path}", *self._directories_of(path)], ())
+
+    def _directories_of(self, path: str) -> list[str]:
+        """The directory of `path`, and those above it if nothing has synced their entries yet."""
+        directory = f"{self._root}/{path}".rpartition("/")[0]
         if directory in self._anchored or directory in self._noted:
-            self._note([file, directory])
-        else:
-            self._noted.add(directory)
-            self._note([file, directory, *self._levels(directory)])
+            return [directory]
+        self._noted.add(directory)
+        return [directory, *self._levels(directory)]
 
     def _write_anchored(self, directory: str, data: bytes, tick: int, *, sync: bool) -> str:
         """A temporary file, synced or about to be journalled, in a directory that is durable in those above it."""
