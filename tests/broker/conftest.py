@@ -109,6 +109,10 @@ class Bench:
             if order.trigger is not None
         ]
 
+    def levels(self) -> list[tuple[float, float]]:
+        """Quantity and trigger of the live stops."""
+        return [(quantity, trigger) for _, quantity, trigger in self.stops()]
+
     def open_orders(self) -> list[VenueOrder]:
         return list(self.exchange.open_orders(API_KEY))
 

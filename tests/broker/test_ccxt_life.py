@@ -34,7 +34,7 @@ async def test_an_entry_is_filled_and_has_its_stop(bench: MakeBench, kind: Kind,
     assert fill.fee == pytest.approx(fill.cost * 0.001)
     assert fill.timestamp == START
     level = PRICE * (0.95 if direction == "long" else 1.05)
-    assert venue.stops() == [(IDS.stop(0), kept(venue, 0.02), level)]
+    assert venue.levels() == [(kept(venue, 0.02), level)]
     assert await broker.check_position(position(order(direction=direction), fill)) is None
 
 
@@ -135,13 +135,13 @@ async def test_the_stop_is_moved(bench: MakeBench, kind: Kind, direction: Direct
     move = order("move_stop", 1, direction=direction, stop_loss=level)
     assert (await broker.find(again(move))).status == "absent"
     await broker.move_stop(move)
-    assert venue.stops() == [(IDS.stop(1), kept(venue, 0.02), level)]
+    assert venue.levels() == [(kept(venue, 0.02), level)]
     assert (await broker.find(again(move))).status == "filled"
     await broker.move_stop(again(move))
-    assert venue.stops() == [(IDS.stop(1), kept(venue, 0.02), level)]
+    assert venue.levels() == [(kept(venue, 0.02), level)]
     moved = position(order(direction=direction), opened, moved_stop_loss=level)
     assert await broker.check_position(moved) is None
-    assert venue.stops() == [(IDS.stop(1), kept(venue, 0.02), level)]
+    assert venue.levels() == [(kept(venue, 0.02), level)]
 
 
 @BOTH
@@ -150,7 +150,7 @@ async def test_a_stop_that_differs_from_the_engine_s_is_set_right(bench: MakeBen
     broker = await venue.broker()
     opened = await broker.open_position(order())
     assert await broker.check_position(position(order(), opened, moved_stop_loss=PRICE * 0.96)) is None
-    assert venue.stops() == [(IDS.stop(1), kept(venue, 0.02), PRICE * 0.96)]
+    assert venue.levels() == [(kept(venue, 0.02), PRICE * 0.96)]
 
 
 @BOTH
@@ -268,7 +268,7 @@ async def test_holdings_of_spot_are_what_a_stop_of_ours_protects(bench: MakeBenc
     await broker.open_position(order())
     (held,) = await broker.holdings(["BTCUSDT"])
     assert (held.symbol, held.direction, held.quantity, held.stop_loss) == ("BTCUSDT", "long", 0.01998, PRICE * 0.95)
-    assert held.client_order_ids == (IDS.stop(0),)
+    assert held.client_order_ids == (venue.stops()[0][0],)
 
 
 async def test_holdings_of_futures_are_positions(bench: MakeBench) -> None:
@@ -290,7 +290,7 @@ async def test_a_stop_of_a_future_that_is_left_of_nothing_is_shown(bench: MakeBe
     await venue.by_hand("sell" if direction == "long" else "buy", 0.02)
     (left,) = await broker.holdings(["BTCUSDT"])
     assert (left.direction, left.quantity, left.stop_loss) == (direction, 0, opening.stop_loss)
-    assert left.client_order_ids == (IDS.stop(0),)
+    assert left.client_order_ids == (venue.stops()[0][0],)
 
 
 @BOTH
@@ -316,15 +316,15 @@ def test_copies_of_an_order_differ_in_the_attempt_only() -> None:
 
 @BOTH
 async def test_an_exchange_that_takes_client_ids_again_is_asked_as_well(bench: MakeBench, kind: Kind) -> None:
-    venue = await bench(kind, PRICE, PRICE, PRICE, PRICE * 0.9, client_ids="open", fees_in="quote")
+    venue = await bench(kind, PRICE, PRICE, PRICE, PRICE * 0.9, fees_in="quote")
     broker = await venue.broker()
     opened = await broker.open_position(order())
     assert await broker.open_position(again(order())) == opened
-    await venue.cancel_by_hand(IDS.stop(0))
+    await venue.cancel_by_hand(venue.stops()[0][0])
     assert await broker.check_position(position(order(), opened)) is None
-    assert venue.stops() == [(IDS.stop(0), 0.02, PRICE * 0.95)], "the id is free again"
+    assert venue.levels() == [(0.02, PRICE * 0.95)]
     await venue.advance(6)
     fill = await broker.check_position(position(order(), opened))
     assert fill is not None
     assert (fill.reason, fill.quantity) == ("stop_loss", 0.02)
-    assert venue.filled_orders() == {IDS.entry: 1, IDS.stop(0): 1}
+    assert sorted(venue.filled_orders().values()) == [1, 1], "the entry and its stop"

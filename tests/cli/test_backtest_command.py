@@ -85,7 +85,17 @@ def test_help_teaches(tmp_path: Path) -> None:
     top = run("--help", cwd=tmp_path)
     assert "backtest" in top.stdout
     page = run("backtest", "--help", cwd=tmp_path).stdout
-    for part in ("STRATEGY.py", "--symbol", "--frame", "--candles", "--gaps", "--fill", "--dump", "Examples"):
+    for part in (
+        "STRATEGY.py",
+        "--symbol",
+        "--frame",
+        "--candles",
+        "--gaps",
+        "--dirty",
+        "--fill",
+        "--dump",
+        "Examples",
+    ):
         assert part in page
     assert run("--version", cwd=tmp_path).stdout.startswith("backtest-kit 0.")
 
@@ -177,6 +187,7 @@ class TestBadInput:
             "mine.py", "-s", "B", "--exchange", "nowhere", cwd=tmp_path
         )
         assert "gaps is 'ignore'" in refused("mine.py", "-s", "B", "--gaps", "ignore", cwd=tmp_path)
+        assert "dirty is 'ignore'" in refused("mine.py", "-s", "B", "--dirty", "ignore", cwd=tmp_path)
         assert "fill is 'best'" in refused("mine.py", "-s", "B", "--fill", "best", cwd=tmp_path)
 
     def test_what_the_file_does_not_register(self, tmp_path: Path) -> None:

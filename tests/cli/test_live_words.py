@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 from rich.console import Console
+from tests.records.happenings import closed
 
 import backtest_kit as bk
 from backtest_kit.cli.live_view import view
@@ -17,6 +18,7 @@ from backtest_kit.cli.live_words import TOLD, alarming, awaited, document, stand
 from backtest_kit.model.event import Identity
 from backtest_kit.model.interval import to_ms
 from backtest_kit.model.position import Entry, Extreme, Position, RestingEntry, Trade
+from backtest_kit.records.notification import notification_of
 from backtest_kit.run.live_status import LiveStatus
 
 NOON = to_ms("2024-06-01T12:00")
@@ -221,3 +223,15 @@ def test_why_nothing_is_opened_is_shown_in_full() -> None:
 def test_how_far_the_clock_is_off_is_shown(drift_ms: int | None, words: str) -> None:
     title = drawn([status_of(clock_drift_ms=None), status_of(clock_drift_ms=drift_ms)], width=200)[1]
     assert words in title if words else "off" not in title
+
+
+def test_a_price_is_the_same_wherever_it_is_read() -> None:
+    """Six digits would hide the cents of a coin of 68,000 dollars, and an exponent the size of one of a millionth."""
+    for price, text in ((68_006.85, "68006.85"), (1.2345e-5, "0.000012345")):
+        event = closed("s-1")
+        trade = msgspec.structs.replace(event.trade, price_close=price)
+        event = msgspec.structs.replace(event, trade=trade)
+        notification = notification_of(event)
+        assert notification is not None
+        assert f" at {text}, " in notification.text
+        assert f" at {text}, " in words(event)

@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 from tests.broker.conftest import Bench, Kind
@@ -18,6 +18,7 @@ import backtest_kit as bk
 from backtest_kit.market.clock import SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.simulation.client import connect
+from backtest_kit.simulation.exchange import ClientIds, Terms
 from backtest_kit.simulation.faults import Fault, Faults, Strike
 from backtest_kit.simulation.server import VenueServer
 from backtest_kit.simulation.venue import Venue
@@ -47,10 +48,13 @@ class Cuts(Faults):
         return Strike((Fault(kind="lose_request"),)) if self.how == "lost" else super().strike(method, path)
 
 
-async def played(place: Path, kind: Kind, how: How, seed: int) -> tuple[int, dict[str, Any], list[bk.Event]]:
+async def played(
+    place: Path, kind: Kind, how: How, seed: int, rule: ClientIds
+) -> tuple[int, dict[str, Any], list[bk.Event]]:
     """How many lives the story has taken, what is left of it, and what was told."""
     cuts = Cuts(how, seed)
-    server = VenueServer(Venue(Rows(story_candles()), ("BTCUSDT",), SteppedClock(START)), faults=cuts)
+    exchange = Venue(Rows(story_candles()), ("BTCUSDT",), SteppedClock(START), terms=Terms(client_ids=rule))
+    server = VenueServer(exchange, faults=cuts)
     await server.start()
     venue, events, lives, over = Bench(server, kind), list[bk.Event](), 0, False
     try:
@@ -94,6 +98,7 @@ async def played(place: Path, kind: Kind, how: How, seed: int) -> tuple[int, dic
     return lives, outcome, events
 
 
+@pytest.mark.parametrize("rule", get_args(ClientIds))
 @pytest.mark.parametrize(
     ("kind", "reasons"),
     [
@@ -102,9 +107,9 @@ async def played(place: Path, kind: Kind, how: How, seed: int) -> tuple[int, dic
     ],
 )
 async def test_a_story_that_is_cut_off_at_its_orders_ends_as_the_one_that_is_not(
-    tmp_path: Path, kind: Kind, reasons: list[str]
+    tmp_path: Path, kind: Kind, reasons: list[str], rule: ClientIds
 ) -> None:
-    lives, expected, told = await played(tmp_path / "uncut", kind, "never", 0)
+    lives, expected, told = await played(tmp_path / "uncut", kind, "never", 0, rule)
     assert lives == 1
     assert [trade.close_reason for trade in expected["trades"]] == reasons
     assert expected["open"] == []
@@ -112,7 +117,7 @@ async def test_a_story_that_is_cut_off_at_its_orders_ends_as_the_one_that_is_not
     assert not [event for event in told if isinstance(event, TROUBLE)]
     ways: tuple[How, ...] = ("arrived", "lost")
     for how in ways:
-        lives, outcome, told = await played(tmp_path / how, kind, how, 1)
-        assert 10 < lives < MOST_LIVES
+        lives, outcome, told = await played(tmp_path / how, kind, how, 1, rule)
+        assert 5 < lives < MOST_LIVES
         assert outcome == expected, how
         assert not [event for event in told if isinstance(event, TROUBLE)]

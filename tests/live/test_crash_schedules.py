@@ -9,7 +9,7 @@ import asyncio
 import random
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -21,6 +21,7 @@ from tests.live.stage import Forks, Stage, fast_place, forking, stage
 import backtest_kit as bk
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
+from backtest_kit.simulation.exchange import ClientIds, Terms
 
 pytestmark = [pytest.mark.crash, pytest.mark.slow]
 
@@ -29,6 +30,8 @@ SCHEDULES = 10
 """Of each strategy."""
 MINUTES = 240
 SEATS = 4
+RULES: tuple[ClientIds, ...] = get_args(ClientIds)
+"""For client order ids: the schedules of a strategy take turns."""
 
 
 def market(number: int) -> list[Any]:
@@ -68,10 +71,13 @@ async def play(forks: Forks, place: Path, seed: int, seats: asyncio.Semaphore) -
     }
     candles = CandleSeries.from_rows(rows)
 
-    async def run(name: str, crashes: list[str]) -> tuple[Stage, dict[str, Any]]:
+    async def run(name: str, crashes: list[str], rule: ClientIds = "open") -> tuple[Stage, dict[str, Any]]:
+        venue = {"terms": Terms(client_ids=rule)}
         async with (
             seats,
-            stage(forks, place / name, candles=candles, symbols=("COINUSDT",), start_ms=begin_ms, **job) as here,
+            stage(
+                forks, place / name, candles=candles, symbols=("COINUSDT",), start_ms=begin_ms, venue=venue, **job
+            ) as here,
         ):
             await here.trade(crashes)
             return here, here.outcome()
@@ -86,9 +92,10 @@ async def play(forks: Forks, place: Path, seed: int, seats: asyncio.Semaphore) -
     kills = []
     for number in range(SCHEDULES):
         crashes = schedule(random.Random(f"{seed}-{number}"), passed)  # noqa: S311  # repeatable, not secret
-        here, found = await run(f"killed-{number}", crashes)
+        rule = RULES[number % len(RULES)]
+        here, found = await run(f"killed-{number}", crashes, rule)
         kills.append(here.kills)
-        said = f"seed {seed}, schedule {number}, killed at {crashes[: here.kills]}"
+        said = f"seed {seed}, schedule {number}, client ids {rule}, killed at {crashes[: here.kills]}"
         wrong += [f"{said}: {each}" for each in here.check()]
         wrong += [
             f"{said}: other {what}"

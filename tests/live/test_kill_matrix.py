@@ -26,6 +26,7 @@ from tests.servers import address_of
 
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.crashpoints import CRASHPOINTS
+from backtest_kit.simulation.exchange import ClientIds, Terms
 from backtest_kit.simulation.faults import Fault
 
 pytestmark = pytest.mark.crash
@@ -98,11 +99,12 @@ def schedule(cell: Cell) -> tuple[list[str], dict[str, Any]]:
 class Theatre:
     """Plays cells, a few at a time, and compares each with the run of its fate that nobody killed."""
 
-    def __init__(self, forks: Forks, place: Path, mongo: str = "") -> None:
+    def __init__(self, forks: Forks, place: Path, mongo: str = "", rule: ClientIds = "open") -> None:
         self._forks = forks
         self._place = place
         self._mongo = mongo
         """Address of the server whose databases are the stores; without one, they are files."""
+        self._venue = {"terms": Terms(client_ids=rule)}
         self._seats = asyncio.Semaphore(SEATS)
         self._oracles: dict[tuple[str, str], asyncio.Task[dict[str, Any]]] = {}
         self.kills = 0
@@ -149,6 +151,7 @@ class Theatre:
             self._place / name,
             faults=faults_of(kind, fate),
             end_ms=START + STORY_MINUTES * MINUTE_MS,
+            venue=self._venue,
             **store,
         )
 
@@ -158,9 +161,11 @@ def database(name: str) -> str:
     return f"kill-{zlib.crc32(name.encode()):08x}"
 
 
-async def play(cells: list[Cell], place: Path, mongo: str = "", **environment: str) -> Theatre:
+async def play(
+    cells: list[Cell], place: Path, mongo: str = "", rule: ClientIds = "open", **environment: str
+) -> Theatre:
     async with forking(**environment) as forks:
-        theatre = Theatre(forks, place, mongo)
+        theatre = Theatre(forks, place, mongo, rule)
         wrong = [each for found in await asyncio.gather(*map(theatre.play, cells)) for each in found]
     assert not wrong, f"{len(wrong)} differences, the first are\n" + "\n".join(wrong[:20])
     return theatre
@@ -185,6 +190,13 @@ async def test_killed_at_every_point_on_files(place: Path, fate: str) -> None:
     theatre = await play(chosen, place)
     assert theatre.hit == {point for point, *_ in chosen}
     assert theatre.kills >= len(chosen) * 1.5
+
+
+@pytest.mark.slow
+async def test_killed_where_client_ids_are_never_taken_again(place: Path) -> None:
+    chosen = sample(cells())
+    theatre = await play(chosen, place, rule="ever")
+    assert theatre.hit == {point for point, *_ in chosen}
 
 
 @pytest.mark.slow

@@ -310,6 +310,8 @@ async def test_a_live_run_needs_a_broker(memory_rig: Rig) -> None:
         kit.live.background("BTCUSDT", **WHERE)
     with pytest.raises(bk.UserError, match="orphans is 'kill': use one of alarm, adopt, protect"):
         kit.live.background("BTCUSDT", **WHERE, paper=True, orphans="kill")  # type: ignore[arg-type]
+    with pytest.raises(bk.UserError, match="dirty is 'drop': use one of refuse, repair"):
+        kit.live.background("BTCUSDT", **WHERE, paper=True, dirty="drop")  # type: ignore[arg-type]
 
 
 async def test_a_weak_store_is_refused_where_orders_are_sent(memory_rig: Rig, caplog: pytest.LogCaptureFixture) -> None:

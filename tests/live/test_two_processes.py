@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from tests.live.scripts import START
@@ -14,7 +15,7 @@ from tests.live.stage import ORDERS, Forks, fast_place, flat_candles, forking, s
 
 from backtest_kit.market.clock import AcceleratedClock
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.simulation.exchange import Terms
+from backtest_kit.simulation.exchange import ClientIds, Terms
 
 pytestmark = pytest.mark.crash
 
@@ -35,7 +36,7 @@ async def test_of_two_that_race_for_a_position_one_trades_it(tmp_path: Path) -> 
 async def race(forks: Forks, place: Path) -> int:
     candles = flat_candles(lambda minute: 100.0, 30)
     # A clock that goes on: who has lost some of his positions does not wait for them any more.
-    clock = AcceleratedClock(START, 15.0)
+    clock = AcceleratedClock(START, 6.0)
     async with stage(
         forks, place, candles=candles, clock=clock, symbols=SYMBOLS, end_ms=START + 3 * MINUTE_MS, script="always",
         lease_ttl_s=3.0,
@@ -57,7 +58,8 @@ async def race(forks: Forks, place: Path) -> int:
         return len(orders)
 
 
-async def test_who_was_paused_and_taken_over_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", get_args(ClientIds))
+async def test_who_was_paused_and_taken_over_is_refused(tmp_path: Path, rule: ClientIds) -> None:
     """Stopped at the worst moments of every kind of order; the successor goes on with it, once, and to the end."""
     seats = asyncio.Semaphore(SEATS)
     with fast_place(tmp_path) as place:
@@ -65,15 +67,16 @@ async def test_who_was_paused_and_taken_over_is_refused(tmp_path: Path) -> None:
 
             async def play(kind: str, moment: str) -> list[str]:
                 async with seats:
-                    return await paused(forks, place / f"{kind}-{moment}", f"live.{kind}.{moment}")
+                    return await paused(
+                        forks, place / f"{kind}-{moment}", f"live.{kind}.{moment}", Terms(client_ids=rule)
+                    )
 
             plays = [play(kind, moment) for kind in KINDS for moment in MOMENTS]
             wrong = [each for found in await asyncio.gather(*plays) for each in found]
     assert not wrong, "\n".join(wrong)
 
 
-async def paused(forks: Forks, place: Path, point: str) -> list[str]:
-    terms = Terms(client_ids="ever")
+async def paused(forks: Forks, place: Path, point: str, terms: Terms) -> list[str]:
     async with stage(
         forks, place, candles=story_candles(), end_ms=START + 47 * MINUTE_MS, lease_ttl_s=2.0, venue={"terms": terms}
     ) as here:

@@ -148,6 +148,19 @@ def many_fills(make_trade: MakeTrade) -> Trade:
     )
 
 
+@pytest.mark.parametrize(
+    ("closes", "decimals"),
+    [((68000.0, 68006.85), 2), ((1.08, 1.08345), 5), ((2.3, 2.3456), 4), ((1.2345e-5,), 9), ((2.31e-10,), 12), ((), 2)],
+)
+def test_the_axis_shows_the_ticks_of_the_market(
+    closes: tuple[float, ...], decimals: int, make_result: MakeResult
+) -> None:
+    times = [START + at * MINUTE_MS for at in range(len(closes))]
+    chart = CandleSeries(times, closes, closes, closes, closes, [1.0] * len(closes))
+    page = Page(render_html(Results([make_result("BTCUSDT", chart=chart)])))
+    assert page.data["markets"][0]["decimals"] == decimals
+
+
 def test_every_fill_and_level_of_a_position_is_drawn(make_trade: MakeTrade, make_result: MakeResult) -> None:
     trades = [make_trade(), many_fills(make_trade)]
     data = Page(render_html(Results([make_result("ETHUSDT"), make_result(trades=trades)]))).data
@@ -161,14 +174,14 @@ def test_every_fill_and_level_of_a_position_is_drawn(make_trade: MakeTrade, make
     assert mark["reduced"] == [[bar(40), 101.5], [bar(50), 102.5]]
     assert mark["levels"] == [105.0, 99.5, 107.0, 95.0, 99.25]
     assert mark["text"] == (
-        "long 99.25 to 102.00 in 3 entries, 25.00 % out at 101.50, 50.00 % out at 102.50, +1.50 %, take_profit"
+        "long 99.25 to 102 in 3 entries, 25.00 % out at 101.5, 50.00 % out at 102.5, +1.50 %, take_profit"
     )
     assert (plain["added"], plain["reduced"]) == ([], [])
     labels = [label for label, _ in data["columns"]]
     row = dict(zip(labels, data["trades"][mark["row"]], strict=True))
-    assert row["Entries (list)"] == "100.00 @ 100.50; 100.00 @ 99.00; 50.00 @ 98.00"
-    assert row["Partial Closes (list)"] == "25.00 % @ 101.50; 50.00 % @ 102.50"
-    assert (row["DCA Entries"], row["Partial Closes"], row["Original TP"]) == ("3", "2", "107.00")
+    assert row["Entries (list)"] == "100.00 @ 100.5; 100.00 @ 99; 50.00 @ 98"
+    assert row["Partial Closes (list)"] == "25.00 % @ 101.5; 50.00 % @ 102.5"
+    assert (row["DCA Entries"], row["Partial Closes"], row["Original TP"]) == ("3", "2", "107")
     assert data["heat"]["header"][0] == "Symbol"
 
 

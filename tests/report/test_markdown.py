@@ -41,8 +41,8 @@ GOLDEN_REST = """\
 
 | Signal ID | Symbol | Position | Open Price | Close Price | Take Profit | Stop Loss | Original TP | Original SL | Original Entry | DCA Entries | Partial Closes | PNL (net) | PNL (USD) | Partial Executed % | Entries (list) | Partial Closes (list) | Close Reason | Duration (min) | Open Time | Close Time | Peak PNL | Max DD PNL |
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- | --- | ---: | --- | --- | ---: | ---: |
-| s-1 | BTCUSDT | long | 100.00 | 102.00 | 102.00 | 99.00 | 102.00 | 99.00 | 100.00 | 1 | 0 | +1.50 % | +1.50 | 0.00 |  |  | take_profit | 90.0 | 2022-01-01T01:00Z | 2022-01-01T02:30Z | +1.80 % | -0.40 % |
-| s-2 | BTCUSDT | short | 0.5000 | 0.050000 | 0.00500000 | 99.00 | 102.00 | 99.00 | 100.00 | 2 | 1 | -0.65 % | -1.30 | 25.00 | 100.00 @ 0.5000; 100.00 @ 0.5000 | 50.00 % @ 0.1000 | frame_end | 45.0 | 2022-01-01T03:15Z | 2022-01-01T04:00Z | +0.10 % | -1.05 % |
+| s-1 | BTCUSDT | long | 100 | 102 | 102 | 99 | 102 | 99 | 100 | 1 | 0 | +1.50 % | +1.50 | 0.00 |  |  | take_profit | 90.0 | 2022-01-01T01:00Z | 2022-01-01T02:30Z | +1.80 % | -0.40 % |
+| s-2 | BTCUSDT | short | 0.5 | 0.05 | 0.005 | 99 | 102 | 99 | 100 | 2 | 1 | -0.65 % | -1.30 | 25.00 | 100.00 @ 0.5; 100.00 @ 0.5 | 50.00 % @ 0.1 | frame_end | 45.0 | 2022-01-01T03:15Z | 2022-01-01T04:00Z | +0.10 % | -1.05 % |
 """  # noqa: E501
 
 
@@ -109,6 +109,15 @@ def test_open_positions_and_gaps_are_counted_apart(make_trade: MakeTrade, make_r
     assert "The drawdown of the total takes each trade with the whole account" in text
 
 
+def test_repaired_rows_are_told_by_kind(make_result: MakeResult) -> None:
+    repairs = {"BTCUSDT": {"moved": 1200, "range": 1}, "ETHUSDT": {"repeated": 2}}
+    text = make_result("BTCUSDT", repairs=repairs).to_markdown()
+    assert (
+        "Rows of BTCUSDT that were repaired: 1,200 moved up to the next whole minute; 1 dropped: high is below low"
+    ) in text
+    assert "Rows of ETHUSDT, read by BTCUSDT, that were repaired: 2 repeated and counted once" in text
+
+
 def test_what_else_a_reader_must_know(make_result: MakeResult) -> None:
     chart = CandleSeries([0], [1], [1], [1], [1], [1])
     one = make_result("BTCUSDT", chart=chart, gaps_filled={"ETHUSDT": 1200}, candles_used=2400, stopped=True)
@@ -150,17 +159,21 @@ def test_newest_trades_are_last_and_the_oldest_are_left_out(make_trade: MakeTrad
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (12345.678, "12345.68"),
-        (1.0, "1.00"),
-        (0.99999, "1.0000"),
-        (0.1, "0.1000"),
-        (0.05, "0.050000"),
-        (0.00123, "0.00123000"),
-        (0.0, "0.00"),
-        (-2.5, "-2.50"),
+        (68006.85, "68006.85"),
+        (12345.6789123, "12345.679"),
+        (1.08345, "1.08345"),
+        (0.99999, "0.99999"),
+        (0.1, "0.1"),
+        (2.31268e-10, "0.000000000231268"),
+        (1234567890.5, "1234567890"),
+        (100.0, "100"),
+        (0.0, "0"),
+        (-2.5, "-2.5"),
+        (float("nan"), "N/A"),
+        (float("inf"), "N/A"),
     ],
 )
-def test_price_decimals_follow_the_size(value: float, text: str) -> None:
+def test_a_price_keeps_its_significant_digits(value: float, text: str) -> None:
     assert price(value) == text
 
 

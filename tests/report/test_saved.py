@@ -43,7 +43,13 @@ def test_every_field_survives(tmp_path: Path, make_trade: MakeTrade, make_result
         reductions=(Reduction(50.0, 0.1, 100.0, 1, START),),
     )
     chart = CandleSeries([START], [math.inf], [1e300], [5e-324], [0.1], [0])
-    changes = {"gaps_filled": {"BTC/USDT": 3}, "candles_used": 4, "candles_fetched": 5, "show_note": True}
+    changes = {
+        "gaps_filled": {"BTC/USDT": 3},
+        "repairs": {"BTC/USDT": {"moved": 2}},
+        "candles_used": 4,
+        "candles_fetched": 5,
+        "show_note": True,
+    }
     result = make_result("BTC/USDT", [trade], chart=chart, report_path=tmp_path / "a", **changes)
     path = result.save(tmp_path / "b" / "r.json")
     (again,) = Results.load(str(path))

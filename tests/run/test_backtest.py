@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,6 +212,7 @@ def test_a_timeout_of_the_strategy_itself_is_its_own(make_kit: MakeKit) -> None:
         ({"frame_name": "june"}, r"frame 'june' is not registered \(registered: 'day', 'week'\)"),
         ({"fill": "best"}, "fill is 'best': use one of vwap, ohlc"),
         ({"gaps": "ignore"}, "gaps is 'ignore': use one of error, fill"),
+        ({"dirty": "ignore"}, "dirty is 'ignore': use one of refuse, repair"),
     ],
 )
 def test_names_and_options_are_checked(make_kit: MakeKit, changes: dict[str, Any], message: str) -> None:
@@ -388,3 +390,46 @@ class TestErrorsThatWouldEndMoreThanTheRun:
         with pytest.raises((bk.UserError, RuntimeError)) as raised:
             await make_kit(awaited if is_async else plain).backtest.background("BTCUSDT", **WHERE)
         assert isinstance(raised.value.__cause__, error)
+
+
+def test_what_an_exchange_publishes_is_replayed_and_told(tmp_path: Path) -> None:
+    """Binance, February 2018: whole minutes, an outage, and minutes that open at 14 s; one row came twice."""
+    first = 1_518_048_000_000
+    times = [first + at * MINUTE_MS for at in range(30)] + [first + at * MINUTE_MS + 14_789 for at in range(90, 180)]
+    times.insert(5, times[5])
+    rows = "".join(f"{time},100,101,99,100,5\n" for time in times)
+    (tmp_path / "x.csv").write_text("time,open,high,low,close,volume\n" + rows)
+    kit = bk.Kit(tmp_path / "dump")
+    kit.add_exchange_schema("demo", source=bk.sources.csv(tmp_path / "x.csv"))
+    kit.add_frame_schema("week", start_date=first + 10 * MINUTE_MS, end_date=first + 170 * MINUTE_MS)
+    kit.add_strategy_schema("trend", get_signal=lambda ctx: None)
+    with pytest.raises(bk.UserError, match="do not open on a whole 60 s step"):
+        kit.backtest.run_sync("BTCUSDT", **WHERE)
+    result = kit.backtest.run_sync("BTCUSDT", **WHERE, gaps="fill")
+    assert result.gaps_filled == {"BTCUSDT": 61}
+    assert result.repairs["BTCUSDT"]["moved"] == 79
+    with pytest.raises(bk.UserError, match="61 minutes of BTCUSDT are missing"):
+        kit.backtest.run_sync("BTCUSDT", **WHERE, dirty="repair")
+    with pytest.raises(bk.UserError, match="do not open on a whole 60 s step"):
+        kit.backtest.run_sync("BTCUSDT", **WHERE, gaps="fill", dirty="refuse")
+
+
+def test_candles_that_a_strategy_looks_back_at_are_repaired_too(tmp_path: Path) -> None:
+    first = 1_640_995_200_000
+    prices = [100.0 + at % 7 for at in range(3000)]
+    prices[1000] = 0.0
+
+    async def get_candles(symbol: str, interval: str, since_ms: int, limit: int) -> list[list[float]]:
+        low = max(0, (since_ms - first) // MINUTE_MS)
+        return [[first + at * MINUTE_MS, *[prices[at]] * 4, 1.0] for at in range(low, min(low + limit, len(prices)))]
+
+    async def get_signal(ctx: bk.Context) -> None:
+        await ctx.candles("1m", 2000)
+
+    kit = bk.Kit(tmp_path / "dump")
+    kit.add_exchange_schema("demo", source=bk.sources.function(get_candles))
+    kit.add_frame_schema("week", start_date=first + 2500 * MINUTE_MS, end_date=first + 2600 * MINUTE_MS)
+    kit.add_strategy_schema("trend", get_signal=get_signal)
+    result = kit.backtest.run_sync("BTCUSDT", **WHERE, gaps="fill")
+    assert result.repairs == {"BTCUSDT": {"price": 1}}
+    assert result.gaps_filled == {"BTCUSDT": 1}

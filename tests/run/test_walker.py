@@ -142,6 +142,7 @@ def test_a_signal_against_the_rules_fails_its_strategy_alone(kit: bk.Kit, walker
         ({"exchange_name": "nowhere"}, "exchange 'nowhere' is not registered"),
         ({"fill": "best"}, "fill is 'best'"),
         ({"gaps": "ignore"}, "gaps is 'ignore'"),
+        ({"dirty": "ignore"}, "dirty is 'ignore'"),
     ],
 )
 def test_a_bad_argument_is_named_before_anything_runs(

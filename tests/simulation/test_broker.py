@@ -11,6 +11,7 @@ from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.errors import Outcome, RetryLater
 from backtest_kit.market import sources
 from backtest_kit.model.position import Entry, Extreme, Position, RestingEntry
+from backtest_kit.simulation.exchange import ClientIds, Terms
 from backtest_kit.simulation.faults import Fault
 from backtest_kit.simulation.http import HttpClient
 from backtest_kit.simulation.server import VenueServer
@@ -216,7 +217,7 @@ async def test_at_reference_everything_is_as_the_engine_decided(serve: Serve, br
 
 
 async def test_a_lost_answer_is_found_and_the_order_is_filled_once(serve: Serve, broker_of: BrokerOf) -> None:
-    server = await serve()
+    server = await serve(terms=Terms(client_ids="ever"))
     broker = broker_of(server)
     server.faults.add(Fault(kind="lose_response", endpoint="POST /broker/open"))
     with pytest.raises(OrderTransient) as lost:
@@ -243,15 +244,18 @@ async def test_a_lost_request_was_never_there(serve: Serve, broker_of: BrokerOf)
     assert [each["outcome"] for each in server.requests] == ["lost before it was done", 200, 200]
 
 
-async def test_a_request_delivered_twice_is_done_once(serve: Serve, broker_of: BrokerOf) -> None:
-    server = await serve()
+@pytest.mark.parametrize(("rule", "fills"), [("ever", 1), ("open", 2)])
+async def test_a_request_delivered_twice_is_done_as_often_as_the_rule_for_ids_allows(
+    serve: Serve, broker_of: BrokerOf, rule: ClientIds, fills: int
+) -> None:
+    server = await serve(terms=Terms(client_ids=rule))
     broker = broker_of(server)
     server.faults.add(Fault(kind="duplicate", endpoint="POST /broker/*", count=0))
     with pytest.raises(OrderTransient) as refused:
         await broker.open_position(order_of("open"))
     assert refused.value.outcome is Outcome.UNKNOWN
     assert (await broker.find(order_of("open"))).status == "filled"
-    assert fill_count(server) == 1
+    assert fill_count(server) == fills
 
 
 async def test_rejections_and_parts(serve: Serve, broker_of: BrokerOf) -> None:

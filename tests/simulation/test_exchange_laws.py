@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from backtest_kit.simulation.account import FuturesAccount, SpotAccount
-from backtest_kit.simulation.exchange import Exchange, Minute, Terms
-from backtest_kit.simulation.orders import Kind, Market, NewOrder, Refused
+from backtest_kit.simulation.exchange import ClientIds, Exchange, Minute, Terms
+from backtest_kit.simulation.orders import Kind, Limits, Market, NewOrder, Refused
 
 MARKET = Market.of("BTCUSDT", 50_000)
 MINUTE_MS = 60_000
@@ -40,7 +40,8 @@ steps = st.lists(orders_and_parts | orders_and_parts | minutes | st.integers(1, 
 
 
 def exchange_at(price: str = "50000", kind: Kind = "futures", **terms: Any) -> Exchange:
-    exchange = Exchange(kind, [MARKET], Terms(**terms))
+    market = Market.of("BTCUSDT", 50_000, terms.get("limits"))
+    exchange = Exchange(kind, [market], Terms(**terms))
     exchange.prices["BTCUSDT"] = Decimal(price)
     return exchange
 
@@ -100,11 +101,10 @@ def test_nothing_is_made_or_lost(given_steps: list[Any], kind: Kind, fraction: D
 
 
 @given(steps, st.sampled_from(get_args(Kind)))
-def test_orders_are_filled_within_their_bounds_and_ids_are_used_once(given_steps: list[Any], kind: Kind) -> None:
+def test_orders_are_filled_within_their_bounds(given_steps: list[Any], kind: Kind) -> None:
     exchange = exchange_at(kind=kind, fill_fraction=Decimal("0.4"))
     run(exchange, given_steps)
     orders = list(exchange.orders.values())
-    assert len({order.client_order_id for order in orders}) == len(orders)
     for order in orders:
         fills = [fill for fill in exchange.fills if fill.order_id == order.id]
         assert order.filled == sum((fill.quantity for fill in fills), Decimal(0))
@@ -116,6 +116,14 @@ def test_orders_are_filled_within_their_bounds_and_ids_are_used_once(given_steps
             assert all(worst(fill.price, order.price) == order.price for fill in fills)
         assert all(fill.price % MARKET.tick_size == 0 for fill in fills)
     assert [order for order in orders if order.is_open] == exchange.open_orders("bot")
+
+
+@given(steps, st.sampled_from(get_args(ClientIds)))
+def test_client_ids_name_one_order_ever_or_one_that_is_open(given_steps: list[Any], rule: ClientIds) -> None:
+    exchange = exchange_at(client_ids=rule)
+    run(exchange, given_steps)
+    named = exchange.orders.values() if rule == "ever" else exchange.open_orders("bot")
+    assert len({order.client_order_id for order in named}) == len(named)
 
 
 @given(steps, st.sampled_from(get_args(Kind)))
@@ -226,8 +234,8 @@ def test_a_part_is_filled_and_the_rest_goes_on_or_expires() -> None:
     ]
 
 
-def test_client_ids_may_be_free_again_once_their_order_is_done() -> None:
-    exchange = exchange_at(client_ids="open")
+def test_a_client_id_is_free_again_once_its_order_is_done() -> None:
+    exchange = exchange_at()
     exchange.place("bot", new("market", id="x"))
     exchange.place("bot", new("limit", price="49000", id="x"))
     with pytest.raises(Refused, match="x is taken by order 2"):
@@ -240,7 +248,7 @@ def test_client_ids_may_be_free_again_once_their_order_is_done() -> None:
         (new("limit", price="49900.001"), "price_step"),
         (new("limit", price="49900", quantity="0.000001"), "quantity_step"),
         (new("limit", price="49900", quantity="0.00001"), "min_notional"),
-        (new("limit", price="49900", quantity="1000"), "no_funds"),
+        (new("limit", price="49900", quantity="100"), "no_funds"),
         (new("limit", price="50001", post_only=True), "would_match"),
         (new("stop", "sell", trigger="50001"), "would_trigger"),
         (new("market", "sell", reduce_only=True), "nothing_to_reduce"),
@@ -259,6 +267,66 @@ def test_refusals_change_nothing(order: NewOrder, reason: str) -> None:
     assert not exchange.fills
     assert (account.wallet, account.reserved) == (BEGIN, Decimal(0))
     exchange.place("bot", new("market", id=order.client_order_id))  # the id is not used up
+
+
+LIMITS = Limits(
+    max_quantity=Decimal("0.2"),
+    max_market_quantity=Decimal("0.1"),
+    max_notional=Decimal(5_000),
+    min_price=Decimal(30_000),
+    max_price=Decimal(90_000),
+    price_band=(Decimal("0.9"), Decimal("1.1")),
+    max_stops=1,
+    max_orders=2,
+)
+
+
+@pytest.mark.parametrize(
+    ("order", "reason"),
+    [
+        (new("limit", price="49000", quantity="0.1"), None),
+        (new("limit", price="49000", quantity="0.10204"), None),
+        (new("limit", price="49000", quantity="0.10205"), "max_notional"),
+        (new("limit", price="49000", quantity="0.20001"), "max_quantity"),
+        (new("market", quantity="0.1"), None),
+        (new("market", quantity="0.10001"), "max_market_quantity"),
+        (new("stop", trigger="60000", quantity="0.1"), None),
+        (new("stop", trigger="60000", quantity="0.10001"), "max_market_quantity"),
+        (new("take", trigger="40000", quantity="0.10001"), "max_market_quantity"),
+        (new("stop_limit", trigger="51000", price="51000", quantity="0.09"), None),
+        (new("stop_limit", trigger="51000", price="55000.01"), "price_above_band"),
+        (new("limit", price="45000"), None),
+        (new("limit", price="44999.99"), "price_below_band"),
+        (new("limit", "sell", price="55000.01"), "price_above_band"),
+        (new("stop", trigger="90000"), None),
+        (new("stop", trigger="90000.01"), "price_range"),
+        (new("stop", "sell", trigger="29999.99"), "price_range"),
+    ],
+)
+def test_limits_are_taken_and_what_is_beyond_them_is_not(order: NewOrder, reason: str | None) -> None:
+    exchange = exchange_at(limits=LIMITS)
+    if reason is None:
+        assert exchange.place("bot", order).client_order_id == order.client_order_id
+        return
+    with pytest.raises(Refused) as refused:
+        exchange.place("bot", order)
+    assert refused.value.reason == reason
+    assert not exchange.orders
+
+
+def test_open_orders_and_stops_are_counted_for_each_account() -> None:
+    exchange = exchange_at(limits=LIMITS)
+    exchange.place("bot", new("stop", trigger="60000"))
+    with pytest.raises(Refused) as stops:
+        exchange.place("bot", new("take", trigger="40000"))
+    exchange.place("bot", new("limit", price="49000"))
+    with pytest.raises(Refused) as orders:
+        exchange.place("bot", new("limit", price="49000", id="third"))
+    assert (stops.value.reason, orders.value.reason) == ("max_stops", "max_orders")
+    assert exchange.place("bot", new("market")).status == "filled", "what does not rest is not counted"
+    assert exchange.place("other", new("take", trigger="40000")).is_open
+    exchange.cancel("bot", "BTCUSDT", client_order_id="stop-buy")
+    assert exchange.place("bot", new("take", trigger="40000")).is_open
 
 
 def test_two_positions_of_a_symbol_are_kept_apart() -> None:

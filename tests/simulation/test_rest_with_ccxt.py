@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from decimal import Decimal
 from typing import Any
 
 import ccxt.async_support as ccxt_library
@@ -11,6 +12,8 @@ from backtest_kit.market import sources
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.simulation.client import ccxt_options, connect
+from backtest_kit.simulation.exchange import Terms
+from backtest_kit.simulation.orders import Limits
 from backtest_kit.simulation.server import VenueServer
 
 Serve = Callable[..., Awaitable[VenueServer]]
@@ -101,8 +104,8 @@ async def test_a_market_order_is_bought_and_sold(serve: Serve, trader: Trader, k
 
 
 @pytest.mark.parametrize("kind", ["spot", "futures"])
-async def test_a_client_order_id_is_taken_for_ever(serve: Serve, trader: Trader, kind: str) -> None:
-    server = await serve()
+async def test_an_id_that_was_used_is_refused_under_the_stricter_rule(serve: Serve, trader: Trader, kind: str) -> None:
+    server = await serve(terms=Terms(client_ids="ever"))
     client, symbol = trader(server, kind), symbol_of(kind)
     await client.create_order(symbol, "market", "buy", 0.01, params={"newClientOrderId": "once"})
     with pytest.raises(ccxt_library.InvalidOrder, match=r"Duplicate order sent|ClientOrderId is duplicated"):
@@ -114,15 +117,32 @@ async def test_a_client_order_id_is_taken_for_ever(serve: Serve, trader: Trader,
 
 
 @pytest.mark.parametrize("kind", ["spot", "futures"])
+async def test_an_id_may_be_used_again_once_its_order_is_done(serve: Serve, trader: Trader, kind: str) -> None:
+    server = await serve()
+    client, symbol = trader(server, kind), symbol_of(kind)
+    twice = {"newClientOrderId": "twice"}
+    filled = [await client.create_order(symbol, "market", "buy", 0.01, params=twice) for _ in range(2)]
+    assert [each["filled"] for each in filled] == [0.01, 0.01]
+    resting = await client.create_order(symbol, "limit", "buy", 0.01, 20_000, params=twice)
+    for type_, price in (("market", None), ("limit", 21_000)):
+        with pytest.raises(ccxt_library.InvalidOrder, match=r"Duplicate order sent|ClientOrderId is duplicated"):
+            await client.create_order(symbol, type_, "buy", 0.01, price, params=twice)
+    await client.cancel_order(resting["id"], symbol)
+    latest = await client.create_order(symbol, "market", "sell", 0.01, params=twice)
+    found = await client.fetch_order("", symbol, params={"origClientOrderId": "twice"})
+    assert found["id"] == latest["id"], "of several with one id, the last is found"
+
+
+@pytest.mark.parametrize("kind", ["spot", "futures"])
 async def test_a_limit_order_rests_is_cancelled_and_cannot_be_cancelled_twice(
     serve: Serve, trader: Trader, kind: str
 ) -> None:
     server = await serve()
     client, symbol = trader(server, kind), symbol_of(kind)
-    order = await client.create_order(symbol, "limit", "buy", 0.01, 10_000)
+    order = await client.create_order(symbol, "limit", "buy", 0.01, 20_000)
     assert (order["status"], [each["id"] for each in await client.fetch_open_orders(symbol)]) == ("open", [order["id"]])
     locked = (await client.fetch_balance())["USDT"]["used"]
-    assert locked == pytest.approx(100 if kind == "spot" else 5)
+    assert locked == pytest.approx(200 if kind == "spot" else 10)
     assert (await client.cancel_order(order["id"], symbol))["status"] == "canceled"
     assert (await client.fetch_balance())["USDT"]["used"] == 0
     with pytest.raises(ccxt_library.OrderNotFound):
@@ -229,6 +249,61 @@ async def test_refusals_are_binances(
     client = trader(await serve(), kind)
     with pytest.raises(error, match=said):
         await client.create_order(symbol_of(kind), *order)
+
+
+LIMITS = Limits(
+    max_quantity=Decimal("0.2"),
+    max_market_quantity=Decimal("0.1"),
+    max_notional=Decimal(9_000),
+    min_price=Decimal("0.01"),
+    max_price=Decimal(100_000),
+    price_band=(Decimal("0.5"), Decimal("1.5")),
+    max_stops=1,
+    max_orders=9,
+)
+
+
+@pytest.mark.parametrize(
+    ("order", "spot", "futures"),
+    [
+        (("market", "buy", 0.11), "Filter failure: MARKET_LOT_SIZE", "-4005"),
+        (("limit", "buy", 0.21, 40_000), "Filter failure: LOT_SIZE", "-4005"),
+        (("limit", "buy", 0.19, 50_000), "Filter failure: NOTIONAL", "-4005"),
+        (("limit", "buy", 0.01, 20_000), "Filter failure: PERCENT_PRICE_BY_SIDE", "-4024"),
+        (("limit", "sell", 0.01, 90_000), "Filter failure: PERCENT_PRICE_BY_SIDE", "-4016"),
+        (("limit", "buy", 0.01, 100_001), "Filter failure: PRICE_FILTER", "-4002"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["spot", "futures"])
+async def test_orders_beyond_a_filter_are_refused_as_by_binance(
+    serve: Serve, trader: Trader, kind: str, order: Any, spot: str, futures: str
+) -> None:
+    client, symbol = trader(await serve(terms=Terms(limits=LIMITS)), kind), symbol_of(kind)
+    with pytest.raises(ccxt_library.BaseError, match=spot if kind == "spot" else futures):
+        await client.create_order(symbol, *order)
+    assert await client.fetch_my_trades(symbol) == []
+
+
+@pytest.mark.parametrize("kind", ["spot", "futures"])
+async def test_stops_beyond_their_number_are_refused_as_by_binance(serve: Serve, trader: Trader, kind: str) -> None:
+    client, symbol = trader(await serve(terms=Terms(limits=LIMITS)), kind), symbol_of(kind)
+    await client.create_order(symbol, "market", "buy", 0.02)
+    await client.create_order(symbol, "market", "sell", 0.001, params={"stopLossPrice": 30_000})
+    refused = "MAX_NUM_ALGO_ORDERS" if kind == "spot" else "-4045"
+    with pytest.raises(ccxt_library.BaseError, match=refused):
+        await client.create_order(symbol, "market", "sell", 0.001, params={"stopLossPrice": 31_000})
+
+
+@pytest.mark.parametrize("kind", ["spot", "futures"])
+async def test_limits_are_published(serve: Serve, trader: Trader, kind: str) -> None:
+    client = trader(await serve(terms=Terms(limits=LIMITS)), kind)
+    await client.load_markets()
+    market = client.market(symbol_of(kind))
+    assert (market["limits"]["amount"]["max"], market["limits"]["market"]["max"]) == (0.2, 0.1)
+    assert (market["limits"]["price"]["min"], market["limits"]["price"]["max"]) == (0.01, 100_000)
+    names = {each["filterType"] for each in market["info"]["filters"]}
+    band = "PERCENT_PRICE_BY_SIDE" if kind == "spot" else "PERCENT_PRICE"
+    assert {band, "MAX_NUM_ALGO_ORDERS", "MAX_NUM_ORDERS", "LOT_SIZE", "MARKET_LOT_SIZE"} <= names
 
 
 @pytest.mark.parametrize(

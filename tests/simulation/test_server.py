@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import nullcontext
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ async def ask(http: HttpClient, method: str, path: str, value: Any = None) -> An
         ({"kind": "outage", "count": 2}, ccxt_library.NetworkError, 0),
         ({"kind": "outage", "seconds": 60}, ccxt_library.NetworkError, 0),
         ({"kind": "latency", "latency_ms": 800}, ccxt_library.RequestTimeout, 1),
-        ({"kind": "duplicate"}, ccxt_library.InvalidOrder, 1),
+        ({"kind": "duplicate"}, None, 2),
         ({"kind": "reject"}, ccxt_library.InvalidOrder, 0),
         ({"kind": "rate_limit"}, ccxt_library.DDoSProtection, 0),
         ({"kind": "error", "status": 503, "code": -1007, "message": "Timeout."}, ccxt_library.BaseError, 0),
@@ -84,7 +85,7 @@ async def test_every_fault_as_ccxt_meets_it(
     trader: Callable[[VenueServer], Any],
     http_of: HttpOf,
     fault: dict[str, Any],
-    error: type[Exception],
+    error: type[Exception] | None,
     filled: int,
 ) -> None:
     server = await serve()
@@ -95,7 +96,7 @@ async def test_every_fault_as_ccxt_meets_it(
     params = {"newClientOrderId": "once"}
     if fault["kind"] == "latency":
         client.timeout = fault["latency_ms"] / 2
-    with pytest.raises(error):
+    with pytest.raises(error) if error else nullcontext():
         await client.create_order("BTC/USDT:USDT", "market", "buy", 0.01, params=params)
     client.timeout = 10_000
     if fault["kind"] == "latency":
@@ -292,7 +293,8 @@ async def test_a_restarted_venue_is_the_same(
     serve: Serve, broker_of: BrokerOf, http_of: HttpOf, tmp_path: Path
 ) -> None:
     state = tmp_path / "venue.jsonl"
-    first = await serve(state=state)
+    terms = Terms(client_ids="ever")
+    first = await serve(state=state, terms=terms)
     broker = broker_of(first)
     await broker.open_position(order_of("open"))
     advance(first, 45)
@@ -305,14 +307,14 @@ async def test_a_restarted_venue_is_the_same(
     await first.stop()
     with state.open("ab") as file:
         file.write(b'{"at_ms":17040')  # what a machine leaves that died in the middle of it
-    second = await serve(state=state, clock=SteppedClock(before["nowMs"]))
+    second = await serve(state=state, terms=terms, clock=SteppedClock(before["nowMs"]))
     after = await ask(http_of(second), "GET", "/sim/state")
     assert after | {"requests": 0} == before | {"requests": 0}
     with pytest.raises(OrderTransient, match=f"{entry_of('s1')} is taken by order 1"):
         await broker_of(second).open_position(order_of("open"))
     await second.stop()
     with pytest.raises(UserError, match="the kept state is that of BTCUSDT, ETHUSDT on synthetic-7"):
-        await serve(state=state, source=sources.synthetic(8))
+        await serve(state=state, terms=terms, source=sources.synthetic(8))
     with pytest.raises(UserError, match="or of other terms"):
         await serve(state=state, terms=Terms(taker_fee_pct=Decimal("0.2")))
     lines = state.read_bytes().splitlines()
@@ -413,9 +415,22 @@ def test_the_command_serves_logs_survives_a_kill_and_ends_cleanly(tmp_path: Path
     assert [json.loads(line)["done"] for line in (tmp_path / "venue.jsonl").read_text().splitlines()[1:]]
 
 
+@pytest.mark.parametrize(("arguments", "rule"), [([], "open"), (["--client-ids", "ever"], "ever")])
+def test_the_command_chooses_the_rule_for_client_ids(tmp_path: Path, arguments: list[str], rule: str) -> None:
+    command = [*COMMAND, "--start", "2024-01-01", "--state", "venue.jsonl", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout is not None
+    assert "is served at" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    head = json.loads((tmp_path / "venue.jsonl").read_text().splitlines()[0])
+    assert (process.returncode, head["terms"]["client_ids"]) == (0, rule)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--client-ids", "never"], "'never' is not one of"),
         (["--fault", "explode"], "fault {'kind': 'explode'}"),
         (["--candles", "nothing.csv"], "nothing.csv does not exist"),
         (["--symbols", "GOLD"], "symbol is 'GOLD'"),

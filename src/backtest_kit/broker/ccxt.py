@@ -154,10 +154,10 @@ class CcxtBroker(Broker):
         if order.kind == "move_take":
             return OrderReport(status="filled")
         if order.kind in ("move_stop", "breakeven"):
-            trigger = stake.market.stop_trigger(order.direction, order.stop_loss)
             live = await dealer.stops.live(stake)
-            moved = bool(live) and all(stop.trigger == trigger for stop in live)
-            return OrderReport(status="filled" if moved else "absent")
+            held = await dealer.account.held(stake, live)
+            lacking, wrong = dealer.stops.difference(stake, held, order.stop_loss, live)
+            return OrderReport(status="filled" if live and not lacking and not wrong else "absent")
         if order.kind == "cancel":
             entry = await venue.order(stake.market, stake.ids.entry)
             gone = entry is not None and not entry.open and not entry.filled
@@ -173,9 +173,13 @@ class CcxtBroker(Broker):
             # The sale was cut off before it could: a stop that is left would sell the next position.
             await dealer.clear(stake)
             return OrderReport(status=status_of(parts), fill=await self._closed(stake, order, parts))
-        fill = await venue.executed(stake.market, parts)
         await dealer.protect_what_is_held(stake, order, *parts)
-        return OrderReport(status=status_of(parts), fill=fill)
+        if order.kind == "reduce":
+            held = await dealer.account.held(stake, recent=parts)
+            if await dealer.left_to_reduce(stake, order, held, parts):
+                # Asked again, `reduce_position` sells the rest and answers for all that was sold.
+                return OrderReport(status="absent")
+        return OrderReport(status=status_of(parts), fill=await venue.executed(stake.market, parts))
 
     async def open_position(self, order: Order) -> Fill | None:
         """Enter and place the stop. An entry that cannot be protected is closed again, and logged as an error."""
@@ -194,7 +198,7 @@ class CcxtBroker(Broker):
             except StopFilled as error:
                 _log.info("%s", error)
             except BacktestKitError as error:
-                await dealer.leave(stake, received, error)
+                await dealer.leave(stake, entry, order.stop_loss, error)
             return await venue.executed(stake.market, [entry])
 
     async def place_entry(self, order: Order) -> None:
@@ -278,21 +282,28 @@ class CcxtBroker(Broker):
     async def reduce_position(self, order: Order) -> Fill | None:
         """Sell, then narrow the stop. On a spot market the stop has to make room first, while the sale takes place."""
         venue, dealer, stake = self._stake_of(order)
-        reduced = await dealer.known(stake, stake.ids.of(order.client_order_id), order)
-        if reduced is None:
-            live = await dealer.stops.live(stake)
-            held = await dealer.account.held(stake)
-            quantity = await dealer.to_reduce(stake, order, held)
-            if not stake.market.contract:
+        sold = await dealer.parts(stake, order, certain=True) if order.attempt else []
+        live = await dealer.stops.live(stake)
+        held = await dealer.account.held(stake, recent=sold)
+        quantity = await dealer.left_to_reduce(stake, order, held, sold)
+        if not sold:
+            dealer.check_reduction(stake, order, held, quantity)
+        try:
+            if quantity and not stake.market.contract:
                 await dealer.make_room(stake, order, held, live)
-            reduced = await dealer.sell(stake, order, quantity, held=held)
-        reduced = dealer.filled(stake, reduced)
+            await dealer.reduce(stake, order, held, quantity, sold)
+        except OrderRejected as error:
+            if not any(part.filled for part in sold):
+                raise
+            _log.warning("%s: %s is taken out in part: %s", stake.market.symbol, order.client_order_id, error)
+        dealer.filled(stake, sold[0])
         with order_is_there():
-            await dealer.protect_what_is_held(stake, order, reduced)
-            return await venue.executed(stake.market, [reduced])
+            await dealer.protect_what_is_held(stake, order, *sold)
+            return await venue.executed(stake.market, sold)
 
     async def move_stop(self, order: Order) -> None:
         _, dealer, stake = self._stake_of(order)
+        dealer.stops.check_level(stake, order.stop_loss, order.price)
         if not await dealer.protect_what_is_held(stake, order):
             raise OrderRejected(f"{stake.market.symbol}: nothing of {stake.ids.signal_id} is held any more")
 
@@ -312,7 +323,7 @@ class CcxtBroker(Broker):
             if stake.market.unsellable(held, stop_loss):
                 await dealer.clear(stake)
                 return await dealer.account.closing_fill(stake, position=position)
-            protected = stake.market.lots(held) in [stop.quantity for stop in live]
+            protected = stake.market.lots(held) == sum(stop.quantity for stop in live)
             if not protected and not agrees(stake.market, held, model):
                 told = "%s: %s of %s are held, %s by its fills: somebody else traded it; the stop follows what is held"
                 _log.warning(told, stake.market.symbol, f"{held:f}", position.signal_id, f"{model:.8f}")

@@ -63,15 +63,16 @@ class Account:
         orders have bought and not sold, as far as the balance still has it.
 
         Args:
-            live: its live stops. One that agrees with `model` is the answer: the balance is locked for it.
+            live: its live stops. What they agree with `model` on is the answer: the balance is locked for them.
             recent: orders that were sent just now, which the exchange may not list yet.
         """
         market = stake.market
         if market.contract:
             exposure = (await self._venue.exposures([market.symbol])).get(market.symbol)
             return exposure.quantity if exposure and exposure.direction == stake.direction else Decimal(0)
-        if len(live) == 1 and model is not None and agrees(market, live[0].remaining, model):
-            return live[0].remaining
+        protected = sum((stop.remaining for stop in live), Decimal(0))
+        if protected and model is not None and agrees(market, protected, model):
+            return protected
         orders = _of(stake, await self._listed(stake, recent))
         left = Decimal(0)
         for order, kind in orders:

@@ -15,9 +15,11 @@ from backtest_kit.broker.ccxt_stops import StopFilled, Stops
 from backtest_kit.broker.ccxt_venue import CcxtVenue
 from backtest_kit.broker.rounding import exact
 from backtest_kit.errors import BacktestKitError, Outcome
+from backtest_kit.model.price import price_text
 
 _log = logging.getLogger(__name__)
 OPENS: Final = ("open", "place", "activate")
+EXITS: Final = ("reduce", "close")
 MOST_PARTS: Final = 20
 """Orders that carry out one order of the engine, at most."""
 _NAKED: Final = "held WITHOUT A STOP"
@@ -37,11 +39,12 @@ class Dealer:
         return await self._venue.order(stake.market, client_id, certain=True) if order.attempt else None
 
     async def parts(self, stake: Stake, order: Order, *, certain: bool) -> list[VenueOrder]:
-        """The orders on the exchange that carry out one order: one, but where a close had to sell a rest."""
+        """The orders on the exchange that carry out one order: several where an exit was too large for one."""
         found: list[VenueOrder] = []
-        while len(found) < (MOST_PARTS if order.kind == "close" else 1):
+        while len(found) < (MOST_PARTS if order.kind in EXITS else 1):
             client_id = stake.ids.of(order.client_order_id, len(found))
-            part = await self._venue.order(stake.market, client_id, certain=certain and not found)
+            # The last one as well may still be under way.
+            part = await self._venue.order(stake.market, client_id, certain=certain)
             if part is None:
                 break
             found.append(part)
@@ -65,7 +68,7 @@ class Dealer:
         """What `order.cost` buys, in whole lots.
 
         Raises:
-            OrderRejected: the exchange would refuse it, or its stop.
+            OrderRejected: the exchange would refuse it, its stop, or its close.
         """
         market = stake.market
         if stake.direction == "short" and not market.contract:
@@ -74,8 +77,9 @@ class Dealer:
         quantity = market.lots(exact(order.cost) / exact(order.price))
         small = market.too_small(quantity, min(order.price, order.stop_loss))
         if small:
-            paid = f"{order.cost:g} {market.quote} at {order.price:g}"
+            paid = f"{order.cost:g} {market.quote} at {price_text(order.price)}"
             raise OrderRejected(f"{market.symbol}: {paid} are too little: {small}")
+        await self._check_size(stake, order, quantity)
         needed = exact(order.cost)
         if market.contract:
             if order.kind in OPENS:
@@ -88,6 +92,36 @@ class Dealer:
         if free < needed:
             raise OrderRejected(f"{market.symbol}: {needed:.2f} {market.quote} are needed and {free:.2f} are free")
         return quantity
+
+    async def _check_size(self, stake: Stake, order: Order, quantity: Decimal) -> None:
+        """Refuse an entry that is too large for one order, or whose position could not be protected and closed."""
+        market, price = stake.market, exact(order.price)
+        at_market = order.kind != "place" and self._max_slippage is None
+        largest = market.largest_order(price, at_market=at_market)
+        if largest is not None and quantity > largest:
+            kind = "market" if at_market else "limit"
+            raise OrderRejected(
+                f"{market.symbol}: {quantity:f} {market.base} are more than one {kind} order may have, {largest:f}: "
+                f"use a cost of {largest * price:.2f} {market.quote} at most, and add the rest later"
+            )
+        self.stops.check_level(stake, order.stop_loss, order.price)
+        open_orders = await self._venue.open_orders(market)
+        others = [each for each in open_orders if stake.ids.kind(each.client_id) is None]
+        ours = [each for each in open_orders if stake.ids.stop_number(each.client_id) is not None]
+        whole = quantity + sum((stop.remaining for stop in ours), Decimal(0))
+        # Of a future a stop is replaced by a second one that is there for a moment next to it.
+        stops = len(self.stops.sizes(stake, whole, order.stop_loss)) + market.contract
+        room = (
+            ("stops", stops, market.max_stops, sum(each.trigger is not None for each in others)),
+            ("orders", stops + (order.kind == "place"), market.max_orders, len(others)),
+            ("market orders to close it", len(market.parts(whole, price, at_market=True)), MOST_PARTS, 0),
+        )
+        for what, needed, most, taken in room:
+            if most is not None and needed > most - taken:
+                raise OrderRejected(
+                    f"{market.symbol}: a position of {whole:f} {market.base} needs {needed} {what}, and {most} are the "
+                    f"most, of which others take {taken}: use a smaller cost, or cancel open orders"
+                )
 
     async def _set_leverage(self, market: Market, leverage: int) -> None:
         if market.symbol not in self._leverage_set:
@@ -148,19 +182,29 @@ class Dealer:
             raise OrderRejected(f"{symbol}: the exchange does not know the limit order {client_id}")
         return self.filled(stake, entry)
 
-    async def to_reduce(self, stake: Stake, order: Order, held: Decimal) -> Decimal:
-        """How much a reduction takes out, in whole lots.
+    async def left_to_reduce(self, stake: Stake, order: Order, held: Decimal, sold: list[VenueOrder]) -> Decimal:
+        """What a reduction still has to take out of `held`, in whole lots; 0 where it is done.
 
-        Raises:
-            OrderRejected: that, or what it leaves, is too small for the exchange.
+        What the market did not take of a part is not sold again: the reduction ends there.
         """
         market = stake.market
+        if any(part.remaining for part in sold) or len(sold) == MOST_PARTS:
+            return Decimal(0)
         wanted = exact(order.quantity or 0)
         if order.quantity is None:
             entry = await self._venue.order(market, stake.ids.entry)
             paid = entry.average if entry is not None and entry.average else exact(order.price)
             wanted = exact(order.cost) / paid
-        quantity = market.lots(min(held, wanted))
+        left = market.lots(min(held, wanted - sum((part.filled for part in sold), Decimal(0))))
+        return Decimal(0) if sold and market.unsellable(left, order.price) else left
+
+    def check_reduction(self, stake: Stake, order: Order, held: Decimal, quantity: Decimal) -> None:
+        """Refuse to take `quantity` out of `held`.
+
+        Raises:
+            OrderRejected: that, or what it leaves, is too small for the exchange.
+        """
+        market = stake.market
         small = market.unsellable(quantity, order.price)
         if small:
             raise OrderRejected(f"{market.symbol}: too little to take out: {small}")
@@ -168,7 +212,17 @@ class Dealer:
         if small:
             told = f"{market.symbol}: too little would be left to protect: {small}; close the position instead"
             raise OrderRejected(told)
-        return quantity
+
+    async def reduce(
+        self, stake: Stake, order: Order, held: Decimal, quantity: Decimal, sold: list[VenueOrder]
+    ) -> None:
+        """Sell `quantity` of `held`, in as many orders as the market needs, added to `sold`."""
+        for amount in stake.market.parts(quantity, order.price, at_market=True):
+            part = await self.sell(stake, order, amount, held=held, part=len(sold))
+            sold.append(part)
+            held -= part.filled
+            if part.remaining:
+                return
 
     async def sell_out(self, stake: Stake, order: Order, held: Decimal, sold: list[VenueOrder]) -> Decimal:
         """Sell all of `held`, in as many orders as the market needs, added to `sold`; what cannot be sold is left.
@@ -182,7 +236,8 @@ class Dealer:
                     await self._put_back(stake, order, held)
                 told = f"{stake.market.symbol}: {MOST_PARTS} orders have not closed all of {stake.ids.signal_id}"
                 raise OrderRejected(f"{told}, {held:f} are left")
-            part = await self.sell(stake, order, stake.market.lots(held), held=held, part=len(sold))
+            amount = stake.market.parts(held, order.price, at_market=True)[0]
+            part = await self.sell(stake, order, amount, held=held, part=len(sold))
             sold.append(part)
             held -= part.filled
         return held
@@ -240,7 +295,7 @@ class Dealer:
     async def protect(
         self, stake: Stake, held: Decimal, stop_loss: float, live: list[VenueOrder] | None = None
     ) -> bool:
-        """Leave one stop for all that is held. Where the market is beyond it already, do what it would have done,
+        """Leave stops for all that is held. Where the market is beyond them already, do what they would have done,
         and answer False: nothing is held any more.
 
         Raises:
@@ -251,8 +306,7 @@ class Dealer:
             await self.stops.put(stake, held, stop_loss, live)
         except StopReached as error:
             _log.warning("%s: leaving at the market: %s", stake.market.symbol, error)
-            await self._exit(stake, stake.ids.stop, held)
-            await self.clear(stake)
+            await self._leave(stake, stake.ids.stop, stop_loss)
             return False
         except StopFilled:
             raise
@@ -268,9 +322,7 @@ class Dealer:
             OrderTransient: there is no stop now.
         """
         live = await self.stops.live(stake)
-        # A stop that is only moved knows the size; anything else has changed it just now, or may have.
-        moved = order.kind in ("move_stop", "breakeven") and len(live) == 1
-        held = await self.account.held(stake, live, model=live[0].quantity if moved else None, recent=recent)
+        held = await self.account.held(stake, live, recent=recent)
         if stake.market.unsellable(held, order.stop_loss):
             return False
         try:
@@ -278,7 +330,7 @@ class Dealer:
         except StopFilled:
             return False
 
-    async def leave(self, stake: Stake, quantity: Decimal, why: BacktestKitError) -> None:
+    async def leave(self, stake: Stake, entry: VenueOrder, stop_loss: float, why: BacktestKitError) -> None:
         """Close again what was entered and cannot be protected. The next check reports that it is closed.
 
         Raises:
@@ -288,11 +340,10 @@ class Dealer:
         told = "%s: no stop can be placed for %s, so the position is closed again: %s"
         _log.error(told, symbol, stake.ids.signal_id, why)
         try:
-            await self._exit(stake, stake.ids.exit, quantity)
+            await self._leave(stake, stake.ids.exit, stop_loss, entry)
         except BacktestKitError as error:
-            told = f"{symbol}: {quantity:f} are {_NAKED} and cannot be sold: {error}; before that: {why}"
+            told = f"{symbol}: {entry.filled:f} are {_NAKED} and cannot be sold: {error}; before that: {why}"
             raise OrderTransient(told, outcome=Outcome.UNKNOWN) from None
-        await self.clear(stake)
 
     async def clear(self, stake: Stake) -> None:
         """Cancel all that is still open of a position that is not held any more."""
@@ -300,13 +351,20 @@ class Dealer:
             if stake.ids.kind(order.client_id) is not None:
                 await self._venue.cancel(stake.market, order)
 
-    async def _exit(self, stake: Stake, id_of: Callable[[int], str], quantity: Decimal) -> None:
-        amount = stake.market.lots(quantity)
-        for number in range(MOST_PARTS):
+    async def _leave(self, stake: Stake, id_of: Callable[[int], str], price: float, *recent: VenueOrder) -> None:
+        """Sell at the market what is held now, in as many orders as that takes, and cancel all that is still open."""
+        market, sold = stake.market, list[VenueOrder]()
+        if not market.contract:
             try:
-                await self._venue.send(stake.market, id_of(number), stake.exit_side, amount, reduce_only=True)
-            except AlreadyThere:
-                continue
-            return
-        told = f"{stake.market.symbol}: {MOST_PARTS} exits like {id_of(0)} are on the exchange already"
-        raise OrderRejected(told)
+                await self.stops.cancel(market, await self.stops.live(stake))
+            except StopFilled as error:
+                _log.info("%s", error)
+        held = await self.account.held(stake, recent=recent)
+        while not market.unsellable(held, price):
+            if len(sold) == MOST_PARTS:
+                raise OrderRejected(f"{market.symbol}: {MOST_PARTS} orders have not sold all, {held:f} are left")
+            amount = market.parts(held, price, at_market=True)[0]
+            part = await self._send_exit(stake, id_of(self._venue.fresh_number()), amount)
+            sold.append(self.filled(stake, part))
+            held -= part.filled
+        await self.clear(stake)

@@ -28,6 +28,10 @@ class NoFunds(OrderRejected):
     """The balance does not cover the order."""
 
 
+class TooManyStops(OrderRejected):
+    """As many conditional orders are open as the venue takes."""
+
+
 class NotAllowed(OrderRejected):
     """The key, its permissions or the account do not allow it."""
 
@@ -62,6 +66,8 @@ _BY_TEXT: Final[tuple[tuple[re.Pattern[str], type[BacktestKitError], Outcome], .
     (re.compile(r'"code":\s*-(1003|1015)\b'), OrderTransient, Outcome.NOT_DONE),
     (re.compile(r'"code":\s*-2011\b|unknown order', re.IGNORECASE), OrderMissing, Outcome.NOT_DONE),
     (re.compile(r'"code":\s*-2018\b|"code":\s*-2019\b'), NoFunds, Outcome.NOT_DONE),
+    (re.compile(r'MAX_NUM_ALGO_ORDERS|"code":\s*-4045\b'), TooManyStops, Outcome.NOT_DONE),
+    (re.compile(r"Filter failure"), OrderRejected, Outcome.NOT_DONE),  # Binance's, before it takes an order
     (re.compile(r'"code":\s*-2021\b|trigger immediately|immediately trigger'), StopReached, Outcome.NOT_DONE),
 )
 

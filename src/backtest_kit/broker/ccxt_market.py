@@ -33,6 +33,22 @@ class Market(msgspec.Struct, frozen=True, kw_only=True):
     min_cost: Decimal
     market_stop: bool
     """Whether a stop may become a market order; else it becomes a limit order a little beyond its trigger."""
+    largest: Decimal | None = None
+    """Quantity of one order; None is no limit, as everywhere below."""
+    largest_at_market: Decimal | None = None
+    max_cost: Decimal | None = None
+    """Quote currency of one order with a limit price."""
+    max_cost_at_market: Decimal | None = None
+    min_price: Decimal | None = None
+    """Of limits and triggers."""
+    max_price: Decimal | None = None
+    sell_floor: Decimal | None = None
+    """Part of the current price below which no sale may be limited."""
+    buy_cap: Decimal | None = None
+    """Multiple of the current price above which no purchase may be limited."""
+    max_stops: int | None = None
+    """Conditional orders of the account on this market that may be open."""
+    max_orders: int | None = None
 
     def lots(self, quantity: Decimal) -> Decimal:
         """What may be sent of `quantity`: whole lots, rounded down."""
@@ -56,6 +72,41 @@ class Market(msgspec.Struct, frozen=True, kw_only=True):
         if quantity * exact(price) < self.min_cost:
             worth = f"{quantity:f} {self.base} are worth {quantity * exact(price):.2f} {self.quote}"
             return f"{worth}, and the least is {self.min_cost:f}"
+        return ""
+
+    def largest_order(self, price: float | Decimal, *, at_market: bool) -> Decimal | None:
+        """The largest quantity that one order may have at `price`; None where there is no limit."""
+        cost = self.max_cost_at_market if at_market else self.max_cost
+        bounds = [self.largest, self.largest_at_market if at_market else None, cost and cost / exact(price)]
+        known = [self.lots(bound) for bound in bounds if bound is not None]
+        return min(known, default=None)
+
+    def parts(self, quantity: Decimal, price: float | Decimal, *, at_market: bool) -> list[Decimal]:
+        """`quantity` in whole lots, split into orders that an exit at `price` may have: as many of the largest size as
+        there are, and the rest. The same quantity is always split the same way."""
+        whole, largest = self.lots(quantity), self.largest_order(price, at_market=at_market)
+        if largest is None or largest <= 0 or whole <= largest:
+            return [whole] if whole > 0 else []
+        count, rest = divmod(whole, largest)
+        sizes = [largest] * int(count) + ([rest] if rest else [])
+        if rest and self.unsellable(rest, float(price)):
+            half = self.lots((largest + rest) / 2)
+            sizes[-2:] = [largest + rest - half, half]
+        return sizes
+
+    def outside(self, price: Decimal) -> str:
+        """Which bounds `price` is outside of, as a limit or a trigger; "" where it is inside."""
+        low, high = self.min_price, self.max_price
+        if low is not None and price < low:
+            return f"the lowest price is {low:f}"
+        return f"the highest price is {high:f}" if high is not None and price > high else ""
+
+    def too_far(self, side: Side, limit: Decimal, price: float) -> str:
+        """Which bound `limit` is beyond while the market is at `price`; "" where it is not."""
+        if side == "sell" and self.sell_floor is not None and limit < self.sell_floor * exact(price):
+            return f"the lowest limit of a sale is {self.sell_floor * exact(price):f} now"
+        if side == "buy" and self.buy_cap is not None and limit > self.buy_cap * exact(price):
+            return f"the highest limit of a purchase is {self.buy_cap * exact(price):f} now"
         return ""
 
     def unsellable(self, quantity: Decimal, price: float) -> str:
@@ -130,10 +181,19 @@ def read_market(
             return Decimal("1e-8")
         return Decimal(1).scaleb(-int(value)) if precision_mode in (places, significant) else exact(value)
 
-    def least(kind: str) -> Decimal:
-        return exact((limits.get(kind) or {}).get("min") or 0)
+    def limit(kind: str, side: str) -> Decimal | None:
+        # Binance writes 0 where there is no limit.
+        value = (limits.get(kind) or {}).get(side)
+        return exact(value) if value else None
+
+    def quantity(kind: str, side: str) -> Decimal | None:
+        value = limit(kind, side)
+        return value and value * size
 
     by_digits = precision_mode == significant
+    filters = _filters(raw.get("info") or {})
+    bounds = filters.get("NOTIONAL") or {}
+    max_cost = limit("cost", "max")
     return Market(
         symbol=raw["symbol"],
         base=raw["base"],
@@ -143,10 +203,41 @@ def read_market(
         lot=step("amount") * size,
         tick=None if by_digits else step("price"),
         price_digits=int(precision.get("price") or 8) if by_digits else 0,
-        min_quantity=least("amount") * size,
-        min_cost=least("cost"),
+        min_quantity=max(quantity("amount", "min") or Decimal(0), quantity("market", "min") or Decimal(0)),
+        min_cost=limit("cost", "min") or Decimal(0),
         market_stop=market_stop,
+        largest=quantity("amount", "max"),
+        largest_at_market=quantity("market", "max"),
+        max_cost=max_cost,
+        max_cost_at_market=max_cost if bounds.get("applyMaxToMarket", True) else None,
+        min_price=limit("price", "min"),
+        max_price=limit("price", "max"),
+        sell_floor=_number(filters, "PERCENT_PRICE_BY_SIDE.askMultiplierDown", "PERCENT_PRICE.multiplierDown"),
+        buy_cap=_number(filters, "PERCENT_PRICE_BY_SIDE.bidMultiplierUp", "PERCENT_PRICE.multiplierUp"),
+        max_stops=_count(filters, "MAX_NUM_ALGO_ORDERS.maxNumAlgoOrders", "MAX_NUM_ALGO_ORDERS.limit"),
+        max_orders=_count(filters, "MAX_NUM_ORDERS.maxNumOrders", "MAX_NUM_ORDERS.limit"),
     )
+
+
+def _filters(info: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What Binance limits by filters that ccxt has no words for."""
+    found = info.get("filters")
+    return {str(each.get("filterType")): each for each in found} if isinstance(found, list) else {}
+
+
+def _number(filters: dict[str, dict[str, Any]], *paths: str) -> Decimal | None:
+    """The first of `FILTER.field` that there is; None where there is none, or it is switched off by a 0."""
+    for path in paths:
+        name, _, field = path.partition(".")
+        value = filters.get(name, {}).get(field)
+        if value is not None and exact(value):
+            return exact(value)
+    return None
+
+
+def _count(filters: dict[str, dict[str, Any]], *paths: str) -> int | None:
+    value = _number(filters, *paths)
+    return None if value is None else int(value)
 
 
 def read_order(raw: dict[str, Any], market: Market, *, conditional: bool = False) -> VenueOrder:

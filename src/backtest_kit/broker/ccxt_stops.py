@@ -1,5 +1,6 @@
-"""The protective stops of positions on an exchange: exactly one per position, for all of it, at its level.
+"""The protective stops of positions on an exchange: together they are for all of a position, each at its level.
 
+One stop is enough where the exchange takes one order for the whole of it; a larger position has as few as it takes.
 `put` compares what is there with what should be, and does the difference. So it may be called again after any
 error and after a crash between any two of its requests, and it heals what a call before it has left behind.
 """
@@ -12,7 +13,7 @@ from decimal import Decimal
 from typing import Final
 
 from backtest_kit.broker.base import OrderRejected, OrderTransient
-from backtest_kit.broker.ccxt_errors import AlreadyThere, NoFunds
+from backtest_kit.broker.ccxt_errors import AlreadyThere, NoFunds, TooManyStops
 from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder
 from backtest_kit.broker.ccxt_venue import CcxtVenue
 from backtest_kit.broker.rounding import exact
@@ -42,28 +43,48 @@ class Stops:
         price: float,
         live: list[VenueOrder] | None = None,
     ) -> None:
-        """Leave one live stop for `quantity` at `price`.
+        """Leave live stops for `quantity` at `price`, and no others.
 
-        Of a future the new one is placed before the old one is cancelled; on a spot market the old one has to go
-        first, because it locks what the new one would sell.
+        Of a future a new one is placed before the one it replaces is cancelled; on a spot market the old ones have to
+        go first, because they lock what the new ones would sell.
 
         Raises:
-            StopFilled: the old one has closed the position, in part or whole.
+            StopFilled: an old one has closed the position, in part or whole.
             StopReached: the market is beyond `price`.
-            OrderTransient, OrderRejected: it cannot be placed; the position may have no stop now.
+            OrderTransient, OrderRejected: one cannot be placed; some of the position may have no stop now.
         """
-        market, ids = stake.market, stake.ids
+        market = stake.market
         live = await self.live(stake) if live is None else live
-        amount, trigger = market.lots(quantity), market.stop_trigger(stake.direction, price)
-        right = next((stop for stop in live if _is(stop, amount, trigger)), None)
-        wrong = [stop for stop in live if stop is not right]
-        number = max((ids.stop_number(stop.client_id) or 0 for stop in live), default=-1) + 1
+        lacking, wrong = self.difference(stake, quantity, price, live)
         if not market.contract:
             await self.cancel(market, wrong)
-        if right is None:
-            await self._place(stake, amount, trigger, number)
-        if market.contract:
-            await self.cancel(market, wrong)
+            wrong = []
+        trigger = market.stop_trigger(stake.direction, price)
+        # The clock of a program before this one may have been ahead of ours.
+        latest = max((stake.ids.stop_number(stop.client_id) or 0 for stop in live), default=0)
+        for amount in lacking:
+            try:
+                await self._place(stake, amount, trigger, quantity, latest)
+            except TooManyStops:
+                if not wrong:
+                    raise
+                # There is no room for the new one beside the old ones.
+                await self.cancel(market, [wrong.pop()])
+                await self._place(stake, amount, trigger, quantity, latest)
+        await self.cancel(market, wrong)
+
+    def difference(
+        self, stake: Stake, quantity: Decimal, price: float, live: list[VenueOrder]
+    ) -> tuple[list[Decimal], list[VenueOrder]]:
+        """The sizes of stops that lack, and the live ones that should not be there."""
+        trigger = stake.market.stop_trigger(stake.direction, price)
+        lacking, wrong = self.sizes(stake, quantity, price), list[VenueOrder]()
+        for stop in live:
+            if stop.trigger == trigger and not stop.filled and stop.quantity in lacking:
+                lacking.remove(stop.quantity)
+            else:
+                wrong.append(stop)
+        return lacking, wrong
 
     async def cancel(self, market: Market, stops: list[VenueOrder]) -> None:
         """Raises `StopFilled` where one of them has sold something."""
@@ -75,34 +96,62 @@ class Stops:
         if filled:
             raise StopFilled(f"the stop of {market.symbol} was filled meanwhile: {', '.join(filled)}")
 
-    async def _place(self, stake: Stake, amount: Decimal, trigger: Decimal, number: int) -> None:
-        market, ids, side, step = stake.market, stake.ids, stake.exit_side, 1
-        limit = None
-        if not market.market_stop:
-            sign = -1 if side == "sell" else 1
-            limit = market.price_for(side, trigger * (1 + sign * self._beyond), at_worst=False)
-        pauses = iter(_PAUSES_S)
+    def sizes(self, stake: Stake, quantity: Decimal, price: float) -> list[Decimal]:
+        """Of the stops that a position of `quantity` needs at `price`."""
+        trigger = stake.market.stop_trigger(stake.direction, price)
+        level = self._limit_of(stake, trigger) or trigger
+        return stake.market.parts(quantity, level, at_market=stake.market.market_stop)
+
+    def check_level(self, stake: Stake, stop_loss: float, price: float) -> None:
+        """Refuse a stop that the exchange would not take while the market is at `price`.
+
+        Raises:
+            OrderRejected: its trigger or its limit is too far away.
+        """
+        market, trigger = stake.market, stake.market.stop_trigger(stake.direction, stop_loss)
+        limit = self._limit_of(stake, trigger)
+        for each in (trigger, limit):
+            if each is not None and (bounds := market.outside(each)):
+                raise OrderRejected(f"{market.symbol}: a stop at {each:f} is refused, {bounds}: use a level inside")
+        if limit is not None and (bounds := market.too_far(stake.exit_side, limit, price)):
+            raise OrderRejected(
+                f"{market.symbol}: a stop at {trigger:f} with its limit at {limit:f} is refused, {bounds}: move the "
+                "stop closer to the price, or use a smaller stop_beyond_pct"
+            )
+
+    def _limit_of(self, stake: Stake, trigger: Decimal) -> Decimal | None:
+        """The limit of a stop that becomes a limit order; None for one that becomes a market order."""
+        if stake.market.market_stop:
+            return None
+        side, sign = stake.exit_side, -1 if stake.exit_side == "sell" else 1
+        return stake.market.price_for(side, trigger * (1 + sign * self._beyond), at_worst=False)
+
+    async def _place(self, stake: Stake, amount: Decimal, trigger: Decimal, whole: Decimal, latest: int) -> None:
+        """Place one stop for `amount` of the `whole`, numbered after the `latest` of those that are live."""
+        market, side, limit = stake.market, stake.exit_side, self._limit_of(stake, trigger)
+        number, pauses = self._venue.fresh_number(latest), iter(_PAUSES_S)
         while True:
             try:
-                client_id = ids.stop(number)
+                client_id = stake.ids.stop(number)
                 await self._venue.send(market, client_id, side, amount, trigger=trigger, limit=limit, reduce_only=True)
                 return
-            except AlreadyThere:
-                number, step = number + step, step * 2  # of a stop before this one, or of this one: looked at below
             except NoFunds as error:
-                amount = await self._covered(market, amount, error)
+                amount = await self._covered(market, amount, whole, error)
                 await self._pause(pauses, error)
-            except OrderTransient as error:
+            except (AlreadyThere, OrderTransient) as error:
                 await self._pause(pauses, error)
-            if any(_is(stop, amount, trigger) for stop in await self.live(stake)):
-                return
+                if any(stake.ids.stop_number(stop.client_id) == number for stop in await self.live(stake)):
+                    return
+                # One that may still arrive keeps its id: while it is open, the exchange refuses a second one.
+                number = self._venue.fresh_number() if isinstance(error, AlreadyThere) else number
 
-    async def _covered(self, market: Market, amount: Decimal, error: OrderRejected) -> Decimal:
-        """What of `amount` the free balance covers: fees that were taken in base currency may not be told yet."""
+    async def _covered(self, market: Market, amount: Decimal, whole: Decimal, error: OrderRejected) -> Decimal:
+        """What of `amount` the free balance covers: the fees of the `whole` that were taken in base currency may not be
+        reported yet."""
         if market.contract:
             raise error
         free = market.lots((await self._venue.balance(market.base))[0])
-        if free < amount * (1 - _MOST_LOST_TO_FEES):
+        if free < amount - whole * _MOST_LOST_TO_FEES:
             told = f"{error}; {free:f} {market.base} are free of {amount:f}: cancel what else locks them"
             raise OrderRejected(told) from None
         return min(free, amount)
@@ -112,7 +161,3 @@ class Stops:
         if pause is None:
             raise error
         await asyncio.sleep(pause)
-
-
-def _is(stop: VenueOrder, amount: Decimal, trigger: Decimal) -> bool:
-    return stop.quantity == amount and stop.trigger == trigger and not stop.filled

@@ -63,6 +63,7 @@ class CcxtVenue:
         now = asyncio.get_running_loop().time()
         self._others_arrived_at = now + arrival_s
         self._under_way: dict[str, float] = {}
+        self._latest_number = 0
 
     def market(self, symbol: str) -> Market:
         """Raises `UserError` where the exchange has none of that name."""
@@ -357,6 +358,15 @@ class CcxtVenue:
     async def set_leverage(self, market: Market, leverage: int) -> None:
         doing = f"set the leverage of {market.symbol} to {leverage}"
         await self.call(doing, lambda: self._client.set_leverage(leverage, market.symbol))
+
+    def fresh_number(self, above: int = 0) -> int:
+        """A number `above` another one that no order before it has: the exchange's time in hundredths of a second.
+
+        Counted from 0 at each start, a number could be that of an order which is done, and the fate of that one
+        would be taken for its own: Binance takes the id of such an order again.
+        """
+        self._latest_number = max(self._latest_number + 1, above + 1, self.now_ms() // 10 % 2**32) % 2**32
+        return self._latest_number
 
     def now_ms(self) -> int:
         """The time at the exchange."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -371,6 +371,13 @@ def venue(
     fee: Annotated[float, typer.Option("--fee", min=0, metavar="PCT", help="Of what is traded.")] = 0.1,
     slippage: Annotated[float, typer.Option("--slippage", min=0, metavar="PCT", help="Of market orders.")] = 0.01,
     balance: Annotated[float, typer.Option("--balance", min=0, help="Of a new account, in USDT.")] = 100_000.0,
+    client_ids: Annotated[
+        Literal["open", "ever"],
+        typer.Option(
+            "--client-ids",
+            help="How long a client order id is taken: while its order is open, as on Binance, or for ever.",
+        ),
+    ] = "open",
     fault: Annotated[
         list[str] | None,
         typer.Option("--fault", metavar="KIND,FIELD=VALUE...", help="What goes wrong; may be given several times."),
@@ -399,6 +406,7 @@ def venue(
         fee_pct=fee,
         slippage_pct=slippage,
         balance=balance,
+        client_ids=client_ids,
         faults=fault or [],
         publishing=publishing,
         state=state,

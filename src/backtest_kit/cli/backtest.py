@@ -20,6 +20,7 @@ from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
 from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.interval import MINUTE_MS
+from backtest_kit.model.price import price_text
 from backtest_kit.report import Results
 from backtest_kit.run.backtest import BacktestHandle
 from backtest_kit.run.replay import Gaps
@@ -139,8 +140,8 @@ def trades_table(results: Results, shown: int) -> Table:
             f"{trade.opened_at:%Y-%m-%d %H:%M}",
             f"{hours}h{minutes:02}",
             trade.close_reason,
-            f"{trade.price_open:.6g}",
-            f"{trade.price_close:.6g}",
+            price_text(trade.price_open),
+            price_text(trade.price_close),
             Text(f"{trade.pnl_pct:+.2f}", style="green" if trade.pnl_pct > 0 else "red"),
         )
     return table

@@ -31,6 +31,7 @@ from backtest_kit.model.event import (
 )
 from backtest_kit.model.interval import MINUTE_MS, iso
 from backtest_kit.model.position import Position, RestingEntry
+from backtest_kit.model.price import price_text
 from backtest_kit.run.alarms import words_of
 from backtest_kit.run.live_status import LiveStatus
 
@@ -149,7 +150,7 @@ def awaited(status: LiveStatus) -> str:
 
 def price(value: float | None) -> str:
     """A price as people read it."""
-    return "-" if value is None else f"{value:.6g}"
+    return "-" if value is None else price_text(value)
 
 
 def _trouble(event: Event) -> str:

@@ -14,6 +14,7 @@ from backtest_kit.cli import options
 from backtest_kit.cli.store import add, console, require_existing, table, with_store
 from backtest_kit.errors import UserError
 from backtest_kit.model.interval import iso, to_ms
+from backtest_kit.model.price import price_text
 from backtest_kit.persist import operations
 from backtest_kit.persist.binding import runs_in
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Kind, contract
@@ -245,7 +246,7 @@ def summary_of(row: Contract, record: Record) -> str:
             earned = "" if pnl is None else f", {pnl:+.2f} %"
             return (
                 f"{value.get('symbol')} {value.get('strategyName')}: {value.get('status')} {value.get('position')} "
-                f"at {value.get('priceOpen'):g}{earned}"
+                f"at {price_text(value['priceOpen'])}{earned}"
             )
     return json.dumps(value, ensure_ascii=False)
 

@@ -15,7 +15,7 @@ from backtest_kit.market.clock import AcceleratedClock, Clock, SteppedClock, Sys
 from backtest_kit.market.sources import CandleSource
 from backtest_kit.model.interval import DAY_MS, iso, to_ms
 from backtest_kit.simulation.binance import API_KEY, API_SECRET
-from backtest_kit.simulation.exchange import Terms
+from backtest_kit.simulation.exchange import ClientIds, Terms
 from backtest_kit.simulation.faults import Fault, Faults
 from backtest_kit.simulation.journal import Journal
 from backtest_kit.simulation.orders import Kind, VenueFill
@@ -35,6 +35,7 @@ def run_venue(
     fee_pct: float,
     slippage_pct: float,
     balance: float,
+    client_ids: ClientIds,
     faults: Sequence[str],
     publishing: str | None,
     state: Path | None,
@@ -46,6 +47,7 @@ def run_venue(
         maker_fee_pct=fee,
         slippage_pct=Decimal(repr(slippage_pct)),
         balance=Decimal(repr(balance)),
+        client_ids=client_ids,
     )
     struck = Faults(seed)
     for each in faults:

@@ -17,6 +17,7 @@ from backtest_kit.engine.pnl import closed_pct, effective_price, remaining_cost
 from backtest_kit.engine.position import breakeven_pct
 from backtest_kit.errors import UserError
 from backtest_kit.model.position import Entry, Position, Reduction
+from backtest_kit.model.price import price_text
 from backtest_kit.settings import Settings
 
 _ROUNDING: Final = 1e-12
@@ -55,9 +56,9 @@ def reduce(
         raise UserError(f"percent is {percent!r}: give a number above 0, at most 100")
     sign = _sign(position)
     if sign * price >= sign * position.take_profit:
-        raise Refused(f"the price {price:g} is already at the take profit {position.take_profit:g}")
+        raise Refused(f"the price {price_text(price)} is already at the take profit {price_text(position.take_profit)}")
     if sign * price <= sign * position.stop_loss:
-        raise Refused(f"the price {price:g} is already at the stop loss {position.stop_loss:g}")
+        raise Refused(f"the price {price_text(price)} is already at the stop loss {price_text(position.stop_loss)}")
     if closed_pct(position.entries, position.reductions) >= 100 * (1 - _CLOSED):
         raise Refused("nothing is held any more")
     if held * percent / 100 <= position.cost * _CLOSED:
@@ -84,13 +85,14 @@ def add(position: Position, price: float, when_ms: int, cost: float, settings: S
     best = min(sign * entry.price for entry in position.entries)
     if sign * price >= best and not settings.CC_ENABLE_DCA_EVERYWHERE:
         raise Refused(
-            f"the price {price:g} is not better than every entry so far (the best is {sign * best:g}): "
+            f"the price {price_text(price)} is not better than every entry so far "
+            f"(the best is {price_text(sign * best)}): "
             "CC_ENABLE_DCA_EVERYWHERE lifts this rule"
         )
     if not sign * position.stop_loss < sign * price < sign * position.take_profit:
         raise Refused(
-            f"the price {price:g} is not between the stop loss {position.stop_loss:g} and "
-            f"the take profit {position.take_profit:g}"
+            f"the price {price_text(price)} is not between the stop loss {price_text(position.stop_loss)} and "
+            f"the take profit {price_text(position.take_profit)}"
         )
     return msgspec.structs.replace(position, entries=(*position.entries, Entry(price, float(cost), when_ms)))
 
@@ -106,12 +108,12 @@ def move_stop(position: Position, price: float, to: float, settings: Settings) -
     _amount("price", to)
     sign = _sign(position)
     if sign * price <= sign * to:
-        raise Refused(f"the price {price:g} is already at or beyond a stop at {to:g}")
+        raise Refused(f"the price {price_text(price)} is already at or beyond a stop at {price_text(to)}")
     if sign * to >= sign * position.take_profit:
-        raise Refused(f"a stop at {to:g} lies beyond the take profit {position.take_profit:g}")
+        raise Refused(f"a stop at {price_text(to)} lies beyond the take profit {price_text(position.take_profit)}")
     if sign * to <= sign * position.stop_loss and not settings.CC_ENABLE_TRAILING_EVERYWHERE:
         raise Refused(
-            f"a stop at {to:g} is no tighter than the one in force, {position.stop_loss:g}: "
+            f"a stop at {price_text(to)} is no tighter than the one in force, {price_text(position.stop_loss)}: "
             "CC_ENABLE_TRAILING_EVERYWHERE lifts this rule"
         )
     return msgspec.structs.replace(position, moved_stop_loss=float(to))
@@ -128,12 +130,13 @@ def move_take(position: Position, price: float, to: float, settings: Settings) -
     _amount("price", to)
     sign = _sign(position)
     if sign * price >= sign * to:
-        raise Refused(f"the price {price:g} is already at or beyond a take profit at {to:g}")
+        raise Refused(f"the price {price_text(price)} is already at or beyond a take profit at {price_text(to)}")
     if sign * to <= sign * position.stop_loss:
-        raise Refused(f"a take profit at {to:g} lies beyond the stop loss {position.stop_loss:g}")
+        raise Refused(f"a take profit at {price_text(to)} lies beyond the stop loss {price_text(position.stop_loss)}")
     if sign * to >= sign * position.take_profit and not settings.CC_ENABLE_TRAILING_EVERYWHERE:
         raise Refused(
-            f"a take profit at {to:g} is no nearer than the one in force, {position.take_profit:g}: "
+            f"a take profit at {price_text(to)} is no nearer than the one in force, "
+            f"{price_text(position.take_profit)}: "
             "CC_ENABLE_TRAILING_EVERYWHERE lifts this rule"
         )
     return msgspec.structs.replace(position, moved_take_profit=float(to))
@@ -150,12 +153,17 @@ def breakeven(position: Position, price: float, settings: Settings) -> Position:
     sign = _sign(position)
     # A reduction may move the last bit of the entry price, but not the stop that went there before.
     if sign * position.stop_loss >= sign * entry - entry * _ROUNDING:
-        raise Refused(f"the stop loss {position.stop_loss:g} is already at breakeven {entry:g} or better")
+        raise Refused(
+            f"the stop loss {price_text(position.stop_loss)} is already at breakeven {price_text(entry)} or better"
+        )
     if sign * entry >= sign * position.take_profit:
-        raise Refused(f"breakeven {entry:g} lies beyond the take profit {position.take_profit:g}")
+        raise Refused(f"breakeven {price_text(entry)} lies beyond the take profit {price_text(position.take_profit)}")
     needed = entry * (1 + sign * breakeven_pct(settings) / 100)
     if sign * price < sign * needed:
-        raise Refused(f"the price {price:g} has not reached {needed:g}, {breakeven_pct(settings):g} % from the entry")
+        raise Refused(
+            f"the price {price_text(price)} has not reached {price_text(needed)}, "
+            f"{breakeven_pct(settings):g} % from the entry"
+        )
     return msgspec.structs.replace(position, moved_stop_loss=entry)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from backtest_kit.errors import UserError
 from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.price import price_text
 
 
 def fixed_percentage(
@@ -42,7 +43,9 @@ def fixed_percentage(
     _at_least_zero(balance=balance, risk_pct=risk_pct)
     distance = abs(price_open - price_stop_loss)
     if not distance:
-        raise UserError(f"price_stop_loss is {price_stop_loss:g}, the price_open itself: a stop needs a distance")
+        raise UserError(
+            f"price_stop_loss is {price_text(price_stop_loss)}, the price_open itself: a stop needs a distance"
+        )
     quantity = balance * risk_pct / 100 / distance
     return _cost(quantity, balance, price_open, min_quantity, max_position_pct, max_quantity)
 

@@ -11,6 +11,7 @@ import numpy as np
 from backtest_kit.errors import BadCandles, UserError
 from backtest_kit.model.candle import COLUMNS, NO_TIME, PRICE_COLUMNS, CandleSeries, FloatColumn, TimeColumn
 from backtest_kit.model.interval import INTERVAL_MS, MINUTE_MS, iso
+from backtest_kit.model.price import price_text
 from backtest_kit.settings import Settings
 
 _WAY_OUT: Final = (
@@ -97,7 +98,7 @@ def check_order(candles: CandleSeries, *, what: str, step_ms: int = MINUTE_MS) -
         return
     untimed = int(np.count_nonzero(times == NO_TIME))
     if untimed:
-        raise UserError(f"{what}: {untimed:,} of {len(times):,} candles have no readable timestamp: {_WAY_OUT}")
+        raise BadCandles(f"{what}: {untimed:,} of {len(times):,} candles have no readable timestamp: {_WAY_OUT}")
     steps, odd = np.divmod(times, step_ms)
     if odd.any():
         at = int(np.argmax(odd != 0))
@@ -220,7 +221,7 @@ def _check_level(candles: CandleSeries, symbol: str, settings: Settings) -> None
     typical = _typical_price(candles, settings.CC_GET_CANDLES_MIN_CANDLES_FOR_MEDIAN)
     least = typical / factor
     rule = (
-        f"no price may be below {least:g}, the typical {typical:g} divided by "
+        f"no price may be below {price_text(least)}, the typical {price_text(typical)} divided by "
         f"CC_GET_CANDLES_PRICE_ANOMALY_THRESHOLD_FACTOR = {factor}: raise this setting if the price is real, "
         f"otherwise {_WAY_OUT}"
     )

@@ -31,6 +31,7 @@ from backtest_kit.model.event import (
     StrategyFailed,
 )
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
+from backtest_kit.model.price import price_text
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import ABSENT, Write
@@ -76,14 +77,15 @@ def notification_of(event: Event) -> Notification | None:
     match event:
         case EntryScheduled():
             entry = event.entry
-            what = f"{entry.position} entry at {entry.price_open:g}"
+            what = f"{entry.position} entry at {price_text(entry.price_open)}"
             return _about(event, what, signal_id=entry.signal_id, price=event.price)
         case EntryCancelled():
             what = f"entry cancelled: {event.reason}"
             return _about(event, what, signal_id=event.entry.signal_id, price=event.price, reason=event.reason)
         case PositionOpened():
             held = event.position
-            what = f"{held.position} at {held.price_open:g}, take {held.take_profit:g}, stop {held.stop_loss:g}"
+            start, take, stop = map(price_text, (held.price_open, held.take_profit, held.stop_loss))
+            what = f"{held.position} at {start}, take {take}, stop {stop}"
             return _about(event, what, signal_id=held.signal_id, price=event.price)
         case PositionChanged():
             what = event.change.replace("_", " ")
@@ -92,7 +94,7 @@ def notification_of(event: Event) -> Notification | None:
             return _about(event, what, signal_id=now.signal_id, price=event.price, reason=event.change, state=state)
         case PositionClosed():
             trade = event.trade
-            what = f"{trade.close_reason.replace('_', ' ')} at {trade.price_close:g}, {trade.pnl_pct:+.2f} %"
+            what = f"{trade.close_reason.replace('_', ' ')} at {price_text(trade.price_close)}, {trade.pnl_pct:+.2f} %"
             told = _about(event, what, signal_id=trade.signal_id, price=event.price, reason=trade.close_reason)
             return msgspec.structs.replace(told, pnl_pct=trade.pnl_pct, pnl_cost=trade.pnl_cost)
         case RiskRejected():

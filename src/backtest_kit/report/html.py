@@ -8,6 +8,7 @@ import numpy as np
 
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.position import Trade
+from backtest_kit.model.price import price_decimals
 from backtest_kit.report.drawing import (
     LARGEST_DRAWN,
     drawable_candles,
@@ -27,7 +28,7 @@ from backtest_kit.report.tables import (
     summary_table,
     trade_columns,
 )
-from backtest_kit.report.wording import percent, price, price_decimals, signed_percent
+from backtest_kit.report.wording import percent, price, signed_percent
 
 if TYPE_CHECKING:
     from backtest_kit.report.result import BacktestResult, Results
@@ -111,7 +112,7 @@ def _equity(results: Results) -> dict[str, Any] | None:
 def _market(name: str, result: BacktestResult, rows: dict[int, int]) -> dict[str, Any]:
     chart = drawable_candles(result.chart)
     seconds = chart.timestamp // 1000
-    decimals = price_decimals(float(chart.close[-1])) if len(chart) else 2
+    decimals = max(map(price_decimals, chart.close.tolist()), default=2)
     prices = (significant(column) for column in (chart.open, chart.high, chart.low, chart.close))
     return {
         "name": name,

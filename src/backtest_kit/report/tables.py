@@ -182,7 +182,7 @@ def gap_remarks(results: Results) -> list[str]:
                 f"{subject} of {symbol}{asker} {verb} filled with flat candles of no volume ({share:.2g} % of all)"
             )
         for symbol, repairs in sorted(result.repairs.items()):
-            asker = "" if symbol == result.symbol else f", read by {names[id(result)]}"
+            asker = "" if symbol == result.symbol else f", read by {names[id(result)]},"
             sentences.append(f"Rows of {symbol}{asker} that were repaired: {describe_repairs(repairs)}")
     return sentences
 

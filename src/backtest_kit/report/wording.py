@@ -6,19 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+from backtest_kit.model.price import price_text
 from backtest_kit.report.statistics import Statistics
 
 NOT_AVAILABLE: Final = "N/A"
 
-
-def price(value: float) -> str:
-    """A price with the decimals its size asks for: 2 from 1 up, 4 from 0.1, 6 from 0.01, else 8."""
-    return number(value, price_decimals(value))
-
-
-def price_decimals(value: float) -> int:
-    size = abs(value)
-    return 2 if size >= 1 or size == 0 else 4 if size >= 0.1 else 6 if size >= 0.01 else 8
+price: Final = price_text
 
 
 def money(value: float | None) -> str:

@@ -10,6 +10,7 @@ from backtest_kit.market.history import History
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.event import Identity, Mode
 from backtest_kit.model.interval import to_datetime, to_ms
+from backtest_kit.model.price import price_text
 from backtest_kit.records import RunRecords
 from backtest_kit.records.log import Log
 from backtest_kit.records.memory import Memory
@@ -137,7 +138,7 @@ class Context:
         return None if self.entry is None else self.entry.value.signal_id
 
     def __repr__(self) -> str:
-        return f"Context({self.symbol!r}, {self.when.isoformat()}, price={self.price:g}, mode={self.mode!r})"
+        return f"Context({self.symbol!r}, {self.when.isoformat()}, price={price_text(self.price)}, mode={self.mode!r})"
 
     def __setattr__(self, name: str, value: object) -> None:
         raise UserError(f"ctx.{name} is read-only: a context shows one minute as it was")

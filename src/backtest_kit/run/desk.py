@@ -16,6 +16,7 @@ from backtest_kit.errors import UserError
 from backtest_kit.model.event import Change, Event, PositionChanged
 from backtest_kit.model.interval import MINUTE_MS, to_datetime
 from backtest_kit.model.position import Direction, Entry, Extreme, Position, Reduction, RestingEntry
+from backtest_kit.model.price import price_text
 from backtest_kit.records.unawaited import must_await
 
 FULLY_REDUCED = "full_partial_close"
@@ -293,7 +294,8 @@ class PositionView:
         return profit(value.position, value.entries, value.reductions, desk.tick.price, desk.rules.settings)
 
     def __repr__(self) -> str:
-        return f"PositionView({self.position} {self._last.symbol} from {self.price_open:g}, {self.pnl_pct:+.2f} %)"
+        start = price_text(self.price_open)
+        return f"PositionView({self.position} {self._last.symbol} from {start}, {self.pnl_pct:+.2f} %)"
 
 
 class EntryView:
@@ -341,4 +343,4 @@ class EntryView:
         return msgspec.structs.replace(state, order=order), ()
 
     def __repr__(self) -> str:
-        return f"EntryView({self.value.position} {self.value.symbol} at {self.value.price_open:g})"
+        return f"EntryView({self.value.position} {self.value.symbol} at {price_text(self.value.price_open)})"

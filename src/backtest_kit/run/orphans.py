@@ -17,6 +17,7 @@ from backtest_kit.errors import Conflict
 from backtest_kit.model.event import Event, OrphanFound, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Direction, RestingEntry
+from backtest_kit.model.price import price_text
 from backtest_kit.persist.store import Key
 from backtest_kit.run.alarms import words_of
 from backtest_kit.run.desk import Desk
@@ -290,21 +291,21 @@ class OrphanGuard:
                 return "nothing is done: the strategy holds a position of its own there"
             position = state.position
             await self._protect(self._order(position.signal_id, orphan, position.stop_loss, position.take_profit))
-            return f"a stop was placed at {position.stop_loss:g}"
+            return f"a stop was placed at {price_text(position.stop_loss)}"
         stop, take = levels(orphan, self._desk.tick.price, settings)
         signal_id = orphan.signal_id or f"orphan-{self._desk.tick.when_ms // 1000}"
         if orphan.stop_loss is None:
             await self._protect(self._order(signal_id, orphan, stop, take))
         if self._policy == "protect":
-            return f"its stop is at {stop:g}, and it is not managed"
+            return f"its stop is at {price_text(stop)}, and it is not managed"
         if not self._may_adopt:
             why = "the run is stopping" if self._run.stopping else "an entry rests there"
-            return f"its stop is at {stop:g}, and it is not adopted: {why}"
+            return f"its stop is at {price_text(stop)}, and it is not adopted: {why}"
         events = await self._run.adopt(*adopted(orphan, signal_id, stop, take, state.last_slot_ms, self._desk))
         self._desk.events += events
         if not events:
-            return f"its stop is at {stop:g}, and it is adopted once the order under way is done"
-        return f"it is the strategy's own now, stop at {stop:g}, take profit at {take:g}"
+            return f"its stop is at {price_text(stop)}, and it is adopted once the order under way is done"
+        return f"it is the strategy's own now, stop at {price_text(stop)}, take profit at {price_text(take)}"
 
     async def _protect(self, order: Order) -> None:
         self._again_ms = self._desk.tick.when_ms + min(2**self._tries, _LONGEST_WAIT) * MINUTE_MS

@@ -44,6 +44,14 @@ _REFUSALS: Final[dict[Kind, dict[Reason, tuple[int, str]]]] = {
         "price_step": (-1013, "Filter failure: PRICE_FILTER"),
         "quantity_step": (-1013, "Filter failure: LOT_SIZE"),
         "min_notional": (-1013, "Filter failure: NOTIONAL"),
+        "max_quantity": (-1013, "Filter failure: LOT_SIZE"),
+        "max_market_quantity": (-1013, "Filter failure: MARKET_LOT_SIZE"),
+        "max_notional": (-1013, "Filter failure: NOTIONAL"),
+        "price_range": (-1013, "Filter failure: PRICE_FILTER"),
+        "price_above_band": (-1013, "Filter failure: PERCENT_PRICE_BY_SIDE"),
+        "price_below_band": (-1013, "Filter failure: PERCENT_PRICE_BY_SIDE"),
+        "max_stops": (-1013, "Filter failure: MAX_NUM_ALGO_ORDERS"),
+        "max_orders": (-1013, "Filter failure: MAX_NUM_ORDERS"),
         "no_funds": (-2010, "Account has insufficient balance for requested action."),
         "duplicate_id": (-2010, "Duplicate order sent."),
         "would_trigger": (-2010, "Stop price would trigger immediately."),
@@ -59,6 +67,14 @@ _REFUSALS: Final[dict[Kind, dict[Reason, tuple[int, str]]]] = {
         "price_step": (-4014, "Price not increased by tick size."),
         "quantity_step": (-1111, "Precision is over the maximum defined for this asset."),
         "min_notional": (-4164, "Order's notional must be no smaller than 5.0 (unless you choose reduce only)"),
+        "max_quantity": (-4005, "Quantity greater than max quantity."),
+        "max_market_quantity": (-4005, "Quantity greater than max quantity."),
+        "max_notional": (-4005, "Quantity greater than max quantity."),
+        "price_range": (-4002, "Price greater than max price."),
+        "price_above_band": (-4016, "Limit price can't be higher than the mark price multiplier cap."),
+        "price_below_band": (-4024, "Limit price can't be lower than the mark price multiplier floor."),
+        "max_stops": (-4045, "Reach max stop order limit."),
+        "max_orders": (-2025, "Reach max open order limit."),
         "no_funds": (-2019, "Margin is insufficient."),
         "duplicate_id": (-4116, "ClientOrderId is duplicated."),
         "would_trigger": (-2021, "Order would immediately trigger."),
@@ -100,17 +116,20 @@ def exchange_info(kind: Kind, markets: dict[str, Market], now_ms: int) -> dict[s
 
 
 def _symbol(kind: Kind, market: Market) -> dict[str, Any]:
-    lots = {"minQty": text(market.lot_size), "maxQty": "9000000.00000000", "stepSize": text(market.lot_size)}
+    limits, lots = market.limits, {"minQty": text(market.lot_size), "stepSize": text(market.lot_size)}
+    largest = [limit for limit in (limits.max_market_quantity, limits.max_quantity) if limit is not None]
+    # A limit of 0 is none.
     filters: list[dict[str, Any]] = [
         {
             "filterType": "PRICE_FILTER",
-            "minPrice": text(market.tick_size),
-            "maxPrice": "10000000.00000000",
+            "minPrice": text(limits.min_price or ZERO),
+            "maxPrice": text(limits.max_price or ZERO),
             "tickSize": text(market.tick_size),
         },
-        {"filterType": "LOT_SIZE", **lots},
-        {"filterType": "MARKET_LOT_SIZE", **lots},
+        {"filterType": "LOT_SIZE", **lots, "maxQty": text(limits.max_quantity or ZERO)},
+        {"filterType": "MARKET_LOT_SIZE", **lots, "maxQty": text(min(largest, default=ZERO))},
     ]
+    low, high = ((f"{multiple:f}") for multiple in limits.price_band or (ZERO, ZERO))
     common = {
         "symbol": market.symbol,
         "status": "TRADING",
@@ -121,8 +140,10 @@ def _symbol(kind: Kind, market: Market) -> dict[str, Any]:
     }
     if kind == "futures":
         filters += [
-            {"filterType": "MAX_NUM_ORDERS", "limit": 200},
             {"filterType": "MIN_NOTIONAL", "notional": f"{market.min_notional:f}"},
+            *_if(limits.price_band, "PERCENT_PRICE", multiplierDown=low, multiplierUp=high, multiplierDecimal="4"),
+            *_if(limits.max_stops, "MAX_NUM_ALGO_ORDERS", limit=limits.max_stops),
+            *_if(limits.max_orders, "MAX_NUM_ORDERS", limit=limits.max_orders),
         ]
         return common | {
             "pair": market.symbol,
@@ -142,11 +163,21 @@ def _symbol(kind: Kind, market: Market) -> dict[str, Any]:
             "filterType": "NOTIONAL",
             "minNotional": text(market.min_notional),
             "applyMinToMarket": True,
-            "maxNotional": "9000000.00000000",
+            "maxNotional": text(limits.max_notional or ZERO),
             "applyMaxToMarket": False,
-            "avgPriceMins": 5,
+            "avgPriceMins": 0,
         },
-        {"filterType": "MAX_NUM_ORDERS", "maxNumOrders": 200},
+        *_if(
+            limits.price_band,
+            "PERCENT_PRICE_BY_SIDE",
+            bidMultiplierDown=low,
+            bidMultiplierUp=high,
+            askMultiplierDown=low,
+            askMultiplierUp=high,
+            avgPriceMins=0,
+        ),
+        *_if(limits.max_stops, "MAX_NUM_ALGO_ORDERS", maxNumAlgoOrders=limits.max_stops),
+        *_if(limits.max_orders, "MAX_NUM_ORDERS", maxNumOrders=limits.max_orders),
     ]
     return common | {
         "baseCommissionPrecision": 8,
@@ -161,6 +192,11 @@ def _symbol(kind: Kind, market: Market) -> dict[str, Any]:
         "permissions": ["SPOT"],
         "permissionSets": [["SPOT"]],
     }
+
+
+def _if(there: object, name: str, **fields: Any) -> list[dict[str, Any]]:
+    """A filter, where there is such a limit."""
+    return [] if there is None else [{"filterType": name, **fields}]
 
 
 def spot_order(order: VenueOrder, fills: list[VenueFill] | None = None) -> dict[str, Any]:

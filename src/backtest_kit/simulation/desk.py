@@ -229,8 +229,6 @@ class _Job:
 
     def _enter(self, *, protect: bool) -> Fill:
         wanted, group = self._order, self._group()
-        if (known := self._known(wanted.client_order_id)) is not None:
-            raise Refused("duplicate_id", f"{wanted.client_order_id} is taken by order {known.id}")
         self._refuse_on_purpose()
         if self._at_reference:
             price = _number(wanted.price)
@@ -246,8 +244,6 @@ class _Job:
 
     def _leave(self, *, whole: bool) -> Fill:
         wanted, group = self._order, self._group()
-        if (known := self._known(wanted.client_order_id)) is not None:
-            raise Refused("duplicate_id", f"{wanted.client_order_id} is taken by order {known.id}")
         held = abs(self._held(group))
         if not held:
             raise _Failed(Problem("rejected", f"{group} holds nothing here"))

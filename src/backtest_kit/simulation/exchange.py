@@ -20,8 +20,12 @@ from typing import Final, Literal
 import msgspec
 
 from backtest_kit.simulation.account import ZERO, FuturesAccount, SpotAccount
+from backtest_kit.simulation.limits import check_limits
 from backtest_kit.simulation.orders import (
+    LIMITED,
+    TRIGGERED,
     Kind,
+    Limits,
     Market,
     NewOrder,
     OrderStatus,
@@ -31,9 +35,8 @@ from backtest_kit.simulation.orders import (
     VenueOrder,
 )
 
+ClientIds = Literal["open", "ever"]
 _RANK: Final = {"stop": 0, "stop_limit": 0, "take": 1, "take_limit": 1}
-_TRIGGERED: Final = frozenset(_RANK)
-_LIMITED: Final = frozenset({"limit", "stop_limit", "take_limit"})
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,10 +49,13 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """Part of an order that is filled each time it meets the market."""
     fees_in: Literal["received", "quote"] = "received"
     """Currency of fees on spot; `received` leaves less of a purchase than was ordered."""
-    client_ids: Literal["ever", "open"] = "ever"
-    """For how long a client order id is taken: for ever, or as long as its order is open."""
+    client_ids: ClientIds = "open"
+    """How long a client order id is taken: while its order is open, which is Binance's rule and lets an order that is
+    sent twice be filled twice, or `ever`."""
     balance: Decimal = Decimal(100_000)
     """Quote currency that an account begins with."""
+    limits: Limits | None = None
+    """The largest and furthest orders of each market; None takes those that are usual at its price."""
 
 
 class Minute(msgspec.Struct, frozen=True):
@@ -231,9 +237,9 @@ class Exchange:
 
     def _checked(self, account: str, new: NewOrder, market: Market) -> VenueOrder:
         """The order to be, whose numbers fit the market."""
-        if new.type in _LIMITED and new.price is None:
+        if new.type in LIMITED and new.price is None:
             raise Refused("invalid", f"{new.client_order_id} is a {new.type} order without a price")
-        if new.type in _TRIGGERED and new.trigger is None:
+        if new.type in TRIGGERED and new.trigger is None:
             raise Refused("invalid", f"{new.client_order_id} is a {new.type} order without a trigger")
         order = VenueOrder(
             id=0,
@@ -258,9 +264,11 @@ class Exchange:
                 raise Refused("price_step", f"{name} is {price}: {new.symbol} moves by {market.tick_size:f}")
         if order.quantity is not None:
             self._check_size(order, market)
+        mine = [other for other in self._open[order.symbol].values() if other.account == account]
+        check_limits(order, market.limits, self.prices[order.symbol], mine)
         if new.reduce_only and not new.protects and not self._reducible(order):
             raise Refused("nothing_to_reduce", f"{account} holds nothing of {new.symbol} that {new.side} reduces")
-        if new.type in _TRIGGERED and not new.protects and self._hit(order, self.prices[new.symbol]):
+        if new.type in TRIGGERED and not new.protects and self._hit(order, self.prices[new.symbol]):
             raise Refused(
                 "would_trigger", f"trigger is {new.trigger}, and {new.symbol} at {self.prices[new.symbol]} already"
             )
@@ -312,11 +320,11 @@ class Exchange:
             worse = self._worsened(price, order.side, market)
             bounded = min(worse, order.price) if order.side == "buy" else max(worse, order.price)
             self._fill_part(order, market, bounded, maker=False)
-        elif order.type in _TRIGGERED and self._hit(order, price) and self._reducible(order):
+        elif order.type in TRIGGERED and self._hit(order, price) and self._reducible(order):
             self._trigger(order, market, price)
 
     def _meet_minute(self, order: VenueOrder, market: Market, minute: Minute) -> None:
-        if order.type in _TRIGGERED and not order.triggered:
+        if order.type in TRIGGERED and not order.triggered:
             if order.protects and not self._reducible(order):
                 return
             assert order.trigger is not None  # noqa: S101  # checked when it was taken
@@ -324,7 +332,7 @@ class Exchange:
                 self._trigger(order, market, market.round_price(minute.open))
             elif self._hit(order, minute.high) or self._hit(order, minute.low):
                 self._trigger(order, market, order.trigger)
-        elif order.type in _LIMITED and order.price is not None:
+        elif order.type in LIMITED and order.price is not None:
             if minute.low <= order.price if order.side == "buy" else minute.high >= order.price:
                 self._fill_part(order, market, order.price, maker=True)
         elif order.type != "reference":

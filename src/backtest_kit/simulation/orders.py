@@ -21,6 +21,14 @@ Reason = Literal[
     "price_step",
     "quantity_step",
     "min_notional",
+    "max_quantity",
+    "max_market_quantity",
+    "max_notional",
+    "price_range",
+    "price_above_band",
+    "price_below_band",
+    "max_stops",
+    "max_orders",
     "no_funds",
     "duplicate_id",
     "would_trigger",
@@ -32,6 +40,8 @@ Reason = Literal[
     "invalid",
 ]
 
+TRIGGERED: Final = frozenset({"stop", "stop_limit", "take", "take_limit"})
+LIMITED: Final = frozenset({"limit", "stop_limit", "take_limit"})
 _QUOTES: Final = ("USDT", "USDC", "FDUSD", "BUSD", "USD", "EUR", "BTC", "ETH")
 
 
@@ -41,6 +51,26 @@ class Refused(BacktestKitError):
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What is too large or too far for a market; None is no limit."""
+
+    max_quantity: Decimal | None = None
+    """Of any order, in base currency."""
+    max_market_quantity: Decimal | None = None
+    """Of a market order, and of a stop or take that becomes one."""
+    max_notional: Decimal | None = None
+    """Price times quantity of an order with a limit price, in quote currency."""
+    min_price: Decimal | None = None
+    """Of limits and triggers."""
+    max_price: Decimal | None = None
+    price_band: tuple[Decimal, Decimal] | None = None
+    """Multiples of the current price between which a limit price must be."""
+    max_stops: int | None = None
+    """Open stop and take orders of an account on the symbol."""
+    max_orders: int | None = None
+    """Open orders of an account on the symbol."""
 
 
 class Market(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,10 +85,15 @@ class Market(msgspec.Struct, frozen=True, kw_only=True):
     """Step of quantities, and the smallest one."""
     min_notional: Decimal = Decimal(5)
     """Smallest price times quantity."""
+    limits: Limits = Limits()
 
     @classmethod
-    def of(cls, symbol: str, price: float) -> Market:
-        """A market with the steps that are usual at `price`: those of BTCUSDT at 50,000 are 0.01 and 0.00001.
+    def of(cls, symbol: str, price: float, limits: Limits | None = None) -> Market:
+        """A market with the steps and limits that are usual at `price`: BTCUSDT at 50,000 moves by 0.01 and 0.00001,
+        and takes market orders of up to 120 BTC.
+
+        Args:
+            limits: other ones than usual.
 
         Raises:
             UserError: the symbol does not end with a known quote currency.
@@ -67,12 +102,24 @@ class Market(msgspec.Struct, frozen=True, kw_only=True):
         if quote is None:
             raise UserError(f"symbol is {symbol!r}: write it as the exchange does, base before {', '.join(_QUOTES)}")
         magnitude = math.floor(math.log10(price))
+        tick, lot = Decimal(1).scaleb(magnitude - 6), Decimal(1).scaleb(min(0, -magnitude - 1))
+        usual = Limits(
+            max_quantity=900_000_000 * lot,
+            max_market_quantity=12_000_000 * lot,
+            max_notional=Decimal(9_000_000),
+            min_price=tick,
+            max_price=1_000_000_000 * tick,
+            price_band=(Decimal("0.2"), Decimal(5)),
+            max_stops=5,
+            max_orders=200,
+        )
         return cls(
             symbol=symbol,
             base=symbol.removesuffix(quote),
             quote=quote,
-            tick_size=Decimal(1).scaleb(magnitude - 6),
-            lot_size=Decimal(1).scaleb(min(0, -magnitude - 1)),
+            tick_size=tick,
+            lot_size=lot,
+            limits=usual if limits is None else limits,
         )
 
     def round_price(self, price: Decimal, side: Side | None = None) -> Decimal:

@@ -80,7 +80,7 @@ class Venue:
         head = Head(
             candles=self._source.series_name or type(self._source).__name__,
             start_ms=start_ms,
-            markets=tuple(Market.of(symbol, price) for symbol, price in prices.items()),
+            markets=tuple(Market.of(symbol, price, self._terms.limits) for symbol, price in prices.items()),
             terms=self._terms,
         )
         if kept and kept[0] != head:
