@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test prove power lint format clean
+.PHONY: help demo test ferretdb prove power lint format clean
 
 help: ## Show what there is to make
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -15,6 +15,9 @@ test: $(VENV)/developing lint ## Everything: lint, types, layers, tests, coverag
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered
 	$(BIN)/coverage report --include='*/backtest_kit/persist/*' --skip-covered --fail-under=95
 	$(BIN)/coverage report --include='*/backtest_kit/engine/*' --skip-covered --fail-under=95
+
+ferretdb: $(VENV)/developing ## The tests of the Mongo store on FerretDB, which Go builds
+	$(BIN)/python tests/ferretdb.py
 
 prove: $(VENV)/developing ## The large suites of faults, of which make test runs samples
 	MARKET_FAULTS=300 $(BIN)/python -m pytest -n auto tests/live/test_market_faults.py

@@ -95,27 +95,30 @@ class Known:
         self._place = place
         self._rows: list[Row] = []
         self._real: list[bool] = []
+        self._seen: dict[int, Row] = {}
+        """The first version that was served of each candle: it is the one that stays."""
 
     def at(self, when_ms: int) -> CandleSeries | None:
         """All up to a minute whose candle is there; None at one whose candle is not."""
-        place = self._place
-        if (
-            place.is_down(when_ms)
-            or self._published((when_ms - place.begin_ms) // MINUTE_MS + BEFORE - 1, when_ms) is None
-        ):
+        if self._place.is_down(when_ms):
             return None
-        count = (when_ms - place.begin_ms) // MINUTE_MS + BEFORE
-        seen = len(self._rows)
-        for number in range(max(0, seen - LATE), count):
-            if number < seen and self._real[number]:
-                continue
+        count = (when_ms - self._place.begin_ms) // MINUTE_MS + BEFORE
+        for number in range(max(0, len(self._rows) - LATE), count):
             row = self._published(number, when_ms)
-            if number == seen == len(self._rows) or number >= len(self._rows):
+            if row is not None:
+                self._seen.setdefault(number, row)
+        if count - 1 not in self._seen:
+            return None
+        for number in range(max(0, len(self._rows) - LATE), count):
+            if number < len(self._rows) and self._real[number]:
+                continue
+            if number == len(self._rows):
                 self._rows.append([])
                 self._real.append(False)
-            self._real[number] = row is not None
+            self._real[number] = number in self._seen
             last = self._rows[number - 1][4] if number else 100.0
-            self._rows[number] = row or [place.candles.timestamp[number], last, last, last, last, 0.0]
+            flat: Row = [float(self._place.candles.timestamp[number]), last, last, last, last, 0.0]
+            self._rows[number] = self._seen.get(number, flat)
         return CandleSeries(*zip(*self._rows, strict=True))
 
     def _published(self, number: int, when_ms: int) -> Row | None:

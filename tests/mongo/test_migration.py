@@ -136,9 +136,9 @@ async def test_database_under_another_spelling_of_its_host_is_the_same(address: 
     assert migrate(url, address("mongodb", "of the same server")).returncode == 0
 
 
-async def test_thousands_of_records_move_with_the_settings_as_they_are(address: Addresses) -> None:
+async def test_thousands_of_records_move_with_the_settings_of_the_command(address: Addresses) -> None:
     """Those of one bucket, and those of which each is in a bucket of its own."""
-    source, target = store_at(address("sqlite", "bot.db")), MongoStore(address("mongodb", "target"))
+    source, target = store_at(address("sqlite", "bot.db")), MongoStore(address("mongodb", "target"), patient=True)
     for start in range(0, 2_500, 500):
         keys = [f"{number:05}" for number in range(start, start + 500)]
         await source.batch([Write(CONTRACTS["memory"], ("s-1", "plan", key), [0] * 20, when=1) for key in keys])
@@ -154,7 +154,7 @@ async def test_large_lists_of_small_numbers_move_to_a_server_without_transaction
     address: Addresses, standalone_url: str, tmp_path: Path
 ) -> None:
     """Together, as JSON they are small enough for one batch, and as BSON too large for one document."""
-    source, target = store_at(address("sqlite", "bot.db")), MongoStore(standalone_url)
+    source, target = store_at(address("sqlite", "bot.db")), MongoStore(standalone_url, patient=True)
     for number in range(8):
         await source.put(Write(CONTRACTS["memory"], ("s-1", "plan", str(number)), [number] * 200_000))
     moved = await migrate_store(source, target)

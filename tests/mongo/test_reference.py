@@ -209,7 +209,12 @@ async def test_concurrent_first_writes_make_one_document(mongo_url: str, documen
         kits = [Kit(tmp_path / "dump") for _ in range(4)]
         for kit in kits:
             stack.push_async_callback(kit.close)
-            MongoSetup(kit).setup(CC_MONGO_CONNECTION_STRING=mongo_url, CC_REDIS_HOST="")
+            MongoSetup(kit).setup(
+                CC_MONGO_CONNECTION_STRING=mongo_url,
+                CC_REDIS_HOST="",
+                CC_MONGO_SOCKET_TIMEOUT_MS=120_000,  # nothing here is about time, and the machine may be busy
+                CC_MONGO_OPERATION_TIMEOUT_MS=240_000,
+            )
         symbols = [f"COIN{number:02}" for number in range(60)]
         await asyncio.gather(
             *(

@@ -236,7 +236,7 @@ async def test_database_and_options_are_those_that_the_driver_reads(address: str
     assert isinstance(store, MongoStore)
     link = store.link()
     assert link.database_name == link.mongo.get_default_database("backtest-kit").name
-    wanted = 0.07 if "serverSelectionTimeoutMS" in address else 5.0
+    wanted = 0.07 if "serverSelectionTimeoutMS" in address else 3.0
     assert link.mongo.options.server_selection_timeout == wanted
     await store.close()
 

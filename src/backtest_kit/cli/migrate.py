@@ -38,8 +38,9 @@ def run_migrate(source_url: str, target_url: str, *, verify: bool, resume: bool)
 async def _migrate(
     source_url: str, target_url: str, *, verify: bool, resume: bool
 ) -> tuple[Migration, list[Comparison] | None]:
-    source, target = store_at(source_url, existing=True), store_at(target_url)
-    writable = store_at(source_url)  # not opened before the very end, when the source is known to be a store
+    source, target = store_at(source_url, existing=True, patient=True), store_at(target_url, patient=True)
+    # Not opened before the very end, when the source is known to be a store.
+    writable = store_at(source_url, patient=True)
     if Capability.DURABLE not in target.capabilities:
         raise UserError(f"nothing that is moved to {target_url} outlives this command: name a file or a server")
     try:

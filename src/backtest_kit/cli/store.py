@@ -157,7 +157,7 @@ def run_import(url: str, file: Path) -> None:
 
 def with_store(url: str, use: Callable[[Store], Awaitable[T]], *, existing: bool = True, make: bool = False) -> T:
     async def main() -> T:
-        store = store_at(url, existing=existing)
+        store = store_at(url, existing=existing, patient=True)
         try:
             return await use(store)
         finally:

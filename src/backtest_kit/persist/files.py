@@ -176,8 +176,8 @@ class Disk:
         try:
             try:
                 if preallocate and data and hasattr(self._os, "posix_fallocate"):
-                    # Without this ext4 flushes a file that is renamed over another one. Only for data that
-                    # a journal has already made durable: elsewhere that flush is a welcome second belt.
+                    # Without this ext4 flushes a file that is renamed over another one. Only for data that a journal
+                    # makes durable, or that replaces nothing durable: elsewhere that flush is a welcome second belt.
                     self._os.posix_fallocate(fd, 0, len(data))
                 self.write_all(fd, data)
                 crashpoint("file.after_write")

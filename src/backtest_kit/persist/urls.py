@@ -23,11 +23,12 @@ _EXTRAS: Final = {"pymongo": "mongo", "bson": "mongo", "redis": "mongo"}
 """Package that may be missing: the extra that has it."""
 
 
-def store_at(url: str, *, existing: bool = False) -> Store:
+def store_at(url: str, *, existing: bool = False, patient: bool = False) -> Store:
     """The store that `url` names, not open yet: `file:./dump`, `sqlite:bot.db`, `memory:`, `dummy:`, `mongodb://host/name`.
 
     With `existing` it is opened to look at it: nothing is made, and what is no store is refused. A Mongo
-    store keeps its ids in Redis if the environment names one, in CC_REDIS_URL or CC_REDIS_HOST.
+    store keeps its ids in Redis if the environment names one, in CC_REDIS_URL or CC_REDIS_HOST. With `patient` it
+    waits minutes for an answer of a slow server, unless CC_MONGO_SOCKET_TIMEOUT_MS says otherwise.
 
     Raises:
         UserError: no backend is called so, its path is missing or superfluous, or it needs a package that
@@ -35,7 +36,8 @@ def store_at(url: str, *, existing: bool = False) -> Store:
     """
     scheme, _, path = url.partition(":")
     if scheme in _SERVERS:
-        return cast(Store, import_backend("backtest_kit.persist.backends.mongo").MongoStore(url, existing=existing))
+        mongo = import_backend("backtest_kit.persist.backends.mongo")
+        return cast(Store, mongo.MongoStore(url, existing=existing, patient=patient))
     if scheme not in _BACKENDS:
         forms = ", ".join(f"{name}:{example}" for name, (_, _, example) in _BACKENDS.items()) + ", mongodb://host/name"
         raise UserError(f"the store {mask(url)!r} has no known backend: write one of {forms}")

@@ -41,15 +41,15 @@ class Writes:
         except OSError as error:
             raise disk_error(error, "make durable", target, Outcome.UNKNOWN) from error
 
-    def write(self, path: str, data: bytes, tick: int) -> None:
+    def write(self, path: str, data: bytes, tick: int, *, preallocate: bool = False) -> None:
         """Replace `path`; it survives the process. When the power fails it may be lost, old value and new."""
         target = f"{self._root}/{path}"
         directory = target.rpartition("/")[0]
         try:
-            temp = self._disk.write_temp(directory, data, sync=False, mtime_ns=tick)
+            temp = self._disk.write_temp(directory, data, sync=False, mtime_ns=tick, preallocate=preallocate)
         except FileNotFoundError:
             self._disk.make_directories(directory, sync=False)
-            temp = self._disk.write_temp(directory, data, sync=False, mtime_ns=tick)
+            temp = self._disk.write_temp(directory, data, sync=False, mtime_ns=tick, preallocate=preallocate)
         self._disk.rename(temp, target)
 
     def write_temps(self, files: Sequence[tuple[str, bytes, int]]) -> list[tuple[str, str]]:
@@ -90,7 +90,7 @@ class Writes:
 
     def write_successor(self, path: str, data: bytes, tick: int) -> None:
         """Replace `path` within the delay of a record, in an order that no loss of power can break."""
-        self.write(f"{path}{NEXT}", data, tick)
+        self.write(f"{path}{NEXT}", data, tick, preallocate=True)
         self._note(self._directories_of(path), [path])
 
     def sync_soon(self, path: str) -> None:

@@ -13,15 +13,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
-from backtest_kit.errors import UserError
+from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.persist.backends import mongo_damage, mongo_diagnosis, mongo_prune, mongo_schema
 from backtest_kit.persist.backends.mongo_batch import Batch
 from backtest_kit.persist.backends.mongo_candles import MongoCandleStore
-from backtest_kit.persist.backends.mongo_client import Link, Links
+from backtest_kit.persist.backends.mongo_client import UPKEEP_SECONDS, Link, Links
 from backtest_kit.persist.backends.mongo_documents import (
     ORDER,
     ROWS,
@@ -31,7 +32,14 @@ from backtest_kit.persist.backends.mongo_documents import (
 )
 from backtest_kit.persist.backends.mongo_intents import replay
 from backtest_kit.persist.backends.mongo_reading import cache_name, find, find_all, standing
-from backtest_kit.persist.backends.mongo_settings import LOGGER, Log, MongoSettings, from_environment, with_changes
+from backtest_kit.persist.backends.mongo_settings import (
+    LOGGER,
+    PATIENT,
+    Log,
+    MongoSettings,
+    from_environment,
+    with_changes,
+)
 from backtest_kit.persist.backends.mongo_writing import Putting, PuttingMany, turn_of
 from backtest_kit.persist.candle_cache import CandleCache
 from backtest_kit.persist.contracts import Contract
@@ -62,11 +70,23 @@ class MongoStore:
     capabilities: Final = frozenset(Capability)
 
     def __init__(
-        self, url: str, *, settings: MongoSettings | None = None, existing: bool = False, log: Log | None = None
+        self,
+        url: str,
+        *,
+        settings: MongoSettings | None = None,
+        existing: bool = False,
+        patient: bool = False,
+        log: Log | None = None,
     ) -> None:
-        """Without `settings`, they come from the environment, and Redis is used if that names one."""
+        """Without `settings`, they come from the environment, and Redis is used if that names one.
+
+        With `patient`, it waits minutes for a slow server where the environment does not say how long: for moving
+        a whole store, which has nothing better to do.
+        """
         if settings is None:
             settings = from_environment(os.environ)
+            if patient:
+                settings = with_changes(settings, {k: v for k, v in PATIENT.items() if k not in os.environ})
             if not {"CC_REDIS_URL", "CC_REDIS_HOST"} & os.environ.keys():
                 settings = with_changes(settings, {"CC_REDIS_HOST": ""})
         log = log or logging.LoggerAdapter(logging.getLogger(LOGGER))
@@ -249,10 +269,18 @@ class MongoStore:
                 link.opening.add_done_callback(lambda task: _opening_is_over(link, task))
             await asyncio.shield(link.opening)
         link.keep_time()
+        if not self._existing:
+            link.keep_up(_mend)
         return link
 
     async def _open(self, link: Link) -> None:
-        await mongo_schema.prepare(link, existing=self._existing)
+        try:
+            await mongo_schema.prepare(link, existing=self._existing)
+        except BacktestKitError:
+            link.outage.is_known = not link.sees_server
+            raise
+        link.outage.is_known = False
+        link.upkeep_at = time.monotonic() + UPKEEP_SECONDS
         # Also where somebody only looks: half of a batch is nothing that was ever written.
         await replay(link)
 
@@ -276,6 +304,19 @@ class MongoStore:
                 await link.ids.set(
                     {cache_name(each.contract, each.change.name): str(each.identity) for each in batch.done}
                 )
+
+
+async def _mend(link: Link) -> None:
+    """Make indexes again that somebody has dropped: without the unique one, two processes can own a position."""
+    try:
+        for collection in await mongo_schema.mend(link):
+            link.log.error("the indexes of %s at %s had disappeared, and were made again", collection, link.where)
+    except UserError as error:
+        # As at a start: nothing is read or written until the documents of one name are one again.
+        link.is_open = False
+        link.log.error("the store is closed until this is mended: %s", error)
+    except BacktestKitError as error:
+        link.log.warning("the indexes could not be looked at, they are later: %s", error)
 
 
 def _opening_is_over(link: Link, task: asyncio.Task[None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager
 from typing import Any, Final, TypeVar
@@ -33,6 +34,9 @@ T = TypeVar("T")
 DEFAULT_DATABASE: Final = "backtest-kit"
 _TIME_SECONDS: Final = 1.0
 """How long the server is asked for its time: who closes the store waits for that."""
+UPKEEP_SECONDS: Final = 600.0
+_AGAIN_SECONDS: Final = 1.0
+"""Twice the time in which the driver looks for a server again."""
 _PART: Final = 10_000
 """Documents."""
 ACKNOWLEDGED: Final = WriteConcern(w=1)
@@ -41,10 +45,17 @@ JOURNALLED: Final = WriteConcern(w="majority", j=True)
 """For money, and for what other processes must agree on: it is not rolled back and survives the server."""
 
 
+class Outage:
+    """What the links of a store know of its server from each other."""
+
+    is_known = False
+    """Whether no server answered when the store was opened last."""
+
+
 class Link:
     """What one event loop has open: clients, the order of its writes, and whatever still runs."""
 
-    def __init__(self, settings: MongoSettings, log: Log) -> None:
+    def __init__(self, settings: MongoSettings, log: Log, outage: Outage) -> None:
         """Dials nothing.
 
         Raises:
@@ -65,8 +76,11 @@ class Link:
         self.owner: Final = secrets.token_hex(8)
         self.has_transactions = False
         """Whether the server is part of a replica set or a cluster. Known once it is open."""
+        self.upkeep_at = 0.0
+        """When to look after the database next, by `time.monotonic`."""
         self.opening: asyncio.Task[None] | None = None
         self.is_open = False
+        self.outage = outage
         self.has_unflushed = False
         """Whether something was written that only the server's memory is known to have."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -113,8 +127,10 @@ class Link:
     def within(self, seconds: float) -> AbstractContextManager[None]:
         """Tell the driver how long it may take for what is asked of it in the block."""
         if not self.sees_server:
-            # It would look for a server for all of that time.
-            seconds = min(seconds, self.mongo.options.server_selection_timeout)
+            # It would look for a server for all of that time. One that was not there a moment ago is looked for once
+            # more, so that a program whose server is away hears of it soon and not once for each thing that it wants.
+            again = _AGAIN_SECONDS if self.outage.is_known else seconds
+            seconds = min(seconds, again, self.mongo.options.server_selection_timeout)
         return pymongo.timeout(seconds)
 
     def attempt(self, patience: Patience) -> AbstractContextManager[None]:
@@ -131,6 +147,12 @@ class Link:
         """Ask the server for its time if it is time to, beside whatever else is done."""
         if self.clock.is_due:
             self._begin(self.read_time())
+
+    def keep_up(self, upkeep: Callable[[Link], Coroutine[Any, Any, None]]) -> None:
+        """Begin `upkeep` if it is time to, beside whatever else is done."""
+        if time.monotonic() >= self.upkeep_at:
+            self.upkeep_at = time.monotonic() + UPKEEP_SECONDS
+            self._begin(upkeep(self))
 
     async def read_time(self) -> None:
         async def question() -> None:
@@ -236,6 +258,7 @@ class Links:
     def __init__(self, settings: MongoSettings, log: Log) -> None:
         self.settings: Final = settings
         self._log = log
+        self._outage = Outage()
         self._pid = os.getpid()
         self._links: dict[asyncio.AbstractEventLoop, Link] = {}
         self._inherited: list[dict[asyncio.AbstractEventLoop, Link]] = []
@@ -255,7 +278,7 @@ class Links:
             # Loops of other threads may be doing the same.
             for old in [each for each in list(self._links) if each.is_closed()]:
                 self._links.pop(old, None)
-            self._links[loop] = Link(self.settings, self._log)
+            self._links[loop] = Link(self.settings, self._log, self._outage)
         return self._links[loop]
 
     def leave(self) -> Link | None:

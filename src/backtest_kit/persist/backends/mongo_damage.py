@@ -15,7 +15,7 @@ from pymongo import ReturnDocument
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.backends.mongo_candles import MongoCandleStore
 from backtest_kit.persist.backends.mongo_client import Link
-from backtest_kit.persist.backends.mongo_documents import RECORD_ROWS, ROWS, Document, record_of
+from backtest_kit.persist.backends.mongo_documents import RECORD_ROWS, ROWS, Document, checksum_of, record_of
 from backtest_kit.persist.candle_cache import CandleCache
 from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.contracts import Contract
@@ -83,12 +83,13 @@ async def restore(link: Link, path: str) -> Record:
     """
     contract, document = await _find(link, path)
     try:
-        record_of(contract, document)
+        record_of(contract, document, edited=True)
     except Damaged as error:
         raise UserError(f"{path} is still damaged: {error}; correct its document, or drop it") from None
     collection = link.collection(contract)
     # Nobody who knew the record before the damage may take it for the one that he read.
-    update = {"$unset": {"hold": ""}, "$inc": {"rev": Int64(1)}}
+    sealed = {"checksum": checksum_of(contract, document)}
+    update = {"$set": sealed, "$unset": {"hold": ""}, "$inc": {"rev": Int64(1)}}
     restored = await link.ask(
         f"restore {path}",
         lambda: collection.find_one_and_update(

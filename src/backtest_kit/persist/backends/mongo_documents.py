@@ -9,10 +9,12 @@ and NUL as `%25` and `%00`.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
+import bson
 from bson.int64 import Int64
 from bson.objectid import ObjectId
 
@@ -112,7 +114,7 @@ def document_of(change: Change, writer: str, tick: int) -> Document:
 
 def fields_of(change: Change, writer: str, tick: int) -> Document:
     write = change.write
-    return {
+    fields: Document = {
         "payload": change.payload,
         "when": None if write.when is None else Int64(write.when),
         "writtenAt": Int64(change.written_at),
@@ -121,6 +123,16 @@ def fields_of(change: Change, writer: str, tick: int) -> Document:
         "writer": writer,
         "tick": Int64(tick),
     }
+    return {**fields, "checksum": checksum_of(change.contract, {**change.name, **fields})}
+
+
+def checksum_of(contract: Contract, document: Mapping[str, Any]) -> str:
+    """A CRC-32 of the name of a document and of all that its last write has set.
+
+    Not of the revision: the server counts it, and a wrong one is a conflict for the owner.
+    """
+    sealed = {name: document.get(name) for name in ("namespace", *contract.key_fields, *_SEALED)}
+    return f"{zlib.crc32(bson.encode(sealed), zlib.crc32(contract.name.encode())):08x}"
 
 
 def record_of_change(change: Change, rev: int) -> Record:
@@ -129,12 +141,12 @@ def record_of_change(change: Change, rev: int) -> Record:
     return Record(write.key, to_plain(change.payload), int(rev), write.when, change.written_at, write.removed)
 
 
-def record_of(contract: Contract, document: Mapping[str, Any]) -> Record:
-    """The record in a document.
+def record_of(contract: Contract, document: Mapping[str, Any], *, edited: bool = False) -> Record:
+    """The record in a document; one that an operator has `edited` has no checksum to match.
 
     Raises:
         NewerSchema: a newer version wrote it.
-        Damaged: a field is missing or of another type than this program writes.
+        Damaged: a field is missing or of another type than this program writes, or the checksum does not match.
     """
     version = document.get("schemaVersion")
     if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
@@ -151,10 +163,12 @@ def record_of(contract: Contract, document: Mapping[str, Any]) -> Record:
         raise Damaged(f"its key is not one: {error}") from None
     if "payload" not in document:
         raise Damaged("its field payload is missing")
-    when = document["when"]
+    when, value = document["when"], to_plain(document["payload"])
+    if not edited and document.get("checksum") != checksum_of(contract, document):
+        raise Damaged("its checksum does not match: it was changed on the server's disk or edited by hand")
     return Record(
         key=key,
-        value=to_plain(document["payload"]),
+        value=value,
         rev=int(document["rev"]),
         when=None if when is None else int(when),
         written_at=int(document["writtenAt"]),
@@ -228,6 +242,7 @@ def _shown(document: Mapping[str, Any], field: str) -> str:
     return f"{document[field]!r:.60}" if field in document else "missing"
 
 
+_SEALED: Final = ("payload", "when", "writtenAt", "removed", "schemaVersion", "writer", "tick")
 _WHOLE: Final = (int, Int64)
 _TYPES: Final[dict[str, tuple[type, ...]]] = {
     "schemaVersion": _WHOLE,

@@ -79,6 +79,8 @@ def translate(error: BaseException, doing: str, where: str, outcome: Outcome = O
     if code in _DISK_FULL:
         return OutOfSpace(f"cannot {doing}: MongoDB at {where} has no space left on its disk", outcome=outcome)
     hint = "it may work later" if heals(error) else "the server's log says more"
+    if isinstance(error, errors.NetworkTimeout | errors.ExecutionTimeout | TimeoutError):
+        hint = "for a slow server, raise CC_MONGO_SOCKET_TIMEOUT_MS and CC_MONGO_OPERATION_TIMEOUT_MS"
     return RetryLater(f"cannot {doing}: MongoDB at {where}: {_text(error)}; {hint}", outcome=outcome)
 
 

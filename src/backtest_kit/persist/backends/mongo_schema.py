@@ -73,6 +73,18 @@ async def prepare(link: Link, *, existing: bool) -> None:
         await link.ask("open the store", lambda: _upsert_once(link, first))
 
 
+async def mend(link: Link) -> list[str]:
+    """Make the indexes again that have disappeared while the store was open, and return their collections.
+
+    Raises:
+        UserError: as `prepare`; the documents of one name are several now, and are named.
+        RetryLater: the server cannot be asked.
+    """
+    missing = dict(zip(ROWS.values(), await _to_the_end([_missing(link, row) for row in ROWS.values()]), strict=True))
+    await _to_the_end([_create(link, row, models) for row, models in missing.items() if models])
+    return [row.collection for row, models in missing.items() if models]
+
+
 async def flush(link: Link) -> None:
     """Return when everything that this link wrote is in the journal: it is written in order."""
     meta = link.named(META, Durability.MONEY)

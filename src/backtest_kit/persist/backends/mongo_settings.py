@@ -27,7 +27,7 @@ class MongoSettings(msgspec.Struct, frozen=True, kw_only=True):
     CC_MONGO_CONNECTION_STRING: str = "mongodb://localhost:27017/backtest-kit?wtimeoutMS=15000"
     """Address of MongoDB. Its path names the database, `backtest-kit` if it has none. Options in it for which
     there is a setting below win over that setting; its write concern is not used."""
-    CC_MONGO_SERVER_SELECTION_TIMEOUT_MS: _AtLeastOne = 5_000
+    CC_MONGO_SERVER_SELECTION_TIMEOUT_MS: _AtLeastOne = 3_000
     """How soon a server that cannot be reached is an error."""
     CC_MONGO_CONNECT_TIMEOUT_MS: _AtLeastOne = 3_000
     """How long one connection may take to be made."""
@@ -72,6 +72,10 @@ class MongoSettings(msgspec.Struct, frozen=True, kw_only=True):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
 
     __str__ = __repr__
+
+
+PATIENT: Final = {"CC_MONGO_SOCKET_TIMEOUT_MS": 120_000, "CC_MONGO_OPERATION_TIMEOUT_MS": 600_000}
+"""Of a program that moves a whole store, and has no candle to be in time for."""
 
 
 def mask(url: str) -> str:

@@ -137,7 +137,6 @@ class Putting:
             document: Document | None = await collection.find_one_and_update(
                 wanted,
                 update_of(self._change, self._writer, tick),
-                projection=["rev"],
                 upsert=upsert,
                 return_document=ReturnDocument.AFTER,
             )
