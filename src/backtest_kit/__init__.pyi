@@ -1,12 +1,13 @@
 from .broker.base import (
     Broker as Broker,
     Fill as Fill,
-    Holding as Holding,
     Order as Order,
     OrderDeleted as OrderDeleted,
     OrderRejected as OrderRejected,
     OrderReport as OrderReport,
     OrderTransient as OrderTransient,
+    VenuePosition as VenuePosition,
+    VenueSignal as VenueSignal,
 )
 from .broker.ccxt import (
     CcxtBroker as CcxtBroker,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 from tests.broker.conftest import PRICE, SIGNAL, START, Kind, MakeBench, order
 
@@ -9,9 +11,9 @@ from backtest_kit.broker.ccxt import CcxtBroker
 from backtest_kit.engine.step import Holding, Rules, Tick
 from backtest_kit.model.event import Identity, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.persist.backends.memory import MemoryStore
-from backtest_kit.run.claims import StoredClaims
+from backtest_kit.persist.store import Key
 from backtest_kit.run.desk import Desk
+from backtest_kit.run.ledger import Book
 from backtest_kit.run.orphans import OrphanGuard
 from backtest_kit.settings import Settings
 
@@ -30,14 +32,25 @@ class Books:
         return (event,)
 
 
+class NoOthers:
+    """A store without other strategies."""
+
+    async def read(self, but: Collection[Key]) -> dict[Key, Book]:
+        return {}
+
+    async def trader(self, but: Collection[Key]) -> str:
+        return ""
+
+
 async def adopted(broker: CcxtBroker, price: float) -> Holding:
     identity = Identity("BTCUSDT", "trend", "binance", "", "live")
     desk = Desk(Rules(identity=identity, settings=Settings(), interval_ms=MINUTE_MS))
     desk.tick = Tick.flat(START, price)
     books = Books(broker)
-    store = MemoryStore()
-    claims = StoredClaims(lambda row: store, ("trend", "binance", "BTCUSDT"))
-    assert await OrphanGuard(desk, broker, "adopt", books, claims).look() is not None
+    guard = OrphanGuard(desk, broker, "adopt", books, NoOthers())
+    found = await guard.compare(START, lambda: {("trend", "binance", "BTCUSDT"): Book()})
+    assert found.no_entry
+    assert await guard.report(found, []) is not None
     (state,) = books.states
     return state
 

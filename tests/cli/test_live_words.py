@@ -86,8 +86,8 @@ SAID: list[tuple[type[bk.Event], dict[str, Any], str, bool]] = [
     ),
     (
         bk.OrphanFound,
-        {"what": "foreign_position", "quantity": 0.5, "next_step": "look at the venue"},
-        "foreign position: the venue holds 0.5; look at the venue",
+        {"what": "foreign_position", "quantity": 0.5, "reason": "the exchange holds 0.5", "next_step": "adopt it"},
+        "foreign position: the exchange holds 0.5; adopt it",
         True,
     ),
     (bk.Degraded, {"reason": "disk full", "kept": True}, "disk full; the emergency file has what it lacks", True),
@@ -159,6 +159,7 @@ def test_every_kind_that_is_told_is_tried() -> None:
         (HELD, "long from 50000, +0.20 %, 1.80 % to its take profit, 2.20 % to its stop loss"),
         (WAITING, "long waits for 48000"),
         ({"degraded": "disk full"}, "DEGRADED"),
+        ({"no_entry": "the exchange holds 0.5"}, "NO ENTRIES"),
         ({"held": False}, "LEASE LOST"),
         ({"held": False, "ended": True, "stopping": True}, "nothing held, ended"),
         ({"under_way": "s-1"}, "order s-1 under way"),
@@ -209,6 +210,13 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     assert all(len(line) <= width for line in lines)
     assert sum("DEGRADED, nothing new is opened: the disk is full" in line for line in lines) == 1
     assert any(line.split()[:4] == ["BTCUSDT", "50100", "long", "50000"] for line in lines)
+
+
+def test_why_nothing_is_opened_is_shown_in_full() -> None:
+    reason = "the exchange holds long 0.5 of BTCUSDT, and this store knows nothing of it: adopt it or close it by hand"
+    lines = drawn([status_of(no_entry=reason, next_decision_ms=NOON), status_of()], width=80)
+    assert f"NO ENTRIES for BTCUSDT: {reason}" in " ".join(" ".join(lines).split())
+    assert sum("NO ENTRIES" in line for line in lines) == 2
 
 
 @pytest.mark.parametrize(("drift_ms", "words"), [(None, ""), (-200, "+0.2 s off"), (5000, "-5.0 s off")])

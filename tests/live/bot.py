@@ -70,6 +70,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """When the disk is full."""
     lease_ttl_s: float = 15.0
     paper: bool = False
+    orphans: str = "alarm"
+    """What is done about a position that its store does not know."""
     market: str = ""
     """File of the candles of a bot that has them and its time at hand, and only sends orders to the venue."""
     begin_ms: int = 0
@@ -164,7 +166,7 @@ class OrdersOnly(ReferenceBroker):
     async def check_entry(self, entry: bk.RestingEntry) -> bk.Fill | None:
         return None
 
-    async def holdings(self, symbols: Sequence[str]) -> list[bk.Holding] | None:
+    async def holdings(self, symbols: Sequence[str]) -> list[bk.VenuePosition] | None:
         return None
 
 
@@ -235,7 +237,7 @@ async def trade(job: Job) -> End:
     kit.live.observers.append(keep_records)
     kit.on(bk.PositionActive, watch_disk)
     where: dict[str, Any] = {"strategy_name": "story", "exchange_name": "venue", "allow_weak": True}
-    options: dict[str, Any] = {"lease_ttl_s": job.lease_ttl_s, "paper": job.paper}
+    options: dict[str, Any] = {"lease_ttl_s": job.lease_ttl_s, "paper": job.paper, "orphans": job.orphans}
     handles = [kit.live.background(symbol, **where, **options) for symbol in job.symbols]
     over = asyncio.ensure_future(clock.over.wait())
     tasks = {handle.task for handle in handles}

@@ -57,7 +57,7 @@ class Venue(bk.Broker):
         self.counts: dict[str, int] = {}
         self.find_fails = 0
         self.check: Callable[[Any], Any] | None = None
-        self.held: list[bk.Holding] | None = None
+        self.held: list[bk.VenuePosition] | None = None
         self.price: Callable[[bk.Order], float] = lambda order: order.price
 
     async def find(self, order: bk.Order) -> bk.OrderReport:
@@ -130,7 +130,7 @@ class Venue(bk.Broker):
     async def check_entry(self, entry: bk.RestingEntry) -> bk.Fill | None:
         return None if self.check is None else self.check(entry)
 
-    async def holdings(self, symbols: Sequence[str]) -> list[bk.Holding] | None:
+    async def holdings(self, symbols: Sequence[str]) -> list[bk.VenuePosition] | None:
         return self.held
 
     def sent(self, *hooks: str) -> list[tuple[str, str, int]]:

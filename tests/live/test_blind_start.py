@@ -71,7 +71,7 @@ class Start:
 
 async def test_what_is_held_is_checked_every_minute_and_gets_its_stop(rig: Rig) -> None:
     await rig.trade(2)
-    rig.venue.held = [bk.Holding(symbol="BTCUSDT", direction="long", quantity=1.0)]
+    rig.venue.held = [bk.VenuePosition(symbol="BTCUSDT", direction="long", quantity=1.0)]
     start = Start(rig)
     status = await start.run(orphans="protect")
     assert start.checked == [*range(AWAY), *range(AWAY, 9)]
@@ -150,7 +150,7 @@ async def test_what_the_venue_no_longer_holds_is_booked_at_a_price_of_the_market
 @pytest.mark.parametrize("orphans", ["adopt", "protect"])
 async def test_what_nobody_watches_is_told_at_once_and_seen_to_once_there_is_a_price(rig: Rig, orphans: Any) -> None:
     rig.strategy["get_signal"] = lambda ctx: None
-    rig.venue.held = [bk.Holding(symbol="BTCUSDT", direction="long", quantity=1.0)]
+    rig.venue.held = [bk.VenuePosition(symbol="BTCUSDT", direction="long", quantity=1.0)]
     start = Start(rig)
     status = await start.run(orphans=orphans)
     assert start.minutes_of(bk.OrphanFound)[:2] == [0, AWAY]

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from tests.live.rig import START, WHERE, Rig, UntilClock
+from tests.live.rig import START, WHERE, Rig, UntilClock, Venue
 
 import backtest_kit as bk
+from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.model.interval import MINUTE_MS
 
 
-def held(stop_loss: float | None, direction: Any = "long") -> bk.Holding:
-    return bk.Holding(symbol="BTCUSDT", direction=direction, quantity=0.5, price_open=41_000.0, stop_loss=stop_loss)
+def held(stop_loss: float | None, direction: Any = "long", quantity: float = 0.5) -> bk.VenuePosition:
+    return bk.VenuePosition(
+        symbol="BTCUSDT", direction=direction, quantity=quantity, price_open=41_000.0, stop_loss=stop_loss
+    )
+
+
+class Mirror(Venue):
+    """Lists what its orders have filled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trigger: Callable[[], float | None] = lambda: None
+        self.factor = 1.0
+        """What it lists of all that was bought; below 0 the other way round."""
+
+    async def holdings(self, symbols: Sequence[str]) -> list[bk.VenuePosition] | None:
+        bought = sum(fill.quantity for (kind, _), fill in self.done.items() if kind == "open") * self.factor
+        direction = "long" if bought > 0 else "short"
+        return [held(self.trigger(), direction, abs(bought))] if bought else []
 
 
 @pytest.fixture
@@ -29,10 +48,11 @@ async def test_a_position_that_nobody_watches_is_an_alarm_and_told_once(idle: Ri
     idle.venue.held = [held(None)]
     await idle.trade(4)
     (found,) = idle.of(bk.OrphanFound)
-    assert (found.what, found.quantity, found.next_step) == (
-        "foreign_position",
-        0.5,
-        "nothing is done, look at the venue",
+    assert (found.what, found.quantity) == ("foreign_position", 0.5)
+    assert found.reason == "the exchange holds long 0.5 of BTCUSDT, and this store knows nothing of it"
+    assert found.next_step == (
+        "nothing is done; nothing is opened on BTCUSDT until it is settled: adopt it (--orphans adopt), "
+        "close it by hand, or start with the store that opened it"
     )
     assert not idle.venue.calls
 
@@ -78,34 +98,26 @@ async def test_a_position_of_ours_that_the_venue_does_not_hold_is_an_alarm(memor
 
 @pytest.mark.parametrize("policy", ["alarm", "adopt", "protect"])
 async def test_a_stop_that_is_left_of_nothing_is_an_alarm_and_told_once(idle: Rig, policy: Any) -> None:
-    idle.venue.held = [bk.Holding(symbol="BTCUSDT", direction="long", quantity=0.0, stop_loss=40_000.0)]
+    idle.venue.held = [bk.VenuePosition(symbol="BTCUSDT", direction="long", quantity=0.0, stop_loss=40_000.0)]
     await idle.trade(3, orphans=policy)
     (found,) = idle.of(bk.OrphanFound)
     assert (found.what, found.quantity) == ("left_stop", 0.0)
-    assert "cancel it at the venue" in found.next_step
+    assert "cancel it by hand: it would close the next position there" in found.next_step
     assert not idle.venue.calls
 
 
 async def test_a_position_of_ours_without_a_stop_gets_one(memory_rig: Rig) -> None:
-    memory_rig.venue.held = [held(None)]
-    memory_rig.strategy["get_signal"] = lambda ctx: bk.Signal.bracket(
-        "long", price=ctx.price, take_profit_pct=9, stop_loss_pct=9
-    )
+    memory_rig.venue = Mirror()
+    memory_rig.strategy["get_signal"] = wide
     status = (await memory_rig.trade(2, orphans="protect")).status
-    found = memory_rig.of(bk.OrphanFound)
-    assert found[-1].what in ("unprotected_position", "foreign_position")
-    assert memory_rig.venue.sent("move_stop")
     assert status.position is not None
+    assert {event.what for event in memory_rig.of(bk.OrphanFound)} == {"unprotected_position"}
+    assert memory_rig.venue.sent("move_stop")
 
 
-def minutes_of(rig: Rig, *, foreign: bool) -> list[int]:
+def minutes_of(rig: Rig) -> list[int]:
     """When a stop was placed, as the findings tell."""
-    what = "foreign_position" if foreign else "unprotected_position"
-    return [
-        (event.when_ms - START) // MINUTE_MS
-        for event in rig.of(bk.OrphanFound)
-        if event.what == what and "stop" in event.next_step
-    ]
+    return [(event.when_ms - START) // MINUTE_MS for event in rig.of(bk.OrphanFound) if "stop" in event.next_step]
 
 
 @pytest.mark.parametrize("foreign", [True, False])
@@ -113,13 +125,11 @@ async def test_a_stop_that_the_venue_does_not_show_is_placed_again_and_less_and_
     memory_rig: Rig, foreign: bool
 ) -> None:
     memory_rig.strategy["get_signal"] = lambda ctx: None if foreign or ctx.when_ms > START else wide(ctx)
+    memory_rig.venue = Venue() if foreign else Mirror()
     memory_rig.venue.held = [held(None)]
     await memory_rig.trade(140, orphans="protect")
-    first = 0 if foreign else 1
-    # It was placed for the foreign position in the minute before the strategy's own was opened.
-    seen = [minute for minute in minutes_of(memory_rig, foreign=foreign) if minute >= first]
-    waits = [later - earlier for earlier, later in pairwise(seen)]
-    expected = [1, 2, 4, 8, 16, 32, 60] if foreign else [2, 4, 8, 16, 32, 60]
+    waits = [later - earlier for earlier, later in pairwise(minutes_of(memory_rig))]
+    expected = [1, 2, 4, 8, 16, 32, 60]
     assert waits[: len(expected)] == expected[: len(waits)]
     assert len(waits) >= 5
     assert len(memory_rig.venue.sent("move_stop")) == len(memory_rig.of(bk.OrphanFound))
@@ -128,21 +138,23 @@ async def test_a_stop_that_the_venue_does_not_show_is_placed_again_and_less_and_
 @pytest.mark.parametrize("foreign", [True, False])
 async def test_a_stop_that_vanishes_again_is_placed_again_at_once(memory_rig: Rig, foreign: bool) -> None:
     memory_rig.strategy["get_signal"] = lambda ctx: None if foreign or ctx.when_ms > START else wide(ctx)
-    memory_rig.venue.held = None if not foreign else [held(None)]
-    await memory_rig.trade(0, orphans="protect")
+    memory_rig.venue = venue = Mirror()
+    if not foreign:
+        await memory_rig.trade(0)
     clock = UntilClock(START + MINUTE_MS, START + 9 * MINUTE_MS)
     kit = memory_rig.kit(clock)
+    venue.trigger = lambda: None if (clock.now_ms() - START) // MINUTE_MS in (2, 5, 8) else 30_000.0
+    if foreign:
 
-    async def holdings(symbols: Any) -> Any:
-        minute = (clock.now_ms() - START) // MINUTE_MS
-        return [held(None if minute in (2, 5, 8) else 30_000.0)]
+        async def holdings(symbols: Any) -> Any:
+            return [held(venue.trigger())]
 
-    memory_rig.venue.holdings = holdings  # type: ignore[method-assign]
+        venue.holdings = holdings  # type: ignore[method-assign]
     handle = kit.live.background("BTCUSDT", **WHERE, orphans="protect")
     await clock.over.wait()
     handle.cancel()
     await asyncio.wait({handle.task})
-    assert [minute for minute in minutes_of(memory_rig, foreign=foreign) if minute in (2, 5, 8)] == [2, 5, 8]
+    assert [minute for minute in minutes_of(memory_rig) if minute in (2, 5, 8)] == [2, 5, 8]
 
 
 async def test_nothing_is_adopted_by_a_run_that_is_told_to_stop(memory_rig: Rig) -> None:
@@ -152,8 +164,12 @@ async def test_nothing_is_adopted_by_a_run_that_is_told_to_stop(memory_rig: Rig)
     clock = UntilClock(START, START + 5 * MINUTE_MS)
     kit = memory_rig.kit(clock)
 
+    asked: list[int] = []
+
     async def holdings(symbols: Any) -> Any:
-        handle.stop()
+        asked.append(clock.now_ms())
+        if len(asked) > 1:  # the first time is before the first minute
+            handle.stop()
         return [held(None)]
 
     memory_rig.venue.holdings = holdings  # type: ignore[method-assign]
@@ -170,8 +186,35 @@ async def test_a_stop_that_cannot_be_placed_is_told_and_tried_again(idle: Rig) -
     idle.venue.script["move_stop", 1] = "rejected"
     await idle.trade(3, orphans="protect")
     steps = [event.next_step for event in idle.of(bk.OrphanFound)]
-    assert steps[0] == "no stop could be placed, which is tried again: insufficient funds"
+    assert steps[0].startswith("no stop could be placed, which is tried again: insufficient funds; nothing is opened")
     assert "its stop is at" in steps[1]
+
+
+@pytest.mark.parametrize("orphans", ["alarm", "adopt", "protect"])
+@pytest.mark.parametrize("left", ["position", "entry", "order"])
+async def test_what_another_strategy_of_the_store_has_is_known_although_its_process_is_gone(
+    tmp_path: Path, left: str, orphans: str
+) -> None:
+    store = bk.MemoryStore()
+    first, second = Rig(tmp_path / "first", store), Rig(tmp_path / "second", store)
+    first.venue = second.venue = Mirror()
+    second.venue.trigger = lambda: 40_000.0
+    second.strategy["get_signal"] = lambda ctx: None
+    if left == "entry":
+        first.strategy["get_signal"] = lambda ctx: bk.Signal(
+            "long", ctx.price * 1.1, ctx.price * 0.8, price_open=ctx.price * 0.9
+        )
+    elif left == "order":
+        first.venue.script["open", 0] = "lost_response"
+        first.venue.find_fails = 9
+    await first.trade(1)
+    calls = len(first.venue.calls)
+    second.now_ms = START + MINUTE_MS
+    handle = await trade_as(second, "mean", 3, orphans=orphans)
+    assert not second.of(bk.OrphanFound)
+    assert handle.status.position is None
+    assert handle.status.no_entry == ""
+    assert len(second.venue.calls) == calls
 
 
 @pytest.mark.parametrize("orphans", ["adopt", "protect"])
@@ -185,7 +228,9 @@ async def test_a_stop_that_cannot_be_placed_is_told_and_tried_again(idle: Rig) -
         ("alive", "strategy trend trades BTCUSDT on demo: process"),
     ],
 )
-async def test_what_another_strategy_claims_is_left_to_it(tmp_path: Path, left: str, words: str, orphans: str) -> None:
+async def test_of_more_than_another_strategy_has_nothing_is_done(
+    tmp_path: Path, left: str, words: str, orphans: str
+) -> None:
     """Two owners of one position would each manage and close it."""
     store = bk.MemoryStore()
     first, second = Rig(tmp_path / "first", store), Rig(tmp_path / "second", store)
@@ -201,23 +246,26 @@ async def test_what_another_strategy_claims_is_left_to_it(tmp_path: Path, left: 
         first.strategy["get_signal"] = lambda ctx: None
     clock = UntilClock(START, START)
     alive = None
-    signal_id = None
+    signals: tuple[bk.VenueSignal, ...] = ()
     if left == "alive":
         alive = first.kit(clock).live.background("BTCUSDT", **WHERE)
         await clock.over.wait()
     else:
         status = (await first.trade(1, symbol="BTC-USDT" if left == "elsewhere" else "BTCUSDT")).status
-        signal_id = status.position.signal_id if left == "elsewhere" and status.position else None
+        if left == "elsewhere" and status.position is not None:
+            ids = SignalIds(status.position.signal_id, first.venue.store_id)
+            signals = (bk.VenueSignal(store_id=ids.store_id, digest=ids.digest, client_order_ids=(ids.stop(0),)),)
     first.venue.calls.clear()
-    first.venue.held = [msgspec.structs.replace(held(None), signal_id=signal_id)]
+    first.venue.held = [msgspec.structs.replace(held(None), signals=signals)]
     second.now_ms = START + MINUTE_MS
-    handle = await trade_as(second, "mean", 3, orphans=orphans)
+    handle = await trade_as(second, "mean", 4, orphans=orphans)
     if alive is not None:
         alive.cancel()
         await asyncio.wait({alive.task})
     (found,) = second.of(bk.OrphanFound)
     assert words in found.next_step
     assert handle.status.position is None
+    assert "this store knows" in handle.status.no_entry
     assert not first.venue.calls
 
 
@@ -231,16 +279,16 @@ async def test_what_a_strategy_that_ended_without_holding_anything_has_left_is_n
     assert handle.status.position is not None
 
 
-async def test_nothing_is_adopted_while_the_store_does_not_tell_whose_it_is(idle: Rig) -> None:
+async def test_nothing_is_adopted_or_opened_while_the_store_does_not_tell_what_others_have(memory_rig: Rig) -> None:
     def away(*_: Any, **__: Any) -> Any:
         raise bk.RetryLater("the server is away")
 
-    idle.venue.held = [held(40_000.0)]
-    idle.store.scan = away  # type: ignore[method-assign]
-    status = (await idle.trade(2, orphans="adopt")).status
+    memory_rig.venue.held = [held(40_000.0)]
+    memory_rig.store.scan = away  # type: ignore[method-assign]
+    status = (await memory_rig.trade(2, orphans="adopt")).status
     assert status.position is None
-    (found,) = idle.of(bk.OrphanFound)
-    assert found.next_step.endswith("nobody knows whose it is: the server is away")
+    assert status.no_entry == "the exchange and the store could not be compared: the server is away"
+    assert not memory_rig.venue.calls
 
 
 async def test_a_position_the_other_way_round_is_told_once_and_gets_no_stop_of_ours(memory_rig: Rig) -> None:
@@ -249,7 +297,8 @@ async def test_a_position_the_other_way_round_is_told_once_and_gets_no_stop_of_o
     memory_rig.venue.held = [held(None, "short")]
     await memory_rig.trade(4, orphans="protect")
     (found,) = memory_rig.of(bk.OrphanFound)
-    assert (found.what, found.next_step) == ("missing_position", "nothing is done, look at the venue")
+    assert (found.what, found.next_step) == ("missing_position", "nothing is done")
+    assert "is not the position that the store has" in found.reason
     assert not memory_rig.venue.sent("move_stop")
 
 
@@ -266,21 +315,21 @@ def opening(direction: Any) -> Any:
 
 @pytest.mark.parametrize("orphans", ["alarm", "adopt", "protect"])
 @pytest.mark.parametrize(
-    ("sides", "on_venue", "what"),
+    ("sides", "factor", "stop", "what"),
     [
-        ((None, None), None, None),
-        ((None, None), held(None), "foreign_position"),
-        (("long", "long"), held(40_000.0), None),
-        (("long", None), held(40_000.0), None),
-        (("long", "long"), None, "missing_position"),
-        ((None, "long"), held(42_000.0, "short"), "missing_position"),
-        (("long", "long"), held(None), "unprotected_position"),
-        (("long", "short"), None, None),
-        (("long", "short"), held(40_000.0), "foreign_position"),
+        ((None, None), 1, None, None),
+        (("long", "long"), 1, 40_000.0, None),
+        (("long", None), 1, 40_000.0, None),
+        (("long", "long"), 0, None, "missing_position"),
+        ((None, "long"), -1, 42_000.0, "missing_position"),
+        (("long", "long"), 1, None, "unprotected_position"),
+        (("long", "long"), 1.5, 40_000.0, "foreign_position"),
+        (("long", "short"), 0, None, None),
+        (("long", "short"), 1, 40_000.0, "foreign_position"),
     ],
 )
 async def test_of_strategies_side_by_side_the_sum_is_compared_and_nothing_is_done(
-    idle: Rig, sides: tuple[Any, Any], on_venue: bk.Holding | None, what: str | None, orphans: str
+    idle: Rig, sides: tuple[Any, Any], factor: float, stop: float | None, what: str | None, orphans: str
 ) -> None:
     clock = UntilClock(START, START + 5 * MINUTE_MS)
     clock.join("", 2)
@@ -288,11 +337,13 @@ async def test_of_strategies_side_by_side_the_sum_is_compared_and_nothing_is_don
     kit = idle.kit(clock)
     for name, side in zip(("mean", "fade"), sides, strict=True):
         kit.add_strategy_schema(name, get_signal=opening(side), interval="1m")
+    mirror = Mirror()
 
     async def holdings(symbols: Any) -> Any:
-        # A position that is being opened is there from the next minute on.
+        # What is wrong with it is so from the next minute on.
         asked.append((clock.now_ms() - START) // MINUTE_MS)
-        return [on_venue] if on_venue is not None and asked[-1] else None if not asked[-1] else []
+        mirror.done, mirror.factor, mirror.trigger = idle.venue.done, factor, lambda: stop
+        return await mirror.holdings(symbols) if asked[-1] else []
 
     idle.venue.holdings = holdings  # type: ignore[method-assign]
     where = {**WHERE, "orphans": orphans}
@@ -304,7 +355,7 @@ async def test_of_strategies_side_by_side_the_sum_is_compared_and_nothing_is_don
     assert [minute for minute in asked if 0 < minute < 5] == [1, 2, 3, 4]  # one of them asks for both
     assert [event.what for event in idle.of(bk.OrphanFound)] == ([what] if what else [])
     for event in idle.of(bk.OrphanFound):
-        assert event.next_step.endswith("strategies mean and fade trade BTCUSDT side by side")
+        assert "nothing is done: strategies mean and fade trade BTCUSDT side by side" in event.next_step
     assert not idle.venue.sent("move_stop")
     assert len(idle.of(bk.PositionOpened)) == sum(side is not None for side in sides)
     says = [any("side by side" in step for step in event.steps) for event in idle.of(bk.Recovered)]

@@ -228,7 +228,7 @@ def failures() -> list[tuple[bk.Event, str]]:
         (bk.StrategyFailed(**at, what="manage", error=ValueError("no")), "alarm"),
         (bk.Degraded(**at, reason="disk full", kept=False), "alarm"),
         (bk.Healed(**at), "info"),
-        (bk.OrphanFound(**at, what="missing_position", quantity=0.0, next_step="look"), "alarm"),
+        (bk.OrphanFound(**at, what="missing_position", quantity=0.0, reason="none", next_step="look"), "alarm"),
         (bk.MinutesMissed(**at, count=3, first_ms=START, reason="slow"), "warning"),
         (bk.ClockJumped(**at, by_ms=-9), "warning"),
         (bk.Paused(**at, paused=True), "info"),

@@ -324,7 +324,7 @@ async def test_without_retries_an_order_is_tried_once(rig: Rig) -> None:
 async def test_an_order_under_way_is_no_orphan(rig: Rig) -> None:
     """What the venue has filled of an order nobody has heard of yet is not adopted as somebody else's."""
     priced(rig, lambda minute: 100.0, bracket("long"))
-    held = bk.Holding(symbol="BTCUSDT", direction="long", quantity=1.0, price_open=100.0, stop_loss=99.0)
+    held = bk.VenuePosition(symbol="BTCUSDT", direction="long", quantity=1.0, price_open=100.0, stop_loss=99.0)
 
     def fill_and_lose_the_answer() -> str:
         rig.venue.held = [held]

@@ -21,7 +21,7 @@ Serve = Callable[..., Awaitable[VenueServer]]
 BrokerOf = Callable[..., Broker]
 
 
-def position(signal_id: str = "s1", direction: Any = "long") -> Position:
+def position(signal_id: str = "s1", direction: Any = "long", opened_at_ms: int = START) -> Position:
     extreme = Extreme(50_000.0, START, 0.0, 0.0)
     return Position(
         signal_id=signal_id,
@@ -35,7 +35,7 @@ def position(signal_id: str = "s1", direction: Any = "long") -> Position:
         price_stop_loss=10_000.0,
         minutes=60,
         scheduled_at_ms=START,
-        opened_at_ms=START,
+        opened_at_ms=opened_at_ms,
         entries=(Entry(50_000.0, 1000.0, START),),
         peak=extreme,
         fall=extreme,
@@ -180,7 +180,7 @@ async def test_what_somebody_else_closes_is_told(
     assert fill is not None
     assert (fill.quantity, fill.reason) == (opened.quantity, "closed")
     with pytest.raises(OrderDeleted, match="nothing of s2 is held here"):
-        await broker.check_position(position("s2"))
+        await broker.check_position(position("s2", opened_at_ms=fill.timestamp + 1))
 
 
 async def test_at_reference_everything_is_as_the_engine_decided(serve: Serve, broker_of: BrokerOf) -> None:

@@ -96,22 +96,39 @@ class OrderReport(msgspec.Struct, frozen=True, kw_only=True):
     """What was filled so far."""
 
 
-class Holding(msgspec.Struct, frozen=True, kw_only=True):
-    """What a venue holds of one symbol, whoever opened it."""
+class VenueSignal(msgspec.Struct, frozen=True, kw_only=True):
+    """What the orders of one signal hold, or still want, on the exchange: by their client order ids
+    (`backtest_kit.broker.order_ids`), so that it is known which store sent them."""
+
+    store_id: str
+    digest: str
+    """Of the signal id, as in a client order id."""
+    quantity: float = 0.0
+    """Base currency that they bought and did not sell again; 0 where the exchange keeps one position of all signals."""
+    price_open: float | None = None
+    """Average price of what they bought."""
+    stop_loss: float | None = None
+    """Trigger of the live protective stop."""
+    client_order_ids: tuple[str, ...] = ()
+    """Open orders."""
+
+
+class VenuePosition(msgspec.Struct, frozen=True, kw_only=True):
+    """What the exchange holds of one symbol as far as it counts: of a future the whole position, on a spot market only
+    what orders of this program bought. The owner's savings and orders made by hand are not part of it."""
 
     symbol: str
     direction: Direction
     quantity: float
-    """In base currency; 0 where no more than protective stops of this account are left of a position."""
+    """In base currency; 0 where only open orders are left."""
     price_open: float | None = None
-    """Average entry price, where the venue keeps one."""
+    """Average entry price, where it is known."""
     stop_loss: float | None = None
     """Trigger of the live protective stop of this account, None where there is none."""
     client_order_ids: tuple[str, ...] = ()
-    """Of open orders on the symbol."""
-    signal_id: str | None = None
-    """Whose stop protects it, where the client id of the stop tells: who takes the position over under this id finds
-    its orders again."""
+    """Open orders on the symbol."""
+    signals: tuple[VenueSignal, ...] = ()
+    """Those that hold something there or have open orders, the one that holds most first."""
 
 
 class Broker:
@@ -206,8 +223,12 @@ class Broker:
         """
         return None
 
-    async def holdings(self, symbols: Sequence[str]) -> list[Holding] | None:
-        """All that the venue holds of `symbols`, to find what nobody watches; None where it cannot tell."""
+    async def holdings(self, symbols: Sequence[str]) -> list[VenuePosition] | None:
+        """What the exchange holds of `symbols`, at most one position of each. Called once a minute, and before the
+        first entry after a start: while it holds something that the store does not know, nothing is opened.
+
+        None if the broker cannot list it: then nothing is compared. An error makes entries wait.
+        """
         return None
 
     async def notify(self, event: Event) -> None:

@@ -15,22 +15,23 @@ from typing import Any, ClassVar, Final
 from backtest_kit.broker.base import (
     Broker,
     Fill,
-    Holding,
     Order,
     OrderDeleted,
     OrderRejected,
     OrderReport,
     OrderTransient,
+    VenuePosition,
 )
 from backtest_kit.broker.ccxt_account import agrees, model_quantity, status_of
 from backtest_kit.broker.ccxt_connection import Connection
 from backtest_kit.broker.ccxt_dealer import MOST_PARTS, Dealer
 from backtest_kit.broker.ccxt_errors import order_is_there
-from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder, exit_side
+from backtest_kit.broker.ccxt_holdings import Holdings
+from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder
 from backtest_kit.broker.ccxt_rules import MarketKind
 from backtest_kit.broker.ccxt_stops import StopFilled
-from backtest_kit.broker.ccxt_venue import CcxtVenue, Exposure
-from backtest_kit.broker.order_ids import STOP, SignalIds, parse, taken_over
+from backtest_kit.broker.ccxt_venue import CcxtVenue
+from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.broker.rounding import exact
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.model.position import Direction, Position, RestingEntry
@@ -321,7 +322,7 @@ class CcxtBroker(Broker):
             held = await dealer.account.held(stake, live, model=model)
             if stake.market.unsellable(held, stop_loss):
                 await dealer.clear(stake)
-                return await dealer.account.closing_fill(stake)
+                return await dealer.account.closing_fill(stake, position=position)
             protected = stake.market.lots(held) == sum(stop.quantity for stop in live)
             if not protected and not agrees(stake.market, held, model):
                 told = "%s: %s of %s are held, %s by its fills: somebody else traded it; the stop follows what is held"
@@ -351,18 +352,16 @@ class CcxtBroker(Broker):
                 _log.info("%s", error)
         return None if order.open else await venue.executed(stake.market, [order])
 
-    async def holdings(self, symbols: Sequence[str]) -> list[Holding]:
-        """Of futures all positions, and stops that were left without one. Of spot markets what a stop of this program
-        protects: a balance by itself may be anybody's savings."""
+    async def holdings(self, symbols: Sequence[str]) -> list[VenuePosition]:
+        """Of a future the whole position; of a spot market what orders of this program bought and did not sell again.
+
+        On a spot market that is read from the latest orders, as many as the exchange lists in one answer (Binance:
+        500). Anything older that is still held has a live stop, which is listed as long as it rests. A balance by
+        itself may be anybody's savings.
+        """
         venue, _ = self._connected()
-        markets = {symbol: self._market(symbol) for symbol in symbols}
-        contracts = [market.symbol for market in markets.values() if market.contract]
-        exposures = await venue.exposures(contracts) if contracts else {}
-        found: list[Holding] = []
-        for symbol, market in markets.items():
-            held = _holding(symbol, market, exposures.get(market.symbol), await venue.open_orders(market))
-            found += [held] if held is not None else []
-        return found
+        held = [await Holdings(venue).of(symbol, self._market(symbol)) for symbol in symbols]
+        return [each for each in held if each is not None]
 
     def _connected(self) -> tuple[CcxtVenue, Dealer]:
         if self._open is None:
@@ -388,25 +387,3 @@ class CcxtBroker(Broker):
 
     def _ids(self, signal_id: str) -> SignalIds:
         return SignalIds(signal_id, self.store_id)
-
-
-def _holding(symbol: str, market: Market, exposure: Exposure | None, orders: Sequence[VenueOrder]) -> Holding | None:
-    ours = {order.id: order_id for order in orders if (order_id := parse(order.client_id)) and order_id.kind == STOP}
-    stops = [order for order in orders if order.id in ours and order.trigger is not None]
-    if exposure is None:
-        if not stops:
-            return None
-        locked = Decimal(0) if market.contract else sum((stop.remaining for stop in stops), Decimal(0))
-        exposure = Exposure("short" if stops[0].side == "buy" else "long", locked, None)
-    guards = [float(stop.trigger or 0) for stop in stops if stop.side == exit_side(exposure.direction)]
-    first = max if exposure.direction == "long" else min
-    signals = {taken_over(ours[stop.id]) for stop in stops}
-    return Holding(
-        symbol=symbol,
-        direction=exposure.direction,
-        quantity=float(exposure.quantity),
-        price_open=exposure.price_open,
-        stop_loss=first(guards) if guards else None,
-        client_order_ids=tuple(order.client_id for order in orders if order.client_id),
-        signal_id=signals.pop() if len(signals) == 1 else None,
-    )

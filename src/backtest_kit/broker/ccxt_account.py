@@ -15,7 +15,7 @@ import msgspec
 from backtest_kit.broker.base import Fill, OrderDeleted
 from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder
 from backtest_kit.broker.ccxt_venue import CcxtVenue
-from backtest_kit.broker.order_ids import ADD, CLOSE, ENTRY, EXIT, STOP
+from backtest_kit.broker.order_ids import ADD, CLOSE, ENTRY, EXIT, STOP, parse
 from backtest_kit.broker.rounding import exact
 from backtest_kit.model.position import Position
 
@@ -73,28 +73,33 @@ class Account:
         protected = sum((stop.remaining for stop in live), Decimal(0))
         if protected and model is not None and agrees(market, protected, model):
             return protected
-        orders = await self._orders(stake, recent)
+        orders = _of(stake, await self._listed(stake, recent))
         left = Decimal(0)
         for order, kind in orders:
             left += await self._venue.received(market, order) if kind in _ENTERS else -order.filled
         return min(left, (await self._venue.balance(market.base))[1]) if left > 0 else Decimal(0)
 
-    async def closing_fill(self, stake: Stake, *, recent: Sequence[VenueOrder] = ()) -> Fill:
+    async def closing_fill(
+        self, stake: Stake, *, recent: Sequence[VenueOrder] = (), position: Position | None = None
+    ) -> Fill:
         """The fill that closed a position which is no longer held.
 
         Args:
             recent: orders that were sent just now, which the exchange may not list yet.
+            position: the position. It tells since when and for how much to look for fills, where it was adopted and so
+                has no entry of its own.
 
         Raises:
             OrderDeleted: no order and no trade tells.
         """
-        orders = await self._orders(stake, recent)
+        listed = await self._listed(stake, recent, position)
+        orders = _of(stake, listed)
         exits = [(order, kind) for order, kind in orders if order.filled and kind in _CLOSES]
         if exits:
             stopped = any(kind == STOP for _, kind in exits)
             fill = await self._venue.executed(stake.market, [order for order, _ in exits])
             return msgspec.structs.replace(fill, reason="stop_loss" if stopped else "closed")
-        by_hand = await self._closed_by_hand(stake, orders) if orders else None
+        by_hand = await self._closed_by_hand(stake, orders, listed, position)
         if by_hand is None:
             raise OrderDeleted(
                 f"{stake.market.symbol} is not held any more, and neither an order nor a trade after the entry of "
@@ -102,19 +107,24 @@ class Account:
             )
         return by_hand
 
-    async def _orders(self, stake: Stake, recent: Sequence[VenueOrder] = ()) -> list[tuple[VenueOrder, str]]:
-        """All orders of the position with their kinds, oldest first; none where its entry is not known."""
+    async def _listed(
+        self, stake: Stake, recent: Sequence[VenueOrder] = (), position: Position | None = None
+    ) -> list[VenueOrder]:
+        """All orders on the market since the position's entry; none where neither that nor `position` is known."""
         market = stake.market
         entry = await self._venue.order(market, stake.ids.entry)
-        if entry is None:
+        if entry is not None:
+            since_ms, recent = entry.timestamp, (entry, *recent)
+        elif position is not None:
+            since_ms = position.opened_at_ms
+        else:
             return []
-        listed = {order.id: order for order in await self._venue.orders_since(market, entry.timestamp)}
-        listed |= {order.id: order for order in (entry, *recent)}
-        for order_id in await self._unlisted(stake, listed, entry.timestamp):
+        listed = {order.id: order for order in await self._venue.orders_since(market, since_ms)}
+        listed |= {order.id: order for order in recent}
+        for order_id in await self._unlisted(stake, listed, since_ms):
             order = await self._venue.order_by_id(market, order_id)
             listed[order.id] = order
-        ours = [(order, stake.ids.kind(order.client_id)) for order in listed.values()]
-        return sorted(((order, kind) for order, kind in ours if kind is not None), key=lambda each: each[0].timestamp)
+        return list(listed.values())
 
     async def _unlisted(self, stake: Stake, listed: dict[str, VenueOrder], since_ms: int) -> set[str]:
         """Orders that have just traded and are not in the list yet."""
@@ -122,12 +132,24 @@ class Account:
         trades = await self._venue.trades_since(stake.market, recent_ms)
         return {str(trade["order"]) for trade in trades if trade.get("order")} - set(listed)
 
-    async def _closed_by_hand(self, stake: Stake, orders: Sequence[tuple[VenueOrder, str]]) -> Fill | None:
-        ours = {order.id for order, _ in orders}
+    async def _closed_by_hand(
+        self,
+        stake: Stake,
+        orders: Sequence[tuple[VenueOrder, str]],
+        listed: Sequence[VenueOrder],
+        position: Position | None,
+    ) -> Fill | None:
+        ours = {order.id for order in listed if parse(order.client_id) is not None}
         left = sum((order.filled if kind in _ENTERS else -order.filled for order, kind in orders), Decimal(0))
+        if any(kind == ENTRY for _, kind in orders):
+            since_ms = orders[0][0].timestamp
+        elif position is not None:
+            since_ms, left = position.opened_at_ms, model_quantity(position)
+        else:
+            return None
         quantity = cost = Decimal(0)
         timestamp = 0
-        trades: list[dict[str, Any]] = await self._venue.trades_since(stake.market, orders[0][0].timestamp)
+        trades: list[dict[str, Any]] = await self._venue.trades_since(stake.market, since_ms)
         for trade in reversed(trades):
             if str(trade.get("order")) in ours or trade["side"] != stake.exit_side or quantity >= left:
                 continue
@@ -139,6 +161,12 @@ class Account:
             return None
         price = float(cost / quantity)
         return Fill(price=price, cost=float(cost), quantity=float(quantity), timestamp=timestamp, reason="closed")
+
+
+def _of(stake: Stake, listed: Iterable[VenueOrder]) -> list[tuple[VenueOrder, str]]:
+    """The orders of the position with their kinds, oldest first."""
+    ours = [(order, kind) for order in listed if (kind := stake.ids.kind(order.client_id)) is not None]
+    return sorted(ours, key=lambda each: each[0].timestamp)
 
 
 def status_of(orders: Iterable[VenueOrder]) -> Literal["resting", "partly_filled", "filled", "cancelled", "rejected"]:

@@ -194,15 +194,27 @@ class CcxtVenue:
 
     async def orders_since(self, market: Market, since_ms: int) -> list[VenueOrder]:
         """All orders of a market from `since_ms` on, oldest first; what triggered stops became is filled in."""
-        has = self._client.has
         found: dict[str, VenueOrder] = {}
-        for method in ["fetchOrders"] if has.get("fetchOrders") is True else [name for name in _ENDED if has.get(name)]:
+        for method in self._lists():
             for params in self._rules.books(method):
                 doing = f"list the orders of {market.symbol}"
                 for raw in await self._pages(doing, method, market, since_ms, params):
                     order = read_order(raw, market, conditional=bool(params))
                     found.setdefault(order.id, await self._follow(market, order))
         return sorted(found.values(), key=lambda order: order.timestamp)
+
+    async def latest_orders(self, market: Market) -> list[VenueOrder]:
+        """The latest orders of a market, open ones and others: as many as the exchange lists in one answer."""
+        doing, found = f"list the latest orders of {market.symbol}", list[VenueOrder]()
+        for listing in [getattr(self._client, _LISTINGS[method]) for method in self._lists()]:
+            raws = await self.call(doing, lambda listing=listing: listing(market.symbol))  # type: ignore[misc]
+            found += [read_order(raw, market) for raw in raws]
+        return found
+
+    def _lists(self) -> list[str]:
+        """The methods that together list orders which are over."""
+        has = self._client.has
+        return ["fetchOrders"] if has.get("fetchOrders") is True else [name for name in _ENDED if has.get(name)]
 
     async def trades_since(self, market: Market, since_ms: int) -> list[dict[str, Any]]:
         """The account's own trades of a market, as ccxt reports them, oldest first."""

@@ -36,6 +36,9 @@ def view(head: str, statuses: Sequence[LiveStatus], width: int, height: int) -> 
         parts.append(Text(f"and {len(statuses) - len(shown)} more, of which there is less to say", "dim"))
     reasons = dict.fromkeys(each.degraded for each in statuses if each.degraded)
     parts += [_cut(Text(f"DEGRADED, nothing new is opened: {reason}", "bold red")) for reason in reasons]
+    waiting = {each.no_entry: each.identity.symbol for each in statuses if each.no_entry}
+    for reason, symbol in list(waiting.items())[:1]:  # the others are told by their rows, and by their alarms
+        parts.append(Text(f"NO ENTRIES for {symbol}: {reason}", "bold red"))
     return Group(*parts)
 
 
@@ -73,19 +76,19 @@ def _lease(status: LiveStatus) -> Text:
 
 
 def _asked(status: LiveStatus) -> Text:
-    quiet = status.paused or status.stopping or status.ended or status.degraded or not status.when_ms
+    quiet = status.paused or status.stopping or status.ended or status.degraded or status.no_entry or not status.when_ms
     return _NOTHING if quiet or status.next_decision_ms is None else _minute(status.next_decision_ms)
 
 
 def _state(status: LiveStatus) -> Text:
     said = troubles(status)
     if said:
-        return Text(", ".join(said), "bold red" if status.degraded or lost(status) else "yellow")
+        return Text(", ".join(said), "bold red" if status.degraded or status.no_entry or lost(status) else "yellow")
     return Text("ok", "green") if status.when_ms else Text("starting", "yellow")
 
 
 def _boring(status: LiveStatus) -> int:
-    if status.degraded or lost(status):
+    if status.degraded or status.no_entry or lost(status):
         return 0
     return 1 if status.position is not None else 2 if status.entry is not None else 3
 

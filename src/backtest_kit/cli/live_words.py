@@ -108,6 +108,8 @@ def troubles(status: LiveStatus) -> list[str]:
     said = []
     if status.degraded:
         said.append("DEGRADED")
+    if status.no_entry:
+        said.append("NO ENTRIES")
     if lost(status):
         said.append("LEASE LOST")
     if status.under_way:
@@ -157,8 +159,8 @@ def _trouble(event: Event) -> str:
             return f"the venue does not tell how it stands there: {reason}; {next_step}"
         case OrderFailed(kind=kind, client_order_id=order_id, reason=reason, next_step=next_step):
             return f"order {order_id} to {_plain(kind)}: {reason}; {next_step}"
-        case OrphanFound(what=what, quantity=quantity, next_step=next_step):
-            return f"{_plain(what)}: the venue holds {quantity:g}; {next_step}"
+        case OrphanFound(what=what, reason=reason, next_step=next_step):
+            return f"{_plain(what)}: {reason}; {next_step}"
         case Degraded(reason=reason, kept=kept):
             aside = "the emergency file has what it lacks" if kept else "A CRASH NOW LOSES WHAT IT LACKS"
             return f"degraded, nothing new is opened: {reason}; {aside}"

@@ -65,8 +65,8 @@ Orphans = Annotated[
     typer.Option(
         "--orphans",
         metavar="alarm|adopt|protect",
-        help="A position on the venue that nobody watches, or that has no stop there: tell, make it the strategy's "
-        "own, or place a stop.",
+        help="A position that the store does not know, or without a stop on the exchange: report it, make it the "
+        "strategy's own, or place a stop. Nothing is opened while it is unknown.",
     ),
 ]
 LiveDump = Annotated[

@@ -210,14 +210,16 @@ class Healed(Event, frozen=True, kw_only=True, tag="healed"):
 
 
 class OrphanFound(Event, frozen=True, kw_only=True, tag="orphan"):
-    """Venue and books disagree: something is held that nobody watches, or not held that should be, or unprotected; or
-    a stop is left of nothing, and would close the next position."""
+    """The exchange and the store disagree: a position or an order that the store does not know, a stop that is left of
+    another position and would close the next one, a position that is missing there, or one without a stop."""
 
-    what: Literal["foreign_position", "missing_position", "unprotected_position", "left_stop"]
+    what: Literal["foreign_position", "foreign_order", "left_stop", "missing_position", "unprotected_position"]
     quantity: float
-    """In base currency, as the venue says."""
+    """In base currency, as the exchange says."""
+    reason: str
+    """What differs, in words; unknown orders are named with the store that sent them."""
     next_step: str
-    """What is done about it, in plain words."""
+    """What is done about it, in words."""
 
 
 class MinutesMissed(Event, frozen=True, kw_only=True, tag="missed"):

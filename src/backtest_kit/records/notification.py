@@ -128,7 +128,7 @@ def _of_trading(event: Event) -> Notification | None:
         case Healed():
             return _about(event, "the store has everything again")
         case OrphanFound():
-            what = f"{event.what.replace('_', ' ')} of {event.quantity:g}: {event.next_step}"
+            what = f"{event.what.replace('_', ' ')}: {event.reason}; {event.next_step}"
             return _about(event, what, "alarm", reason=event.what)
         case MinutesMissed():
             return _about(event, f"{event.count} minutes: {event.reason}", "warning", reason=event.reason)

@@ -79,8 +79,9 @@ class LiveOptions(TypedDict, total=False):
     """"repair" (default) makes the best of rows that are no candle of a minute, counts and logs them, and takes the
     minute of any other bad row as missing; with "refuse" the minute of one is missed."""
     orphans: OrphanPolicy
-    """What is done about a position on the venue that nobody watches, or that has no stop there: "alarm" (default)
-    tells, "adopt" makes it the strategy's own, "protect" places a stop. See `OrphanGuard`."""
+    """What is done about a position that the store does not know, or that has no stop on the exchange: "alarm"
+    (default) reports it, "adopt" makes it the strategy's own, "protect" places a stop. Nothing is opened while it is
+    unknown, whatever the policy. See `OrphanGuard`."""
     lease_ttl_s: float
     """Seconds (1 to 3600, default 15) of silence after which another machine may take the position over. As long does
     the run go on trading while its store does not answer at all; then it sends nothing until the store does."""

@@ -31,12 +31,12 @@ from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.lease import Lease, acquire
 from backtest_kit.persist.possession import beside, given_back, kept_through_lapses
+from backtest_kit.persist.store import Key
 from backtest_kit.persist.store_id import claim_store_id
 from backtest_kit.records import RunRecords
 from backtest_kit.run.account_lock import account_locked
-from backtest_kit.run.alarms import Alarms
+from backtest_kit.run.alarms import Alarms, words_of
 from backtest_kit.run.chronicle import Chronicle, Observer
-from backtest_kit.run.claims import StoredClaims
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.desk import Desk
 from backtest_kit.run.emergency import EmergencyFile
@@ -48,7 +48,8 @@ from backtest_kit.run.live_job import LiveJob
 from backtest_kit.run.live_risk import LiveRisk
 from backtest_kit.run.minute import Minute
 from backtest_kit.run.missed import MissedMinutes
-from backtest_kit.run.orphans import OrphanGuard, side_by_side
+from backtest_kit.run.orphans import Comparison, OrphanGuard, side_by_side
+from backtest_kit.run.other_books import StoredBooks
 from backtest_kit.run.services import Services
 from backtest_kit.run.trader import Trader
 
@@ -95,8 +96,8 @@ class LiveRun:
         self.trader.minute = self._minute = Minute(
             self.desk, job.strategy, bus, cron, seat, self.trader, self._history_of, records, self.trader
         )
-        claims = StoredClaims(lambda row: persistence.store_for(row, mode), scope)
-        self._guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader, claims)
+        others = StoredBooks(persistence, mode, scope)
+        self.guard = OrphanGuard(self.desk, job.broker, job.orphans, self.trader, others)
         self._feeds = feeds
         self._services = services
         self._bus = bus
@@ -260,6 +261,7 @@ class LiveRun:
         await self.trader.begin()
         await self._patiently(self.trader.confirm)
         self.began.set()
+        await self._reconcile(resending=True)
         events = await self.trader.resolve()
         self.trader.blind = False
         self._resolved_ms = began_ms = self.when_ms
@@ -272,6 +274,10 @@ class LiveRun:
             steps.append(f"asked the venue about the order {order.client_order_id} to {order.kind}: {became}")
         if len(runs := self._beside()) > 1 and self.job.orphans != "alarm":
             steps.append(f"{side_by_side([each.desk for each in runs])}: orphans are told of, and nothing else is done")
+        if intent is not None:
+            await self._reconcile(resending=True)
+        if self.trader.no_entry:
+            steps.append(f"nothing is opened: {self.trader.no_entry}")
         await self._tell_recovered(seen_ms, steps, events)
         if away:
             await self._watch_until_candles(away)
@@ -367,6 +373,8 @@ class LiveRun:
 
     async def _ask_venue(self, told: list[Event]) -> None:
         """Take in what has happened at the venue: to an order under way, to what is held, and beside it."""
+        if self.trader.unsent is not self.trader.book:
+            await self._reconcile(resending=True)
         if self._resolved_ms != self.desk.tick.when_ms:
             for event in await self.trader.resolve():
                 await self._minute.tell(event, told)
@@ -390,25 +398,40 @@ class LiveRun:
         if self.trader.lost is not None:
             raise self.trader.lost
 
-    async def _look_for_orphans(self, told: list[Event]) -> None:
-        runs = list(self._beside())
-        if runs[0] is not self or not all(each.is_settled for each in runs):
-            return
-        seqs = [each.trader.book.seq for each in runs]
+    async def _reconcile(self, *, resending: bool = False) -> Comparison | None:
+        """Compare the store with the exchange. Entries wait until that has succeeded and nothing unknown is found.
 
-        def others() -> list[Desk] | None:
-            same = [each.trader.book.seq for each in runs] == seqs and list(self._beside()) == runs
-            return [each.desk for each in runs[1:]] if same else None
-
+        `resending`: because an entry under way may be sent again. That happens only where the exchange has nothing of
+        it, so that it explains nothing of what the exchange holds.
+        """
+        when_ms = self.desk.tick.when_ms
         try:
-            found = await self._guard.look(others)
+            if resending:
+                found = await self.guard.compare(when_ms, lambda: {**self._books(), self.job.scope: self.trader.unsent})
+            else:
+                found = await self._beside()[0].guard.compare_once(when_ms, self._books)
         except Conflict:
             raise
         except Exception as error:
-            _log.warning("what the venue holds could not be compared: %s", error)
+            reason = f"the exchange and the store could not be compared: {words_of(error)}"
+            if reason != self.trader.no_entry:
+                _log.warning("nothing is opened for %s: %s", self.job.identity.symbol, reason)
+            self.trader.no_entry = reason
+            return None
+        self.trader.no_entry = found.no_entry
+        return found
+
+    def _books(self) -> dict[Key, Book]:
+        """The books of the runs that trade the symbol side by side, as far as they have been read."""
+        return {each.job.scope: each.trader.book for each in self._beside() if each.began.is_set()}
+
+    async def _look_for_orphans(self, told: list[Event]) -> None:
+        found, runs = await self._reconcile(), list(self._beside())
+        if found is None or runs[0] is not self:
             return
-        if found is not None:
-            await self._minute.tell(found, told)
+        event = await self.guard.report(found, [each.desk for each in runs[1:]])
+        if event is not None:
+            await self._minute.tell(event, told)
 
     async def _hand_over(self, told: list[Event]) -> None:
         await self._minute.tell_commands(told)
@@ -506,11 +529,6 @@ class LiveRun:
 
     async def _handler_failed(self, what: str, error: Exception) -> None:
         _log.error("%s raised %s", what, type(error).__name__, exc_info=error)
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the books say what the venue holds: what was left is taken in, and no order is under way."""
-        return self.began.is_set() and self.trader.book.intent is None
 
     # Candles
 

@@ -42,6 +42,8 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     stopping: bool = False
     degraded: str = ""
     """Why the store does not take writes; empty where it does."""
+    no_entry: str = ""
+    """Why nothing is opened although the store works; empty where entries are let through."""
     written_ms: int = -1
     """The last minute that was written down."""
     holder: str = ""
@@ -102,6 +104,7 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         paused=book.paused,
         stopping=run.trader.stopping,
         degraded=run.keeper.degraded,
+        no_entry=run.trader.no_entry if run.began.is_set() else "",
         written_ms=run.keeper.written_ms,
         holder="" if lease is None else str(lease.holder),
         held=lease is not None and lease.held,

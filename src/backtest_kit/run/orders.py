@@ -27,6 +27,8 @@ from backtest_kit.model.position import CloseReason, Entry, Execution, Position,
 
 ENTRIES: Final = ("open", "place")
 """Orders that put money at risk and that can be let be."""
+OPENING: Final = ("open", "place", "activate", "add")
+"""Orders that put more at risk than there was before."""
 COMMANDS: Final = ("add", "reduce", "move_stop", "move_take", "breakeven")
 """Orders that somebody waits for, who is told what became of them."""
 EXITS: Final = ("close", "cancel")

@@ -1,28 +1,33 @@
-"""What a venue holds that nobody watches, and what is watched that it does not hold."""
+"""What the exchange holds and the store does not know, and the other way round: found, reported, acted on."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Literal, Protocol
 
-from backtest_kit.broker.base import Broker, Holding as VenueHolding, Order
-from backtest_kit.broker.order_ids import SignalIds
-from backtest_kit.engine.pnl import effective_price, remaining_cost
+import msgspec
+
+from backtest_kit.broker.base import Broker, Order, VenuePosition, VenueSignal
+from backtest_kit.broker.order_ids import ENTRY, OrderId, SignalIds, taken_over
 from backtest_kit.engine.position import open_position
-from backtest_kit.engine.step import Flat, Holding, Resting, State
+from backtest_kit.engine.step import Flat, Holding
 from backtest_kit.errors import Conflict
 from backtest_kit.model.event import Event, OrphanFound, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.model.position import Position, RestingEntry
+from backtest_kit.model.position import Direction, RestingEntry
 from backtest_kit.model.price import price_text
+from backtest_kit.persist.store import Key
 from backtest_kit.run.alarms import words_of
-from backtest_kit.run.claims import Claims
 from backtest_kit.run.desk import Desk
+from backtest_kit.run.ledger import Book
+from backtest_kit.run.other_books import OtherBooks, claim_of
+from backtest_kit.run.reconcile import Difference, Known, What, compare, known_of
 from backtest_kit.settings import Settings
 
 OrphanPolicy = Literal["alarm", "adopt", "protect"]
-What = Literal["foreign_position", "missing_position", "unprotected_position", "left_stop"]
+BooksOf = Callable[[], Mapping[Key, Book]]
 
 
 class Books(Protocol):
@@ -34,143 +39,280 @@ class Books(Protocol):
         ...
 
     async def adopt(self, state: Holding, event: PositionOpened) -> tuple[Event, ...]:
-        """Make a position the run's own, without an order; returns what is to be told."""
+        """Make a position the run's own, without an order; returns what happened."""
         ...
 
     async def protect(self, order: Order) -> None:
-        """Place a stop on the venue."""
+        """Place a stop on the exchange."""
         ...
 
 
-_FARTHEST_STOP_PCT = 20.0
-_LONGEST_WAIT = 60
-"""Minutes after which at the latest a stop is placed again that the venue does not show."""
-_SLACK = 0.01
-"""Of what is held on both sides: what rounding and fees may leave where it cancels out."""
-_NUMBERS = 1_000_000
+_FARTHEST_STOP_PCT: Final = 20.0
+_LONGEST_WAIT: Final = 60
+"""Minutes after which at the latest a stop is placed again that the exchange does not show."""
+_NUMBERS: Final = 1_000_000
 """Orders that a client order id can count."""
-_LEFT_STOP = "nothing is done, cancel it at the venue: it would close the next position there"
+_LISTED_AFTER_MS: Final = 2 * MINUTE_MS
+"""Exchanges list orders and positions with a delay: what a book changed this recently raises no alarm yet."""
 _log = logging.getLogger("backtest_kit")
 
 
-class OrphanGuard:
-    """Compares the books of one desk with what the venue holds of its symbol.
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found in one minute."""
 
-    Each finding is told once, until it is gone, and each stop that is placed. One that vanishes again is placed again,
-    after 1, 2, 4, ... and at most 60 minutes in which none was seen. The policy says what is done beside telling:
+    when_ms: int
+    held: VenuePosition | None = None
+    difference: Difference | None = None
+    settled: bool = True
+    """Whether the exchange has had the time to list what the books did last."""
+    claim: str = ""
+    """Which other strategy of the store has something on the symbol, or trades it now."""
+
+    @property
+    def no_entry(self) -> str:
+        """Why nothing may be opened; empty where entries are let through."""
+        found = self.difference
+        return f"{found.reason}: {found.way_out}" if found is not None and found.no_entry else ""
+
+
+class Orphan(msgspec.Struct, frozen=True, kw_only=True):
+    """A position that no strategy of the store manages."""
+
+    symbol: str
+    direction: Direction
+    quantity: float
+    price_open: float | None
+    stop_loss: float | None
+    signal_id: str
+    """Whoever takes it over under this id finds its orders again; empty where it has none."""
+
+
+class OrphanGuard:
+    """Compares the books of the store with what the exchange holds of one symbol.
+
+    While the exchange holds what the store does not know, nothing is opened there, whatever the policy. Each finding is
+    reported once, until it is gone, and each stop that is placed. One that vanishes again is placed again, after 1,
+    2, 4, ... and at most 60 minutes in which none was seen. The policy says what else is done:
 
     - "alarm": nothing.
-    - "adopt": a position that nobody watches becomes the strategy's own. Its stop is the one on the venue, else
+    - "adopt": an unknown position becomes the strategy's own. Its stop is the one on the exchange, else
       CC_MAX_STOPLOSS_DISTANCE_PERCENT (20 % if that rule is off) from its entry price; its take profit lies as far
       on the other side, and it lives CC_MAX_SIGNAL_LIFETIME_MINUTES from now. An unprotected position gets its stop.
-      A run that is told to stop adopts nothing, and does as for "protect".
-    - "protect": a position without a live stop gets one on the venue: ours at its own level, one that nobody
-      watches at that distance. Watched it is not.
+      A run that is stopping adopts nothing, and does as for "protect".
+    - "protect": a position without a live stop gets one on the exchange: ours at its own level, an unknown one
+      at that distance. It is not managed.
 
-    What another strategy claims is its own to see to: whatever the policy, it is told who that is, and nothing is done.
-    So it is where strategies trade the symbol side by side: which of them a stop would be for nobody can tell.
+    Where another strategy of the store has something on the symbol, or trades it now, nothing is done about what is
+    unknown, and the alarm names that strategy: whose position a stop would be for cannot be known.
     """
 
-    def __init__(self, desk: Desk, broker: Broker, policy: OrphanPolicy, books: Books, claims: Claims) -> None:
+    def __init__(self, desk: Desk, broker: Broker, policy: OrphanPolicy, run: Books, others: OtherBooks) -> None:
         self._desk = desk
+        self._symbol = desk.rules.identity.symbol
         self._broker = broker
         self._policy = policy
-        self._books = books
-        self._claims = claims
-        self._told: tuple[What, str, str] | None = None
+        self._run = run
+        self._others = others
+        self._lock = asyncio.Lock()
+        self._last: Comparison | None = None
+        self._seen: What | None = None
+        """What the minute before has found."""
+        self._reported: tuple[object, str] | None = None
+        """What was reported last, and what was done about it."""
         self._tries = 0
-        """How many stops were placed since one was last seen on the venue."""
+        """How many stops were placed since one was last seen on the exchange."""
         self._again_ms = 0
         """When the next one may be."""
 
-    async def look(self, beside: Callable[[], Sequence[Desk] | None] = lambda: ()) -> Event | None:
-        """Ask the venue, and put right what the policy says; what was found, if it is news.
+    async def compare_once(self, when_ms: int, books: BooksOf) -> Comparison:
+        """The comparison of a minute: one for all runs that trade the symbol side by side. As `compare`."""
+        async with self._lock:
+            if self._last is None or self._last.when_ms != when_ms:
+                self._last = await self.compare(when_ms, books)
+            return self._last
 
-        `beside` tells the desks of other strategies that trade the symbol side by side with this one, or None if
-        something has changed meanwhile. The venue has one position of all of them: it is compared with the sum.
+    async def compare(self, when_ms: int, books: BooksOf) -> Comparison:
+        """Ask the exchange what it holds.
+
+        Args:
+            when_ms: the minute.
+            books: returns the books that this process has in memory; all others are read from the store.
 
         Raises:
             Whatever the broker raises.
+            Damaged, RetryLater: a book of another strategy cannot be read.
         """
-        symbol = self._desk.rules.identity.symbol
-        holdings = await self._broker.holdings([symbol])
+        store_id = self._broker.store_id
+        before = books()
+        holdings = await self._broker.holdings([self._symbol])
         if holdings is None:
-            return None
-        held = next((each for each in holdings if each.symbol == symbol and each.quantity > 0), None)
-        others = beside()
-        if others is None:
-            return None
-        states = [self._desk.state, *(each.state for each in others)]
-        what = _finding(held, states)
-        flat = all(isinstance(each, Flat) for each in states)
-        if what is None and flat and any(_only_stop(each, symbol) for each in holdings):
-            what = "left_stop"
-        if held is None or held.stop_loss is not None:
+            return Comparison(when_ms=when_ms)
+        after = books()
+        held = next((each for each in holdings if each.symbol == self._symbol), None)
+        # Orders may have been sent and filled while the exchange answered: what holds at either moment is known.
+        known = Known()
+        for key in {**before, **after}:
+            known += known_of(before.get(key, after.get(key, Book())), store_id) | known_of(
+                after.get(key, before.get(key, Book())), store_id
+            )
+        difference, claim = compare(self._symbol, held, known, store_id), ""
+        if difference is not None and difference.what != "unprotected_position":
+            # Read only now: in an ordinary minute this process knows all that there is.
+            others = await self._others.read({**before, **after})
+            known, claim = self._with(others, known, held)
+            difference = compare(self._symbol, held, known, store_id)
+            if difference is not None and not claim and self._policy != "alarm":
+                claim = await self._others.trader({**before, **after})
+        settled = known.changed_ms < 0 or when_ms - known.changed_ms >= _LISTED_AFTER_MS
+        return Comparison(when_ms=when_ms, held=held, difference=difference, settled=settled, claim=claim)
+
+    def _with(self, others: Mapping[Key, Book], known: Known, held: VenuePosition | None) -> tuple[Known, str]:
+        """What is known with the books of other strategies, and what one of them has there, in words."""
+        claim, identity = "", self._desk.rules.identity
+        signals = {(each.store_id, each.digest) for each in held.signals} if held is not None else set()
+        for key, book in others.items():
+            known_there = known_of(book, self._broker.store_id)
+            if key[1:] == (identity.exchange_name, identity.symbol):
+                known += known_there
+            elif known_there.signals & signals:
+                # The same market, written in another way.
+                known = msgspec.structs.replace(known, signals=known.signals | known_there.signals)
+            else:
+                continue
+            claim = claim or claim_of(key, book)
+        return known, claim
+
+    async def report(self, found: Comparison, beside: Sequence[Desk]) -> OrphanFound | None:
+        """Do what the policy says about what was found; returns it if it is news.
+
+        Args:
+            found: what `compare` has returned.
+            beside: the desks of other strategies that trade the symbol in this process.
+
+        Raises:
+            Conflict: another process has the position.
+        """
+        difference, seen = found.difference, self._seen
+        self._seen = None if difference is None else difference.what
+        orphan = None if difference is None else self._orphan(difference)
+        if difference is None or orphan is None or orphan.stop_loss is not None:
             self._tries = self._again_ms = 0
-        if what is None:
-            self._told = None
+        if difference is None:
+            self._reported = None
             return None
-        claim = side_by_side([self._desk, *others]) if others else ""
-        if held is not None and what == "foreign_position" and not claim:
-            claim = await self._claim(held)
-        finding = (what, "" if held is None else held.direction, claim)
-        if finding == self._told and (claim or not self._is_due(held, what)):
+        claim = side_by_side([self._desk, *beside]) if beside else found.claim
+        if self._waits(found, difference, seen, bool(beside)):
+            return None
+        if difference.what == "foreign_position" and not claim and not self._desk.tick.price:
+            claim = "there are no candles yet"
+        finding = (difference.what, found.held and found.held.direction, claim, _signals(difference))
+        known = self._reported is not None and self._reported[0] == finding
+        if known and (claim or not self._is_due(difference, orphan)):
             return None
         try:
-            if what == "left_stop":
-                next_step = _LEFT_STOP
-            else:
-                next_step = f"nothing is done, look at the venue: {claim}" if claim else await self._act(held, what)
+            done = f"nothing is done: {claim}" if claim else await self._act(difference, orphan)
         except Conflict:
             raise
         except Exception as error:
-            next_step = f"no stop could be placed, which is tried again: {words_of(error)}"
-        self._told = finding
-        identity, tick = self._desk.rules.identity, self._desk.tick
-        quantity = 0.0 if held is None else held.quantity
-        found = OrphanFound(identity=identity, when_ms=tick.when_ms, what=what, quantity=quantity, next_step=next_step)
+            done = f"no stop could be placed, which is tried again: {words_of(error)}"
+        if self._reported == (finding, done) and orphan is not None and orphan.stop_loss is not None:
+            return None
+        self._reported = finding, done
+        return self._news(found, difference, done)
+
+    def _waits(self, found: Comparison, difference: Difference, seen: What | None, crowded: bool) -> bool:
+        """Whether the next minute has to confirm it: exchanges list late what the books did just now, and the position
+        may have been closed there, or another run at work, between two requests of this minute."""
+        if difference.what == "unprotected_position" and not crowded:
+            return False
+        if not found.settled:
+            return True
+        return (crowded or difference.what == "missing_position") and seen != difference.what
+
+    def _news(self, found: Comparison, difference: Difference, done: str) -> OrphanFound:
+        identity = self._desk.rules.identity
+        if isinstance(self._desk.state, Flat) and difference.no_entry:
+            done = f"{done}; nothing is opened on {self._symbol} until it is settled: {difference.way_out}"
+        event = OrphanFound(
+            identity=identity,
+            when_ms=self._desk.tick.when_ms,
+            what=difference.what,
+            quantity=0.0 if found.held is None else found.held.quantity,
+            reason=difference.reason,
+            next_step=done,
+        )
         _log.error(
-            "%s of %s on %s: %s", what.replace("_", " "), symbol, identity.exchange_name, next_step,
-            extra={"event": found},
+            "%s on %s: %s; %s", difference.what.replace("_", " "), identity.exchange_name, event.reason, done,
+            extra={"event": event},
         )  # fmt: skip
-        return found
+        return event
 
-    async def _claim(self, held: VenueHolding) -> str:
-        """Why nothing may be done about it now: somebody else has it for its own, or there is no price to go by."""
-        if self._policy == "alarm":
-            return ""
-        return await self._claims.of(held) if self._desk.tick.price else "there are no candles yet"
+    def _orphan(self, difference: Difference) -> Orphan | None:
+        """What can be given a stop or adopted: of an exchange that tells the signals apart, one of them."""
+        held = difference.held
+        if held is None or not held.quantity or difference.what not in ("foreign_position", "unprotected_position"):
+            return None
+        parts = [each for each in difference.foreign if each.quantity]
+        naked = [each for each in parts if each.stop_loss is None]
+        part: VenuePosition | VenueSignal = held
+        named = [*difference.foreign]
+        if parts:
+            part = naked[0] if naked and self._policy == "protect" else parts[0]
+            named = [part]
+        signal = named[0] if len(named) == 1 else None
+        return Orphan(
+            symbol=held.symbol,
+            direction=held.direction,
+            quantity=part.quantity,
+            price_open=part.price_open,
+            stop_loss=part.stop_loss,
+            signal_id="" if signal is None else taken_over(OrderId(signal.store_id, signal.digest, ENTRY, 0)),
+        )
 
-    def _is_due(self, held: VenueHolding | None, what: What) -> bool:
-        """Whether a stop is to be placed again: one was, and there is none any more, or never was."""
-        unprotected = held is not None and held.stop_loss is None and what != "missing_position"
-        return unprotected and self._policy != "alarm" and self._desk.tick.when_ms >= self._again_ms
+    def _is_due(self, difference: Difference, orphan: Orphan | None) -> bool:
+        """Whether something is to be done again: there is still no stop, or it may be adopted now."""
+        if orphan is None or self._policy == "alarm":
+            return False
+        if orphan.stop_loss is None:
+            return self._desk.tick.when_ms >= self._again_ms
+        return self._policy == "adopt" and difference.what == "foreign_position" and self._may_adopt
+
+    @property
+    def _may_adopt(self) -> bool:
+        return isinstance(self._desk.state, Flat) and not self._run.stopping
+
+    async def _act(self, difference: Difference, orphan: Orphan | None) -> str:
+        """What was done, in words."""
+        state, settings = self._desk.state, self._desk.rules.settings
+        if orphan is None or self._policy == "alarm":
+            return "nothing is done"
+        if isinstance(state, Holding):
+            if difference.what != "unprotected_position":
+                return "nothing is done: the strategy holds a position of its own there"
+            position = state.position
+            await self._protect(self._order(position.signal_id, orphan, position.stop_loss, position.take_profit))
+            return f"a stop was placed at {price_text(position.stop_loss)}"
+        stop, take = levels(orphan, self._desk.tick.price, settings)
+        signal_id = orphan.signal_id or f"orphan-{self._desk.tick.when_ms // 1000}"
+        if orphan.stop_loss is None:
+            await self._protect(self._order(signal_id, orphan, stop, take))
+        if self._policy == "protect":
+            return f"its stop is at {price_text(stop)}, and it is not managed"
+        if not self._may_adopt:
+            why = "the run is stopping" if self._run.stopping else "an entry rests there"
+            return f"its stop is at {price_text(stop)}, and it is not adopted: {why}"
+        events = await self._run.adopt(*adopted(orphan, signal_id, stop, take, state.last_slot_ms, self._desk))
+        self._desk.events += events
+        if not events:
+            return f"its stop is at {price_text(stop)}, and it is adopted once the order under way is done"
+        return f"it is the strategy's own now, stop at {price_text(stop)}, take profit at {price_text(take)}"
 
     async def _protect(self, order: Order) -> None:
         self._again_ms = self._desk.tick.when_ms + min(2**self._tries, _LONGEST_WAIT) * MINUTE_MS
         self._tries += 1
-        await self._books.protect(order)
+        await self._run.protect(order)
 
-    async def _act(self, held: VenueHolding | None, what: What) -> str:
-        state, settings = self._desk.state, self._desk.rules.settings
-        if self._policy == "alarm" or held is None or what == "missing_position":
-            return "nothing is done, look at the venue"
-        if isinstance(state, Holding):
-            position = state.position
-            await self._protect(self._order(position.signal_id, held, position.stop_loss, position.take_profit))
-            return f"a stop was placed at {price_text(position.stop_loss)}"
-        stop, take = levels(held, self._desk.tick.price, settings)
-        order = self._order(_signal_id(held, self._desk), held, stop, take)
-        if held.stop_loss is None:
-            await self._protect(order)
-        if self._policy == "protect":
-            return f"its stop is at {price_text(stop)}, watched it is not"
-        if self._books.stopping:
-            return f"its stop is at {price_text(stop)}, and it is not adopted, because the run is told to stop"
-        self._desk.events += await self._books.adopt(*adopted(held, stop, take, state.last_slot_ms, self._desk))
-        return f"it is the strategy's own now, stop at {price_text(stop)}, take profit at {price_text(take)}"
-
-    def _order(self, signal_id: str, held: VenueHolding, stop: float, take: float) -> Order:
+    def _order(self, signal_id: str, orphan: Orphan, stop: float, take: float) -> Order:
         tick = self._desk.tick
         number = tick.when_ms // MINUTE_MS % _NUMBERS
         return Order(
@@ -179,10 +321,10 @@ class OrphanGuard:
             signal_id=signal_id,
             identity=self._desk.rules.identity,
             when_ms=tick.when_ms,
-            direction=held.direction,
+            direction=orphan.direction,
             price=tick.price,
             cost=0.0,
-            quantity=held.quantity,
+            quantity=orphan.quantity,
             take_profit=take,
             stop_loss=stop,
             reason="unprotected",
@@ -190,67 +332,46 @@ class OrphanGuard:
 
 
 def side_by_side(desks: Sequence[Desk]) -> str:
-    """That several strategies share one position on the venue, in words."""
+    """That several strategies share one position on the exchange, in words."""
     names = " and ".join(each.rules.identity.strategy_name for each in desks)
     return f"strategies {names} trade {desks[0].rules.identity.symbol} side by side"
 
 
-def _finding(held: VenueHolding | None, states: Sequence[State]) -> What | None:
-    """What is wrong with what the venue holds, by the sum of what the books say."""
-    positions = [state.position for state in states if isinstance(state, Holding)]
-    if not positions and any(isinstance(state, Resting) for state in states):
-        return None  # an entry that was filled just now is told by the next check
-    quantities = [_signed(each) for each in positions]
-    net, slack = sum(quantities), sum(map(abs, quantities)) * _SLACK
-    if abs(net) <= slack:
-        return None if held is None or held.quantity <= slack else "foreign_position"
-    if held is None or held.direction != ("long" if net > 0 else "short"):
-        return "missing_position"
-    return "unprotected_position" if held.stop_loss is None else None
+def _signals(difference: Difference) -> set[tuple[str, str]]:
+    """Which unknown signals it is about: a stop that was placed for an unknown position makes it no other one."""
+    whole = difference.what == "foreign_position"
+    return {(each.store_id, each.digest) for each in difference.foreign if each.quantity or not whole}
 
 
-def _signed(position: Position) -> float:
-    """How much of the base currency is held by the books; below 0 of a short."""
-    entries, reductions = position.entries, position.reductions
-    quantity = remaining_cost(entries, reductions) / effective_price(entries, reductions)
-    return quantity if position.position == "long" else -quantity
-
-
-def _only_stop(held: VenueHolding, symbol: str) -> bool:
-    return held.symbol == symbol and not held.quantity and held.stop_loss is not None
-
-
-def levels(held: VenueHolding, price: float, settings: Settings) -> tuple[float, float]:
+def levels(orphan: Orphan, price: float, settings: Settings) -> tuple[float, float]:
     """Stop and take profit of a position that came without them."""
-    entry = held.price_open or price
-    sign = 1.0 if held.direction == "long" else -1.0
+    entry = orphan.price_open or price
+    sign = 1.0 if orphan.direction == "long" else -1.0
     distance_pct = settings.CC_MAX_STOPLOSS_DISTANCE_PERCENT or _FARTHEST_STOP_PCT
-    stop = held.stop_loss or entry * (1 - sign * distance_pct / 100)
+    stop = orphan.stop_loss or entry * (1 - sign * distance_pct / 100)
     return stop, entry + (entry - stop)
 
 
-def _signal_id(held: VenueHolding, desk: Desk) -> str:
-    return held.signal_id or f"orphan-{desk.tick.when_ms // 1000}"
-
-
-def adopted(held: VenueHolding, stop: float, take: float, slot_ms: int, desk: Desk) -> tuple[Holding, PositionOpened]:
+def adopted(
+    orphan: Orphan, signal_id: str, stop: float, take: float, slot_ms: int, desk: Desk
+) -> tuple[Holding, PositionOpened]:
     """The position that the strategy takes over, as of this minute."""
     identity, tick, settings = desk.rules.identity, desk.tick, desk.rules.settings
-    price = held.price_open or tick.price
+    price = orphan.price_open or tick.price
     entry = RestingEntry(
-        signal_id=_signal_id(held, desk),
+        signal_id=signal_id,
         symbol=identity.symbol,
         strategy_name=identity.strategy_name,
         exchange_name=identity.exchange_name,
         frame_name=identity.frame_name,
-        position=held.direction,
+        position=orphan.direction,
         price_open=price,
         price_take_profit=take,
         price_stop_loss=stop,
         minutes=float(settings.CC_MAX_SIGNAL_LIFETIME_MINUTES),
-        cost=held.quantity * price,
+        cost=orphan.quantity * price,
         scheduled_at_ms=tick.when_ms,
-        note="found on the venue",
+        note="found on the exchange",
     )
     position = open_position(entry, tick.when_ms, settings)
     event = PositionOpened(identity=identity, when_ms=tick.when_ms, price=tick.price, position=position)

@@ -51,6 +51,7 @@ from backtest_kit.run.orders import (
     ENTRIES,
     EXITS,
     KIND_OF,
+    OPENING,
     Intent,
     activated,
     cancelled,
@@ -91,6 +92,8 @@ class Trader(Watcher):
         self._telling: Event | None = None
         self._ended = False
         self.stopping = False
+        self.no_entry = "the exchange was not asked yet what it holds"
+        """Why nothing may be opened or added to; empty while the exchange holds nothing unknown."""
         self.blind = False
         """Whether nobody knows the price of this minute."""
         self.unpriced = False
@@ -106,8 +109,14 @@ class Trader(Watcher):
 
     @property
     def paused(self) -> bool:
-        """Whether the strategy is asked for nothing: somebody said so, or the store could not keep its answer."""
-        return self.book.paused or bool(self._keeper.degraded)
+        """Whether the strategy is not called: it was paused, the store could not keep its answer, or entries wait."""
+        return self.book.paused or bool(self._keeper.degraded or self.no_entry)
+
+    @property
+    def unsent(self) -> Book:
+        """The book as it would be if the entry under way, if there is one, was never sent."""
+        opens = self.book.intent is not None and self.book.intent.order.kind in OPENING
+        return msgspec.structs.replace(self.book, intent=None) if opens else self.book
 
     async def begin(self) -> None:
         """Write down that this process has the position now, as it was found.
@@ -163,6 +172,8 @@ class Trader(Watcher):
         number = self.book.orders + 1 if isinstance(before, Holding) and isinstance(after, Holding) else 0
         intent = self._intended(before, after, events, number)
         if intent is not None:
+            if self.no_entry and intent.order.kind in OPENING:
+                return self._entry_waits(intent)
             return await self._order(intent)
         book = msgspec.structs.replace(self.book, state=after)
         if _is_told(after) and not _is_told(before):
@@ -170,6 +181,16 @@ class Trader(Watcher):
         await self._keep(book, "try")
         crashpoint("live.minute.after_commit")
         return events
+
+    def _entry_waits(self, intent: Intent) -> tuple[Event, ...]:
+        """An entry that rests goes on resting: `check_entry` finds out if the exchange fills it.
+
+        Raises:
+            Refused: a command is not carried out.
+        """
+        if intent.order.kind == "activate":
+            return ()
+        raise Refused(f"nothing is opened now: {self.no_entry}")
 
     def rehearse(self) -> bool:
         """Have what was commanded in this very minute known when it is given again, by a strategy that is asked anew
@@ -453,7 +474,7 @@ class Trader(Watcher):
             intent = intent if fresh else renewed(intent, state, tick, self._rules)
         elif order.kind == "activate" and refused and isinstance(state, Resting):
             return await self._conclude(None, *cancelled(state, tick, self._rules))
-        elif fresh and not refused:
+        elif fresh and not refused and not (self.no_entry and order.kind in OPENING):
             intent = retried(intent)
         else:
             text = f"the venue knows it as {status}"
@@ -476,6 +497,8 @@ class Trader(Watcher):
             return None
         if self.stopping:
             await self._give_up(intent, "the run is told to stop", alarm=False)
+            return None
+        if self.no_entry:
             return None
         if not fresh:
             intent = renewed(intent, self.book.state, tick, self._rules)

@@ -17,12 +17,12 @@ import msgspec
 from backtest_kit.broker.base import (
     Broker,
     Fill,
-    Holding,
     Order,
     OrderDeleted,
     OrderRejected,
     OrderReport,
     OrderTransient,
+    VenuePosition,
 )
 from backtest_kit.errors import Outcome, RetryLater, UserError
 from backtest_kit.market.clock import Clock
@@ -176,7 +176,7 @@ class VenueBroker(Broker):
 
     async def start(self) -> None:
         try:
-            await self._ask("holdings", self._wish(), list[Holding])
+            await self._ask("holdings", self._wish(), list[VenuePosition])
         except OrderTransient as error:
             raise RetryLater(str(error)) from None
         except OrderRejected as error:
@@ -211,14 +211,15 @@ class VenueBroker(Broker):
 
     async def check_position(self, position: Position) -> Fill | None:
         wish = self._wish(signal_id=position.signal_id, symbol=position.symbol)
+        wish = msgspec.structs.replace(wish, direction=position.position, since_ms=position.opened_at_ms)
         return await self._ask("check-position", wish, _MAYBE_FILL)
 
     async def check_entry(self, entry: RestingEntry) -> Fill | None:
         wish = self._wish(signal_id=entry.signal_id, symbol=entry.symbol)
         return await self._ask("check-entry", wish, _MAYBE_FILL)
 
-    async def holdings(self, symbols: Sequence[str]) -> list[Holding] | None:
-        return await self._ask("holdings", self._wish(symbols=tuple(symbols)), list[Holding])
+    async def holdings(self, symbols: Sequence[str]) -> list[VenuePosition] | None:
+        return await self._ask("holdings", self._wish(symbols=tuple(symbols)), list[VenuePosition])
 
     def _wish(
         self, *, order: Order | None = None, signal_id: str = "", symbol: str = "", symbols: tuple[str, ...] = ()

@@ -11,13 +11,14 @@ from typing import Final, Literal
 
 import msgspec
 
-from backtest_kit.broker.base import Fill, Holding, Order, OrderReport
+from backtest_kit.broker.base import Fill, Order, OrderReport, VenuePosition
 from backtest_kit.broker.order_ids import NO_STORE, SignalIds
 from backtest_kit.errors import Outcome
 from backtest_kit.model.position import Direction
-from backtest_kit.simulation.account import ZERO, FuturesAccount
+from backtest_kit.simulation.account import ZERO
 from backtest_kit.simulation.exchange import Exchange
 from backtest_kit.simulation.faults import Strike
+from backtest_kit.simulation.holdings import holding_of
 from backtest_kit.simulation.http import Answer, Request
 from backtest_kit.simulation.journal import Cancel, FillReference, Place
 from backtest_kit.simulation.orders import Kind, NewOrder, OrderType, Refused, Side, VenueOrder
@@ -37,6 +38,10 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """Whose orders they are."""
     signal_id: str = ""
     """Of what is checked."""
+    direction: Direction = "long"
+    """Of the position that is checked."""
+    since_ms: int = 0
+    """When it was opened, or adopted."""
     symbol: str = ""
     symbols: tuple[str, ...] = ()
 
@@ -206,8 +211,9 @@ class _Job:
             return self._fill(entry)
         raise _Failed(Problem("deleted", f"the entry {self._wish.signal_id} does not rest here and was not filled"))
 
-    def holdings(self) -> list[Holding]:
-        return [holding for symbol in self._wish.symbols if (holding := self._holding(symbol)) is not None]
+    def holdings(self) -> list[VenuePosition]:
+        held = [holding_of(self._exchange, self._account, symbol) for symbol in self._wish.symbols]
+        return [each for each in held if each is not None]
 
     # Steps
 
@@ -356,20 +362,22 @@ class _Job:
         return sum((order.filled_cost for order in entries), ZERO) / sum((order.filled for order in entries), ZERO)
 
     def _closing_fill(self, group: str) -> Fill | None:
-        """Of the last order that took something out of the group, its own or somebody else's."""
+        """Of the last order that took something out of the group, its own or somebody else's. A group without an order
+        that opens was adopted: somebody else's count since then."""
         mine = [order for order in self._of_account() if order.group == group and order.filled]
         opened = [order for order in mine if not order.reduce_only]
-        if not opened:
+        if not opened and not self._wish.since_ms:
             return None
+        direction = self._wish.direction if self._wish.order is None else self._order.direction
+        side = _side("short" if direction == "long" else "long")
         others = [
             order
             for order in self._exchange.orders.values()
             if order.account == self._account
             and order.symbol == self._symbol
-            and not order.group
             and order.filled
-            and order.side != opened[0].side
-            and order.id > opened[-1].id
+            and order.side == side
+            and (not order.group and order.id > opened[-1].id if opened else order.updated_ms >= self._wish.since_ms)
         ]
         closing = [order for order in mine if order.reduce_only] + others
         return self._fill(max(closing, key=lambda order: (order.updated_ms, order.id))) if closing else None
@@ -398,23 +406,6 @@ class _Job:
             order_ids=(str(order.id),),
             timestamp=order.updated_ms,
             reason=reasons.get(order.type, foreign),
-        )
-
-    def _holding(self, symbol: str) -> Holding | None:
-        held = self._exchange.held(self._account, symbol)
-        if not held:
-            return None
-        orders = self._exchange.open_orders(self._account, symbol)
-        stops = [float(order.trigger) for order in orders if order.trigger is not None and order.type == "stop"]
-        account = self._exchange.account(self._account)
-        price = float(account.position(symbol).price_open) if isinstance(account, FuturesAccount) else None
-        return Holding(
-            symbol=symbol,
-            direction="long" if held > 0 else "short",
-            quantity=float(abs(held)),
-            price_open=price,
-            stop_loss=stops[0] if stops else None,
-            client_order_ids=tuple(order.client_order_id for order in orders),
         )
 
 

@@ -86,6 +86,8 @@ class Exchange:
         self._open: dict[str, dict[int, VenueOrder]] = {symbol: {} for symbol in self.markets}
         self._by_client_id: dict[tuple[str, str], int] = {}
         self._groups: dict[tuple[str, str, str], Decimal] = {}
+        self._founded: set[tuple[str, str, str]] = set()
+        """Groups that were opened by an order of their own, whose id is their name."""
         self._parts: dict[int, tuple[Decimal, bool]] = {}
 
     # What is asked
@@ -124,9 +126,17 @@ class Exchange:
         if not group:
             return total
         part = self._groups.get((account, symbol, group), ZERO)
+        if self.kind == "futures" and (account, symbol, group) not in self._founded:
+            # It was not opened by an order of its own, but adopted: it is what no other group has built.
+            part = total - sum(self.groups(account, symbol).values(), ZERO)
         if part * total <= 0:
             return ZERO
         return min(part, total, key=abs)
+
+    def groups(self, account: str, symbol: str) -> dict[str, Decimal]:
+        """What the groups that were opened by an order of their own hold of a position."""
+        names = [key[2] for key in self._groups if key[:2] == (account, symbol) and key in self._founded]
+        return {group: held for group in names if (held := self.held(account, symbol, group))}
 
     # What is done
 
@@ -151,6 +161,8 @@ class Exchange:
         self.orders[order.id] = order
         self._by_client_id[account, new.client_order_id] = order.id
         self._open[new.symbol][order.id] = order
+        if order.group == order.client_order_id:
+            self._founded.add((account, order.symbol, order.group))
         if part is not None:
             self._parts[order.id] = (part, rest_expires)
         self._meet_price(order, market)
