@@ -521,6 +521,20 @@ async def test_bad_rows_are_refused_or_repaired_counted_and_logged_once(
         await feed.load("BTCUSDT", START, minutes(60), dirty="repair")
 
 
+async def test_what_goes_on_being_wrong_is_told_once_an_hour(
+    make_candles: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A live run meets it at every minute."""
+    held = make_candles(200)
+    rows = CandleSeries(**{**held.columns(), "timestamp": held.timestamp + 14_000})
+    now_ms = START
+    feed = CandleFeed("binance", Raw(rows), None, Settings(), lambda: now_ms)
+    for at in range(1, 150):
+        now_ms = minutes(at + 1)
+        await feed.load("BTCUSDT", minutes(at), now_ms, gaps="fill", dirty="repair")
+    assert len(caplog.messages) == 3
+
+
 async def test_a_minute_is_found_whose_row_opened_before_the_range(make_candles: Make) -> None:
     """As a live run asks: minute by minute, of an exchange whose minutes begin at 14 s."""
     held = make_candles(30)
