@@ -13,7 +13,7 @@ import msgspec
 
 from backtest_kit.engine.step import Flat, Resting, State, Wanted, activates, admit, decision_due, step
 from backtest_kit.engine.validation import check_signal
-from backtest_kit.errors import UserError
+from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.events import EventBus
 from backtest_kit.model.decisions import Decisions
 from backtest_kit.model.event import (
@@ -214,8 +214,10 @@ class Minute:
                 check_signal(signal, self._identity, desk.tick.price, desk.tick.when_ms, self._settings)
                 rejected = await self.refusal(signal)
         except Exception as error:
-            # The slot is used up all the same: what raises would raise again at every minute.
             await self._watcher.failed("get_signal", error)
+            if isinstance(error, RetryLater):
+                return ()  # what was away may be back at the next minute
+            # The slot is used up all the same: what raises would raise again at every minute.
             signal = None
         admitted = await desk.apply(partial(self._admitted, None if rejected else signal))
         if signal is not None and not rejected and not admitted and signal.id == state.last_signal_id:
