@@ -289,6 +289,28 @@ async def test_a_cache_that_cannot_be_trusted_is_an_error(
     source = source_of(make_candles(10))
     with pytest.raises(Damaged):
         await feed_of(source, memory_store).load("BTCUSDT", START, minutes(10))
+    assert not source.asked
+
+
+async def test_a_live_run_goes_on_without_a_cache_that_cannot_be_trusted(
+    make_candles: Make, source_of: Any, memory_store: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """What is damaged waits for a person: an open position cannot, and a look back is longer than one request."""
+
+    async def damaged(*_: Any) -> CandleSeries:
+        raise Damaged("month 2022-01 is torn")
+
+    monkeypatch.setattr(memory_store, "read", damaged)
+    monkeypatch.setattr(memory_store, "write", damaged)
+    source, held = source_of(make_candles(30)), make_candles(30)
+    settings = Settings(CC_MAX_CANDLES_PER_REQUEST=10)
+    feed = CandleFeed("binance", source, memory_store, settings, lambda: NOW, live=True)
+    for _ in range(2):
+        assert (await feed.load("BTCUSDT", START, minutes(30))).candles == held
+    assert [text.split(":")[0] for text in caplog.messages] == [
+        "candles of BTCUSDT are asked for, because their cache cannot be read",
+        "30 candles of binance/BTCUSDT/1m could not be cached",
+    ]
 
 
 async def test_sources_that_are_at_hand_are_not_cached(make_candles: Make, source_of: Any, memory_store: Any) -> None:

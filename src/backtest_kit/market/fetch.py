@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from backtest_kit.errors import BacktestKitError, RetryLater, UserError
+from backtest_kit.errors import BacktestKitError, Damaged, RetryLater, UserError
 from backtest_kit.market.integrity import (
     check_candles,
     check_grid,
@@ -89,7 +89,11 @@ class CandleFeed:
         store: CandleStore | None,
         settings: Settings,
         now_ms: Callable[[], int],
+        *,
+        live: bool = False,
     ) -> None:
+        """`live`: a damaged cache is told of, and no reason to be without candles."""
+        self._live = live
         self._exchange_name = exchange_name
         self._source = source
         self._store = store if source.cached else None
@@ -247,13 +251,14 @@ class CandleFeed:
             return CandleSeries.empty()
         try:
             return await self._store.read(series, start_ms, stop_ms)
-        except RetryLater as error:
-            if stop_ms - start_ms > self._page_ms:
+        except (RetryLater, Damaged) as error:
+            # A server that is away comes back; what is damaged waits for a person, and a live run cannot.
+            wanted = self._live if isinstance(error, Damaged) else stop_ms - start_ms <= self._page_ms
+            if not wanted:
                 raise
-            # The minutes of a live run: what is open is watched while the store is away.
             if self._is_news(series.symbol, "unread"):
                 _log.warning(
-                    "candles of %s are asked for, because their cache does not answer: %s", series.symbol, error
+                    "candles of %s are asked for, because their cache cannot be read: %s", series.symbol, error
                 )
             return CandleSeries.empty()
 
