@@ -349,11 +349,15 @@ class TestMark:
         assert (await store.put(Write(SIGNAL, KEY, 3))).rev == 1
         await store.close()
 
-    async def test_the_mark_of_a_database_that_was_taken_away_goes_with_it(self, tmp_path: Path) -> None:
+    async def test_the_mark_of_a_database_that_was_taken_away_goes_with_it(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         path = tmp_path / "bot.db"
         await put(path, 1)
+        assert caplog.text == ""
         path.unlink()
         await put(path, 2)
+        assert f"{path} is gone, which had" in caplog.text
         assert len(read_mark(path)) == 1
 
     async def test_tables_of_another_form_are_damage(self, tmp_path: Path) -> None:

@@ -86,6 +86,9 @@ def replace_head(connection: sqlite3.Connection) -> None:
 
 def forget_mark(database: Path) -> None:
     """Remove the mark of a database that was taken away, before another one is made in its place."""
+    known = max((mark.commits for mark in read_mark(database)), default=0)
+    if known:
+        _log.warning("%s is gone, which had %s commits: an empty one takes its place", database, f"{known:,}")
     with contextlib.suppress(OSError):  # it names that other database, and so means nothing here
         mark_path(database).unlink(missing_ok=True)
 
