@@ -32,7 +32,7 @@ from backtest_kit.model.interval import iso
 from backtest_kit.model.position import RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.records import RunRecords
-from backtest_kit.records.unawaited import Calls, forgotten, not_begun, watch
+from backtest_kit.records.unawaited import Calls, forgotten, not_begun, used_unawaited, watch
 from backtest_kit.run.context import Context, HistoryOf
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.deadline import within
@@ -291,11 +291,11 @@ class Minute:
                 )
             return answer
         except (AttributeError, TypeError) as error:
-            pending = not_begun(self._calls)
-            if not pending and "coroutine" not in str(error):
+            pending = not_begun(self._calls) or used_unawaited(error)
+            if not pending:
                 raise
             raise UserError(
-                f"{self._place(what)} used the answer of {pending or 'an async method'} without awaiting it: "
+                f"{self._place(what)} used the answer of {pending} without awaiting it: "
                 "write `await` before the call, as in `(await ctx.candles('15m', 50)).close`"
             ) from error
         except (StopIteration, StopAsyncIteration, SystemExit) as error:
