@@ -86,3 +86,12 @@ def test_a_blocking_call_inside_a_running_loop_is_cancelled(tmp_path: Path) -> N
     """
     (tmp_path / "mine.py").write_text(ENDLESS + textwrap.dedent(script))
     assert interrupt(sys.executable, "mine.py", cwd=tmp_path) == (0, "interrupted\n", "")
+
+
+def test_a_command_that_is_only_being_imported_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [COMMAND, "--help"], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
