@@ -366,7 +366,11 @@ def venue(
     ] = 1.0,
     start: Annotated[
         str | None,
-        typer.Option("--start", metavar="DATE", help="When it is. Default: now, or a day after the first candle."),
+        typer.Option(
+            "--start",
+            metavar="DATE",
+            help="When it is. Default: now, at --speed 1 and with candles of today; else a day after the first candle.",
+        ),
     ] = None,
     fee: Annotated[float, typer.Option("--fee", min=0, metavar="PCT", help="Of what is traded.")] = 0.1,
     slippage: Annotated[float, typer.Option("--slippage", min=0, metavar="PCT", help="Of market orders.")] = 0.01,
