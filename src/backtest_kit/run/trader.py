@@ -62,6 +62,7 @@ from backtest_kit.run.orders import (
     fitted,
     intended,
     judged,
+    numbered_from,
     renamed,
     renewed,
     retried,
@@ -169,8 +170,8 @@ class Trader(Watcher):
         after, events = act(before)
         if after == before:
             return events
-        number = self.book.orders + 1 if isinstance(before, Holding) and isinstance(after, Holding) else 0
-        intent = self._intended(before, after, events, number)
+        count = self.book.orders + 1 if isinstance(before, Holding) and isinstance(after, Holding) else 0
+        intent = self._intended(before, after, events, numbered_from(before) + count)
         if intent is not None:
             if self.no_entry and intent.order.kind in OPENING:
                 return self._entry_waits(intent)
@@ -469,7 +470,7 @@ class Trader(Watcher):
                 return ()
             intent = again
         elif order.kind in EXITS:
-            number = self.book.orders + 1
+            number = numbered_from(state) + self.book.orders + 1
             intent = renamed(intent, number, report.fill) if refused else retried(intent)
             intent = intent if fresh else renewed(intent, state, tick, self._rules)
         elif order.kind == "activate" and refused and isinstance(state, Resting):
