@@ -123,10 +123,20 @@ class Trader(Watcher):
         """Write down that this process has the position now, as it was found.
 
         Raises:
+            UserError: its orders were sent from a store of another id, and cannot be found from this one.
             Conflict, Damaged: as `Keeper.keep`.
         """
-        self._desk.state = self.book.state
-        await self._keep(self.book, "try")
+        book, store_id = self.book, self._broker.store_id
+        self._desk.state = book.state
+        if book.store_id != store_id and not (isinstance(book.state, Flat) and book.intent is None):
+            identity = self._rules.identity
+            raise UserError(
+                f"the orders of {identity.symbol} on {identity.exchange_name} by {identity.strategy_name} are those of "
+                f"store {book.store_id or 'without a name'}, and this is store {store_id}: it would take the position "
+                "for closed. Keep all contracts in one store (kit.persistence.bind('*', store)) and start from the "
+                "directory in which the position was opened; or close it by hand and begin with an empty store"
+            )
+        await self._keep(msgspec.structs.replace(book, store_id=store_id), "try")
         crashpoint("live.start.after_commit")
         await self._deliver()
 
