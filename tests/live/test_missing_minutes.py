@@ -218,7 +218,7 @@ async def test_what_no_waiting_mends_ends_a_start_with_nothing_open_and_no_other
     assert status.when_ms == START + 19 * MINUTE_MS
 
 
-@pytest.mark.parametrize("step", ["store", "broker", "clock"])
+@pytest.mark.parametrize("step", ["store", "broker"])
 async def test_a_start_waits_for_what_is_away_and_says_so_once(
     memory_rig: Rig, market: Market, step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -226,7 +226,7 @@ async def test_a_start_waits_for_what_is_away_and_says_so_once(
     memory_rig.strategy = {"get_signal": lambda ctx: None, "interval": "1m"}
     monkeypatch.setattr("backtest_kit.run.live_run._AGAIN_S", 0.0)
     market.clock = clock = UntilClock(START, START + 2 * MINUTE_MS)
-    where: dict[str, Any] = {"store": memory_rig.store, "broker": memory_rig.venue, "clock": clock}
+    where: dict[str, Any] = {"store": memory_rig.store, "broker": memory_rig.venue}
     name = "get" if step == "store" else "start"
     call, tries = getattr(where[step], name), 0
 

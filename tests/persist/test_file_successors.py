@@ -17,6 +17,7 @@ import pytest_asyncio
 from backtest_kit.errors import Damaged, Outcome, RetryLater
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract
+from backtest_kit.persist.diagnosis import Status, require_live_grade
 from backtest_kit.persist.files import Disk, has_lost_blocks
 from backtest_kit.persist.store import Key, Write
 from backtest_kit.persist.testing.faults import FaultFS
@@ -62,6 +63,7 @@ async def store(tmp_path: Path) -> AsyncIterator[FileStore]:
 
 
 def tear(root: Path, data: bytes) -> None:
+    (root / SUCCESSOR).parent.mkdir(parents=True, exist_ok=True)
     (root / SUCCESSOR).write_bytes(data)
 
 
@@ -114,7 +116,6 @@ async def test_a_torn_successor_gives_way_to_the_record(
 
 
 async def test_a_torn_successor_of_nothing_is_absent(tmp_path: Path) -> None:
-    (tmp_path / RECORD).parent.mkdir(parents=True)
     tear(tmp_path, b"")
     store = FileStore(tmp_path)
     assert await value(store) is None
@@ -206,6 +207,42 @@ async def test_a_record_and_its_successor_are_forgotten_together(store: FileStor
     assert await store.get(CONTRACTS["memory"], ("s", "b", "m")) is None
     await store.close()
     assert list((tmp_path / "memory").rglob("*.json*")) == []
+
+
+def test_a_directory_is_removed_with_what_is_renamed_meanwhile(tmp_path: Path) -> None:
+    def rename(call: str, path: str) -> None:
+        if call == "unlink" and path.endswith(".next"):
+            Path(path).rename(path.removesuffix(".next"))
+
+    faults = FaultFS()
+    faults.observer = rename
+    tear(tmp_path / "run", b"")
+    Disk(faults).remove_tree(str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_record_is_forgotten_while_it_gets_its_name(tmp_path: Path) -> None:
+    def forget(call: str, path: str) -> None:
+        if call == "replace" and path.endswith(".next"):
+            Path(path).unlink()
+
+    faults = FaultFS()
+    faults.observer = forget
+    store = FileStore(tmp_path, disk=Disk(faults))
+    await store.within("run").put(Write(STATE, KEY, 1))
+    await store.close()
+    assert await value(store.within("run")) is None
+    await store.close()
+
+
+async def test_what_a_loss_of_power_left_keeps_no_live_start_waiting(store: FileStore, tmp_path: Path) -> None:
+    await store.close()
+    tear(tmp_path, b"")
+    await store.put(Write(STATE, KEY, "new"))
+    assert [item.blocks for item in await store.quarantined()] == [False]
+    readings = await require_live_grade(store, allow_weak=True)
+    (reading,) = [each for each in readings if each.subject == "quarantine"]
+    assert (reading.status, SUCCESSOR in reading.says) == (Status.WARNING, True)
 
 
 async def test_a_listing_has_every_new_record_while_they_get_their_names(tmp_path: Path) -> None:

@@ -254,12 +254,10 @@ class TestMark:
         path, other = tmp_path / "bot.db", tmp_path / "other.db"
         for number in range(5):
             await put(other, number)
-        shutil.copy(mark_path(other), mark_path(path))
         await put(path, 1)
+        shutil.copy(mark_path(other), mark_path(path))
         await put(path, 2)
-        path.unlink()
-        await put(path, 3)
-        assert len({head.identity for head in read_mark(path)}) == 3
+        assert len({head.identity for head in read_mark(path)}) == 2
 
     @pytest.mark.parametrize("content", [None, b"", b"\0" * 4096, b"\xff" * 5000, b"short"])
     async def test_without_a_readable_mark_nothing_is_claimed(self, tmp_path: Path, content: bytes | None) -> None:
@@ -305,15 +303,50 @@ class TestMark:
         await put(path, 2)
         assert f"{mark_path(path)} cannot be written" in caplog.text
 
-    async def test_a_number_of_the_last_commit_that_cannot_be_read_is_damage(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("marked", [True, False])
+    async def test_a_number_of_the_last_commit_that_cannot_be_read_is_damage(
+        self, tmp_path: Path, marked: bool
+    ) -> None:
         path = tmp_path / "bot.db"
         await put(path, 1)
+        if not marked:
+            mark_path(path).unlink()
         connection = sqlite3.connect(path)
         with connection:
             connection.execute("UPDATE store SET head = x'00'")
         connection.close()
-        with pytest.raises(Damaged, match="number of the last commit cannot be read"):
+        with pytest.raises(Damaged, match=r"bot\.db does not say which commit was its last.*--accept-loss"):
             await put(path, 2)
+        store = SqliteStore(path)
+        (finding,) = await operations.check(store)
+        assert "does not say" in finding.problem
+        assert await operations.accept_loss(store) == finding.problem
+        assert await operations.check(store) == []
+        assert (await store.put(Write(SIGNAL, KEY, 2))).rev == 2
+        await store.close()
+
+    async def test_a_database_that_was_emptied_is_not_a_new_one(self, tmp_path: Path) -> None:
+        path = tmp_path / "bot.db"
+        await put(path, 1)
+        await put(path, 2)
+        path.write_bytes(b"")
+        for existing in (False, True):
+            store = SqliteStore(path, existing=existing)
+            with pytest.raises(Damaged, match=r"bot\.db has lost commits 1 to 2,.*--accept-loss"):
+                await store.get(SIGNAL, KEY)
+            await store.close()
+        store = SqliteStore(path)
+        assert await operations.accept_loss(store) is not None
+        assert await operations.check(store) == []
+        assert (await store.put(Write(SIGNAL, KEY, 3))).rev == 1
+        await store.close()
+
+    async def test_the_mark_of_a_database_that_was_taken_away_goes_with_it(self, tmp_path: Path) -> None:
+        path = tmp_path / "bot.db"
+        await put(path, 1)
+        path.unlink()
+        await put(path, 2)
+        assert len(read_mark(path)) == 1
 
     async def test_tables_of_another_form_are_damage(self, tmp_path: Path) -> None:
         path = tmp_path / "bot.db"

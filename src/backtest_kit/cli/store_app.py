@@ -111,7 +111,7 @@ def migrate(
         bool, typer.Option("--resume", help="Go on with a migration that was killed, or stopped by an error.")
     ] = False,
 ) -> None:
-    """Move everything from one store to another of whatever kind. Stop your program first; If it has traded
+    """Move everything from one store to another of whatever kind. Stop your program first. If it has traded
     live, SOURCE refuses live starts afterwards (see `store reclaim`); nothing else in it is changed."""
     from backtest_kit.cli.migrate import run_migrate
 

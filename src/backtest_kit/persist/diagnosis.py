@@ -138,6 +138,11 @@ async def _quarantine(store: Upkeep) -> Reading:
     kept = await store.quarantined()
     if not kept:
         return Reading("quarantine", Status.OK, "empty")
-    paths = ", ".join(each.path for each in kept[:3]) + ", ..." * (len(kept) > 3)
+    blocking = [each for each in kept if each.blocks]
+    paths = ", ".join(each.path for each in (blocking or kept)[:3]) + ", ..." * (len(blocking or kept) > 3)
+    if not blocking:
+        # Such as what a loss of power left of a write that was never synced: nobody can be kept waiting by that.
+        says = f"{len(kept):,} kept as evidence, no key is blocked: {paths}"
+        return Reading("quarantine", Status.WARNING, says, "drop it when you have seen it")
     remedy = "backtest-kit store quarantine list shows why; restore or drop decides, and frees the keys"
-    return Reading("quarantine", Status.FAULT, f"{len(kept):,} could not be read: {paths}", remedy)
+    return Reading("quarantine", Status.FAULT, f"{len(blocking):,} could not be read: {paths}", remedy)

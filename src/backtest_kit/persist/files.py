@@ -36,6 +36,8 @@ _UPDATE: Final = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY
 _SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
 
 
+_REMOVALS: Final = 5
+"""How often a directory is emptied: a file that is renamed meanwhile can be missed once."""
 _SECTOR: Final = 512
 _ZEROS: Final = re.compile(rb"\0+")
 
@@ -235,20 +237,28 @@ class Disk:
             self._os.rmdir(path)
 
     def remove_tree(self, path: str) -> None:
-        """Remove a directory and all that is in it. It may not exist."""
-        try:
-            with self._os.scandir(path) as found:
-                entries = list(found)
-        except FileNotFoundError:
-            return
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                self.remove_tree(entry.path)
+        """Remove a directory and all that is in it, also what gets another name meanwhile. It may not exist."""
+        for left in reversed(range(_REMOVALS)):
+            try:
+                with self._os.scandir(path) as found:
+                    entries = list(found)
+            except FileNotFoundError:
+                return
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    self.remove_tree(entry.path)
+                else:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._os.unlink(entry.path)
+            try:
+                self._os.rmdir(path)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY or not left:
+                    raise
             else:
-                with contextlib.suppress(FileNotFoundError):
-                    self._os.unlink(entry.path)
-        with contextlib.suppress(FileNotFoundError):
-            self._os.rmdir(path)
+                return
 
     def sync_file(self, path: str) -> None:
         """Make durable what was written to `path` under any descriptor; a file that is gone needs nothing."""

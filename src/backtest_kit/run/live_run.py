@@ -206,7 +206,7 @@ class LiveRun:
         """Connect to everything that the run needs, and trade; let go of it in the reverse order."""
         job = self.job
         async with AsyncExitStack() as stack:
-            await self._patiently(lambda: stack.enter_async_context(self._services.use(job.clock)))
+            await stack.enter_async_context(self._services.use(job.clock))
             self._jumps = len(getattr(job.clock, "jumps", ()))
             self.when_ms = floor_ms(job.clock.now_ms(), MINUTE_MS)
             await self._patiently(lambda: stack.enter_async_context(self._services.use(job.broker)))

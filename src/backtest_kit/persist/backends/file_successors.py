@@ -100,7 +100,8 @@ class Successors:
                     self._disk.fsync(fd)
                     with contextlib.nullcontext() if locked else self._hold(path):
                         if self._disk.is_at(fd, f"{self._root}/{path}{NEXT}"):
-                            self._succeed(path)
+                            with contextlib.suppress(FileNotFoundError):  # its whole namespace is being forgotten
+                                self._succeed(path)
                             return
                 finally:
                     self._disk.close(fd)

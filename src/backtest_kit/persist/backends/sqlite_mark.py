@@ -11,6 +11,7 @@ be older than the database, never newer, because the commit was synced before.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
@@ -18,8 +19,6 @@ import struct
 import zlib
 from pathlib import Path
 from typing import Final, NamedTuple
-
-from backtest_kit.errors import Damaged
 
 _log = logging.getLogger(__name__)
 
@@ -39,10 +38,6 @@ class Head(NamedTuple):
         """A slot of the mark, and the value in the database; the checksum keeps either from being misread."""
         fields = _FIELDS.pack(*self)
         return _SLOT.pack(fields, zlib.crc32(fields))
-
-
-def new_head() -> Head:
-    return Head(os.urandom(16), 0)
 
 
 def mark_path(database: Path) -> Path:
@@ -71,33 +66,51 @@ def write_mark(database: Path, head: Head) -> None:
         _log.warning("%s cannot be written: %s; a lost commit may go unnoticed", mark_path(database), error.strerror)
 
 
-def read_head(connection: sqlite3.Connection) -> Head:
-    """How far the database has come.
-
-    Raises:
-        Damaged: it does not say.
-    """
+def read_head(connection: sqlite3.Connection) -> Head | None:
+    """How far the database has come; None if that cannot be read."""
     row = connection.execute("SELECT head FROM store").fetchone()
-    head = None if row is None or not isinstance(row[0], bytes) else _unpack(row[0])
-    if head is None:
-        raise Damaged("the number of the last commit cannot be read from the database: restore a copy of the file")
-    return head
+    return None if row is None or not isinstance(row[0], bytes) else _unpack(row[0])
 
 
 def write_head(head: Head, connection: sqlite3.Connection) -> None:
     connection.execute("UPDATE store SET head = ?", (head.pack(),))
 
 
-def lost_commits(database: Path, marks: list[Head], head: Head) -> str | None:
-    """What the marks know of that the database does not have, if there is anything."""
-    known = max((mark.commits for mark in marks if mark.identity == head.identity), default=0)
-    if known <= head.commits:
+def replace_head(connection: sqlite3.Connection) -> None:
+    """Give the database an identity that no mark knows."""
+    connection.execute("DELETE FROM store")
+    connection.execute("INSERT INTO store (head) VALUES (?)", (Head(os.urandom(16), 0).pack(),))
+
+
+def forget_mark(database: Path) -> None:
+    """Remove the mark of a database that was taken away, before another one is made in its place."""
+    with contextlib.suppress(OSError):  # it names that other database, and so means nothing here
+        mark_path(database).unlink(missing_ok=True)
+
+
+def lost_commits(database: Path, marks: list[Head], head: Head | None) -> str | None:
+    """What the marks know of that the database does not have, if there is anything. `head` is None if it is empty."""
+    known = max((mark.commits for mark in marks if head is None or mark.identity == head.identity), default=0)
+    done = 0 if head is None else head.commits
+    if known <= done:
         return None
-    first, many = head.commits + 1, known - head.commits
+    first, many = done + 1, known - done
     lost = f"commit {first:,}" if many == 1 else f"commits {first:,} to {known:,}"
     return (
         f"{database} has lost {lost}, which had been acknowledged: its log was damaged, or an older copy took its "
-        f"place. Nothing was changed. Restore a newer copy of {database} with its -wal file, or accept the loss: "
+        f"place. Nothing was changed. {ways_out(database)}"
+    )
+
+
+def unknown_commits(database: Path) -> str:
+    """What is said of a database that does not say how far it has come."""
+    return f"{database} does not say which commit was its last, so that none could be missed. {ways_out(database)}"
+
+
+def ways_out(database: Path) -> str:
+    """How to go on with a database that has lost commits."""
+    return (
+        f"Restore a newer copy of {database} with its -wal file, or accept the loss: "
         f"`backtest-kit store check --accept-loss --store sqlite:{database}`"
     )
 

@@ -20,10 +20,12 @@ from typing import Any, Final, TypeVar
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, OutOfSpace, RetryLater, UserError
 from backtest_kit.persist.backends.sqlite_mark import (
     Head,
+    forget_mark,
     lost_commits,
-    new_head,
     read_head,
     read_mark,
+    replace_head,
+    unknown_commits,
     write_head,
     write_mark,
 )
@@ -261,6 +263,8 @@ class Database:
                     job.error = error
             if durable and connection.total_changes != before:
                 head = read_head(connection)
+                if head is None:
+                    raise Damaged(unknown_commits(self.path))
                 head = head._replace(commits=head.commits + 1)
                 write_head(head, connection)
         except BaseException:
@@ -300,6 +304,8 @@ class Database:
                 raise NotADirectoryError
             if self.path.is_dir():
                 raise UserError(f"{self.path} is a directory: give the SQLite store the path of a file")
+            if not self.path.exists():
+                forget_mark(self.path)
             disk.make_file(str(self.path))  # SQLite gives its log and shared memory the permissions of the database
         except OSError as error:
             in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
@@ -348,12 +354,17 @@ class Database:
             Damaged, RetryLater, UserError: it cannot be opened.
         """
         marks = read_mark(self.path)
-        if not marks or not self.path.exists():
+        if not self.path.is_file():
             return None
+        if not self.path.stat().st_size:
+            return lost_commits(self.path, marks, None)
         # Not a connection that writes: when it is closed, it throws away what it could not read of the log.
         connection = self._connect_to_look()
         try:
-            return None if self._check_owner(connection) else lost_commits(self.path, marks, read_head(connection))
+            if self._check_owner(connection):
+                return None
+            head = read_head(connection)
+            return unknown_commits(self.path) if head is None else lost_commits(self.path, marks, head)
         except FAILURES as error:
             raise self._explain(error) from error
         finally:
@@ -366,8 +377,9 @@ class Database:
             return None
         connection = self._connect()
         try:
+            self._prepare(connection)
             connection.execute("BEGIN IMMEDIATE")
-            write_head(new_head()._replace(commits=read_head(connection).commits), connection)
+            replace_head(connection)
             connection.execute("COMMIT")
         except FAILURES as error:
             raise self._explain(error) from error
@@ -376,7 +388,8 @@ class Database:
         return lost
 
     def _require_whole(self) -> None:
-        lost = self.loss()
+        # Without a mark there is nothing to compare, and a new database is best left alone by those who come second.
+        lost = self.loss() if read_mark(self.path) else None
         if lost is not None:
             raise Damaged(lost)
 
@@ -425,7 +438,7 @@ class Database:
         if self._check_owner(connection):
             for statement in _SCHEMA:
                 connection.execute(statement)
-            connection.execute("INSERT INTO store (head) VALUES (?)", (new_head().pack(),))
+            replace_head(connection)
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             crashpoint("sqlite.after_schema")
