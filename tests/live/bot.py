@@ -154,7 +154,8 @@ class Rows(CandleSource):
         self._candles = candles
 
     async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
-        return grouped(self._candles.between(start_ms, stop_ms), interval_ms(interval))
+        candles = self._candles.between(start_ms, stop_ms)
+        return grouped(candles, interval_ms(interval)) if candles else candles
 
 
 class OrdersOnly(ReferenceBroker):

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.live.rig import WHERE, Rig, UntilClock, Venue
-from tests.live.scenario import KINDS, MINUTES, facts, prepared
+from tests.live.scenario import KINDS, MINUTES, facts, prepared, without_orders
 
 import backtest_kit as bk
 from backtest_kit.persist.store import Store
@@ -89,7 +90,7 @@ async def many(ctx: bk.Context) -> None:
 async def test_of_several_commands_in_one_minute_none_is_lost_and_none_is_given_twice(
     tmp_path: Path, offset: int
 ) -> None:
-    async def played(steps: int | None) -> tuple[list[bk.Trade], Venue, int]:
+    async def played(steps: int | None) -> tuple[list[bk.Trade], list[Any], Venue, int]:
         rig, records = slow_rig(tmp_path / "part", bk.MemoryStore())
         rig.strategy["manage"] = many
         rig.venue.script["reduce", 2] = "rejected"
@@ -98,16 +99,17 @@ async def test_of_several_commands_in_one_minute_none_is_lost_and_none_is_given_
         while not over:
             over = await part(rig, records, None)
         trades = {event.when_ms: event.trade for event in records.events if isinstance(event, bk.PositionClosed)}
-        return list(trades.values()), rig.venue, turns
+        # An order that is given again after an interruption may have another number than it would have had.
+        told = [without_orders(msgspec.to_builtins(trade)) for trade in trades.values()]
+        return list(trades.values()), told, rig.venue, turns
 
-    expected, _, turns = await played(None)
-    trade = expected[0]
+    (trade, *_), expected, _, turns = await played(None)
     assert ([each.percent for each in trade.reductions], len(trade.entries)) == ([50, 10], 2)
     assert trade.close_note == "enough"
     assert trade.price_stop_loss == pytest.approx(trade.price_close * 0.995, rel=0.002)
     for steps in range(offset, turns, 5):
-        trades, venue, _ = await played(steps)
-        assert trades == expected, steps
+        _, told, venue, _ = await played(steps)
+        assert told == expected, steps
         assert set(venue.times_done.values()) == {1}, steps
 
 
