@@ -209,6 +209,18 @@ async def test_a_record_and_its_successor_are_forgotten_together(store: FileStor
     assert list((tmp_path / "memory").rglob("*.json*")) == []
 
 
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL])
+async def test_a_file_system_that_cannot_preallocate_takes_every_write(tmp_path: Path, error: int) -> None:
+    faults = FaultFS()
+    faults.inject("posix_fallocate", error, lasting=True)
+    store = FileStore(tmp_path, disk=Disk(faults))
+    await store.put(Write(STATE, KEY, 1))
+    await store.batch([Write(STATE, KEY, 2), Write(SIGNAL, ("s", "e", "A"), 2)])
+    assert await value(store) == 2
+    await store.close()
+    assert faults.calls["posix_fallocate"]
+
+
 def test_a_directory_is_removed_with_what_is_renamed_meanwhile(tmp_path: Path) -> None:
     def rename(call: str, path: str) -> None:
         if call == "unlink" and path.endswith(".next"):

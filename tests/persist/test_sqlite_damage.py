@@ -294,6 +294,14 @@ class TestMark:
         assert mark_path(path).stat().st_size <= 4096
         assert mark_path(path).stat().st_mode & 0o777 == 0o600
 
+    async def test_it_is_written_with_calls_that_windows_has(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("pwrite", "pread"):
+            monkeypatch.delattr(f"os.{name}")
+        await put(tmp_path / "bot.db", 1)
+        assert [head.commits for head in read_mark(tmp_path / "bot.db")] == [1]
+
     async def test_a_mark_that_cannot_be_written_fails_no_write(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -341,11 +349,15 @@ class TestMark:
         assert (await store.put(Write(SIGNAL, KEY, 3))).rev == 1
         await store.close()
 
-    async def test_the_mark_of_a_database_that_was_taken_away_goes_with_it(self, tmp_path: Path) -> None:
+    async def test_the_mark_of_a_database_that_was_taken_away_goes_with_it(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         path = tmp_path / "bot.db"
         await put(path, 1)
+        assert caplog.text == ""
         path.unlink()
         await put(path, 2)
+        assert f"{path} is gone, which had" in caplog.text
         assert len(read_mark(path)) == 1
 
     async def test_tables_of_another_form_are_damage(self, tmp_path: Path) -> None:

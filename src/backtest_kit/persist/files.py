@@ -34,6 +34,7 @@ _READ: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY
 _APPEND: Final = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _UPDATE: Final = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
+_UNABLE: Final = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL))
 
 
 _REMOVALS: Final = 5
@@ -180,7 +181,7 @@ class Disk:
                 if preallocate and data and hasattr(self._os, "posix_fallocate"):
                     # Without this ext4 flushes a file that is renamed over another one. Only for data that a journal
                     # makes durable, or that replaces nothing durable: elsewhere that flush is a welcome second belt.
-                    self._os.posix_fallocate(fd, 0, len(data))
+                    self._preallocate(fd, len(data))
                 self.write_all(fd, data)
                 crashpoint("file.after_write")
                 if mtime_ns is not None:
@@ -194,6 +195,13 @@ class Disk:
             self.discard(path)
             raise
         return path
+
+    def _preallocate(self, fd: int, size: int) -> None:
+        try:
+            self._os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in _UNABLE:  # the C library of some systems does not stand in for the file system
+                raise
 
     def rename(self, temp: str, path: str) -> None:
         """Put a temporary file in its place; it is gone if that fails."""

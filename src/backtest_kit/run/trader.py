@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable
 from contextlib import suppress
+from typing import Final
 
 import msgspec
 
@@ -38,6 +39,7 @@ from backtest_kit.model.event import (
     RiskRejected,
     StrategyFailed,
 )
+from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.run.alarms import Alarms, words_of
@@ -70,6 +72,8 @@ from backtest_kit.run.orders import (
     told_of,
 )
 
+_ONE_OUTAGE_MS: Final = 5 * MINUTE_MS
+"""What a strategy misses again within this time is away still, and has been told of."""
 _log = logging.getLogger("backtest_kit")
 
 
@@ -92,6 +96,8 @@ class Trader(Watcher):
         """What the run before has commanded in the minute in which this one begins, as long as it lasts."""
         self._telling: Event | None = None
         self._ended = False
+        self._undecided = -_ONE_OUTAGE_MS - 1, ""
+        """When something that the strategy needs was away, and what."""
         self.stopping = False
         self.no_entry = "the exchange was not asked yet what it holds"
         """Why nothing may be opened or added to; empty while the exchange holds nothing unknown."""
@@ -588,8 +594,19 @@ class Trader(Watcher):
         if self._sent and isinstance(event, Lasting):
             crashpoint(f"live.{self._sent.pop(0)}.after_emit")
 
+    @property
+    def undecided(self) -> str:
+        """Why the strategy could not decide at this minute, and is asked again at the next; empty where it could."""
+        when_ms, reason = self._undecided
+        return reason if when_ms == self._desk.tick.when_ms else ""
+
     async def failed(self, what: str, error: Exception) -> None:
         self._stop_if_lost()
+        if what == "get_signal" and isinstance(error, RetryLater):
+            (before_ms, _), now_ms = self._undecided, self._desk.tick.when_ms
+            self._undecided = now_ms, str(error)
+            if now_ms - before_ms <= _ONE_OUTAGE_MS:
+                return
         # A handler that fails over the news of a failure would do so for ever.
         self._alarms.user_failed(what, error, tell=not isinstance(self._telling, StrategyFailed))
 

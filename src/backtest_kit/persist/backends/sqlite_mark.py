@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 _FIELDS: Final = struct.Struct("<16sQ")
 _SLOT: Final = struct.Struct("<24sI4x")
 _SLOTS: Final = 128
+_WRITE: Final = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 class Head(NamedTuple):
@@ -57,9 +58,10 @@ def read_mark(database: Path) -> list[Head]:
 def write_mark(database: Path, head: Head) -> None:
     """Note a commit that is on the disk. A failure is logged: the commit itself has happened."""
     try:
-        mark = os.open(mark_path(database), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        mark = os.open(mark_path(database), _WRITE, 0o600)
         try:
-            os.pwrite(mark, head.pack(), head.commits % _SLOTS * _SLOT.size)
+            os.lseek(mark, head.commits % _SLOTS * _SLOT.size, os.SEEK_SET)
+            os.write(mark, head.pack())
         finally:
             os.close(mark)
     except OSError as error:
@@ -84,6 +86,9 @@ def replace_head(connection: sqlite3.Connection) -> None:
 
 def forget_mark(database: Path) -> None:
     """Remove the mark of a database that was taken away, before another one is made in its place."""
+    known = max((mark.commits for mark in read_mark(database)), default=0)
+    if known:
+        _log.warning("%s is gone, which had %s commits: an empty one takes its place", database, f"{known:,}")
     with contextlib.suppress(OSError):  # it names that other database, and so means nothing here
         mark_path(database).unlink(missing_ok=True)
 
