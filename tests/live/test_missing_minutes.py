@@ -59,8 +59,8 @@ def market(memory_rig: Rig) -> Market:
     return market
 
 
-async def traded(rig: Rig, market: Market, minutes: int, begin: int = 0, **options: Any) -> bk.LiveStatus:
-    market.clock = clock = UntilClock(START + begin * MINUTE_MS, START + minutes * MINUTE_MS)
+async def traded(rig: Rig, market: Market, minutes: float, begin: int = 0, **options: Any) -> bk.LiveStatus:
+    market.clock = clock = UntilClock(START + begin * MINUTE_MS, START + int(minutes * MINUTE_MS))
     handle = rig.kit(clock).live.background("BTCUSDT", **{**WHERE, **options})
     over = asyncio.ensure_future(clock.over.wait())
     await asyncio.wait({over, handle.task}, return_when=asyncio.FIRST_COMPLETED)
@@ -157,6 +157,52 @@ async def test_a_candle_of_another_symbol_that_does_not_come_is_filled(memory_ri
     whole = (0, [1.0, 1.0, 1.0])
     filled = [(10_000, [1.0, 1.0, 0.0]), (10_000, [1.0, 0.0, 0.0]), (0, [0.0, 0.0, 1.0])]
     assert read == [*[whole] * 4, *filled]
+
+
+async def test_a_bad_answer_about_the_past_costs_the_decisions_of_its_minutes(memory_rig: Rig, market: Market) -> None:
+    """Where candles begin is asked again: an exchange that shows nothing of the past may do so for a while."""
+    decided: list[int] = []
+
+    async def candles(symbol: str, interval: str, since_ms: int, limit: int) -> list[Row]:
+        assert market.clock is not None
+        if since_ms < START - 20 * MINUTE_MS and market.clock.now_ms() < START + 2 * MINUTE_MS:
+            return []
+        return await market.candles(symbol, interval, since_ms, limit)
+
+    async def get_signal(ctx: bk.Context) -> None:
+        assert (await ctx.candles("1m", 100)).volume.sum() == 100
+        decided.append((ctx.when_ms - START) // MINUTE_MS)
+
+    memory_rig.source = bk.sources.function(candles)
+    memory_rig.strategy = {"get_signal": get_signal, "interval": "1m"}
+    await traded(memory_rig, market, 5)
+    assert decided == [2, 3, 4, 5]
+
+
+async def test_a_decision_that_an_absent_source_prevents_is_taken_once_it_is_back(
+    memory_rig: Rig, market: Market
+) -> None:
+    """It does not use up its slot, is told of once, and the status says what is waited for."""
+    decided: list[int] = []
+
+    async def candles(symbol: str, interval: str, since_ms: int, limit: int) -> list[Row]:
+        assert market.clock is not None
+        if symbol == "ETHUSDT" and START + 15 * MINUTE_MS <= market.clock.now_ms() < START + 18 * MINUTE_MS:
+            raise ConnectionError("reset")
+        return await market.candles(symbol, interval, since_ms, limit)
+
+    async def get_signal(ctx: bk.Context) -> None:
+        await ctx.candles("1m", 3, symbol="ETHUSDT")
+        decided.append((ctx.when_ms - START) // MINUTE_MS)
+
+    memory_rig.source = bk.sources.function(candles)
+    memory_rig.strategy = {"get_signal": get_signal, "interval": "15m"}
+    status = await traded(memory_rig, market, 17.5)
+    assert "ConnectionError: reset" in status.waiting
+    assert len(memory_rig.of(bk.StrategyFailed)) == 1
+    status = await traded(memory_rig, market, 31, 18)
+    assert status.waiting == ""
+    assert decided == [0, 18, 30]
 
 
 def raises(error: Exception) -> Callable[[], Any]:

@@ -289,6 +289,28 @@ async def test_a_cache_that_cannot_be_trusted_is_an_error(
     source = source_of(make_candles(10))
     with pytest.raises(Damaged):
         await feed_of(source, memory_store).load("BTCUSDT", START, minutes(10))
+    assert not source.asked
+
+
+async def test_a_live_run_goes_on_without_a_cache_that_cannot_be_trusted(
+    make_candles: Make, source_of: Any, memory_store: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """What is damaged waits for a person: an open position cannot, and a look back is longer than one request."""
+
+    async def damaged(*_: Any) -> CandleSeries:
+        raise Damaged("month 2022-01 is torn")
+
+    monkeypatch.setattr(memory_store, "read", damaged)
+    monkeypatch.setattr(memory_store, "write", damaged)
+    source, held = source_of(make_candles(30)), make_candles(30)
+    settings = Settings(CC_MAX_CANDLES_PER_REQUEST=10)
+    feed = CandleFeed("binance", source, memory_store, settings, lambda: NOW, live=True)
+    for _ in range(2):
+        assert (await feed.load("BTCUSDT", START, minutes(30))).candles == held
+    assert [text.split(":")[0] for text in caplog.messages] == [
+        "candles of BTCUSDT are asked for, because their cache cannot be read",
+        "30 candles of binance/BTCUSDT/1m could not be cached",
+    ]
 
 
 async def test_sources_that_are_at_hand_are_not_cached(make_candles: Make, source_of: Any, memory_store: Any) -> None:
@@ -519,6 +541,20 @@ async def test_bad_rows_are_refused_or_repaired_counted_and_logged_once(
     assert message.startswith("BTCUSDT: bad rows of binance were repaired: 1 moved up to the next whole minute; ")
     with pytest.raises(UserError, match="3 minutes of BTCUSDT are missing in 3 places"):
         await feed.load("BTCUSDT", START, minutes(60), dirty="repair")
+
+
+async def test_what_goes_on_being_wrong_is_told_once_an_hour(
+    make_candles: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A live run meets it at every minute."""
+    held = make_candles(200)
+    rows = CandleSeries(**{**held.columns(), "timestamp": held.timestamp + 14_000})
+    now_ms = START
+    feed = CandleFeed("binance", Raw(rows), None, Settings(), lambda: now_ms)
+    for at in range(1, 150):
+        now_ms = minutes(at + 1)
+        await feed.load("BTCUSDT", minutes(at), now_ms, gaps="fill", dirty="repair")
+    assert len(caplog.messages) == 3
 
 
 async def test_a_minute_is_found_whose_row_opened_before_the_range(make_candles: Make) -> None:

@@ -180,6 +180,9 @@ def at_minutes(*minutes: float) -> TimeColumn:
         (at_minutes(*range(0, 100, 5)), "X has 5m candles"),
         (at_minutes(*range(0, 100, 3)), "X has 3m candles"),
         (at_minutes(*(each + 0.25 for each in range(0, 600, 60))), "X has 1h candles"),
+        (at_minutes(*range(0, 3000, 60), 2977), "X has 1h candles"),
+        (at_minutes(*range(0, 1200, 60), 1217, *range(1260, 3000, 60), 2941), "X has 1h candles"),
+        (at_minutes(*range(30, 3000, 60), 3001), "X has 1h candles"),
         (at_minutes(*(each / 60 for each in range(180))), "X has a row every 1 s: give 1m candles"),
     ],
 )
@@ -197,6 +200,7 @@ def test_candles_of_another_length_are_called_what_they_are(times: TimeColumn, s
         at_minutes(0, 60, 61, 180),
         at_minutes(0, 3, 9),
         at_minutes(0, 30, 31, 90, 120, 150),
+        at_minutes(*sorted({each * each % 4099 for each in range(400)})),
         at_minutes(0, 1, 2, 60, 61, 62),
         at_minutes(5, 4, 3, 2, 1),
         at_minutes(0, 0, 1, 1, 2.2, 3.2, 4.2),

@@ -119,9 +119,10 @@ def _show(results: Results, trades_shown: int) -> None:
 
 def _origin(results: Results) -> str:
     used, fetched = sum(each.candles_used for each in results), sum(each.candles_fetched for each in results)
-    if fetched in (0, used):
-        return f"Candles: all {used:,} from the {'source' if fetched else 'cache'}."
-    return f"Candles: {used:,}, {fetched:,} of them from the source and the others from the cache."
+    filled = sum(sum(each.gaps_filled.values()) for each in results)
+    parts = {"from the source": fetched, "from the cache": used - fetched - filled, "filled": filled}
+    told = [f"{count:,} {origin}" for origin, count in parts.items() if count]
+    return f"Candles: all {told[0]}." if len(told) == 1 else f"Candles: {used:,}, of them {', '.join(told)}."
 
 
 def trades_table(results: Results, shown: int) -> Table:

@@ -42,7 +42,7 @@ DirtyRule = Annotated[
         "--dirty",
         metavar="refuse|repair",
         help="Bad rows: refuse, or sort them, move them up to the next whole minute, and count the minutes of the "
-        "others as missing. Backtests repair with --gaps fill, otherwise refuse; live always repairs.",
+        "others as missing. Backtests repair with --gaps fill, otherwise refuse; live runs repair.",
     ),
 ]
 FillModel = Annotated[

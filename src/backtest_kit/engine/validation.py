@@ -94,23 +94,27 @@ def _level_problems(signal: Signal, price: float, settings: Settings) -> Iterato
     take, stop = signal.price_take_profit, signal.price_stop_loss
     now = enters_now(signal, price)
     entry = price if signal.price_open is None else signal.price_open
-    start, gain, loss = map(price_text, (entry, take, stop))
     sign = 1.0 if signal.position == "long" else -1.0
     side, other = ("above", "below") if signal.position == "long" else ("below", "above")
     if sign * (take - entry) <= 0:
-        yield f"price_take_profit is {gain}: a {signal.position} takes profit {side} its entry price {start}"
+        yield (
+            f"price_take_profit is {price_text(take)}: a {signal.position} takes profit {side} its entry price "
+            f"{price_text(entry)}"
+        )
     if sign * (entry - stop) <= 0:
-        yield f"price_stop_loss is {loss}: a {signal.position} stops {other} its entry price {start}"
+        yield (
+            f"price_stop_loss is {price_text(stop)}: a {signal.position} stops {other} its entry price "
+            f"{price_text(entry)}"
+        )
     yield from _distance_problems(take, stop, entry, sign, settings)
     if now and signal.price_open is not None and not sign * stop < sign * price < sign * take:
         yield (
-            f"the current price {price_text(price)} is already beyond price_take_profit {gain} "
-            f"or price_stop_loss {loss}: the position would close at once"
+            f"the current price {price_text(price)} is already beyond price_take_profit {price_text(take)} "
+            f"or price_stop_loss {price_text(stop)}: the position would close at once"
         )
 
 
 def _distance_problems(take: float, stop: float, entry: float, sign: float, settings: Settings) -> Iterator[str]:
-    start, gain, loss = map(price_text, (entry, take, stop))
     # Only a level on its right side has a distance worth naming; the wrong side is reported on its own.
     to_take, to_stop = sign * (take - entry) / entry * 100, sign * (entry - stop) / entry * 100
     least_take = settings.CC_MIN_TAKEPROFIT_DISTANCE_PERCENT
@@ -118,17 +122,17 @@ def _distance_problems(take: float, stop: float, entry: float, sign: float, sett
     most_stop = settings.CC_MAX_STOPLOSS_DISTANCE_PERCENT
     if least_take and 0 < to_take < least_take - _ROUNDING:
         yield (
-            f"price_take_profit {gain} is {to_take:.4g} % from the entry price {start}: "
+            f"price_take_profit {price_text(take)} is {to_take:.4g} % from the entry price {price_text(entry)}: "
             f"CC_MIN_TAKEPROFIT_DISTANCE_PERCENT asks for {least_take:g} %"
         )
     if least_stop and 0 < to_stop < least_stop - _ROUNDING:
         yield (
-            f"price_stop_loss {loss} is {to_stop:.4g} % from the entry price {start}: "
+            f"price_stop_loss {price_text(stop)} is {to_stop:.4g} % from the entry price {price_text(entry)}: "
             f"CC_MIN_STOPLOSS_DISTANCE_PERCENT asks for {least_stop:g} %"
         )
     if most_stop and to_stop > most_stop + _ROUNDING:
         yield (
-            f"price_stop_loss {loss} is {to_stop:.4g} % from the entry price {start}: "
+            f"price_stop_loss {price_text(stop)} is {to_stop:.4g} % from the entry price {price_text(entry)}: "
             f"CC_MAX_STOPLOSS_DISTANCE_PERCENT allows {most_stop:g} %"
         )
 

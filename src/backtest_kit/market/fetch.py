@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from backtest_kit.errors import BacktestKitError, RetryLater, UserError
+from backtest_kit.errors import BacktestKitError, Damaged, RetryLater, UserError
 from backtest_kit.market.integrity import (
     check_candles,
     check_grid,
@@ -40,6 +40,8 @@ _NO_USE_RETRYING: Final = (
 """Errors of the source's code: another attempt would meet them again."""
 _PUBLISHING_MS: Final = 5 * MINUTE_MS
 """How late an exchange may be with a candle before it counts as missing."""
+_TOLD_AGAIN_MS: Final = 60 * MINUTE_MS
+"""How long what goes on being wrong with a symbol is not told again."""
 _LOOK_BACK_MS: Final = 30 * DAY_MS
 """How far an earlier candle is looked for, where the source does not say where its candles begin."""
 
@@ -87,7 +89,11 @@ class CandleFeed:
         store: CandleStore | None,
         settings: Settings,
         now_ms: Callable[[], int],
+        *,
+        live: bool = False,
     ) -> None:
+        """`live`: a damaged cache is told of, and no reason to be without candles."""
+        self._live = live
         self._exchange_name = exchange_name
         self._source = source
         self._store = store if source.cached else None
@@ -95,7 +101,8 @@ class CandleFeed:
         self._now_ms = now_ms
         # Weak: a lock lives while someone holds or awaits it, so none outlives its event loop.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._logged: dict[str, tuple[int, str]] = {}
+        self._logged: dict[tuple[str, str], int] = {}
+        """When what is wrong with a symbol was told last, by what it is."""
 
     async def load(
         self,
@@ -208,11 +215,9 @@ class CandleFeed:
         if dirty == "refuse":
             check_candles(candles, symbol=symbol, settings=self._settings)
         repairs = sum((page.repairs for page in pages), Counter[str]())
-        said = stop_ms, describe_repairs(repairs)
-        if repairs and self._logged.get(symbol) != said:
-            # A live run asks every second for a candle that is not there yet.
-            self._logged[symbol] = said
-            _log.warning("%s: bad rows of %s were repaired: %s", symbol, self._exchange_name, said[1])
+        if repairs and self._is_news(symbol, *repairs):
+            words = describe_repairs(repairs)
+            _log.warning("%s: bad rows of %s were repaired: %s", symbol, self._exchange_name, words)
         return _Collected(candles, sum(len(page.candles) for page in pages[1:]), repairs)
 
     async def _last_before(self, symbol: str, when_ms: int, dirty: DirtyRule) -> CandleSeries:
@@ -246,11 +251,15 @@ class CandleFeed:
             return CandleSeries.empty()
         try:
             return await self._store.read(series, start_ms, stop_ms)
-        except RetryLater as error:
-            if stop_ms - start_ms > self._page_ms:
+        except (RetryLater, Damaged) as error:
+            # A server that is away comes back; what is damaged waits for a person, and a live run cannot.
+            wanted = self._live if isinstance(error, Damaged) else stop_ms - start_ms <= self._page_ms
+            if not wanted:
                 raise
-            # The minutes of a live run: what is open is watched while the store is away.
-            _log.warning("candles of %s are asked for, because their cache does not answer: %s", series.symbol, error)
+            if self._is_news(series.symbol, "unread"):
+                _log.warning(
+                    "candles of %s are asked for, because their cache cannot be read: %s", series.symbol, error
+                )
             return CandleSeries.empty()
 
     @property
@@ -347,11 +356,21 @@ class CandleFeed:
                 await self._store.write(series, closed)
         except Exception as error:
             # The candles are in hand; a cache that cannot keep them costs the next run a download.
-            _log.warning(
-                "%d candles of %s/%s/%s could not be cached: %s",
-                len(closed), series.exchange_name, series.symbol, series.interval, error,
-                extra={"series": series, "error": error},
-            )  # fmt: skip
+            if self._is_news(series.symbol, "unkept"):
+                _log.warning(
+                    "%d candles of %s/%s/%s could not be cached: %s",
+                    len(closed), series.exchange_name, series.symbol, series.interval, error,
+                    extra={"series": series, "error": error},
+                )  # fmt: skip
+
+    def _is_news(self, symbol: str, *what: str) -> bool:
+        """Whether to tell what is wrong: a live run meets it every second, for as long as it lasts."""
+        now_ms = self._now_ms()
+        told_ms = [self._logged.get((symbol, each), -_TOLD_AGAIN_MS) for each in what]
+        if now_ms - min(told_ms) < _TOLD_AGAIN_MS:
+            return False
+        self._logged.update(((symbol, each), now_ms) for each in what)
+        return True
 
     def _not_published(self, symbol: str, late_ms: int) -> RetryLater:
         told = f"{symbol}: {self._exchange_name} has not published the candle of {iso(late_ms)} yet"

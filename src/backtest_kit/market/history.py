@@ -198,6 +198,8 @@ class History:
         async with self._moving:
             if stop_ms <= self._stop_ms:
                 return
+            # Where the data begin was learnt from an answer, which may have been a bad one.
+            self._begins = False
             known = self._minutes
             if known.real is not None and not known.real[-1]:
                 # A filled end was a guess.

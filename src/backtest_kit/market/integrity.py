@@ -21,6 +21,8 @@ _WAY_OUT: Final = (
 _PLACES_SHOWN: Final = 3
 _ODDS: Final = 1000
 """Rows of an illiquid market may lie on a coarser grid by chance; at one in so many it is no chance."""
+_BESIDE: Final = 0.1
+"""Which part of the rows may lie beside that grid."""
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -168,10 +170,15 @@ def check_grid(times: TimeColumn, *, what: str) -> None:
     usual_ms = int(np.median(spacing))
     if 2 * usual_ms < MINUTE_MS:
         raise UserError(f"{what} has a row every {usual_ms / 1000:g} s: give 1m candles")
-    common_ms = int(np.gcd.reduce(np.diff(np.unique(whole_minutes(times[times != NO_TIME])))))
+    minutes = np.unique(whole_minutes(times[times != NO_TIME])) // MINUTE_MS
     for name, step_ms in reversed(INTERVAL_MS.items()):
         steps = step_ms // MINUTE_MS
-        if common_ms % step_ms == 0 and steps > 1 and len(spacing) * math.log(steps) >= math.log(_ODDS):
+        # A few rows may lie beside the grid of all others, such as the candle that was still open.
+        beside = len(minutes) - int(np.bincount(minutes % steps).max())
+        chance = (len(minutes) - beside - 1) * math.log(steps)
+        if beside:
+            chance -= beside * math.log(math.e * len(minutes) / beside)
+        if steps > 1 and beside <= _BESIDE * len(minutes) and chance >= math.log(_ODDS):
             raise UserError(f"{what} has {name} candles: give 1m candles, longer ones are made from them")
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import linecache
 import sys
+import traceback
 import weakref
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
+from types import CodeType, CoroutineType
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -15,11 +19,14 @@ R = TypeVar("R")
 
 
 class _Call(NamedTuple):
-    text: str
-    """Such as `close()`."""
-    place: str
-    """File and line of the call."""
+    name: str
+    code: CodeType
+    """Where it was called."""
+    line: int
     coroutine: weakref.ref[Coroutine[Any, Any, Any]]
+
+    def __str__(self) -> str:
+        return f"{self.name}() ({Path(self.code.co_filename).name}, line {self.line})"
 
 
 Calls = dict[object, _Call]
@@ -43,8 +50,7 @@ def must_await(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Corou
 
         begun.__qualname__ = method.__qualname__
         coroutine, caller = begun(), sys._getframe(1)
-        place = f"{Path(caller.f_code.co_filename).name}, line {caller.f_lineno}"
-        calls[made] = _Call(f"{method.__name__}()", place, weakref.ref(coroutine))
+        calls[made] = _Call(method.__name__, caller.f_code, caller.f_lineno, weakref.ref(coroutine))
         return coroutine
 
     return called
@@ -69,5 +75,21 @@ def not_begun(calls: Calls) -> str:
     return _taken_out(calls, list(calls))
 
 
+def used_unawaited(error: BaseException) -> str:
+    """Which call made the coroutine that an error in the user's code is about, in words; empty if it is about none.
+
+    `ctx.candles` is called too often to be noted. `.close` of what it returns is a column, and of a coroutine a method.
+    """
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        place = f"({Path(frame.f_code.co_filename).name}, line {line})"
+        for value in frame.f_locals.values():
+            if type(value) is CoroutineType and inspect.getcoroutinestate(value) == inspect.CORO_CREATED:
+                return f"{value.__name__}() {place}"
+        text = linecache.getline(frame.f_code.co_filename, line)
+        if ".candles(" in text and "await" not in text:
+            return f"candles() {place}"
+    return "an async method" if "coroutine" in str(error) else ""
+
+
 def _taken_out(calls: Calls, chosen: list[object]) -> str:
-    return " and ".join(f"{call.text} ({call.place})" for call in map(calls.pop, chosen))
+    return " and ".join(str(call) for call in map(calls.pop, chosen))

@@ -16,7 +16,6 @@ from backtest_kit.records.log import Log
 from backtest_kit.records.memory import Memory
 from backtest_kit.records.session import Session
 from backtest_kit.records.state import State
-from backtest_kit.records.unawaited import must_await
 from backtest_kit.run.desk import Desk, EntryView, PositionView
 
 HistoryOf = Callable[[str], Awaitable[History]]
@@ -80,7 +79,6 @@ class Context:
         """Now, as an aware UTC datetime."""
         return to_datetime(self.when_ms)
 
-    @must_await
     async def candles(
         self, interval: str, limit: int, *, symbol: str | None = None, until: datetime | str | int | None = None
     ) -> CandleSeries:

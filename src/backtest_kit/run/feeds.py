@@ -39,14 +39,15 @@ class Feeds:
     async def use(
         self, exchange_name: str, settings: Settings, now_ms: Callable[[], int] | None = None
     ) -> AsyncIterator[CandleFeed]:
-        """The feed of an exchange, for as long as the block runs; `now_ms` tells the time there if it has its own."""
+        """The feed of an exchange, for as long as the block runs; `now_ms` tells the time there to a live run."""
+        live = now_ms is not None
         now_ms = now_ms or self._now_ms
         loop = asyncio.get_running_loop()
         source = self.source(exchange_name)
         here = self._loops.setdefault(loop, _OnLoop())
         key = (exchange_name, source, settings, now_ms)
         if key not in here.feeds:
-            here.feeds[key] = CandleFeed(exchange_name, source, self._store(), settings, now_ms)
+            here.feeds[key] = CandleFeed(exchange_name, source, self._store(), settings, now_ms, live=live)
         here.users += 1
         try:
             yield here.feeds[key]

@@ -559,7 +559,7 @@ class LiveRun:
     @property
     def waiting(self) -> str:
         """Why nothing is decided at the moment; empty while minutes are acted at."""
-        return self._away or self.missed.reason
+        return self._away or self.missed.reason or self.trader.undecided
 
 
 def _given_up(state: State) -> tuple[State, tuple[Event, ...]]:

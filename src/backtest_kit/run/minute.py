@@ -13,7 +13,7 @@ import msgspec
 
 from backtest_kit.engine.step import Flat, Resting, State, Wanted, activates, admit, decision_due, step
 from backtest_kit.engine.validation import check_signal
-from backtest_kit.errors import UserError
+from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.events import EventBus
 from backtest_kit.model.decisions import Decisions
 from backtest_kit.model.event import (
@@ -32,7 +32,7 @@ from backtest_kit.model.interval import iso
 from backtest_kit.model.position import RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.records import RunRecords
-from backtest_kit.records.unawaited import Calls, forgotten, not_begun, watch
+from backtest_kit.records.unawaited import Calls, forgotten, not_begun, used_unawaited, watch
 from backtest_kit.run.context import Context, HistoryOf
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.deadline import within
@@ -214,8 +214,10 @@ class Minute:
                 check_signal(signal, self._identity, desk.tick.price, desk.tick.when_ms, self._settings)
                 rejected = await self.refusal(signal)
         except Exception as error:
-            # The slot is used up all the same: what raises would raise again at every minute.
             await self._watcher.failed("get_signal", error)
+            if isinstance(error, RetryLater):
+                return ()  # what was away may be back at the next minute
+            # The slot is used up all the same: what raises would raise again at every minute.
             signal = None
         admitted = await desk.apply(partial(self._admitted, None if rejected else signal))
         if signal is not None and not rejected and not admitted and signal.id == state.last_signal_id:
@@ -289,11 +291,11 @@ class Minute:
                 )
             return answer
         except (AttributeError, TypeError) as error:
-            pending = not_begun(self._calls)
-            if not pending and "coroutine" not in str(error):
+            pending = not_begun(self._calls) or used_unawaited(error)
+            if not pending:
                 raise
             raise UserError(
-                f"{self._place(what)} used the answer of {pending or 'an async method'} without awaiting it: "
+                f"{self._place(what)} used the answer of {pending} without awaiting it: "
                 "write `await` before the call, as in `(await ctx.candles('15m', 50)).close`"
             ) from error
         except (StopIteration, StopAsyncIteration, SystemExit) as error:

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable
 from contextlib import suppress
+from typing import Final
 
 import msgspec
 
@@ -38,6 +39,7 @@ from backtest_kit.model.event import (
     RiskRejected,
     StrategyFailed,
 )
+from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.run.alarms import Alarms, words_of
@@ -62,6 +64,7 @@ from backtest_kit.run.orders import (
     fitted,
     intended,
     judged,
+    numbered_from,
     renamed,
     renewed,
     retried,
@@ -69,6 +72,8 @@ from backtest_kit.run.orders import (
     told_of,
 )
 
+_ONE_OUTAGE_MS: Final = 5 * MINUTE_MS
+"""What a strategy misses again within this time is away still, and has been told of."""
 _log = logging.getLogger("backtest_kit")
 
 
@@ -91,6 +96,8 @@ class Trader(Watcher):
         """What the run before has commanded in the minute in which this one begins, as long as it lasts."""
         self._telling: Event | None = None
         self._ended = False
+        self._undecided = -_ONE_OUTAGE_MS - 1, ""
+        """When something that the strategy needs was away, and what."""
         self.stopping = False
         self.no_entry = "the exchange was not asked yet what it holds"
         """Why nothing may be opened or added to; empty while the exchange holds nothing unknown."""
@@ -122,10 +129,20 @@ class Trader(Watcher):
         """Write down that this process has the position now, as it was found.
 
         Raises:
+            UserError: its orders were sent from a store of another id, and cannot be found from this one.
             Conflict, Damaged: as `Keeper.keep`.
         """
-        self._desk.state = self.book.state
-        await self._keep(self.book, "try")
+        book, store_id = self.book, self._broker.store_id
+        self._desk.state = book.state
+        if book.store_id != store_id and not (isinstance(book.state, Flat) and book.intent is None):
+            identity = self._rules.identity
+            raise UserError(
+                f"the orders of {identity.symbol} on {identity.exchange_name} by {identity.strategy_name} are those of "
+                f"store {book.store_id or 'without a name'}, and this is store {store_id}: it would take the position "
+                "for closed. Keep all contracts in one store (kit.persistence.bind('*', store)) and start from the "
+                "directory in which the position was opened; or close it by hand and begin with an empty store"
+            )
+        await self._keep(msgspec.structs.replace(book, store_id=store_id), "try")
         crashpoint("live.start.after_commit")
         await self._deliver()
 
@@ -169,8 +186,8 @@ class Trader(Watcher):
         after, events = act(before)
         if after == before:
             return events
-        number = self.book.orders + 1 if isinstance(before, Holding) and isinstance(after, Holding) else 0
-        intent = self._intended(before, after, events, number)
+        count = self.book.orders + 1 if isinstance(before, Holding) and isinstance(after, Holding) else 0
+        intent = self._intended(before, after, events, numbered_from(before) + count)
         if intent is not None:
             if self.no_entry and intent.order.kind in OPENING:
                 return self._entry_waits(intent)
@@ -469,7 +486,7 @@ class Trader(Watcher):
                 return ()
             intent = again
         elif order.kind in EXITS:
-            number = self.book.orders + 1
+            number = numbered_from(state) + self.book.orders + 1
             intent = renamed(intent, number, report.fill) if refused else retried(intent)
             intent = intent if fresh else renewed(intent, state, tick, self._rules)
         elif order.kind == "activate" and refused and isinstance(state, Resting):
@@ -577,8 +594,19 @@ class Trader(Watcher):
         if self._sent and isinstance(event, Lasting):
             crashpoint(f"live.{self._sent.pop(0)}.after_emit")
 
+    @property
+    def undecided(self) -> str:
+        """Why the strategy could not decide at this minute, and is asked again at the next; empty where it could."""
+        when_ms, reason = self._undecided
+        return reason if when_ms == self._desk.tick.when_ms else ""
+
     async def failed(self, what: str, error: Exception) -> None:
         self._stop_if_lost()
+        if what == "get_signal" and isinstance(error, RetryLater):
+            (before_ms, _), now_ms = self._undecided, self._desk.tick.when_ms
+            self._undecided = now_ms, str(error)
+            if now_ms - before_ms <= _ONE_OUTAGE_MS:
+                return
         # A handler that fails over the news of a failure would do so for ever.
         self._alarms.user_failed(what, error, tell=not isinstance(self._telling, StrategyFailed))
 
