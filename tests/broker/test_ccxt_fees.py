@@ -43,9 +43,17 @@ async def test_fees_that_are_not_reported_yet_are_not_known(bench: MakeBench) ->
     assert (await broker.find(again(order()))).fill == fill
 
 
-@pytest.mark.parametrize(("currency", "fee"), [("BNB", 0.001 * PRICE), ("XYZ", None)])
-async def test_a_fee_in_a_third_currency_is_valued_where_that_has_a_market(
-    currency: str, fee: float | None, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("currency", "ticker", "fee", "told"),
+    [
+        ("BNB", "", 0.001 * PRICE, ""),
+        ("XYZ", "", None, "no market XYZ/USDT:USDT to value a fee"),
+        ("BNB", "error", None, "read the price of BNB/USDT: "),
+        ("BNB", "outage", None, "read the price of BNB/USDT: "),
+    ],
+)
+async def test_a_fee_in_a_third_currency_is_valued_where_that_has_a_price(
+    currency: str, ticker: Any, fee: float | None, told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     venue = Venue(Script((PRICE,)), ("BTCUSDT", "BNBUSDT"), SteppedClock(START), terms=Terms())
     server = VenueServer(venue)
@@ -55,6 +63,8 @@ async def test_a_fee_in_a_third_currency_is_valued_where_that_has_a_market(
         broker = await bench.broker()
         account: Any = venue.exchanges["spot"].account(API_KEY)
         account.__class__ = type("Own", (ThirdCurrency,), {"currency": currency})
+        if ticker:
+            bench.fault(ticker, "GET */ticker/*", count=0, status=400, code=-1121, message="Invalid symbol.")
         fill = await broker.open_position(order())
     finally:
         for each in bench.brokers:
@@ -63,4 +73,5 @@ async def test_a_fee_in_a_third_currency_is_valued_where_that_has_a_market(
     assert fill is not None
     assert (fill.fee_currency, fill.quantity) == (currency, 0.02)
     assert fill.fee == (None if fee is None else pytest.approx(fee))
-    assert ("no market XYZ/USDT:USDT to value a fee" in caplog.text) == (fee is None)
+    assert told in caplog.text
+    assert ("CC_PERCENT_FEE is booked instead" in caplog.text) == (fee is None)

@@ -138,6 +138,29 @@ def test_a_directory_that_is_kept_is_named(tmp_path: Path, monkeypatch: pytest.M
     os.close(fd)
 
 
+def test_a_lock_that_is_given_back_while_it_is_looked_at_is_no_error(tmp_path: Path) -> None:
+    """A link that leads nowhere is listed, and is not there when it is opened."""
+    lock(tmp_path).acquire()
+    (place,) = tmp_path.iterdir()
+    (place / "0").symlink_to(place / "gone")
+    mine = lock(tmp_path)
+    mine.acquire()
+    with pytest.raises(Conflict):
+        lock(tmp_path, "ffffff").acquire()
+    mine.release()
+
+
+def test_a_lock_that_does_not_say_whose_it_is_refuses_everybody(tmp_path: Path) -> None:
+    lock(tmp_path).acquire()
+    (place,) = tmp_path.iterdir()
+    fd = os.open(place / "0", os.O_RDWR | os.O_CREAT)
+    assert try_lock(fd)
+    with pytest.raises(Conflict, match="a process that does not say which store it trades from"):
+        lock(tmp_path).acquire()
+    os.close(fd)
+    lock(tmp_path).acquire()
+
+
 def test_the_directory_is_the_users_own(tmp_path: Path) -> None:
     there = {"XDG_STATE_HOME": str(tmp_path / "state")}
     assert lock_directory(there) == tmp_path / "state" / "backtest-kit" / "accounts"

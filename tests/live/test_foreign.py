@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from backtest_kit.errors import Outcome
 from backtest_kit.market.clock import SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.simulation.client import connect
+from backtest_kit.simulation.exchange import Terms
 from backtest_kit.simulation.server import VenueServer
 from backtest_kit.simulation.venue import Venue
 
@@ -71,8 +73,8 @@ async def doubled(here: Stage, policy: str) -> None:
 async def market() -> AsyncIterator[Callable[[Kind], Any]]:
     benches: list[Bench] = []
 
-    async def make(kind: Kind) -> Bench:
-        server = VenueServer(Venue(Script([50_000.0]), ("BTCUSDT",), SteppedClock(START)))
+    async def make(kind: Kind, **terms: Any) -> Bench:
+        server = VenueServer(Venue(Script([50_000.0]), ("BTCUSDT",), SteppedClock(START), terms=Terms(**terms)))
         await server.start()
         benches.append(Bench(server, kind))
         return benches[-1]
@@ -87,8 +89,8 @@ async def market() -> AsyncIterator[Callable[[Kind], Any]]:
 class Life:
     """A run on one exchange, with a store of its own; ended from outside, which for the state is a crash."""
 
-    def __init__(self, bench: Bench, place: Path, get_signal: Any = always_long) -> None:
-        self.bench, self.place, self.get_signal = bench, place, get_signal
+    def __init__(self, bench: Bench, place: Path, get_signal: Any = always_long, manage: Any = None) -> None:
+        self.bench, self.place, self.get_signal, self.manage = bench, place, get_signal, manage
         self.events: list[bk.Event] = []
         self.now_ms = START
 
@@ -101,7 +103,7 @@ class Life:
         kit.persistence.bind("*", bk.FileStore(self.place / "store"))
         broker = self.bench.unconnected(arrival_ms=1)
         kit.add_exchange_schema("venue", source=client.source(), broker=broker, clock=until)
-        kit.add_strategy_schema("trend", get_signal=self.get_signal, interval="1m")
+        kit.add_strategy_schema("trend", get_signal=self.get_signal, manage=self.manage, interval="1m")
         kit.on(bk.Event, self.events.append)
         handle = kit.live.background(
             "BTCUSDT", strategy_name="trend", exchange_name="venue", allow_weak=True, **options
@@ -113,7 +115,7 @@ class Life:
         handle.cancel()
         await asyncio.wait({handle.task})
         await kit.close()
-        assert handle.task.cancelled(), handle.task.exception()
+        assert handle.task.cancelled() or handle.task.result()
         return status
 
     def of(self, *kinds: type[bk.Event]) -> list[Any]:
@@ -160,6 +162,50 @@ async def test_on_ccxt_an_empty_store_opens_nothing_until_the_position_is_gone(
     assert len(entries(bench)) == 2
     closed = second.of(bk.PositionClosed)
     assert [event.trade.close_reason for event in closed] == (["closed"] if policy == "adopt" else [])
+
+
+@pytest.mark.parametrize("client_ids", ["open", "ever"])
+async def test_orders_of_an_adopted_position_are_not_those_that_the_lost_store_sent(
+    market: Any, tmp_path: Path, client_ids: str
+) -> None:
+    """An order under the id of one that is done would be taken for done itself, or be lost after a crash."""
+
+    async def by_a_fifth(ctx: bk.Context) -> None:
+        if ctx.position is not None:
+            assert await ctx.position.reduce(percent=20)
+
+    bench = await market("futures", client_ids=client_ids)
+    await Life(bench, tmp_path / "first", manage=by_a_fifth).trade(3)
+    held = bench.held()
+    second = Life(bench, tmp_path / "second", manage=by_a_fifth)
+    await second.trade(6, orphans="adopt")
+    (adopted,) = [event.position for event in second.of(bk.PositionOpened)]
+    reduced = [event.position for event in second.of(bk.PositionChanged)]
+    assert len(reduced) > 2
+    assert adopted.cost / adopted.price_open == pytest.approx(held)
+    sold = bench.exchange.orders.values()
+    assert len({order.client_order_id for order in sold}) == len(sold)
+    assert bench.held() == pytest.approx(held * 0.8 ** len(reduced), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["spot", "futures"])
+async def test_a_position_is_not_taken_for_closed_where_the_id_of_its_store_is_lost(
+    market: Any, tmp_path: Path, kind: Kind
+) -> None:
+    """Its orders cannot be found under another one, as if they had never been."""
+    bench = await market(kind)
+    life = Life(bench, tmp_path)
+    opened = (await life.trade(2)).position
+    before, stops = bench.held(), bench.stops()
+    lost = tmp_path / "store" / "identity"
+    lost.rename(tmp_path / "lost")
+    with pytest.raises(bk.UserError, match="the orders of BTCUSDT on venue by trend are those of store"):
+        await life.trade(3)
+    assert not life.of(bk.PositionClosed)
+    assert (bench.held(), bench.stops()) == (before, stops)
+    shutil.rmtree(lost)
+    (tmp_path / "lost").rename(lost)
+    assert (await life.trade(1)).position == opened
 
 
 async def test_savings_and_orders_made_by_hand_do_not_keep_entries_back(market: Any, tmp_path: Path) -> None:

@@ -89,6 +89,17 @@ async def test_a_migration_moves_the_id_and_the_source_refuses_live_starts(
     await target.close()
 
 
+async def test_the_id_comes_back_with_what_is_moved_back() -> None:
+    first, second = MemoryStore(), MemoryStore()
+    await held(first)
+    own = await claim_store_id(first)
+    await migrate_store(first, second, target_name="second")
+    await migrate_store(second, first, target_name="first")
+    assert await claim_store_id(first) == own
+    with pytest.raises(Conflict, match="was moved to first"):
+        await claim_store_id(second)
+
+
 async def test_a_source_that_never_traded_live_is_not_given_up(tmp_path: Path) -> None:
     source, target = MemoryStore(), MemoryStore()
     await held(source)

@@ -365,14 +365,22 @@ class CcxtVenue:
             return amount * price
         pair = f"{currency}/{market.quote}"
         pair = pair if pair in self._client.markets else f"{pair}:{market.quote}"
-        if pair not in self._client.markets:
-            _log.warning(
-                "%s: no market %s to value a fee of %s %s: CC_PERCENT_FEE is booked instead",
-                self._id, pair, amount, currency,
-            )  # fmt: skip
-            return None
-        ticker = await self.call(f"read the price of {pair}", lambda: self._client.fetch_ticker(pair))
-        return amount * exact(ticker["last"])
+        unknown = f"no market {pair}" if pair not in self._client.markets else ""
+        if not unknown:
+            try:
+                doing = f"read the price of {pair}"
+                ticker = await self.call(doing, lambda: self._client.fetch_ticker(pair))
+                last = ticker.get("last") or ticker.get("close")
+                if last:
+                    return amount * exact(last)
+                unknown = f"no price of {pair}"
+            except BacktestKitError as error:
+                # The order is done: what it has cost to the last cent must not keep a position out of the books.
+                unknown = str(error)
+        _log.warning(
+            "%s: %s to value a fee of %s %s: CC_PERCENT_FEE is booked instead", self._id, unknown, amount, currency
+        )
+        return None
 
     async def set_leverage(self, market: Market, leverage: int) -> None:
         doing = f"set the leverage of {market.symbol} to {leverage}"

@@ -109,6 +109,11 @@ def taken_over(order_id: OrderId) -> str:
     return f"venue-{order_id.store_id}{order_id.digest}"
 
 
+def is_taken_over(signal_id: str) -> bool:
+    """Whether it was made by `taken_over`."""
+    return _TAKEN_OVER.fullmatch(signal_id) is not None
+
+
 class SignalIds:
     """The client order ids of one signal: the same at every start, so that its orders are found after a crash."""
 

@@ -89,8 +89,9 @@ async def require_movable_id(source: Store, target: Store) -> StoreId | None:
 async def move_store_id(moving: StoreId, source: Store, target: Store, target_name: str) -> None:
     """Give the id to the target, then note in the source where it is: a crash in between leaves it in both, and the
     migration, which is not complete before, goes on with this."""
-    if await read_store_id(target) is None:
-        await _write(target, StoreId(moving.id), ABSENT)
+    theirs = await read_store_id(target)
+    if theirs is None or theirs.moved_to:  # it comes back to where it was before
+        await _write(target, StoreId(moving.id), ABSENT if theirs is None else ANY)
     await _write(source, StoreId(moving.id, moved_to=target_name), ANY)
 
 

@@ -88,40 +88,57 @@ class AccountLock:
             with _alone(self._place / _GUARD):
                 self._refuse_others()
                 self._file = self._place / secrets.token_hex(8)
-                self._fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-                try_lock(self._fd)
-                os.write(self._fd, _UNREADABLE + msgspec.json.encode(self._note))
+                try:
+                    self._fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                    try_lock(self._fd)
+                    os.write(self._fd, _UNREADABLE + msgspec.json.encode(self._note))
+                except OSError:
+                    self._give_back()
+                    raise
 
     def release(self) -> None:
         """Give it back. Idempotent."""
         with self._mutex:
             self._released = True
-            if self._file is not None:
-                with suppress(OSError):
-                    self._file.unlink()
-            self._let_go()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.unlink()
+        self._let_go()
 
     def _refuse_others(self) -> None:
         for file in sorted(self._place.iterdir()):
             if file.name == _GUARD:
                 continue
-            fd = os.open(file, os.O_RDWR)
-            try:
-                if try_lock(fd):
-                    file.unlink()  # its process is gone
-                    continue
-                os.lseek(fd, len(_UNREADABLE), os.SEEK_SET)
-                note = msgspec.json.decode(os.read(fd, _LARGEST_NOTE), type=_Note)
-            finally:
-                os.close(fd)
-            if (note.store_id, note.place) != (self._note.store_id, self._note.place):
-                raise Conflict(
-                    f"{self._symbol} of this account is traded from another store: {note.holder}, strategy "
-                    f"{note.strategy_name}, store {note.store_id} at {note.place}. This is store "
-                    f"{self._note.store_id} at {self._note.place}. Two stores would trade one position twice: stop "
-                    "that process, or start this one with its store (CC_STORE, or from its directory), or give this "
-                    "one an account of its own"
-                )
+            # Whoever gives a lock back does not wait for the guard: its file may go at any moment.
+            with suppress(FileNotFoundError):
+                self._refuse_other(file)
+
+    def _refuse_other(self, file: Path) -> None:
+        fd = os.open(file, os.O_RDWR)
+        try:
+            if try_lock(fd):
+                file.unlink()  # its process is gone
+                return
+            os.lseek(fd, len(_UNREADABLE), os.SEEK_SET)
+            note = msgspec.json.decode(os.read(fd, _LARGEST_NOTE), type=_Note)
+        except msgspec.DecodeError:
+            raise Conflict(
+                f"{self._symbol} of this account is traded by a process that does not say which store it trades from: "
+                f"see which one has {file} open (lsof), and stop it"
+            ) from None
+        finally:
+            os.close(fd)
+        if (note.store_id, note.place) != (self._note.store_id, self._note.place):
+            raise Conflict(
+                f"{self._symbol} of this account is traded from another store: {note.holder}, strategy "
+                f"{note.strategy_name}, store {note.store_id} at {note.place}. This is store "
+                f"{self._note.store_id} at {self._note.place}. Two stores would trade one position twice: stop "
+                "that process, or start this one with its store (CC_STORE, or from its directory), or give this "
+                "one an account of its own"
+            )
 
     def _let_go(self) -> None:
         fd, self._fd, self._file = self._fd, None, None

@@ -69,6 +69,8 @@ class Book(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """What happened and is not in anybody's records yet."""
     owner: str = ""
     """Who wrote it: the lease's random name."""
+    store_id: str = ""
+    """Part of the client ids of its orders, by which they are found on the exchange."""
     seq: int = 0
     """Grows by one with every change."""
 

@@ -10,7 +10,7 @@ from typing import Final, Literal
 import msgspec
 
 from backtest_kit.broker.base import Fill, Order, OrderKind, OrderReport
-from backtest_kit.broker.order_ids import SignalIds, store_of
+from backtest_kit.broker.order_ids import SignalIds, is_taken_over, store_of
 from backtest_kit.engine.pnl import effective_price, remaining_cost
 from backtest_kit.engine.position import close_trade, open_position
 from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State, Tick
@@ -23,6 +23,7 @@ from backtest_kit.model.event import (
     PositionClosed,
     PositionOpened,
 )
+from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import CloseReason, Entry, Execution, Position, RestingEntry, Trade, shared
 
 ENTRIES: Final = ("open", "place")
@@ -48,6 +49,8 @@ _PART_OF: Final[dict[OrderKind, str]] = {
     "reduce": "reductions",
 }
 """What of a position an order makes."""
+_NUMBERS: Final = 2**23
+"""Minutes, and with them orders, that are told apart by a number: a client order id has room for twice as many."""
 _SAME_QUANTITY: Final = 1e-9
 _SAME_PRICE: Final = 1e-9
 
@@ -106,6 +109,14 @@ def intended(
         reason=_reason(before, events),
     )
     return Intent(order=order, target=after, events=tuple(each for each in events if isinstance(each, Lasting)))
+
+
+def numbered_from(state: State) -> int:
+    """What the numbers of a position's orders begin at: those of one that was taken over lie beyond all that the store
+    before may have sent under the same ids, which nobody knows any more."""
+    if not isinstance(state, Holding) or not is_taken_over(state.position.signal_id):
+        return 0
+    return state.position.opened_at_ms // MINUTE_MS % _NUMBERS
 
 
 def _booked(kind: OrderKind, held: Position | RestingEntry, events: tuple[Event, ...], tick: Tick) -> float:

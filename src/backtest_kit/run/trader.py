@@ -64,6 +64,7 @@ from backtest_kit.run.orders import (
     fitted,
     intended,
     judged,
+    numbered_from,
     renamed,
     renewed,
     retried,
@@ -128,10 +129,20 @@ class Trader(Watcher):
         """Write down that this process has the position now, as it was found.
 
         Raises:
+            UserError: its orders were sent from a store of another id, and cannot be found from this one.
             Conflict, Damaged: as `Keeper.keep`.
         """
-        self._desk.state = self.book.state
-        await self._keep(self.book, "try")
+        book, store_id = self.book, self._broker.store_id
+        self._desk.state = book.state
+        if book.store_id != store_id and not (isinstance(book.state, Flat) and book.intent is None):
+            identity = self._rules.identity
+            raise UserError(
+                f"the orders of {identity.symbol} on {identity.exchange_name} by {identity.strategy_name} are those of "
+                f"store {book.store_id or 'without a name'}, and this is store {store_id}: it would take the position "
+                "for closed. Keep all contracts in one store (kit.persistence.bind('*', store)) and start from the "
+                "directory in which the position was opened; or close it by hand and begin with an empty store"
+            )
+        await self._keep(msgspec.structs.replace(book, store_id=store_id), "try")
         crashpoint("live.start.after_commit")
         await self._deliver()
 
@@ -175,8 +186,8 @@ class Trader(Watcher):
         after, events = act(before)
         if after == before:
             return events
-        number = self.book.orders + 1 if isinstance(before, Holding) and isinstance(after, Holding) else 0
-        intent = self._intended(before, after, events, number)
+        count = self.book.orders + 1 if isinstance(before, Holding) and isinstance(after, Holding) else 0
+        intent = self._intended(before, after, events, numbered_from(before) + count)
         if intent is not None:
             if self.no_entry and intent.order.kind in OPENING:
                 return self._entry_waits(intent)
@@ -475,7 +486,7 @@ class Trader(Watcher):
                 return ()
             intent = again
         elif order.kind in EXITS:
-            number = self.book.orders + 1
+            number = numbered_from(state) + self.book.orders + 1
             intent = renamed(intent, number, report.fill) if refused else retried(intent)
             intent = intent if fresh else renewed(intent, state, tick, self._rules)
         elif order.kind == "activate" and refused and isinstance(state, Resting):
