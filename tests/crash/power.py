@@ -65,7 +65,7 @@ class Promised:
             kind, name, number, *at = line.split()
             if kind == "began":
                 self.greatest[name] = int(number)
-            # Twice the promise: the machine may have been too busy to sync within it.
+            # A second more than the promise: the machine may have been too busy to sync within it.
             elif name in ("money", "batch") or float(at[0]) < stopped_at - 2 * RECORD_SECONDS - 1:
                 self.least[name] = int(number)
 

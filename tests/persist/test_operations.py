@@ -438,6 +438,9 @@ async def test_database_is_looked_at_without_being_changed(tmp_path: Path, monke
         assert store.path.read_bytes() == before
         Path(f"{store.path}-wal").unlink(missing_ok=True)  # empty: SQLite needs one to read where it can write
     (tmp_path / "bot.db").write_bytes(b"")
+    (finding,) = await check(SqliteStore(tmp_path / "bot.db", existing=True))
+    assert "has lost commit 1" in finding.problem
+    (tmp_path / "bot.db-mark").unlink()
     with pytest.raises(UserError, match="not a store"):
         await check(SqliteStore(tmp_path / "bot.db", existing=True))
     assert (tmp_path / "bot.db").read_bytes() == b""

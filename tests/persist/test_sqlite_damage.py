@@ -169,6 +169,23 @@ async def test_a_damaged_index_hides_no_position(tmp_path: Path, index: str) -> 
     await store.close()
 
 
+@pytest.mark.parametrize("index", ["records_by_name", "records_in_order"])
+async def test_a_damaged_index_hides_no_namespace_and_counts_none_away(tmp_path: Path, index: str) -> None:
+    store = SqliteStore(tmp_path / "bot.db")
+    await store.within("paper").put(Write(SIGNAL, KEY, 1))
+    assert await store.namespaces() == [("paper",)]
+    assert await store.within("paper").count(SIGNAL) == 1
+    await store.close()
+    page = page_of(store.path, index)
+    where = store.path.read_bytes()[page.start : page.stop].index(b"paper/")
+    flip(store.path, (page.start + where) * 8 + 3)
+    with pytest.raises(Damaged, match=r"bot\.db is damaged: its indexes disagree about which namespaces there are"):
+        await store.namespaces()
+    with pytest.raises(Damaged, match="disagree about which records of signal"):
+        await store.within("paper").count(SIGNAL)
+    await store.close()
+
+
 async def test_a_key_that_an_index_has_lost_is_restored_with_its_index(tmp_path: Path) -> None:
     store = await index_damaged(tmp_path, "records_by_name")
     with pytest.raises(Damaged):

@@ -189,7 +189,7 @@ async def test_at_reference_everything_is_as_the_engine_decided(serve: Serve, br
     assert not broker.reports_fills
     opened = await broker.open_position(order_of("open", price=43_210.987))
     assert opened is not None
-    assert (opened.price, opened.fee) == (43_210.987, 0.0)
+    assert (opened.price, opened.fee) == (43_210.987, None), "the fee is the one of the settings"
     assert opened.cost == pytest.approx(1000)
     advance(server, 600)  # no level is watched by the venue
     assert await broker.check_position(position()) is None

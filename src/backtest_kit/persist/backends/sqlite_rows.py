@@ -30,6 +30,7 @@ CHUNK: Final = 256
 
 _BY_NAME: Final = "SELECT id FROM records INDEXED BY records_by_name WHERE namespace = ? AND contract = ? AND key = ?"
 _BY_KEY: Final = "SELECT id FROM records INDEXED BY records_by_key WHERE namespace = ? AND contract = ? AND key = ?"
+_BY_NAMESPACE: Final = ("records_by_name", "records_in_order")
 _COLUMNS: Final = (
     "coalesce(CAST(namespace AS TEXT), ''), coalesce(CAST(contract AS TEXT), ''), coalesce(CAST(key AS TEXT), ''), "
     "removed, coalesce(CAST(record AS BLOB), x'') FROM records NOT INDEXED"
@@ -148,7 +149,7 @@ def list_numbers(
                 for each in (index, other)
             }
             if len(totals) > 1:
-                raise _disagreement(contract, connection)
+                raise _disagreement(f"records of {contract.name}", connection)
         rows = connection.execute(
             f"SELECT id FROM records INDEXED BY {index} {where} {present} "  # noqa: S608
             f"ORDER BY seq {'DESC' if newest_first else ''} LIMIT :limit",
@@ -197,22 +198,34 @@ def _require_unlisted(contract: Contract, namespace: str, number: int, connectio
         (namespace, contract.name, number),
     )
     if listed.fetchone() is not None:
-        raise _disagreement(contract, connection)
+        raise _disagreement(f"records of {contract.name}", connection)
 
 
-def _disagreement(contract: Contract, connection: sqlite3.Connection) -> Damaged:
+def _disagreement(of_what: str, connection: sqlite3.Connection) -> Damaged:
     path = connection.execute("PRAGMA database_list").fetchone()[2]
     return Damaged(
-        f"{path} is damaged: its indexes disagree about which records of {contract.name} there are. Nothing was "
+        f"{path} is damaged: its indexes disagree about which {of_what} there are. Nothing was "
         f"changed: {_REBUILD.format(path)}"
     )
 
 
 def count(name: Name, connection: sqlite3.Connection) -> int:
-    row = connection.execute(
-        "SELECT count(*) FROM records WHERE namespace = ? AND contract = ? AND NOT removed", name[:2]
-    ).fetchone()
-    return int(row[0])
+    """How many records of a contract there are.
+
+    Raises:
+        Damaged: two indexes disagree about that.
+    """
+    counts = {
+        connection.execute(
+            f"SELECT count(*) FROM records INDEXED BY {index} "  # noqa: S608
+            "WHERE namespace = ? AND contract = ? AND NOT removed",
+            name[:2],
+        ).fetchone()[0]
+        for index in _BY_NAMESPACE
+    }
+    if len(counts) > 1:
+        raise _disagreement(f"records of {name[1]}", connection)
+    return int(counts.pop())
 
 
 def apply(changes: Sequence[Change], connection: sqlite3.Connection) -> list[Record] | Suspect:
@@ -290,8 +303,21 @@ def _check_row(row: Sequence[Any]) -> Finding | None:
 
 
 def list_namespaces(above: str, connection: sqlite3.Connection) -> list[str]:
-    rows = connection.execute("SELECT DISTINCT namespace FROM records WHERE namespace > ?", (above,)).fetchall()
-    return [namespace for (namespace,) in rows if namespace.startswith(above)]
+    """The namespaces that begin with `above`.
+
+    Raises:
+        Damaged: two indexes disagree about which there are.
+    """
+    first, second = (
+        connection.execute(
+            f"SELECT DISTINCT namespace FROM records INDEXED BY {index} WHERE namespace > ? ORDER BY 1",  # noqa: S608
+            (above,),
+        ).fetchall()
+        for index in _BY_NAMESPACE
+    )
+    if first != second:
+        raise _disagreement("namespaces", connection)
+    return [namespace for (namespace,) in first if namespace.startswith(above)]
 
 
 def path_to(name: Name) -> str:
