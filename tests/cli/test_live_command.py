@@ -65,7 +65,7 @@ class Stage:
 
     async def go_to(self, minute: int) -> None:
         """Let the time come to so many minutes after the start; whoever trades has acted by then."""
-        await asyncio.wait_for(self.clock.sleep_until(START + minute * MINUTE_MS, "test"), 60)
+        await asyncio.wait_for(self.clock.sleep_until(START + minute * MINUTE_MS, "test"), 120)
         while any(len(each) < 1 for name, each in self.clock.waiting().items() if name != "test"):
             await asyncio.sleep(0.005)
 
@@ -102,7 +102,7 @@ class Bot:
         """Read its lines until one of those that come has a text; that one."""
         assert self.process.stdout is not None
         while True:
-            line = (await asyncio.wait_for(self.process.stdout.readline(), 30)).decode()
+            line = (await asyncio.wait_for(self.process.stdout.readline(), 120)).decode()
             assert line, f"ended before it said {text!r}: {self.lines}\n{await self._errors()}"
             self.lines.append(line.rstrip("\n"))
             if text in line:
@@ -111,14 +111,14 @@ class Bot:
     async def end(self) -> tuple[int, str]:
         """Exit code and what it said on standard error."""
         assert self.process.stdout is not None
-        rest = await asyncio.wait_for(self.process.stdout.read(), 60)
+        rest = await asyncio.wait_for(self.process.stdout.read(), 120)
         self.lines += rest.decode().splitlines()
         errors = await self._errors()
-        return await asyncio.wait_for(self.process.wait(), 30), errors
+        return await asyncio.wait_for(self.process.wait(), 120), errors
 
     async def _errors(self) -> str:
         assert self.process.stderr is not None
-        return (await asyncio.wait_for(self.process.stderr.read(), 30)).decode()
+        return (await asyncio.wait_for(self.process.stderr.read(), 120)).decode()
 
 
 @pytest.fixture

@@ -170,6 +170,6 @@ async def test_stop_ends_it_once_what_was_left_is_seen_to(rig: Rig) -> None:
         await asyncio.sleep(0)
     await handle.pause()
     handle.stop()
-    assert await asyncio.wait_for(asyncio.shield(handle.task), 10) == ()
+    assert await asyncio.wait_for(asyncio.shield(handle.task), 120) == ()
     assert start.minute() < AWAY
     assert rig.of(bk.Paused)

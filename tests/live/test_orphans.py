@@ -174,7 +174,7 @@ async def test_nothing_is_adopted_by_a_run_that_is_told_to_stop(memory_rig: Rig)
 
     memory_rig.venue.holdings = holdings  # type: ignore[method-assign]
     handle = kit.live.background("BTCUSDT", **WHERE, orphans="adopt")
-    assert await asyncio.wait_for(asyncio.shield(handle.task), 20) == ()
+    assert await asyncio.wait_for(asyncio.shield(handle.task), 120) == ()
     assert not memory_rig.of(bk.PositionOpened)
     (found,) = memory_rig.of(bk.OrphanFound)
     assert "not adopted" in found.next_step
@@ -375,7 +375,7 @@ async def test_who_is_left_of_two_strategies_looks_for_itself(idle: Rig) -> None
     assert not idle.of(bk.PositionOpened)
     gone.stop()
     await gone
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while not idle.of(bk.PositionOpened):
             clock.advance_to(clock.now_ms() + MINUTE_MS // 2)
             await asyncio.sleep(0.001)

@@ -81,7 +81,11 @@ async def test_sound_store_is_fit_for_live_and_looking_changes_nothing(url: str,
     first, second = await diagnosis(url), await diagnosis(url)
     assert tree(tmp_path) == before
     assert not fails(first, live=True), first
-    assert [(each.subject, each.status) for each in first] == [(each.subject, each.status) for each in second]
+    # How fast the disk is depends on what else the machine does.
+    said = [
+        [(each.subject, each.subject == "disk" or each.status) for each in readings] for readings in (first, second)
+    ]
+    assert said[0] == said[1]
     assert {"promises", "file system", "space", "disk", "schema", "locks", "quarantine", "positions"} <= {
         each.subject for each in first
     }
