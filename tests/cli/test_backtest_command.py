@@ -130,6 +130,7 @@ def test_it_works_on_every_file_of_real_candles(path: Path, tmp_path: Path) -> N
         assert "--gaps fill" in done.stderr
         done = run(*arguments, "--gaps", "fill", cwd=tmp_path)
         assert f"{missing:,} missing minute" in done.stdout
+        assert f" from the source, {missing:,} filled." in done.stdout
     assert done.returncode == 0, done.stderr
     assert "REAL" in done.stdout
     assert (tmp_path / "dump/backtest/long.html").exists()
