@@ -150,8 +150,9 @@ async def test_a_clock_that_was_ahead_for_a_while_is_caught_up_with(tmp_path: Pa
     bot.handle = bot.rig.kit(bot.clock).live.background("BTCUSDT", **WHERE)
     await bot.asked(3)
     bot.clock.set_by_s += 3600
-    while not bot.rig.of(bk.MinutesMissed):
-        await asyncio.sleep(0.005)
+    async with asyncio.timeout(60):
+        while not bot.handle.status.missed:
+            await asyncio.sleep(0.005)
     bot.clock.set_by_s -= 3600
     await bot.asked(3)
     assert bot.minutes[-1] == pytest.approx((source.there_ms() - START) / MINUTE_MS, abs=2)
