@@ -30,8 +30,8 @@ async def entered(venue: Bench, **options: Any) -> tuple[Any, Fill]:
     broker = await venue.broker(max_slippage_pct=0.5, **options)
     fill = await broker.open_position(order(cost=1500.0))
     assert fill is not None
-    # On spot a fee is taken out of what is bought.
-    assert fill.quantity == pytest.approx(0.03, rel=0.0011)
+    # On spot a fee of 0.1 % is taken out of what is bought, where there is one.
+    assert fill.quantity in (0.03, 0.02997)
     return broker, fill
 
 
