@@ -18,7 +18,7 @@ from tests.broker.conftest import IDS, PRICE, SIGNAL, Bench, Kind, MakeBench, ag
 
 from backtest_kit.broker.base import OrderDeleted, OrderRejected, OrderTransient
 from backtest_kit.errors import Outcome
-from backtest_kit.simulation.binance import API_SECRET
+from backtest_kit.venue.binance.api import API_SECRET
 
 BOTH = pytest.mark.parametrize("kind", ["spot", "futures"])
 LOOK_UPS: dict[str, Any] = {"endpoint": "GET */order", "count": 2}

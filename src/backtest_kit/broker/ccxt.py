@@ -168,7 +168,7 @@ class CcxtBroker(Broker):
         if order.kind == "close":
             left = await dealer.account.held(stake, recent=parts)
             if not stake.market.unsellable(left, order.price):
-                # Asked to close again, `close_position` sells the rest and answers for all that was sold.
+                # RiskGate to close again, `close_position` sells the rest and answers for all that was sold.
                 return OrderReport(status="cancelled" if len(parts) == MOST_PARTS else "absent")
             # The sale was cut off before it could: a stop that is left would sell the next position.
             await dealer.clear(stake)
@@ -177,7 +177,7 @@ class CcxtBroker(Broker):
         if order.kind == "reduce":
             held = await dealer.account.held(stake, recent=parts)
             if await dealer.left_to_reduce(stake, order, held, parts):
-                # Asked again, `reduce_position` sells the rest and answers for all that was sold.
+                # RiskGate again, `reduce_position` sells the rest and answers for all that was sold.
                 return OrderReport(status="absent")
         return OrderReport(status=status_of(parts), fill=await venue.executed(stake.market, parts))
 
