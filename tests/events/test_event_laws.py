@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from hypothesis import given, settings, strategies as st
 
 from backtest_kit.events import EventBus
-from backtest_kit.model.event import Event, Identity, Progress, RunDone
+from backtest_kit.model.event import Event, Progress, RunDone
+from backtest_kit.model.identity import Identity
 
 KINDS: tuple[type[Event], ...] = (Event, Progress, RunDone)
 

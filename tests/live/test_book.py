@@ -16,6 +16,7 @@ import backtest_kit as bk
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.urls import store_at
 from backtest_kit.run.live.ledger import Ledger, PositionState, book_of, records_of
+from backtest_kit.run.live.orders import signal_id_of
 
 SCOPE = ("trend", "demo", "BTCUSDT")
 PLAIN: Final[dict[Any, st.SearchStrategy[Any]]] = {
@@ -41,9 +42,17 @@ def any_of(kind: Any) -> st.SearchStrategy[Any]:
         return st.lists(any_of(parts[0]), max_size=2).map(tuple)
     hints = get_type_hints(kind)
     made = {name: any_of(hints[name]) for name in kind.__struct_fields__}
+    if kind is bk.RestingEntry:
+        made["signal"] = COMPLETE
     return st.builds(kind, **{name: TENTHS.get(name, values) for name, values in made.items()})
 
 
+COMPLETE: Final = st.builds(
+    bk.Signal,
+    **{name: any_of(kind) for name, kind in get_type_hints(bk.Signal).items()}
+    | {"price_open": st.floats(), "minutes": st.floats(), "cost": st.floats(), "id": st.text(max_size=5)},
+)
+"""Signals as entries have them, which leave nothing open."""
 BOOKS: Final = any_of(PositionState)
 UNHURRIED: Final = hypothesis.settings(suppress_health_check=list(hypothesis.HealthCheck), database=None)
 
@@ -94,7 +103,7 @@ def test_no_field_of_a_book_is_left_out_of_the_records(book: PositionState) -> N
     for part, name in (("position", "signal"), ("entry", "schedule")):
         assert (part in whole["state"]) == (records[name] is not None)
         if records[name] is not None:
-            assert whole["state"][part] == records[name]["signalId"]
+            assert whole["state"][part] == signal_id_of(book.state)
             whole["state"][part] = records[name]
     assert list(left_out(book, whole)) == []
 

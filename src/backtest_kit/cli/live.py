@@ -18,7 +18,8 @@ from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
 from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.repair import DirtyRule
-from backtest_kit.model.event import Event, Mode
+from backtest_kit.model.event import Event
+from backtest_kit.model.identity import Mode
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.diagnosis import Status
 from backtest_kit.run.live.orphans import OrphanPolicy

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from backtest_kit.errors import BacktestKitError
-from backtest_kit.model.position import Direction, Entry, Reduction
+from backtest_kit.model.position import Entry, Reduction
+from backtest_kit.model.signal import Direction
 from backtest_kit.settings import Settings
 
 _OVERSOLD_ABSOLUTE: Final = 0.001

@@ -31,7 +31,7 @@ from backtest_kit.records.threaded import Deliver as Deliver, never_in_the_way
 from backtest_kit.settings import Settings
 
 if TYPE_CHECKING:
-    from backtest_kit.model.event import Mode
+    from backtest_kit.model.identity import Mode
     from backtest_kit.persist.binding import Persistence
     from backtest_kit.records.notification import Notification
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Final, Literal
 from zlib import crc32
 
@@ -15,7 +16,6 @@ from backtest_kit.model.event import (
     EntryScheduled,
     Event,
     MinutesMissed,
-    Mode,
     OrderFailed,
     OrphanFound,
     Paused,
@@ -30,9 +30,10 @@ from backtest_kit.model.event import (
     StoreRecovered,
     StrategyFailed,
 )
+from backtest_kit.model.identity import Mode
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
 from backtest_kit.model.price import price_text
-from backtest_kit.persist.codec import encode
+from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import ABSENT, Write
 from backtest_kit.records.delivery import Deliver, Deliveries, Sink
@@ -77,7 +78,7 @@ def notification_of(event: Event) -> Notification | None:
     match event:
         case EntryScheduled():
             entry = event.entry
-            what = f"{entry.position} entry at {price_text(entry.price_open)}"
+            what = f"{entry.side} entry at {price_text(entry.price_open)}"
             return _about(event, what, signal_id=entry.signal_id, price=event.price)
         case EntryCancelled():
             what = f"entry cancelled: {event.reason}"
@@ -85,7 +86,7 @@ def notification_of(event: Event) -> Notification | None:
         case PositionOpened():
             held = event.position
             start, take, stop = map(price_text, (held.price_open, held.take_profit, held.stop_loss))
-            what = f"{held.position} at {start}, take {take}, stop {stop}"
+            what = f"{held.side} at {start}, take {take}, stop {stop}"
             return _about(event, what, signal_id=held.signal_id, price=event.price)
         case PositionChanged():
             what = event.change.replace("_", " ")
@@ -203,7 +204,7 @@ class Notifications:
             )
 
         scope = self._scope(mode, run_id, when)
-        return await newest(scope, NOTIFICATION, (mode == "backtest",), Notification, wanted, limit)
+        return await newest(scope, NOTIFICATION, (mode == "backtest",), partial(decode_as, Notification), wanted, limit)
 
 
 def _about(

@@ -29,7 +29,6 @@ from backtest_kit.model.event import (
     RiskRejected,
 )
 from backtest_kit.model.interval import iso
-from backtest_kit.model.position import RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.records import RunRecords
 from backtest_kit.records.unawaited import Calls, forgotten, not_begun, used_unawaited, watch
@@ -194,7 +193,7 @@ class Minute:
             return ()
         if not activates(run_state.state, run_state.tick, run_state.rules):
             return ()
-        return await self.refusal(as_signal(run_state.state.entry))
+        return await self.refusal(run_state.state.entry.signal)
 
     def _asks(self, state: Flat) -> bool:
         run_state = self._run_state
@@ -314,17 +313,3 @@ class Minute:
         identity = self._identity
         when = iso(self._run_state.tick.when_ms)
         return f"{what} of strategy {identity.strategy_name!r} for {identity.symbol} at {when}"
-
-
-def as_signal(entry: RestingEntry) -> Signal:
-    """The signal that a resting entry came from."""
-    return Signal(
-        position=entry.position,
-        price_take_profit=entry.price_take_profit,
-        price_stop_loss=entry.price_stop_loss,
-        price_open=entry.price_open,
-        minutes=entry.minutes,
-        cost=entry.cost,
-        note=entry.note,
-        id=entry.signal_id,
-    )

@@ -15,8 +15,9 @@ from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State, Tick
 from backtest_kit.errors import UserError
 from backtest_kit.model.event import Change, Event, PositionChanged
 from backtest_kit.model.interval import MINUTE_MS, to_datetime
-from backtest_kit.model.position import Direction, Entry, Extreme, Position, Reduction, RestingEntry
+from backtest_kit.model.position import Entry, Extreme, Position, Reduction, RestingEntry
 from backtest_kit.model.price import price_text
+from backtest_kit.model.signal import Direction
 from backtest_kit.records.unawaited import must_await
 
 FULLY_REDUCED = "full_partial_close"
@@ -114,9 +115,9 @@ class PositionView:
         return self._last.signal_id
 
     @property
-    def position(self) -> Direction:
+    def side(self) -> Direction:
         """ "long" or "short"."""
-        return self._last.position
+        return self._last.side
 
     @property
     def price_open(self) -> float:
@@ -291,11 +292,11 @@ class PositionView:
 
     def _profit(self) -> tuple[float, float]:
         value, run_state = self.value, self._run_state
-        return profit(value.position, value.entries, value.reductions, run_state.tick.price, run_state.rules.settings)
+        return profit(value.side, value.entries, value.reductions, run_state.tick.price, run_state.rules.settings)
 
     def __repr__(self) -> str:
         start = price_text(self.price_open)
-        return f"PositionView({self.position} {self._last.symbol} from {start}, {self.pnl_pct:+.2f} %)"
+        return f"PositionView({self.side} {self._last.symbol} from {start}, {self.pnl_pct:+.2f} %)"
 
 
 class EntryView:
@@ -343,4 +344,4 @@ class EntryView:
         return msgspec.structs.replace(state, order=order), ()
 
     def __repr__(self) -> str:
-        return f"EntryView({self.value.position} {self.value.symbol} at {price_text(self.value.price_open)})"
+        return f"EntryView({self.value.side} {self.value.symbol} at {price_text(self.value.price_open)})"

@@ -9,7 +9,7 @@ from backtest_kit.engine.step import Rules
 from backtest_kit.market.clock import Clock
 from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.repair import DirtyRule
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.persist.lease import DEFAULT_TTL
 from backtest_kit.run.live.exchange_time import VenueTime
 from backtest_kit.run.live.orphans import OrphanPolicy

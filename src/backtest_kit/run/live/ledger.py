@@ -213,8 +213,8 @@ def records_of(book: PositionState) -> dict[str, Plain]:
     records: dict[str, Plain] = dict.fromkeys(_HELD_IN)
     for name, (_, field) in _HELD_IN.items():
         if field in strategy["state"]:
-            records[name] = held = strategy["state"][field]
-            strategy["state"][field] = held["signalId"]
+            records[name] = strategy["state"][field]
+            strategy["state"][field] = signal_id_of(book.state)
     return {**records, "strategy": strategy}
 
 
@@ -232,8 +232,8 @@ def _joined(state: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
     for name, (tag, field) in _HELD_IN.items():
         held = records[name]
         if held is not None:
-            same = state.get(field) == held["signalId"]
-            rest = state if same else {"type": tag, "lastSlotMs": state["lastSlotMs"]}
-            return {**rest, field: held}
+            newer = {"type": tag, "lastSlotMs": state["lastSlotMs"], field: held}
+            same = state.get(field) == signal_id_of(msgspec.convert(newer, State))
+            return {**state, field: held} if same else newer
     over = next((state[field] for _, field in _HELD_IN.values() if field in state), None)
     return state if over is None else {"type": "flat", "lastSlotMs": state["lastSlotMs"], "lastSignalId": over}

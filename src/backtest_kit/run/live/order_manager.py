@@ -57,7 +57,6 @@ from backtest_kit.run.live.orders import (
     closed,
     done_already,
     dropped,
-    entry_of,
     fitted,
     intended,
     judged,
@@ -69,7 +68,7 @@ from backtest_kit.run.live.orders import (
     told_of,
 )
 from backtest_kit.run.live.position_store import Need, PositionStore, RiskRefused, Unsaved
-from backtest_kit.run.minute import Minute, RunHooks, as_signal
+from backtest_kit.run.minute import Minute, RunHooks
 from backtest_kit.run.run_state import Act, RunState
 
 _ONE_OUTAGE_MS: Final = 5 * MINUTE_MS
@@ -526,12 +525,9 @@ class OrderManager(RunHooks):
             return None
         if not fresh:
             intent = renewed(intent, self.book.state, tick, self._rules)
-            target = intent.target
-            entry = entry_of(target.position) if isinstance(target, Holding) else None
-            entry = target.entry if isinstance(target, Resting) else entry
-            if entry is None:
+            if isinstance(intent.target, Flat):
                 return None
-            signal = as_signal(entry)
+            signal = intent.target.entry.signal
             try:
                 check_signal(signal, self._rules.identity, tick.price, tick.when_ms, settings)
             except UserError as error:
@@ -578,12 +574,11 @@ class OrderManager(RunHooks):
         target = intent.target
         if isinstance(target, Flat):
             return ()
-        entry = entry_of(target.position) if isinstance(target, Holding) else target.entry
         rejected = RiskRejected(
             identity=self._rules.identity,
             when_ms=self._run_state.tick.when_ms,
             price=self._run_state.tick.price,
-            signal=as_signal(entry),
+            signal=target.entry.signal,
             risk_name=risk_name,
             reason=reason,
         )

@@ -24,7 +24,7 @@ from backtest_kit.model.event import (
     PositionOpened,
 )
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.model.position import CloseReason, Entry, Execution, Position, RestingEntry, Trade, shared
+from backtest_kit.model.position import CloseReason, Entry, Execution, Position, RestingEntry, Trade
 
 ENTRIES: Final = ("open", "place")
 """Orders that put money at risk and that can be let be."""
@@ -100,7 +100,7 @@ def intended(
         signal_id=held.signal_id,
         identity=rules.identity,
         when_ms=tick.when_ms,
-        direction=held.position,
+        direction=held.side,
         price=price,
         cost=cost,
         quantity=quantity,
@@ -222,9 +222,7 @@ def renewed(intent: Intent, before: State, tick: Tick, rules: Rules) -> Intent:
         order = msgspec.structs.replace(order, price=tick.price)
     target, events = intent.target, tuple(_at(event, tick) for event in intent.events)
     if order.kind == "open" and isinstance(target, Holding):
-        position = open_position(
-            msgspec.structs.replace(entry_of(target.position), price_open=tick.price), tick.when_ms, rules.settings
-        )
+        position = open_position(target.position.entry.at(tick.price), tick.when_ms, rules.settings)
         target, events = _with_position(target, position, events)
     elif order.kind == "close" and isinstance(before, Holding):
         events = tuple(_closed_by(event, before.position, tick.price, tick.when_ms, rules, None) for event in events)
@@ -233,12 +231,6 @@ def renewed(intent: Intent, before: State, tick: Tick, rules: Rules) -> Intent:
 
 def _at(event: Lasting, tick: Tick) -> Lasting:
     return msgspec.structs.replace(event, when_ms=tick.when_ms, price=tick.price)
-
-
-def entry_of(position: Position) -> RestingEntry:
-    """The entry that a position with one entry came from."""
-    first = position.entries[0]
-    return RestingEntry(**{**shared(position, RestingEntry), "price_open": first.price, "cost": first.cost})
 
 
 def judged(order: Order, report: OrderReport) -> Literal["done", "undone", "open"]:
@@ -284,7 +276,7 @@ def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tu
 def _execution(order: Order, fill: Fill | None, known: Execution | None = None) -> Execution:
     """How an order went; without a fill as it was `known`, and at least under which id."""
     if fill is not None:
-        known = Execution(**shared(fill, Execution))
+        known = fill.execution
     known = known or Execution()
     client_order_ids = known.client_order_ids or (order.client_order_id,)
     return msgspec.structs.replace(known, client_order_ids=client_order_ids)
@@ -301,7 +293,7 @@ def _as_decided(order: Order, fill: Fill) -> Fill:
 
 def _too_late(order: Order, before: Resting, fill: Fill, rules: Rules) -> tuple[State, tuple[Event, ...]]:
     """An entry that was to be cancelled and was filled instead: the position is open."""
-    entry = msgspec.structs.replace(before.entry, price_open=fill.price, cost=fill.cost or before.entry.cost)
+    entry = before.entry.at(fill.price, fill.cost)
     position = open_position(entry, order.when_ms, rules.settings, _execution(order, fill))
     opened = PositionOpened(identity=order.identity, when_ms=order.when_ms, price=order.price, position=position)
     return Holding(position, before.last_slot_ms), (opened,)
@@ -318,8 +310,7 @@ def _filled(order: Order, position: Position, fill: Fill | None, rules: Rules) -
         part = msgspec.structs.replace(last, execution=execution)
         return msgspec.structs.replace(position, **{name: (*earlier, part)})
     if order.kind in ("open", "activate"):
-        entry = msgspec.structs.replace(entry_of(position), price_open=fill.price, cost=fill.cost or last.cost)
-        return open_position(entry, position.opened_at_ms, rules.settings, execution)
+        return open_position(position.entry.at(fill.price, fill.cost), position.opened_at_ms, rules.settings, execution)
     if order.kind == "add":
         bought = Entry(fill.price, fill.cost or last.cost, last.timestamp, execution)
         return msgspec.structs.replace(position, entries=(*earlier, bought))
@@ -367,7 +358,7 @@ def closed(
     state: Holding, reason: CloseReason, price: float, tick: Tick, rules: Rules, fill: Fill | None = None
 ) -> tuple[Flat, tuple[Event, ...]]:
     """A position that the venue has closed by itself."""
-    execution = None if fill is None else Execution(**shared(fill, Execution))
+    execution = None if fill is None else fill.execution
     note = state.closing or ""
     trade: Trade = close_trade(state.position, reason, price, tick.when_ms, rules.settings, note, execution)
     event = PositionClosed(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, trade=trade)
@@ -384,8 +375,7 @@ def cancelled(state: Resting, tick: Tick, rules: Rules) -> tuple[Flat, tuple[Eve
 
 def activated(state: Resting, fill: Fill, tick: Tick, rules: Rules) -> tuple[Holding, tuple[Event, ...]]:
     """An entry that the venue has filled."""
-    entry = msgspec.structs.replace(state.entry, price_open=fill.price, cost=fill.cost or state.entry.cost)
-    position = open_position(entry, tick.when_ms, rules.settings, Execution(**shared(fill, Execution)))
+    position = open_position(state.entry.at(fill.price, fill.cost), tick.when_ms, rules.settings, fill.execution)
     event = PositionOpened(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, position=position)
     return Holding(position, state.last_slot_ms), (event,)
 

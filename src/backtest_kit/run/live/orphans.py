@@ -16,8 +16,9 @@ from backtest_kit.engine.step import Flat, Holding
 from backtest_kit.errors import Conflict
 from backtest_kit.model.event import Event, OrphanFound, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.model.position import Direction, RestingEntry
+from backtest_kit.model.position import RestingEntry
 from backtest_kit.model.price import price_text
+from backtest_kit.model.signal import Direction, Signal
 from backtest_kit.persist.store import Key
 from backtest_kit.run.live.alarms import words_of
 from backtest_kit.run.live.ledger import PositionState
@@ -361,19 +362,18 @@ def adopted(
     identity, tick, settings = run_state.rules.identity, run_state.tick, run_state.rules.settings
     price = orphan.price_open or tick.price
     entry = RestingEntry(
-        signal_id=signal_id,
-        symbol=identity.symbol,
-        strategy_name=identity.strategy_name,
-        exchange_name=identity.exchange_name,
-        frame_name=identity.frame_name,
-        position=orphan.direction,
-        price_open=price,
-        price_take_profit=take,
-        price_stop_loss=stop,
-        minutes=float(settings.CC_MAX_SIGNAL_LIFETIME_MINUTES),
-        cost=orphan.quantity * price,
+        identity=identity,
+        signal=Signal(
+            orphan.direction,
+            take,
+            stop,
+            price_open=price,
+            minutes=float(settings.CC_MAX_SIGNAL_LIFETIME_MINUTES),
+            cost=orphan.quantity * price,
+            note="found on the exchange",
+            id=signal_id,
+        ),
         scheduled_at_ms=tick.when_ms,
-        note="found on the exchange",
     )
     position = open_position(entry, tick.when_ms, settings)
     event = PositionOpened(identity=identity, when_ms=tick.when_ms, price=tick.price, position=position)

@@ -111,7 +111,7 @@ def _quantities(state: State) -> tuple[float, ...]:
     held = _held(state)
     if held is None:
         return (0.0,)
-    sign = 1.0 if held.position == "long" else -1.0
+    sign = 1.0 if held.side == "long" else -1.0
     if isinstance(held, RestingEntry):
         return 0.0, sign * held.cost / held.price_open
     return (sign * remaining_cost(held.entries, held.reductions) / effective_price(held.entries, held.reductions),)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backtest_kit.errors import Damaged
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Position, RestingEntry
 from backtest_kit.model.signal import Signal

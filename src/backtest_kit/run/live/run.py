@@ -592,7 +592,7 @@ def _words(found: Recovered) -> str:
     identity = found.identity
     held = "no position"
     if found.position is not None:
-        held = f"a {found.position.position} position opened {iso(found.position.opened_at_ms)}"
+        held = f"a {found.position.side} position opened {iso(found.position.opened_at_ms)}"
     elif found.entry is not None:
         held = f"an entry resting since {iso(found.entry.scheduled_at_ms)}"
     down = f", after {found.down_ms // MINUTE_MS} minutes in which nobody watched" if found.down_ms else ""

@@ -36,7 +36,8 @@ from backtest_kit.events import EventBus
 from backtest_kit.market.clock import SystemClock
 from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.repair import DirtyRule
-from backtest_kit.model.event import Event, Identity, Mode
+from backtest_kit.model.event import Event
+from backtest_kit.model.identity import Identity, Mode
 from backtest_kit.model.interval import interval_ms
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.binding import Persistence

@@ -9,8 +9,9 @@ import msgspec
 
 from backtest_kit.engine.pnl import effective_price, profit
 from backtest_kit.engine.step import Flat, Holding
-from backtest_kit.model.event import Identity
-from backtest_kit.model.position import Direction, Position, RestingEntry
+from backtest_kit.model.identity import Identity
+from backtest_kit.model.position import Position, RestingEntry
+from backtest_kit.model.signal import Direction
 from backtest_kit.run.live.run import LiveRun
 
 
@@ -78,22 +79,22 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         held = {"next_decision_ms": max(run.next_ms, slot_ends)}
     elif isinstance(state, Holding):
         position = state.position
-        pct, cost = profit(position.position, position.entries, position.reductions, tick.price, job.settings)
+        pct, cost = profit(position.side, position.entries, position.reductions, tick.price, job.settings)
         held = {
             "position": position,
-            "direction": position.position,
+            "direction": position.side,
             "price_open": effective_price(position.entries, position.reductions),
             "pnl_pct": pct,
             "pnl_cost": cost,
-            **_distances(position.position, tick.price, position.take_profit, position.stop_loss),
+            **_distances(position.side, tick.price, position.take_profit, position.stop_loss),
         }
     else:
         entry = state.entry
         held = {
             "entry": entry,
-            "direction": entry.position,
+            "direction": entry.side,
             "price_open": entry.price_open,
-            **_distances(entry.position, tick.price, entry.price_take_profit, entry.price_stop_loss),
+            **_distances(entry.side, tick.price, entry.price_take_profit, entry.price_stop_loss),
         }
     return LiveStatus(
         identity=job.identity,

@@ -19,7 +19,8 @@ from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.price import resample
 from backtest_kit.market.repair import DirtyRule, dirty_rule
 from backtest_kit.model.candle import CandleSeries
-from backtest_kit.model.event import Event, Identity, RunDone, RunFailed
+from backtest_kit.model.event import Event, RunDone, RunFailed
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import (
     CANDLE_INTERVALS,
     DAY_MS,

@@ -20,11 +20,11 @@ from backtest_kit.model.event import (
     EntryCancelled,
     EntryScheduled,
     Event,
-    Identity,
     PositionClosed,
     PositionOpened,
     Progress,
 )
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Trade
 from backtest_kit.records import RunRecords
