@@ -81,6 +81,5 @@ def facts(events: list[bk.Event]) -> dict[Any, Any]:
     for event in events:
         if isinstance(event, LASTING):
             fields = without_orders(msgspec.to_builtins(event))
-            held = fields.get("position") or fields.get("entry") or fields.get("trade")
-            found[event.action, event.when_ms, held["signalId"]] = fields
+            found[event.action, event.when_ms, event.entry.signal_id] = fields
     return found
