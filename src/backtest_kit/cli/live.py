@@ -19,7 +19,7 @@ from backtest_kit.engine.step import Fill
 from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.event import Event, Mode
 from backtest_kit.model.position import Trade
-from backtest_kit.persist.diagnosis import Status
+from backtest_kit.persist.upkeep import Status
 from backtest_kit.run.live import LiveHandle, signals_stop
 from backtest_kit.run.orphans import OrphanPolicy
 from backtest_kit.run.replay import Gaps
