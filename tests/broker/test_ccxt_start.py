@@ -105,7 +105,9 @@ async def test_the_kind_of_market_must_be_the_broker_s(bench: MakeBench) -> None
     venue = await bench("spot")
     everything = {"fetchMarkets": {"types": ["spot", "linear"]}}
     broker = await venue.broker(options=everything)
-    with pytest.raises(UserError, match=r"BTC/USDT:USDT is no spot market: use CcxtBroker\(\.\.\., market='futures'\)"):
+    with pytest.raises(
+        UserError, match=r"BTC/USDT:USDT is not a spot market: use CcxtBroker\(\.\.\., market='futures'\)"
+    ):
         await broker.holdings(["BTC/USDT:USDT"])
 
 

@@ -145,5 +145,7 @@ def terms(trades: list[Any]) -> list[Any]:
         begin = position["entry"]["signal"]["position"], position["openedAtMs"]
         costs = [entry["cost"] for entry in position["entries"]]
         extremes = position["peak"]["pnlPct"], position["fall"]["pnlPct"]
-        found.append(([*begin, *(trade[name] for name in exact)], [*(trade[name] for name in close), *costs, *extremes]))
+        found.append(
+            ([*begin, *(trade[name] for name in exact)], [*(trade[name] for name in close), *costs, *extremes])
+        )
     return found

@@ -37,7 +37,7 @@ from backtest_kit.venue.orders import Kind
 T = TypeVar("T")
 
 _AWAY_S: Final = 30.0
-"""How long who waits for the time bears a venue that does not answer."""
+"""How long a wait for the time tolerates a venue that does not answer."""
 _ASK_AGAIN_S: Final = 0.1
 
 
@@ -45,7 +45,7 @@ def connect(url: str) -> VenueClient:
     """A client of the venue at `url`. Nothing is dialled yet.
 
     Raises:
-        UserError: `url` is no address of http.
+        UserError: `url` is not an http address.
     """
     if not url.startswith("http://"):
         raise UserError(f"url is {url!r}: give the address that the venue shows, like 'http://127.0.0.1:8899'")
@@ -63,8 +63,8 @@ class VenueClient:
         return VenueSource(self.url)
 
     def clock(self, name: str = "bot", *, sleepers: int = 1) -> Clock:
-        """The venue's time. Where it is stepped, it waits for `name` from the start on: until that many of his
-        tasks sleep, and for ever if he has died, until he starts again."""
+        """The venue's time. A stepped venue waits for the bot `name` from its start on, until that many of its tasks
+        sleep; if the bot has died, until it starts again."""
         return VenueClock(self.url, name, sleepers)
 
     def broker(self, account: str = API_KEY, *, kind: Kind = "futures", fill_at: FillAt = "venue") -> Broker:
@@ -110,28 +110,28 @@ class VenueClock:
         self._http = HttpClient(url)
         self._me = {"name": name, "sleepers": sleepers}
         self._speed = 0.0
-        self._told_ms = 0
-        self._told_s = 0.0
+        self._heard_ms = 0
+        self._heard_s = 0.0
         self._latest_ms = 0
 
     def now_ms(self) -> int:
-        if not self._told_ms:
+        if not self._heard_ms:
             raise UserError(f"the clock of the venue at {self._http.url} is not started: await clock.start() first")
-        elapsed_ms = (time.monotonic() - self._told_s) * 1000 * self._speed
-        self._latest_ms = max(self._latest_ms, self._told_ms + int(elapsed_ms))
+        elapsed_ms = (time.monotonic() - self._heard_s) * 1000 * self._speed
+        self._latest_ms = max(self._latest_ms, self._heard_ms + int(elapsed_ms))
         return self._latest_ms
 
     async def start(self) -> None:
-        self._hear(await self._ask("POST", "/sim/clock/join", self._me))
+        self._synchronize(await self._ask("POST", "/sim/clock/join", self._me))
 
     async def stop(self) -> None:
         try:
-            if self._told_ms:
+            if self._heard_ms:
                 await self._ask("POST", "/sim/clock/leave", {"name": self._me["name"]})
         except RetryLater:
-            pass  # a venue that has gone waits for nobody
+            pass  # a venue that has gone waits for no bot
         finally:
-            self._told_ms = 0
+            self._heard_ms = 0
 
     async def sleep_until(self, when_ms: int) -> None:
         await asyncio.sleep(0)
@@ -141,7 +141,7 @@ class VenueClock:
                 if away_since_s is not None:
                     await self.start()
                 name = quote(str(self._me["name"]), safe="")
-                self._hear(await self._ask("GET", f"/sim/clock/wait?until={when_ms}&name={name}"))
+                self._synchronize(await self._ask("GET", f"/sim/clock/wait?until={when_ms}&name={name}"))
                 away_since_s = None
             except RetryLater:
                 away_since_s = away_since_s or time.monotonic()
@@ -149,9 +149,9 @@ class VenueClock:
                     raise
                 await asyncio.sleep(_ASK_AGAIN_S)
 
-    def _hear(self, told: dict[str, Any]) -> None:
-        self._told_ms, self._told_s = int(told["nowMs"]), time.monotonic()
-        self._speed = float(told.get("speed", self._speed))
+    def _synchronize(self, answer: dict[str, Any]) -> None:
+        self._heard_ms, self._heard_s = int(answer["nowMs"]), time.monotonic()
+        self._speed = float(answer.get("speed", self._speed))
 
     async def _ask(self, method: str, path: str, value: Any = None) -> dict[str, Any]:
         status, body = await self._http.ask(method, path, value, timeout_s=None)
@@ -289,11 +289,11 @@ _SECTIONS: Final = {
 
 
 def ccxt_options(url: str, exchange_class: Any) -> dict[str, Any]:
-    """The options with which ccxt's `binance` or `binanceusdm` talks to the venue at `url`, and to nobody else.
+    """The options with which ccxt's `binance` or `binanceusdm` talks to the venue at `url`, and to no other address.
 
         client = ccxt.async_support.binanceusdm(ccxt_options("http://127.0.0.1:8899", ccxt.async_support.binanceusdm))
 
-    ccxt tells the error codes of spot and futures apart by Binance's own addresses: here they come with the options.
+    ccxt distinguishes the error codes of spot and futures by Binance's addresses, so they are passed as options.
     """
     described = exchange_class().describe()
     codes = described["exceptions"]["linear" if described["id"] == "binanceusdm" else "spot"]["exact"]

@@ -1,4 +1,4 @@
-"""`BrokerDesk`: does at a venue what a broker is told by the engine, one whole operation at a time.
+"""`BrokerDesk`: carries out a broker's operations at a venue, one whole operation at a time.
 
 The orders of a position are a group, named by the id of its entry: what opens it, adds, reduces, protects it.
 """
@@ -81,7 +81,7 @@ class BrokerDesk:
                 return Answer(failed.problem, 409)
             except Refused as refused:
                 if refused.reason == "duplicate_id":
-                    # Perhaps this very order, sent twice on the way: whoever asks for it finds out.
+                    # Perhaps this very order, sent twice on the way: a look-up finds out.
                     return Answer(Problem("transient", str(refused), "UNKNOWN"), 409)
                 return Answer(Problem("rejected", str(refused)), 409)
 
@@ -362,8 +362,8 @@ class _Job:
         return sum((order.filled_cost for order in entries), ZERO) / sum((order.filled for order in entries), ZERO)
 
     def _closing_fill(self, group: str) -> Fill | None:
-        """Of the last order that took something out of the group, its own or somebody else's. A group without an order
-        that opens was adopted: somebody else's count since then."""
+        """The fill of the last order that took something out of the group, its own or a foreign one. A group without an
+        entry was adopted: foreign orders count since then."""
         mine = [order for order in self._of_account() if order.group == group and order.filled]
         opened = [order for order in mine if not order.reduce_only]
         if not opened and not self._wish.since_ms:

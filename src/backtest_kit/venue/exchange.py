@@ -171,7 +171,7 @@ class Exchange:
         return order
 
     def fill_reference(self, account: str, client_order_id: str, price: Decimal, quantity: Decimal) -> VenueOrder:
-        """Fill a reference order at a price that is told.
+        """Fill a reference order at a given price.
 
         Raises:
             Refused: unknown, not open, or no reference order.

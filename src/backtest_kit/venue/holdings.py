@@ -1,4 +1,4 @@
-"""What an account holds of a symbol, as a broker lists it: told apart by the groups of its orders."""
+"""What an account holds of a symbol, as a broker lists it, assigned to signals by the groups of its orders."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ Kind = Literal["spot", "futures"]
 Side = Literal["buy", "sell"]
 OrderType = Literal["market", "limit", "stop", "stop_limit", "take", "take_limit", "reference"]
 """`stop` and `take` become market orders at their trigger, `stop_limit` and `take_limit` limit orders. A
-`reference` order never meets the market: it rests until it is told at what price it is filled."""
+`reference` order never meets the market: it rests until it is filled at a given price."""
 OrderStatus = Literal["new", "partly_filled", "filled", "cancelled", "expired"]
 Reason = Literal[
     "unknown_symbol",

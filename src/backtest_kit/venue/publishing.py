@@ -173,4 +173,4 @@ GARBLES: Final[dict[str, Callable[[list[Row], Row], None]]] = {
 """Ways to serve a candle wrong: a price that is missing or not a number, a high below the low, a price of 0; the row
 twice, or followed by one that contradicts it; 20 seconds off the grid; before the row of the minute before."""
 LOST: Final = frozenset({"none", "nan", "crossed", "zero"})
-"""Those of `GARBLES` that nobody can make a candle of."""
+"""The kinds of `GARBLES` that no reader can turn into a candle."""

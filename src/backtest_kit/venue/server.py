@@ -6,7 +6,7 @@ Under `/sim/` is control, where nothing goes wrong on purpose:
 - `GET /sim/clock`, `POST /sim/clock/advance` {byMs | toMs}, `POST /sim/clock/join` and `/leave` {name, sleepers},
   `GET /sim/clock/wait?until=MS&name=NAME`: answers when the time is there
 - `GET`, `POST` and `DELETE /sim/faults`
-- `POST /sim/trade` {kind, account, symbol, side, quantity}: somebody else trades on the account by hand;
+- `POST /sim/trade` {kind, account, symbol, side, quantity}: a trade by hand on the account;
   `POST /sim/cancel` {kind, account, clientOrderId}: or cancels an order
 """
 
@@ -40,7 +40,7 @@ _SECRET_PARAMS: Final = frozenset({"signature", "timestamp", "recvWindow"})
 
 
 class Trade(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
-    """What somebody else trades."""
+    """A trade by hand, outside of any bot."""
 
     symbol: str
     side: Side
@@ -50,7 +50,7 @@ class Trade(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=T
 
 
 class Cancellation(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
-    """What somebody else cancels."""
+    """A cancellation by hand, outside of any bot."""
 
     client_order_id: str
     kind: Kind = "futures"
@@ -120,7 +120,7 @@ class VenueServer:
         await self.venue.stop()
 
     async def _tick(self) -> None:
-        """Let each minute happen as it closes, also while nobody asks."""
+        """Match each minute as it closes, also while no request comes."""
         clock = self.venue.clock
         while True:
             await clock.sleep_until(floor_ms(clock.now_ms(), MINUTE_MS) + MINUTE_MS)

@@ -24,7 +24,7 @@ from backtest_kit.venue.publishing import Publishing, Row, plain_rows
 _PAGE: Final = 500
 """Minutes that are asked of an exchange at once."""
 _PAUSE_S: Final = 1.0
-"""How long nobody asks again for a minute that an exchange does not show yet."""
+"""How long to wait before asking again for a minute that an exchange does not show yet."""
 KINDS: Final[tuple[Kind, ...]] = ("spot", "futures")
 
 
@@ -113,7 +113,7 @@ class Venue:
 
     @asynccontextmanager
     async def at_now(self) -> AsyncIterator[int]:
-        """One moment: nobody else does anything in the block, and what is done in it is kept at its end."""
+        """One moment: nothing else happens during the block, and what it did is journalled at its end."""
         async with self._turn:
             now_ms = self.clock.now_ms()
             await self._settle(now_ms)
