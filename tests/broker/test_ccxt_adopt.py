@@ -13,8 +13,8 @@ from backtest_kit.model.event import PositionOpened
 from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.store import Key
-from backtest_kit.run.live.ledger import PositionState
 from backtest_kit.run.live.orphans import OrphanGuard
+from backtest_kit.run.live.position_state import PositionState
 from backtest_kit.run.run_state import RunState
 from backtest_kit.settings import Settings
 

@@ -228,7 +228,7 @@ async def test_lines_of_json_tell_every_event_and_every_minute(stage: Stage) -> 
     kinds = {each["action"] for each in documents}
     assert {"note", "recovered", "opened", "active", "status", "done"} <= kinds
     opened = next(each for each in documents if each["action"] == "opened")
-    assert opened["symbol"] == opened["position"]["symbol"] == "BTCUSDT"
+    assert opened["symbol"] == opened["position"]["entry"]["identity"]["symbol"] == "BTCUSDT"
     assert opened["when"] == "2024-06-01T10:00Z"
 
 

@@ -15,8 +15,8 @@ from backtest_kit.engine.step import Flat, Holding, Resting, State
 from backtest_kit.model.identity import Identity
 from backtest_kit.model.position import RestingEntry
 from backtest_kit.model.signal import Direction
-from backtest_kit.run.live.ledger import PositionState
 from backtest_kit.run.live.orders import Intent
+from backtest_kit.run.live.position_state import PositionState
 from backtest_kit.run.live.reconcile import Difference, Known, compare, known_of
 from backtest_kit.settings import Settings
 

@@ -43,17 +43,17 @@ Act = Callable[[State], tuple[State, tuple[Event, ...]]]
 Raises `commands.Refused` where the state or the market does not allow it."""
 
 
-class Books(Protocol):
-    """Where a run that may be killed writes down what is done, before it is done."""
+class Executor(Protocol):
+    """Carries out changes of state in a run that may be killed."""
 
-    async def settle(self, act: Act, command: Change | None = None) -> tuple[Event, ...]:
-        """Do `act`: write it down, have the venue do its part, and set the state. Returns what happened.
+    async def execute(self, act: Act, command: Change | None = None) -> tuple[Event, ...]:
+        """Do `act`: write it down, have the exchange do its part, and set the state. Returns what happened.
 
         `command` says which of the commands that change a position it is, if one. Given again after a crash, because
         its minute is gone through again, it is not carried out twice.
 
         Raises:
-            commands.Refused: `act` was not possible, or the venue refused it.
+            commands.Refused: `act` was not possible, or the exchange refused it.
         """
         ...
 
@@ -61,19 +61,19 @@ class Books(Protocol):
 class RunState:
     """The state of one run, the minute it is at, and what commands have caused since the last look."""
 
-    __slots__ = ("books", "events", "rules", "state", "tick")
+    __slots__ = ("events", "executor", "rules", "state", "tick")
 
-    def __init__(self, rules: Rules, books: Books | None = None) -> None:
+    def __init__(self, rules: Rules, executor: Executor | None = None) -> None:
         self.rules = rules
-        self.books = books
+        self.executor = executor
         self.state: State = Flat()
         self.tick = Tick(0, 0.0, 0.0, 0.0, 0.0, 0.0)
         self.events: list[Event] = []
 
     async def apply(self, act: Act, command: Change | None = None) -> tuple[Event, ...]:
-        """Change the state, and return what happened: at once, or as the books have it."""
-        if self.books is not None:
-            return await self.books.settle(act, command)
+        """Change the state, and return what happened."""
+        if self.executor is not None:
+            return await self.executor.execute(act, command)
         self.state, events = act(self.state)
         return events
 

@@ -392,7 +392,7 @@ def signal_id_of(state: State) -> str:
     return state.entry.signal_id if isinstance(state, Resting) else state.last_signal_id
 
 
-def told_of(intent: Intent, state: State) -> tuple[Lasting, ...]:
+def events_of(intent: Intent, state: State) -> tuple[Lasting, ...]:
     """What has happened, where the outcome of an intent was written down already."""
     if isinstance(state, Holding):
         return _with_position(state, state.position, intent.events)[1]

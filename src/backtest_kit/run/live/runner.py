@@ -257,7 +257,7 @@ class LiveRunner:
             except asyncio.CancelledError:
                 if not handle.task.cancelled():
                     raise
-                return tuple(handle._run.order_manager.trades)
+                return tuple(handle._run.hooks.trades)
 
         async def leave() -> None:
             with suppress(BacktestKitError):  # the end of the run has told of it
@@ -357,7 +357,7 @@ class LiveRunner:
 
         async def main() -> tuple[Trade, ...]:
             await run.live()
-            return tuple(run.order_manager.trades)
+            return tuple(run.hooks.trades)
 
         running[run] = None
         task = loop.create_task(main(), name=f"{identity.mode} {identity.strategy_name} {identity.symbol}")

@@ -71,7 +71,7 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
-    book, state, tick = run.order_manager.book, run.run_state.state, run.run_state.tick
+    now, state, tick = run.position_store.position_state, run.run_state.state, run.run_state.tick
     job, lease = run.job, run.lease
     held: dict[str, Any] = {}
     if isinstance(state, Flat):
@@ -101,11 +101,11 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         when_ms=run.when_ms,
         next_ms=run.next_ms,
         price=tick.price,
-        under_way="" if book.intent is None else book.intent.order.client_order_id,
-        paused=book.paused,
-        stopping=run.order_manager.stopping,
+        under_way="" if now.intent is None else now.intent.order.client_order_id,
+        paused=now.paused,
+        stopping=run.flags.stopping,
         degraded=run.position_store.degraded,
-        no_entry=run.order_manager.no_entry if run.began.is_set() else "",
+        no_entry=run.flags.no_entry if run.began.is_set() else "",
         written_ms=run.position_store.written_ms,
         holder="" if lease is None else str(lease.holder),
         held=lease is not None and lease.held,
@@ -116,7 +116,7 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         missed=run.missed.total,
         gaps_filled=run.candles.filled,
         repairs=run.candles.repairs,
-        trades=len(run.order_manager.trades),
+        trades=len(run.hooks.trades),
         **held,
     )
 

@@ -122,19 +122,19 @@ class Replay(RunHooks):
             when_ms = until_ms
             if self._seat is not None:
                 await self._seat.turn(when_ms)
-            told: list[Event] = []
-            await minute.act(wanted, told, since_ms=since_ms)
+            happened: list[Event] = []
+            await minute.act(wanted, happened, since_ms=since_ms)
             if Progress in wanted:
-                await self._tell_progress()
-            if told:
-                await self._records.observe(told)
-            for event in told:
+                await self._publish_progress()
+            if happened:
+                await self._records.observe(happened)
+            for event in happened:
                 yield event
             if time.perf_counter() >= turn_ends:
                 await self._records.take_breath()
                 turn_ends = time.perf_counter() + _LONGEST_TURN_S
 
-    def account(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         if isinstance(event, PositionClosed):
             self._control.trades.append(event.trade)
         if self._seat is None:
@@ -146,7 +146,7 @@ class Replay(RunHooks):
         elif isinstance(event, PositionClosed | EntryCancelled):
             self._seat.release()
 
-    async def _tell_progress(self) -> None:
+    async def _publish_progress(self) -> None:
         frame, when_ms = self._job.frame, self._run_state.tick.when_ms
         fraction = (when_ms - frame.start_ms) / (frame.stop_ms - frame.start_ms)
         if int(fraction * 100) > self._percent:

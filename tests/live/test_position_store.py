@@ -22,7 +22,7 @@ from backtest_kit.persist import crashpoints
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.wrapper import AdapterStore
 from backtest_kit.run.live.emergency import SIZE, EmergencyFile
-from backtest_kit.run.live.ledger import Ledger, PositionState
+from backtest_kit.run.live.position_state import PositionState
 from backtest_kit.run.live.position_store import PositionStore
 
 MONEY = ("signal", "schedule", "strategy", "partial", "breakeven", "risk")
@@ -191,16 +191,15 @@ def test_the_emergency_file_keeps_what_is_held_however_much_waits_for_the_record
         for text in texts
     )
     file = EmergencyFile(tmp_path / "reserve")
-    ledger: Any = Ledger(None, "live", SCOPE)  # type: ignore[arg-type]
-    nobody: Any = None
-    position_store = PositionStore(ledger, nobody, file, nobody)
+    unused: Any = None
+    position_store = PositionStore(unused, identity, SCOPE, (), 0, file, unused)
     file.open()
     file.write(position_store._sealed(PositionState(state=Resting(entry, START), outbox=outbox, owner="me", seq=1)))
     kept = file.read()
     file.close()
     assert kept is not None
-    book = position_store._newer(kept)
-    assert book is not None
-    assert book.state == Resting(entry, START)
-    assert book.outbox == outbox[-len(book.outbox) :]
-    assert book.outbox
+    found = position_store._newer(kept)
+    assert found is not None
+    assert found.state == Resting(entry, START)
+    assert found.outbox == outbox[-len(found.outbox) :]
+    assert found.outbox
