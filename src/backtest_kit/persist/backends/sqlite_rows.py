@@ -231,7 +231,7 @@ def apply(changes: Sequence[Change], connection: sqlite3.Connection) -> list[Rec
     """Judge every write before the first is done, so that a refused one has changed nothing."""
     records, rows = [], []
     for write, name, value in changes:
-        first_wins = write.contract.write_rule is WriteRule.FIRST_WINS
+        first_wins = write.contract.write_rule is not WriteRule.REPLACE
         current = read(write.contract, name, write.key, connection, unseal if first_wins else unseal_head)
         if isinstance(current, Suspect):
             return current
