@@ -37,8 +37,8 @@ class WriteRule(Enum):
     FIRST_WINS = "first write wins"
     REPLACE = "replace"
     APPEND = "append"
-    """Ids are unique by construction, so a store need not look for one. Only a write whose outcome is unknown is
-    repeated: of those a store recognises the recent ones, as under `FIRST_WINS`."""
+    """There is no second write: the writer gives every record a key of its own, and a store need not look for it. One
+    that finds it all the same keeps the first."""
 
 
 class Delete(Enum):
