@@ -47,7 +47,7 @@ class Connection(Protocol):
     def execute(self, statement: str, parameters: Sequence[Any] = ..., /) -> Any: ...
 
 
-class Dialect(NamedTuple):
+class Dialect(msgspec.Struct, frozen=True, kw_only=True):
     """In what one SQL database differs from another. Statements are written with `?`."""
 
     parameter: str
@@ -399,7 +399,10 @@ class Rows:
         )
 
     def check(self, after: int, connection: Connection, *, money_only: bool = False) -> tuple[int, list[Finding]]:
-        """What is wrong in the next rows behind number `after`, and the number of the last one; 0 behind the end."""
+        """What is wrong in the next rows behind number `after`, and the number of the last one; 0 behind the end.
+
+        What is in quarantine is left out.
+        """
         wanted = (
             [row.name for row in ALL_CONTRACTS.values() if row.durability is Durability.MONEY] if money_only else []
         )
@@ -415,7 +418,12 @@ class Rows:
                 _open(contract, name, None, row)
             except Suspect as suspect:
                 found.append(Finding(path_to(suspect.name), str(suspect)))
-        return (rows[-1][0] if rows else 0), found
+        known = {item.path for item in self.list_quarantine(connection)} if found else set()
+        return (rows[-1][0] if rows else 0), [finding for finding in found if finding.path not in known]
+
+    def check_quarantine(self, connection: Connection) -> list[Finding]:
+        kept = self.list_quarantine(connection)
+        return [Finding(item.path, f"in quarantine, its key is blocked: {item.reason}") for item in kept]
 
     def list_quarantine(self, connection: Connection) -> list[Quarantined]:
         rows = connection.execute(

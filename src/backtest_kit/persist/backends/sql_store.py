@@ -271,14 +271,10 @@ class SqlStore:
         await self._database.write(partial(self._rows.forget, self._namespace))
 
     async def check(self, *, deep: bool = False) -> list[Finding]:
-        found = [
-            Finding(item.path, f"in quarantine, its key is blocked: {item.reason}")
-            for item in await self._database.read(self._rows.list_quarantine)
-        ]
-        known, last = {finding.path for finding in found}, 0
+        found, last = await self._database.read(self._rows.check_quarantine), 0
         while True:
             last, part = await self._database.read(partial(self._rows.check, last))
-            found += [finding for finding in part if finding.path not in known]
+            found += part
             if not last:
                 return sorted(found, key=lambda finding: finding.path)
 

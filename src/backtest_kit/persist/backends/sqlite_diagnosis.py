@@ -43,21 +43,19 @@ def examine_connection(connection: sqlite3.Connection) -> list[Reading]:
     return [*readings, Reading("journal", Status.WEAK, f"journal_mode is {mode}, not WAL", remedy)]
 
 
-def examine_contents(file: SqliteFile, connection: sqlite3.Connection) -> Reading:
+def examine_contents(file: SqliteFile, connection: sqlite3.Connection, subject: str = "contents") -> Reading:
     """Whether the database and every record of money class in it are sound. Reads the whole file.
 
     What is in quarantine is not reported here once more.
     """
-    known = {item.path for item in file.rows.list_quarantine(connection)}
     found, last = file.check_integrity(connection), 0
     while not found:
-        last, part = file.rows.check(last, connection, money_only=True)
-        found = [finding for finding in part if finding.path not in known]
+        last, found = file.rows.check(last, connection, money_only=True)
         if not last:
-            return Reading("contents", Status.OK, "every index and every record of money class is sound")
+            return Reading(subject, Status.OK, "every index and every record of money class is sound")
     shown = "; ".join(f"{each.path}: {each.problem}" for each in found[:3]) + "; ..." * (len(found) > 3)
     remedy = "see all of it with backtest-kit store check, and restore a copy of the file"
-    return Reading("contents", Status.FAULT, f"damaged: {shown}", remedy)
+    return Reading(subject, Status.FAULT, f"damaged: {shown}", remedy)
 
 
 def examine_write_lock(path: Path) -> Reading:

@@ -111,9 +111,7 @@ class SqliteFile:
 
     def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Do `work`, which only selects. Unless `existing`, the file has been made by `transaction` before."""
-        if self._reader is None:
-            self._reader = self._open_to_look() if self._existing else self._connect()
-            self._reader.execute("PRAGMA query_only = ON")
+        self._reader = self._reader or self._open_reader()
         try:
             return work(self._reader)
         except FAILURES as error:
@@ -134,6 +132,15 @@ class SqliteFile:
         """What SQLite finds: pages, the order in each tree, every row in every index and nothing else in them."""
         rows = connection.execute("PRAGMA integrity_check").fetchall()
         return [Finding("the database", text) for (text,) in rows if text != "ok"]
+
+    def is_made(self) -> bool:
+        """Whether there is something to read, or a mark that knows of something. Makes nothing."""
+        if not self.path.is_file():
+            return False
+        if not self.path.stat().st_size:
+            return self._mark.read() is not None
+        with self._brief(self._connect_to_look()) as connection:
+            return not self._check_owner(connection)
 
     # -- the high-water mark -------------------------------------------------------------------------
 
@@ -233,13 +240,19 @@ class SqliteFile:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         connection.execute("BEGIN")
-        self._check_owner(connection)
+        is_empty = self._check_owner(connection)
         connection.execute("COMMIT")
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise UserError(f"{self.path} is on a file system without shared memory for WAL: use a local disk")
+        if is_empty:
+            self._make_schema(connection)
+        # The identity must be in the database itself: with a damaged log, it would else look like one that is new.
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    def _make_schema(self, connection: sqlite3.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
-        if self._check_owner(connection):
+        if self._check_owner(connection):  # no other process was faster
             for statement in _SCHEMA:
                 connection.execute(statement)
             _set_head(connection, new_head())
@@ -247,8 +260,6 @@ class SqliteFile:
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             crashpoint("sqlite.after_schema")
         connection.execute("COMMIT")
-        # The identity must be in the database itself: with a damaged log, it would else look like one that is new.
-        connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def _check_owner(self, connection: sqlite3.Connection) -> bool:
         """True if the file is empty and the schema must be made. Call it inside a transaction."""
@@ -270,10 +281,11 @@ class SqliteFile:
             raise Damaged(f"the tables of {self.path} are not those that this program made: {_WAYS_OUT}")
         return False
 
-    def _open_to_look(self) -> sqlite3.Connection:
+    def _open_reader(self) -> sqlite3.Connection:
         self._require_whole()
-        connection = self._connect_to_look()
+        connection = self._connect_to_look() if self._existing else self._connect()
         try:
+            connection.execute("PRAGMA query_only = ON")
             if self._check_owner(connection):
                 raise UserError(f"{self.path} is not a store of this program, it is empty: name another one")
         except BaseException as error:
