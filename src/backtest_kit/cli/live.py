@@ -20,7 +20,7 @@ from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.event import Event, Mode
 from backtest_kit.model.position import Trade
-from backtest_kit.persist.diagnosis import Status
+from backtest_kit.persist.upkeep import Status
 from backtest_kit.run.live.orphans import OrphanPolicy
 from backtest_kit.run.live.runner import LiveHandle, signals_stop
 from backtest_kit.venue.client import connect

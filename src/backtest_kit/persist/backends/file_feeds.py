@@ -19,11 +19,9 @@ from backtest_kit.persist.backends.sql import CHUNK, Connection, Rows, Suspect, 
 from backtest_kit.persist.backends.sqlite_diagnosis import examine_contents
 from backtest_kit.persist.backends.sqlite_file import SqliteFile
 from backtest_kit.persist.contracts import Contract
-from backtest_kit.persist.diagnosis import Reading
 from backtest_kit.persist.files import Disk
-from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Key, Record
-from backtest_kit.persist.upkeep import Finding
+from backtest_kit.persist.upkeep import Finding, Quarantined, Reading
 
 T = TypeVar("T")
 

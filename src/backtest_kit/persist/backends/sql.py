@@ -28,9 +28,8 @@ from backtest_kit.persist.codec import (
 )
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Durability, WriteRule
 from backtest_kit.persist.keys import check_key, path_of
-from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Key, Record, Write
-from backtest_kit.persist.upkeep import Finding
+from backtest_kit.persist.upkeep import Finding, Quarantined
 from backtest_kit.persist.writing import decide, now_ms
 
 CHUNK: Final = 256

@@ -20,9 +20,8 @@ from backtest_kit.errors import BacktestKitError, Damaged, OutOfSpace, RetryLate
 from backtest_kit.persist.backends.sql import CHUNK, Change, Rows, Suspect, change_of
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.keys import check_key, escape, unescape
-from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import CandleStore, Capability, Key, Record, Write, check_limit
-from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
+from backtest_kit.persist.store import CandleStore, Capability, Key, Record, Store, Write, check_limit
+from backtest_kit.persist.upkeep import Finding, Quarantined, require_namespace, require_prunable
 from backtest_kit.persist.writing import check_batch
 
 T = TypeVar("T")
@@ -176,11 +175,10 @@ class Database(Protocol):
         ...
 
 
-class SqlStore:
+class SqlStore(Store):
     """The records of a namespace in a SQL database."""
 
-    capabilities: frozenset[Capability] = frozenset(Capability)
-    candles: CandleStore
+    capabilities = frozenset(Capability)
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -240,12 +238,12 @@ class SqlStore:
                 if include_removed or not found.removed:
                     yield found
 
-    def within(self, namespace: str) -> SqlStore:
-        if not namespace:
+    def namespace(self, name: str) -> SqlStore:
+        if not name:
             return self
         inner = copy.copy(self)
         # No contract begins with @, so no path of a namespace is one of its parent.
-        inner._namespace = f"{self._namespace}@{escape(namespace, 'namespace')}/"
+        inner._namespace = f"{self._namespace}@{escape(name, 'namespace')}/"
         inner.candles = self._candles_of(inner._namespace)
         return inner
 

@@ -14,11 +14,9 @@ from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.backends.sql import Rows
 from backtest_kit.persist.backends.sql_store import Job, SqlStore, Work, Worker, names_of
 from backtest_kit.persist.backends.sqlite_file import SqliteFile
-from backtest_kit.persist.diagnosis import SAMPLES, Reading, Status
 from backtest_kit.persist.files import Disk, disk_error
-from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Record
-from backtest_kit.persist.upkeep import Finding
+from backtest_kit.persist.upkeep import SAMPLES, Finding, Quarantined, Reading, Status
 
 T = TypeVar("T")
 

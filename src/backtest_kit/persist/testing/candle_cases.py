@@ -173,8 +173,8 @@ class CandleCases(Harness):
 
     async def test_namespaces_have_candles_of_their_own(self, store: Store) -> None:
         await store.candles.write(BTC, candles(0, 5))
-        assert len(await store.within("paper").candles.read(BTC, *ALWAYS)) == 0
-        await store.within("paper").candles.write(BTC, candles(0, 5, price=7.0))
+        assert len(await store.namespace("paper").candles.read(BTC, *ALWAYS)) == 0
+        await store.namespace("paper").candles.write(BTC, candles(0, 5, price=7.0))
         found = await store.candles.read(BTC, *ALWAYS)
         if self.expect_kept(len(found)):
             assert found == candles(0, 5)

@@ -14,7 +14,6 @@ from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Record, Store, Write
 from backtest_kit.persist.testing.harness import MEMORY, Harness, each_contract, has, memory_write, names, sample_key
-from backtest_kit.persist.writing import put_each
 
 SIGNAL, LOG = CONTRACTS["signal"], CONTRACTS["log"]
 KEY = sample_key(SIGNAL)
@@ -183,7 +182,7 @@ class ChangeCases(Harness):
                 row = chance.choice(rows)
                 key = sample_key(row, str(chance.randrange(1 + count // 4)))
                 writes.append(Write(row, key, number, when=number, expect=chance.choice(expectations)))
-            for made, due in zip(await put_each(store, writes), await put_each(model, writes), strict=True):
+            for made, due in zip(await store.put_each(writes), await model.put_each(writes), strict=True):
                 if not isinstance(made, Record) or not isinstance(due, Record):
                     assert type(made) is type(due), made
                 else:
