@@ -29,7 +29,7 @@ def decide(write: Write, current: Record | None) -> tuple[Record, bool]:
             f"{write.contract.name} {'/'.join(map(str, write.key))} holds {found}, the write expected {wanted}: "
             "another writer was there first, read it again"
         )
-    if current is not None and write.contract.write_rule is WriteRule.FIRST_WINS:
+    if current is not None and write.contract.write_rule is not WriteRule.REPLACE:
         return current, False
     record = Record(
         key=write.key,

@@ -325,8 +325,9 @@ class Rows:
         """
         records, rows = [], []
         for write, name, value in changes:
-            first_wins = write.contract.write_rule is WriteRule.FIRST_WINS
-            current = self.head(write.contract, name[0], write.key, connection, unseal if first_wins else unseal_head)
+            # Only a write that replaces can do without the value that is there.
+            opened = unseal_head if write.contract.write_rule is WriteRule.REPLACE else unseal
+            current = self.head(write.contract, name[0], write.key, connection, opened)
             record, changed = decide(write, current)
             records.append(record)
             if changed:

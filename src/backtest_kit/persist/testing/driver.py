@@ -94,7 +94,7 @@ class Ledger:
 
 def key_of(row: Contract, writer: int, version: int) -> Key:
     """The key of a writer; where the first write wins, every version has its own."""
-    last = f"w{writer}-{version}" if row.write_rule is WriteRule.FIRST_WINS else f"w{writer}"
+    last = f"w{writer}" if row.write_rule is WriteRule.REPLACE else f"w{writer}-{version}"
     return tuple(writer % 2 == 0 if field == "backtest" else last for field in row.key_fields)
 
 
