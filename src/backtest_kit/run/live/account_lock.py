@@ -62,7 +62,7 @@ class AccountLock:
             strategy_name: for people.
             directory: where the locks of this user are, `lock_directory()` by default.
         """
-        name = hashlib.sha256(f"{account}\0{_plain(symbol)}".encode()).hexdigest()[:32]
+        name = hashlib.sha256(f"{account}\0{plain_symbol(symbol)}".encode()).hexdigest()[:32]
         self._symbol = symbol
         self._place = (lock_directory() if directory is None else directory) / name
         self._note = _Note(store_id, place, this_process(0), strategy_name)
@@ -204,5 +204,6 @@ def _alone(guard: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _plain(symbol: str) -> str:
+def plain_symbol(symbol: str) -> str:
+    """The same for all spellings of a market."""
     return "".join(letter for letter in symbol.partition(":")[0] if letter.isalnum()).upper()

@@ -20,6 +20,7 @@ from backtest_kit.model.position import RestingEntry
 from backtest_kit.model.price import price_text
 from backtest_kit.model.signal import Direction, Signal
 from backtest_kit.persist.store import Key
+from backtest_kit.run.live.account_lock import plain_symbol
 from backtest_kit.run.live.alarms import words_of
 from backtest_kit.run.live.other_positions import OtherPositions, claim_of
 from backtest_kit.run.live.position_state import PositionState
@@ -130,6 +131,9 @@ class OrphanGuard:
     async def compare_once(self, when_ms: int, position_states: PositionStatesOf) -> Comparison:
         """The comparison of a minute: one for all runs that trade the symbol side by side. As `compare`."""
         async with self._lock:
+            # It serves the runs that act later in the minute as well: their own orders since are in the store, and what
+            # anybody else orders after a comparison is found by the next one, whichever run has made this one. A run
+            # that began since was not in memory then, so that its position was read from the store.
             if self._last is None or self._last.when_ms != when_ms:
                 self._last = await self.compare(when_ms, position_states)
             return self._last
@@ -171,18 +175,15 @@ class OrphanGuard:
 
     def _with(self, others: Mapping[Key, PositionState], known: Known, held: VenuePosition | None) -> tuple[Known, str]:
         """What is known together with other strategies, and what one of them has there, in words."""
-        claim, identity = "", self._run_state.rules.identity
+        claim, identity, symbol = "", self._run_state.rules.identity, plain_symbol(self._symbol)
         signals = {(each.store_id, each.digest) for each in held.signals} if held is not None else set()
         for key, other in others.items():
             known_there = known_of(other, self._broker.store_id)
-            if key[1:] == (identity.exchange_name, identity.symbol):
+            same_name = key[1] == identity.exchange_name and plain_symbol(str(key[2])) == symbol
+            # Of an account that is traded under two exchange names, the orders tell.
+            if same_name or known_there.signals & signals:
                 known += known_there
-            elif known_there.signals & signals:
-                # The same market, written in another way.
-                known = msgspec.structs.replace(known, signals=known.signals | known_there.signals)
-            else:
-                continue
-            claim = claim or claim_of(key, other)
+                claim = claim or claim_of(key, other)
         return known, claim
 
     async def report(self, found: Comparison, beside: Sequence[RunState]) -> OrphanFound | None:

@@ -19,7 +19,7 @@ class OtherPositions(Protocol):
     """The position states of other strategies, and which of them are traded now."""
 
     async def read(self, but: Collection[Key]) -> dict[Key, PositionState]:
-        """Those of the same exchange by their keys, without those of `but`."""
+        """All of them by their keys, without those of `but`."""
         ...
 
     async def trader(self, but: Collection[Key]) -> str:
@@ -40,9 +40,9 @@ class StoredPositions:
             Damaged: one of them cannot be trusted.
             RetryLater: the store does not answer.
         """
-        row, exchange = CONTRACTS["strategy"], self._scope[1]
+        row = CONTRACTS["strategy"]
         found = [each.key async for each in self._persistence.store_for(row, self._mode).scan(row)]
-        keys = [key for key in found if key[1] == exchange and key not in but]
+        keys = [key for key in found if key not in but]
         return {key: await read_position_state(KnownRecords(self._persistence, self._mode), key) for key in keys}
 
     async def trader(self, but: Collection[Key]) -> str:
