@@ -15,7 +15,7 @@ from tests.values import make_entry, make_position
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import DAY_MS, MINUTE_MS
-from backtest_kit.model.position import CloseReason, Trade
+from backtest_kit.model.position import CloseReason, Entry, Reduction, Trade
 from backtest_kit.model.signal import Direction
 from backtest_kit.report import BacktestResult
 
@@ -35,6 +35,10 @@ def make_trade() -> MakeTrade:
         position: Direction = "long",
         price_open: float = 100.0,
         price_close: float = 102.0,
+        price_take_profit: float | None = None,
+        price_stop_loss: float | None = None,
+        original_price_take_profit: float = 102.0,
+        original_price_stop_loss: float = 99.0,
         opened_at_ms: int = START + 60 * MINUTE_MS,
         closed_at_ms: int = START + 150 * MINUTE_MS,
         close_reason: CloseReason = "take_profit",
@@ -43,13 +47,22 @@ def make_trade() -> MakeTrade:
         peak_pct: float = 1.8,
         fall_pct: float = -0.4,
         note: str = "",
+        entries: tuple[Entry, ...] = (),
+        reductions: tuple[Reduction, ...] = (),
     ) -> Trade:
         identity = Identity(symbol, strategy_name, "binance", "jan-2022", "backtest")
+        take, stop = original_price_take_profit, original_price_stop_loss
         entry = make_entry(
-            signal_id, position, identity=identity, price=100.0, take=102.0, stop=99.0, at_ms=START, note=note
+            signal_id, position, identity=identity, price=100.0, take=take, stop=stop, at_ms=START, note=note
+        )
+        held = msgspec.structs.replace(
+            make_position(entry, opened_at_ms, entries),
+            reductions=reductions,
+            moved_take_profit=price_take_profit,
+            moved_stop_loss=price_stop_loss,
         )
         trade = values.make_trade(
-            make_position(entry, opened_at_ms),
+            held,
             closed_at_ms=closed_at_ms,
             price_close=price_close,
             reason=close_reason,
