@@ -26,7 +26,7 @@ import pytest
 import redis
 from pymongo.errors import OperationFailure, PyMongoError
 
-_START_SECONDS = 30.0
+_START_SECONDS = 120.0
 _LOG: Final = "server.log"
 _FORKS: Final = multiprocessing.get_context("forkserver")
 """Where a server written in Python starts in half the time: its modules are there already."""
