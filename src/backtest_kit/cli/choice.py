@@ -91,9 +91,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def file_source(candles: str) -> CandleSource:
-    if candles.endswith(".parquet"):
+    suffix = Path(candles).suffix
+    if suffix == ".parquet":
         return sources.parquet(candles)
-    return sources.csv(candles)
+    return sources.arrow(candles) if suffix in (".arrow", ".arrows", ".feather") else sources.csv(candles)
 
 
 def _frame(asked: str | None, source: CandleSource, symbol: str, strategy_file: Path) -> str:
