@@ -38,13 +38,13 @@ from backtest_kit.persist.files import Disk
 from backtest_kit.persist.store import Store
 from backtest_kit.persist.testing.faults import FaultFS
 from backtest_kit.persist.urls import store_at
-from backtest_kit.simulation.binance import API_KEY
-from backtest_kit.simulation.client import ReferenceBroker, connect
-from backtest_kit.simulation.desk import FillAt
-from backtest_kit.simulation.venue import _grouped as grouped
+from backtest_kit.venue.binance.api import API_KEY
+from backtest_kit.venue.client import ReferenceBroker, connect
+from backtest_kit.venue.desk import FillAt
+from backtest_kit.venue.venue import _grouped as grouped
 
 LASTING: Final = (bk.EntryScheduled, bk.EntryCancelled, bk.PositionOpened, bk.PositionClosed, bk.PositionChanged)
-TROUBLE: Final = (bk.StrategyFailed, bk.Degraded, bk.OrphanFound, bk.MinutesMissed)
+TROUBLE: Final = (bk.StrategyFailed, bk.StoreDegraded, bk.OrphanFound, bk.MinutesMissed)
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

@@ -645,7 +645,10 @@ async def test_without_a_store_nothing_is_opened(failing: tuple[Rig, FailingStor
     assert len(rig.venue.sent("open")) == 1
     handle.cancel()
     await asyncio.wait({handle.task})
-    assert [type(event) for event in rig.of(bk.Degraded, bk.Healed)] == [bk.Degraded, bk.Healed]
+    assert [type(event) for event in rig.of(bk.StoreDegraded, bk.StoreRecovered)] == [
+        bk.StoreDegraded,
+        bk.StoreRecovered,
+    ]
 
 
 @pytest.mark.parametrize("restart", ["after", "meanwhile"])
@@ -664,7 +667,7 @@ async def test_without_a_store_a_position_is_closed_all_the_same(
     end = await rig.trade(6)
     assert end.status.position is None
     (close,) = rig.venue.sent("close")
-    degraded = rig.of(bk.Degraded)
+    degraded = rig.of(bk.StoreDegraded)
     assert degraded
     assert degraded[-1].kept
     if restart == "after":
@@ -710,7 +713,7 @@ async def test_a_position_closes_after_hours_in_which_its_stop_was_moved_without
     assert moved == [True] * 120
     assert end.status.position is None
     assert len(rig.venue.sent("close")) == 1
-    assert rig.of(bk.Degraded)[-1].kept
+    assert rig.of(bk.StoreDegraded)[-1].kept
     end = await rig.trade(2)
     assert end.status.position is None
     assert len(rig.venue.sent("close")) == 1
@@ -730,7 +733,7 @@ async def test_a_write_whose_answer_was_lost_is_looked_up(failing: tuple[Rig, Fa
     handle.cancel()
     await asyncio.wait({handle.task})
     assert len(rig.trades()) == 2
-    assert not rig.of(bk.Degraded)
+    assert not rig.of(bk.StoreDegraded)
     assert set(rig.venue.times_done.values()) == {1}
 
 
@@ -866,8 +869,8 @@ async def test_who_had_no_store_for_longer_than_his_lease_closes_once_it_is_back
     assert outage.minutes_of(bk.PositionClosed) == [8]
     assert outage.minutes_of(bk.MinutesMissed) == [6]
     assert checked == [1, 2, 6, 7, 8]
-    assert outage.minutes_of(bk.Degraded) == [3]
-    assert outage.minutes_of(bk.Healed) == [6]
+    assert outage.minutes_of(bk.StoreDegraded) == [3]
+    assert outage.minutes_of(bk.StoreRecovered) == [6]
     assert list(outage.rig.venue.times_done.values()) == [1, 1]
 
 

@@ -16,14 +16,14 @@ from backtest_kit.cli.live_output import JsonOutput, Output, ViewOutput
 from backtest_kit.cli.live_words import TOLD, awaited
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
+from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.event import Event, Mode
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.diagnosis import Status
-from backtest_kit.run.live import LiveHandle, signals_stop
-from backtest_kit.run.orphans import OrphanPolicy
-from backtest_kit.run.replay import Gaps
-from backtest_kit.simulation.client import connect
+from backtest_kit.run.live.orphans import OrphanPolicy
+from backtest_kit.run.live.runner import LiveHandle, signals_stop
+from backtest_kit.venue.client import connect
 
 _LOOK_S: Final = 0.5
 """How often it is looked how the runs stand."""
@@ -66,7 +66,7 @@ def run_live(
                 exchange_name=exchange,
                 paper=mode == "paper",
                 fill=cast(Fill, fill),
-                gaps=cast(Gaps, gaps),
+                gaps=cast(GapRule, gaps),
                 dirty=cast(DirtyRule, dirty),
                 orphans=cast(OrphanPolicy, orphans),
                 allow_weak=True,  # looked at before, where what is found can be shown

@@ -25,7 +25,7 @@ from backtest_kit.cli.live_words import alarming, document, standing, words
 from backtest_kit.cli.strategy_file import told
 from backtest_kit.model.event import Event, StrategyFailed
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
-from backtest_kit.run.live_status import LiveStatus
+from backtest_kit.run.live.status import LiveStatus
 
 _PAUSE_S: Final = 0.25
 _KEPT: Final = 10_000

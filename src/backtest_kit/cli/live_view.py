@@ -12,8 +12,8 @@ from rich.text import Text
 
 from backtest_kit.cli.live_words import lost, price, troubles
 from backtest_kit.model.interval import to_datetime
-from backtest_kit.run.live_status import LiveStatus
-from backtest_kit.run.venue_time import DRIFT_MS
+from backtest_kit.run.live.exchange_time import DRIFT_MS
+from backtest_kit.run.live.status import LiveStatus
 
 _AROUND: Final = 8
 """Lines of the view that are no row, and one above it for what happened last."""

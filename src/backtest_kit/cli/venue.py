@@ -14,14 +14,14 @@ from backtest_kit.market import sources
 from backtest_kit.market.clock import AcceleratedClock, Clock, SteppedClock, SystemClock
 from backtest_kit.market.sources import CandleSource
 from backtest_kit.model.interval import DAY_MS, iso, to_ms
-from backtest_kit.simulation.binance import API_KEY, API_SECRET
-from backtest_kit.simulation.exchange import ClientIds, Terms
-from backtest_kit.simulation.faults import Fault, Faults
-from backtest_kit.simulation.journal import Journal
-from backtest_kit.simulation.orders import Kind, VenueFill
-from backtest_kit.simulation.publishing import Publishing
-from backtest_kit.simulation.server import VenueServer
-from backtest_kit.simulation.venue import Venue
+from backtest_kit.venue.binance.api import API_KEY, API_SECRET
+from backtest_kit.venue.exchange import ClientIds, Terms
+from backtest_kit.venue.faults import Fault, Faults
+from backtest_kit.venue.journal import Journal
+from backtest_kit.venue.orders import Kind, VenueFill
+from backtest_kit.venue.publishing import Publishing
+from backtest_kit.venue.server import VenueServer
+from backtest_kit.venue.venue import Venue
 
 
 def run_venue(
@@ -87,8 +87,8 @@ async def _serve(
     try:
         await server.start()
         _say(f"A simulated exchange for {', '.join(symbols)}, at {iso(clock.now_ms())}, is served at {server.url}")
-        _say(f'Bots: backtest_kit.simulation.client.connect("{server.url}")')
-        _say(f"ccxt: backtest_kit.simulation.client.ccxt_options; API key {API_KEY}, secret {API_SECRET}")
+        _say(f'Bots: backtest_kit.venue.client.connect("{server.url}")')
+        _say(f"ccxt: backtest_kit.venue.client.ccxt_options; API key {API_KEY}, secret {API_SECRET}")
         _say(f"Look: curl {server.url}/sim/state   Stop: Ctrl-C")
         await stopping.wait()
     finally:

@@ -49,7 +49,7 @@ class Services:
                         await service.stop()
 
 
-class Fitness:
+class StoreCheck:
     """Whether live positions may be trusted to the stores: asked by the first run, and valid for those beside it."""
 
     def __init__(self, judge: Callable[[], Awaitable[Sequence[Reading]]]) -> None:
