@@ -49,12 +49,12 @@ def pack(series: SeriesKey, candles: CandleSeries) -> bytes:
     key = (series.exchange_name, series.symbol, series.interval)
     header = msgspec.json.encode(_Header(CONTRACT.name, key, SCHEMA_VERSION, len(candles), _TYPES))
     header += b" " * (-(_START.size + len(header)) % _ALIGNMENT)
-    columns = [np.ascontiguousarray(getattr(candles, name), dtype=kind) for name, kind in _TYPES]
-    length = struct.pack("<I", len(header))
+    columns = (np.ascontiguousarray(getattr(candles, name), dtype=kind).data for name, kind in _TYPES)
+    parts: list[bytes | memoryview] = [struct.pack("<I", len(header)), header, *columns]
     checksum = 0
-    for part in (length, header, *columns):
+    for part in parts:
         checksum = zlib.crc32(part, checksum)
-    return b"".join((_MAGIC, struct.pack("<I", checksum), length, header, *columns))
+    return b"".join((_MAGIC, struct.pack("<I", checksum), *parts))
 
 
 def verify(data: Any) -> None:
