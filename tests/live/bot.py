@@ -261,7 +261,7 @@ async def trade(job: Job) -> End:
 async def books_of(job: Job) -> dict[str, Any]:
     store = store_at(job.store)
     await store.open()
-    scoped = store.within("paper") if job.paper else store
+    scoped = store.namespace("paper") if job.paper else store
     found = {}
     for name in ("signal", "schedule", "strategy"):
         record = await scoped.get(CONTRACTS[name], ("story", "venue", job.symbols[0]))

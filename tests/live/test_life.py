@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from backtest_kit.market.clock import Jump, SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract
 from backtest_kit.persist.lease import Clock as LeaseClock, acquire
-from backtest_kit.persist.store import ANY, Key, Record, Store, Write
+from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, Record, Store, Write
 
 SCOPE = ("trend", "demo", "BTCUSDT")
 
@@ -40,7 +40,7 @@ async def running(rig: Rig, minutes: int, **options: Any) -> AsyncIterator[tuple
         await asyncio.wait({handle.task})
 
 
-class FailingCandles:
+class FailingCandles(CandleStore):
     """The candles of a store that is away."""
 
     def __init__(self, store: FailingStore, inner: Any) -> None:
@@ -57,20 +57,32 @@ class FailingCandles:
         return int(await self._inner.write(*given))
 
 
-class FailingStore:
+class FailingStore(Store):
     """A memory store that takes no writes while `error` is set, and loses the answer of the next while `lossy` is."""
 
     def __init__(self) -> None:
         self._inner = bk.MemoryStore()
-        self.capabilities = self._inner.capabilities
         self.candles = FailingCandles(self, self._inner.candles)
         self.error: Exception | None = None
         self.lossy = False
         self.lease_too = False
         self.refused_leases = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        return self._inner.capabilities
+
+    def scan(self, contract: Contract, prefix: Key = (), **options: Any) -> AsyncIterator[Record]:
+        return self._inner.scan(contract, prefix, **options)
+
+    async def namespaces(self) -> list[tuple[str, ...]]:
+        return await self._inner.namespaces()
+
+    async def prune(self, contract: Contract, revisions: Mapping[Key, int]) -> int:
+        return await self._inner.prune(contract, revisions)
+
+    async def count(self, contract: Contract) -> int:
+        return await self._inner.count(contract)
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
         return await self._inner.get(contract, key)
@@ -90,7 +102,7 @@ class FailingStore:
             self.lossy = False
             raise bk.RetryLater("the answer was lost", outcome=Outcome.UNKNOWN)
 
-    def within(self, namespace: str) -> Store:
+    def namespace(self, name: str) -> Store:
         return self
 
     def _fail(self) -> None:

@@ -68,7 +68,7 @@ async def live(store: Store) -> None:
     await store.batch([Write(row, ("s", "e", "B"), "value") for row in (SIGNAL, SCHEDULE)])
     await store.candles.write(SeriesKey("e", "A", "1m"), CANDLES)
     lease = await acquire(lambda _: store, ("s", "e", "A"))
-    await store.within("paper").put(Write(SIGNAL, ("s", "e", "A"), "value"))
+    await store.namespace("paper").put(Write(SIGNAL, ("s", "e", "A"), "value"))
     await lease.release()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import random
 import shutil
 import signal
@@ -14,12 +16,13 @@ from pathlib import Path
 import pytest
 
 from backtest_kit.errors import BacktestKitError, Damaged, UserError
-from backtest_kit.persist import operations
+from backtest_kit.persist import crashpoints
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.backends.sqlite import SqliteStore
-from backtest_kit.persist.backends.sqlite_mark import Head, mark_path, read_mark, write_mark
+from backtest_kit.persist.backends.sqlite_mark import Head, Mark
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.diagnosis import require_live_grade
+from backtest_kit.persist.files import Disk
 from backtest_kit.persist.store import Key, Plain, Write
 
 SIGNAL, MEASURE, MEMORY = (CONTRACTS[name] for name in ("signal", "measure", "memory"))
@@ -158,7 +161,7 @@ async def test_a_damaged_index_hides_no_position(tmp_path: Path, index: str) -> 
     for limit in (None, 100):
         with pytest.raises(Damaged, match=r"bot\.db is damaged: its indexes disagree.*REINDEX"):
             _ = [record async for record in store.scan(SIGNAL, prefix, limit=limit)]
-    assert any(index in finding.problem for finding in await operations.check(store))
+    assert any(index in finding.problem for finding in await store.check())
     with pytest.raises(UserError, match=r"not fit for live trading: contents: damaged"):
         await require_live_grade(store)
     await store.close()
@@ -172,17 +175,17 @@ async def test_a_damaged_index_hides_no_position(tmp_path: Path, index: str) -> 
 @pytest.mark.parametrize("index", ["records_by_name", "records_in_order"])
 async def test_a_damaged_index_hides_no_namespace_and_counts_none_away(tmp_path: Path, index: str) -> None:
     store = SqliteStore(tmp_path / "bot.db")
-    await store.within("paper").put(Write(SIGNAL, KEY, 1))
+    await store.namespace("paper").put(Write(SIGNAL, KEY, 1))
     assert await store.namespaces() == [("paper",)]
-    assert await store.within("paper").count(SIGNAL) == 1
+    assert await store.namespace("paper").count(SIGNAL) == 1
     await store.close()
     page = page_of(store.path, index)
-    where = store.path.read_bytes()[page.start : page.stop].index(b"paper/")
+    where = store.path.read_bytes()[page.start : page.stop].index(b"@paper/")
     flip(store.path, (page.start + where) * 8 + 3)
     with pytest.raises(Damaged, match=r"bot\.db is damaged: its indexes disagree about which namespaces there are"):
         await store.namespaces()
     with pytest.raises(Damaged, match="disagree about which records of signal"):
-        await store.within("paper").count(SIGNAL)
+        await store.namespace("paper").count(SIGNAL)
     await store.close()
 
 
@@ -195,7 +198,7 @@ async def test_a_key_that_an_index_has_lost_is_restored_with_its_index(tmp_path:
     found = await store.get(SIGNAL, KEY)
     assert found is not None
     assert (found.value, found.rev) == (LAST[KEY], 2)
-    assert await operations.check(store) == []
+    assert await store.check() == []
     await store.close()
 
 
@@ -216,7 +219,7 @@ async def test_a_name_that_changed_in_the_row_is_noticed_and_mended(tmp_path: Pa
     assert item.path == "signal/trend/binance/S3"
     await store.restore(item.path)
     assert {record.key: record.value async for record in store.scan(SIGNAL)} == LAST
-    assert await operations.check(store) == []
+    assert await store.check() == []
     await store.close()
 
 
@@ -231,28 +234,38 @@ async def test_a_log_that_lost_commits_is_refused_until_that_is_accepted(tmp_pat
             await store.get(SIGNAL, KEY)
         with pytest.raises(Damaged):
             await store.put(Write(SIGNAL, KEY, "over it"))
-        (finding,) = await operations.check(store)
+        (finding,) = await store.check()
         assert "has lost commits" in finding.problem
         with pytest.raises(UserError, match=r"has lost commits.*--accept-loss"):
             await require_live_grade(store)
         await store.close()
     assert log.read_bytes() == before, "what is left of the log is for those who can read it"
     store = SqliteStore(path)
-    assert "has lost commits" in str(await operations.accept_loss(store))
-    assert await operations.accept_loss(store) is None
-    assert await operations.check(store) == []
+    assert "has lost commits" in str(await store.accept_loss())
+    assert await store.accept_loss() is None
+    assert await store.check() == []
     found = await store.get(SIGNAL, KEY)
     assert found is not None
     assert found.value != LAST[KEY]
     assert (await store.put(Write(SIGNAL, KEY, "next"))).rev == found.rev + 1
     await store.close()
-    assert await operations.check(SqliteStore(path, existing=True)) == []
+    assert await SqliteStore(path, existing=True).check() == []
 
 
 async def put(path: Path, value: Plain) -> None:
     store = SqliteStore(path)
     await store.put(Write(SIGNAL, KEY, value))
     await store.close()
+
+
+def mark_path(path: Path) -> Path:
+    return Path(f"{path}-mark")
+
+
+def noted(path: Path) -> Head:
+    head = Mark(str(path), Disk()).read()
+    assert head is not None
+    return head
 
 
 class TestMark:
@@ -272,9 +285,10 @@ class TestMark:
         for number in range(5):
             await put(other, number)
         await put(path, 1)
+        identity = noted(path)[0]
         shutil.copy(mark_path(other), mark_path(path))
         await put(path, 2)
-        assert len({head.identity for head in read_mark(path)}) == 2
+        assert noted(path) == (identity, 2)
 
     @pytest.mark.parametrize("content", [None, b"", b"\0" * 4096, b"\xff" * 5000, b"short"])
     async def test_without_a_readable_mark_nothing_is_claimed(self, tmp_path: Path, content: bytes | None) -> None:
@@ -285,31 +299,69 @@ class TestMark:
             mark_path(path).write_bytes(content)
         await put(path, 2)
         await put(path, 3)
-        assert max(head.commits for head in read_mark(path)) == 3
+        assert noted(path).commits == 3
 
     async def test_only_synced_commits_are_noted(self, tmp_path: Path) -> None:
         """A commit that was not synced may be lost with the host's power; a mark that knew of it would cry damage."""
         path = tmp_path / "bot.db"
         store = SqliteStore(path)
         await store.open()
-        assert read_mark(path) == []
+        assert not mark_path(path).exists()
         await store.put(Write(MEASURE, ("a", "b"), 1))
-        assert read_mark(path) == []
+        assert not mark_path(path).exists()
         await store.put(Write(SIGNAL, KEY, 1))
-        assert [head.commits for head in read_mark(path)] == [1]
+        assert noted(path).commits == 1
         await store.put(Write(MEASURE, ("a", "b"), 2))
         await store.get(SIGNAL, KEY)
         await store.put(Write(MEMORY, ("a", "b", "c"), 2))
-        assert sorted(head.commits for head in read_mark(path)) == [1, 2]
+        assert noted(path).commits == 2
         await store.close()
 
-    def test_a_slow_process_does_not_set_it_back(self, tmp_path: Path) -> None:
+    async def test_a_process_that_was_paused_takes_nothing_back(self, tmp_path: Path) -> None:
+        """It stands still between its commit and its note, until others have made 128 more."""
+        path = tmp_path / "bot.db"
+        environment = {**os.environ, crashpoints.VARIABLE: "sqlite.after_commit:1:STOP"}
+        child = subprocess.Popen([sys.executable, "-c", WRITER, str(path), "1"], env=environment)
+        async with asyncio.timeout(60):
+            while not (stopped := os.waitpid(child.pid, os.WUNTRACED | os.WNOHANG))[0]:
+                await asyncio.sleep(0.01)
+            assert os.WIFSTOPPED(stopped[1])
+            store = SqliteStore(path)
+            for number in range(128):
+                await store.put(Write(SIGNAL, ("other", "binance", "S"), number))
+            assert noted(path).commits == 129
+            child.send_signal(signal.SIGCONT)
+            while child.poll() is None:
+                await asyncio.sleep(0.01)
+        await store.close()
+        assert noted(path).commits == 129 + 11
+
+    def test_a_slow_writer_does_not_set_it_back(self, tmp_path: Path) -> None:
         path, identity = tmp_path / "bot.db", b"i" * 16
-        for commits in (7, 9, 8, 700, 650, 699):
-            write_mark(path, Head(identity, commits))
-        assert max(head.commits for head in read_mark(path)) == 700
-        assert mark_path(path).stat().st_size <= 4096
+        slow, fast = Mark(str(path), Disk()), Mark(str(path), Disk())
+        slow.begin(Head(identity, 6))
+        for commits in range(7, 70_000, 1_000):
+            fast.begin(Head(identity, commits))
+            fast.note(Head(identity, commits + 1))
+            slow.note(Head(identity, 7))
+            assert noted(path) == (identity, commits + 1)
+        # It grows by a byte with each commit, so it is begun anew from time to time, also under one that has it open.
+        assert mark_path(path).stat().st_size < 1 << 16
         assert mark_path(path).stat().st_mode & 0o777 == 0o600
+        slow.begin(Head(identity, commits + 1))
+        slow.note(Head(identity, commits + 2))
+        assert noted(path) == (identity, commits + 2)
+        slow.close()
+        fast.close()
+
+    async def test_a_mark_that_is_taken_away_is_made_again(self, tmp_path: Path) -> None:
+        path = tmp_path / "bot.db"
+        store = SqliteStore(path)
+        for number in range(3):
+            await store.put(Write(SIGNAL, KEY, number))
+            assert noted(path).commits == number + 1
+            mark_path(path).unlink()
+        await store.close()
 
     async def test_it_is_written_with_calls_that_windows_has(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -317,7 +369,7 @@ class TestMark:
         for name in ("pwrite", "pread"):
             monkeypatch.delattr(f"os.{name}")
         await put(tmp_path / "bot.db", 1)
-        assert [head.commits for head in read_mark(tmp_path / "bot.db")] == [1]
+        assert noted(tmp_path / "bot.db").commits == 1
 
     async def test_a_mark_that_cannot_be_written_fails_no_write(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -343,10 +395,10 @@ class TestMark:
         with pytest.raises(Damaged, match=r"bot\.db does not say which commit was its last.*--accept-loss"):
             await put(path, 2)
         store = SqliteStore(path)
-        (finding,) = await operations.check(store)
+        (finding,) = await store.check()
         assert "does not say" in finding.problem
-        assert await operations.accept_loss(store) == finding.problem
-        assert await operations.check(store) == []
+        assert await store.accept_loss() == finding.problem
+        assert await store.check() == []
         assert (await store.put(Write(SIGNAL, KEY, 2))).rev == 2
         await store.close()
 
@@ -361,8 +413,8 @@ class TestMark:
                 await store.get(SIGNAL, KEY)
             await store.close()
         store = SqliteStore(path)
-        assert await operations.accept_loss(store) is not None
-        assert await operations.check(store) == []
+        assert await store.accept_loss() is not None
+        assert await store.check() == []
         assert (await store.put(Write(SIGNAL, KEY, 3))).rev == 1
         await store.close()
 
@@ -375,7 +427,7 @@ class TestMark:
         path.unlink()
         await put(path, 2)
         assert f"{path} is gone, which had" in caplog.text
-        assert len(read_mark(path)) == 1
+        assert noted(path).commits == 1
 
     async def test_tables_of_another_form_are_damage(self, tmp_path: Path) -> None:
         path = tmp_path / "bot.db"
@@ -396,5 +448,5 @@ class TestMark:
         assert not mark_path(path).exists()
 
     async def test_other_stores_have_no_loss_to_accept(self) -> None:
-        with pytest.raises(UserError, match="MemoryStore has no loss to accept"):
-            await operations.accept_loss(MemoryStore())
+        with pytest.raises(UserError, match="MemoryStore does not support accepting a loss"):
+            await MemoryStore().accept_loss()

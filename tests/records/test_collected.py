@@ -31,7 +31,7 @@ class Counted(bk.MemoryStore):
         self.waits = asyncio.Event()
         self.waits.set()
 
-    def within(self, namespace: str) -> Counted:
+    def namespace(self, name: str) -> Counted:
         return self
 
     async def put(self, write: Write) -> Record:

@@ -37,7 +37,7 @@ def view(head: str, statuses: Sequence[LiveStatus], width: int, height: int) -> 
     reasons = dict.fromkeys(each.degraded for each in statuses if each.degraded)
     parts += [_cut(Text(f"DEGRADED, nothing new is opened: {reason}", "bold red")) for reason in reasons]
     waiting = {each.no_entry: each.identity.symbol for each in statuses if each.no_entry}
-    for reason, symbol in list(waiting.items())[:1]:  # the others are told by their rows, and by their alarms
+    for reason, symbol in list(waiting.items())[:1]:  # the others show in their rows and alarms
         parts.append(Text(f"NO ENTRIES for {symbol}: {reason}", "bold red"))
     return Group(*parts)
 

@@ -1,4 +1,4 @@
-"""`backtest-kit venue`: serve a simulated exchange until it is told to stop."""
+"""`backtest-kit venue`: serve a simulated exchange until it is stopped."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ async def _serve(
     kept_ms = await asyncio.to_thread(journal.latest_ms) if journal else None
     clock = await _clock(source, symbols, speed, start, kept_ms)
 
-    def told(kind: Kind, fill: VenueFill) -> None:
+    def filled(kind: Kind, fill: VenueFill) -> None:
         _say(
             f"{iso(fill.time_ms)} {kind} {fill.account}: {fill.side} {fill.quantity:f} {fill.symbol} "
             f"at {fill.price:f} ({fill.client_order_id})"
         )
 
-    venue = Venue(source, symbols, clock, terms=terms, journal=journal, on_fill=told, publishing=publishing)
+    venue = Venue(source, symbols, clock, terms=terms, journal=journal, on_fill=filled, publishing=publishing)
     server = VenueServer(
         venue, port=port, faults=faults, log=lambda line: _say(f"{iso(clock.now_ms() // 1000 * 1000)} {line}")
     )
@@ -99,7 +99,7 @@ async def _serve(
 async def _clock(
     source: CandleSource, symbols: Sequence[str], speed: float, start: str | None, kept_ms: int | None
 ) -> Clock:
-    """The real time, if the candles reach it and no other is asked for.
+    """The real time, if the candles reach it and no other is given.
 
     A made-up one goes on where the kept state ends, or begins at `start`, or a day after the first candle.
     """

@@ -16,7 +16,6 @@ from backtest_kit.errors import BacktestKitError, Conflict
 from backtest_kit.model.event import Event, Mode
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.store import ANY, Capability, Store, Write
-from backtest_kit.persist.writing import put_each
 from backtest_kit.records.notification import NOTIFICATION, notification_of, notification_writes
 from backtest_kit.records.scope import expectation
 from backtest_kit.records.signals import RECENT, STORAGE, follows, signal_writes
@@ -138,7 +137,7 @@ class RecordWriter:
             checked = await asyncio.gather(*(_compared(store, write) for write in writes)) if compares else writes
             news = [write for write in checked if write is not None]
             refused = []
-            for write, result in zip(news, await put_each(store, news), strict=True):
+            for write, result in zip(news, await store.put_each(news), strict=True):
                 if isinstance(result, Conflict):
                     refused.append(write)
                 elif isinstance(result, BaseException):

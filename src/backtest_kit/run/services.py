@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from backtest_kit.persist.diagnosis import Reading, Status
+from backtest_kit.persist.upkeep import Reading, Status
 
 _log = logging.getLogger("backtest_kit")
 

@@ -27,7 +27,7 @@ from backtest_kit.persist.files import Disk, absolute_root, disk_error
 from backtest_kit.persist.keys import check_key, path_of, unescape
 from backtest_kit.persist.locks import LockSet
 from backtest_kit.persist.quarantine import Quarantine
-from backtest_kit.persist.store import SeriesKey
+from backtest_kit.persist.store import CandleStore, SeriesKey
 
 _KEPT_MONTHS: Final = 256
 """Mapped months that are kept at hand: 20 years of one series, or a month of 256 symbols."""
@@ -35,7 +35,7 @@ _KEPT_MONTHS: Final = 256
 _Signature = tuple[int, int, int]
 
 
-class FileCandleStore:
+class FileCandleStore(CandleStore):
     """Candles in the directory `prefix` of `root`. Safe for any number of tasks, threads and processes at once."""
 
     def __init__(
