@@ -221,19 +221,19 @@ class TestDamage:
 async def test_damaged_candles_are_found_and_given_up(store: Store, tmp_path: Path) -> None:
     await store.candles.write(BTC, candles(40))
     await store.close()
-    (month,) = tmp_path.rglob("2022-01.arrow")
+    (month,) = tmp_path.rglob("2022-01.candles")
     data = bytearray(month.read_bytes())
     data[len(data) // 2] ^= 1
     month.write_bytes(data)
     assert await store.check() == []
     (finding,) = await store.check(deep=True)
-    assert finding.path.endswith("2022-01.arrow")
+    assert finding.path.endswith("2022-01.candles")
     with pytest.raises(Damaged, match="quarantine"):
         await store.candles.read(BTC, *ALWAYS)
     (item,) = await store.quarantined()
     with pytest.raises(UserError, match="still damaged"):
         await store.restore(item.path)
-    (copy,) = tmp_path.rglob("quarantine/**/2022-01.arrow")
+    (copy,) = tmp_path.rglob("quarantine/**/2022-01.candles")
     data[len(data) // 2] ^= 1
     copy.write_bytes(data)
     assert await store.restore(item.path) is None
