@@ -143,7 +143,7 @@ class TestCandles:
         await store.write(LONG, candles(3))
         await store.write(BTC, candles(3))
         assert await store.series() == [BTC, LONG]
-        (month,) = [path for path in tmp_path.rglob("*.arrow") if "BTCUSDT" not in str(path)]
+        (month,) = [path for path in tmp_path.rglob("*.candles") if "BTCUSDT" not in str(path)]
         month.rename(month.with_suffix(".other"))
         with pytest.raises(Damaged, match="name cannot be told: remove the directory"):
             await store.series()
@@ -154,7 +154,7 @@ class TestCandles:
         await store.candles.write(BTC, candles(3))
         await store.put(Write(SIGNAL, KEY, "x"))
         await store.close()
-        for path in (*tmp_path.rglob("*.arrow"), *tmp_path.rglob("BTCUSDT.json")):
+        for path in (*tmp_path.rglob("*.candles"), *tmp_path.rglob("BTCUSDT.json")):
             path.write_bytes(b"{}")
         faults = {usage.contract: usage.fault for usage in await du(store) if usage.fault}
         assert faults.keys() == {"candle", "signal"}
