@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.commands import run_command
 
 from backtest_kit.cli import migrate
 from backtest_kit.errors import Conflict
@@ -29,10 +30,7 @@ KEY: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "binance", "sy
 
 
 def run(*arguments: str | Path, cwd: Path, code: int = 0) -> str:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CC_")}
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], cwd=cwd, env=environment, text=True, capture_output=True, check=False
-    )
+    done = run_command("store", *arguments, cwd=cwd)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr

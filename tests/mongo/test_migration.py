@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from functools import reduce
@@ -14,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pymongo
 import pytest
+from tests.commands import run_command
 from tests.persist.test_migration import BTC, RECORDS, fill, require_equal, run_child, spread
 
 from backtest_kit.persist.backends.mongo import MongoStore
@@ -60,20 +58,13 @@ def address(mongo_address: str, tmp_path: Path) -> Iterator[Addresses]:
             client.drop_database(database)
 
 
-def migrate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    program = str(Path(sys.executable).with_name("backtest-kit"))
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("CC_")}
-    command = [program, "store", "migrate", *arguments]
-    return subprocess.run(command, env=clean, text=True, capture_output=True, check=False, timeout=120)
-
-
 @pytest.mark.parametrize(("source_kind", "target_kind"), WAYS)
 async def test_everything_moves_and_is_proven(source_kind: str, target_kind: str, address: Addresses) -> None:
     source_url, target_url = address(source_kind, "source"), address(target_kind, "target")
     written = store_at(source_url)
     await fill(written)
     await written.close()
-    done = migrate(source_url, target_url, "--verify")
+    done = run_command("store", "migrate", source_url, target_url, "--verify")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Both stores have the same, in the same order." in done.stdout
     source, target = store_at(source_url, existing=True), store_at(target_url, existing=True)
@@ -113,7 +104,7 @@ async def test_kill_at_any_point_and_resume(
 def test_password_of_neither_address_is_shown(address: Addresses) -> None:
     empty = "mongodb://bot:geheim@127.0.0.1:9/bot?serverSelectionTimeoutMS=200"
     for arguments in ((empty, address("file", "dump")), (empty, empty)):
-        done = migrate(*arguments)
+        done = run_command("store", "migrate", *arguments)
         assert done.returncode != 0
         assert "geheim" not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -128,11 +119,11 @@ async def test_database_under_another_spelling_of_its_host_is_the_same(address: 
     with pymongo.MongoClient[dict[str, Any]](url) as client:
         database = client[urlsplit(url).path.strip("/")]
         before = {name: list(database[name].find()) for name in database.list_collection_names()}
-        refused = migrate(url, other, "--verify")
+        refused = run_command("store", "migrate", url, other, "--verify")
         assert refused.returncode != 0
         assert "the same store" in refused.stdout + refused.stderr
         assert {name: list(database[name].find()) for name in database.list_collection_names()} == before
-    assert migrate(url, address("mongodb", "of the same server")).returncode == 0
+    assert run_command("store", "migrate", url, address("mongodb", "of the same server")).returncode == 0
 
 
 async def test_thousands_of_records_move_with_the_settings_of_the_command(address: Addresses) -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
+from tests.commands import run_command
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.backends import disk_diagnosis
@@ -35,6 +36,12 @@ from backtest_kit.persist.urls import store_at
 SIGNAL = CONTRACTS["signal"]
 KEY = ("trend", "binance", "BTCUSDT")
 URLS = ["file:{}/dump", "sqlite:{}/bot.db"]
+
+
+@pytest.fixture
+def tmp_path(disk: Path) -> Path:
+    """On the disk: a store in memory is not fit for live."""
+    return disk
 
 
 async def fill(url: str) -> None:
@@ -130,11 +137,8 @@ async def test_every_store_that_keeps_money_is_asked(tmp_path: Path) -> None:
 
 
 def test_command_ends_with_a_code(tmp_path: Path) -> None:
-    program = str(Path(sys.executable).with_name("backtest-kit"))
-
     def run(*options: str) -> tuple[int, str]:
-        command = [program, "doctor", "--samples", "1", *options]
-        done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+        done = run_command("doctor", "--samples", "1", *options, cwd=tmp_path)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout + done.stderr
 
