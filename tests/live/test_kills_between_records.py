@@ -5,27 +5,25 @@ There a change of a position is several writes, in an order from which a start r
 orders, fills, books, trades and risk profile are those of a run that was not killed: nothing is lost, and nothing was
 bought twice.
 
-By default that is a sample drawn by the seed in KILL_SEED; with KILL_MATRIX=whole it is every place.
+`make test` plays a sample of these places, `make prove` all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pymongo
 import pytest
 from tests.live.scripts import START, STORY_MINUTES
-from tests.live.stage import Forks, differences, fast_place, forking, stage
+from tests.live.stage import Forks, differences, forking, stage
+from tests.samples import sample
 from tests.servers import address_of
 
 from backtest_kit.model.interval import MINUTE_MS
 
-pytestmark = [pytest.mark.crash, pytest.mark.slow]
+pytestmark = [pytest.mark.crash, pytest.mark.slow, pytest.mark.sampled]
 
 POINT: Final = "batch.between_writes"
 SEATS: Final = 4
@@ -45,7 +43,7 @@ class Play:
         self._seats = asyncio.Semaphore(SEATS)
 
     async def run(self, name: str, crashes: list[str]) -> tuple[dict[str, Any], list[str], int]:
-        """How it ended, what is wrong whatever came before, and how often the place was passed in the last life."""
+        """How it ended, what is wrong whatever came before, and how often the point was passed in the last life."""
         end_ms = START + STORY_MINUTES * MINUTE_MS
         job: dict[str, Any] = {"store": address_of(self._server, f"records-{name}"), "risk_name": "few"}
         async with self._seats, stage(self._forks, self._place / name, end_ms=end_ms, **job) as here:
@@ -57,33 +55,24 @@ class Play:
             return outcome, wrong, here.end().passed.get(POINT, 0)
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    with fast_place(tmp_path) as place:
-        yield place
-
-
-async def test_killed_between_any_two_records_of_a_change(place: Path, standalone_address: str) -> None:
-    seed = int(os.environ.get("KILL_SEED", "") or random.randrange(1 << 30))  # noqa: S311
+async def test_killed_between_any_two_records_of_a_change(tmp_path: Path, standalone_address: str) -> None:
     try:
         async with forking(CC_REDIS_HOST="") as forks:
-            play = Play(forks, place, standalone_address)
+            play = Play(forks, tmp_path, standalone_address)
             expected, wrong, passed = await play.run("whole", [])
             assert wrong == []
             assert expected["risk"] == {}, "its last position is closed, and its slot is free again"
             assert passed >= LEAST
-            places = list(range(1, passed + 1))
-            if os.environ.get("KILL_MATRIX") != "whole":
-                places = random.Random(seed).sample(places, SAMPLE)  # noqa: S311
 
             async def die(number: int) -> list[str]:
                 found, wrong, _ = await play.run(str(number), [f"{POINT}:{number}"])
                 return [f"place {number}: {each}" for each in [*wrong, *differences(expected, found)]]
 
+            places = sample(range(1, passed + 1), SAMPLE, "between records")
             wrong = [each for found in await asyncio.gather(*map(die, places)) for each in found]
     finally:
         with pymongo.MongoClient[dict[str, Any]](standalone_address) as client:
             for name in client.list_database_names():
                 if name.startswith("records-"):
                     client.drop_database(name)
-    assert not wrong, f"seed {seed}: {len(wrong)} differences, the first are\n" + "\n".join(wrong[:20])
+    assert not wrong, f"{len(wrong)} differences, the first are\n" + "\n".join(wrong[:20])
