@@ -96,7 +96,7 @@ def marks_of(state: State) -> dict[str, Plain]:
 
 
 def records_of(position_state: PositionState) -> dict[str, Plain]:
-    """The three records that hold a position state, by the names of their contracts, in the order of their writes.
+    """The three records that hold a position state, by the names of their contracts.
 
     A position or a resting entry has a record of its own; in its place, the state in `strategy` names its signal.
     """
@@ -107,6 +107,18 @@ def records_of(position_state: PositionState) -> dict[str, Plain]:
             records[name] = strategy["state"][field]
             strategy["state"][field] = signal_id_of(position_state.state)
     return {**records, "strategy": strategy}
+
+
+def write_order(before: Plain, records: dict[str, Plain]) -> list[str]:
+    """The order in which to write `records`, where `before` is the `strategy` record that they follow.
+
+    A position is written before `strategy`, which takes the intent away: killed in between, the intent is still there
+    and its outcome is known. It is cleared after `strategy`, which alone has the trade that came of it. What `strategy`
+    does not name, a torn batch has left behind; that is cleared first.
+    """
+    state: Any = before["state"] if isinstance(before, dict) else {}
+    over = [name for name, (_, field) in _HELD_IN.items() if records[name] is None and field in state]
+    return [*(name for name in _HELD_IN if name not in over), "strategy", *over]
 
 
 def position_state_of(records: dict[str, Plain]) -> PositionState:
@@ -123,12 +135,14 @@ def position_state_of(records: dict[str, Plain]) -> PositionState:
 
 def _joined(state: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
     """The state that `strategy` describes, with its position or entry. Where both disagree, a batch was torn: the
-    position is newer, because it is written first."""
+    position is newer, unless `strategy` says that it is over, see `write_order`."""
     for name, (tag, field) in _HELD_IN.items():
         held = records[name]
-        if held is not None:
-            newer = {"type": tag, "lastSlotMs": state["lastSlotMs"], field: held}
-            same = state.get(field) == signal_id_of(msgspec.convert(newer, State))
-            return {**state, field: held} if same else newer
+        if held is None:
+            continue
+        newer = {"type": tag, "lastSlotMs": state["lastSlotMs"], field: held}
+        signal_id = signal_id_of(msgspec.convert(newer, State))
+        if state.get("lastSignalId") != signal_id:
+            return {**state, field: held} if state.get(field) == signal_id else newer
     over = next((state[field] for _, field in _HELD_IN.values() if field in state), None)
     return state if over is None else {"type": "flat", "lastSlotMs": state["lastSlotMs"], "lastSignalId": over}

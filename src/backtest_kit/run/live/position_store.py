@@ -3,9 +3,9 @@
 The store comes first. What it does not take, because the disk is full or a server is away, goes to the
 emergency file, and to the store once that takes it. Until then the run is degraded: nothing new is opened.
 
-One change is one batch, ordered so that a store without atomic batches heals: the records of an outcome first, last
-the `strategy` record, which takes the intent away. Every write expects the revision that was read or written last. A
-process that takes the position over moves all of them on, so the store rejects what the old owner still writes.
+One change is one batch, in an order from which a start recovers where a store without atomic batches was killed
+half-way: see `write_order`. Every write expects the revision that was read or written last. A process that takes the
+position over moves all of them on, so the store rejects what the old owner still writes.
 
 A risk profile is one record of the `risk` contract, shared by every process on the store: its positions by name. A
 check and the reservation that follows it are one step: the reservation expects the revision that the check has seen,
@@ -38,7 +38,13 @@ from backtest_kit.run.live.alarms import Alarms
 from backtest_kit.run.live.emergency import ROOM, EmergencyFile
 from backtest_kit.run.live.known_records import KnownRecords
 from backtest_kit.run.live.orders import ENTRIES, signal_id_of
-from backtest_kit.run.live.position_state import PositionState, marks_of, position_state_of, records_of
+from backtest_kit.run.live.position_state import (
+    PositionState,
+    marks_of,
+    position_state_of,
+    records_of,
+    write_order,
+)
 from backtest_kit.run.risk import ActivePosition, active, judge
 from backtest_kit.run.schema import RiskSchema
 
@@ -219,7 +225,7 @@ class PositionStore:
             self._records.forget([(row.name, self._mark_key(position_state)) for row in _MARKS])
 
     async def _changes(self, position_state: PositionState) -> list[Write]:
-        """What makes the records hold the position state, in the order in which a torn batch heals."""
+        """What makes the records hold the position state, in the order from which a torn batch recovers."""
         when_ms, writes = position_state.seen_ms, list[Write]()
         marks, key = marks_of(position_state.state), self._mark_key(position_state)
         for row in _MARKS:
@@ -228,8 +234,8 @@ class PositionStore:
             if (row.name, key) in self._records:
                 writes += self._records.change(row, key, marks.get(row.name, {}), when_ms)
         records = records_of(position_state)
-        for row in _ROWS:
-            writes += self._records.change(row, self._scope, records[row.name], when_ms)
+        for name in write_order(self._records.value(CONTRACTS["strategy"], self._scope), records):
+            writes += self._records.change(CONTRACTS[name], self._scope, records[name], when_ms)
         return writes
 
     def _mark_key(self, position_state: PositionState) -> Key:
