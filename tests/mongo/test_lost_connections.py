@@ -1,6 +1,6 @@
 """Connections that are cut at any byte, requests that arrive late, and a server that says nothing for seconds.
 
-BACKTEST_KIT_FAULTS multiplies how many places are tried; with 4 there are about a thousand.
+`make prove` tries about a thousand places.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pymongo.errors import OperationFailure
 from pymongo.helpers_shared import _RETRYABLE_ERROR_CODES
 from tests.mongo.relay import Relay, Side
 from tests.mongo.samples import candles
+from tests.samples import size
 from tests.servers import Server, mongo_server, running
 
 from backtest_kit.errors import BacktestKitError, Outcome, RetryLater
@@ -35,7 +36,7 @@ from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Record, SeriesKey, Write
 
 SIGNAL, SCHEDULE = CONTRACTS["signal"], CONTRACTS["schedule"]
-TIMES = float(os.environ.get("BACKTEST_KIT_FAULTS", "1"))
+TIMES = size(1, 4)
 LANES = 8
 """Stores that are tried at the same time, each behind a relay of its own."""
 BULK = candles(0, 250)
@@ -125,6 +126,7 @@ async def require_truth(direct: MongoStore, name: str, case: Case, error: Backte
 
 
 @pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 async def test_connection_is_cut_at_any_byte(name: str, request: pytest.FixtureRequest) -> None:
     case, count = CASES[name]

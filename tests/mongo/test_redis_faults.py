@@ -1,6 +1,6 @@
 """Redis that goes away, refuses, is full, flushed or behind: no operation fails, no answer is wrong.
 
-With BACKTEST_KIT_FAULTS=5 each of the fifty flushes comes in the middle of a thousand operations.
+In `make prove` each of the fifty flushes comes in the middle of a thousand operations.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tests.mongo.test_redis_ids import (
     store,
     store_over,
 )
+from tests.samples import size
 from tests.servers import Server, redis_server, running
 
 from backtest_kit.persist.backends.mongo import MongoStore
@@ -34,7 +35,7 @@ from backtest_kit.persist.store import Write
 
 __all__ = ["cache", "store"]
 
-TIMES = float(os.environ.get("BACKTEST_KIT_FAULTS", "1"))
+FLUSHES, PER_TASK = size(10, 50), size(20, 100)
 SLACK_SECONDS = 0.5
 """For a machine that has other things to do."""
 
@@ -105,12 +106,12 @@ async def test_full_redis_is_still_asked_for_what_it_has(mongo_url: str, caplog:
         await store.close()
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
 async def test_flushes_in_the_middle_of_many_operations_change_no_answer(mongo_url: str) -> None:
-    """Fifty times: operations of several tasks, a flush in the middle of them, and one pass over the keys."""
+    """Again and again: operations of several tasks, a flush in the middle of them, and one pass over the keys."""
     keys: list[tuple[str, str]] = [(f"signal-{number}", "notes") for number in range(40)]
     chance = random.Random(11)  # noqa: S311
-    per_task = round(20 * TIMES)
     with running(redis_server()) as server, redis.Redis(port=server.port) as cache:
         store = store_over(mongo_url, at(server))
         acknowledged = dict.fromkeys(keys, 0)
@@ -118,7 +119,7 @@ async def test_flushes_in_the_middle_of_many_operations_change_no_answer(mongo_u
             await store.put(Write(STATE, key, 0))
 
         async def work(own: list[tuple[str, str]]) -> None:
-            for _ in range(per_task):
+            for _ in range(PER_TASK):
                 key = chance.choice(own)
                 if chance.random() < 0.2:
                     await store.put(Write(STATE, key, acknowledged[key] + 1))
@@ -132,7 +133,7 @@ async def test_flushes_in_the_middle_of_many_operations_change_no_answer(mongo_u
             await asyncio.sleep(chance.uniform(0, 0.1))
             await asyncio.to_thread(cache.flushall)
 
-        for _ in range(50):
+        for _ in range(FLUSHES):
             await asyncio.gather(*(work(keys[number::10]) for number in range(10)), flush())
             for key in keys:
                 await store.get(STATE, key)

@@ -1,19 +1,19 @@
 """MongoDB killed by SIGKILL in the middle of writes and started again: money is there, once, and nobody has to act.
 
-BACKTEST_KIT_FAULTS multiplies the kills; with 3 there are three hundred.
+`make prove` kills three hundred times.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import time
 from typing import Any
 
 import pymongo
 import pytest
+from tests.samples import size
 from tests.servers import Server, mongo_server, running
 
 from backtest_kit.persist.backends.mongo import MongoStore
@@ -21,11 +21,10 @@ from backtest_kit.persist.backends.mongo_settings import MongoSettings
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Expect, Write
 
-pytestmark = [pytest.mark.crash, pytest.mark.slow]
+pytestmark = [pytest.mark.crash, pytest.mark.sampled, pytest.mark.slow]
 
 SIGNAL, SCHEDULE, RISK = (CONTRACTS[name] for name in ("signal", "schedule", "risk"))
-TIMES = float(os.environ.get("BACKTEST_KIT_FAULTS", "1"))
-KILLS = round(25 * TIMES)
+KILLS = size(6, 75)
 """Of each of four servers."""
 AWAY_SECONDS = (0.0, 0.0, 0.0, 0.3, 1.0, 2.0)
 BACK_SECONDS = 2.0
