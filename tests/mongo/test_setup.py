@@ -19,10 +19,10 @@ from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.kit import Kit
 from backtest_kit.mongo import PROFILE, MongoSetup
 from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
+from backtest_kit.persist.backends.mongo_settings import MongoSettings
 from backtest_kit.persist.binding import MODES, Mode
 from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.urls import store_at
+from backtest_kit.persist.urls import mask, store_at
 
 NOWHERE = "mongodb://127.0.0.1:9/nothing"
 

@@ -24,10 +24,10 @@ from backtest_kit.errors import BacktestKitError, Outcome, UserError
 from backtest_kit.persist.backends.mongo_clock import ServerClock
 from backtest_kit.persist.backends.mongo_documents import Document
 from backtest_kit.persist.backends.mongo_errors import FAILURES, Patience, heals, may_have_happened, translate
-from backtest_kit.persist.backends.mongo_settings import Log, MongoSettings, mask
+from backtest_kit.persist.backends.mongo_settings import Log, MongoSettings
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.turns import Turns
-from backtest_kit.persist.urls import import_backend
+from backtest_kit.persist.urls import import_backend, mask
 
 T = TypeVar("T")
 

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import msgspec
 
 from backtest_kit.errors import UserError
+from backtest_kit.persist.urls import mask
 
 LOGGER: Final = "backtest_kit.mongo"
 """The logger in which the store says what it could not do otherwise, such as that Redis went away."""
@@ -76,14 +77,6 @@ class MongoSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 PATIENT: Final = {"CC_MONGO_SOCKET_TIMEOUT_MS": 120_000, "CC_MONGO_OPERATION_TIMEOUT_MS": 600_000}
 """Of a program that moves a whole store, and has no candle to be in time for."""
-
-
-def mask(url: str) -> str:
-    """An address without what may be secret in it: the credentials, and the values of its options."""
-    head, query, options = url.partition("?")
-    # Up to the last @: a password that should have been escaped may have one, or a slash, in it.
-    head = re.sub(r"(?s)^(\w[\w+.-]*://)?.*@", r"\1***@", head if "@" not in options else url)
-    return head if "@" in options or not query else f"{head}?..."
 
 
 def from_environment(environ: Mapping[str, str]) -> MongoSettings:

@@ -12,7 +12,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 
 from backtest_kit.errors import UserError
-from backtest_kit.persist.backends.mongo_settings import mask
+from backtest_kit.persist.urls import mask
 
 _SENTINEL: Final = "+sentinel"
 _SENTINEL_PORT: Final = 26379

@@ -11,8 +11,9 @@ from typing import Any, Final
 from redis.exceptions import RedisError, ResponseError, TimeoutError as RedisTimeoutError
 
 from backtest_kit.errors import RetryLater
-from backtest_kit.persist.backends.mongo_settings import Log, MongoSettings, mask
+from backtest_kit.persist.backends.mongo_settings import Log, MongoSettings
 from backtest_kit.persist.backends.redis_client import client_of
+from backtest_kit.persist.urls import mask
 
 _FAILURES_TO_OPEN: Final = 3
 _PAUSE_SECONDS: Final = 5.0
