@@ -36,7 +36,7 @@ def store_at(url: str, *, existing: bool = False, patient: bool = False) -> Stor
     """
     scheme, _, path = url.partition(":")
     if scheme in _SERVERS:
-        mongo = import_backend("backtest_kit.persist.backends.mongo")
+        mongo = import_backend("backtest_kit.persist.backends.mongo.store")
         return cast(Store, mongo.MongoStore(url, existing=existing, patient=patient))
     if scheme not in _BACKENDS:
         forms = ", ".join(f"{name}:{example}" for name, (_, _, example) in _BACKENDS.items()) + ", mongodb://host/name"
