@@ -112,7 +112,7 @@ class Holding(msgspec.Struct, frozen=True, tag="holding", rename="camel"):
 
 State = Flat | Resting | Holding
 Wanted = frozenset[type[Event]]
-"""The events that somebody listens to, of those that are only made when asked for."""
+"""The events that are listened to, of those that are only made when asked for."""
 
 _NOTHING: Final[Wanted] = frozenset()
 
@@ -192,7 +192,7 @@ def _step_resting(state: Resting, tick: Tick, rules: Rules, wanted: Wanted) -> t
         return Flat(state.last_slot_ms, entry.signal_id), (cancelled,)
     if _enters(state, tick):
         if state.order == "activate":
-            # Nobody sells below the market: an entry that does not wait for its price takes today's.
+            # No one sells below the market: an entry that does not wait for its price takes today's.
             entry = entry.at(tick.price)
         return _open(entry, state.last_slot_ms, tick, rules)
     if EntryWaiting in wanted:
@@ -293,7 +293,7 @@ def _level_fill(position: Position, tick: Tick, fill: Fill) -> tuple[CloseReason
         if tick.price <= stop if long else tick.price >= stop:
             return "stop_loss", stop
         return None
-    # Inside one candle nobody knows which wick came first: the worse one is taken to have.
+    # Inside one candle it is unknown which wick came first: the worse one is taken to have.
     if tick.low <= stop if long else tick.high >= stop:
         return "stop_loss", min(stop, tick.open) if long else max(stop, tick.open)
     if tick.high >= take if long else tick.low <= take:

@@ -307,7 +307,7 @@ class Minute:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            raise UserError(f"{self._place(what)} raised CancelledError, and nobody had cancelled it") from error
+            raise UserError(f"{self._place(what)} raised CancelledError, but nothing had cancelled it") from error
 
     def _place(self, what: str) -> str:
         identity = self._identity

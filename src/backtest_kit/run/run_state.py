@@ -340,7 +340,7 @@ class EntryView:
         if not isinstance(state, Resting) or state.entry.signal_id != self.value.signal_id:
             raise commands.Refused(f"entry {self.value.signal_id} rests no more")
         if state.order:
-            raise commands.Refused(f"entry {self.value.signal_id} is already told to {state.order}")
+            raise commands.Refused(f"entry {self.value.signal_id} already has the command to {state.order}")
         return msgspec.structs.replace(state, order=order), ()
 
     def __repr__(self) -> str:

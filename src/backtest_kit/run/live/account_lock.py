@@ -30,7 +30,7 @@ from backtest_kit.persist.store_id import place_of
 
 _log = logging.getLogger("backtest_kit")
 _PATIENCE_S: Final = 10.0
-"""How long to wait for the directory of a symbol, which nobody keeps for longer than a few writes."""
+"""How long to wait for the directory of a symbol, which no process keeps for longer than a few writes."""
 _GUARD: Final = "guard"
 _UNREADABLE: Final = b"\n"
 """The byte that is locked: Windows lets no other process read it."""
@@ -112,7 +112,7 @@ class AccountLock:
         for file in sorted(self._place.iterdir()):
             if file.name == _GUARD:
                 continue
-            # Whoever gives a lock back does not wait for the guard: its file may go at any moment.
+            # A process that releases a lock does not wait for the guard: its file may go at any moment.
             with suppress(FileNotFoundError):
                 self._refuse_other(file)
 

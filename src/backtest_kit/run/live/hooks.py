@@ -69,4 +69,4 @@ class LiveHooks(RunHooks):
             if now_ms - before_ms <= _ONE_OUTAGE_MS:
                 return
         # A handler that fails over the news of a failure would fail again over the news of that.
-        self._alarms.user_failed(what, error, tell=not isinstance(self._publishing, StrategyFailed))
+        self._alarms.user_failed(what, error, publish=not isinstance(self._publishing, StrategyFailed))

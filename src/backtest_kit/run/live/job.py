@@ -48,5 +48,5 @@ class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def place(self) -> tuple[str, str, str]:
-        """Whose positions on the venue are one: mode, exchange and symbol."""
+        """Whose positions on the exchange are one: mode, exchange and symbol."""
         return self.identity.mode, self.identity.exchange_name, self.identity.symbol

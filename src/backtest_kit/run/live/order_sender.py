@@ -91,7 +91,7 @@ class OrderSender:
                 self.run_state.state = self._used_up(intent)
                 return ()
             self.alarms.order_failed(
-                intent.order, str(error), "it was not sent, because nothing could keep a note of it", alarm=True
+                intent.order, str(error), "it was not sent, because it could not be written down anywhere", alarm=True
             )
             if kind not in COMMANDS:
                 return ()
@@ -178,10 +178,10 @@ class OrderSender:
         nothing_there = isinstance(error, OrderTransient) and error.outcome is Outcome.NOT_DONE
         if order.kind in ENTRIES or order.kind in EXITS:
             too_often = order.kind in EXITS and order.attempt >= self.rules.settings.CC_ORDER_CLOSE_RETRY_ATTEMPTS
-            self.alarms.order_failed(order, text, "the venue is asked about it at the next minute", alarm=too_often)
+            self.alarms.order_failed(order, text, "the exchange is asked about it at the next minute", alarm=too_often)
             return ()
         if order.kind == "activate" and nothing_there:
-            # The market was there and the venue's own book was not: the entry goes on resting.
+            # The market was there and the exchange's own book was not: the entry goes on resting.
             await self.record_outcome(order, _still_resting(state), ())
             if order.reason:
                 self.alarms.order_failed(order, text, "the entry goes on waiting for its price")
@@ -190,10 +190,10 @@ class OrderSender:
             await self.record_outcome(order, state, (), text)
             self.alarms.order_failed(order, text, "it was dropped")
             raise Refused(text)
-        self.alarms.order_failed(order, text, "the venue is asked about it at the next minute")
+        self.alarms.order_failed(order, text, "the exchange is asked about it at the next minute")
         if order.kind not in COMMANDS:
             return ()
-        raise Refused(f"nobody knows whether the venue did it: {text}")
+        raise Refused(f"it is unknown whether the exchange did it: {text}")
 
     async def _rejected(self, intent: Intent, text: str) -> tuple[Event, ...]:
         order, state = intent.order, self.position_state.state
@@ -201,7 +201,7 @@ class OrderSender:
             refused = msgspec.structs.replace(intent, refused=True)
             await self.save(msgspec.structs.replace(self.position_state, intent=refused), "try")
             self.alarms.order_failed(
-                order, text, "it is sent again at the next minute, and until the venue confirms", alarm=True
+                order, text, "it is sent again at the next minute, and until the exchange confirms", alarm=True
             )
             return ()
         if order.kind in ENTRIES:
@@ -219,7 +219,7 @@ class OrderSender:
         return ()
 
     async def send_again(self, intent: Intent, report: OrderReport) -> tuple[Event, ...]:
-        """Go on with an order that the venue has not carried out."""
+        """Go on with an order that the exchange has not carried out."""
         order, state, tick, status = intent.order, self.position_state.state, self.run_state.tick, report.status
         fresh = order.when_ms == tick.when_ms
         refused = intent.refused or status in ("cancelled", "rejected")
@@ -237,7 +237,7 @@ class OrderSender:
         elif fresh and not refused and not (self.flags.no_entry and order.kind in OPENING):
             intent = retried(intent)
         else:
-            text = f"the venue knows it as {status}"
+            text = f"the exchange knows it as {status}"
             await self.record_outcome(order, _still_resting(state), (), text)
             if order.kind != "activate" or order.reason:
                 self.alarms.order_failed(order, text, "it was dropped")
@@ -250,13 +250,13 @@ class OrderSender:
         if self.position_store.degraded or self.flags.blind:
             return None
         if status in ("cancelled", "rejected"):
-            await self._give_up(intent, f"the venue knows it as {status}")
+            await self._give_up(intent, f"the exchange knows it as {status}")
             return None
         if order.attempt >= settings.CC_ORDER_OPEN_RETRY_ATTEMPTS:
             await self._give_up(intent, f"it did not go through in {order.attempt + 1} attempts")
             return None
         if self.flags.stopping:
-            await self._give_up(intent, "the run is told to stop", alarm=False)
+            await self._give_up(intent, "the run is stopping", alarm=False)
             return None
         if self.flags.no_entry:
             return None

@@ -31,7 +31,7 @@ ENTRIES: Final = ("open", "place")
 OPENING: Final = ("open", "place", "activate", "add")
 """Orders that put more at risk than there was before."""
 COMMANDS: Final = ("add", "reduce", "move_stop", "move_take", "breakeven")
-"""Orders that somebody waits for, who is told what became of them."""
+"""Orders that a strategy waits for, which gets their outcome."""
 EXITS: Final = ("close", "cancel")
 """Orders that are carried out, however long it takes, once they were decided."""
 KIND_OF: Final[dict[Change, OrderKind]] = {
@@ -56,7 +56,7 @@ _SAME_PRICE: Final = 1e-9
 
 
 class Intent(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """An order that is about to be sent, or was sent and nobody knows what became of it."""
+    """An order that is about to be sent, or was sent and has an unknown outcome."""
 
     order: Order
     target: State
@@ -66,8 +66,8 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     earlier: Fill | None = None
     """Of a close: what orders under other ids have filled of it already, before they ended."""
     refused: bool = False
-    """Whether the venue has refused an exit under this id: it goes on under another, once the venue has said what was
-    filled of it."""
+    """Whether the exchange has refused an exit under this id: it goes on under another, once the exchange has said what
+    was filled of it."""
 
 
 def intended(
@@ -81,7 +81,7 @@ def intended(
     store_id: str,
     quantities: bool,
 ) -> Intent | None:
-    """The order that a venue needs for a change of state, or None where the change is ours alone.
+    """The order that an exchange needs for a change of state, or None where the change is ours alone.
 
     `number` counts the orders in the life of the position; `store_id` is part of the order's client id. With
     `quantities` the fills of the position have said how much of the base currency is held.
@@ -113,14 +113,14 @@ def intended(
 
 def numbered_from(state: State) -> int:
     """What the numbers of a position's orders begin at: those of one that was taken over lie beyond all that the store
-    before may have sent under the same ids, which nobody knows any more."""
+    before may have sent under the same ids, which are unknown by now."""
     if not isinstance(state, Holding) or not is_taken_over(state.position.signal_id):
         return 0
     return state.position.opened_at_ms // MINUTE_MS % _NUMBERS
 
 
 def _booked(kind: OrderKind, held: Position | RestingEntry, events: tuple[Event, ...], tick: Tick) -> float:
-    """What the engine books the order at where the venue tells nothing else."""
+    """What the engine books the order at where the exchange says nothing else."""
     if kind == "place":
         return held.price_open
     if kind in ("open", "activate", "add") and isinstance(held, Position):
@@ -174,7 +174,7 @@ def retried(intent: Intent) -> Intent:
 
 
 def renamed(intent: Intent, number: int, fill: Fill | None = None) -> Intent:
-    """The same order under an id of its own: the one before is over at the venue, which has filled `fill` of it."""
+    """The same order under an id of its own: the one before is over at the exchange, which has filled `fill` of it."""
     order = intent.order
     client_order_id = SignalIds(order.signal_id, store_of(order.client_order_id)).order(order.kind, number)
     order = msgspec.structs.replace(order, client_order_id=client_order_id, attempt=0)
@@ -203,7 +203,7 @@ def _together(one: Fill | None, other: Fill | None) -> Fill | None:
 
 
 def _whole_close(intent: Intent, fill: Fill | None, position: Position) -> Fill | None:
-    """The fill of a close with what earlier orders have filled of it; what nobody tells of, as the engine decided."""
+    """The fill of a close with what earlier orders have filled of it; without a price, as the engine decided."""
     if intent.earlier is None:
         return fill
     if fill is None or fill.price <= 0:
@@ -252,7 +252,7 @@ def judged(order: Order, report: OrderReport) -> Literal["done", "undone", "open
 
 
 def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tuple[State, tuple[Event, ...]]:
-    """The state and the events of an order that was carried out, as the venue filled it."""
+    """The state and the events of an order that was carried out, as the exchange filled it."""
     order, target, events = intent.order, intent.target, intent.events
     closing = before.position if order.kind == "close" and isinstance(before, Holding) else None
     if closing is not None:
@@ -300,7 +300,7 @@ def _too_late(order: Order, before: Resting, fill: Fill, rules: Rules) -> tuple[
 
 
 def _filled(order: Order, position: Position, fill: Fill | None, rules: Rules) -> Position:
-    """The position with the venue's price and amount in the place of those decided."""
+    """The position with the exchange's price and amount in the place of those decided."""
     name = _PART_OF.get(order.kind)
     if name is None:
         return position
@@ -357,7 +357,7 @@ def _as_sent(event: Lasting, order: Order) -> Lasting:
 def closed(
     state: Holding, reason: CloseReason, price: float, tick: Tick, rules: Rules, fill: Fill | None = None
 ) -> tuple[Flat, tuple[Event, ...]]:
-    """A position that the venue has closed by itself."""
+    """A position that the exchange has closed by itself."""
     execution = None if fill is None else fill.execution
     note = state.closing or ""
     trade: Trade = close_trade(state.position, reason, price, tick.when_ms, rules.settings, note, execution)
@@ -366,7 +366,7 @@ def closed(
 
 
 def cancelled(state: Resting, tick: Tick, rules: Rules) -> tuple[Flat, tuple[Event, ...]]:
-    """An entry that somebody has cancelled on the venue."""
+    """An entry that was cancelled on the exchange."""
     event = EntryCancelled(
         identity=rules.identity, when_ms=tick.when_ms, price=tick.price, entry=state.entry, reason="user"
     )
@@ -374,7 +374,7 @@ def cancelled(state: Resting, tick: Tick, rules: Rules) -> tuple[Flat, tuple[Eve
 
 
 def activated(state: Resting, fill: Fill, tick: Tick, rules: Rules) -> tuple[Holding, tuple[Event, ...]]:
-    """An entry that the venue has filled."""
+    """An entry that the exchange has filled."""
     position = open_position(state.entry.at(fill.price, fill.cost), tick.when_ms, rules.settings, fill.execution)
     event = PositionOpened(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, position=position)
     return Holding(position, state.last_slot_ms), (event,)

@@ -86,7 +86,7 @@ class Orphan(msgspec.Struct, frozen=True, kw_only=True):
     price_open: float | None
     stop_loss: float | None
     signal_id: str
-    """Whoever takes it over under this id finds its orders again; empty where it has none."""
+    """Taken over under this id, its orders are found again; empty where it has none."""
 
 
 class OrphanGuard:
@@ -308,7 +308,7 @@ class OrphanGuard:
         events = await self._run.adopt(*adopted(orphan, signal_id, stop, take, state.last_slot_ms, self._run_state))
         self._run_state.events += events
         if not events:
-            return f"its stop is at {price_text(stop)}, and it is adopted once the order under way is done"
+            return f"its stop is at {price_text(stop)}, and it is adopted once the pending order is done"
         return f"it is the strategy's own now, stop at {price_text(stop)}, take profit at {price_text(take)}"
 
     async def _protect(self, order: Order) -> None:

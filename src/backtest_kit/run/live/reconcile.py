@@ -82,7 +82,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def way_out(self) -> str:
-        """What whoever operates the run can do."""
+        """What the operator can do."""
         return _WAYS_OUT[self.what]
 
 

@@ -121,7 +121,7 @@ class LiveRun:
         )
         self._away = ""
         self._resolved_ms = -1
-        """The minute in which the start has asked about an order under way."""
+        """The minute in which the start has asked about a pending order."""
         self._commanded = False
         """Whether the run before has come as far as the commands of the minute in which this one begins: they are given
         again, and those that were carried out are known."""
@@ -132,7 +132,7 @@ class LiveRun:
         """The minute at which the strategy was asked last."""
 
     async def live(self) -> None:
-        """Trade until stopped, and tell the listeners how it ended.
+        """Trade until stopped, and publish how it ended.
 
         Raises:
             Conflict: another process has the position, from the start or since.
@@ -251,7 +251,7 @@ class LiveRun:
 
     async def _recover(self) -> bool:
         """Take in what the run before has left, and finish what it had begun; False if there is nothing to do and
-        the run is told to stop before it could begin."""
+        the run is stopped before it could begin."""
         owner = "" if self.lease is None else self.lease.holder.owner
         steps = list(await self._patiently(lambda: self.position_store.load(owner)))
         crashpoint("live.start.after_load")
@@ -298,7 +298,7 @@ class LiveRun:
         return not self.flags.unpriced
 
     async def _watch_until_candles(self, reason: str) -> None:
-        """Watch the venue alone, once a minute, until there are candles or nothing is left to wait for."""
+        """Watch the exchange alone, once a minute, until there are candles or nothing is left to wait for."""
         clock, watched_ms = self.job.clock, self.when_ms
         self._away = reason
         await self._watch(watched_ms)
@@ -398,7 +398,7 @@ class LiveRun:
     async def _reconcile(self, *, resending: bool = False) -> Comparison | None:
         """Compare the store with the exchange. Entries wait until that has succeeded and nothing unknown is found.
 
-        `resending`: because an entry under way may be sent again. That happens only where the exchange has nothing of
+        `resending`: because a pending entry may be sent again. That happens only where the exchange has nothing of
         it, so that it explains nothing of what the exchange holds.
         """
         when_ms = self.run_state.tick.when_ms
@@ -439,7 +439,7 @@ class LiveRun:
             _log.warning("the broker took no notice of %s: %s", event.action, error)
 
     async def _emit(self, event: Event) -> None:
-        """Tell of something that is no part of a minute."""
+        """Publish an event that is no part of a minute."""
         await self._bus.emit(event, self._minute.context(), failed=self._handler_failed)
         self._yielded(event)
         await self._recorder.note(event)

@@ -1,4 +1,4 @@
-"""How a live run stands, as a value: what the terminal shows and a handle tells."""
+"""How a live run stands, as a value: what the terminal and a handle show."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     ended: bool = False
     """Whether the run is over."""
     clock_drift_ms: int | None = None
-    """How far the exchange's clock is ahead of this machine's, where it tells. Beyond a second the run goes by the
+    """How far the exchange's clock is ahead of this machine's, where it says so. Beyond a second the run goes by the
     exchange's, and says so in the log."""
     waiting: str = ""
     """Why nothing is decided at the moment, such as a missing candle; empty while minutes are acted at."""
