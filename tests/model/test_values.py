@@ -16,6 +16,7 @@ from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.model.event import (
     EntryCancelled,
     EntryScheduled,
+    Lasting,
     PositionChanged,
     PositionClosed,
     PositionOpened,
@@ -121,7 +122,7 @@ def of_all_kinds() -> list[Any]:
     """One of each that reads values of its parts as its own."""
     position, trade = make_position(), make_trade()
     events: dict[str, Any] = {"identity": IDENTITY, "when_ms": 1, "price": 1.0}
-    lasting = [
+    lasting: list[Lasting] = [
         EntryScheduled(**events, entry=position.entry),
         EntryCancelled(**events, entry=position.entry, reason="user"),
         PositionOpened(**events, position=position),
@@ -138,7 +139,7 @@ def test_what_is_read_of_a_part_is_there_and_of_the_type_that_is_declared(whole:
     inner = {name: value for kind in kinds for name, value in vars(kind).items() if isinstance(value, Inner)}
     assert {"symbol", "strategy_name", "exchange_name", "frame_name"} <= set(inner)
     for name, declared in inner.items():
-        (kind,) = get_args(declared.__orig_class__)
+        (kind,) = get_args(vars(declared)["__orig_class__"])
         msgspec.convert(getattr(whole, name), kind)
         with pytest.raises(AttributeError):
             setattr(whole, name, None)
