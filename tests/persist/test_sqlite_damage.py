@@ -354,6 +354,17 @@ class TestMark:
         slow.close()
         fast.close()
 
+    def test_a_database_that_falls_behind_while_it_is_open_takes_nothing_back(self, tmp_path: Path) -> None:
+        path, identity = tmp_path / "bot.db", b"i" * 16
+        mark = Mark(str(path), Disk())
+        mark.begin(Head(identity, 500))
+        mark.note(Head(identity, 501))
+        for commits in (490, 3):
+            mark.begin(Head(identity, commits))
+            mark.note(Head(identity, commits + 1))
+            assert noted(path) == (identity, 501)
+        mark.close()
+
     async def test_a_mark_that_is_taken_away_is_made_again(self, tmp_path: Path) -> None:
         path = tmp_path / "bot.db"
         store = SqliteStore(path)
