@@ -81,13 +81,13 @@ def decode_as(kind: type[T], plain: Plain) -> T:
     """The value of type `kind` that `encode` made `plain` of.
 
     Raises:
-        Damaged: it is no such value.
+        Damaged: it is not such a value.
     """
     try:
         return msgspec.convert(decode(plain), kind)
     except msgspec.ValidationError as error:
         name = getattr(kind, "__name__", str(kind)).lstrip("_")
-        raise Damaged(f"a record is no {name}: {error}; `backtest-kit store get` shows it") from None
+        raise Damaged(f"a record is not a {name}: {error}; `backtest-kit store get` shows it") from None
 
 
 def dump_value(value: Plain) -> bytes:
@@ -370,7 +370,7 @@ _DECODERS: Final[dict[str, Callable[[str], Any]]] = {
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from backtest_kit.persist.crashpoints import crashpoint
 
 TEMP_PREFIX: Final = ".tmp-"
 TEMP_NAME: Final = re.compile(rf"{re.escape(TEMP_PREFIX)}\d+-[0-9a-f]{{12}}-\d+")
-"""What `Disk.write_temp` calls its files, in full: a file that only begins like that is the user's."""
+"""What `Disk.write_temp` calls its files, in full: a file that only begins like that belongs to another program."""
 STALE_TEMP_SECONDS: Final = 120
 """A temporary file older than this is not a write in flight."""
 
