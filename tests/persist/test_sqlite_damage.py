@@ -162,7 +162,7 @@ async def test_a_damaged_index_hides_no_position(tmp_path: Path, index: str) -> 
         with pytest.raises(Damaged, match=r"bot\.db is damaged: its indexes disagree.*REINDEX"):
             _ = [record async for record in store.scan(SIGNAL, prefix, limit=limit)]
     assert any(index in finding.problem for finding in await store.check())
-    with pytest.raises(UserError, match=r"not fit for live trading: contents: damaged"):
+    with pytest.raises(UserError, match=r"not fit for live trading: .*contents: damaged"):
         await require_live_grade(store)
     await store.close()
     connection = sqlite3.connect(store.path)
