@@ -17,7 +17,7 @@ import msgspec
 from backtest_kit.errors import BacktestKitError, Conflict
 from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.lease import Lease, claim, keeps_claims
-from backtest_kit.persist.possession import given_back, kept
+from backtest_kit.persist.possession import release_quietly, renew_forever
 from backtest_kit.persist.store import Key, Record, Store, Write
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.scope import expectation
@@ -119,7 +119,7 @@ class Place:
             if lease is not None:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(LEAVE_S):
-                        await given_back(lease)
+                        await release_quietly(lease)
 
     async def _hold(self) -> None:
         """Have the lease, or wait for whoever has it, without end."""
@@ -131,7 +131,7 @@ class Place:
                 self._record = None  # it may have been moved by whoever delivered before
                 self._known.set()
                 self._tell()
-                await kept(self._lease)
+                await renew_forever(self._lease)
             except Conflict as error:
                 if self._lease is not None or not patient:
                     _log.info("sink %s: another process delivers to it: %s", self._name, error)
