@@ -16,9 +16,9 @@ from tests.records.receiver import SECRET, Receiver, hook
 
 import backtest_kit as bk
 from backtest_kit.errors import UserError
-from backtest_kit.records import delivery, sinks
+from backtest_kit.records import attempt, delivery, outbox, sinks
+from backtest_kit.records.attempt import in_thread
 from backtest_kit.records.notification import Notification, notification_of
-from backtest_kit.records.threaded import never_in_the_way
 
 
 async def test_notifications_arrive_once_and_in_order(kit: bk.Kit, receiver: Receiver) -> None:
@@ -72,7 +72,7 @@ async def test_a_dead_receiver_loses_nothing_over_a_restart(
 async def test_a_dead_receiver_keeps_nothing_in_memory(
     kit: bk.Kit, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "CHUNK", 8)
+    monkeypatch.setattr(outbox, "CHUNK", 8)
     receiver.status = lambda body: 500
     kit.records.notification.sink(hook(receiver))
     for number in range(100):
@@ -143,7 +143,7 @@ async def test_a_sink_that_cannot_be_closed_costs_no_line_of_the_log(
     leave: Callable[[], Any],
     said: str,
 ) -> None:
-    monkeypatch.setattr(delivery, "GRACE_S", 0.01)
+    monkeypatch.setattr(attempt, "GRACE_S", 0.01)
     kit = kit_on("file:{place}/dump", tmp_path)
     kit.records.notification.sink(Leaving(leave))
     kit.records.notification.sink(hook(receiver))
@@ -205,7 +205,7 @@ async def test_a_sink_that_never_answers_is_cancelled_and_tried_again(
 async def test_a_sink_that_does_not_end_when_it_is_cancelled_is_not_begun_twice(
     kit: bk.Kit, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(delivery, "GRACE_S", 0.005)
+    monkeypatch.setattr(attempt, "GRACE_S", 0.005)
     kit.set_config(CC_MAX_NOTIFICATION_DELIVERY_SECONDS=0.01)
     gate, begun, told = asyncio.Event(), list[str](), list[str]()
 
@@ -295,7 +295,7 @@ async def test_what_a_thread_does_in_the_moment_in_which_it_is_given_up_is_done(
         assert gate.wait(20)
         return "taken"
 
-    deliver: Any = never_in_the_way(slow)
+    deliver: Any = in_thread(slow)
     notification = notification_of(opened("s-1"))
     assert notification is not None
     giving_up = asyncio.create_task(deliver(notification))

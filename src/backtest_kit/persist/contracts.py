@@ -111,8 +111,14 @@ process, not about a strategy, so it is never exported, migrated or bound by its
 store whose writes it guards."""
 
 CLAIM: Final = Contract("claim", ("kind", "name"), _S, _R, Delete.NEVER, Durability.RECORD)
-"""Which process does what only one may do at a time and no money depends on: replay a run, deliver to a sink. Like a
-lease it never moves; one of a process that died with its machine means nothing, so it need not be on the disk."""
+"""Which process does what only one may do at a time and no money depends on: replay a run. Like a lease it never
+moves; one of a process that died with its machine means nothing, so it need not be on the disk."""
+
+DELIVERY: Final = Contract(
+    "delivery", ("sink", "notificationId"), Kind.FEED, WriteRule.REPLACE, Delete.NEVER, Durability.RECORD
+)
+"""Which notification was handed to which sink, and which process is doing so, see `records.outbox`. It lies with the
+notifications, moves with them and is forgotten with them."""
 
 MIGRATION: Final = Contract("migration", ("name",), _S, _R, Delete.NULL_VALUE, Durability.MONEY)
 """How far `persist.migration` has come with filling this store: what the target of a migration keeps of it until it
@@ -129,7 +135,10 @@ HISTORY: Final = Contract(
 """Revisions of records that were replaced, see `persist.history`. They count the revisions of one store, so they stay
 in it: a migration does not take them along."""
 
-ALL_CONTRACTS: Final = {**CONTRACTS, **{row.name: row for row in (LEASE, CLAIM, MIGRATION, STORE_ID, HISTORY)}}
+MOVED: Final = {**CONTRACTS, DELIVERY.name: DELIVERY}
+"""What a migration moves, by name."""
+
+ALL_CONTRACTS: Final = {**MOVED, **{row.name: row for row in (LEASE, CLAIM, MIGRATION, STORE_ID, HISTORY)}}
 """Whatever may lie in a store, by name: the contracts of the user, and what stores keep for themselves."""
 
 

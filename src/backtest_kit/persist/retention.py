@@ -16,7 +16,7 @@ import msgspec
 
 from backtest_kit.errors import Damaged
 from backtest_kit.persist.codec import dump_value
-from backtest_kit.persist.contracts import CLAIM, CONTRACTS, HISTORY, Contract, Durability, Kind
+from backtest_kit.persist.contracts import CLAIM, CONTRACTS, HISTORY, MOVED, Contract, Durability, Kind
 from backtest_kit.persist.operations import RECORD_CONTRACTS, spaces
 from backtest_kit.persist.store import Capability, Key, Record, Store
 from backtest_kit.persist.upkeep import Prunes
@@ -36,7 +36,7 @@ _OVER: Final = ("closed", "cancelled")
 """What `storage` says of a signal of which nothing is to come."""
 _PRUNABLE: Final = tuple(
     row
-    for row in (*CONTRACTS.values(), HISTORY, CLAIM)
+    for row in (*MOVED.values(), HISTORY, CLAIM)
     if row.kind is not Kind.SERIES and row.durability is not Durability.MONEY
 )
 
@@ -87,6 +87,7 @@ def retention_of(settings: Settings) -> Retention:
             "session": Rule(settings.CC_RETENTION_SESSION_DAYS),
             "recent": Rule(settings.CC_RETENTION_RECENT_DAYS),
             "history": Rule(settings.CC_RETENTION_HISTORY_DAYS),
+            "delivery": Rule(settings.CC_RETENTION_NOTIFICATION_DAYS),  # written later, so it never goes before them
             "claim": Rule(1),  # whoever holds one renews it every minute
         },
         removed_days=settings.CC_RETENTION_REMOVED_DAYS,

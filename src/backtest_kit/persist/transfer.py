@@ -27,7 +27,7 @@ from backtest_kit.errors import BacktestKitError, Damaged, UserError
 from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.persist import walk
 from backtest_kit.persist.codec import dump_value, parse
-from backtest_kit.persist.contracts import CONTRACTS, Durability, Kind
+from backtest_kit.persist.contracts import MOVED, Durability, Kind
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.keys import check_key
 from backtest_kit.persist.operations import text_of
@@ -230,7 +230,7 @@ def _open(number: int, data: bytes) -> _Head | _Line | dict[str, Any]:
         line = msgspec.convert(fields, _Line)
     except msgspec.ValidationError as error:
         raise Damaged(f"it is no record: {error}") from None
-    row = CONTRACTS.get(line.contract)
+    row = MOVED.get(line.contract)
     if row is None:
         raise Damaged(f"no contract of this version is called {line.contract!r}")
     check_key(row, line.key, prefix=row.kind is Kind.SERIES)
@@ -260,7 +260,7 @@ async def _write_all(store: Store, source: Path) -> Counts:
             if line.columns is not None:
                 rows += await here.candles.write(_series(line), CandleSeries(*line.columns.values()))
                 continue
-            row, key = CONTRACTS[line.contract], tuple(line.key)
+            row, key = MOVED[line.contract], tuple(line.key)
             if await here.get(row, key) is not None:
                 present += 1
                 continue
@@ -278,7 +278,7 @@ async def _write_all(store: Store, source: Path) -> Counts:
 
 def _holds_money(line: _Line) -> bool:
     """Whether a line is of a live position, or what else money depends on."""
-    return not line.namespace and CONTRACTS[line.contract].durability is Durability.MONEY and line.value is not None
+    return not line.namespace and MOVED[line.contract].durability is Durability.MONEY and line.value is not None
 
 
 async def _is_of_other_store(store: Store, head: _Head) -> bool:
@@ -296,7 +296,7 @@ async def _is_other(store: Store, line: _Line) -> bool:
         here = await space.candles.read(_series(line), int(offered.timestamp[0]), int(offered.timestamp[-1]) + 1)
         common = np.isin(offered.timestamp, here.timestamp)
         return offered.take(common) != here.take(np.isin(here.timestamp, offered.timestamp))
-    record = await space.get(CONTRACTS[line.contract], tuple(line.key))
+    record = await space.get(MOVED[line.contract], tuple(line.key))
     if record is None:
         return False
     there = dump_value([record.value, record.when, record.removed])
@@ -309,5 +309,5 @@ def _series(line: _Line) -> SeriesKey:
 
 def _name(line: _Line) -> str:
     return "/".join(
-        (*(f"@{name}" for name in line.namespace), line.contract, text_of(CONTRACTS[line.contract], tuple(line.key)))
+        (*(f"@{name}" for name in line.namespace), line.contract, text_of(MOVED[line.contract], tuple(line.key)))
     )
