@@ -27,7 +27,6 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.operations import check
 from backtest_kit.persist.store import Plain, SeriesKey, Store, Write
 
 SIGNAL, STATE, LOG = CONTRACTS["signal"], CONTRACTS["state"], CONTRACTS["log"]
@@ -189,7 +188,7 @@ async def measure_many(make: Callable[[Path], Store], place: Path, count: int) -
         found += 1
     report(f"scanning {found} records", f"{time.perf_counter() - start:.2f} s")
     start = time.perf_counter()
-    findings = await check(again)
+    findings = await again.check()
     report(f"checking {count} records ({len(findings)} findings)", f"{time.perf_counter() - start:.2f} s")
     await again.close()
 

@@ -12,7 +12,7 @@ bk.add_exchange_schema("binance", source=bk.sources.ccxt("binance"))
 
 
 async def get_signal(ctx: bk.Context) -> bk.Signal | None:
-    """Asked every five minutes while nothing is held."""
+    """RiskGate every five minutes while nothing is held."""
     close = (await ctx.candles("1m", 60)).close
     side = "long" if close[-1] < close.mean() else "short"
     return bk.Signal.bracket(side, price=ctx.price, take_profit_pct=1, stop_loss_pct=0.7, minutes=90)

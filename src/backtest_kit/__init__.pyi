@@ -72,13 +72,11 @@ from .model.decisions import (
 from .model.event import (
     BreakevenReached as BreakevenReached,
     ClockJumped as ClockJumped,
-    Degraded as Degraded,
     EntryCancelled as EntryCancelled,
     EntryScheduled as EntryScheduled,
     EntryWaiting as EntryWaiting,
     Event as Event,
     FallReached as FallReached,
-    Healed as Healed,
     Identity as Identity,
     LevelReached as LevelReached,
     MarketEvent as MarketEvent,
@@ -96,6 +94,8 @@ from .model.event import (
     RiskRejected as RiskRejected,
     RunDone as RunDone,
     RunFailed as RunFailed,
+    StoreDegraded as StoreDegraded,
+    StoreRecovered as StoreRecovered,
     StrategyFailed as StrategyFailed,
 )
 from .model.position import (
@@ -178,34 +178,34 @@ from .report.result import (
 from .report.statistics import (
     Statistics as Statistics,
 )
-from .run.backtest import (
-    BacktestHandle as BacktestHandle,
-)
 from .run.context import (
     Context as Context,
 )
 from .run.cron import (
     CronTick as CronTick,
 )
-from .run.desk import (
-    CommandOutcome as CommandOutcome,
-    EntryView as EntryView,
-    PositionView as PositionView,
-)
-from .run.live import (
+from .run.live.runner import (
     LiveHandle as LiveHandle,
     LiveOptions as LiveOptions,
 )
-from .run.live_status import (
+from .run.live.status import (
     LiveStatus as LiveStatus,
+)
+from .run.replay.backtest import (
+    BacktestHandle as BacktestHandle,
+)
+from .run.replay.walker import (
+    ParameterSet as ParameterSet,
+    WalkProgress as WalkProgress,
 )
 from .run.risk import (
     ActivePosition as ActivePosition,
     RiskRequest as RiskRequest,
 )
-from .run.walker import (
-    ParameterSet as ParameterSet,
-    WalkProgress as WalkProgress,
+from .run.run_state import (
+    CommandOutcome as CommandOutcome,
+    EntryView as EntryView,
+    PositionView as PositionView,
 )
 from .settings import (
     Settings as Settings,

@@ -24,7 +24,7 @@ def library() -> Any:
 
 
 def open_client(exchange_id: str, options: dict[str, Any]) -> Any:
-    """An asynchronous client of the running loop; whoever opens it closes it.
+    """An asynchronous client of the running loop; the caller closes it.
 
     Raises:
         UserError: ccxt has no such exchange, or is not installed.

@@ -172,8 +172,8 @@ class _Subscription:
 class EventBus:
     """Hands events to handlers and streams, in order and without losing any.
 
-    Each handler sees one event at a time, in the order in which each run emitted them. Whoever emits waits for
-    the handlers, so a slow handler slows its run, and what a handler commands is done before the run goes on.
+    Each handler sees one event at a time, in the order in which each run emitted them. The run that emits
+    waits for the handlers: a slow handler slows its run, and a handler's commands are done before the run goes on.
     """
 
     def __init__(self) -> None:
@@ -226,7 +226,7 @@ class EventBus:
         """The events of these kinds as an async iterator. It begins with this call.
 
         Up to `limit` events wait to be read; then the runs wait. So read it in a task of its own, and leave it when
-        done: by the end of its `async for`, by `async with`, by `aclose()`, or by letting go of it.
+        done: by the end of its `async for`, by `async with`, by `aclose()`, or by dropping the last reference.
 
         Raises:
             UserError: an argument is wrong.
@@ -252,7 +252,7 @@ class EventBus:
     ) -> None:
         """Hand an event to all who want it, one after the other in the order of their registration.
 
-        `failed` is told of a handler's error, by the handler's name; where it does not raise, the others go on.
+        `failed` is called with a handler's name and its error; unless it raises, the other handlers go on.
 
         Raises:
             UserError: a handler would wait for itself, because it led to this event and wants it too.
@@ -340,7 +340,7 @@ class _Queue(Generic[E]):
     def _wake(self) -> None:
         while self._waiters:
             waiter = self._waiters.pop()
-            with suppress(RuntimeError):  # its loop is closed: nobody waits there any more
+            with suppress(RuntimeError):  # its loop is closed: no task waits there any more
                 waiter.get_loop().call_soon_threadsafe(_resolve, waiter)
 
 
@@ -352,8 +352,8 @@ def _resolve(waiter: asyncio.Future[None]) -> None:
 class EventStream(AsyncIterator[E]):
     """Events as they come, from `EventBus.events`.
 
-    `async for` reads until it is left, and leaving it ends the stream: a stream that nobody reads would make the
-    runs wait for ever. `await anext(stream)` reads one event and goes on listening.
+    `async for` reads until it is left, and leaving it ends the stream: a stream without a reader would block
+    the runs permanently. `await anext(stream)` reads one event and goes on listening.
     """
 
     def __init__(self, queue: _Queue[E], end: Callable[[], None]) -> None:
@@ -395,7 +395,7 @@ class _Loop(AsyncIterator[E]):
     async def __anext__(self) -> E:
         try:
             return await anext(self._stream)
-        except BaseException:  # a traceback that somebody keeps would keep this object too
+        except BaseException:  # a traceback that is kept would keep this object too
             self._stream._stop()
             raise
 

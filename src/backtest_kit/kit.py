@@ -19,9 +19,10 @@ from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import CandleStore, Store
 from backtest_kit.persist.urls import store_at
 from backtest_kit.records import Records
-from backtest_kit.run.backtest import BacktestRunner
 from backtest_kit.run.cron import Cron, CronTick
 from backtest_kit.run.feeds import Feeds
+from backtest_kit.run.replay.backtest import BacktestRunner
+from backtest_kit.run.replay.walker import Walker
 from backtest_kit.run.risk import RiskValidation
 from backtest_kit.run.schema import (
     ExchangeSchema,
@@ -36,12 +37,11 @@ from backtest_kit.run.schema import (
     risk_schema,
     strategy_schema,
 )
-from backtest_kit.run.walker import Walker
 from backtest_kit.settings import Settings, from_environment, with_settings
 
 if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
-    from backtest_kit.run.live import LiveRunner
+    from backtest_kit.run.live.runner import LiveRunner
 
 E = TypeVar("E", bound=Event)
 
@@ -86,7 +86,7 @@ class Kit:
     def live(self) -> LiveRunner:
         """Runs strategies on a market as it goes on, with real orders or on paper."""
         if self._live is None:
-            from backtest_kit.run.live import LiveRunner
+            from backtest_kit.run.live.runner import LiveRunner
 
             self._live = LiveRunner(
                 self._registry,

@@ -67,7 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     CC_MAX_NOTIFICATION_DELIVERY_SECONDS: float = 15.0
     """How long a sink may take for one notification before that has failed and is tried again. Above 0."""
     CC_RETENTION_LOG_DAYS: float = 30.0
-    """How long lines of the log are kept, in days; `inf` is for ever. All days are above 0, all counts 1 or more."""
+    """How long lines of the log are kept, in days; `inf` keeps them. All days are above 0, all counts 1 or more."""
     CC_RETENTION_LOG_COUNT: float = math.inf
     """How many lines of the log are kept, the newest ones."""
     CC_RETENTION_NOTIFICATION_DAYS: float = 90.0

@@ -18,13 +18,13 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.event import Identity
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Direction, Entry, Extreme, Position, RestingEntry
-from backtest_kit.simulation.binance import API_KEY, API_SECRET
-from backtest_kit.simulation.client import ccxt_options
-from backtest_kit.simulation.exchange import Terms
-from backtest_kit.simulation.faults import Fault
-from backtest_kit.simulation.orders import VenueFill, VenueOrder
-from backtest_kit.simulation.server import VenueServer
-from backtest_kit.simulation.venue import Venue
+from backtest_kit.venue.binance.api import API_KEY, API_SECRET
+from backtest_kit.venue.client import ccxt_options
+from backtest_kit.venue.exchange import Terms
+from backtest_kit.venue.faults import Fault
+from backtest_kit.venue.orders import VenueFill, VenueOrder
+from backtest_kit.venue.server import VenueServer
+from backtest_kit.venue.venue import Venue
 
 START = 1_704_067_200_000
 PRICE = 50_000.0
@@ -126,14 +126,14 @@ class Bench:
         return float(account.held(self.exchange.markets["BTCUSDT"]))
 
     async def by_hand(self, side: str, quantity: float) -> None:
-        from backtest_kit.simulation.http import HttpClient
+        from backtest_kit.venue.http import HttpClient
 
         client = HttpClient(self.server.url)
         body = {"kind": self.kind, "symbol": "BTCUSDT", "side": side, "quantity": str(quantity)}
         assert (await client.ask("POST", "/sim/trade", body))[0] == 200
 
     async def cancel_by_hand(self, client_order_id: str) -> None:
-        from backtest_kit.simulation.http import HttpClient
+        from backtest_kit.venue.http import HttpClient
 
         client = HttpClient(self.server.url)
         body = {"kind": self.kind, "clientOrderId": client_order_id}

@@ -12,9 +12,9 @@ from backtest_kit.engine.step import Holding, Rules, Tick
 from backtest_kit.model.event import Identity, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.store import Key
-from backtest_kit.run.desk import Desk
-from backtest_kit.run.ledger import Book
-from backtest_kit.run.orphans import OrphanGuard
+from backtest_kit.run.live.ledger import PositionState
+from backtest_kit.run.live.orphans import OrphanGuard
+from backtest_kit.run.run_state import RunState
 from backtest_kit.settings import Settings
 
 
@@ -35,7 +35,7 @@ class Books:
 class NoOthers:
     """A store without other strategies."""
 
-    async def read(self, but: Collection[Key]) -> dict[Key, Book]:
+    async def read(self, but: Collection[Key]) -> dict[Key, PositionState]:
         return {}
 
     async def trader(self, but: Collection[Key]) -> str:
@@ -44,11 +44,11 @@ class NoOthers:
 
 async def adopted(broker: CcxtBroker, price: float) -> Holding:
     identity = Identity("BTCUSDT", "trend", "binance", "", "live")
-    desk = Desk(Rules(identity=identity, settings=Settings(), interval_ms=MINUTE_MS))
-    desk.tick = Tick.flat(START, price)
+    run_state = RunState(Rules(identity=identity, settings=Settings(), interval_ms=MINUTE_MS))
+    run_state.tick = Tick.flat(START, price)
     books = Books(broker)
-    guard = OrphanGuard(desk, broker, "adopt", books, NoOthers())
-    found = await guard.compare(START, lambda: {("trend", "binance", "BTCUSDT"): Book()})
+    guard = OrphanGuard(run_state, broker, "adopt", books, NoOthers())
+    found = await guard.compare(START, lambda: {("trend", "binance", "BTCUSDT"): PositionState()})
     assert found.no_entry
     assert await guard.report(found, []) is not None
     (state,) = books.states

@@ -13,9 +13,9 @@ from tests.broker.conftest import PRICE, Bench, Kind, MakeBench, again, order, p
 from backtest_kit.broker.base import Fill, Order
 from backtest_kit.broker.ccxt import CcxtBroker
 from backtest_kit.broker.order_ids import SignalIds
-from backtest_kit.simulation.exchange import ClientIds
-from backtest_kit.simulation.faults import Fault, Faults, Strike
-from backtest_kit.simulation.orders import Limits
+from backtest_kit.venue.exchange import ClientIds
+from backtest_kit.venue.faults import Fault, Faults, Strike
+from backtest_kit.venue.orders import Limits
 
 pytestmark = [pytest.mark.crash, pytest.mark.slow]
 Fate = Literal["arrived", "lost"]

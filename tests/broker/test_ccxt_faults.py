@@ -18,7 +18,7 @@ from tests.broker.conftest import IDS, PRICE, SIGNAL, Bench, Kind, MakeBench, ag
 
 from backtest_kit.broker.base import OrderDeleted, OrderRejected, OrderTransient
 from backtest_kit.errors import Outcome
-from backtest_kit.simulation.binance import API_SECRET
+from backtest_kit.venue.binance.api import API_SECRET
 
 BOTH = pytest.mark.parametrize("kind", ["spot", "futures"])
 LOOK_UPS: dict[str, Any] = {"endpoint": "GET */order", "count": 2}
@@ -323,7 +323,7 @@ async def test_a_sale_on_spot_that_nobody_can_ask_about_is_said_to_have_no_stop(
     assert caught.value.outcome is Outcome.UNKNOWN
     told = [record.message for record in caplog.records if record.levelname == "ERROR"]
     assert len(told) == 1
-    assert f"held WITHOUT A STOP until the exchange tells what became of {IDS.order('close', 0)}" in told[0]
+    assert f"held WITHOUT A STOP until the exchange reports what became of {IDS.order('close', 0)}" in told[0]
 
 
 @pytest.mark.parametrize("lost", [UNCERTAIN[0], {"kind": "lose_response"}], ids=lambda fault: str(fault["kind"]))
@@ -563,7 +563,7 @@ async def test_reduced_by_hand_is_followed_and_said_once(
     for _ in range(2):
         assert await broker.check_position(position(order(), opened)) is None
     nothing_is_naked(venue)
-    assert sum("somebody else traded it" in record.message for record in caplog.records) == 1
+    assert sum("it was traded outside of this program" in record.message for record in caplog.records) == 1
     fill = await broker.close_position(order("close", quantity=0.02))
     assert fill is not None
     assert fill.quantity == pytest.approx(0.015, abs=0.00003), "what is held, not what the engine believes"

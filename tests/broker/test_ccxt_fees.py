@@ -9,12 +9,12 @@ import pytest
 from tests.broker.conftest import PRICE, START, Bench, MakeBench, Script, again, order
 
 from backtest_kit.market.clock import SteppedClock
-from backtest_kit.simulation.account import SpotAccount
-from backtest_kit.simulation.binance import API_KEY
-from backtest_kit.simulation.exchange import Terms
-from backtest_kit.simulation.orders import Market, Side
-from backtest_kit.simulation.server import VenueServer
-from backtest_kit.simulation.venue import Venue
+from backtest_kit.venue.account import SpotAccount
+from backtest_kit.venue.binance.api import API_KEY
+from backtest_kit.venue.exchange import Terms
+from backtest_kit.venue.orders import Market, Side
+from backtest_kit.venue.server import VenueServer
+from backtest_kit.venue.venue import Venue
 
 
 class ThirdCurrency(SpotAccount):

@@ -14,7 +14,7 @@ from tests.broker.conftest import IDS, PRICE, Bench, Kind, MakeBench, again, ord
 from backtest_kit.broker.base import Fill, OrderRejected, OrderTransient
 from backtest_kit.broker.ccxt_market import Market, read_market
 from backtest_kit.broker.order_ids import SignalIds
-from backtest_kit.simulation.orders import Limits
+from backtest_kit.venue.orders import Limits
 
 BOTH = pytest.mark.parametrize("kind", ["spot", "futures"])
 PARTS_OF = Decimal("0.01")
@@ -112,9 +112,9 @@ async def test_a_future_without_room_for_a_second_stop_moves_the_ones_it_has(ben
 
 async def stop_by_hand(venue: Bench) -> None:
     """A stop that somebody else has on the market."""
-    from backtest_kit.simulation.binance import API_KEY
-    from backtest_kit.simulation.journal import Place
-    from backtest_kit.simulation.orders import NewOrder
+    from backtest_kit.venue.binance.api import API_KEY
+    from backtest_kit.venue.journal import Place
+    from backtest_kit.venue.orders import NewOrder
 
     stop = NewOrder(
         symbol="BTCUSDT",

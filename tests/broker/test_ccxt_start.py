@@ -13,8 +13,8 @@ from tests.broker.conftest import MakeBench, order
 from backtest_kit.broker.ccxt import CcxtBroker
 from backtest_kit.broker.ccxt_connection import _enter_test_network
 from backtest_kit.errors import RetryLater, UserError
-from backtest_kit.simulation import binance
-from backtest_kit.simulation.binance import API_KEY, API_SECRET
+from backtest_kit.venue.binance import api
+from backtest_kit.venue.binance.api import API_KEY, API_SECRET
 
 
 async def test_credentials_come_from_the_environment(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ async def test_an_exchange_that_lists_no_markets_may_list_them_later(
     venue = await bench("spot")
     broker = venue.unconnected()
     with monkeypatch.context() as patch:
-        patch.setitem(binance._ROUTES["api", "GET"], "exchangeInfo", binance._Route(listed, signed=False))
+        patch.setitem(api._ROUTES["api", "GET"], "exchangeInfo", api._Route(listed, signed=False))
         with pytest.raises(RetryLater, match="list of markets is empty"):
             await broker.start()
     await broker.start()
@@ -73,7 +73,7 @@ async def test_hedge_mode_is_refused(bench: MakeBench, monkeypatch: pytest.Monke
     async def hedged(call: Any) -> Any:
         return {"dualSidePosition": True}
 
-    monkeypatch.setitem(binance._ROUTES["fapi", "GET"], "positionSide/dual", binance._Route(hedged))
+    monkeypatch.setitem(api._ROUTES["fapi", "GET"], "positionSide/dual", api._Route(hedged))
     venue = await bench("futures")
     with pytest.raises(UserError, match="hedge mode.*switch its position mode to one-way"):  # noqa: RUF043
         await venue.broker()
@@ -83,7 +83,7 @@ async def test_an_account_that_may_not_trade_is_refused(bench: MakeBench, monkey
     async def account(call: Any) -> Any:
         return {"canTrade": False, "balances": []}
 
-    monkeypatch.setitem(binance._ROUTES["api", "GET"], "account", binance._Route(account))
+    monkeypatch.setitem(api._ROUTES["api", "GET"], "account", api._Route(account))
     with pytest.raises(UserError, match="the account may not trade: allow trading for this API key"):
         await (await bench("spot")).broker()
 
@@ -105,7 +105,9 @@ async def test_the_kind_of_market_must_be_the_broker_s(bench: MakeBench) -> None
     venue = await bench("spot")
     everything = {"fetchMarkets": {"types": ["spot", "linear"]}}
     broker = await venue.broker(options=everything)
-    with pytest.raises(UserError, match=r"BTC/USDT:USDT is no spot market: use CcxtBroker\(\.\.\., market='futures'\)"):
+    with pytest.raises(
+        UserError, match=r"BTC/USDT:USDT is not a spot market: use CcxtBroker\(\.\.\., market='futures'\)"
+    ):
         await broker.holdings(["BTC/USDT:USDT"])
 
 

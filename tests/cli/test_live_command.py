@@ -21,8 +21,8 @@ from tests.cli.terminal import Terminal
 from backtest_kit.market import sources
 from backtest_kit.market.clock import SteppedClock
 from backtest_kit.model.interval import MINUTE_MS, to_ms
-from backtest_kit.simulation.server import VenueServer
-from backtest_kit.simulation.venue import Venue
+from backtest_kit.venue.server import VenueServer
+from backtest_kit.venue.venue import Venue
 
 ROOT = Path(__file__).parents[2]
 COMMAND = str(Path(sys.executable).with_name("backtest-kit"))
@@ -36,7 +36,7 @@ async def get_signal(ctx):
 bk.add_strategy_schema("long", interval="15m", get_signal=get_signal)
 """
 LIVE = """
-from backtest_kit.simulation.client import connect
+from backtest_kit.venue.client import connect
 
 venue = connect("{url}")
 bk.add_exchange_schema("sim", source=venue.source(), clock=venue.clock("long"), broker=venue.broker("me"))

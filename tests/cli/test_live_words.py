@@ -19,7 +19,7 @@ from backtest_kit.model.event import Identity
 from backtest_kit.model.interval import to_ms
 from backtest_kit.model.position import Entry, Extreme, Position, RestingEntry, Trade
 from backtest_kit.records.notification import notification_of
-from backtest_kit.run.live_status import LiveStatus
+from backtest_kit.run.live.status import LiveStatus
 
 NOON = to_ms("2024-06-01T12:00")
 WHO = Identity("BTCUSDT", "trend", "binance", "", "live")
@@ -90,9 +90,9 @@ SAID: list[tuple[type[bk.Event], dict[str, Any], str, bool]] = [
         "foreign position: the exchange holds 0.5; adopt it",
         True,
     ),
-    (bk.Degraded, {"reason": "disk full", "kept": True}, "disk full; the emergency file has what it lacks", True),
-    (bk.Degraded, {"reason": "disk full", "kept": False}, "disk full; A CRASH NOW LOSES WHAT IT LACKS", True),
-    (bk.Healed, {}, "the store has everything again", False),
+    (bk.StoreDegraded, {"reason": "disk full", "kept": True}, "disk full; the emergency file has what it lacks", True),
+    (bk.StoreDegraded, {"reason": "disk full", "kept": False}, "disk full; A CRASH NOW LOSES WHAT IT LACKS", True),
+    (bk.StoreRecovered, {}, "the store has everything again", False),
     (bk.StrategyFailed, {"what": "manage", "error": KeyError("x")}, "manage raised KeyError: 'x'; the next", True),
     (
         bk.MinutesMissed,

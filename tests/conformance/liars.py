@@ -14,7 +14,6 @@ from backtest_kit.persist.backends.memory import MemoryCandleStore, MemoryStore
 from backtest_kit.persist.contracts import Contract, WriteRule
 from backtest_kit.persist.store import ANY, Capability, Key, Record, SeriesKey, Write
 from backtest_kit.persist.testing import StoreConformance
-from backtest_kit.persist.writing import put_each
 
 
 class IgnoresExpectations(MemoryStore):
@@ -30,7 +29,7 @@ class JudgesTheBatchOnTheWay(MemoryStore):
 
 class WritesHalfOfMany(MemoryStore):
     async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
-        done = await put_each(MemoryStore(), writes)
+        done = await MemoryStore().put_each(writes)
         for write in writes[::2]:
             await self.put(write)
         return done
@@ -46,6 +45,23 @@ class BatchesWithoutDeclaring(MemoryStore):
 
 class ScansWithoutDeclaring(MemoryStore):
     capabilities = MemoryStore.capabilities - {Capability.ORDERED_SCAN}
+
+
+class ListsNamespacesWithoutDeclaring(MemoryStore):
+    capabilities = MemoryStore.capabilities - {Capability.LISTING}
+
+
+class PrunesWithoutDeclaring(MemoryStore):
+    capabilities = MemoryStore.capabilities - {Capability.PRUNING}
+
+
+class ClaimsToKeepDamage(MemoryStore):
+    capabilities = MemoryStore.capabilities | {Capability.QUARANTINE}
+
+
+class HidesANamespace(MemoryStore):
+    async def namespaces(self) -> list[tuple[str, ...]]:
+        return (await super().namespaces())[1:]
 
 
 class ClaimsToLast(MemoryStore):
@@ -191,7 +207,7 @@ class CountsNothing(MemoryStore):
 
 
 class HasOneNamespace(MemoryStore):
-    def within(self, namespace: str) -> MemoryStore:
+    def namespace(self, name: str) -> MemoryStore:
         return self
 
 
@@ -249,6 +265,10 @@ CAUGHT_BY: dict[type[MemoryStore], str] = {
     HonoursWhatItDoesNotDeclare: "test_expected_absence",
     BatchesWithoutDeclaring: "test_batch_can_remove",
     ScansWithoutDeclaring: "test_empty_listing",
+    ListsNamespacesWithoutDeclaring: "test_namespaces_and_series_are_listed",
+    PrunesWithoutDeclaring: "test_forgetting_is_refused_unless_declared",
+    ClaimsToKeepDamage: "test_quarantine_is_refused_unless_declared",
+    HidesANamespace: "test_namespaces_and_series_are_listed",
     ClaimsToLast: "test_reopened_store_has_what_it_promised",
     ClaimsToShare: "test_two_stores_over_one_place",
     ListsByKey: "test_rewritten_record_moves_to_the_end",
@@ -281,5 +301,6 @@ def _suite(store: type[MemoryStore]) -> type[StoreConformance]:
     return type("Suite", (StoreConformance,), {"make_store": make_store})
 
 
-for liar in (*CAUGHT_BY, MemoryStore):
+ALL: tuple[type[MemoryStore], ...] = (*CAUGHT_BY, MemoryStore)
+for liar in ALL:
     globals()[f"Test{liar.__name__}"] = _suite(liar)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import closing
@@ -13,7 +12,7 @@ from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract
-from backtest_kit.persist.store import CandleStore, Key, Record, Store, Write
+from backtest_kit.persist.store import Capability, Key, Record, Store, Write
 from backtest_kit.persist.testing import StoreConformance
 from backtest_kit.persist.wrapper import AdapterStore
 
@@ -65,22 +64,19 @@ class Listed(Unlisted):
         return list(self._store.values())
 
 
-class OneAdapterEach:
+class OneAdapterEach(Store):
     """A store of all contracts over one adapter per contract, which is how a program binds them."""
 
     def __init__(self, adapter: type) -> None:
         self._stores = {row.name: AdapterStore(row, adapter) for row in CONTRACTS.values()}
-        self.capabilities = self._stores["signal"].capabilities
+        self.candles = self._stores["candle"].candles
 
     @property
-    def candles(self) -> CandleStore:
-        return self._stores["candle"].candles
+    def capabilities(self) -> frozenset[Capability]:
+        return self._stores["signal"].capabilities
 
-    async def open(self) -> None:
-        await asyncio.gather(*(store.open() for store in self._stores.values()))
-
-    async def close(self) -> None:
-        await asyncio.gather(*(store.close() for store in self._stores.values()))
+    def keeps(self, contract: Contract) -> bool:
+        return contract.name in self._stores
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
         return await self._stores[contract.name].get(contract, key)
@@ -95,12 +91,12 @@ class OneAdapterEach:
     def scan(self, contract: Contract, prefix: Key = (), **options: Any) -> AsyncIterator[Record]:
         return self._stores[contract.name].scan(contract, prefix, **options)
 
-    def within(self, namespace: str) -> Store:
-        if not namespace:
+    def namespace(self, name: str) -> Store:
+        if not name:
             return self
         inner = OneAdapterEach.__new__(OneAdapterEach)
-        inner._stores = {name: store.within(namespace) for name, store in self._stores.items()}
-        inner.capabilities = self.capabilities
+        inner._stores = {each: store.namespace(name) for each, store in self._stores.items()}
+        inner.candles = inner._stores["candle"].candles
         return inner
 
 

@@ -18,8 +18,8 @@ from typer.main import get_command
 from backtest_kit.cli.app import app
 from backtest_kit.persist.backends.mongo_settings import MongoSettings
 from backtest_kit.persist.contracts import CONTRACTS, Durability
-from backtest_kit.persist.diagnosis import Status
 from backtest_kit.persist.lease import DEFAULT_TTL
+from backtest_kit.persist.upkeep import Status
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/deployment.md").read_text()

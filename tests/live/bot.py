@@ -38,13 +38,13 @@ from backtest_kit.persist.files import Disk
 from backtest_kit.persist.store import Store
 from backtest_kit.persist.testing.faults import FaultFS
 from backtest_kit.persist.urls import store_at
-from backtest_kit.simulation.binance import API_KEY
-from backtest_kit.simulation.client import ReferenceBroker, connect
-from backtest_kit.simulation.desk import FillAt
-from backtest_kit.simulation.venue import _grouped as grouped
+from backtest_kit.venue.binance.api import API_KEY
+from backtest_kit.venue.client import ReferenceBroker, connect
+from backtest_kit.venue.desk import FillAt
+from backtest_kit.venue.venue import _grouped as grouped
 
 LASTING: Final = (bk.EntryScheduled, bk.EntryCancelled, bk.PositionOpened, bk.PositionClosed, bk.PositionChanged)
-TROUBLE: Final = (bk.StrategyFailed, bk.Degraded, bk.OrphanFound, bk.MinutesMissed)
+TROUBLE: Final = (bk.StrategyFailed, bk.StoreDegraded, bk.OrphanFound, bk.MinutesMissed)
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -261,7 +261,7 @@ async def trade(job: Job) -> End:
 async def books_of(job: Job) -> dict[str, Any]:
     store = store_at(job.store)
     await store.open()
-    scoped = store.within("paper") if job.paper else store
+    scoped = store.namespace("paper") if job.paper else store
     found = {}
     for name in ("signal", "schedule", "strategy"):
         record = await scoped.get(CONTRACTS[name], ("story", "venue", job.symbols[0]))

@@ -23,10 +23,10 @@ from backtest_kit.broker.order_ids import digest_of, parse
 from backtest_kit.market.clock import Clock, SteppedClock
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.simulation.binance import API_KEY
-from backtest_kit.simulation.faults import Fault, Faults, Strike
-from backtest_kit.simulation.server import VenueServer
-from backtest_kit.simulation.venue import Venue
+from backtest_kit.venue.binance.api import API_KEY
+from backtest_kit.venue.faults import Fault, Faults, Strike
+from backtest_kit.venue.server import VenueServer
+from backtest_kit.venue.venue import Venue
 
 BOT: Final = Path(__file__).with_name("bot.py")
 ORDERS: Final = ("open", "place", "activate", "cancel", "add", "reduce", "close", "move")

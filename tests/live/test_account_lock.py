@@ -23,13 +23,13 @@ from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.locks import try_lock
 from backtest_kit.persist.store_id import claim_store_id, read_store_id
-from backtest_kit.run import account_lock
-from backtest_kit.run.account_lock import AccountLock, account_locked, lock_directory
+from backtest_kit.run.live import account_lock
+from backtest_kit.run.live.account_lock import AccountLock, account_locked, lock_directory
 
 HOLDER = """
 import sys
 from pathlib import Path
-from backtest_kit.run.account_lock import AccountLock
+from backtest_kit.run.live.account_lock import AccountLock
 
 AccountLock(
     "spot:key", "BTCUSDT", store_id="0a1b2c", place="file:/theirs", strategy_name="trend", directory=Path(sys.argv[1])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import backtest_kit as bk
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.urls import store_at
-from backtest_kit.run.ledger import Book, Ledger, book_of, records_of
+from backtest_kit.run.live.ledger import Ledger, PositionState, book_of, records_of
 
 SCOPE = ("trend", "demo", "BTCUSDT")
 PLAIN: Final[dict[Any, st.SearchStrategy[Any]]] = {
@@ -44,18 +44,18 @@ def any_of(kind: Any) -> st.SearchStrategy[Any]:
     return st.builds(kind, **{name: TENTHS.get(name, values) for name, values in made.items()})
 
 
-BOOKS: Final = any_of(Book)
+BOOKS: Final = any_of(PositionState)
 UNHURRIED: Final = hypothesis.settings(suppress_health_check=list(hypothesis.HealthCheck), database=None)
 
 
-def same(found: Book, book: Book) -> bool:
+def same(found: PositionState, book: PositionState) -> bool:
     """By their text, in which nan is nan, and 1 is not 1.0."""
     return repr(found) == repr(book)
 
 
 @hypothesis.settings(UNHURRIED, max_examples=100)
 @hypothesis.given(BOOKS)
-def test_the_records_of_a_book_are_that_book(book: Book) -> None:
+def test_the_records_of_a_book_are_that_book(book: PositionState) -> None:
     assert same(book_of(records_of(book)), book)
 
 
@@ -63,7 +63,7 @@ def test_the_records_of_a_book_are_that_book(book: Book) -> None:
 def test_a_book_comes_back_from_a_store(store: str, tmp_path: Path) -> None:
     @hypothesis.settings(UNHURRIED, max_examples=5)
     @hypothesis.given(st.lists(BOOKS, min_size=1, max_size=4))
-    def law(books: list[Book]) -> None:
+    def law(books: list[PositionState]) -> None:
         number.append(len(number))
         asyncio.run(written_and_read(store.format(place=tmp_path / str(len(number))), books))
 
@@ -71,13 +71,13 @@ def test_a_book_comes_back_from_a_store(store: str, tmp_path: Path) -> None:
     law()
 
 
-async def written_and_read(address: str, books: list[Book]) -> None:
+async def written_and_read(address: str, books: list[PositionState]) -> None:
     """One after the other, each read by who has written none of them."""
     kit = bk.Kit()
     try:
         kit.persistence.bind("*", store_at(address))
         ledger = Ledger(kit.persistence, "live", SCOPE)
-        assert await ledger.load() == Book()
+        assert await ledger.load() == PositionState()
         for book in books:
             await ledger.commit(book)
             assert same(await Ledger(kit.persistence, "live", SCOPE).load(), book)
@@ -87,7 +87,7 @@ async def written_and_read(address: str, books: list[Book]) -> None:
 
 @hypothesis.settings(UNHURRIED, max_examples=100)
 @hypothesis.given(BOOKS)
-def test_no_field_of_a_book_is_left_out_of_the_records(book: Book) -> None:
+def test_no_field_of_a_book_is_left_out_of_the_records(book: PositionState) -> None:
     records: Any = records_of(book)
     assert set(records) == {"signal", "schedule", "strategy"} <= set(CONTRACTS)
     whole = {**records["strategy"], "state": {**records["strategy"]["state"]}}
@@ -115,7 +115,7 @@ def left_out(value: Any, record: Any, path: str = "book") -> Any:
 
 @hypothesis.settings(UNHURRIED, max_examples=100)
 @hypothesis.given(BOOKS, BOOKS, st.integers(0, 3))
-def test_a_torn_batch_leaves_what_is_held(before: Book, after: Book, written: int) -> None:
+def test_a_torn_batch_leaves_what_is_held(before: PositionState, after: PositionState, written: int) -> None:
     """Records are written in their order, `strategy` last: what is held is that of the newest record."""
     old, new = records_of(before), records_of(after)
     names = ("signal", "schedule", "strategy")
@@ -130,5 +130,5 @@ def test_a_torn_batch_leaves_what_is_held(before: Book, after: Book, written: in
     else:
         assert type(book.state).__name__ == "Flat"
     source = after if written == len(names) else before
-    rest = {name: getattr(source, name) for name in Book.__struct_fields__ if name != "state"}
+    rest = {name: getattr(source, name) for name in PositionState.__struct_fields__ if name != "state"}
     assert same(msgspec.structs.replace(book, **rest), book)

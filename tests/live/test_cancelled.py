@@ -124,7 +124,7 @@ async def test_cancelled_at_any_turn_of_the_loop(tmp_path: Path, offset: int) ->
             over = await part(rig, records, None)
         assert facts(records.events) == expected, steps
         assert set(rig.venue.times_done.values()) == {1}, steps
-        assert not rig.of(bk.StrategyFailed, bk.Degraded), steps
+        assert not rig.of(bk.StrategyFailed, bk.StoreDegraded), steps
 
 
 async def test_cancelled_every_few_turns(tmp_path: Path, store: Store) -> None:

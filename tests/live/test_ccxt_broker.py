@@ -18,17 +18,17 @@ from tests.live.stage import plain_id, story_candles, unnumbered
 import backtest_kit as bk
 from backtest_kit.market.clock import SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.simulation.client import connect
-from backtest_kit.simulation.exchange import ClientIds, Terms
-from backtest_kit.simulation.faults import Fault, Faults, Strike
-from backtest_kit.simulation.server import VenueServer
-from backtest_kit.simulation.venue import Venue
+from backtest_kit.venue.client import connect
+from backtest_kit.venue.exchange import ClientIds, Terms
+from backtest_kit.venue.faults import Fault, Faults, Strike
+from backtest_kit.venue.server import VenueServer
+from backtest_kit.venue.venue import Venue
 
 How = Literal["never", "arrived", "lost"]
 CHANCE = 0.3
 """Of each order to be the last of its life: one that is refused is sent under the next id, which takes several."""
 MOST_LIVES = 80
-TROUBLE = (bk.StrategyFailed, bk.Degraded, bk.OrphanFound, bk.RunFailed)
+TROUBLE = (bk.StrategyFailed, bk.StoreDegraded, bk.OrphanFound, bk.RunFailed)
 
 
 class Cuts(Faults):

@@ -74,7 +74,7 @@ async def bot(tmp_path: Path) -> Any:
     assert all(earlier < later for earlier, later in pairwise(bot.minutes))
     assert len(bot.rig.venue.sent("open")) == 1
     assert set(bot.rig.venue.times_done.values()) == {1}
-    assert not bot.rig.of(bk.StrategyFailed, bk.OrderFailed, bk.Degraded)
+    assert not bot.rig.of(bk.StrategyFailed, bk.OrderFailed, bk.StoreDegraded)
 
 
 async def test_an_hour_forward_is_an_hour_that_was_missed(bot: Bot) -> None:

@@ -21,7 +21,7 @@ from tests.live.stage import Forks, Stage, fast_place, forking, stage
 import backtest_kit as bk
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.simulation.exchange import ClientIds, Terms
+from backtest_kit.venue.exchange import ClientIds, Terms
 
 pytestmark = [pytest.mark.crash, pytest.mark.slow]
 

@@ -16,12 +16,12 @@ from tests.live.stage import story_candles
 import backtest_kit as bk
 from backtest_kit.market.clock import SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.simulation.binance import API_KEY
-from backtest_kit.simulation.client import connect
-from backtest_kit.simulation.exchange import Terms
-from backtest_kit.simulation.orders import VenueFill
-from backtest_kit.simulation.server import VenueServer
-from backtest_kit.simulation.venue import Venue
+from backtest_kit.venue.binance.api import API_KEY
+from backtest_kit.venue.client import connect
+from backtest_kit.venue.exchange import Terms
+from backtest_kit.venue.orders import VenueFill
+from backtest_kit.venue.server import VenueServer
+from backtest_kit.venue.venue import Venue
 
 TERMS: dict[str, Any] = {
     "taker_fee_pct": Decimal("0.075"),

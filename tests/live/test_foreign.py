@@ -21,10 +21,10 @@ from backtest_kit.engine.step import Resting
 from backtest_kit.errors import Outcome
 from backtest_kit.market.clock import SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.simulation.client import connect
-from backtest_kit.simulation.exchange import Terms
-from backtest_kit.simulation.server import VenueServer
-from backtest_kit.simulation.venue import Venue
+from backtest_kit.venue.client import connect
+from backtest_kit.venue.exchange import Terms
+from backtest_kit.venue.server import VenueServer
+from backtest_kit.venue.venue import Venue
 
 POLICIES = ("alarm", "protect", "adopt")
 SETTINGS: dict[str, Any] = {"CC_GET_CANDLES_RETRY_COUNT": 1, "CC_POSITION_ENTRY_COST": 1000}
@@ -329,7 +329,7 @@ async def test_an_entry_that_the_engine_watches_is_not_activated_while_something
     memory_rig.strategy["manage"] = manage
     memory_rig.venue.held = [bk.VenuePosition(symbol="BTCUSDT", direction="short", quantity=9.0, stop_loss=1.0)]
     end = await memory_rig.trade(3)
-    assert isinstance(end.handle._run.desk.state, Resting)
+    assert isinstance(end.handle._run.run_state.state, Resting)
     assert not memory_rig.venue.sent("activate")
     memory_rig.venue.held = []
     assert (await memory_rig.trade(1)).status.position is not None

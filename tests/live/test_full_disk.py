@@ -59,13 +59,16 @@ async def test_a_position_closes_on_a_full_disk(disk: Path, restart: bool) -> No
     assert len(rig.trades()) == 1
     assert handle.status.position is None
     assert "No space left" in handle.status.degraded
-    assert rig.of(bk.Degraded)[-1].kept
+    assert rig.of(bk.StoreDegraded)[-1].kept
     assert len(rig.venue.sent("open")) == 1
     (disk / "filler").unlink()
     if not restart:
         await clock.over.wait()
         assert not handle.status.degraded
-        assert [type(event) for event in rig.of(bk.Degraded, bk.Healed)] == [bk.Degraded, bk.Healed]
+        assert [type(event) for event in rig.of(bk.StoreDegraded, bk.StoreRecovered)] == [
+            bk.StoreDegraded,
+            bk.StoreRecovered,
+        ]
     handle.cancel()
     await asyncio.wait({handle.task})
     await rig.store.close()

@@ -82,7 +82,7 @@ async def test_live_and_paper_trade_as_the_backtest(tmp_path: Path, paper: bool,
         start = rig.now_ms
         await rig.trade(MINUTES, symbol="COIN", paper=paper, fill=fill)
         assert lasting(rig.events, start + MINUTES * MINUTE) == expected, seed
-        assert not rig.of(bk.StrategyFailed, bk.OrderFailed, bk.Degraded)
+        assert not rig.of(bk.StrategyFailed, bk.OrderFailed, bk.StoreDegraded)
         sent += len(rig.venue.calls)
         seen |= {action for action, _ in expected}
     assert seen >= {"opened", "closed", "scheduled"}
@@ -118,7 +118,7 @@ async def test_a_run_that_is_cancelled_again_and_again_trades_as_one_that_is_not
     assert lasting(rig.events, start + MINUTES * MINUTE) == expected
     # Ids that the strategy chooses itself come back.
     assert all(times == 1 for order_id, times in rig.venue.times_done.items() if order_id.startswith("COIN-"))
-    assert not rig.of(bk.StrategyFailed, bk.OrderFailed, bk.Degraded)
+    assert not rig.of(bk.StrategyFailed, bk.OrderFailed, bk.StoreDegraded)
 
 
 def backtested_in_thread(*arguments: Any, **named: Any) -> list[Any]:

@@ -26,8 +26,8 @@ from tests.servers import address_of
 
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.crashpoints import CRASHPOINTS
-from backtest_kit.simulation.exchange import ClientIds, Terms
-from backtest_kit.simulation.faults import Fault
+from backtest_kit.venue.exchange import ClientIds, Terms
+from backtest_kit.venue.faults import Fault
 
 pytestmark = pytest.mark.crash
 

@@ -20,9 +20,9 @@ from backtest_kit.model.position import RestingEntry
 from backtest_kit.persist import crashpoints
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.wrapper import AdapterStore
-from backtest_kit.run.emergency import SIZE, EmergencyFile
-from backtest_kit.run.keeper import Keeper
-from backtest_kit.run.ledger import Book, Ledger
+from backtest_kit.run.live.emergency import SIZE, EmergencyFile
+from backtest_kit.run.live.ledger import Ledger, PositionState
+from backtest_kit.run.live.position_store import PositionStore
 
 MONEY = ("signal", "schedule", "strategy", "partial", "breakeven", "risk")
 SCOPE = ("trend", "demo", "BTCUSDT")
@@ -192,13 +192,13 @@ def test_the_emergency_file_keeps_what_is_held_however_much_waits_for_the_record
     file = EmergencyFile(tmp_path / "reserve")
     ledger: Any = Ledger(None, "live", SCOPE)  # type: ignore[arg-type]
     nobody: Any = None
-    keeper = Keeper(ledger, nobody, file, nobody)
+    position_store = PositionStore(ledger, nobody, file, nobody)
     file.open()
-    file.write(keeper._sealed(Book(state=Resting(entry, START), outbox=outbox, owner="me", seq=1)))
+    file.write(position_store._sealed(PositionState(state=Resting(entry, START), outbox=outbox, owner="me", seq=1)))
     kept = file.read()
     file.close()
     assert kept is not None
-    book = keeper._newer(kept)
+    book = position_store._newer(kept)
     assert book is not None
     assert book.state == Resting(entry, START)
     assert book.outbox == outbox[-len(book.outbox) :]

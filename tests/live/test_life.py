@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from backtest_kit.market.clock import Jump, SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract
 from backtest_kit.persist.lease import Clock as LeaseClock, acquire
-from backtest_kit.persist.store import ANY, Key, Record, Store, Write
+from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, Record, Store, Write
 
 SCOPE = ("trend", "demo", "BTCUSDT")
 
@@ -40,7 +40,7 @@ async def running(rig: Rig, minutes: int, **options: Any) -> AsyncIterator[tuple
         await asyncio.wait({handle.task})
 
 
-class FailingCandles:
+class FailingCandles(CandleStore):
     """The candles of a store that is away."""
 
     def __init__(self, store: FailingStore, inner: Any) -> None:
@@ -57,20 +57,32 @@ class FailingCandles:
         return int(await self._inner.write(*given))
 
 
-class FailingStore:
+class FailingStore(Store):
     """A memory store that takes no writes while `error` is set, and loses the answer of the next while `lossy` is."""
 
     def __init__(self) -> None:
         self._inner = bk.MemoryStore()
-        self.capabilities = self._inner.capabilities
         self.candles = FailingCandles(self, self._inner.candles)
         self.error: Exception | None = None
         self.lossy = False
         self.lease_too = False
         self.refused_leases = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        return self._inner.capabilities
+
+    def scan(self, contract: Contract, prefix: Key = (), **options: Any) -> AsyncIterator[Record]:
+        return self._inner.scan(contract, prefix, **options)
+
+    async def namespaces(self) -> list[tuple[str, ...]]:
+        return await self._inner.namespaces()
+
+    async def prune(self, contract: Contract, revisions: Mapping[Key, int]) -> int:
+        return await self._inner.prune(contract, revisions)
+
+    async def count(self, contract: Contract) -> int:
+        return await self._inner.count(contract)
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
         return await self._inner.get(contract, key)
@@ -90,7 +102,7 @@ class FailingStore:
             self.lossy = False
             raise bk.RetryLater("the answer was lost", outcome=Outcome.UNKNOWN)
 
-    def within(self, namespace: str) -> Store:
+    def namespace(self, name: str) -> Store:
         return self
 
     def _fail(self) -> None:
@@ -645,7 +657,10 @@ async def test_without_a_store_nothing_is_opened(failing: tuple[Rig, FailingStor
     assert len(rig.venue.sent("open")) == 1
     handle.cancel()
     await asyncio.wait({handle.task})
-    assert [type(event) for event in rig.of(bk.Degraded, bk.Healed)] == [bk.Degraded, bk.Healed]
+    assert [type(event) for event in rig.of(bk.StoreDegraded, bk.StoreRecovered)] == [
+        bk.StoreDegraded,
+        bk.StoreRecovered,
+    ]
 
 
 @pytest.mark.parametrize("restart", ["after", "meanwhile"])
@@ -664,7 +679,7 @@ async def test_without_a_store_a_position_is_closed_all_the_same(
     end = await rig.trade(6)
     assert end.status.position is None
     (close,) = rig.venue.sent("close")
-    degraded = rig.of(bk.Degraded)
+    degraded = rig.of(bk.StoreDegraded)
     assert degraded
     assert degraded[-1].kept
     if restart == "after":
@@ -710,7 +725,7 @@ async def test_a_position_closes_after_hours_in_which_its_stop_was_moved_without
     assert moved == [True] * 120
     assert end.status.position is None
     assert len(rig.venue.sent("close")) == 1
-    assert rig.of(bk.Degraded)[-1].kept
+    assert rig.of(bk.StoreDegraded)[-1].kept
     end = await rig.trade(2)
     assert end.status.position is None
     assert len(rig.venue.sent("close")) == 1
@@ -730,7 +745,7 @@ async def test_a_write_whose_answer_was_lost_is_looked_up(failing: tuple[Rig, Fa
     handle.cancel()
     await asyncio.wait({handle.task})
     assert len(rig.trades()) == 2
-    assert not rig.of(bk.Degraded)
+    assert not rig.of(bk.StoreDegraded)
     assert set(rig.venue.times_done.values()) == {1}
 
 
@@ -866,8 +881,8 @@ async def test_who_had_no_store_for_longer_than_his_lease_closes_once_it_is_back
     assert outage.minutes_of(bk.PositionClosed) == [8]
     assert outage.minutes_of(bk.MinutesMissed) == [6]
     assert checked == [1, 2, 6, 7, 8]
-    assert outage.minutes_of(bk.Degraded) == [3]
-    assert outage.minutes_of(bk.Healed) == [6]
+    assert outage.minutes_of(bk.StoreDegraded) == [3]
+    assert outage.minutes_of(bk.StoreRecovered) == [6]
     assert list(outage.rig.venue.times_done.values()) == [1, 1]
 
 

@@ -25,7 +25,7 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.event import Identity
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.settings import Settings
-from backtest_kit.simulation.publishing import Publishing, Row
+from backtest_kit.venue.publishing import Publishing, Row
 
 ENGINE: Any = engine
 SEEDS = range(int(os.environ.get("MARKET_FAULTS", "24")))
@@ -199,7 +199,7 @@ async def test_a_run_trades_as_if_it_had_known_which_minutes_are_missing(tmp_pat
     assert made(rig, place) == trades, place.publishing
     told = [at for event in rig.of(bk.MinutesMissed) for at in minutes_of(event) if at < place.end_ms]
     assert told == missed, place.publishing
-    assert not rig.of(bk.StrategyFailed, bk.OrderFailed, bk.Degraded)
+    assert not rig.of(bk.StrategyFailed, bk.OrderFailed, bk.StoreDegraded)
 
 
 def made(rig: Rig, place: Place) -> list[Any]:

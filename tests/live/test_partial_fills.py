@@ -11,7 +11,7 @@ from tests.live.scenario import prepared
 import backtest_kit as bk
 from backtest_kit.broker.base import Fill, Order, OrderReport
 from backtest_kit.model.event import Identity
-from backtest_kit.run.orders import judged
+from backtest_kit.run.live.orders import judged
 
 
 def order(kind: Any) -> Order:

@@ -13,9 +13,9 @@ from backtest_kit.engine.position import open_position
 from backtest_kit.engine.step import Flat, Holding, Resting, State
 from backtest_kit.model.event import Identity
 from backtest_kit.model.position import Direction, RestingEntry
-from backtest_kit.run.ledger import Book
-from backtest_kit.run.orders import Intent
-from backtest_kit.run.reconcile import Difference, Known, compare, known_of
+from backtest_kit.run.live.ledger import PositionState
+from backtest_kit.run.live.orders import Intent
+from backtest_kit.run.live.reconcile import Difference, Known, compare, known_of
 from backtest_kit.settings import Settings
 
 OURS, THEIRS = "aaaaaa", "bbbbbb"
@@ -39,7 +39,7 @@ def resting(signal_id: str, quantity: float) -> Resting:
     return Resting(entry(signal_id, quantity), 0)
 
 
-def book(state: State, target: State | None = None) -> Book:
+def book(state: State, target: State | None = None) -> PositionState:
     intent = None
     if target is not None:
         ids = SignalIds("any", OURS)
@@ -48,7 +48,7 @@ def book(state: State, target: State | None = None) -> Book:
             take_profit=110.0, stop_loss=90.0, identity=Identity("BTCUSDT", "trend", "demo", "", "live"),
         )  # fmt: skip
         intent = Intent(order=order, target=target, events=())
-    return Book(state=state, intent=intent)
+    return PositionState(state=state, intent=intent)
 
 
 def on_exchange(quantity: float, *signals: VenueSignal, stop_loss: float | None = 90.0) -> VenuePosition:
@@ -67,7 +67,7 @@ def signal(signal_id: str, store_id: str = OURS, *, quantity: float = 0.0, order
     return VenueSignal(store_id=store_id, digest=ids.digest, quantity=quantity, client_order_ids=opened)
 
 
-def found(held: VenuePosition | None, *books: Book) -> Difference | None:
+def found(held: VenuePosition | None, *books: PositionState) -> Difference | None:
     known = Known()
     for each in books:
         known += known_of(each, OURS)
@@ -97,7 +97,7 @@ LONG, FLAT = book(holding("a", 2)), book(Flat())
         (on_exchange(2, signal("a")), [book(resting("a", 2))]),
     ],
 )
-def test_what_the_books_know_is_no_difference(held: VenuePosition | None, books: list[Book]) -> None:
+def test_what_the_books_know_is_no_difference(held: VenuePosition | None, books: list[PositionState]) -> None:
     assert found(held, *books) is None
 
 
@@ -123,7 +123,7 @@ def test_what_the_books_know_is_no_difference(held: VenuePosition | None, books:
         (on_exchange(-2), [LONG], "missing_position"),
     ],
 )
-def test_while_something_is_unknown_entries_wait(held: VenuePosition, books: list[Book], what: str) -> None:
+def test_while_something_is_unknown_entries_wait(held: VenuePosition, books: list[PositionState], what: str) -> None:
     difference = found(held, *books)
     assert difference is not None
     assert (difference.what, difference.no_entry) == (what, True)

@@ -136,7 +136,7 @@ async def test_what_could_not_be_kept_is_told_at_once_and_kept_later(tmp_path: P
 
     async def listen(notification: Notification) -> None:
         rig.told.append(notification)
-        if notification.kind == "degraded":
+        if notification.kind == "store_degraded":
             heard.set()
 
     async def full_at_8(event: bk.PositionOpened) -> None:
@@ -165,7 +165,7 @@ async def test_what_could_not_be_kept_is_told_at_once_and_kept_later(tmp_path: P
     assert heard.is_set()
     assert rig.last is not None
     first = await rig.last.records.notification.list()
-    assert "degraded" not in {each.kind for each in first}
+    assert "store_degraded" not in {each.kind for each in first}
     assert "closed" in {each.kind for each in rig.told}, "the sinks hear of a close that is not kept yet"
     store.error = None
     rig.kit = kits  # type: ignore[method-assign]
@@ -207,7 +207,7 @@ async def test_a_sink_that_had_it_without_the_store_is_spared_it_later(tmp_path:
     await rig.last.close()
     kinds = [each.kind for each in rig.told]
     assert sorted(kinds) == sorted(set(kinds)), kinds
-    assert {"recovered", "strategy_failed", "degraded", "healed", "done"} <= set(kinds)
+    assert {"recovered", "strategy_failed", "store_degraded", "store_recovered", "done"} <= set(kinds)
     kept = await rig.last.records.notification.list()
     assert {each.notification_id for each in rig.told} == {each.notification_id for each in kept}
 
@@ -226,8 +226,8 @@ def failures() -> list[tuple[bk.Event, str]]:
         (bk.OrderFailed(**at, **order), "warning"),
         (bk.OrderFailed(**at, **order, alarm=True), "alarm"),
         (bk.StrategyFailed(**at, what="manage", error=ValueError("no")), "alarm"),
-        (bk.Degraded(**at, reason="disk full", kept=False), "alarm"),
-        (bk.Healed(**at), "info"),
+        (bk.StoreDegraded(**at, reason="disk full", kept=False), "alarm"),
+        (bk.StoreRecovered(**at), "info"),
         (bk.OrphanFound(**at, what="missing_position", quantity=0.0, reason="none", next_step="look"), "alarm"),
         (bk.MinutesMissed(**at, count=3, first_ms=START, reason="slow"), "warning"),
         (bk.ClockJumped(**at, by_ms=-9), "warning"),

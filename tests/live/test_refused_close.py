@@ -14,7 +14,7 @@ from tests.live.scenario import prepared
 
 import backtest_kit as bk
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.run.ledger import Ledger
+from backtest_kit.run.live.ledger import Ledger
 
 pytestmark = pytest.mark.crash
 

@@ -16,9 +16,9 @@ import backtest_kit as bk
 from backtest_kit.market.clock import AcceleratedClock
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.simulation.client import connect
-from backtest_kit.simulation.server import VenueServer
-from backtest_kit.simulation.venue import Venue
+from backtest_kit.venue.client import connect
+from backtest_kit.venue.server import VenueServer
+from backtest_kit.venue.venue import Venue
 
 MINUTES = 30
 SPEEDS = (120.0, 60.0, 20.0)

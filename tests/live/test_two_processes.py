@@ -15,7 +15,7 @@ from tests.live.stage import ORDERS, Forks, fast_place, flat_candles, forking, s
 
 from backtest_kit.market.clock import AcceleratedClock
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.simulation.exchange import ClientIds, Terms
+from backtest_kit.venue.exchange import ClientIds, Terms
 
 pytestmark = pytest.mark.crash
 

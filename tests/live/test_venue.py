@@ -17,9 +17,9 @@ from tests.live.test_identity import lasting, source_of
 import backtest_kit as bk
 from backtest_kit.market.clock import SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.simulation.client import connect
-from backtest_kit.simulation.server import VenueServer
-from backtest_kit.simulation.venue import Venue
+from backtest_kit.venue.client import connect
+from backtest_kit.venue.server import VenueServer
+from backtest_kit.venue.venue import Venue
 
 MINUTES = 120
 
@@ -79,7 +79,7 @@ async def test_at_reference_prices_the_venue_makes_the_trades_of_the_backtest(tm
     events = await traded(tmp_path, source_of(rows), start, schema, random.Random(seed), "reference")  # noqa: S311
     stop = start + MINUTES * MINUTE_MS
     assert lasting(events, stop) == lasting(expected, stop)
-    assert not [event for event in events if isinstance(event, bk.StrategyFailed | bk.OrderFailed | bk.Degraded)]
+    assert not [event for event in events if isinstance(event, bk.StrategyFailed | bk.OrderFailed | bk.StoreDegraded)]
     assert lasting(expected, stop)
 
 
@@ -89,4 +89,4 @@ async def test_at_its_own_prices_the_venue_has_the_last_word(tmp_path: Path) -> 
     events = await traded(tmp_path, source, START, schema, random.Random(1), "venue")  # noqa: S311
     trades = [event.trade for event in events if isinstance(event, bk.PositionClosed)]
     assert trades
-    assert not [event for event in events if isinstance(event, bk.StrategyFailed | bk.Degraded | bk.RunFailed)]
+    assert not [event for event in events if isinstance(event, bk.StrategyFailed | bk.StoreDegraded | bk.RunFailed)]

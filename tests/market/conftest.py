@@ -12,7 +12,7 @@ import pytest
 from backtest_kit.market.sources.base import CandleSource
 from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.persist.store import SeriesKey
+from backtest_kit.persist.store import CandleStore, SeriesKey
 
 START = 1_640_995_200_000  # 2022-01-01
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -40,7 +40,7 @@ class CountingSource(CandleSource):
         return int(self.held.timestamp[0]), int(self.held.timestamp[-1]) + MINUTE_MS
 
 
-class DictCandleStore:
+class DictCandleStore(CandleStore):
     def __init__(self) -> None:
         self.rows: dict[SeriesKey, dict[int, tuple[float, ...]]] = {}
         self.broken = False

@@ -308,7 +308,7 @@ async def test_a_live_run_goes_on_without_a_cache_that_cannot_be_trusted(
     for _ in range(2):
         assert (await feed.load("BTCUSDT", START, minutes(30))).candles == held
     assert [text.split(":")[0] for text in caplog.messages] == [
-        "candles of BTCUSDT are asked for, because their cache cannot be read",
+        "candles of BTCUSDT are fetched, because their cache cannot be read",
         "30 candles of binance/BTCUSDT/1m could not be cached",
     ]
 
@@ -356,7 +356,7 @@ async def test_a_frame_outside_the_data_names_one_that_works(make_candles: Make,
     with pytest.raises(UserError) as caught:
         await feed.load("BTCUSDT", minutes(-10), minutes(30), gaps=gaps)
     assert str(caught.value) == (
-        "frame outside the data: BTCUSDT was asked from 2021-12-31T23:50Z to 2022-01-01T00:30Z, but binance has "
+        "frame outside the data: BTCUSDT was requested from 2021-12-31T23:50Z to 2022-01-01T00:30Z, but binance has "
         "2022-01-01T00:00Z to 2022-01-01T01:00Z: use start_date='2022-01-01T00:00Z', end_date='2022-01-01T00:30Z'"
     )
     with pytest.raises(UserError, match="use start_date='2022-01-01T00:40Z', end_date='2022-01-01T01:00Z'"):

@@ -160,8 +160,8 @@ async def test_data_that_do_not_reach_back_name_a_frame_that_works(
     with pytest.raises(UserError) as caught:
         await history.window("15m", 50, START)
     assert str(caught.value) == (
-        "BTCUSDT: 50 x 15m candles before 2022-01-01T00:00Z were asked, but its unbroken candles begin at "
-        "2021-12-31T23:05Z: start the frame at 2022-01-01T11:45Z or later, or ask for fewer"
+        "not enough history: 50 x 15m candles of BTCUSDT before 2022-01-01T00:00Z were requested, but continuous data "
+        "starts at 2021-12-31T23:05Z: start the frame at 2022-01-01T11:45Z or request fewer"
     )
     asked = len(source.asked)
     with pytest.raises(UserError):
@@ -176,7 +176,7 @@ async def test_a_window_longer_than_time_is_refused_without_a_request(make_candl
     source = source_of(make_candles(700, minutes(-55)))
     history = await History.load(feed_of(source), "BTCUSDT", START, minutes(600), price_window=5)
     asked = len(source.asked)
-    with pytest.raises(UserError, match="or ask for fewer"):
+    with pytest.raises(UserError, match="or request fewer"):
         await history.window("1d", 10**6, minutes(600))
     assert len(source.asked) == asked
 

@@ -23,8 +23,9 @@ from backtest_kit.persist.backends.mongo import MongoStore
 from backtest_kit.persist.backends.mongo_settings import MongoSettings
 from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.contracts import ALL_CONTRACTS, CONTRACTS
-from backtest_kit.persist.diagnosis import Reading, Status, examine, fails, require_live_grade
+from backtest_kit.persist.diagnosis import examine, fails, require_live_grade
 from backtest_kit.persist.store import Write
+from backtest_kit.persist.upkeep import Reading, Status
 
 SIGNAL = CONTRACTS["signal"]
 SESSION = CONTRACTS["session"]

@@ -34,7 +34,7 @@ async def contents(store: Store) -> list[Any]:
     """What must arrive, read without the code that moves it."""
     found: list[Any] = []
     for path in SPACES:
-        space = reduce(lambda outer, name: outer.within(name), path, store)
+        space = reduce(lambda outer, name: outer.namespace(name), path, store)
         found.append(await space.candles.read(BTC, -(2**53), 2**53))
         for row in RECORDS:
             records = [record async for record in space.scan(row, include_removed=True)]
@@ -160,8 +160,8 @@ async def test_large_lists_of_small_numbers_move_to_a_server_without_transaction
     moved = await migrate_store(source, target)
     assert [each.copied for each in moved.contracts] == [8]
     await export_store(source, tmp_path / "all.jsonl")
-    assert (await import_store(target.within("imported"), tmp_path / "all.jsonl")).records == 8
-    for space in (target, target.within("imported")):
+    assert (await import_store(target.namespace("imported"), tmp_path / "all.jsonl")).records == 8
+    for space in (target, target.namespace("imported")):
         record = await space.get(CONTRACTS["memory"], ("s-1", "plan", "7"))
         assert record is not None
         assert record.value == [7] * 200_000

@@ -29,7 +29,6 @@ from backtest_kit.persist.backends.mongo_settings import MongoSettings
 from backtest_kit.persist.backends.mongo_writing import PuttingMany
 from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.contracts import CONTRACTS, LEASE
-from backtest_kit.persist.operations import check
 from backtest_kit.persist.store import ABSENT, ANY, Expect, SeriesKey, Write
 
 SIGNAL, STATE, MEMORY, LOG = (CONTRACTS[name] for name in ("signal", "state", "memory", "log"))
@@ -37,7 +36,7 @@ SIGNAL, STATE, MEMORY, LOG = (CONTRACTS[name] for name in ("signal", "state", "m
 
 class TestDocuments:
     async def test_record_can_be_queried_by_its_key_and_its_value(self, store: MongoStore, database: Database) -> None:
-        await store.within("paper").put(Write(SIGNAL, KEY, {"priceOpen": 1.5, "note": None}, when=7))
+        await store.namespace("paper").put(Write(SIGNAL, KEY, {"priceOpen": 1.5, "note": None}, when=7))
         found = database["signal-items"].find_one({"symbol": "BTCUSDT", "payload.priceOpen": {"$gt": 1}})
         assert found["namespace"] == "paper"
         assert (found["payload"], found["rev"], found["when"]) == ({"priceOpen": 1.5, "note": None}, 1, 7)
@@ -179,7 +178,7 @@ class TestDamage:
         await store.put(Write(SIGNAL, KEY, {"price": 1.0}))
         database["signal-items"].update_one(NAME, change)
         before = database["signal-items"].find_one(NAME)
-        assert [finding.path for finding in await check(store)] == ["signal/trend/binance/BTCUSDT"]
+        assert [finding.path for finding in await store.check()] == ["signal/trend/binance/BTCUSDT"]
         assert repr(database["signal-items"].find_one(NAME)) == repr(before)
         with pytest.raises(Damaged, match="signal/trend/binance/BTCUSDT"):
             await store.get(SIGNAL, KEY)
@@ -198,11 +197,11 @@ class TestDamage:
         await other.close()
 
     async def test_operator_mends_or_drops(self, store: MongoStore, database: Database) -> None:
-        await store.within("paper").put(Write(SIGNAL, KEY, {"price": 1.0}))
+        await store.namespace("paper").put(Write(SIGNAL, KEY, {"price": 1.0}))
         name = {**NAME, "namespace": "paper"}
         database["signal-items"].update_one(name, {"$set": {"payload": ObjectId()}})
         with pytest.raises(Damaged):
-            await store.within("paper").get(SIGNAL, KEY)
+            await store.namespace("paper").get(SIGNAL, KEY)
         (item,) = await store.quarantined()
         assert (item.path, item.contract) == ("@paper/signal/trend/binance/BTCUSDT", "signal")
         with pytest.raises(UserError, match="still damaged"):
@@ -211,7 +210,7 @@ class TestDamage:
         restored = await store.restore(item.path)
         assert restored is not None
         assert (restored.value, restored.rev) == ("mended", 2)
-        assert await store.within("paper").get(SIGNAL, KEY) == restored
+        assert await store.namespace("paper").get(SIGNAL, KEY) == restored
         with pytest.raises(UserError, match="nothing in quarantine"):
             await store.drop(item.path)
 
@@ -246,16 +245,16 @@ class TestDamage:
         database["candle-items"].update_one({"timestamp": last}, {"$set": {"open": "1"}})
         with pytest.raises(Damaged, match="BTCUSDT"):
             await store.candles.read(BTC, *ALWAYS)
-        assert [finding.path for finding in await check(store, deep=True)] == ["candle/binance/BTCUSDT/1m"]
+        assert [finding.path for finding in await store.check(deep=True)] == ["candle/binance/BTCUSDT/1m"]
 
     async def test_series_and_namespaces_are_listed(self, store: MongoStore) -> None:
         other = SeriesKey("okx", "ETHUSDT", "1h")
         await store.candles.write(BTC, candles(0, 2))
         await store.candles.write(other, candles(0, 2))
         assert await store.candles.series() == [BTC, other]
-        await store.within("a").within("b/c").put(Write(LOG, ("1",), 1))
+        await store.namespace("a").namespace("b/c").put(Write(LOG, ("1",), 1))
         assert await store.namespaces() == [("a", "b/c")]
-        assert await store.within("a").namespaces() == [("b/c",)]
+        assert await store.namespace("a").namespaces() == [("b/c",)]
 
 
 CHILD = """

@@ -92,10 +92,10 @@ def test_profile_leads_to_its_store(persistence: Persistence, files: Watched, na
     expected = {Home.BOUND: bound, Home.FILE: files}.get(PROFILE[mode][name])
     if expected is None:
         assert isinstance(store, MemoryStore)
-        assert store is not bound.within(namespace)
-        assert store is not files.within(namespace)
+        assert store is not bound.namespace(namespace)
+        assert store is not files.namespace(namespace)
     else:
-        assert store is expected.within(namespace)
+        assert store is expected.namespace(namespace)
 
 
 def test_bound_store_is_files_until_somebody_says_otherwise(persistence: Persistence, files: Watched) -> None:
@@ -119,10 +119,10 @@ def test_most_specific_binding_wins(persistence: Persistence) -> None:
     persistence.bind("*", everything)
     persistence.bind("*", live, mode="live")
     assert persistence.store_for(CONTRACTS["log"], "live") is live
-    assert persistence.store_for(SIGNAL, "paper") is everything.within("paper")
+    assert persistence.store_for(SIGNAL, "paper") is everything.namespace("paper")
     persistence.bind("signal", signal)
     assert persistence.store_for(SIGNAL, "live") is signal
-    assert persistence.store_for(SIGNAL, "backtest", "7") is signal.within("backtest-7")
+    assert persistence.store_for(SIGNAL, "backtest", "7") is signal.namespace("backtest-7")
     persistence.bind("signal", live_signal, mode="live")
     assert persistence.store_for(SIGNAL, "live") is live_signal
     assert persistence.store_for(STRATEGY, "live") is live

@@ -22,11 +22,12 @@ from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.diagnosis import Reading, Status, examine, fails, require_live_grade
+from backtest_kit.persist.diagnosis import examine, fails, require_live_grade
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.lease import acquire
 from backtest_kit.persist.store import Store, Write
 from backtest_kit.persist.testing.faults import FaultFS
+from backtest_kit.persist.upkeep import Reading, Status
 from backtest_kit.persist.urls import store_at
 
 SIGNAL = CONTRACTS["signal"]

@@ -29,21 +29,21 @@ def defined_in(*texts: str) -> dict[str, Any]:
     return names
 
 
-LogStore = defined_in("class LogStore:")["LogStore"]
+LogStore = defined_in("class LogStore")["LogStore"]
 
 
 class TestLogStore(StoreConformance):
-    make_store = defined_in("class LogStore:", "class TestLogStore")["TestLogStore"].make_store
+    make_store = defined_in("class LogStore", "class TestLogStore")["TestLogStore"].make_store
     obstruct = defined_in("class TestLogStore")["TestLogStore"].obstruct
 
 
 def test_own_store_is_short() -> None:
-    assert len(block_with("class LogStore:").splitlines()) < 200
+    assert len(block_with("class LogStore").splitlines()) < 200
 
 
 async def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = defined_in("persistence = bk.Kit()", "class MemorySignalAdapter", "async def tour", "class LogStore:")
+    names = defined_in("persistence = bk.Kit()", "class MemorySignalAdapter", "async def tour", "class LogStore")
     await names["tour"]()
     exec(block_with("async def move"), names)  # noqa: S102
     await names["move"]()

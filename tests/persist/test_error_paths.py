@@ -23,7 +23,7 @@ from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.files import Disk, require_directory
 from backtest_kit.persist.locks import LockSet
-from backtest_kit.persist.operations import check, du
+from backtest_kit.persist.operations import du
 from backtest_kit.persist.store import Record, SeriesKey, Write
 from backtest_kit.persist.testing.faults import FaultFS
 from backtest_kit.persist.transfer import export_store, import_store
@@ -172,7 +172,7 @@ class Unreadable(MemoryStore):
 
 
 async def test_a_store_without_upkeep_is_checked_by_reading_it() -> None:
-    (finding,) = await check(Unreadable())
+    (finding,) = await Unreadable().check()
     assert (finding.path, finding.problem) == ("signal", "these bytes are none of ours")
 
 
@@ -255,7 +255,7 @@ class TestSqlite:
         connection.execute("UPDATE records SET key = 'trend/binance/ETHUSDT'")
         connection.commit()
         connection.close()
-        findings = await check(store)
+        findings = await store.check()
         assert findings
         with pytest.raises(Damaged):
             _ = [record async for record in store.scan(SIGNAL)]

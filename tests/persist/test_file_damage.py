@@ -144,7 +144,7 @@ async def test_scan_tells_of_damage_where_it_meets_it(tmp_path: Path) -> None:
 
 async def test_every_scan_tells_of_what_is_in_quarantine(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
-    for space in (store, store.within("paper")):
+    for space in (store, store.namespace("paper")):
         for name in "abc":
             await space.put(Write(STATE, (name, "x"), name))
     await store.close()
@@ -154,16 +154,16 @@ async def test_every_scan_tells_of_what_is_in_quarantine(tmp_path: Path) -> None
     os.utime(place, ns=(written, written))
     for again in (store, FileStore(tmp_path), FileStore(tmp_path, existing=True)):
         for newest_first, before in ((False, "a"), (True, "c")):
-            scan = again.within("paper").scan(STATE, newest_first=newest_first)
+            scan = again.namespace("paper").scan(STATE, newest_first=newest_first)
             assert (await anext(scan)).value == before  # at its place in the order
             with pytest.raises(Damaged, match="quarantine"):
                 await anext(scan)
         with pytest.raises(Damaged):
-            [record async for record in again.within("paper").scan(STATE, ("b",))]
-        assert [record.value async for record in again.within("paper").scan(STATE, ("a",))] == ["a"]
+            [record async for record in again.namespace("paper").scan(STATE, ("b",))]
+        assert [record.value async for record in again.namespace("paper").scan(STATE, ("a",))] == ["a"]
         assert [record.value async for record in again.scan(STATE)] == ["a", "b", "c"]
     await store.drop("@paper/state/b/x.json")
-    assert [record.value async for record in store.within("paper").scan(STATE)] == ["a", "c"]
+    assert [record.value async for record in store.namespace("paper").scan(STATE)] == ["a", "c"]
     await store.close()
 
 

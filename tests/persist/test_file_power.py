@@ -333,7 +333,7 @@ async def live(calls):
     forgotten = await store.put(Write(CONTRACTS["memory"], ("s", "b", "m"), 1, removed=True))
     await store.prune(CONTRACTS["memory"], {("s", "b", "m"): forgotten.rev})
     await store.candles.write(SeriesKey("e", "A", "1m"), CandleSeries(np.array([0]), *(np.ones(1) for _ in range(5))))
-    space = store.within("run")
+    space = store.namespace("run")
     await space.put(Write(CONTRACTS["state"], ("s", "b"), 1))
     await space.forget()
     await store.close()

@@ -25,7 +25,7 @@ async def test_layout_is_that_of_the_table(tmp_path: Path) -> None:
     await store.put(Write(CONTRACTS["recent"], ("trend", "binance", "jan", "BTCUSDT", True), 1))
     await store.put(Write(CONTRACTS["storage"], (False, "id"), 1))
     await store.put(Write(CONTRACTS["log"], ("entry",), 1))
-    await store.within("paper").put(Write(SIGNAL, KEY, 1))
+    await store.namespace("paper").put(Write(SIGNAL, KEY, 1))
     await store.close()
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert {path for path in files if not path.startswith(".backtest-kit/")} == {

@@ -17,10 +17,11 @@ import pytest_asyncio
 from backtest_kit.errors import Damaged, Outcome, RetryLater
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract
-from backtest_kit.persist.diagnosis import Status, require_live_grade
+from backtest_kit.persist.diagnosis import require_live_grade
 from backtest_kit.persist.files import Disk, has_lost_blocks
 from backtest_kit.persist.store import Key, Write
 from backtest_kit.persist.testing.faults import FaultFS
+from backtest_kit.persist.upkeep import Status
 
 SIGNAL, STATE, MEASURE, LOG = (CONTRACTS[name] for name in ("signal", "state", "measure", "log"))
 KEY = ("s", "b")
@@ -241,9 +242,9 @@ async def test_a_record_is_forgotten_while_it_gets_its_name(tmp_path: Path) -> N
     faults = FaultFS()
     faults.observer = forget
     store = FileStore(tmp_path, disk=Disk(faults))
-    await store.within("run").put(Write(STATE, KEY, 1))
+    await store.namespace("run").put(Write(STATE, KEY, 1))
     await store.close()
-    assert await value(store.within("run")) is None
+    assert await value(store.namespace("run")) is None
     await store.close()
 
 

@@ -7,10 +7,9 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -30,7 +29,7 @@ from backtest_kit.persist.files import Disk
 from backtest_kit.persist.holder import Holder
 from backtest_kit.persist.lease import acquire
 from backtest_kit.persist.migration import Moved, Progress, migrate_store
-from backtest_kit.persist.store import Capability, Key, Plain, Record, SeriesKey, Store, Write
+from backtest_kit.persist.store import CandleStore, Capability, Key, Plain, Record, SeriesKey, Store, Write
 from backtest_kit.persist.testing.faults import FaultFS
 from backtest_kit.persist.urls import store_at
 
@@ -63,11 +62,11 @@ async def fill(store: Store, each: int = 3) -> None:
     await store.put(Write(MEMORY, key_of(MEMORY, 0), "rewritten, so it is the last", when=9))
     await store.put(Write(MEMORY, key_of(MEMORY, 1), {"gone": 1}, removed=True))
     await store.put(Write(SIGNAL, KEY, None))
-    await store.within("paper").put(Write(SIGNAL, KEY, "paper"))
-    await store.within("backtest-1").within("Deeper/é").put(Write(SIGNAL, KEY, "deeper"))
+    await store.namespace("paper").put(Write(SIGNAL, KEY, "paper"))
+    await store.namespace("backtest-1").namespace("Deeper/é").put(Write(SIGNAL, KEY, "deeper"))
     await store.candles.write(BTC, candles(3_000, start=1_672_500_000_000))
     await store.candles.write(SeriesKey("okx", "BTC/USDT", "1d"), candles(40))
-    await store.within("candles only").candles.write(BTC, candles(4, start=-5 * MINUTE))
+    await store.namespace("candles only").candles.write(BTC, candles(4, start=-5 * MINUTE))
 
 
 async def everything(store: Store, *path: str) -> dict[str, Any]:
@@ -82,7 +81,7 @@ async def everything(store: Store, *path: str) -> dict[str, Any]:
         found[str(series)] = await store.candles.read(series, -(2**53), 2**53)
     for name in ("paper", "backtest-1", "Deeper/é", "candles only"):
         if name not in path and len(path) < 2:
-            found[name] = await everything(store.within(name), *path, name)
+            found[name] = await everything(store.namespace(name), *path, name)
     return found
 
 
@@ -173,7 +172,7 @@ def test_there_and_back_is_the_same(
         first, second, third = MemoryStore(), make(way, tmp_path_factory.mktemp("way")), MemoryStore()
         for row, namespace, name, value, when, removed in items:
             key = tuple(bool(len(name) % 2) if field == "backtest" else name for field in row.key_fields)
-            await first.within(namespace).put(Write(row, key, value, when=when, removed=removed))
+            await first.namespace(namespace).put(Write(row, key, value, when=when, removed=removed))
         await migrate_store(first, second)
         await migrate_store(second, third)
         await second.close()
@@ -260,7 +259,7 @@ async def test_comparison_names_the_first_difference(
 
 async def test_comparison_names_missing_records_and_other_candles(source: MemoryStore, target: Store) -> None:
     await migrate_store(source, target)
-    await source.within("paper").put(Write(SIGNAL, ("a", "b", "C"), 1))
+    await source.namespace("paper").put(Write(SIGNAL, ("a", "b", "C"), 1))
     await source.candles.write(BTC, candles(1, start=1_672_500_000_000 + 3_000 * MINUTE))
     await target.candles.write(SeriesKey("kraken", "X", "1m"), candles(1))
     differences = {
@@ -309,7 +308,7 @@ async def test_target_with_other_candles_or_namespaces_is_refused(source: Memory
         if series is not None and rows is not None:
             await target.candles.write(series, rows)
         else:
-            await target.within(namespace).put(Write(SIGNAL, KEY, 1))
+            await target.namespace(namespace).put(Write(SIGNAL, KEY, 1))
         with pytest.raises(UserError, match=f"nothing was written: the target has .*{named}"):
             await migrate_store(source, target)
         assert [record async for record in target.scan(LOG)] == []
@@ -354,7 +353,7 @@ async def test_checkpoint_of_another_version_is_refused(source: MemoryStore, tar
 async def test_candles_that_nobody_can_list_are_not_left_behind(target: Store) -> None:
     source = MemoryStore()
     await source.put(Write(LOG, ("1",), 1))
-    source.candles = DummyStore().candles  # type: ignore[assignment]
+    source.candles = DummyStore().candles
     with pytest.raises(UserError, match="DummyCandleStore cannot list its candles"):
         await migrate_store(source, target)
     assert [record async for record in target.scan(LOG)] == []
@@ -368,24 +367,46 @@ async def test_target_that_lists_nothing_is_compared_all_the_same(source: Memory
     again = await migrate_store(source, target)
     assert sum(item.copied for item in again.contracts) == 0
     other = MemoryStore()
-    await other.within("paper").candles.write(BTC, candles(5, price=7))
-    await source.within("paper").candles.write(BTC, candles(5))
+    await other.namespace("paper").candles.write(BTC, candles(5, price=7))
+    await source.namespace("paper").candles.write(BTC, candles(5))
     with pytest.raises(UserError, match="the target has @paper/candle"):
         await migrate_store(source, Unlisted(other))
 
 
-class Unlisted:
-    """A store of somebody's own that says nothing of its namespaces and series."""
+class Unlisted(Store):
+    """A user's own store that cannot list its namespaces and series."""
+
+    capabilities = MemoryStore.capabilities - {Capability.LISTING, Capability.PRUNING}
 
     def __init__(self, inner: MemoryStore) -> None:
         self._inner = inner
-        self.capabilities = inner.capabilities
-        self.open, self.close, self.get = inner.open, inner.close, inner.get
-        self.put, self.batch, self.scan = inner.put, inner.batch, inner.scan
-        self.candles: Any = SimpleNamespace(read=inner.candles.read, write=inner.candles.write)
+        self.candles = UnlistedCandles(inner.candles)
 
-    def within(self, namespace: str) -> Unlisted:
-        return Unlisted(self._inner.within(namespace)) if namespace else self
+    async def get(self, contract: Contract, key: Key) -> Record | None:
+        return await self._inner.get(contract, key)
+
+    async def put(self, write: Write) -> Record:
+        return await self._inner.put(write)
+
+    async def batch(self, writes: Sequence[Write]) -> None:
+        await self._inner.batch(writes)
+
+    def scan(self, contract: Contract, prefix: Key = (), **options: Any) -> AsyncIterator[Record]:
+        return self._inner.scan(contract, prefix, **options)
+
+    def namespace(self, name: str) -> Unlisted:
+        return Unlisted(self._inner.namespace(name)) if name else self
+
+
+class UnlistedCandles(CandleStore):
+    def __init__(self, inner: CandleStore) -> None:
+        self._inner = inner
+
+    async def read(self, series: SeriesKey, start_ms: int, stop_ms: int) -> CandleSeries:
+        return await self._inner.read(series, start_ms, stop_ms)
+
+    async def write(self, series: SeriesKey, candles: CandleSeries) -> int:
+        return await self._inner.write(series, candles)
 
 
 def holder(**changes: Any) -> Holder:
@@ -400,7 +421,7 @@ def holder(**changes: Any) -> Holder:
 async def test_traded_store_is_refused_and_the_holder_named(
     source: MemoryStore, target: Store, side: str, namespace: str
 ) -> None:
-    space = (source if side == "source" else target).within(namespace)
+    space = (source if side == "source" else target).namespace(namespace)
     lease = await acquire(lambda row: space, KEY, ttl=0.3)
     kept = asyncio.create_task(lease.keep())
     if side == "target":

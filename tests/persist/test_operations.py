@@ -20,14 +20,8 @@ from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.operations import (
     RECORD_CONTRACTS,
-    check,
     du,
-    get,
     key_from_text,
-    ls,
-    quarantine_drop,
-    quarantine_list,
-    quarantine_restore,
     spaces,
     text_of,
 )
@@ -72,11 +66,11 @@ async def fill(store: Store) -> None:
                 await store.put(Write(row, tuple(parts), value, when=number))
     await store.put(Write(MEMORY, ("memory", "b", "gone"), "gone", removed=True))
     await store.put(Write(SIGNAL, KEY, None))
-    await store.within("paper").put(Write(SIGNAL, KEY, "paper"))
-    await store.within("backtest-1").within("deeper").put(Write(SIGNAL, KEY, "deeper"))
+    await store.namespace("paper").put(Write(SIGNAL, KEY, "paper"))
+    await store.namespace("backtest-1").namespace("deeper").put(Write(SIGNAL, KEY, "deeper"))
     await store.candles.write(BTC, candles(400))
     await store.candles.write(SeriesKey("okx", "BTC/USDT", "1d"), candles(40))
-    await store.within("paper").candles.write(BTC, candles(4))
+    await store.namespace("paper").candles.write(BTC, candles(4))
 
 
 async def content(store: Store) -> dict[str, Any]:
@@ -121,11 +115,11 @@ class TestKeys:
 class TestReading:
     async def test_ls_and_get(self, store: Store) -> None:
         await fill(store)
-        listed = [record.key async for record in ls(store, SIGNAL, limit=2)]
+        listed = [record.key async for record in store.scan(SIGNAL, limit=2, newest_first=True)]
         assert listed == [KEY, ("strategyName2/2", "exchangeName2/2", "symbol2/2")]
-        assert [record async for record in ls(store, MEMORY, ("memory",))] == []
-        assert [record.removed async for record in ls(store, MEMORY, ("memory",), include_removed=True)] == [True]
-        found = await get(store, SIGNAL, KEY)
+        assert [record async for record in store.scan(MEMORY, ("memory",))] == []
+        assert [record.removed async for record in store.scan(MEMORY, ("memory",), include_removed=True)] == [True]
+        found = await store.get(SIGNAL, KEY)
         assert found is not None
         assert (found.value, found.rev) == (None, 1)
 
@@ -142,8 +136,8 @@ class TestReading:
 
     async def test_sound_store_has_no_findings(self, store: Store) -> None:
         await fill(store)
-        assert await check(store) == []
-        assert await check(store, deep=True) == []
+        assert await store.check() == []
+        assert await store.check(deep=True) == []
 
 
 def damage_file(place: Path) -> None:
@@ -178,7 +172,7 @@ class TestDamage:
         damage(place)
         with pytest.raises(Damaged, match="quarantine restore"):
             await store.get(SIGNAL, KEY)
-        (item,) = await quarantine_list(store)
+        (item,) = await store.quarantined()
         assert item.path.startswith(self.NAME)
         assert "checksum" in item.reason
         return item.path
@@ -191,7 +185,7 @@ class TestDamage:
         damage(tmp_path)
         before = snapshot(tmp_path)
         for deep in (False, True):
-            (finding,) = await check(store, deep=deep)
+            (finding,) = await store.check(deep=deep)
             assert finding.path.startswith(self.NAME)
             assert "by hand" in finding.problem
         await store.close()
@@ -201,7 +195,7 @@ class TestDamage:
         self, store: Store, damage: Callable[[Path], None], tmp_path: Path
     ) -> None:
         await self.damaged(store, damage, tmp_path)
-        (finding,) = await check(store)
+        (finding,) = await store.check()
         assert "in quarantine" in finding.problem
         assert self.NAME in finding.path
 
@@ -209,34 +203,34 @@ class TestDamage:
         self, store: Store, damage: Callable[[Path], None], tmp_path: Path
     ) -> None:
         path = await self.damaged(store, damage, tmp_path)
-        restored = await quarantine_restore(store, path)
+        restored = await store.restore(path)
         found = await store.get(SIGNAL, KEY)
         assert found == restored
         assert found is not None
         assert (found.value, found.rev, found.when) == ({"price": 48000.5}, 2, 3)
-        assert await quarantine_list(store) == []
-        assert await check(store, deep=True) == []
+        assert await store.quarantined() == []
+        assert await store.check(deep=True) == []
         assert (await store.put(Write(SIGNAL, KEY, "next"))).rev == 3
 
     async def test_dropping_frees_the_key(self, store: Store, damage: Callable[[Path], None], tmp_path: Path) -> None:
         path = await self.damaged(store, damage, tmp_path)
-        assert (await quarantine_drop(store, path)).path == path
+        assert (await store.drop(path)).path == path
         assert await store.get(SIGNAL, KEY) is None
-        assert await quarantine_list(store) == []
-        assert await check(store) == []
+        assert await store.quarantined() == []
+        assert await store.check() == []
         assert (await store.put(Write(SIGNAL, KEY, "anew"))).rev == 1
 
     async def test_unknown_name_is_refused(self, store: Store, damage: Callable[[Path], None], tmp_path: Path) -> None:
         await self.damaged(store, damage, tmp_path)
-        for operation in (quarantine_restore, quarantine_drop):
+        for operation in (store.restore, store.drop):
             with pytest.raises(UserError, match="quarantine list"):
-                await operation(store, "signal/nobody")
+                await operation("signal/nobody")
 
     async def test_other_namespaces_are_seen(
         self, store: Store, damage: Callable[[Path], None], tmp_path: Path
     ) -> None:
         path = await self.damaged(store, damage, tmp_path)
-        assert [item.path for item in await quarantine_list(store.within("paper"))] == [path]
+        assert [item.path for item in await store.namespace("paper").quarantined()] == [path]
 
 
 @pytest.mark.parametrize("store", DISK_URLS, indirect=True)
@@ -247,20 +241,20 @@ async def test_damaged_candles_are_found_and_given_up(store: Store, tmp_path: Pa
     data = bytearray(month.read_bytes())
     data[len(data) // 2] ^= 1
     month.write_bytes(data)
-    assert await check(store) == []
-    (finding,) = await check(store, deep=True)
+    assert await store.check() == []
+    (finding,) = await store.check(deep=True)
     assert finding.path.endswith("2022-01.arrow")
     with pytest.raises(Damaged, match="quarantine"):
         await store.candles.read(BTC, *ALWAYS)
-    (item,) = await quarantine_list(store)
+    (item,) = await store.quarantined()
     with pytest.raises(UserError, match="still damaged"):
-        await quarantine_restore(store, item.path)
+        await store.restore(item.path)
     (copy,) = tmp_path.rglob("quarantine/**/2022-01.arrow")
     data[len(data) // 2] ^= 1
     copy.write_bytes(data)
-    assert await quarantine_restore(store, item.path) is None
+    assert await store.restore(item.path) is None
     assert await store.candles.read(BTC, *ALWAYS) == candles(40)
-    assert await quarantine_list(store) == []
+    assert await store.quarantined() == []
 
     data[len(data) // 2] ^= 1
     month.write_bytes(data)
@@ -268,9 +262,9 @@ async def test_damaged_candles_are_found_and_given_up(store: Store, tmp_path: Pa
     store = make("file:{}/dump" if "dump" in str(month) else "sqlite:{}/bot.db", tmp_path)
     with pytest.raises(Damaged, match="quarantine"):
         await store.candles.read(BTC, *ALWAYS)
-    await quarantine_drop(store, item.path)
+    await store.drop(item.path)
     assert len(await store.candles.read(BTC, *ALWAYS)) == 40 - 31
-    assert await check(store, deep=True) == []
+    assert await store.check(deep=True) == []
     await store.close()
 
 
@@ -283,17 +277,17 @@ async def test_damaged_database_page_is_found_when_looking_deep(tmp_path: Path) 
         file.seek(4096 * 12 + 5)
         file.write(b"\xff\xff")
     try:
-        assert await check(store, deep=True)
+        assert await store.check(deep=True)
     except Damaged as error:
         assert "not a sound SQLite database" in str(error)  # noqa: PT017
     await store.close()
 
 
 async def test_stores_without_a_quarantine_say_so() -> None:
-    for operation in (quarantine_list(MemoryStore()), quarantine_drop(MemoryStore(), "signal/a/b/C")):
-        with pytest.raises(UserError, match="no quarantine"):
+    for operation in (MemoryStore().quarantined(), MemoryStore().drop("signal/a/b/C")):
+        with pytest.raises(UserError, match="MemoryStore does not support quarantine"):
             await operation
-    assert await check(DummyStore()) == []
+    assert await DummyStore().check() == []
 
 
 @pytest.mark.parametrize("target", URLS)
@@ -370,7 +364,7 @@ async def test_import_never_replaces_what_is_there(exported: Path) -> None:
         UserError, match=r"line 2: candle/binance.* is there with another content; line 6: memory/s/b/3 "
     ):
         await import_store(target, exported)
-    assert (await get(target, MEMORY, ("s", "b", "0"))) is None
+    assert (await target.get(MEMORY, ("s", "b", "0"))) is None
 
 
 class Breaking(MemoryStore):
@@ -433,14 +427,14 @@ async def test_database_is_looked_at_without_being_changed(tmp_path: Path, monke
         found = await looking.get(SIGNAL, KEY)
         assert found is not None
         assert found.value == "kept"
-        assert await check(looking, deep=True) == []
+        assert await looking.check(deep=True) == []
         await looking.close()
         assert store.path.read_bytes() == before
         Path(f"{store.path}-wal").unlink(missing_ok=True)  # empty: SQLite needs one to read where it can write
     (tmp_path / "bot.db").write_bytes(b"")
-    (finding,) = await check(SqliteStore(tmp_path / "bot.db", existing=True))
+    (finding,) = await SqliteStore(tmp_path / "bot.db", existing=True).check()
     assert "has lost commit 1" in finding.problem
     (tmp_path / "bot.db-mark").unlink()
     with pytest.raises(UserError, match="not a store"):
-        await check(SqliteStore(tmp_path / "bot.db", existing=True))
+        await SqliteStore(tmp_path / "bot.db", existing=True).check()
     assert (tmp_path / "bot.db").read_bytes() == b""

@@ -20,9 +20,9 @@ from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.lease import acquire
 from backtest_kit.persist.store import SeriesKey, Store, Write
 from backtest_kit.persist.transfer import export_store
-from backtest_kit.run.emergency import EmergencyFile
-from backtest_kit.simulation.exchange import Terms
-from backtest_kit.simulation.journal import Head, Journal
+from backtest_kit.run.live.emergency import EmergencyFile
+from backtest_kit.venue.exchange import Terms
+from backtest_kit.venue.journal import Head, Journal
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="permissions there are not those of a umask")
 
@@ -68,7 +68,7 @@ async def live(store: Store) -> None:
     await store.batch([Write(row, ("s", "e", "B"), "value") for row in (SIGNAL, SCHEDULE)])
     await store.candles.write(SeriesKey("e", "A", "1m"), CANDLES)
     lease = await acquire(lambda _: store, ("s", "e", "A"))
-    await store.within("paper").put(Write(SIGNAL, ("s", "e", "A"), "value"))
+    await store.namespace("paper").put(Write(SIGNAL, ("s", "e", "A"), "value"))
     await lease.release()
 
 

@@ -14,7 +14,6 @@ import pytest_asyncio
 from backtest_kit.errors import Conflict, UserError
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability, Kind
 from backtest_kit.persist.lease import claim
-from backtest_kit.persist.operations import quarantine_drop, quarantine_list
 from backtest_kit.persist.retention import DAY_MS, Retention, Rule, compact, retention_of
 from backtest_kit.persist.store import Key, Store, Write
 from backtest_kit.persist.testing.harness import sample_key
@@ -66,9 +65,9 @@ async def test_what_is_too_old_goes_and_what_is_young_stays(store: Store) -> Non
 
 async def test_paper_has_the_same_rules(store: Store) -> None:
     await say(store, "live")
-    await say(store.within("paper"), "paper")
+    await say(store.namespace("paper"), "paper")
     await compact(store, Retention({"log": Rule(days=1)}, math.inf, Rule()), at_ms=now_ms() + 2 * DAY_MS)
-    assert await lines(store) == await lines(store.within("paper")) == []
+    assert await lines(store) == await lines(store.namespace("paper")) == []
 
 
 async def test_removed_records_are_kept_for_a_time_of_their_own(store: Store) -> None:
@@ -87,7 +86,7 @@ async def test_removed_records_are_kept_for_a_time_of_their_own(store: Store) ->
 
 
 async def test_who_had_a_run_is_forgotten_the_next_day(store: Store) -> None:
-    space = store.within("backtest")
+    space = store.namespace("backtest")
     words: dict[str, Any] = {"what": "the run", "doing": "is under way in", "remedy": "wait"}
     await (await claim(space, "run", ("mine", "BTCUSDT"), **words)).release()
     held = await claim(space, "run", ("mine", "ETHUSDT"), **words)
@@ -101,19 +100,25 @@ async def test_who_had_a_run_is_forgotten_the_next_day(store: Store) -> None:
 
 async def test_a_run_goes_as_a_whole_by_age_or_number(store: Store) -> None:
     for number in range(5):
-        run = store.within(f"backtest-{number}")
+        run = store.namespace(f"backtest-{number}")
         await run.put(Write(STORAGE, (True, f"s-{number}"), number))
         await say(run, "line")
-    await say(store.within("backtester"), "no run")
+    await say(store.namespace("backtester"), "no run")
     crowded = Retention({}, math.inf, Rule(last=2))
     assert await compact(store, crowded) == []  # they may be going on
     expired = await compact(store, crowded, at_ms=now_ms() + 2 * DAY_MS)
     assert sorted((each.namespace, each.contract, each.records) for each in expired) == [
         ((f"backtest-{number}",), "", 2) for number in range(3)
     ]
-    assert [await lines(store.within(f"backtest-{number}")) for number in range(5)] == [[], [], [], ["line"], ["line"]]
+    assert [await lines(store.namespace(f"backtest-{number}")) for number in range(5)] == [
+        [],
+        [],
+        [],
+        ["line"],
+        ["line"],
+    ]
     assert len(await compact(store, Retention({}, math.inf, Rule(days=3)), at_ms=now_ms() + 4 * DAY_MS)) == 2
-    assert await lines(store.within("backtester")) == ["no run"]
+    assert await lines(store.namespace("backtester")) == ["no run"]
 
 
 @pytest.mark.parametrize("row", [STATE, STORAGE], ids=lambda row: row.name)
@@ -121,7 +126,9 @@ async def test_a_run_goes_as_a_whole_by_age_or_number(store: Store) -> None:
 async def test_a_run_with_a_damaged_record_is_not_forgotten(tmp_path: Path, row: Contract, url: str) -> None:
     store = store_at(url.format(tmp_path))
     for name in ("damaged", "intact"):
-        await store.within("backtest-1").put(Write(row, sample_key(row, name), {"stop": 95, "text": f"{name} by hand"}))
+        await store.namespace("backtest-1").put(
+            Write(row, sample_key(row, name), {"stop": 95, "text": f"{name} by hand"})
+        )
     await store.close()
     damage(tmp_path, b"damaged by hand")
     store = store_at(url.format(tmp_path))
@@ -130,10 +137,10 @@ async def test_a_run_with_a_damaged_record_is_not_forgotten(tmp_path: Path, row:
             (told,) = await compact(store, Retention({}, math.inf, kept), at_ms=now_ms() + day * DAY_MS)
             assert (told.namespace, told.records, told.size) == (("backtest-1",), 0, 0)
             assert "quarantine" in (told.fault or "")
-    intact = await store.within("backtest-1").get(row, sample_key(row, "intact"))
+    intact = await store.namespace("backtest-1").get(row, sample_key(row, "intact"))
     assert intact is not None
-    for item in await quarantine_list(store):
-        await quarantine_drop(store, item.path)
+    for item in await store.quarantined():
+        await store.drop(item.path)
     (gone,) = await compact(store, Retention({}, math.inf, Rule(days=1)), at_ms=now_ms() + 2 * DAY_MS)
     assert (gone.records, gone.fault) == (1, None)
     await store.close()
@@ -150,7 +157,7 @@ def damage(place: Path, text: bytes) -> None:
 
 @pytest.mark.parametrize("mode", ["", "paper"])
 async def test_state_and_memory_go_with_signals_that_are_over(store: Store, mode: str) -> None:
-    space = store.within(mode)
+    space = store.namespace(mode)
     for name, status in (("open", "opened"), ("rests", "scheduled"), ("closed", "closed"), ("off", "cancelled")):
         await space.put(Write(STORAGE, (False, name), {"status": status}))
     # The last two are no signals: what a strategy keeps while it holds nothing, and where a sink has come to.
@@ -199,7 +206,7 @@ async def test_sessions_and_last_signals_go_by_their_age(store: Store) -> None:
 
 
 async def test_a_run_that_wrote_within_a_day_stays_whatever_is_set(store: Store) -> None:
-    await store.within("backtest-now").put(Write(STATE, ("s-1", "plan"), 95))
+    await store.namespace("backtest-now").put(Write(STATE, ("s-1", "plan"), 95))
     settings = with_settings(Settings(), {"CC_RETENTION_RUN_DAYS": 0.01, "CC_RETENTION_RUN_COUNT": 1})
     assert await compact(store, retention_of(settings), at_ms=now_ms() + DAY_MS - 60_000) == []
     (gone,) = await compact(store, retention_of(settings), at_ms=now_ms() + DAY_MS + 60_000)
@@ -207,13 +214,13 @@ async def test_a_run_that_wrote_within_a_day_stays_whatever_is_set(store: Store)
 
 
 async def test_nothing_of_money_is_forgotten_by_any_setting(store: Store) -> None:
-    for space in (store, store.within("paper")):
+    for space in (store, store.namespace("paper")):
         for row in ROWS:
             await space.put(Write(row, sample_key(row), "kept"))
     names = [name for name in Settings.__struct_fields__ if name.startswith("CC_RETENTION_")]
     changes = {name: 1 if name.endswith("_COUNT") else 1e-9 for name in names}
     await compact(store, retention_of(with_settings(Settings(), changes)), at_ms=now_ms() + 10_000 * DAY_MS)
-    for space in (store, store.within("paper")):
+    for space in (store, store.namespace("paper")):
         kept = {row.name for row in ROWS if await space.get(row, sample_key(row)) is not None}
         assert {row.name for row in ROWS if row.durability is Durability.MONEY} <= kept
         assert kept.isdisjoint(("log", "notification", "storage", "measure", "interval", "session", "recent"))

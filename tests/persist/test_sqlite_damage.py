@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from backtest_kit.errors import BacktestKitError, Damaged, UserError
-from backtest_kit.persist import operations
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.backends.sqlite_mark import Head, mark_path, read_mark, write_mark
@@ -158,7 +157,7 @@ async def test_a_damaged_index_hides_no_position(tmp_path: Path, index: str) -> 
     for limit in (None, 100):
         with pytest.raises(Damaged, match=r"bot\.db is damaged: its indexes disagree.*REINDEX"):
             _ = [record async for record in store.scan(SIGNAL, prefix, limit=limit)]
-    assert any(index in finding.problem for finding in await operations.check(store))
+    assert any(index in finding.problem for finding in await store.check())
     with pytest.raises(UserError, match=r"not fit for live trading: contents: damaged"):
         await require_live_grade(store)
     await store.close()
@@ -172,9 +171,9 @@ async def test_a_damaged_index_hides_no_position(tmp_path: Path, index: str) -> 
 @pytest.mark.parametrize("index", ["records_by_name", "records_in_order"])
 async def test_a_damaged_index_hides_no_namespace_and_counts_none_away(tmp_path: Path, index: str) -> None:
     store = SqliteStore(tmp_path / "bot.db")
-    await store.within("paper").put(Write(SIGNAL, KEY, 1))
+    await store.namespace("paper").put(Write(SIGNAL, KEY, 1))
     assert await store.namespaces() == [("paper",)]
-    assert await store.within("paper").count(SIGNAL) == 1
+    assert await store.namespace("paper").count(SIGNAL) == 1
     await store.close()
     page = page_of(store.path, index)
     where = store.path.read_bytes()[page.start : page.stop].index(b"paper/")
@@ -182,7 +181,7 @@ async def test_a_damaged_index_hides_no_namespace_and_counts_none_away(tmp_path:
     with pytest.raises(Damaged, match=r"bot\.db is damaged: its indexes disagree about which namespaces there are"):
         await store.namespaces()
     with pytest.raises(Damaged, match="disagree about which records of signal"):
-        await store.within("paper").count(SIGNAL)
+        await store.namespace("paper").count(SIGNAL)
     await store.close()
 
 
@@ -195,7 +194,7 @@ async def test_a_key_that_an_index_has_lost_is_restored_with_its_index(tmp_path:
     found = await store.get(SIGNAL, KEY)
     assert found is not None
     assert (found.value, found.rev) == (LAST[KEY], 2)
-    assert await operations.check(store) == []
+    assert await store.check() == []
     await store.close()
 
 
@@ -216,7 +215,7 @@ async def test_a_name_that_changed_in_the_row_is_noticed_and_mended(tmp_path: Pa
     assert item.path == "signal/trend/binance/S3"
     await store.restore(item.path)
     assert {record.key: record.value async for record in store.scan(SIGNAL)} == LAST
-    assert await operations.check(store) == []
+    assert await store.check() == []
     await store.close()
 
 
@@ -231,22 +230,22 @@ async def test_a_log_that_lost_commits_is_refused_until_that_is_accepted(tmp_pat
             await store.get(SIGNAL, KEY)
         with pytest.raises(Damaged):
             await store.put(Write(SIGNAL, KEY, "over it"))
-        (finding,) = await operations.check(store)
+        (finding,) = await store.check()
         assert "has lost commits" in finding.problem
         with pytest.raises(UserError, match=r"has lost commits.*--accept-loss"):
             await require_live_grade(store)
         await store.close()
     assert log.read_bytes() == before, "what is left of the log is for those who can read it"
     store = SqliteStore(path)
-    assert "has lost commits" in str(await operations.accept_loss(store))
-    assert await operations.accept_loss(store) is None
-    assert await operations.check(store) == []
+    assert "has lost commits" in str(await store.accept_loss())
+    assert await store.accept_loss() is None
+    assert await store.check() == []
     found = await store.get(SIGNAL, KEY)
     assert found is not None
     assert found.value != LAST[KEY]
     assert (await store.put(Write(SIGNAL, KEY, "next"))).rev == found.rev + 1
     await store.close()
-    assert await operations.check(SqliteStore(path, existing=True)) == []
+    assert await SqliteStore(path, existing=True).check() == []
 
 
 async def put(path: Path, value: Plain) -> None:
@@ -343,10 +342,10 @@ class TestMark:
         with pytest.raises(Damaged, match=r"bot\.db does not say which commit was its last.*--accept-loss"):
             await put(path, 2)
         store = SqliteStore(path)
-        (finding,) = await operations.check(store)
+        (finding,) = await store.check()
         assert "does not say" in finding.problem
-        assert await operations.accept_loss(store) == finding.problem
-        assert await operations.check(store) == []
+        assert await store.accept_loss() == finding.problem
+        assert await store.check() == []
         assert (await store.put(Write(SIGNAL, KEY, 2))).rev == 2
         await store.close()
 
@@ -361,8 +360,8 @@ class TestMark:
                 await store.get(SIGNAL, KEY)
             await store.close()
         store = SqliteStore(path)
-        assert await operations.accept_loss(store) is not None
-        assert await operations.check(store) == []
+        assert await store.accept_loss() is not None
+        assert await store.check() == []
         assert (await store.put(Write(SIGNAL, KEY, 3))).rev == 1
         await store.close()
 
@@ -396,5 +395,5 @@ class TestMark:
         assert not mark_path(path).exists()
 
     async def test_other_stores_have_no_loss_to_accept(self) -> None:
-        with pytest.raises(UserError, match="MemoryStore has no loss to accept"):
-            await operations.accept_loss(MemoryStore())
+        with pytest.raises(UserError, match="MemoryStore does not support accepting a loss"):
+            await MemoryStore().accept_loss()

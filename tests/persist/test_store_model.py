@@ -51,7 +51,7 @@ class Model:
     def apply(self, write: Write) -> None:
         name = (write.contract.name, write.key)
         entry = self.entries.get(name)
-        if entry is not None and write.contract.write_rule is WriteRule.FIRST_WINS:
+        if entry is not None and write.contract.write_rule is not WriteRule.REPLACE:
             return
         self.entries.pop(name, None)
         self.entries[name] = (entry[0] + 1 if entry else 1, write.value, write.when, write.removed)

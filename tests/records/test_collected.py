@@ -15,7 +15,7 @@ from tests.records.happenings import closed, opened
 import backtest_kit as bk
 from backtest_kit.persist.store import Record, Write
 from backtest_kit.records import RunRecords
-from backtest_kit.records.observer import MOST_HELD
+from backtest_kit.records.record_writer import MOST_HELD
 
 RUN = "collected"
 HERE = bk.Identity("BTCUSDT", "trend", "binance", "", "backtest")
@@ -31,7 +31,7 @@ class Counted(bk.MemoryStore):
         self.waits = asyncio.Event()
         self.waits.set()
 
-    def within(self, namespace: str) -> Counted:
+    def namespace(self, name: str) -> Counted:
         return self
 
     async def put(self, write: Write) -> Record:

@@ -16,7 +16,7 @@ from tests.records.receiver import SECRET, Receiver, hook
 
 import backtest_kit as bk
 from backtest_kit.errors import UserError
-from backtest_kit.records import attempt, delivery, outbox, sinks
+from backtest_kit.records import attempt, outbox, sinks
 from backtest_kit.records.attempt import in_thread
 from backtest_kit.records.notification import Notification, notification_of
 

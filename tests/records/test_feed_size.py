@@ -17,7 +17,6 @@ from backtest_kit.persist.files import Disk
 from backtest_kit.persist.store import Store, Write
 from backtest_kit.persist.testing.faults import FaultFS
 from backtest_kit.persist.urls import store_at
-from backtest_kit.persist.writing import put_each
 from backtest_kit.records.log import LogLine, line_of
 
 LOG, STORAGE = CONTRACTS["log"], CONTRACTS["storage"]
@@ -43,7 +42,7 @@ def line(number: int) -> Write:
 
 async def say(store: Store, start: int, stop: int) -> None:
     for first in range(start, stop, PART):
-        done = await put_each(store, [line(number) for number in range(first, min(first + PART, stop))])
+        done = await store.put_each([line(number) for number in range(first, min(first + PART, stop))])
         assert [each for each in done if isinstance(each, BaseException)] == []
 
 
@@ -148,8 +147,7 @@ async def test_a_listing_goes_on_where_it_was_when_its_segments_are_replaced(
 async def test_writes_of_one_go_have_outcomes_of_their_own(tmp_path: Path, shared_address: str) -> None:
     store = store_at(shared_address.format(place=tmp_path))
     await store.put(Write(STORAGE, (False, "taken"), 1))
-    done = await put_each(
-        store,
+    done = await store.put_each(
         [
             Write(STORAGE, (False, "a"), 1),
             Write(STORAGE, (False, "taken"), 2, expect="absent"),
@@ -159,7 +157,7 @@ async def test_writes_of_one_go_have_outcomes_of_their_own(tmp_path: Path, share
     )
     assert [each.rev if not isinstance(each, BaseException) else type(each) for each in done] == [1, bk.Conflict, 2, 1]
     assert [record.value async for record in store.scan(STORAGE)] == [1, 2]
-    assert await put_each(store, []) == []
+    assert await store.put_each([]) == []
     await store.close()
 
 
@@ -167,18 +165,18 @@ async def test_new_records_of_one_go_stay_in_order_around_what_was_there(tmp_pat
     store = store_at(shared_address.format(place=tmp_path))
     await store.put(line(3))
     await store.put(Write(STORAGE, (False, "b"), "old"))
-    assert await put_each(store, [line(number) for number in (1, 2, 3, 4, 5, 4)]) == [
+    assert await store.put_each([line(number) for number in (1, 2, 3, 4, 5, 4)]) == [
         record for name in "123454" async for record in store.scan(LOG) if record.key == (f"{name:0>9}",)
     ]
     assert [record.key[0] async for record in store.scan(LOG)] == [f"{number:09d}" for number in (3, 1, 2, 4, 5)]
     names = ("a", "b", "c", "c", "d")
-    done = await put_each(store, [Write(STORAGE, (False, name), name, expect="absent") for name in names])
+    done = await store.put_each([Write(STORAGE, (False, name), name, expect="absent") for name in names])
     assert [None if isinstance(each, BaseException) else each.rev for each in done] == [1, None, 1, None, 1]
     assert {type(each) for each in done if isinstance(each, BaseException)} == {bk.Conflict}
     assert [record.value async for record in store.scan(STORAGE)] == ["old", "a", "c", "d"]
     too_large = Write(STORAGE, (False, "large"), "x" * (17 << 20), expect="absent")
     around = [Write(STORAGE, (False, name), name, expect="absent") for name in ("e", "f")]
-    done = await put_each(store, [around[0], too_large, around[1]])
+    done = await store.put_each([around[0], too_large, around[1]])
     assert [isinstance(each, BaseException) for each in (done[0], done[2])] == [False, False]
     assert [await store.get(STORAGE, (False, name)) is not None for name in "ef"] == [True, True]
     await store.close()

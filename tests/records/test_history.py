@@ -17,7 +17,7 @@ from tests.records.conftest import MINUTE_MS, NOON_MS, kit_on, run_of
 import backtest_kit as bk
 from backtest_kit.errors import UserError
 from backtest_kit.persist.contracts import CONTRACTS, HISTORY
-from backtest_kit.persist.history import HistoryStore, NotKept
+from backtest_kit.persist.history import NotKept, RevisionStore
 from backtest_kit.persist.retention import Retention, Rule, compact
 from backtest_kit.persist.store import Store, Write
 from backtest_kit.persist.writing import now_ms
@@ -175,7 +175,7 @@ async def test_of_concurrent_updates_no_revision_is_lost(shared_address: str, tm
 
 async def test_a_crash_between_the_note_and_the_record_changes_nothing(tmp_path: Path) -> None:
     store = bk.MemoryStore()
-    keeper = HistoryStore(store, STATE)
+    keeper = RevisionStore(store, STATE)
     key = ("s-1", "plan")
     await keeper.put(Write(STATE, key, "first", when=at(1)))
 
@@ -206,7 +206,7 @@ async def test_a_batch_keeps_what_it_replaces(kit: bk.Kit) -> None:
     key = ("s-1", "notes", "a"), ("s-1", "notes", "b")
     for minute in (1, 2):
         await store.batch([Write(MEMORY, each, minute, when=at(minute)) for each in key])
-    assert isinstance(store, HistoryStore)
+    assert isinstance(store, RevisionStore)
     for each in key:
         found = await store.as_of(MEMORY, each, at(1))
         assert found is not None

@@ -187,7 +187,7 @@ class Failing(MemoryStore):
     mended = False
     closed = False
 
-    def within(self, namespace: str) -> MemoryStore:
+    def namespace(self, name: str) -> MemoryStore:
         return self
 
     async def close(self) -> None:

@@ -517,13 +517,13 @@ async def test_a_method_and_a_struct(kit: bk.Kit) -> None:
     class Answer(msgspec.Struct):
         text: str
 
-    class Desk:
+    class RunState:
         @kit.records.measure.cached(key=lambda self, prompt: prompt, name="desk", version="1")
         async def ask(self, prompt: str) -> Any:
             return Answer(prompt)
 
-    assert await Desk().ask("a") == {"text": "a"}
-    assert await Desk().ask("a") == {"text": "a"}
+    assert await RunState().ask("a") == {"text": "a"}
+    assert await RunState().ask("a") == {"text": "a"}
 
 
 async def test_two_programs_see_each_other_s_answers(shared_address: str, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import pytest
 
 import backtest_kit as bk
+from backtest_kit.run.replay.walker import ParameterSet, Walker, WalkProgress
 from backtest_kit.run.schema import GetSignal
-from backtest_kit.run.walker import ParameterSet, Walker, WalkProgress
 
 MakeKit = Callable[..., bk.Kit]
 WHERE: dict[str, Any] = {"exchange_name": "demo", "frame_name": "day"}

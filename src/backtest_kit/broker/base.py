@@ -25,7 +25,7 @@ OrderKind = Literal[
 
 
 class OrderTransient(BacktestKitError):
-    """It did not work now, or nobody knows whether it did (`outcome`): the order is looked up and tried again.
+    """It failed now, or it is unknown whether it worked (`outcome`): the order is looked up and tried again.
 
     Any error that is none of these three counts as one whose outcome is unknown.
     """
@@ -37,7 +37,7 @@ class OrderRejected(BacktestKitError):
 
 
 class OrderDeleted(BacktestKitError):
-    """What the engine believes to be on the venue is gone: closed or cancelled there by somebody else."""
+    """What the engine believes to be on the venue is gone: closed or cancelled there by another party."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -55,7 +55,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """The minute of the decision."""
     direction: Direction
     price: float
-    """What the engine books it at where the venue tells nothing else: the current price of the decision, the limit
+    """What the engine books it at where the venue reports no price: the current price of the decision, the limit
     price (`place`), the level that was touched (`close`)."""
     cost: float
     """Quote currency to put in (`open`, `place`, `activate`, `add`) or to take out at cost (`reduce`, `close`);
@@ -82,7 +82,7 @@ class Fill(Execution, frozen=True, kw_only=True):
     quantity: float
     """In base currency, as it has come in: where the fee of a purchase was taken out of it, what was left."""
     timestamp: int = 0
-    """Of the last partial fill, epoch ms; 0 where the venue did not tell."""
+    """Of the last partial fill, epoch ms; 0 where the venue did not report it."""
     reason: Literal["", "take_profit", "stop_loss", "closed"] = ""
     """Of what the venue closed by itself: which protective order did it."""
 
@@ -142,17 +142,17 @@ class Broker:
     reports_fills: ClassVar[bool] = False
     """Whether fills carry the venue's own prices: slippage is in them already, and is not charged again."""
     notes: tuple[str, ...] = ()
-    """What people should know of this broker, shown with the status of the run."""
+    """Notes for people about this broker, shown with the status of the run."""
     store_id: str = NO_STORE
-    """The store whose orders the broker sends, 6 hex digits: it is part of every client order id. Set by the live run
+    """Id of the store whose orders the broker sends, 6 hex digits: part of every client order id. The live run sets it
     before `start`."""
 
     def account(self) -> str:
-        """What tells the account, with its market, from every other one: the same text for every broker of it, such as
+        """Identifies the account with its market: the same text for every broker of it and no other account, such as
         a digest of the API key, but never the key.
 
         On one machine, processes of one store share a symbol of an account, and another store is refused at its start.
-        Empty: the broker cannot tell, and nothing is refused.
+        Empty: unknown, and nothing is refused.
         """
         return ""
 
@@ -165,12 +165,12 @@ class Broker:
         """
 
     async def stop(self) -> None:
-        """Let go of connections. Idempotent. Orders and positions stay as they are."""
+        """Close connections. Idempotent. Orders and positions stay as they are."""
 
     async def find(self, order: Order) -> OrderReport:
         """What became of `order`: asked before it is sent again.
 
-        A venue that confirms everything has nothing to look up. A broker that sends orders must have its own.
+        A broker that sends orders must override it; one that only confirms has nothing to look up.
         """
         return OrderReport(status="absent")
 
@@ -190,7 +190,7 @@ class Broker:
 
     async def close_position(self, order: Order) -> Fill | None:
         """Close everything that is held and its protective orders. A position that is flat already is no error:
-        return the fill that closed it if the venue tells."""
+        return the fill that closed it if the venue reports it."""
         return None
 
     async def add_to_position(self, order: Order) -> Fill | None:
@@ -232,7 +232,7 @@ class Broker:
         return None
 
     async def notify(self, event: Event) -> None:
-        """After the fact: what happened, for information."""
+        """Called after an event, for information only."""
 
 
 SENDING: Final = (
@@ -257,7 +257,7 @@ def check_broker(broker: Broker) -> None:
     if own and not _is_own(broker, "find"):
         raise UserError(
             f"{type(broker).__name__} sends orders ({', '.join(own)}) and has no find() of its own: after a crash "
-            "nobody could tell whether an order had arrived, and it would be sent twice. Give it an async find(order) "
+            "it would be unknown whether an order arrived, and it could be sent twice. Give it an async find(order) "
             "that looks order.client_order_id up at the venue and returns an OrderReport"
         )
 

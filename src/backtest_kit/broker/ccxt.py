@@ -38,13 +38,13 @@ from backtest_kit.model.position import Direction, Position, RestingEntry
 
 _log = logging.getLogger(__name__)
 _CHECKS: Final = 3
-"""How often one check looks again where a stop is filled under its hands."""
+"""How often one check looks again where a stop is filled while it looks."""
 
 
 class CcxtBroker(Broker):
     """Trades an account of an exchange. Each position has a stop on the exchange from its entry to its end.
 
-    The take profit is watched by the engine, minute by minute: only the stop has to work while nobody watches.
+    The take profit is watched by the engine, minute by minute: only the stop has to work while the program is down.
     """
 
     reports_fills: ClassVar[bool] = True
@@ -168,7 +168,7 @@ class CcxtBroker(Broker):
         if order.kind == "close":
             left = await dealer.account.held(stake, recent=parts)
             if not stake.market.unsellable(left, order.price):
-                # Asked to close again, `close_position` sells the rest and answers for all that was sold.
+                # RiskGate to close again, `close_position` sells the rest and answers for all that was sold.
                 return OrderReport(status="cancelled" if len(parts) == MOST_PARTS else "absent")
             # The sale was cut off before it could: a stop that is left would sell the next position.
             await dealer.clear(stake)
@@ -177,7 +177,7 @@ class CcxtBroker(Broker):
         if order.kind == "reduce":
             held = await dealer.account.held(stake, recent=parts)
             if await dealer.left_to_reduce(stake, order, held, parts):
-                # Asked again, `reduce_position` sells the rest and answers for all that was sold.
+                # RiskGate again, `reduce_position` sells the rest and answers for all that was sold.
                 return OrderReport(status="absent")
         return OrderReport(status=status_of(parts), fill=await venue.executed(stake.market, parts))
 
@@ -256,7 +256,7 @@ class CcxtBroker(Broker):
             return None
 
     async def _closed(self, stake: Stake, order: Order, parts: list[VenueOrder]) -> Fill:
-        """What has closed the position: `parts`, and where they are not all of it, what was sold beside them, by its
+        """What has closed the position: `parts`, and where they are not all of it, what was sold next to them, by its
         stop or under another id of the close."""
         venue, dealer = self._connected()
         sold = sum((part.filled for part in parts), Decimal(0))
@@ -265,7 +265,7 @@ class CcxtBroker(Broker):
                 return await dealer.account.closing_fill(stake, recent=parts)
             except OrderDeleted:
                 _log.warning(
-                    "%s: what closed %s is told in part: its entry is not known any more",
+                    "%s: the fills that closed %s are known only in part: its entry is no longer known",
                     stake.market.symbol,
                     stake.ids.signal_id,
                 )
@@ -311,7 +311,7 @@ class CcxtBroker(Broker):
         """None while the position is held, with its stop set right where it is not as it should be.
 
         Raises:
-            OrderDeleted: nothing is held, and the exchange does not tell why.
+            OrderDeleted: nothing is held, and the exchange does not say why.
             OrderTransient: the exchange does not answer, or the position could not be protected.
         """
         stake = self._stake(position.symbol, self._ids(position.signal_id), position.position)
@@ -325,8 +325,11 @@ class CcxtBroker(Broker):
                 return await dealer.account.closing_fill(stake, position=position)
             protected = stake.market.lots(held) == sum(stop.quantity for stop in live)
             if not protected and not agrees(stake.market, held, model):
-                told = "%s: %s of %s are held, %s by its fills: somebody else traded it; the stop follows what is held"
-                _log.warning(told, stake.market.symbol, f"{held:f}", position.signal_id, f"{model:.8f}")
+                message = (
+                    "%s: %s of %s are held, %s by its fills: it was traded outside of this program; "
+                    "the stop follows the held quantity"
+                )
+                _log.warning(message, stake.market.symbol, f"{held:f}", position.signal_id, f"{model:.8f}")
             try:
                 if await dealer.protect(stake, held, stop_loss, live):
                     return None
@@ -335,7 +338,7 @@ class CcxtBroker(Broker):
         raise OrderTransient(f"{stake.market.symbol}: the stop of {position.signal_id} is just being filled")
 
     async def check_entry(self, entry: RestingEntry) -> Fill | None:
-        """None while the limit order rests, or its fill. Whatever was filled has its stop at once."""
+        """None while the limit order rests, or its fill. Whatever was filled gets its stop immediately."""
         venue, dealer = self._connected()
         stake = self._stake(entry.symbol, self._ids(entry.signal_id), entry.position)
         order = await venue.order(stake.market, stake.ids.entry, certain=True)
@@ -357,7 +360,7 @@ class CcxtBroker(Broker):
 
         On a spot market that is read from the latest orders, as many as the exchange lists in one answer (Binance:
         500). Anything older that is still held has a live stop, which is listed as long as it rests. A balance by
-        itself may be anybody's savings.
+        itself may be the owner's savings.
         """
         venue, _ = self._connected()
         held = [await Holdings(venue).of(symbol, self._market(symbol)) for symbol in symbols]
@@ -375,7 +378,7 @@ class CcxtBroker(Broker):
         market = self._connected()[0].market(symbol)
         if market.contract is not futures:
             other = "spot" if futures else "futures"
-            raise UserError(f"{symbol} is no {self._connection.kind} market: use CcxtBroker(..., market={other!r})")
+            raise UserError(f"{symbol} is not a {self._connection.kind} market: use CcxtBroker(..., market={other!r})")
         return market
 
     def _stake(self, symbol: str, ids: SignalIds, direction: Direction) -> Stake:

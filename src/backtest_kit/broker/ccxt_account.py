@@ -86,11 +86,11 @@ class Account:
 
         Args:
             recent: orders that were sent just now, which the exchange may not list yet.
-            position: the position. It tells since when and for how much to look for fills, where it was adopted and so
-                has no entry of its own.
+            position: the position. Says since when and for how much to look for fills; an adopted position has no
+                entry of its own.
 
         Raises:
-            OrderDeleted: no order and no trade tells.
+            OrderDeleted: no order and no trade explains it.
         """
         listed = await self._listed(stake, recent, position)
         orders = _of(stake, listed)
@@ -103,7 +103,7 @@ class Account:
         if by_hand is None:
             raise OrderDeleted(
                 f"{stake.market.symbol} is not held any more, and neither an order nor a trade after the entry of "
-                f"{stake.ids.signal_id} says why: it was closed or withdrawn by somebody else"
+                f"{stake.ids.signal_id} says why: it was closed or withdrawn outside of this program"
             )
         return by_hand
 

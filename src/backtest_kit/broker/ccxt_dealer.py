@@ -72,8 +72,8 @@ class Dealer:
         """
         market = stake.market
         if stake.direction == "short" and not market.contract:
-            told = f"{market.symbol}: a spot market cannot be sold short: use CcxtBroker(..., market='futures')"
-            raise OrderRejected(told)
+            message = f"{market.symbol}: a spot market cannot be sold short: use CcxtBroker(..., market='futures')"
+            raise OrderRejected(message)
         quantity = market.lots(exact(order.cost) / exact(order.price))
         small = market.too_small(quantity, min(order.price, order.stop_loss))
         if small:
@@ -137,8 +137,8 @@ class Dealer:
             )
 
     async def send(self, market: Market, client_id: str, side: Side, quantity: Decimal, **how: Any) -> VenueOrder:
-        """Send, or find what was sent: an order whose answer was lost is looked for at once. What does not rest is
-        done afterwards."""
+        """Send, or find what was sent: an order whose answer was lost is looked up immediately. An order that does
+        not rest is done afterwards."""
         rests = how.get("limit") is not None and not how.get("immediate")
         try:
             return await self._venue.send(market, client_id, side, quantity, **how)
@@ -167,8 +167,8 @@ class Dealer:
         """
         if not order.filled:
             why = " within max_slippage_pct" if self._max_slippage is not None else ""
-            told = f"{stake.market.symbol}: {order.client_id} was not filled{why}: it was {status_of([order])}"
-            raise OrderRejected(told)
+            message = f"{stake.market.symbol}: {order.client_id} was not filled{why}: it was {status_of([order])}"
+            raise OrderRejected(message)
         return order
 
     async def activated(self, stake: Stake, order: Order) -> VenueOrder:
@@ -176,8 +176,8 @@ class Dealer:
         symbol, client_id = stake.market.symbol, stake.ids.entry
         entry = await self._venue.order(stake.market, client_id, certain=order.attempt > 0)
         if entry is not None and entry.open:
-            told = f"{symbol}: of the limit order {client_id} {entry.filled:f} of {entry.quantity:f} are filled"
-            raise OrderTransient(told, outcome=Outcome.NOT_DONE)
+            message = f"{symbol}: of the limit order {client_id} {entry.filled:f} of {entry.quantity:f} are filled"
+            raise OrderTransient(message, outcome=Outcome.NOT_DONE)
         if entry is None:
             raise OrderRejected(f"{symbol}: the exchange does not know the limit order {client_id}")
         return self.filled(stake, entry)
@@ -210,8 +210,8 @@ class Dealer:
             raise OrderRejected(f"{market.symbol}: too little to take out: {small}")
         small = market.unsellable(held - quantity, min(order.price, order.stop_loss))
         if small:
-            told = f"{market.symbol}: too little would be left to protect: {small}; close the position instead"
-            raise OrderRejected(told)
+            message = f"{market.symbol}: too little would be left to protect: {small}; close the position instead"
+            raise OrderRejected(message)
 
     async def reduce(
         self, stake: Stake, order: Order, held: Decimal, quantity: Decimal, sold: list[VenueOrder]
@@ -234,8 +234,8 @@ class Dealer:
             if len(sold) == MOST_PARTS:
                 if not stake.market.contract:
                     await self._put_back(stake, order, held)
-                told = f"{stake.market.symbol}: {MOST_PARTS} orders have not closed all of {stake.ids.signal_id}"
-                raise OrderRejected(f"{told}, {held:f} are left")
+                message = f"{stake.market.symbol}: {MOST_PARTS} orders have not closed all of {stake.ids.signal_id}"
+                raise OrderRejected(f"{message}, {held:f} are left")
             amount = stake.market.parts(held, order.price, at_market=True)[0]
             part = await self.sell(stake, order, amount, held=held, part=len(sold))
             sold.append(part)
@@ -253,8 +253,8 @@ class Dealer:
             if not market.contract and error.outcome is Outcome.NOT_DONE:
                 await self._put_back(stake, order, held)
             elif not market.contract:
-                told = "%s: %s may be %s until the exchange tells what became of %s: %s"
-                _log.error(told, market.symbol, f"{held:f}", _NAKED, client_id, error)
+                message = "%s: %s may be %s until the exchange reports what became of %s: %s"
+                _log.error(message, market.symbol, f"{held:f}", _NAKED, client_id, error)
             raise
 
     async def _send_exit(self, stake: Stake, client_id: str, quantity: Decimal) -> VenueOrder:
@@ -311,8 +311,8 @@ class Dealer:
         except StopFilled:
             raise
         except BacktestKitError as error:
-            told = f"{stake.market.symbol} may be {_NAKED} until the next check: {error}"
-            raise OrderTransient(told, outcome=Outcome.UNKNOWN) from None
+            message = f"{stake.market.symbol} may be {_NAKED} until the next check: {error}"
+            raise OrderTransient(message, outcome=Outcome.UNKNOWN) from None
         return True
 
     async def protect_what_is_held(self, stake: Stake, order: Order, *recent: VenueOrder) -> bool:
@@ -337,13 +337,13 @@ class Dealer:
             OrderTransient: that cannot be done either.
         """
         symbol = stake.market.symbol
-        told = "%s: no stop can be placed for %s, so the position is closed again: %s"
-        _log.error(told, symbol, stake.ids.signal_id, why)
+        message = "%s: no stop can be placed for %s, so the position is closed again: %s"
+        _log.error(message, symbol, stake.ids.signal_id, why)
         try:
             await self._leave(stake, stake.ids.exit, stop_loss, entry)
         except BacktestKitError as error:
-            told = f"{symbol}: {entry.filled:f} are {_NAKED} and cannot be sold: {error}; before that: {why}"
-            raise OrderTransient(told, outcome=Outcome.UNKNOWN) from None
+            message = f"{symbol}: {entry.filled:f} are {_NAKED} and cannot be sold: {error}; before that: {why}"
+            raise OrderTransient(message, outcome=Outcome.UNKNOWN) from None
 
     async def clear(self, stake: Stake) -> None:
         """Cancel all that is still open of a position that is not held any more."""

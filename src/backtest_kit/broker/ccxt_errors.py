@@ -58,7 +58,7 @@ _TABLE: Final[tuple[tuple[str, type[BacktestKitError], Outcome], ...]] = (
     ("NotSupported", OrderRejected, Outcome.NOT_DONE),
     ("OperationRejected", OrderRejected, Outcome.NOT_DONE),
 )
-# What ccxt has no class of its own for, by the venue's words or code. Looked at first.
+# What ccxt has no class for, by the venue's text or code. Checked first.
 _BY_TEXT: Final[tuple[tuple[re.Pattern[str], type[BacktestKitError], Outcome], ...]] = (
     (re.compile(r"duplicate", re.IGNORECASE), AlreadyThere, Outcome.NOT_DONE),
     (re.compile(r'"code":\s*-1021\b'), OrderTransient, Outcome.NOT_DONE),
@@ -92,7 +92,7 @@ def order_is_there() -> Iterator[None]:
 
 
 def is_clock_skew(error: Exception) -> bool:
-    """Whether a request was refused because its time is not the venue's."""
+    """Whether a request was refused because its timestamp is off the venue's clock."""
     return "-1021" in str(error) or type(error).__name__ == "InvalidNonce"
 
 

@@ -1,4 +1,4 @@
-"""What an account holds of a market as far as it counts, told apart by the client ids of the orders.
+"""What an account holds of a market as far as it counts, assigned to signals by the client ids of the orders.
 
 A future has one position of all orders, and all of it counts. On a spot market a balance may be anybody's savings: what
 counts is what orders of this program bought and did not sell again, and their open orders.
@@ -122,7 +122,7 @@ class Holdings:
         loose = []
         for key in {**held, **locked}:
             each, sure = held.setdefault(key, Bought()), locked.get(key, _NOTHING)
-            # A stop that differs by no more than fees is for all of it, and tells what the fees have left.
+            # A stop that differs by no more than fees is for all of it, and shows what the fees have left.
             if each.left - sure > each.total * _LOST_TO_FEES:
                 loose.append(each)
             else:

@@ -132,7 +132,7 @@ class VenueOrder(msgspec.Struct, frozen=True, kw_only=True):
     spawned: str | None = None
     """The id of the order that a conditional one became when it was triggered."""
     fees: tuple[tuple[str, Decimal], ...] | None = None
-    """Currency and amount; None where the report does not tell."""
+    """Currency and amount; None where the report does not say."""
 
     @property
     def remaining(self) -> Decimal:
@@ -170,7 +170,9 @@ def read_market(
     """
     contract = bool(raw.get("contract"))
     if contract and (not raw.get("linear") or raw.get("option")):
-        raise UserError(f"{raw['symbol']} is no linear future: only spot and contracts that settle in quote currency")
+        raise UserError(
+            f"{raw['symbol']} is not a linear future: trade spot or contracts that settle in quote currency"
+        )
     places, significant, _ = digits
     size = exact(raw.get("contractSize") or 1) if contract else Decimal(1)
     precision, limits = raw.get("precision") or {}, raw.get("limits") or {}
@@ -220,7 +222,7 @@ def read_market(
 
 
 def _filters(info: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What Binance limits by filters that ccxt has no words for."""
+    """Binance's filters that ccxt does not translate."""
     found = info.get("filters")
     return {str(each.get("filterType")): each for each in found} if isinstance(found, list) else {}
 
@@ -251,7 +253,7 @@ def read_order(raw: dict[str, Any], market: Market, *, conditional: bool = False
     status = raw.get("status")
     return VenueOrder(
         id=str(raw["id"]),
-        # Binance answers a cancellation with the id of that, and with the order's own beside it.
+        # Binance answers a cancellation with an id of the cancellation, next to the order's own.
         client_id=info.get("origClientOrderId") or raw.get("clientOrderId"),
         side=str(raw.get("side") or ""),
         open=status in ("open", None),

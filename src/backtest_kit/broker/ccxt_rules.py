@@ -1,4 +1,4 @@
-"""What exchanges want differently: what ccxt says of them (`features`), and a table of what it does not say."""
+"""How exchanges differ: ccxt's own description (`features`), and a table of what it lacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NONE: Final[Mapping[Any, Any]] = MappingProxyType({})
 _SHORT: Final = "client order ids of at most 28 characters, and an id here has 32"
 _NUMBERS: Final = "numbers only as client order ids, and an id here is 32 hex digits"
 _METHOD_OF: Final = {"fetchCanceledOrders": "fetchClosedOrders"}
-"""Methods that ccxt says nothing of, and the one that they are like."""
+"""Methods that ccxt does not describe, and the one that they resemble."""
 
 
 class _Known(msgspec.Struct, frozen=True, kw_only=True):

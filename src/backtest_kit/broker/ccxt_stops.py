@@ -68,7 +68,7 @@ class Stops:
             except TooManyStops:
                 if not wrong:
                     raise
-                # There is no room for the new one beside the old ones.
+                # There is no room for the new one next to the old ones.
                 await self.cancel(market, [wrong.pop()])
                 await self._place(stake, amount, trigger, quantity, latest)
         await self.cancel(market, wrong)
@@ -152,8 +152,8 @@ class Stops:
             raise error
         free = market.lots((await self._venue.balance(market.base))[0])
         if free < amount - whole * _MOST_LOST_TO_FEES:
-            told = f"{error}; {free:f} {market.base} are free of {amount:f}: cancel what else locks them"
-            raise OrderRejected(told) from None
+            message = f"{error}; {free:f} {market.base} are free of {amount:f}: cancel what else locks them"
+            raise OrderRejected(message) from None
         return min(free, amount)
 
     async def _pause(self, pauses: Iterator[float], error: BacktestKitError) -> None:

@@ -76,20 +76,20 @@ class CcxtVenue:
 
     async def call(self, doing: str, request: Callable[[], Awaitable[T]], *, again: bool = True) -> T:
         """The answer to `request`; asked once more where the venue's clock has run away from ours."""
-        told = f"{self._id}: {doing}"
+        message = f"{self._id}: {doing}"
         try:
             async with asyncio.timeout(self._deadline_s):
                 return await request()
         except TimeoutError:
-            told += f": no answer within {self._deadline_s:g} s"
-            raise OrderTransient(told, outcome=Outcome.UNKNOWN) from None
+            message += f": no answer within {self._deadline_s:g} s"
+            raise OrderTransient(message, outcome=Outcome.UNKNOWN) from None
         except library().BaseError as error:
             if not (again and is_clock_skew(error)):
                 # The error of ccxt has the signed request in it: only what it says is passed on.
-                raise order_error(error, told, self._secrets) from None
+                raise order_error(error, message, self._secrets) from None
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            told += f": an answer that ccxt cannot read: {said(error, self._secrets)}"
-            raise OrderTransient(told, outcome=Outcome.UNKNOWN) from None
+            message += f": an answer that ccxt cannot read: {said(error, self._secrets)}"
+            raise OrderTransient(message, outcome=Outcome.UNKNOWN) from None
         await self.call("compare clocks", self._client.load_time_difference, again=False)
         return await self.call(doing, request, again=False)
 
@@ -142,8 +142,8 @@ class CcxtVenue:
         until, pause = loop.time() + _SETTLING_S, 0.05
         while order.open or (order.filled and order.average is None):
             if loop.time() > until:
-                told = f"{self._id}: {client_id} is still being filled after {_SETTLING_S:g} s"
-                raise OrderTransient(told, outcome=Outcome.UNKNOWN)
+                message = f"{self._id}: {client_id} is still being filled after {_SETTLING_S:g} s"
+                raise OrderTransient(message, outcome=Outcome.UNKNOWN)
             await asyncio.sleep(pause)
             pause = min(2 * pause, 1.0)
             order = await self.order(market, client_id) or order

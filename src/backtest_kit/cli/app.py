@@ -33,11 +33,11 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line. Bad input ends with code 2 and a sentence, never with a traceback of ours."""
-    from backtest_kit.cli.strategy_file import StrategyFailed
+    from backtest_kit.cli.strategy_file import StrategyFileFailed
 
     try:
         app()
-    except StrategyFailed as failure:
+    except StrategyFileFailed as failure:
         sys.stderr.write(f"{failure}\n")
         sys.exit(2)
     except BacktestKitError as error:
@@ -48,8 +48,8 @@ def main() -> None:
         sys.exit(130)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(wanted: bool) -> None:
+    if wanted:
         import backtest_kit
 
         typer.echo(f"backtest-kit {backtest_kit.__version__}")
@@ -195,11 +195,11 @@ def paper(
     dirty: options.DirtyRule = "repair",
     as_json: options.AsJson = False,
 ) -> None:
-    """Trade on paper: real candles and real time, and every order is filled at the price that the engine decided.
+    """Trade on paper: real candles in real time, and every order is filled at the price that the engine decided.
 
-    A terminal shows how every symbol stands; elsewhere there is a line for each thing that happens. The first Ctrl-C or
-    SIGTERM opens nothing more and carries what is open to its end; the second ends at once and leaves everything as it
-    is. Either way, and after any crash, the next start goes on from there.
+    A terminal shows the state of every symbol; otherwise each event is one line. Ctrl-C or SIGTERM stops opening
+    trades and waits for open positions to close. A second one exits immediately; positions stay open and are resumed
+    at the next start, as after any crash.
     """
     from backtest_kit.cli.live import run_live
 
@@ -244,7 +244,7 @@ def live(
 ) -> None:
     """Trade with real orders, through the broker of the file's exchange. Output and signals as of `paper`.
 
-    Ends with code 3 if another process trades a position, and says which; 2 for bad input; 130 if ended at once.
+    Exit codes: 3 if another process trades a position, 2 for bad input, 130 after a second Ctrl-C.
     """
     from backtest_kit.cli.live import run_live
 
@@ -379,7 +379,7 @@ def venue(
         Literal["open", "ever"],
         typer.Option(
             "--client-ids",
-            help="How long a client order id is taken: while its order is open, as on Binance, or for ever.",
+            help="How long a client order id is taken: while its order is open, as on Binance, or permanently.",
         ),
     ] = "open",
     fault: Annotated[

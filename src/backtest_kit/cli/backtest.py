@@ -18,12 +18,12 @@ from backtest_kit.cli.choice import choose, pick
 from backtest_kit.cli.interrupt import run_until_interrupted
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
+from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.price import price_text
 from backtest_kit.report import Results
-from backtest_kit.run.backtest import BacktestHandle
-from backtest_kit.run.replay import Gaps
+from backtest_kit.run.replay.backtest import BacktestHandle
 
 _REDRAW_S: Final = 0.1
 WIDTH_IN_FILES: Final = 120
@@ -56,7 +56,7 @@ def run_backtest(
                 exchange_name=choice.exchange,
                 frame_name=choice.frame,
                 fill=cast(Fill, fill),
-                gaps=cast(Gaps, gaps),
+                gaps=cast(GapRule, gaps),
                 dirty=cast("DirtyRule | None", dirty),
             )
             for each in dict.fromkeys(symbols)

@@ -67,9 +67,9 @@ def load_strategies(strategy_file: Path, folder: Path) -> list[str]:
     return strategies
 
 
-def pick(kind: str, asked: str | None, registered: Sequence[str], strategy_file: Path) -> str:
-    if asked is not None:
-        return asked
+def pick(kind: str, given: str | None, registered: Sequence[str], strategy_file: Path) -> str:
+    if given is not None:
+        return given
     if len(registered) == 1:
         return registered[0]
     if not registered:
@@ -96,13 +96,13 @@ def file_source(candles: str) -> CandleSource:
     return sources.csv(candles)
 
 
-def _frame(asked: str | None, source: CandleSource, symbol: str, strategy_file: Path) -> str:
+def _frame(given: str | None, source: CandleSource, symbol: str, strategy_file: Path) -> str:
     """The name of the frame to replay; a range of dates is registered under its own text."""
     kit = default_kit
     registered = [each.name for each in kit.list_frame_schemas()]
-    if asked is None and len(registered) == 1:
+    if given is None and len(registered) == 1:
         return registered[0]
-    if asked is None:
+    if given is None:
         there = asyncio.run(source.range(symbol))
         lead_ms = kit.get_config().CC_AVG_PRICE_CANDLES_COUNT * MINUTE_MS
         example = "2022-01-01..2022-02-01" if there is None else f"{iso(there[0] + lead_ms)}..{iso(there[1])}"
@@ -111,10 +111,10 @@ def _frame(asked: str | None, source: CandleSource, symbol: str, strategy_file: 
             f"which frame? Strategy file {strategy_file} registers {len(registered)}: "
             f"{known} two dates such as --frame {example}"
         )
-    if ".." in asked and asked not in registered:
-        start, _, end = asked.partition("..")
-        kit.add_frame_schema(asked, start_date=start, end_date=end)
-    elif asked not in registered:
+    if ".." in given and given not in registered:
+        start, _, end = given.partition("..")
+        kit.add_frame_schema(given, start_date=start, end_date=end)
+    elif given not in registered:
         known = f"{', '.join(registered)}, or " if registered else ""
-        raise UserError(f"frame {asked!r} is not registered: give {known}two dates such as 2022-01-01..2022-02-01")
-    return asked
+        raise UserError(f"frame {given!r} is not registered: give {known}two dates such as 2022-01-01..2022-02-01")
+    return given

@@ -16,19 +16,19 @@ from backtest_kit.cli.live_output import JsonOutput, Output, ViewOutput
 from backtest_kit.cli.live_words import TOLD, awaited
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
+from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.event import Event, Mode
 from backtest_kit.model.position import Trade
-from backtest_kit.persist.diagnosis import Status
-from backtest_kit.run.live import LiveHandle, signals_stop
-from backtest_kit.run.orphans import OrphanPolicy
-from backtest_kit.run.replay import Gaps
-from backtest_kit.simulation.client import connect
+from backtest_kit.persist.upkeep import Status
+from backtest_kit.run.live.orphans import OrphanPolicy
+from backtest_kit.run.live.runner import LiveHandle, signals_stop
+from backtest_kit.venue.client import connect
 
 _LOOK_S: Final = 0.5
 """How often it is looked how the runs stand."""
 CANCELLED: Final = 130
-"""Exit code of a program that was ended at once."""
+"""Exit code after a second Ctrl-C."""
 
 
 def run_live(
@@ -47,7 +47,7 @@ def run_live(
     allow_weak: bool,
     as_json: bool,
 ) -> int:
-    """Load the file, trade every symbol until told to stop, and say what happens; the exit code.
+    """Load the file, trade every symbol until stopped, and print what happens; returns the exit code.
 
     Raises:
         Conflict: another process trades one of them, from the start or since.
@@ -66,7 +66,7 @@ def run_live(
                 exchange_name=exchange,
                 paper=mode == "paper",
                 fill=cast(Fill, fill),
-                gaps=cast(Gaps, gaps),
+                gaps=cast(GapRule, gaps),
                 dirty=cast(DirtyRule, dirty),
                 orphans=cast(OrphanPolicy, orphans),
                 allow_weak=True,  # looked at before, where what is found can be shown
@@ -91,12 +91,12 @@ def run_live(
         raise strategy_failure(error, strategy_file) from error
 
 
-def _exchange(strategy_file: Path, asked: str | None, venue: str | None, bot: str, symbols: int) -> str:
+def _exchange(strategy_file: Path, given: str | None, venue: str | None, bot: str, symbols: int) -> str:
     """The name of the exchange to trade on; a simulated one has a name of its own, and so a state of its own."""
     if venue is None:
         known = [each.name for each in default_kit.list_exchange_schemas()]
-        return pick("exchange", asked, known, strategy_file)
-    client, name = connect(venue), "venue" if asked is None else asked
+        return pick("exchange", given, known, strategy_file)
+    client, name = connect(venue), "venue" if given is None else given
     clock = client.clock(bot, sleepers=symbols)
     default_kit.add_exchange_schema(name, source=client.source(), clock=clock, replace=True)
     return name
@@ -119,17 +119,19 @@ async def _check_stores(output: Output, *, allow_weak: bool) -> None:
 async def _trade(handles: Sequence[LiveHandle], output: Output) -> int:
     """Wait for the end of all runs. One that fails ends the others, which leaves everything as it is."""
 
-    def told(count: int) -> None:
+    def stopping(count: int) -> None:
         if count > 1:
-            output.say("ends at once and leaves everything as it is; the next start goes on from there")
+            output.say("exiting immediately; open positions are resumed at the next start")
             return
         for each in handles:
             if not each.done():
                 output.say(f"stopping: {each.symbol} waits {awaited(each.status)}")
-        output.say("a second Ctrl-C or SIGTERM ends it at once and leaves everything as it is, which is just as safe")
+        output.say(
+            "a second Ctrl-C or SIGTERM exits immediately; positions stay open and are resumed at the next start"
+        )
 
     tasks = [each.task for each in handles]
-    with signals_stop(handles, told):
+    with signals_stop(handles, stopping):
         while not all(task.done() for task in tasks) and not any(map(_failed, tasks)):
             output.stand([each.status for each in handles])
             await asyncio.wait(tasks, timeout=_LOOK_S, return_when=asyncio.FIRST_EXCEPTION)

@@ -1,7 +1,7 @@
-"""Where a live run says what happens: above a view on a terminal, or in lines.
+"""The output of a live run: a view on a terminal with lines above it, or lines alone.
 
-A terminal that stands still, a pipe that nobody reads and a disk that is full must not hold up who trades. So one
-thread writes, and the runs only leave word with it; what it cannot get rid of is dropped in the end, the oldest first.
+A stopped terminal, a pipe without a reader and a full disk must not hold up trading. So one thread writes, and the
+runs only queue their lines; when the queue is full, the oldest lines are dropped.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from rich.text import Text
 
 from backtest_kit.cli.live_view import view
 from backtest_kit.cli.live_words import alarming, document, standing, words
-from backtest_kit.cli.strategy_file import told
+from backtest_kit.cli.strategy_file import explained
 from backtest_kit.model.event import Event, StrategyFailed
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
-from backtest_kit.run.live_status import LiveStatus
+from backtest_kit.run.live.status import LiveStatus
 
 _PAUSE_S: Final = 0.25
 _KEPT: Final = 10_000
 """Lines that wait to be written."""
 _HOUR_MS: Final = 60 * MINUTE_MS
 _PATIENCE_S: Final = 2.0
-"""How long the end waits for a terminal or a pipe that takes nothing."""
+"""How long the exit waits for a terminal or a pipe that takes nothing."""
 
 
 class Output(logging.Handler):
-    """What is told, as lines of text on standard output. As a handler of logs it tells what no event tells."""
+    """Events as lines of text on standard output. As a log handler it prints the warnings that are not events."""
 
     def __init__(self, head: str) -> None:
         """`head` says what is run."""
@@ -68,7 +68,7 @@ class Output(logging.Handler):
         """Tell what happened in a run."""
         text = f"{to_datetime(event.when_ms):%Y-%m-%d %H:%M}  {event.symbol}  {words(event)}"
         if isinstance(event, StrategyFailed):
-            text = f"{text}\n{told(event.error)}"
+            text = f"{text}\n{explained(event.error)}"
         self._put(text, alarm=alarming(event))
 
     def stand(self, statuses: Sequence[LiveStatus]) -> None:
@@ -83,7 +83,7 @@ class Output(logging.Handler):
             self.say(self.format(record), alarm=record.levelno >= logging.ERROR)
 
     def _is_new(self, status: LiveStatus, step_ms: int) -> bool | None:
-        """Whether another `step_ms` has begun since this was asked; None where it was not asked before."""
+        """Whether another `step_ms` has begun since the last call; None at the first call."""
         if not status.when_ms:
             return False
         begun_ms, symbol = floor_ms(status.when_ms, step_ms), status.identity.symbol
@@ -108,7 +108,7 @@ class Output(logging.Handler):
         while self._waiting:
             text, alarm = self._waiting.popleft()
             left = memoryview(f"{'ALARM  ' if alarm else ''}{text}\n".encode(errors="replace"))
-            # A full disk or a closed pipe is no reason to stop trading; what comes later may find room again.
+            # A full disk or a closed pipe is not a reason to stop trading; later lines may find room again.
             with suppress(OSError):
                 while left:
                     left = left[os.write(sys.stdout.fileno(), left) :]

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from backtest_kit.cli.live_words import lost, price, troubles
 from backtest_kit.model.interval import to_datetime
-from backtest_kit.run.live_status import LiveStatus
-from backtest_kit.run.venue_time import DRIFT_MS
+from backtest_kit.run.live.exchange_time import DRIFT_MS
+from backtest_kit.run.live.status import LiveStatus
 
 _AROUND: Final = 8
 """Lines of the view that are no row, and one above it for what happened last."""
@@ -37,7 +37,7 @@ def view(head: str, statuses: Sequence[LiveStatus], width: int, height: int) -> 
     reasons = dict.fromkeys(each.degraded for each in statuses if each.degraded)
     parts += [_cut(Text(f"DEGRADED, nothing new is opened: {reason}", "bold red")) for reason in reasons]
     waiting = {each.no_entry: each.identity.symbol for each in statuses if each.no_entry}
-    for reason, symbol in list(waiting.items())[:1]:  # the others are told by their rows, and by their alarms
+    for reason, symbol in list(waiting.items())[:1]:  # the others show in their rows and alarms
         parts.append(Text(f"NO ENTRIES for {symbol}: {reason}", "bold red"))
     return Group(*parts)
 

@@ -11,11 +11,9 @@ from backtest_kit.cli.strategy_file import where
 from backtest_kit.model.event import (
     BreakevenReached,
     ClockJumped,
-    Degraded,
     EntryCancelled,
     EntryScheduled,
     Event,
-    Healed,
     MinutesMissed,
     OrderFailed,
     OrphanFound,
@@ -27,18 +25,20 @@ from backtest_kit.model.event import (
     RiskRejected,
     RunDone,
     RunFailed,
+    StoreDegraded,
+    StoreRecovered,
     StrategyFailed,
 )
 from backtest_kit.model.interval import MINUTE_MS, iso
 from backtest_kit.model.position import Position, RestingEntry
 from backtest_kit.model.price import price_text
-from backtest_kit.run.alarms import words_of
-from backtest_kit.run.live_status import LiveStatus
+from backtest_kit.run.live.alarms import words_of
+from backtest_kit.run.live.status import LiveStatus
 
 TOLD: Final = (
     Recovered, EntryScheduled, EntryCancelled, PositionOpened, PositionChanged, PositionClosed, BreakevenReached,
-    RiskRejected, OrderFailed, OrphanFound, Degraded, Healed, StrategyFailed, MinutesMissed, ClockJumped, Paused,
-    RunDone,
+    RiskRejected, OrderFailed, OrphanFound, StoreDegraded, StoreRecovered, StrategyFailed, MinutesMissed, ClockJumped,
+    Paused, RunDone,
 )  # fmt: skip
 """The kinds of events that have words: what somebody who watches wants to hear of. The error by which
 a run fails is told by who awaits it."""
@@ -74,7 +74,7 @@ def alarming(event: Event) -> bool:
     """Whether somebody should look."""
     if isinstance(event, OrderFailed):
         return event.alarm
-    return isinstance(event, OrphanFound | Degraded | StrategyFailed | RunFailed)
+    return isinstance(event, OrphanFound | StoreDegraded | StrategyFailed | RunFailed)
 
 
 def document(event: Event) -> dict[str, Any]:
@@ -161,10 +161,10 @@ def _trouble(event: Event) -> str:
             return f"order {order_id} to {_plain(kind)}: {reason}; {next_step}"
         case OrphanFound(what=what, reason=reason, next_step=next_step):
             return f"{_plain(what)}: {reason}; {next_step}"
-        case Degraded(reason=reason, kept=kept):
+        case StoreDegraded(reason=reason, kept=kept):
             aside = "the emergency file has what it lacks" if kept else "A CRASH NOW LOSES WHAT IT LACKS"
             return f"degraded, nothing new is opened: {reason}; {aside}"
-        case Healed():
+        case StoreRecovered():
             return "the store has everything again"
         case StrategyFailed(what=what, error=error):
             return f"{what} raised {type(error).__name__}: {error}{where(error)}; the next minute goes on"

@@ -166,12 +166,12 @@ def space_of(store: Store, mode: str, run_id: str | None) -> Store:
         UserError: there is no such mode, or a backtest has no run.
     """
     if run_id is not None:
-        return store.within(f"backtest-{run_id}")
+        return store.namespace(f"backtest-{run_id}")
     if mode == "backtest":
         raise UserError("every backtest has records of its own: name its run with --run, as `result.run_id` says")
     if mode not in ("live", "paper"):
         raise UserError(f"mode is {mode!r}: use live or paper, or name a run of a backtest with --run")
-    return store.within("paper") if mode == "paper" else store
+    return store.namespace("paper") if mode == "paper" else store
 
 
 async def other_spaces(store: Store, mode: str, contracts: Sequence[Contract]) -> list[str]:

@@ -32,7 +32,7 @@ def run_ls(url: str, namespace: str, contract_name: str, prefix: str, limit: int
     key = operations.key_from_text(row, prefix, prefix=True)
 
     async def read(store: Store) -> list[Record]:
-        found = operations.ls(store.within(namespace), row, key, limit=limit, include_removed=removed)
+        found = store.namespace(namespace).scan(row, key, limit=limit, newest_first=True, include_removed=removed)
         return [record async for record in found]
 
     rows = table("Key", "Rev", "When", "Value")
@@ -51,7 +51,7 @@ def run_ls(url: str, namespace: str, contract_name: str, prefix: str, limit: int
 def run_get(url: str, namespace: str, contract_name: str, key_text: str) -> None:
     row = contract(contract_name)
     key = operations.key_from_text(row, key_text)
-    record = with_store(url, lambda store: operations.get(store.within(namespace), row, key))
+    record = with_store(url, lambda store: store.namespace(namespace).get(row, key))
     if record is None:
         raise UserError(f"{contract_name} has no record {key_text!r}: see backtest-kit store ls {contract_name}")
     shown = {
@@ -109,9 +109,9 @@ def _sum(expired: list[Expired]) -> str:
 def run_check(url: str, deep: bool, accept_loss: bool = False) -> int:
     """Print what is wrong; the exit code is 1 if anything is."""
     if accept_loss:
-        lost = with_store(url, operations.accept_loss)
+        lost = with_store(url, lambda store: store.accept_loss())
         say(f"accepted: {lost}" if lost else f"{shown(url)}: no acknowledged write is missing.")
-    findings = with_store(url, lambda store: operations.check(store, deep=deep))
+    findings = with_store(url, lambda store: store.check(deep=deep))
     for finding in findings:
         say(f"{finding.path}: {finding.problem}")
     many = "1 problem" if len(findings) == 1 else f"{len(findings):,} problems"
@@ -122,19 +122,19 @@ def run_check(url: str, deep: bool, accept_loss: bool = False) -> int:
 
 def run_quarantine_list(url: str) -> None:
     rows = table("Path", "Contract", "Key", "Found", "Reason")
-    for each in with_store(url, operations.quarantine_list):
+    for each in with_store(url, lambda store: store.quarantined()):
         key = "/".join(map(str, each.key)) if each.key else "-"
         add(rows, each.path, each.contract or "-", key, iso(each.found_at), each.reason)
     console().print(rows)
 
 
 def run_quarantine_restore(url: str, path: str) -> None:
-    with_store(url, lambda store: operations.quarantine_restore(store, path), existing=False)
+    with_store(url, lambda store: store.restore(path), existing=False)
     say(f"{path} is back in its place.")
 
 
 def run_quarantine_drop(url: str, path: str) -> None:
-    with_store(url, lambda store: operations.quarantine_drop(store, path), existing=False)
+    with_store(url, lambda store: store.drop(path), existing=False)
     say(f"{path} is given up, and its key is free.")
 
 

@@ -1,4 +1,4 @@
-"""Load the user's strategy file, and show errors of his code as his, not as ours."""
+"""Load the user's strategy file, and show the errors of its code with the user's frames only."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from backtest_kit.errors import BacktestKitError, UserError
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 
 
-class StrategyFailed(Exception):
-    """The user's own code raised; the message has his frames only."""
+class StrategyFileFailed(Exception):
+    """The user's own code raised; the message has only the frames of that code."""
 
 
 def load_strategy_file(path: Path) -> None:
     """Run the file, so that what it registers is in the default kit.
 
     Raises:
-        UserError: there is no such Python file.
-        StrategyFailed: the file raised.
+        UserError: `path` is not a Python file.
+        StrategyFileFailed: the file raised.
     """
     if path.is_dir() or path.suffix != ".py" or not path.exists():
         what = "is a directory" if path.is_dir() else "is not a .py file" if path.exists() else "does not exist"
@@ -40,21 +40,21 @@ def load_strategy_file(path: Path) -> None:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise StrategyFailed(_explain(error, f"strategy file {path} raised")) from error
+        raise StrategyFileFailed(_explain(error, f"strategy file {path} raised")) from error
 
 
 def strategy_failure(error: BaseException, path: Path) -> Exception:
-    """What to show for an error that ended a run: our errors as they are, the user's with his frames."""
+    """What to show for an error that ended a run: our errors as they are, the user's with the frames of that code."""
     if not isinstance(error, BacktestKitError):
-        return StrategyFailed(_explain(error, f"strategy file {path} raised"))
+        return StrategyFileFailed(_explain(error, f"strategy file {path} raised"))
     if error.__cause__ is not None and _own_frames(error.__cause__):
-        return StrategyFailed(f"error: {error}\n{told(error.__cause__)}")
+        return StrategyFileFailed(f"error: {error}\n{explained(error.__cause__)}")
     place = where(error)
     return type(error)(f"{error}{place}", outcome=error.outcome) if place else error
 
 
 def where(error: BaseException) -> str:
-    """The line of the user's code that raised, in brackets; nothing where it is not his."""
+    """The line of the user's code that raised, in brackets; empty if the error came from elsewhere."""
     own = _own_frames(error)
     return f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
 
@@ -71,16 +71,16 @@ def _own_frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def _explain(error: BaseException, headline: str) -> str:
-    return f"error: {headline} {type(error).__name__}\n{told(error)}"
+    return f"error: {headline} {type(error).__name__}\n{explained(error)}"
 
 
-def told(error: BaseException) -> str:
+def explained(error: BaseException) -> str:
     """The error with the user's frames, and before it what it was raised from or while handling."""
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    parts = [f"{told(before)}\n\nand then:\n"] if before is not None else []
+    parts = [f"{explained(before)}\n\nand then:\n"] if before is not None else []
     frames = "".join(traceback.format_list(_own_frames(error)))
     parts.append(f"in your code:\n{frames}" if frames else "")
     parts += traceback.format_exception_only(error)
     if isinstance(error, BaseExceptionGroup):
-        parts += [f"\n{told(each)}" for each in error.exceptions]
+        parts += [f"\n{explained(each)}" for each in error.exceptions]
     return "".join(parts).rstrip()

@@ -1,4 +1,4 @@
-"""`backtest-kit venue`: serve a simulated exchange until it is told to stop."""
+"""`backtest-kit venue`: serve a simulated exchange until it is stopped."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from backtest_kit.market import sources
 from backtest_kit.market.clock import AcceleratedClock, Clock, SteppedClock, SystemClock
 from backtest_kit.market.sources import CandleSource
 from backtest_kit.model.interval import DAY_MS, iso, to_ms
-from backtest_kit.simulation.binance import API_KEY, API_SECRET
-from backtest_kit.simulation.exchange import ClientIds, Terms
-from backtest_kit.simulation.faults import Fault, Faults
-from backtest_kit.simulation.journal import Journal
-from backtest_kit.simulation.orders import Kind, VenueFill
-from backtest_kit.simulation.publishing import Publishing
-from backtest_kit.simulation.server import VenueServer
-from backtest_kit.simulation.venue import Venue
+from backtest_kit.venue.binance.api import API_KEY, API_SECRET
+from backtest_kit.venue.exchange import ClientIds, Terms
+from backtest_kit.venue.faults import Fault, Faults
+from backtest_kit.venue.journal import Journal
+from backtest_kit.venue.orders import Kind, VenueFill
+from backtest_kit.venue.publishing import Publishing
+from backtest_kit.venue.server import VenueServer
+from backtest_kit.venue.venue import Venue
 
 
 def run_venue(
@@ -74,21 +74,21 @@ async def _serve(
     kept_ms = await asyncio.to_thread(journal.latest_ms) if journal else None
     clock = await _clock(source, symbols, speed, start, kept_ms)
 
-    def told(kind: Kind, fill: VenueFill) -> None:
+    def filled(kind: Kind, fill: VenueFill) -> None:
         _say(
             f"{iso(fill.time_ms)} {kind} {fill.account}: {fill.side} {fill.quantity:f} {fill.symbol} "
             f"at {fill.price:f} ({fill.client_order_id})"
         )
 
-    venue = Venue(source, symbols, clock, terms=terms, journal=journal, on_fill=told, publishing=publishing)
+    venue = Venue(source, symbols, clock, terms=terms, journal=journal, on_fill=filled, publishing=publishing)
     server = VenueServer(
         venue, port=port, faults=faults, log=lambda line: _say(f"{iso(clock.now_ms() // 1000 * 1000)} {line}")
     )
     try:
         await server.start()
         _say(f"A simulated exchange for {', '.join(symbols)}, at {iso(clock.now_ms())}, is served at {server.url}")
-        _say(f'Bots: backtest_kit.simulation.client.connect("{server.url}")')
-        _say(f"ccxt: backtest_kit.simulation.client.ccxt_options; API key {API_KEY}, secret {API_SECRET}")
+        _say(f'Bots: backtest_kit.venue.client.connect("{server.url}")')
+        _say(f"ccxt: backtest_kit.venue.client.ccxt_options; API key {API_KEY}, secret {API_SECRET}")
         _say(f"Look: curl {server.url}/sim/state   Stop: Ctrl-C")
         await stopping.wait()
     finally:
@@ -99,7 +99,7 @@ async def _serve(
 async def _clock(
     source: CandleSource, symbols: Sequence[str], speed: float, start: str | None, kept_ms: int | None
 ) -> Clock:
-    """The real time, if the candles reach it and no other is asked for.
+    """The real time, if the candles reach it and no other is given.
 
     A made-up one goes on where the kept state ends, or begins at `start`, or a day after the first candle.
     """

@@ -17,10 +17,10 @@ from backtest_kit.cli.options import separated
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
 from backtest_kit.errors import BacktestKitError, UserError
+from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.repair import DirtyRule
 from backtest_kit.report.comparison import Comparison
-from backtest_kit.run.replay import Gaps
-from backtest_kit.run.walker import WalkProgress
+from backtest_kit.run.replay.walker import WalkProgress
 
 
 def run_walk(
@@ -69,7 +69,7 @@ def run_walk(
                     frame_name=choice.frame,
                     metric=metric,
                     fill=cast(Fill, fill),
-                    gaps=cast(Gaps, gaps),
+                    gaps=cast(GapRule, gaps),
                     dirty=cast("DirtyRule | None", dirty),
                     on_progress=show,
                 )

@@ -17,7 +17,7 @@ import msgspec
 from backtest_kit.errors import Conflict, UserError
 
 _JUMP_MS: Final = 1000
-"""Distance between the wall clock and the elapsed time from which on somebody has set the clock."""
+"""From this distance between wall clock and elapsed time on, the clock counts as having been set."""
 _LONGEST_NAP_S: Final = 1.0
 """How late a wall clock that was set, or a machine that slept, is noticed by who waits."""
 
@@ -30,11 +30,11 @@ class Clock(Protocol):
         ...
 
     async def sleep_until(self, when_ms: int) -> None:
-        """Return once the time is `when_ms` or later; at once, but not before other tasks had their turn, if it is."""
+        """Return once the time is `when_ms` or later. If it already is, other tasks still get a turn first."""
         ...
 
     async def start(self) -> None:
-        """Connect to what tells the time. Called once, before anything else.
+        """Connect to the source of the time. Called once, before anything else.
 
         Raises:
             RetryLater: it does not answer.
@@ -42,15 +42,15 @@ class Clock(Protocol):
         ...
 
     async def stop(self) -> None:
-        """Let go of it. Idempotent."""
+        """Disconnect. Idempotent."""
         ...
 
 
 class Jump(msgspec.Struct, frozen=True):
-    """Somebody set the wall clock, or the machine slept."""
+    """The wall clock was set, or the machine slept."""
 
     at_ms: int
-    """The time before the jump, as the clock told it."""
+    """The clock's time before the jump."""
     by_ms: int
     """How far the wall clock moved against the elapsed time; below 0 it was set back."""
 
@@ -58,7 +58,7 @@ class Jump(msgspec.Struct, frozen=True):
 class SystemClock:
     """The wall clock of this machine, held to the elapsed time and to what is known of the market's.
 
-    A wall clock that is set forward by more than a second is followed at once. After one that is set back the time
+    A wall clock that is set forward by more than a second is followed immediately. After one that is set back the time
     goes on by the elapsed time from what the market is known to have reached; while nothing is known of the market
     it stands still until the wall clock is there again. All of it is kept in `jumps`.
     """
@@ -126,7 +126,7 @@ class SystemClock:
         """Nothing to connect to."""
 
     async def stop(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to disconnect."""
 
 
 class AcceleratedClock:
@@ -154,15 +154,15 @@ class AcceleratedClock:
         """Nothing to connect to."""
 
     async def stop(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to disconnect."""
 
 
 class SteppedClock:
-    """A time that stands still until everyone waits, and then jumps to the earliest moment that is waited for.
+    """A time that stands still until every participant waits, and then jumps to the earliest moment waited for.
 
-    Everyone is who joined: by name, with the number of tasks that sleep at the same time under it. Nobody who
-    joined is left behind, and one who has died stops the time until somebody joins in his name. While nobody
-    has joined, the time moves by `advance_to` alone.
+    A participant joins by name, with the number of its tasks that sleep at the same time. None is left behind: one
+    that has died stops the time until it joins again under its name. Without participants, only `advance_to` moves
+    the time.
 
     `sleepers` joins that many without a name, for a program that uses the clock alone.
     """
@@ -195,7 +195,7 @@ class SteppedClock:
         self._jump()
 
     def advance_to(self, when_ms: int) -> None:
-        """Set the time forward, whoever waits; an earlier time changes nothing."""
+        """Set the time forward, whatever waits; an earlier time changes nothing."""
         self._now_ms = max(self._now_ms, when_ms)
         for each in self._asleep:
             if each.until_ms <= self._now_ms and not each.woken.done():
@@ -203,7 +203,7 @@ class SteppedClock:
         self._asleep = [each for each in self._asleep if not each.woken.done()]
 
     def waiting(self) -> dict[str, list[int]]:
-        """Who joined, and until when each of his tasks sleeps."""
+        """The participants, and until when each of their tasks sleeps."""
         return {name: [each.until_ms for each in self._asleep if each.name == name] for name in self._joined}
 
     async def sleep_until(self, when_ms: int, name: str = "") -> None:
@@ -224,7 +224,7 @@ class SteppedClock:
         """Nothing to connect to."""
 
     async def stop(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to disconnect."""
 
     def _jump(self) -> None:
         waiting = self.waiting()
@@ -242,5 +242,5 @@ class _Sleeper:
 async def _nap_until(now_ms: Callable[[], int], when_ms: int, speed: float) -> None:
     """Sleep by the elapsed time, in naps: it may pass slower or faster than the time that is waited for."""
     await asyncio.sleep(0)
-    while (left_ms := when_ms - now_ms()) > 0:  # noqa: ASYNC110  # nobody tells when a clock is there
+    while (left_ms := when_ms - now_ms()) > 0:  # noqa: ASYNC110  # a clock has no event to wait for
         await asyncio.sleep(min(left_ms / 1000 / speed, _LONGEST_NAP_S))

@@ -40,8 +40,8 @@ _NO_USE_RETRYING: Final = (
 """Errors of the source's code: another attempt would meet them again."""
 _PUBLISHING_MS: Final = 5 * MINUTE_MS
 """How late an exchange may be with a candle before it counts as missing."""
-_TOLD_AGAIN_MS: Final = 60 * MINUTE_MS
-"""How long what goes on being wrong with a symbol is not told again."""
+_LOG_AGAIN_MS: Final = 60 * MINUTE_MS
+"""How long a lasting problem of a symbol is not logged again."""
 _LOOK_BACK_MS: Final = 30 * DAY_MS
 """How far an earlier candle is looked for, where the source does not say where its candles begin."""
 
@@ -55,7 +55,7 @@ class Loaded(NamedTuple):
     filled: int
     """Minutes that no source had."""
     fetched: int
-    """Candles that the source was asked for."""
+    """Candles that were requested from the source."""
     repairs: Counter[str] = Counter()  # noqa: RUF012  # never changed
     """How many rows of the source were repaired, by what was done to them: see `REPAIRS`."""
     real: BoolColumn | None = None
@@ -92,7 +92,7 @@ class CandleFeed:
         *,
         live: bool = False,
     ) -> None:
-        """`live`: a damaged cache is told of, and no reason to be without candles."""
+        """`live`: a damaged cache is logged, and its candles are fetched."""
         self._live = live
         self._exchange_name = exchange_name
         self._source = source
@@ -102,7 +102,7 @@ class CandleFeed:
         # Weak: a lock lives while someone holds or awaits it, so none outlives its event loop.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._logged: dict[tuple[str, str], int] = {}
-        """When what is wrong with a symbol was told last, by what it is."""
+        """When a problem of a symbol was logged last."""
 
     async def load(
         self,
@@ -124,7 +124,7 @@ class CandleFeed:
         `before` is the last candle before the range, where the caller has it.
 
         Raises:
-            UserError: the range is no whole minutes or reaches into the future, or lies outside of the source's
+            UserError: the range is not whole minutes or reaches into the future, or lies outside of the source's
                 data, minutes are missing and gaps is "error", the source serves candles of another length, or a candle
                 is refused by `check_candles`.
             RetryLater: the source does not answer, or has not published the last minutes yet.
@@ -257,9 +257,7 @@ class CandleFeed:
             if not wanted:
                 raise
             if self._is_news(series.symbol, "unread"):
-                _log.warning(
-                    "candles of %s are asked for, because their cache cannot be read: %s", series.symbol, error
-                )
+                _log.warning("candles of %s are fetched, because their cache cannot be read: %s", series.symbol, error)
             return CandleSeries.empty()
 
     @property
@@ -299,7 +297,7 @@ class CandleFeed:
                 continue
             start_ms = page_stop
             if not bounds_known and start_ms < stop_ms:
-                # Years before a listing would otherwise be asked for page by page.
+                # Years before a listing would otherwise be requested page by page.
                 bounds = await self._bounds(symbol)
                 bounds_known = True
                 if bounds is not None:
@@ -364,22 +362,22 @@ class CandleFeed:
                 )  # fmt: skip
 
     def _is_news(self, symbol: str, *what: str) -> bool:
-        """Whether to tell what is wrong: a live run meets it every second, for as long as it lasts."""
+        """Whether to log a problem: a live run meets it every second, for as long as it lasts."""
         now_ms = self._now_ms()
-        told_ms = [self._logged.get((symbol, each), -_TOLD_AGAIN_MS) for each in what]
-        if now_ms - min(told_ms) < _TOLD_AGAIN_MS:
+        logged_ms = [self._logged.get((symbol, each), -_LOG_AGAIN_MS) for each in what]
+        if now_ms - min(logged_ms) < _LOG_AGAIN_MS:
             return False
         self._logged.update(((symbol, each), now_ms) for each in what)
         return True
 
     def _not_published(self, symbol: str, late_ms: int) -> RetryLater:
-        told = f"{symbol}: {self._exchange_name} has not published the candle of {iso(late_ms)} yet"
+        message = f"{symbol}: {self._exchange_name} has not published the candle of {iso(late_ms)} yet"
         minutes = (self._now_ms() - late_ms) // MINUTE_MS
         if minutes * MINUTE_MS >= _PUBLISHING_MS:
-            told += (
+            message += (
                 f", which was {minutes} minutes ago by this clock: set it by NTP if it is ahead, or look at the market"
             )
-        return RetryLater(told)
+        return RetryLater(message)
 
     async def _outside(
         self,
@@ -400,21 +398,23 @@ class CandleFeed:
         late = found[1] if found and found[1] > first_ms else first_ms
         if off_tail and reaches and self._now_ms() - late < _PUBLISHING_MS:
             return self._not_published(symbol, late)
-        asked = f"frame outside the data: {symbol} was asked from {iso(start_ms)} to {iso(stop_ms)}"
+        requested = f"frame outside the data: {symbol} was requested from {iso(start_ms)} to {iso(stop_ms)}"
         if lead_ms:
-            asked += f" (and {lead_ms // MINUTE_MS} minutes before it, for the first price)"
+            requested += f" (and {lead_ms // MINUTE_MS} minutes before it, for the first price)"
         have = _reach(bounds, found, first_ms if off_head else None, stop_ms if off_tail else None)
         if have is None:
-            return UserError(f"{asked}, and {self._exchange_name} has no candle there: choose another frame or symbol")
+            return UserError(
+                f"{requested}, and {self._exchange_name} has no candle there: choose another frame or symbol"
+            )
         low, high = have[0] + lead_ms, have[1]
         if low >= high:
             return UserError(
-                f"{asked}, but {self._exchange_name} has only {iso(have[0])} to {iso(high)}: get more data"
+                f"{requested}, but {self._exchange_name} has only {iso(have[0])} to {iso(high)}: get more data"
             )
         start, stop = max(low, start_ms), min(high, stop_ms)
         start, stop = (start, stop) if start < stop else (low, high)
         return UserError(
-            f"{asked}, but {self._exchange_name} has {iso(have[0])} to {iso(have[1])}: "
+            f"{requested}, but {self._exchange_name} has {iso(have[0])} to {iso(have[1])}: "
             f"use start_date={iso(start)!r}, end_date={iso(stop)!r}"
         )
 

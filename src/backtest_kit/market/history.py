@@ -300,8 +300,8 @@ class History:
     def _too_early(self, interval: str, limit: int, stop_ms: int, step_ms: int) -> UserError:
         enough = self._first_ms + -self._first_ms % step_ms + int(limit) * step_ms
         return UserError(
-            f"{self.symbol}: {limit} x {interval} candles before {iso(stop_ms)} were asked, but its unbroken candles "
-            f"begin at {iso(self._first_ms)}: start the frame at {iso(enough)} or later, or ask for fewer"
+            f"not enough history: {limit} x {interval} candles of {self.symbol} before {iso(stop_ms)} were requested, "
+            f"but continuous data starts at {iso(self._first_ms)}: start the frame at {iso(enough)} or request fewer"
         )
 
 

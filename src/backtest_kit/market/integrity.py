@@ -20,9 +20,9 @@ _WAY_OUT: Final = (
 )
 _PLACES_SHOWN: Final = 3
 _ODDS: Final = 1000
-"""Rows of an illiquid market may lie on a coarser grid by chance; at one in so many it is no chance."""
-_BESIDE: Final = 0.1
-"""Which part of the rows may lie beside that grid."""
+"""Rows of an illiquid market may lie on a coarser grid by chance; rarer than one in this many is not chance."""
+_OFF_GRID: Final = 0.1
+"""Which part of the rows may lie off that grid."""
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -173,12 +173,12 @@ def check_grid(times: TimeColumn, *, what: str) -> None:
     minutes = np.unique(whole_minutes(times[times != NO_TIME])) // MINUTE_MS
     for name, step_ms in reversed(INTERVAL_MS.items()):
         steps = step_ms // MINUTE_MS
-        # A few rows may lie beside the grid of all others, such as the candle that was still open.
-        beside = len(minutes) - int(np.bincount(minutes % steps).max())
-        chance = (len(minutes) - beside - 1) * math.log(steps)
-        if beside:
-            chance -= beside * math.log(math.e * len(minutes) / beside)
-        if steps > 1 and beside <= _BESIDE * len(minutes) and chance >= math.log(_ODDS):
+        # A few rows may lie off the grid of the others, such as the candle that was still open.
+        off_grid = len(minutes) - int(np.bincount(minutes % steps).max())
+        chance = (len(minutes) - off_grid - 1) * math.log(steps)
+        if off_grid:
+            chance -= off_grid * math.log(math.e * len(minutes) / off_grid)
+        if steps > 1 and off_grid <= _OFF_GRID * len(minutes) and chance >= math.log(_ODDS):
             raise UserError(f"{what} has {name} candles: give 1m candles, longer ones are made from them")
 
 

@@ -32,10 +32,10 @@ class Repaired(NamedTuple):
 
 
 def dirty_rule(dirty: DirtyRule | None, gaps: str) -> DirtyRule:
-    """The rule that was asked for; without one, rows are repaired where missing minutes are filled.
+    """The given rule; without one, rows are repaired where missing minutes are filled.
 
     Raises:
-        UserError: there is no such rule.
+        UserError: unknown rule.
     """
     if dirty is None:
         return "repair" if gaps == "fill" else "refuse"

@@ -197,7 +197,7 @@ class StrategyFailed(Event, frozen=True, kw_only=True, tag="strategy_failed"):
     error: Exception
 
 
-class Degraded(Event, frozen=True, kw_only=True, tag="degraded"):
+class StoreDegraded(Event, frozen=True, kw_only=True, tag="store_degraded"):
     """The store does not take writes: nothing is opened, and what is open is watched on and may close."""
 
     reason: str
@@ -205,7 +205,7 @@ class Degraded(Event, frozen=True, kw_only=True, tag="degraded"):
     """Whether the emergency file has what the store lacks: if not, a crash now loses it."""
 
 
-class Healed(Event, frozen=True, kw_only=True, tag="healed"):
+class StoreRecovered(Event, frozen=True, kw_only=True, tag="store_recovered"):
     """The store has everything again, and takes writes."""
 
 

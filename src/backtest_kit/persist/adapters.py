@@ -15,7 +15,7 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import to_ms
 from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Delete, Kind
-from backtest_kit.persist.history import HistoryStore
+from backtest_kit.persist.history import RevisionStore
 from backtest_kit.persist.keys import check_key
 from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, KeyPart, SeriesKey, Store, Write
 from backtest_kit.persist.urls import store_at
@@ -134,7 +134,7 @@ class ContractAdapter(_Door):
         if as_of is not None:
             if when is not None:
                 raise UserError(f"when={when!r} and as_of={as_of!r} are both given: choose one")
-            if not isinstance(store, HistoryStore):
+            if not isinstance(store, RevisionStore):
                 raise UserError(
                     f"no history is kept of {self._contract.name}, so nobody knows what it was at {as_of}: call "
                     f"{adapter_name(self._contract)}.keep_history() where the program starts, for what comes then"

@@ -12,9 +12,9 @@ from backtest_kit.persist import diagnosis
 from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, contract
-from backtest_kit.persist.history import HistoryStore, check_history
+from backtest_kit.persist.history import RevisionStore, check_history
 from backtest_kit.persist.store import Capability, Store, Write
-from backtest_kit.persist.upkeep import LeavesLoops, ListsNamespaces
+from backtest_kit.persist.upkeep import Reading
 from backtest_kit.persist.urls import store_at
 
 Mode = Literal["live", "paper", "backtest"]
@@ -49,7 +49,7 @@ def home_of(contract_name: str, mode: Mode) -> Home:
 
 async def runs_in(store: Store) -> set[str]:
     """The ids of the backtests that have kept something in a store. Raises `RetryLater` if it cannot be asked."""
-    if not isinstance(store, ListsNamespaces):
+    if Capability.LISTING not in store.capabilities:
         return set()
     return {path[0].removeprefix(_RUN) for path in await store.namespaces() if path[0].startswith(_RUN)}
 
@@ -88,7 +88,7 @@ class Persistence:
         self._bindings: dict[tuple[str, Mode | None], Store] = {}
         self._namespaces: dict[tuple[int, str], Store] = {}
         self._with_history: set[str] = set()
-        self._histories: dict[tuple[int, str, str], HistoryStore] = {}
+        self._histories: dict[tuple[int, str, str], RevisionStore] = {}
         self._used: dict[int, Store] = {}
         self._deferred: dict[str, list[Callable[[], Iterable[Write]]]] = {}
         address = (environ or {}).get("CC_STORE")
@@ -157,13 +157,13 @@ class Persistence:
         space = self._within(store, namespace, run) if namespace else store
         if not history or row.name not in self._with_history:
             return space
-        return self._histories.setdefault((id(store), namespace, row.name), HistoryStore(space, row))
+        return self._histories.setdefault((id(store), namespace, row.name), RevisionStore(space, row))
 
     def _within(self, store: Store, namespace: str, run: str | None) -> Store:
         # One object per namespace, because a store may keep the order of writes in it.
         key = (id(store), namespace)
         if key not in self._namespaces:
-            self._namespaces[key] = store.within(namespace)
+            self._namespaces[key] = store.namespace(namespace)
         space = self._namespaces[key]
         if run in self._deferred and isinstance(space, MemoryStore) and store is self._homes.get(Home.MEMORY):
             self._make_deferred(run, space)
@@ -216,7 +216,7 @@ class Persistence:
         self._used |= stores
         await asyncio.gather(*(store.open() for store in stores.values()))
 
-    async def require_live_grade(self, *, allow_weak: bool = False) -> list[diagnosis.Reading]:
+    async def require_live_grade(self, *, allow_weak: bool = False) -> list[Reading]:
         """Open the stores that keep money in live trading, and return what there is to say of them if it can be
         trusted to them. To be called before the first live run; the command `backtest-kit live` does.
 
@@ -236,8 +236,7 @@ class Persistence:
     async def leave_loop(self) -> None:
         """Close the connections that stores have made for the running event loop, which is about to end."""
         for store in self._all_stores().values():
-            if isinstance(store, LeavesLoops):
-                await store.leave_loop()
+            await store.leave_loop()
 
     async def close(self) -> None:
         """Flush and close every store that was used or bound, each once, also if one of them fails."""

@@ -14,8 +14,7 @@ from backtest_kit.model.interval import iso
 from backtest_kit.persist import walk
 from backtest_kit.persist.contracts import MOVED, Contract
 from backtest_kit.persist.operations import text_of
-from backtest_kit.persist.store import Record, Store
-from backtest_kit.persist.upkeep import ListsSeries
+from backtest_kit.persist.store import Capability, Record, Store
 from backtest_kit.persist.walk import Part
 
 _DIGITS: Final = 16
@@ -51,7 +50,7 @@ async def compare_stores(
         UserError: `source` cannot list its candles.
         Damaged, RetryLater: as `Store.scan`.
     """
-    theirs = await walk.parts(target, candles=isinstance(target.candles, ListsSeries))
+    theirs = await walk.parts(target, candles=Capability.LISTING in target.capabilities)
     found: dict[tuple[tuple[str, ...], str], _Pair] = {}
     for part in sorted({*await walk.parts(source), *theirs}, key=lambda part: part.place):
         on_part(part)

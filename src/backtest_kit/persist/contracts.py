@@ -33,6 +33,9 @@ class WriteRule(Enum):
 
     FIRST_WINS = "first write wins"
     REPLACE = "replace"
+    APPEND = "append"
+    """There is no second write: the writer gives every record a key of its own, and a store need not look for it. One
+    that finds it all the same keeps the first."""
 
 
 class Delete(Enum):
@@ -94,7 +97,7 @@ CONTRACTS: Final[dict[str, Contract]] = {
         ("breakeven", (*_POSITION, "signalId"), _S, _R, Delete.NEVER, Durability.MONEY),
         ("storage", ("backtest", "signalId"), Kind.FEED, _R, Delete.NEVER, Durability.RECORD),
         ("notification", ("backtest", "notificationId"), Kind.FEED, _R, Delete.NEVER, Durability.RECORD),
-        ("log", ("entryId",), Kind.FEED, _F, Delete.NEVER, Durability.RECORD),
+        ("log", ("entryId",), Kind.FEED, WriteRule.APPEND, Delete.NEVER, Durability.RECORD),
         ("measure", ("bucket", "entryKey"), Kind.BUCKET, _R, Delete.SOFT, Durability.CACHE),
         ("interval", ("bucket", "entryKey"), Kind.BUCKET, _R, Delete.SOFT, Durability.RECORD),
         ("memory", ("signalId", "bucketName", "memoryId"), Kind.BUCKET, _R, Delete.SOFT, Durability.RECORD),

@@ -1,6 +1,6 @@
 """Whether a store, and the place that it lies in, can be trusted with a live position.
 
-A backend measures what only it knows (`Examined`); what holds for every store is added here. Looking changes
+A backend measures what only it knows (`Store.examine`); what holds for every store is added here. Looking changes
 nothing, however often.
 """
 
@@ -8,66 +8,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import Final
 
-import msgspec
 import numpy as np
 
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.persist.lease import owners
 from backtest_kit.persist.store import Capability, Store
-from backtest_kit.persist.upkeep import Upkeep
+from backtest_kit.persist.upkeep import SAMPLES, Reading, Status
 
-SAMPLES = 15
-"""How often something is measured for one median."""
-
-
-class Status(Enum):
-    """What follows from a reading."""
-
-    OK = "ok"
-    NEW = "new"
-    """There is nothing yet; the first run makes it."""
-    WARNING = "warning"
-    """Works, and could be better."""
-    DEGRADED = "degraded"
-    """Something that was asked for is out of order; everything is as right without it, and slower."""
-    WEAK = "weak"
-    """Good enough to replay. What a live position needs is not promised."""
-    FAULT = "fault"
-    """Does not work, or will not for long."""
-
-
-class Reading(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """One thing that was looked at."""
-
-    subject: str
-    status: Status
-    says: str
-    remedy: str = ""
-    """What to do about it: a command where there is one."""
-    median_ms: float | None = None
-    """How long it takes, where that was measured."""
-
-
-@runtime_checkable
-class Examined(Protocol):
-    """A store that can say how well it is kept."""
-
-    async def examine(self, *, samples: int = SAMPLES) -> list[Reading]:
-        """Look at the place where the records lie. Changes nothing, and makes nothing that is missing.
-
-        What cannot be reached is a reading, not an error.
-        """
-        ...
+_LIVE_GRADE: Final = (Capability.DURABLE, Capability.SHARED, Capability.COMPARE_AND_SET, Capability.ORDERED_SCAN)
+"""What a live position needs. Without atomic batches it is written in an order that every crash can be recovered from,
+and what an operator needs besides is no condition."""
 
 
 async def examine(store: Store, *, samples: int = SAMPLES) -> list[Reading]:
     """All that can be told of `store`, which may not exist yet. Times are the median of `samples`."""
     readings = _promises(store)
-    if isinstance(store, Examined):
-        readings += await store.examine(samples=samples)
+    readings += await store.examine(samples=samples)
     if not {Status.FAULT, Status.NEW} & {reading.status for reading in readings}:
         readings += await _contents(store)
     return readings
@@ -111,19 +69,21 @@ async def median_ms(call: Callable[[], Awaitable[object]], samples: int) -> floa
 
 
 def _promises(store: Store) -> list[Reading]:
-    missing = [each.value for each in Capability if each not in store.capabilities]
+    missing = [each for each in Capability if each not in store.capabilities]
     name = type(store).__name__
     if not missing:
         return [Reading("promises", Status.OK, f"{name}: " + ", ".join(each.value for each in Capability))]
+    weak = any(each in _LIVE_GRADE for each in missing)
     remedy = "keep live positions in file:DIR, sqlite:FILE or mongodb://HOST/NAME"
-    return [Reading("promises", Status.WEAK, f"{name} does not promise: {', '.join(missing)}", remedy)]
+    detail = f"{name} does not promise: {', '.join(each.value for each in missing)}"
+    return [Reading("promises", Status.WEAK if weak else Status.WARNING, detail, remedy if weak else "")]
 
 
 async def _contents(store: Store) -> list[Reading]:
     """What is in the store that an operator has to know of."""
     readings = []
     try:
-        if isinstance(store, Upkeep):
+        if Capability.QUARANTINE in store.capabilities:
             readings.append(await _quarantine(store))
         if Capability.ORDERED_SCAN in store.capabilities:
             held = [str(holder) for _, holder in await owners(store)]
@@ -134,7 +94,7 @@ async def _contents(store: Store) -> list[Reading]:
     return readings
 
 
-async def _quarantine(store: Upkeep) -> Reading:
+async def _quarantine(store: Store) -> Reading:
     kept = await store.quarantined()
     if not kept:
         return Reading("quarantine", Status.OK, "empty")

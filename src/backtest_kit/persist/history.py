@@ -8,7 +8,7 @@ write of a key, for nothing is replaced there.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -16,8 +16,17 @@ from backtest_kit.errors import Conflict, Damaged, UserError
 from backtest_kit.model.interval import iso
 from backtest_kit.persist.contracts import HISTORY, Contract, Durability, Kind, WriteRule
 from backtest_kit.persist.keys import path_of
-from backtest_kit.persist.store import ABSENT, ANY, CandleStore, Capability, Key, Record, Store, Write
-from backtest_kit.persist.wrapper import AdapterStore
+from backtest_kit.persist.store import ABSENT, ANY, Capability, Key, Record, Store, Write
+
+_CORE: Final = frozenset(
+    (
+        Capability.DURABLE,
+        Capability.SHARED,
+        Capability.COMPARE_AND_SET,
+        Capability.ATOMIC_BATCH,
+        Capability.ORDERED_SCAN,
+    )
+)
 
 
 class NotKept(UserError):
@@ -39,25 +48,23 @@ def check_history(row: Contract) -> None:
         )
 
 
-class HistoryStore:
+class RevisionStore(Store):
     """A store that keeps what it replaces."""
 
     def __init__(self, store: Store, row: Contract) -> None:
-        if Capability.COMPARE_AND_SET not in store.capabilities or isinstance(store, AdapterStore):
+        if Capability.COMPARE_AND_SET not in store.capabilities or not store.keeps(HISTORY):
             raise UserError(
                 f"history of {row.name} is to be kept in {type(store).__name__}, which cannot: it takes a store that "
                 "compares revisions and keeps every contract. Bind one, or leave this out of keep_history"
             )
         self._store = store
         self._row = row
+        self.candles = store.candles
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        return self._store.capabilities
-
-    @property
-    def candles(self) -> CandleStore:
-        return self._store.candles
+        # What lies beside the records (namespaces, quarantine, what may be pruned) is asked of the store itself.
+        return self._store.capabilities & _CORE
 
     async def open(self) -> None:
         await self._store.open()
@@ -103,8 +110,8 @@ class HistoryStore:
             contract, prefix, limit=limit, newest_first=newest_first, include_removed=include_removed
         )
 
-    def within(self, namespace: str) -> Store:
-        return HistoryStore(self._store.within(namespace), self._row)
+    def namespace(self, name: str) -> Store:
+        return RevisionStore(self._store.namespace(name), self._row)
 
     async def as_of(self, contract: Contract, key: Key, when_ms: int) -> Record | None:
         """The record as it stood at a moment: its newest revision that is not of a later one, removed or not.

@@ -29,7 +29,7 @@ from backtest_kit.persist.lease import require_idle
 from backtest_kit.persist.operations import EVER, spaces, text_of
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Store, Write
 from backtest_kit.persist.store_id import move_store_id, place_of, require_movable_id
-from backtest_kit.persist.upkeep import Finding, Identified, ListsNamespaces, ListsSeries, Upkeep
+from backtest_kit.persist.upkeep import Finding
 from backtest_kit.persist.walk import Part
 
 CHECKPOINT_SECONDS: Final = 1.0
@@ -110,8 +110,7 @@ async def migrate_store(
     moving = await require_movable_id(source, target)
     mine, theirs = await walk.parts(source), await _parts_of_target(target)
     waiting = sorted({*mine, *theirs} - complete.keys(), key=lambda part: part.place)
-    lists = isinstance(target, ListsNamespaces) and isinstance(target.candles, ListsSeries)
-    known = {*theirs} if lists else {*mine, *theirs}
+    known = {*theirs} if Capability.LISTING in target.capabilities else {*mine, *theirs}
     present = {part: await _beginning(source, target, part) for part in waiting if part in known}
     work = _Work(source, target, complete, len(waiting), on_progress)
     with work.going_on_later():
@@ -130,12 +129,14 @@ async def _require_movable(source: Store, target: Store) -> tuple[Finding, ...]:
     """What lies in `source` and is not moved, if nothing speaks against moving the rest."""
     if await _is_same(source, target):
         raise UserError("source and target are the same store: name two")
-    if not isinstance(source, ListsNamespaces):
-        raise UserError(f"{type(source).__name__} cannot list its namespaces, so nobody can tell that all is moved")
+    if Capability.LISTING not in source.capabilities:
+        raise UserError(
+            f"{type(source).__name__} cannot list its namespaces and candles, so it cannot be proved that all is moved"
+        )
     for store in (source, target):
         if Capability.ORDERED_SCAN not in store.capabilities:
             raise UserError(f"{type(store).__name__} cannot list what it has in order: migrate with another store")
-    findings = await source.check(deep=True) if isinstance(source, Upkeep) else []
+    findings = await source.check(deep=True) if Capability.QUARANTINE in source.capabilities else []
     if blocking := [f"{finding.path}: {finding.problem}" for finding in findings if finding.blocks]:
         listed = "; ".join(blocking[:_MOST_PROBLEMS]) + ("; and more" if len(blocking) > _MOST_PROBLEMS else "")
         raise Damaged(
@@ -150,15 +151,13 @@ async def _require_movable(source: Store, target: Store) -> tuple[Finding, ...]:
 async def _is_same(source: Store, target: Store) -> bool:
     if source is target:
         return True
-    if not isinstance(source, Identified) or not isinstance(target, Identified):
-        return False
     identity = await source.identity()
     return identity is not None and identity == await target.identity()
 
 
 async def _parts_of_target(target: Store) -> list[Part]:
     """What the target may have; of candles only if it can list them."""
-    return await walk.parts(target, candles=isinstance(target.candles, ListsSeries))
+    return await walk.parts(target, candles=Capability.LISTING in target.capabilities)
 
 
 async def _beginning(source: Store, target: Store, part: Part) -> int:

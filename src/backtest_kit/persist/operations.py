@@ -1,11 +1,10 @@
-"""What an operator does with a store: list, read, measure, check, and decide about what is in quarantine.
+"""What an operator asks of a store beyond its own methods: names, sizes, what is in which namespace.
 
 Functions over any open store; `persist.transfer` has `export_store` and `import_store` beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Final
 
 import msgspec
@@ -14,9 +13,7 @@ from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
 from backtest_kit.persist.keys import check_key, path_of, unescape
-from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import Key, KeyPart, Record, Store
-from backtest_kit.persist.upkeep import AcceptsLoss, Finding, ListsNamespaces, ListsSeries, Upkeep
+from backtest_kit.persist.store import Capability, Key, KeyPart, Store
 
 EVER: Final = (-(2**62), 2**62)
 """A range of time that every candle is in."""
@@ -61,24 +58,6 @@ def text_of(contract: Contract, key: Key) -> str:
     return "/".join(path_of(contract, key))
 
 
-async def ls(
-    store: Store,
-    contract: Contract,
-    prefix: Key = (),
-    *,
-    limit: int | None = None,
-    include_removed: bool = False,
-) -> AsyncIterator[Record]:
-    """The records of a contract whose key begins with `prefix`, newest first."""
-    async for record in store.scan(contract, prefix, limit=limit, newest_first=True, include_removed=include_removed):
-        yield record
-
-
-async def get(store: Store, contract: Contract, key: Key) -> Record | None:
-    """The record under a key, removed ones included, with revision and times."""
-    return await store.get(contract, key)
-
-
 async def du(store: Store) -> list[Usage]:
     """What every contract takes, by namespace; each candle counts as a record. What takes nothing is left out."""
     found = []
@@ -88,61 +67,13 @@ async def du(store: Store) -> list[Usage]:
     return [usage for usage in found if usage.records or usage.fault]
 
 
-async def check(store: Store, *, deep: bool = False) -> list[Finding]:
-    """Everything that is wrong with a store, each in plain words; nothing, if it is sound. Changes nothing.
-
-    Every record in every namespace is read and verified, and so are the backend's own structures; with `deep`, so
-    are all candles. Of a store that is no `Upkeep`, only the given namespace is read.
-    """
-    if isinstance(store, Upkeep):
-        return await store.check(deep=deep)
-    found = []
-    for contract in RECORD_CONTRACTS:
-        try:
-            async for _ in store.scan(contract, include_removed=True):
-                pass
-        except Damaged as error:
-            found.append(Finding(contract.name, str(error)))
-    return found
-
-
-async def accept_loss(store: Store) -> str | None:
-    """Go on with a store that has lost acknowledged writes. Returns and raises as `AcceptsLoss.accept_loss`.
-
-    Raises:
-        UserError: this kind of store never refuses to open for that reason.
-    """
-    if not isinstance(store, AcceptsLoss):
-        raise UserError(f"{type(store).__name__} has no loss to accept: only SQLite stores have a mark")
-    return await store.accept_loss()
-
-
-async def quarantine_list(store: Store) -> list[Quarantined]:
-    """What is in quarantine, with path, reason and the time it was found.
-
-    Raises:
-        UserError: this kind of store has no quarantine.
-    """
-    return await _upkeep(store).quarantined()
-
-
-async def quarantine_restore(store: Store, path: str) -> Record | None:
-    """Put what is in quarantine under `path` back as it is now. Returns and raises as `Upkeep.restore`."""
-    return await _upkeep(store).restore(path)
-
-
-async def quarantine_drop(store: Store, path: str) -> Quarantined:
-    """Give up what is in quarantine under `path`. Raises as `Upkeep.drop`."""
-    return await _upkeep(store).drop(path)
-
-
 async def spaces(store: Store) -> list[tuple[tuple[str, ...], Store]]:
     """The store itself and, where it knows them, every namespace in it that is not empty."""
     found: list[tuple[tuple[str, ...], Store]] = [((), store)]
-    for path in sorted(await store.namespaces()) if isinstance(store, ListsNamespaces) else ():
+    for path in sorted(await store.namespaces()) if Capability.LISTING in store.capabilities else ():
         space = store
         for name in path:
-            space = space.within(name)
+            space = space.namespace(name)
         found.append((path, space))
     return found
 
@@ -164,16 +95,10 @@ async def _candle_usage(namespace: tuple[str, ...], store: Store) -> Usage:
     rows = size = 0
     fault = None
     try:
-        for series in await store.candles.series() if isinstance(store.candles, ListsSeries) else ():
+        for series in await store.candles.series() if Capability.LISTING in store.capabilities else ():
             candles = await store.candles.read(series, *EVER)
             rows += len(candles)
             size += sum(column.nbytes for column in candles.columns().values())
     except Damaged as error:
         fault = str(error)
     return Usage(namespace, "candle", rows, 0, size, fault)
-
-
-def _upkeep(store: Store) -> Upkeep:
-    if not isinstance(store, Upkeep):
-        raise UserError(f"{type(store).__name__} has no quarantine: only file and SQLite stores keep what is damaged")
-    return store

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -17,26 +17,10 @@ from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import Disk, disk_error
+from backtest_kit.persist.upkeep import Quarantined
 
 DIRECTORY: Final = "quarantine"
 REASON_SUFFIX: Final = ".reason"
-
-
-class Quarantined(msgspec.Struct, frozen=True, rename="camel"):
-    """What is known of one thing in quarantine."""
-
-    path: str
-    """Where it was found, relative to the root; its name in every operation on the quarantine."""
-    contract: str
-    key: list[Any]
-    """As much of the key as was known from the place; the whole of it for a record file."""
-    reason: str
-    found_at: int
-    """Wall clock, epoch ms."""
-    blocks: bool = True
-    """False for evidence that is only kept: its key has a sound record."""
-    hash: int | None = None
-    """Of a line of a feed: that of its key. Where nobody knows it any more, the whole feed is blocked."""
 
 
 class Quarantine:

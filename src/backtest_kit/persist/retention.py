@@ -19,11 +19,11 @@ from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import CLAIM, CONTRACTS, HISTORY, MOVED, Contract, Durability, Kind
 from backtest_kit.persist.operations import RECORD_CONTRACTS, spaces
 from backtest_kit.persist.store import Capability, Key, Record, Store
-from backtest_kit.persist.upkeep import Prunes
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.settings import Settings
 
 DAY_MS: Final = 86_400_000
+_NEEDED: Final = frozenset((Capability.PRUNING, Capability.ORDERED_SCAN))
 RUN_PREFIX: Final = "backtest-"
 _PART: Final = 20_000
 """Keys that are forgotten in one go."""
@@ -110,7 +110,7 @@ async def compact(
     found: list[Expired] = []
     runs: list[tuple[int, tuple[str, ...], Store]] = []
     for namespace, space in await spaces(store):
-        if not isinstance(space, Prunes) or Capability.ORDERED_SCAN not in space.capabilities:
+        if not space.capabilities >= _NEEDED:
             continue
         if namespace and namespace[0].startswith(RUN_PREFIX):
             if len(namespace) == 1:
@@ -129,7 +129,7 @@ async def compact(
         if due and _is_older(written_at, at_ms, 1):  # one that wrote today may be going on
             expired = await _measure_run(namespace, space)
             found.append(expired)
-            if isinstance(space, Prunes) and not look_only and expired.fault is None:
+            if not look_only and expired.fault is None:
                 await space.forget()
     return [each for each in found if each.records or each.fault]
 
@@ -160,7 +160,7 @@ async def _compact_contract(
         except Damaged as error:
             fault = str(error)
         # Between two scans and not inside of one, which would have to find its place again among what is left.
-        pruned = await store.prune(row, doomed) if doomed and isinstance(store, Prunes) else 0
+        pruned = await store.prune(row, doomed) if doomed else 0
         more = more and pruned > 0
         # To count them takes a look at every one: it is done anew only where somebody has written some meanwhile.
         surplus = surplus - counted if pruned == len(doomed) or not more else await _surplus(store, row, rule)
@@ -169,7 +169,7 @@ async def _compact_contract(
 
 async def _surplus(store: Store, row: Contract, rule: Rule) -> int:
     """How many records are too many."""
-    if math.isinf(rule.last) or not isinstance(store, Prunes):
+    if math.isinf(rule.last):
         return 0
     return await store.count(row) - int(rule.last)
 

@@ -1,5 +1,9 @@
 """What a backend implements: `Store` for records, `CandleStore` for candles.
 
+Both are base classes. Their abstract methods are what every backend has to have; the others have a default,
+which does the right thing for a store that has nothing of the kind, or refuses with the way out. `Capability`
+says on which of them a caller can rely.
+
 Values that reach a store are plain JSON trees (dict, list, str, int, finite float, bool, None): the
 codec above it has already tagged what JSON has no word for. Every method may be called from several
 tasks of one event loop at once; writes to one key take effect in the order in which they were issued.
@@ -7,15 +11,18 @@ tasks of one event loop at once; writes to one key take effect in the order in w
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
 from enum import Enum
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, NoReturn
 
 import msgspec
 
-from backtest_kit.errors import UserError
+from backtest_kit.errors import Damaged, UserError
 from backtest_kit.model.candle import CandleSeries
-from backtest_kit.persist.contracts import Contract
+from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
+from backtest_kit.persist.upkeep import SAMPLES, Finding, Quarantined, Reading
 
 KeyPart = str | int | bool
 Key = tuple[KeyPart, ...]
@@ -34,7 +41,7 @@ Expect = Literal["any", "absent"] | int
 class Capability(Enum):
     """What a store promises beyond reading back what it was given. Declared, and verified both ways.
 
-    A store that does not declare a capability refuses what needs it, so that nobody relies on a promise
+    A store that does not declare a capability refuses what needs it, so that no caller relies on a promise
     that was never made: that is the second half of each line below.
     """
 
@@ -54,6 +61,14 @@ class Capability(Enum):
     """`scan` is in order of writing, and `newest_first` its exact reverse; of what processes on several machines
     write at once, as near as their clocks are. Otherwise `scan` raises `UserError`, unless the store keeps nothing
     at all."""
+    LISTING = "listing"
+    """`namespaces` and `candles.series` name everything that has something in it. Otherwise `namespaces` raises
+    `UserError`."""
+    PRUNING = "pruning"
+    """`prune`, `count` and `forget` work. Otherwise they raise `UserError`, and records are kept permanently."""
+    QUARANTINE = "quarantine"
+    """Damaged bytes are kept and block their key until an operator decides with `restore` or `drop`. Otherwise
+    `quarantined`, `restore` and `drop` raise `UserError`."""
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -96,51 +111,59 @@ class SeriesKey(msgspec.Struct, frozen=True):
     interval: str
 
 
-class CandleStore(Protocol):
-    """Candles as columns over time. The first write of a candle wins for ever."""
+class CandleStore(ABC):
+    """Candles as columns over time. The first write of a candle wins permanently."""
 
+    @abstractmethod
     async def read(self, series: SeriesKey, start_ms: int, stop_ms: int) -> CandleSeries:
         """The stored candles that open in `[start_ms, stop_ms)`, ascending; what is absent is left out."""
-        ...
 
+    @abstractmethod
     async def write(self, series: SeriesKey, candles: CandleSeries) -> int:
         """Store the candles that are not there yet and return how many those were.
 
         The caller passes closed candles only, ascending and without duplicates.
         """
-        ...
+
+    async def series(self) -> list[SeriesKey]:
+        """Every series that has candles. Part of `Capability.LISTING`."""
+        raise UserError(f"{type(self).__name__} cannot list its candles: use another store, or leave candles out")
 
 
-class Store(Protocol):
+class Store(ABC):
     """A backend for the records of every contract but `candle`, which has `candles`."""
 
-    @property
-    def capabilities(self) -> frozenset[Capability]: ...
+    candles: CandleStore
+    """Set by the subclass."""
 
     @property
-    def candles(self) -> CandleStore: ...
+    @abstractmethod
+    def capabilities(self) -> frozenset[Capability]:
+        """What this store promises; a class attribute where it is always the same."""
 
-    async def open(self) -> None:
+    async def open(self) -> None:  # noqa: B027 - most stores have nothing to do
         """Make ready. Idempotent; every concurrent caller waits for the same opening.
 
         A failed opening raises and is tried again by the next call. Every other method opens the
-        store first if nobody has.
+        store first if that has not happened.
         """
-        ...
 
-    async def close(self) -> None:
-        """Flush what is not durable yet and let go of every resource. Idempotent."""
-        ...
+    async def close(self) -> None:  # noqa: B027 - most stores have nothing to do
+        """Flush what is not durable yet and release every resource. Idempotent."""
 
+    async def leave_loop(self) -> None:  # noqa: B027 - most stores have nothing to do
+        """Close the connections of the running event loop, which is about to end; pending writes are flushed first."""
+
+    @abstractmethod
     async def get(self, contract: Contract, key: Key) -> Record | None:
         """The record under `key`, removed ones included, or None if none was ever written.
 
         Raises:
             Damaged: what is stored there cannot be trusted; it is in quarantine and the key is blocked.
-            RetryLater: the store could not be asked; nothing is known and nothing was changed.
+            RetryLater: the store could not be reached; nothing is known and nothing was changed.
         """
-        ...
 
+    @abstractmethod
     async def put(self, write: Write) -> Record:
         """Do one write and return the record as it now stands.
 
@@ -152,7 +175,16 @@ class Store(Protocol):
             Damaged: the key is blocked.
             OutOfSpace, RetryLater: with `outcome` saying whether the write may have happened.
         """
-        ...
+
+    async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
+        """Do each of `writes` as `put` would, in their order: what `put` returns for it, or what it raises.
+
+        Override it where many writes at once cost less than one by one.
+
+        Raises:
+            As `put`; it is not known then which of them took place.
+        """
+        return await asyncio.gather(*map(self.put, writes), return_exceptions=True)
 
     async def batch(self, writes: Sequence[Write]) -> None:
         """Do all of the writes or none. Every key at most once.
@@ -160,8 +192,12 @@ class Store(Protocol):
         Raises:
             As `put`; nothing has changed then unless `outcome` is UNKNOWN.
         """
-        ...
+        if len(writes) > 1:
+            self.refuse("atomic batches", "write one record at a time, or use another store")
+        for write in writes:
+            await self.put(write)
 
+    @abstractmethod
     def scan(
         self,
         contract: Contract,
@@ -174,20 +210,120 @@ class Store(Protocol):
         """The records whose key begins with `prefix`, in order of their last write; no more than `limit`, of 0 none.
 
         A damaged record raises `Damaged` when the scan reaches it, every scan, until an operator has decided about it.
-        A store that cannot tell its place in the order any more raises behind all others. Writing while scanning is
+        A store that has lost its place in the order raises behind all others. Writing while scanning is
         allowed; a record that is written meanwhile appears at most once.
 
         Raises:
             UserError: no key begins so, or `limit` is below 0.
         """
-        ...
 
-    def within(self, namespace: str) -> Store:
+    @abstractmethod
+    def namespace(self, name: str) -> Store:
         """The same backend under a name of its own: no record of one namespace is seen in another.
 
-        `within("")` is the store itself. Closing a namespace does not close its parent.
+        `namespace("")` is the store itself. Closing a namespace does not close its parent.
         """
-        ...
+
+    def keeps(self, contract: Contract) -> bool:
+        """Whether records of `contract` can be written here. Every contract, unless the store is made for one."""
+        return True
+
+    async def identity(self) -> str | None:
+        """The same for every object over this place, and for no other; None where that cannot be known, or
+        nothing is there yet. Makes nothing.
+
+        Raises:
+            RetryLater, UserError: the server cannot be reached.
+        """
+        return None
+
+    async def namespaces(self) -> list[tuple[str, ...]]:
+        """Every namespace below this one that has something in it, as the names that lead there."""
+        self.refuse("listing namespaces", "use another store")
+
+    async def prune(self, contract: Contract, revisions: Mapping[Key, int]) -> int:
+        """Forget every key that still has the revision given for it; return how many those were.
+
+        What is forgotten was never written: the next write of the key is revision 1. What was written since, and
+        what cannot be trusted, stays. A crash leaves a part of it forgotten.
+
+        Raises:
+            UserError: the contract is of money class, of which nothing is ever forgotten.
+            RetryLater, OutOfSpace: not all of it was forgotten.
+        """
+        self.refuse("pruning", "delete old records in the backend itself")
+
+    async def count(self, contract: Contract) -> int:
+        """How many records of a contract `scan` would list, removed ones left out, without reading them."""
+        self.refuse("counting", "count what scan lists")
+
+    async def forget(self) -> None:
+        """Forget all that is in this namespace and in those below it. No process may be writing there.
+
+        Raises:
+            UserError: it is not a namespace but the whole store.
+        """
+        self.refuse("pruning", "delete old records in the backend itself")
+
+    async def check(self, *, deep: bool = False) -> list[Finding]:
+        """Everything that is wrong in any namespace, by path. Changes nothing.
+
+        Every record is read, and the backend's own structures are verified; with `deep`, so is every candle. By
+        default only the records of this namespace are read.
+        """
+        found = []
+        for contract in ALL_CONTRACTS.values():
+            if contract.kind is Kind.SERIES or not self.keeps(contract):
+                continue
+            try:
+                async for _ in self.scan(contract, include_removed=True):
+                    pass
+            except Damaged as error:
+                found.append(Finding(contract.name, str(error)))
+        return found
+
+    async def examine(self, *, samples: int = SAMPLES) -> list[Reading]:
+        """Look at the place where the records lie. Changes nothing, and makes nothing that is missing.
+
+        What cannot be reached is a reading, not an error.
+        """
+        return []
+
+    async def quarantined(self) -> list[Quarantined]:
+        """What is in quarantine in any namespace, by path."""
+        self.refuse("quarantine", "mend the record in the backend itself, or write it again")
+
+    async def restore(self, path: str) -> Record | None:
+        """Put what is in quarantine under `path` back as it is now, perhaps mended by hand, and free its key.
+
+        Returns the record, or None for candles.
+
+        Raises:
+            UserError: nothing is called so, it cannot be put back, or it is still damaged.
+        """
+        self.refuse("quarantine", "mend the record in the backend itself, or write it again")
+
+    async def drop(self, path: str) -> Quarantined:
+        """Give up what is in quarantine under `path`, which frees its key.
+
+        Raises:
+            UserError: nothing is called so.
+        """
+        self.refuse("quarantine", "mend the record in the backend itself, or write it again")
+
+    async def accept_loss(self) -> str | None:
+        """Go on with what is left of a store that refuses to open because acknowledged writes are gone.
+
+        Returns what was lost, or None if nothing is missing, and then changes nothing.
+
+        Raises:
+            Damaged, RetryLater, UserError: the store cannot be opened even so, or never refuses for that reason.
+        """
+        self.refuse("accepting a loss", "there is none to accept: only stores with a high-water mark notice one")
+
+    def refuse(self, what: str, way_out: str) -> NoReturn:
+        """Raise the error of a capability that is not declared."""
+        raise UserError(f"{type(self).__name__} does not support {what}: {way_out}")
 
 
 def check_limit(limit: int | None) -> None:

@@ -14,7 +14,6 @@ import msgspec
 from backtest_kit.errors import Conflict, Damaged, UserError
 from backtest_kit.persist.contracts import STORE_ID, STORE_ID_KEY
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Record, Store, Write
-from backtest_kit.persist.upkeep import Identified
 
 _IDS: Final = 2**24
 RECLAIM: Final = "backtest-kit store reclaim --store ADDRESS"
@@ -116,8 +115,7 @@ async def reclaim_store_id(store: Store) -> str:
 
 async def place_of(store: Store) -> str:
     """The place of a store for people, and to tell it from a copy of it: a path, or what its server calls it."""
-    identity = await store.identity() if isinstance(store, Identified) else None
-    return (identity or type(store).__name__).rstrip("/")
+    return (await store.identity() or type(store).__name__).rstrip("/")
 
 
 async def _write(store: Store, value: StoreId, expect: Expect) -> None:

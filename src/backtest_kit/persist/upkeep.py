@@ -1,19 +1,17 @@
-"""What a backend can do for an operator beyond keeping records. Optional: a store is complete without it.
-
-File, SQLite and Mongo stores implement all of it, the memory store what lists and prunes.
-"""
+"""What an operator is shown of a store: findings, quarantine, readings; and what may be forgotten at all."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from enum import Enum
+from typing import Any, Final
 
 import msgspec
 
 from backtest_kit.errors import UserError
 from backtest_kit.persist.contracts import Contract, Durability
-from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import Key, Record, SeriesKey
+
+SAMPLES: Final = 15
+"""How often something is measured for one median."""
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -26,119 +24,49 @@ class Finding(msgspec.Struct, frozen=True):
     """Whether something that was stored cannot be read for it; otherwise it is only worth knowing."""
 
 
-@runtime_checkable
-class Upkeep(Protocol):
-    """A store that can be inspected and mended. Every method sees all namespaces."""
+class Quarantined(msgspec.Struct, frozen=True, rename="camel"):
+    """What is known of one thing in quarantine."""
 
-    async def check(self, *, deep: bool = False) -> list[Finding]:
-        """Everything that is wrong, by path. Changes nothing.
-
-        Every record is read, and the backend's own structures are verified; with `deep`, so is every candle.
-        """
-        ...
-
-    async def quarantined(self) -> list[Quarantined]:
-        """What is in quarantine, by path."""
-        ...
-
-    async def restore(self, path: str) -> Record | None:
-        """Put what is in quarantine under `path` back as it is now, perhaps mended by hand, and free its key.
-
-        Returns the record, or None for candles.
-
-        Raises:
-            UserError: nothing is called so, it cannot be put back, or it is still damaged.
-        """
-        ...
-
-    async def drop(self, path: str) -> Quarantined:
-        """Give up what is in quarantine under `path`, which frees its key.
-
-        Raises:
-            UserError: nothing is called so.
-        """
-        ...
+    path: str
+    """Where it was found, relative to the root; its name in every operation on the quarantine."""
+    contract: str
+    key: list[Any]
+    """As much of the key as was known from the place; the whole of it for a record file."""
+    reason: str
+    found_at: int
+    """Wall clock, epoch ms."""
+    blocks: bool = True
+    """False for evidence that is only kept: its key has a sound record."""
+    hash: int | None = None
+    """Of a line of a feed: that of its key. Where nobody knows it any more, the whole feed is blocked."""
 
 
-@runtime_checkable
-class AcceptsLoss(Protocol):
-    """A store that notices when acknowledged writes are gone, and is not opened until an operator has decided."""
+class Status(Enum):
+    """What follows from a reading."""
 
-    async def accept_loss(self) -> str | None:
-        """Go on with what is left. Returns what was lost, or None if nothing is missing, and then changes nothing.
-
-        Raises:
-            Damaged, RetryLater, UserError: the store cannot be opened even so.
-        """
-        ...
-
-
-@runtime_checkable
-class Prunes(Protocol):
-    """A store that can forget. What it forgets was never written: the next write of the key is revision 1."""
-
-    async def prune(self, contract: Contract, revisions: Mapping[Key, int]) -> int:
-        """Forget every key that still has the revision given for it; return how many those were.
-
-        What was written since, and what cannot be trusted, stays. A crash leaves a part of it forgotten.
-
-        Raises:
-            UserError: the contract is of money class, of which nothing is ever forgotten.
-            RetryLater, OutOfSpace: not all of it was forgotten.
-        """
-        ...
-
-    async def count(self, contract: Contract) -> int:
-        """How many records of a contract `scan` would list, removed ones left out, without reading them."""
-        ...
-
-    async def forget(self) -> None:
-        """Forget all that is in this namespace and in those below it. Nobody may be writing there.
-
-        Raises:
-            UserError: it is no namespace but the whole store.
-        """
-        ...
+    OK = "ok"
+    NEW = "new"
+    """There is nothing yet; the first run makes it."""
+    WARNING = "warning"
+    """Works, and could be better."""
+    DEGRADED = "degraded"
+    """Something that was asked for is out of order; everything is as right without it, and slower."""
+    WEAK = "weak"
+    """Good enough to replay. What a live position needs is not promised."""
+    FAULT = "fault"
+    """Does not work, or will not for long."""
 
 
-@runtime_checkable
-class ListsNamespaces(Protocol):
-    """A store that knows its namespaces."""
+class Reading(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """One thing that was looked at."""
 
-    async def namespaces(self) -> list[tuple[str, ...]]:
-        """Every namespace below this one that has something in it, as the names that lead there."""
-        ...
-
-
-@runtime_checkable
-class Identified(Protocol):
-    """A store that can be told from every other one, however they are addressed."""
-
-    async def identity(self) -> str | None:
-        """The same for every object that has this store, and for no other; None while nothing is there. Makes nothing.
-
-        Raises:
-            RetryLater, UserError: the server cannot be asked.
-        """
-        ...
-
-
-@runtime_checkable
-class LeavesLoops(Protocol):
-    """A store with connections of its own for each event loop."""
-
-    async def leave_loop(self) -> None:
-        """Close those of the running loop, which is about to end. What they still owe the server is written first."""
-        ...
-
-
-@runtime_checkable
-class ListsSeries(Protocol):
-    """A candle store that knows what it has."""
-
-    async def series(self) -> list[SeriesKey]:
-        """Every series that has candles."""
-        ...
+    subject: str
+    status: Status
+    says: str
+    remedy: str = ""
+    """What to do about it: a command where there is one."""
+    median_ms: float | None = None
+    """How long it takes, where that was measured."""
 
 
 def require_prunable(contract: Contract) -> None:
@@ -150,4 +78,4 @@ def require_prunable(contract: Contract) -> None:
 def require_namespace(inside: bool) -> None:
     """Raise `UserError` unless this is a namespace of a store."""
     if not inside:
-        raise UserError("only a namespace can be forgotten as a whole, such as store.within('backtest-1')")
+        raise UserError("only a namespace can be forgotten as a whole, such as store.namespace('backtest-1')")

@@ -14,14 +14,12 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from backtest_kit.errors import UserError
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import INTERVAL_MS, MINUTE_MS
 from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import MOVED, Kind
 from backtest_kit.persist.operations import EVER, spaces
 from backtest_kit.persist.store import Capability, Record, SeriesKey, Store, Write
-from backtest_kit.persist.upkeep import ListsSeries
 from backtest_kit.persist.writing import now_ms
 
 BATCH_RECORDS: Final = 500
@@ -63,11 +61,6 @@ async def parts(store: Store, *, candles: bool = True) -> list[Part]:
             if row.kind is not Kind.SERIES:
                 found.append(Part(namespace, row.name))
             elif candles:
-                if not isinstance(space.candles, ListsSeries):
-                    raise UserError(
-                        f"{type(space.candles).__name__} cannot list its candles, so nobody can tell which there are: "
-                        "export without candles"
-                    )
                 found += [Part(namespace, row.name, series) for series in await space.candles.series()]
     return sorted(found, key=lambda part: part.place)
 
@@ -75,7 +68,7 @@ async def parts(store: Store, *, candles: bool = True) -> list[Part]:
 def space_of(store: Store, namespace: Iterable[str]) -> Store:
     """The store of a namespace, given as the names that lead there."""
     for name in namespace:
-        store = store.within(name)
+        store = store.namespace(name)
     return store
 
 

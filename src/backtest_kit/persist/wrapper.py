@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -35,7 +35,7 @@ from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.persist.backends.memory import copy_plain, merge
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.keys import check_key, escape, path_of
-from backtest_kit.persist.store import Capability, Key, Record, SeriesKey, Write, check_limit
+from backtest_kit.persist.store import CandleStore, Capability, Key, Record, SeriesKey, Store, Write, check_limit
 from backtest_kit.persist.writing import decide, now_ms
 
 _CANDLE: Final = CONTRACTS["candle"]
@@ -137,7 +137,7 @@ class _Shared:
         return await result if inspect.isawaitable(result) else result
 
 
-class AdapterStore:
+class AdapterStore(Store):
     """A `Store` of one contract over an `Adapter`.
 
     Writes to one key are serialised within the process and `expect` is honoured there. Whether anything
@@ -160,18 +160,15 @@ class AdapterStore:
         self._contract = contract
         self._shared = _Shared(adapter)
         self._namespace = ""
-        self.capabilities = frozenset(
-            (Capability.COMPARE_AND_SET, Capability.ORDERED_SCAN)
-            if hasattr(adapter, "list_values")
-            else (Capability.COMPARE_AND_SET,)
-        )
         self.candles = AdapterCandleStore(self._shared, self._namespace)
 
-    async def open(self) -> None:
-        """The adapter is ready as soon as it is made."""
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        lists = (Capability.ORDERED_SCAN,) if hasattr(self._shared.adapter, "list_values") else ()
+        return frozenset((Capability.COMPARE_AND_SET, *lists))
 
-    async def close(self) -> None:
-        """Nothing is held back: every write was handed to the adapter before it returned."""
+    def keeps(self, contract: Contract) -> bool:
+        return contract.name == self._contract.name
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
         return await self._read(self._entity_id(contract, key), contract, key)
@@ -183,12 +180,6 @@ class AdapterStore:
             if changed:
                 await self._shared.write(entity_id, write.contract, self._namespace, record)
         return record
-
-    async def batch(self, writes: Sequence[Write]) -> None:
-        if len(writes) > 1:
-            raise UserError(f"{self._shared.name} does not support atomic batches: write one record at a time")
-        for write in writes:
-            await self.put(write)
 
     async def scan(
         self,
@@ -215,12 +206,12 @@ class AdapterStore:
         for entity in entities[:limit]:
             yield _record(entity)
 
-    def within(self, namespace: str) -> AdapterStore:
-        if not namespace:
+    def namespace(self, name: str) -> AdapterStore:
+        if not name:
             return self
         inner = AdapterStore.__new__(AdapterStore)
-        inner._contract, inner._shared, inner.capabilities = self._contract, self._shared, self.capabilities
-        inner._namespace = f"{self._namespace}{escape(namespace, 'namespace')}:"
+        inner._contract, inner._shared = self._contract, self._shared
+        inner._namespace = f"{self._namespace}{escape(name, 'namespace')}:"
         inner.candles = AdapterCandleStore(self._shared, inner._namespace)
         return inner
 
@@ -229,7 +220,7 @@ class AdapterStore:
         return self._namespace + "/".join(path_of(contract, check_key(contract, key)))
 
     def _check_contract(self, contract: Contract) -> None:
-        if contract.name != self._contract.name:
+        if not self.keeps(contract):
             raise UserError(
                 f"{self._shared.name} is bound to {self._contract.name} and was asked for {contract.name}: "
                 "bind an adapter of its own for each contract"
@@ -251,7 +242,7 @@ def _record(entity: _Entity) -> Record:
     )
 
 
-class AdapterCandleStore:
+class AdapterCandleStore(CandleStore):
     """Candles over an adapter: an entity per month, in which the first write of a candle wins."""
 
     def __init__(self, shared: _Shared, namespace: str) -> None:

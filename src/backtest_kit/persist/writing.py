@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 from backtest_kit.errors import Conflict, UserError
 from backtest_kit.persist.contracts import WriteRule
-from backtest_kit.persist.store import ABSENT, ANY, Record, Store, Write
+from backtest_kit.persist.store import ABSENT, ANY, Record, Write
 
 
 def now_ms() -> int:
@@ -31,7 +29,7 @@ def decide(write: Write, current: Record | None) -> tuple[Record, bool]:
             f"{write.contract.name} {'/'.join(map(str, write.key))} holds {found}, the write expected {wanted}: "
             "another writer was there first, read it again"
         )
-    if current is not None and write.contract.write_rule is WriteRule.FIRST_WINS:
+    if current is not None and write.contract.write_rule is not WriteRule.REPLACE:
         return current, False
     record = Record(
         key=write.key,
@@ -42,26 +40,6 @@ def decide(write: Write, current: Record | None) -> tuple[Record, bool]:
         removed=write.removed,
     )
     return record, True
-
-
-@runtime_checkable
-class PutsEach(Protocol):
-    """A store for which many writes at once cost less than one by one."""
-
-    async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
-        """Do each of `writes` as `put` would, in their order: what `put` returns for it, or what it raises.
-
-        Raises:
-            As `put`; nobody knows then which of them took place.
-        """
-        ...
-
-
-async def put_each(store: Store, writes: Sequence[Write]) -> list[Record | BaseException]:
-    """As `PutsEach.put_each`, for any store."""
-    if isinstance(store, PutsEach):
-        return await store.put_each(writes)
-    return await asyncio.gather(*map(store.put, writes), return_exceptions=True)
 
 
 def check_batch(writes: Sequence[Write]) -> None:

@@ -19,7 +19,7 @@ from backtest_kit.records.interval import Windows
 from backtest_kit.records.log import Log, Logs, LogWriter
 from backtest_kit.records.measure import Measure
 from backtest_kit.records.memory import Memory, Shelves
-from backtest_kit.records.observer import Observer
+from backtest_kit.records.record_writer import RecordWriter
 from backtest_kit.records.scope import Scope, Turns, Written, check_texts, strategy_owner
 from backtest_kit.records.session import Session
 from backtest_kit.records.signals import Recent, Storage
@@ -49,7 +49,7 @@ class Records:
         self._written: WeakValueDictionary[tuple[Identity, str], Written] = WeakValueDictionary()
         """Of the backtests that go on, or whose contexts somebody has kept."""
         self._deliveries = Deliveries(persistence, settings)
-        self._observer = Observer(persistence, self._deliveries)
+        self._observer = RecordWriter(persistence, self._deliveries)
         self._writer = LogWriter(persistence)
         self._upkeep = Housekeeping(persistence, settings)
         self.measure = Measure(self.scope)
@@ -180,7 +180,7 @@ class RunRecords:
         self,
         scope: Scope,
         identity: Identity,
-        observer: Observer,
+        observer: RecordWriter,
         writer: LogWriter,
         begin: Callable[[Mode], Awaitable[None]],
         persistence: Callable[[], Persistence],

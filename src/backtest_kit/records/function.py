@@ -27,7 +27,7 @@ _READABLE: Final = 150
 
 
 @runtime_checkable
-class Moment(Protocol):
+class RunContext(Protocol):
     """A minute of a run: what a context is to the functions that it is given to."""
 
     when_ms: int
@@ -51,7 +51,7 @@ class Call(msgspec.Struct, frozen=True):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    moment: Moment | None
+    moment: RunContext | None
     when_ms: int | None
     """The time it is made for: that of `when`, else that of the context."""
 
@@ -133,7 +133,7 @@ class Function(Generic[R]):
             bound = self._signature.bind(*args, **passed)
         except TypeError as error:
             raise UserError(f"{self.title} is called with other arguments than it takes: {error}") from None
-        if context is not None and not isinstance(context, Moment):
+        if context is not None and not isinstance(context, RunContext):
             raise UserError(f"ctx of {self.title} is {context!r}: give the context of the strategy")
         moment = self._moment(([] if context is None else [context]) + list(_contexts(bound)))
         when_ms = None if moment is None else moment.when_ms
@@ -157,7 +157,7 @@ class Function(Generic[R]):
         except UserError as error:
             raise UserError(f"{error}; or say by key=... what tells one call from another") from None
 
-    def _moment(self, contexts: Iterable[Moment]) -> Moment | None:
+    def _moment(self, contexts: Iterable[RunContext]) -> RunContext | None:
         """The context of a call: its time, its run and its symbol, of which there can be one only."""
         places = {_place(each): each for each in contexts}
         if len(places) > 1:
@@ -172,7 +172,7 @@ class Function(Generic[R]):
         return await self.function(*call.args, **call.kwargs)
 
 
-def _contexts(bound: inspect.BoundArguments) -> Iterator[Moment]:
+def _contexts(bound: inspect.BoundArguments) -> Iterator[RunContext]:
     """The contexts among the arguments, however they were passed."""
     for name, value in bound.arguments.items():
         match bound.signature.parameters[name].kind:
@@ -182,21 +182,21 @@ def _contexts(bound: inspect.BoundArguments) -> Iterator[Moment]:
                 given = value.values()
             case _:
                 given = (value,)
-        yield from (each for each in given if isinstance(each, Moment))
+        yield from (each for each in given if isinstance(each, RunContext))
 
 
 def _without_contexts(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]]:
     for name, value in bound.arguments.items():
         match bound.signature.parameters[name].kind:
             case inspect.Parameter.VAR_POSITIONAL:
-                yield name, [each for each in value if not isinstance(each, Moment)]
+                yield name, [each for each in value if not isinstance(each, RunContext)]
             case inspect.Parameter.VAR_KEYWORD:
-                yield name, {key: each for key, each in value.items() if not isinstance(each, Moment)}
-            case _ if not isinstance(value, Moment):
+                yield name, {key: each for key, each in value.items() if not isinstance(each, RunContext)}
+            case _ if not isinstance(value, RunContext):
                 yield name, value
 
 
-def _place(moment: Moment) -> tuple[object, ...]:
+def _place(moment: RunContext) -> tuple[object, ...]:
     run = (moment.mode, moment.run_id, moment.when_ms)
     return (*run, moment.exchange_name, moment.strategy_name, moment.symbol)
 

@@ -13,7 +13,7 @@ from backtest_kit.model.interval import floor_ms, interval_ms
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Key, Plain, Record, Write
-from backtest_kit.records.function import Call, Function, Moment, Names, R, key_text, scope_of
+from backtest_kit.records.function import Call, Function, Names, R, RunContext, key_text, scope_of
 from backtest_kit.records.scope import Scope, Scopes, expectation
 
 _INTERVAL: Final = CONTRACTS["interval"]
@@ -148,7 +148,7 @@ class Once(Generic[R]):
                     return None
                 return taking
 
-    def _key_of(self, call: Call, moment: Moment) -> Key:
+    def _key_of(self, call: Call, moment: RunContext) -> Key:
         if self._key is None:
             return (self.bucket, key_text([moment.strategy_name, moment.exchange_name, moment.symbol]))
         return (self.bucket, key_text(encode(self._key(*call.args, **call.kwargs), f"the key of {self.bucket}")))

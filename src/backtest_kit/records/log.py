@@ -22,7 +22,7 @@ from backtest_kit.model.interval import to_datetime
 from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Plain, Record, Write
-from backtest_kit.persist.writing import now_ms, put_each
+from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.signals import ScopeOf, newest
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class LogWriter:
         results: list[object] = [None] * len(group)
         for (mode, run_id), some in places.items():
             store = self._persistence().store_for(LOG, mode, run_id)
-            for place, result in zip(some, await put_each(store, [group[at].write for at in some]), strict=True):
+            for place, result in zip(some, await store.put_each([group[at].write for at in some]), strict=True):
                 results[place] = result
         return results
 

@@ -11,11 +11,9 @@ import msgspec
 
 from backtest_kit.model.event import (
     ClockJumped,
-    Degraded,
     EntryCancelled,
     EntryScheduled,
     Event,
-    Healed,
     MinutesMissed,
     Mode,
     OrderFailed,
@@ -28,6 +26,8 @@ from backtest_kit.model.event import (
     RiskRejected,
     RunDone,
     RunFailed,
+    StoreDegraded,
+    StoreRecovered,
     StrategyFailed,
 )
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
@@ -120,10 +120,10 @@ def _of_trading(event: Event) -> Notification | None:
         case StrategyFailed():
             reason = f"{type(event.error).__name__}: {event.error}"
             return _about(event, f"{event.what} raised {reason}", "alarm", reason=reason)
-        case Degraded():
+        case StoreDegraded():
             lacks = "" if event.kept else "; what it lacks is only in this process"
             return _about(event, f"nothing is opened: {event.reason}{lacks}", "alarm", reason=event.reason)
-        case Healed():
+        case StoreRecovered():
             return _about(event, "the store has everything again")
         case OrphanFound():
             what = f"{event.what.replace('_', ' ')}: {event.reason}; {event.next_step}"

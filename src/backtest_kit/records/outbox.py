@@ -30,7 +30,7 @@ from backtest_kit.persist.contracts import DELIVERY
 from backtest_kit.persist.holder import Holder, is_gone, this_process
 from backtest_kit.persist.lease import Clock, keeps_claims
 from backtest_kit.persist.store import Key, Record, Store, Write
-from backtest_kit.persist.writing import now_ms, put_each
+from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.notification import NOTIFICATION
 from backtest_kit.records.scope import expectation
 from backtest_kit.records.state import STATE
@@ -100,7 +100,7 @@ class Outbox:
             marks = [self._write(Pending(record, None), Mark(record.rev)) for record in older]
             added = Write(STATE, name, {"addedMs": self._added_ms}, expect=expectation(self._states, None))
             # The marks first: a sink counts as added once nothing older than it can be taken for undelivered.
-            for result in [*await put_each(self._store, marks), *await put_each(self._states, [added])]:
+            for result in [*await self._store.put_each(marks), *await self._states.put_each([added])]:
                 if isinstance(result, BaseException) and not isinstance(result, Conflict):
                     raise result
         self._is_added = True

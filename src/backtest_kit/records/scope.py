@@ -15,7 +15,7 @@ import msgspec
 from backtest_kit.errors import Conflict, LookAhead, UserError
 from backtest_kit.model.interval import iso
 from backtest_kit.persist.contracts import Contract, Durability
-from backtest_kit.persist.history import HistoryStore, NotKept
+from backtest_kit.persist.history import NotKept, RevisionStore
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Key, Plain, Record, Store, Write
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Scope:
     async def as_it_was(self, row: Contract, record: Record | None) -> Record | None:
         """The same, also if it was removed then."""
         store = self.store(row)
-        if self.when_ms is not None and isinstance(store, HistoryStore):
+        if self.when_ms is not None and isinstance(store, RevisionStore):
             try:
                 record = await store.before(row, record, self.when_ms)
             except NotKept:

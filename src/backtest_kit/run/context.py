@@ -16,7 +16,7 @@ from backtest_kit.records.log import Log
 from backtest_kit.records.memory import Memory
 from backtest_kit.records.session import Session
 from backtest_kit.records.state import State
-from backtest_kit.run.desk import Desk, EntryView, PositionView
+from backtest_kit.run.run_state import EntryView, PositionView, RunState
 
 HistoryOf = Callable[[str], Awaitable[History]]
 
@@ -38,15 +38,15 @@ class Context:
     entry: EntryView | None
     """The resting entry and its commands, or None."""
 
-    def __init__(self, identity: Identity, desk: Desk, history_of: HistoryOf, records: RunRecords) -> None:
+    def __init__(self, identity: Identity, run_state: RunState, history_of: HistoryOf, records: RunRecords) -> None:
         put = super().__setattr__
         put("_identity", identity)
         put("_history_of", history_of)
         put("_records", records)
-        put("when_ms", desk.tick.when_ms)
-        put("price", desk.tick.price)
-        put("position", desk.position())
-        put("entry", desk.entry())
+        put("when_ms", run_state.tick.when_ms)
+        put("price", run_state.tick.price)
+        put("position", run_state.position())
+        put("entry", run_state.entry())
 
     @property
     def symbol(self) -> str:

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from backtest_kit.engine.replay import Columns
 from backtest_kit.market.fetch import CandleFeed
+from backtest_kit.market.history import History
 from backtest_kit.market.sources import CandleSource
 from backtest_kit.persist.store import CandleStore
 from backtest_kit.run.schema import Registry
@@ -65,3 +67,11 @@ class _OnLoop:
     def __init__(self) -> None:
         self.users = 0
         self.feeds: dict[tuple[str, CandleSource, Settings, Callable[[], int]], CandleFeed] = {}
+
+
+def columns_of(history: History) -> Columns:
+    """What a replay scans of a history."""
+    candles = history.candles
+    return Columns(
+        history.first_ms, history.prices, candles.open, candles.high, candles.low, candles.close, history.real
+    )

@@ -36,7 +36,7 @@ from backtest_kit.records.unawaited import Calls, forgotten, not_begun, used_una
 from backtest_kit.run.context import Context, HistoryOf
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.deadline import within
-from backtest_kit.run.desk import Desk
+from backtest_kit.run.run_state import RunState
 from backtest_kit.run.schema import StrategySchema
 
 ON_DEMAND: Final = (
@@ -51,7 +51,7 @@ ON_DEMAND: Final = (
 """Events that are only made where somebody listens: each of them stops a replay's skip-ahead more often."""
 
 
-class Asked(Protocol):
+class RiskGate(Protocol):
     """Who answers for the risk profiles of a run."""
 
     async def refusal(self, signal: Signal, price: float, when_ms: int) -> tuple[str, str] | None:
@@ -69,7 +69,7 @@ class Flags(Protocol):
     def paused(self) -> bool: ...
 
 
-class Watcher:
+class RunHooks:
     """What a run does beside telling its listeners. A backtest counts its trades, a live run much more."""
 
     def account(self, event: Event) -> None:
@@ -84,23 +84,23 @@ class Watcher:
 
 
 class Minute:
-    """Acts at the minute that the desk shows."""
+    """Acts at the minute that the run state shows."""
 
     def __init__(
         self,
-        desk: Desk,
+        run_state: RunState,
         strategy: StrategySchema,
         bus: EventBus,
         cron: Cron,
-        seat: Asked | None,
+        seat: RiskGate | None,
         flags: Flags,
         history_of: HistoryOf,
         records: RunRecords,
-        watcher: Watcher,
+        watcher: RunHooks,
     ) -> None:
-        self._desk = desk
-        self._identity = desk.rules.identity
-        self._settings = desk.rules.settings
+        self._run_state = run_state
+        self._identity = run_state.rules.identity
+        self._settings = run_state.rules.settings
         self._strategy = strategy
         self._bus = bus
         self._cron = cron
@@ -131,7 +131,7 @@ class Minute:
 
     def context(self) -> Context:
         """What the user's code is given at this minute."""
-        return Context(self._identity, self._desk, self._history_of, self._records)
+        return Context(self._identity, self._run_state, self._history_of, self._records)
 
     async def act(self, wanted: Wanted, told: list[Event], *, since_ms: int, settled: bool = False) -> None:
         """Act, tell who listens, and add to `told` what happened for good.
@@ -143,23 +143,23 @@ class Minute:
             since_ms: The minute that was acted at before.
             settled: This minute's one transition was made already: nothing opens or closes any more.
         """
-        desk = self._desk
-        was_flat = isinstance(desk.state, Flat)
+        run_state = self._run_state
+        was_flat = isinstance(run_state.state, Flat)
         if not was_flat and not settled:
             rejected = await self._check_activation()
-            for event in (*rejected, *await desk.apply(partial(self._stepped, wanted, bool(rejected)))):
+            for event in (*rejected, *await run_state.apply(partial(self._stepped, wanted, bool(rejected)))):
                 await self.tell(event, told)
         boundary_ms = self._cron.next_boundary(since_ms, self._identity.symbol)
-        if boundary_ms is not None and boundary_ms <= desk.tick.when_ms:
-            fire = partial(self._cron.fire, desk.tick.when_ms, self._identity, self.context(), since_ms=since_ms)
+        if boundary_ms is not None and boundary_ms <= run_state.tick.when_ms:
+            fire = partial(self._cron.fire, run_state.tick.when_ms, self._identity, self.context(), since_ms=since_ms)
             await self._call("a cron handler", fire)
             await self.tell_commands(told)
-        if was_flat and not settled and isinstance(desk.state, Flat) and self._asks(desk.state):
-            for event in await self._decide(desk.state):
+        if was_flat and not settled and isinstance(run_state.state, Flat) and self._asks(run_state.state):
+            for event in await self._decide(run_state.state):
                 await self.tell(event, told)
-        if self._strategy.manage is not None and not isinstance(desk.state, Flat):
+        if self._strategy.manage is not None and not isinstance(run_state.state, Flat):
             await self._call("manage", partial(self._strategy.manage, self.context()))
-        if desk.events:
+        if run_state.events:
             await self.tell_commands(told)
 
     async def tell(self, event: Event, told: list[Event]) -> None:
@@ -179,30 +179,34 @@ class Minute:
 
     async def tell_commands(self, told: list[Event]) -> None:
         """Tell what commands, and the books, have caused since the last look."""
-        for caused in self._desk.take_events():
+        for caused in self._run_state.take_events():
             await self.tell(caused, told)
 
     def _stepped(self, wanted: Wanted, refused: bool, state: State) -> tuple[State, tuple[Event, ...]]:
         if refused and isinstance(state, Resting):
             state = msgspec.structs.replace(state, order="refuse")
-        return step(state, self._desk.tick, self._desk.rules, wanted)
+        return step(state, self._run_state.tick, self._run_state.rules, wanted)
 
     async def _check_activation(self) -> tuple[Event, ...]:
         """A resting entry that is reached asks its risk profiles once more: the world has moved on since."""
-        desk = self._desk
-        if self._seat is None or not isinstance(desk.state, Resting):
+        run_state = self._run_state
+        if self._seat is None or not isinstance(run_state.state, Resting):
             return ()
-        if not activates(desk.state, desk.tick, desk.rules):
+        if not activates(run_state.state, run_state.tick, run_state.rules):
             return ()
-        return await self.refusal(as_signal(desk.state.entry))
+        return await self.refusal(as_signal(run_state.state.entry))
 
     def _asks(self, state: Flat) -> bool:
-        desk = self._desk
-        return desk.tick.real and not self._flags.paused and decision_due(state, desk.tick.when_ms, desk.rules)
+        run_state = self._run_state
+        return (
+            run_state.tick.real
+            and not self._flags.paused
+            and decision_due(state, run_state.tick.when_ms, run_state.rules)
+        )
 
     async def _decide(self, state: Flat) -> tuple[Event, ...]:
         """Ask the strategy, check its answer, ask the risk profiles about it, and act on it."""
-        desk, signal, rejected = self._desk, None, tuple[Event, ...]()
+        run_state, signal, rejected = self._run_state, None, tuple[Event, ...]()
         try:
             self.decisions.called += 1
             signal = await self._ask()
@@ -211,7 +215,7 @@ class Minute:
             if self._flags.stopping:
                 signal = None
             if signal is not None:
-                check_signal(signal, self._identity, desk.tick.price, desk.tick.when_ms, self._settings)
+                check_signal(signal, self._identity, run_state.tick.price, run_state.tick.when_ms, self._settings)
                 rejected = await self.refusal(signal)
         except Exception as error:
             await self._watcher.failed("get_signal", error)
@@ -219,7 +223,7 @@ class Minute:
                 return ()  # what was away may be back at the next minute
             # The slot is used up all the same: what raises would raise again at every minute.
             signal = None
-        admitted = await desk.apply(partial(self._admitted, None if rejected else signal))
+        admitted = await run_state.apply(partial(self._admitted, None if rejected else signal))
         if signal is not None and not rejected and not admitted and signal.id == state.last_signal_id:
             self.decisions.repeated += 1
         return (*rejected, *admitted)
@@ -227,13 +231,13 @@ class Minute:
     def _admitted(self, signal: Signal | None, state: State) -> tuple[State, tuple[Event, ...]]:
         if not isinstance(state, Flat):
             return state, ()
-        return admit(state, signal, self._desk.tick, self._desk.rules)
+        return admit(state, signal, self._run_state.tick, self._run_state.rules)
 
     async def refusal(self, signal: Signal) -> tuple[Event, ...]:
         """What to tell if a risk profile refuses the signal; nothing if all allow it."""
         if self._seat is None:
             return ()
-        tick = self._desk.tick
+        tick = self._run_state.tick
         refusal = await self._seat.refusal(signal, tick.price, tick.when_ms)
         if refusal is None:
             return ()
@@ -308,7 +312,8 @@ class Minute:
 
     def _place(self, what: str) -> str:
         identity = self._identity
-        return f"{what} of strategy {identity.strategy_name!r} for {identity.symbol} at {iso(self._desk.tick.when_ms)}"
+        when = iso(self._run_state.tick.when_ms)
+        return f"{what} of strategy {identity.strategy_name!r} for {identity.symbol} at {when}"
 
 
 def as_signal(entry: RestingEntry) -> Signal:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from backtest_kit.persist.diagnosis import Reading, Status
+from backtest_kit.persist.upkeep import Reading, Status
 
 _log = logging.getLogger("backtest_kit")
 
@@ -49,7 +49,7 @@ class Services:
                         await service.stop()
 
 
-class Fitness:
+class StoreCheck:
     """Whether live positions may be trusted to the stores: asked by the first run, and valid for those beside it."""
 
     def __init__(self, judge: Callable[[], Awaitable[Sequence[Reading]]]) -> None:

@@ -18,9 +18,9 @@ from backtest_kit.errors import BacktestKitError
 from backtest_kit.persist.backends.file_paths import MARKER, OWN_DIRECTORY
 from backtest_kit.persist.backends.file_root import Root, is_part_of_store
 from backtest_kit.persist.codec import SCHEMA_VERSION
-from backtest_kit.persist.diagnosis import Reading, Status
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.locks import try_lock, unlock
+from backtest_kit.persist.upkeep import Reading, Status
 
 LOCK_PATIENCE_SECONDS: Final = 2.0
 MOUNTS: Final = Path("/proc/self/mountinfo")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Final
 
 from backtest_kit.errors import UserError
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.keys import check_key
-from backtest_kit.persist.store import ANY, Capability, Key, Record, SeriesKey, Write, check_limit
+from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, Record, SeriesKey, Store, Write, check_limit
 from backtest_kit.persist.writing import decide
 
 
-class DummyCandleStore:
+class DummyCandleStore(CandleStore):
     """Never has a candle: whoever asks fetches again."""
 
     async def read(self, series: SeriesKey, start_ms: int, stop_ms: int) -> CandleSeries:
@@ -23,19 +23,13 @@ class DummyCandleStore:
         return 0
 
 
-class DummyStore:
+class DummyStore(Store):
     """For runs whose records nobody will read. Promises nothing, and refuses whatever needs a promise."""
 
     capabilities: Final[frozenset[Capability]] = frozenset()
 
     def __init__(self) -> None:
         self.candles = DummyCandleStore()
-
-    async def open(self) -> None:
-        """There is nothing to open."""
-
-    async def close(self) -> None:
-        """There is nothing to close."""
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
         check_key(contract, key)
@@ -46,12 +40,6 @@ class DummyStore:
         if write.expect != ANY:
             raise UserError(f"a dummy store does not support compare-and-set: {write.contract.name} needs another one")
         return decide(write, None)[0]
-
-    async def batch(self, writes: Sequence[Write]) -> None:
-        if len(writes) > 1:
-            raise UserError("a dummy store does not support atomic batches: bind another store")
-        for write in writes:
-            await self.put(write)
 
     async def scan(
         self,
@@ -68,5 +56,5 @@ class DummyStore:
         for record in nothing:
             yield record
 
-    def within(self, namespace: str) -> DummyStore:
+    def namespace(self, name: str) -> DummyStore:
         return self

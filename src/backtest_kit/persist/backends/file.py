@@ -17,12 +17,17 @@ from backtest_kit.persist.backends.file_paths import record_path
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import Contract, Kind
-from backtest_kit.persist.diagnosis import SAMPLES, Reading
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, unescape
-from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import CandleStore, Capability, Key, Record, Write, check_limit
-from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
+from backtest_kit.persist.store import Capability, Key, Record, Store, Write, check_limit
+from backtest_kit.persist.upkeep import (
+    SAMPLES,
+    Finding,
+    Quarantined,
+    Reading,
+    require_namespace,
+    require_prunable,
+)
 from backtest_kit.persist.writing import check_batch
 
 _T = TypeVar("_T")
@@ -31,15 +36,14 @@ _FIRST_CHUNK: Final = 32
 _LARGEST_CHUNK: Final = 1024
 
 
-class FileStore:
+class FileStore(Store):
     """Records under `root`, which several processes may have open at once.
 
     With `existing` it is opened to look at it: it has to be a store, nothing is made or swept in it, and it
     may be read-only. `disk` is where tests put one that fails.
     """
 
-    capabilities: frozenset[Capability] = frozenset(Capability)
-    candles: CandleStore
+    capabilities = frozenset(Capability)
 
     def __init__(
         self, root: str | os.PathLike[str] = "dump", *, disk: Disk | None = None, existing: bool = False
@@ -50,13 +54,13 @@ class FileStore:
         self._prefix = ""
         self.candles = self._make_candles()
 
-    def within(self, namespace: str) -> FileStore:
-        if not namespace:
+    def namespace(self, name: str) -> FileStore:
+        if not name:
             return self
         store = FileStore.__new__(FileStore)
         store.root, store._committer, store._parent = self.root, self._committer, self
         # No contract begins with @, so no record of a namespace lies where one of its parent would.
-        store._prefix = f"{self._prefix}@{escape(namespace, 'namespace')}/"
+        store._prefix = f"{self._prefix}@{escape(name, 'namespace')}/"
         store.candles = store._make_candles()
         return store
 
@@ -68,7 +72,6 @@ class FileStore:
             await asyncio.to_thread(self._committer.close)
 
     async def examine(self, *, samples: int = SAMPLES) -> list[Reading]:
-        """As `Examined.examine`."""
         return await asyncio.to_thread(disk_diagnosis.examine_root, self.root, samples)
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
@@ -79,7 +82,6 @@ class FileStore:
         return _told(await self._submit([[write]]))[0]
 
     async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
-        """As `PutsEach.put_each`."""
         done = await self._submit([[write] for write in writes])
         return [request.error or request.records[0] for request in done]
 
@@ -120,7 +122,6 @@ class FileStore:
             size = min(2 * size, _LARGEST_CHUNK)
 
     async def identity(self) -> str:
-        """As `Identified.identity`."""
         return f"file:{await asyncio.to_thread(os.path.realpath, self.root.path)}/{self._prefix}"
 
     async def namespaces(self) -> list[tuple[str, ...]]:

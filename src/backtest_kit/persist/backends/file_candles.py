@@ -30,7 +30,7 @@ from backtest_kit.persist.files import Disk, absolute_root, disk_error
 from backtest_kit.persist.keys import check_key, path_of, unescape
 from backtest_kit.persist.locks import LockSet
 from backtest_kit.persist.quarantine import Quarantine
-from backtest_kit.persist.store import SeriesKey
+from backtest_kit.persist.store import CandleStore, SeriesKey
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,7 +46,7 @@ _KEPT_MONTHS: Final = 256
 _Signature = tuple[int, int, int]
 
 
-class FileCandleStore:
+class FileCandleStore(CandleStore):
     """Candles in the directory `prefix` of `root`. Safe for any number of tasks, threads and processes at once."""
 
     def __init__(

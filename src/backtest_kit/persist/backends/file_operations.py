@@ -25,9 +25,9 @@ from backtest_kit.persist.codec import dump_record, open_envelope, parse, reseal
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
 from backtest_kit.persist.files import STALE_TEMP_SECONDS, TEMP_NAME, disk_error
 from backtest_kit.persist.journal import written_lines
-from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE, Quarantined
+from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE
 from backtest_kit.persist.store import Key, Record
-from backtest_kit.persist.upkeep import Finding
+from backtest_kit.persist.upkeep import Finding, Quarantined
 
 _REPORTS: Final = ("backtest", "walker")
 """Directories of reports, which runs write beside the records of the default root."""

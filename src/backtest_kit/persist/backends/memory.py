@@ -10,12 +10,23 @@ import numpy as np
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.keys import check_key
-from backtest_kit.persist.store import Capability, Key, KeyPart, Plain, Record, SeriesKey, Write, check_limit
+from backtest_kit.persist.store import (
+    CandleStore,
+    Capability,
+    Key,
+    KeyPart,
+    Plain,
+    Record,
+    SeriesKey,
+    Store,
+    Write,
+    check_limit,
+)
 from backtest_kit.persist.upkeep import require_namespace, require_prunable
 from backtest_kit.persist.writing import check_batch, decide
 
 
-class MemoryCandleStore:
+class MemoryCandleStore(CandleStore):
     """Candles in one sorted series per market and interval."""
 
     def __init__(self) -> None:
@@ -76,24 +87,16 @@ class _Table:
         return (key for key in (reversed(keys) if newest_first else iter(keys)) if key[:width] == prefix)
 
 
-class MemoryStore:
+class MemoryStore(Store):
     """Nothing outlives the object; what was written cannot be changed from outside."""
 
-    capabilities: frozenset[Capability] = frozenset(
-        (Capability.COMPARE_AND_SET, Capability.ATOMIC_BATCH, Capability.ORDERED_SCAN),
-    )
+    capabilities = frozenset(Capability) - {Capability.DURABLE, Capability.SHARED, Capability.QUARANTINE}
 
     def __init__(self) -> None:
         self.candles = MemoryCandleStore()
         self._tables: dict[str, _Table] = {}
         self._namespaces: dict[str, MemoryStore] = {}
         self._inside = False
-
-    async def open(self) -> None:
-        """There is nothing to open."""
-
-    async def close(self) -> None:
-        """There is nothing to let go of: the records stay for as long as the object does."""
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
         record = self._table(contract).records.get(check_key(contract, key))
@@ -132,10 +135,10 @@ class MemoryStore:
         for record in list(islice(wanted, limit)):
             yield _copy_record(record)
 
-    def within(self, namespace: str) -> MemoryStore:
-        if not namespace:
+    def namespace(self, name: str) -> MemoryStore:
+        if not name:
             return self
-        space = self._namespaces.setdefault(namespace, MemoryStore())
+        space = self._namespaces.setdefault(name, MemoryStore())
         space._inside = True
         return space
 

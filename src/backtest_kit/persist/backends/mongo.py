@@ -44,11 +44,16 @@ from backtest_kit.persist.backends.mongo_writing import Putting, PuttingMany, tu
 from backtest_kit.persist.candle_cache import CandleCache
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.crashpoints import crashpoint
-from backtest_kit.persist.diagnosis import SAMPLES, Reading
 from backtest_kit.persist.keys import check_key, escape, unescape
-from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import Capability, Key, Record, Write, check_limit
-from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
+from backtest_kit.persist.store import Capability, Key, Record, Store, Write, check_limit
+from backtest_kit.persist.upkeep import (
+    SAMPLES,
+    Finding,
+    Quarantined,
+    Reading,
+    require_namespace,
+    require_prunable,
+)
 from backtest_kit.persist.urls import import_backend
 from backtest_kit.persist.writing import check_batch
 
@@ -56,7 +61,7 @@ _CHUNK: Final = 256
 """Documents that a listing reads at a time."""
 
 
-class MongoStore:
+class MongoStore(Store):
     """The database at `url`, such as `mongodb://localhost:27017/backtest-kit`. Making the object dials nothing.
 
     Every event loop that uses it has connections of its own, and so has a fork; `close` ends those of the
@@ -116,7 +121,6 @@ class MongoStore:
             await self.leave_loop()
 
     async def leave_loop(self) -> None:
-        """As `LeavesLoops.leave_loop`."""
         link = self._links.leave()
         if link is None:
             return
@@ -140,7 +144,6 @@ class MongoStore:
         return await link.finish(self._put(link, change))
 
     async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
-        """As `PutsEach.put_each`."""
         done: dict[int, Record | BaseException] = {}
         left: list[tuple[int, Change]] = []
         for place, write in enumerate(writes):
@@ -200,12 +203,12 @@ class MongoStore:
                 if record is not None and (include_removed or not record.removed):
                     yield record
 
-    def within(self, namespace: str) -> MongoStore:
-        if not namespace:
+    def namespace(self, name: str) -> MongoStore:
+        if not name:
             return self
         inner = MongoStore.__new__(MongoStore)
         inner._links, inner._existing, inner._cached = self._links, self._existing, self._cached
-        inner._namespace = "/".join(filter(None, (self._namespace, escape(namespace, "namespace"))))
+        inner._namespace = "/".join(filter(None, (self._namespace, escape(name, "namespace"))))
         inner.candles = MongoCandleStore(inner._opened, inner._namespace, inner._cached)
         return inner
 
@@ -218,16 +221,16 @@ class MongoStore:
         return [tuple(str(unescape(part, "namespace") or part) for part in name.split("/")) for name in sorted(found)]
 
     async def identity(self) -> str | None:
-        """As `Identified.identity`, without opening the store."""
+        """Without opening the store."""
         identity = await mongo_schema.identity(self._links.here())
         return identity and f"{identity}/{self._namespace}"
 
     async def check(self, *, deep: bool = False) -> list[Finding]:
-        """As `Upkeep.check`; `deep` reads every candle as well. What MongoDB itself has stored is its own to verify."""
+        """As `Store.check`; `deep` reads every candle as well. What MongoDB itself has stored is its own to verify."""
         return await mongo_damage.check(await self._opened(), deep=deep)
 
     async def examine(self, *, samples: int = SAMPLES) -> list[Reading]:
-        """As `Examined.examine`: both servers, without opening the store."""
+        """As `Store.examine`: both servers, without opening the store."""
         link = self._links.here()
         readings = await mongo_diagnosis.examine_mongo(link, samples)
         redis_diagnosis = import_backend("backtest_kit.persist.backends.redis_diagnosis")

@@ -22,7 +22,7 @@ from backtest_kit.persist.backends.mongo_errors import is_duplicate
 from backtest_kit.persist.candle_cache import CandleCache
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.crashpoints import crashpoint
-from backtest_kit.persist.store import SeriesKey
+from backtest_kit.persist.store import CandleStore, SeriesKey
 
 _CHUNK: Final = 2_000
 """Candles in one request: enough to forget the way to the server, few enough to leave the loop to others."""
@@ -49,7 +49,7 @@ _ROW: Final = np.dtype(
 Opened = Callable[[], Any]
 
 
-class MongoCandleStore:
+class MongoCandleStore(CandleStore):
     """The candles of one namespace."""
 
     def __init__(self, opened: Opened, namespace: str, cache: CandleCache) -> None:

@@ -20,9 +20,8 @@ from backtest_kit.persist.candle_cache import CandleCache
 from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.keys import check_key, path_of
-from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Record
-from backtest_kit.persist.upkeep import Finding
+from backtest_kit.persist.upkeep import Finding, Quarantined
 from backtest_kit.persist.writing import now_ms
 
 _EVER: Final = (-(2**62), 2**62)

@@ -25,7 +25,8 @@ from backtest_kit.persist.backends.mongo_schema import (
     shown_fields,
 )
 from backtest_kit.persist.contracts import Contract, Durability
-from backtest_kit.persist.diagnosis import Reading, Status, median_ms
+from backtest_kit.persist.diagnosis import median_ms
+from backtest_kit.persist.upkeep import Reading, Status
 
 CLOCKS_APART_MS: Final = 1_000
 _FULL_BYTES: Final = 64 << 20

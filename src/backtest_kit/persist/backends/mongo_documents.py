@@ -53,7 +53,7 @@ class Change(NamedTuple):
     @property
     def may_change_it(self) -> bool:
         """Whether the write can do anything: not where the first one wins and there was one before."""
-        return self.contract.write_rule is not WriteRule.FIRST_WINS or isinstance(self.write.expect, str)
+        return self.contract.write_rule is WriteRule.REPLACE or isinstance(self.write.expect, str)
 
 
 class Planned(NamedTuple):
@@ -99,7 +99,7 @@ def matching(name: Document, expect: Expect) -> Document:
 
 def expectation(write: Write) -> Expect:
     """What the filter of a write asks for. Where the first write wins, any other meets what is there."""
-    return ABSENT if write.contract.write_rule is WriteRule.FIRST_WINS else write.expect
+    return write.expect if write.contract.write_rule is WriteRule.REPLACE else ABSENT
 
 
 def update_of(change: Change, writer: str, tick: int) -> Document:

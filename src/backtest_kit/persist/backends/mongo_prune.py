@@ -23,7 +23,7 @@ _MANY: Final = 5_000
 
 
 async def prune(link: Link, namespace: str, contract: Contract, revisions: Mapping[Key, int]) -> int:
-    """As `Prunes.prune`, in one namespace. What two prune at once, both count."""
+    """As `Store.prune`, in one namespace. What two prune at once, both count."""
     doomed = [(name_of(namespace, contract, check_key(contract, key)), revision) for key, revision in revisions.items()]
     pruned = 0
     for start in range(0, len(doomed), _CHUNK):

@@ -11,7 +11,8 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from backtest_kit.persist.backends.mongo_diagnosis import clock_reading
 from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
 from backtest_kit.persist.backends.redis_ids import IdCache
-from backtest_kit.persist.diagnosis import Reading, Status, median_ms
+from backtest_kit.persist.diagnosis import median_ms
+from backtest_kit.persist.upkeep import Reading, Status
 
 _SCAN_SECONDS: Final = 3.0
 _WEIGHED: Final = 50

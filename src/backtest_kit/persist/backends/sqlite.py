@@ -16,18 +16,24 @@ from backtest_kit.persist.backends.sqlite_rows import CHUNK, Change, Name, Suspe
 from backtest_kit.persist.backends.sqlite_threads import Database
 from backtest_kit.persist.codec import NewerSchema, dump_value
 from backtest_kit.persist.contracts import Contract, Durability
-from backtest_kit.persist.diagnosis import SAMPLES, Reading, Status
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape, path_of, unescape
-from backtest_kit.persist.quarantine import Quarantined
-from backtest_kit.persist.store import Capability, Key, Record, Write, check_limit
-from backtest_kit.persist.upkeep import Finding, require_namespace, require_prunable
+from backtest_kit.persist.store import Capability, Key, Record, Store, Write, check_limit
+from backtest_kit.persist.upkeep import (
+    SAMPLES,
+    Finding,
+    Quarantined,
+    Reading,
+    Status,
+    require_namespace,
+    require_prunable,
+)
 from backtest_kit.persist.writing import check_batch
 
 T = TypeVar("T")
 
 
-class SqliteStore:
+class SqliteStore(Store):
     """The database at `path`, made at the first use.
 
     With `existing` it is opened to look at it: it has to be a store, nothing is made in it, and it may be
@@ -67,7 +73,6 @@ class SqliteStore:
         return record
 
     async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
-        """As `PutsEach.put_each`."""
         changes, durable = self._changes(writes)
         try:
             done = await self._database.write(partial(sqlite_rows.apply_each, changes), durable=durable)
@@ -111,18 +116,17 @@ class SqliteStore:
                 if include_removed or not found.removed:
                     yield found
 
-    def within(self, namespace: str) -> SqliteStore:
-        if not namespace:
+    def namespace(self, name: str) -> SqliteStore:
+        if not name:
             return self
         inner = SqliteStore.__new__(SqliteStore)
         inner._database = self._database
-        inner._namespace = f"{self._namespace}{escape(namespace, 'namespace')}/"
+        inner._namespace = f"{self._namespace}{escape(name, 'namespace')}/"
         inner._files = self._files
         inner.candles = self._files.store(inner._namespace)
         return inner
 
     async def identity(self) -> str:
-        """As `Identified.identity`."""
         return f"sqlite:{await asyncio.to_thread(self.path.resolve)}/{self._namespace}"
 
     async def namespaces(self) -> list[tuple[str, ...]]:
@@ -170,11 +174,9 @@ class SqliteStore:
         return sorted(found, key=lambda finding: finding.path)
 
     async def accept_loss(self) -> str | None:
-        """As `AcceptsLoss.accept_loss`."""
         return await asyncio.to_thread(self._database.accept_loss)
 
     async def examine(self, *, samples: int = SAMPLES) -> list[Reading]:
-        """As `Examined.examine`."""
         readings = await asyncio.to_thread(sqlite_diagnosis.examine_file, self.path, samples)
         if {Status.FAULT, Status.NEW} & {reading.status for reading in readings}:
             return readings

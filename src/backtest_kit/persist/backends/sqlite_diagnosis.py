@@ -14,8 +14,8 @@ from backtest_kit.persist.backends.disk_diagnosis import (
     examine_permissions,
     user,
 )
-from backtest_kit.persist.diagnosis import Reading, Status
 from backtest_kit.persist.files import Disk
+from backtest_kit.persist.upkeep import Reading, Status
 
 
 def examine_file(path: Path, samples: int) -> list[Reading]:

@@ -20,9 +20,8 @@ from backtest_kit.errors import BacktestKitError, Damaged, UserError
 from backtest_kit.persist.codec import dump_record, reseal, seal, seal_text, unseal, unseal_head
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Durability, WriteRule
 from backtest_kit.persist.keys import check_key, path_of
-from backtest_kit.persist.quarantine import Quarantined
 from backtest_kit.persist.store import Key, Record, Write
-from backtest_kit.persist.upkeep import Finding
+from backtest_kit.persist.upkeep import Finding, Quarantined
 from backtest_kit.persist.writing import decide, now_ms
 
 CHUNK: Final = 256
@@ -232,7 +231,7 @@ def apply(changes: Sequence[Change], connection: sqlite3.Connection) -> list[Rec
     """Judge every write before the first is done, so that a refused one has changed nothing."""
     records, rows = [], []
     for write, name, value in changes:
-        first_wins = write.contract.write_rule is WriteRule.FIRST_WINS
+        first_wins = write.contract.write_rule is not WriteRule.REPLACE
         current = read(write.contract, name, write.key, connection, unseal if first_wins else unseal_head)
         if isinstance(current, Suspect):
             return current
@@ -355,7 +354,7 @@ def _find_in_quarantine(path: str, connection: sqlite3.Connection) -> tuple[Name
 
 
 def restore(path: str, connection: sqlite3.Connection) -> Record:
-    """As `Upkeep.restore`. Where an index or the name in the row was the damage, that is mended as well."""
+    """As `Store.restore`. Where an index or the name in the row was the damage, that is mended as well."""
     name, _ = _find_in_quarantine(path, connection)
     contract = ALL_CONTRACTS[name[1]]
     number, _ = _find(name, connection)
@@ -376,7 +375,7 @@ def restore(path: str, connection: sqlite3.Connection) -> Record:
 
 
 def drop(path: str, connection: sqlite3.Connection) -> Quarantined:
-    """As `Upkeep.drop`."""
+    """As `Store.drop`."""
     name, item = _find_in_quarantine(path, connection)
     number, _ = _find(name, connection)
     connection.execute("REINDEX records")

@@ -371,7 +371,7 @@ class Database:
             connection.close()
 
     def accept_loss(self) -> str | None:
-        """As `AcceptsLoss.accept_loss`: the database gets a new identity, of which no mark knows anything. Blocks."""
+        """As `Store.accept_loss`: the database gets a new identity, of which no mark knows anything. Blocks."""
         lost = self.loss()
         if lost is None:
             return None

@@ -13,8 +13,16 @@ from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Record, Store, Write
-from backtest_kit.persist.testing.harness import MEMORY, Harness, each_contract, has, memory_write, names, sample_key
-from backtest_kit.persist.writing import put_each
+from backtest_kit.persist.testing.harness import (
+    MEMORY,
+    Harness,
+    each,
+    each_contract,
+    has,
+    memory_write,
+    names,
+    sample_key,
+)
 
 SIGNAL, LOG = CONTRACTS["signal"], CONTRACTS["log"]
 KEY = sample_key(SIGNAL)
@@ -75,16 +83,16 @@ class ChangeCases(Harness):
             rev = (await store.put(Write(SIGNAL, KEY, number, expect=rev))).rev
             assert rev == number + 1
 
-    @pytest.mark.parametrize("expect", [0, 1, 3, 99], ids=["zero", "older", "newer", "far"])
-    async def test_wrong_revision_changes_nothing(self, store: Store, expect: int) -> None:
+    async def test_wrong_revision_changes_nothing(self, store: Store) -> None:
         if await self.refuses_expectations(store):
             return
         await store.put(Write(SIGNAL, KEY, "first"))
         await store.put(Write(SIGNAL, KEY, "second"))
         before = await store.get(SIGNAL, KEY)
-        with pytest.raises(Conflict):
-            await store.put(Write(SIGNAL, KEY, "third", expect=expect))
-        assert await store.get(SIGNAL, KEY) == before
+        for expect in (0, 1, 3, 99):
+            with pytest.raises(Conflict):
+                await store.put(Write(SIGNAL, KEY, "third", expect=expect))
+            assert await store.get(SIGNAL, KEY) == before, expect
 
     async def test_revision_of_an_absent_record_is_a_conflict(self, store: Store) -> None:
         if await self.refuses_expectations(store):
@@ -183,7 +191,7 @@ class ChangeCases(Harness):
                 row = chance.choice(rows)
                 key = sample_key(row, str(chance.randrange(1 + count // 4)))
                 writes.append(Write(row, key, number, when=number, expect=chance.choice(expectations)))
-            for made, due in zip(await put_each(store, writes), await put_each(model, writes), strict=True):
+            for made, due in zip(await store.put_each(writes), await model.put_each(writes), strict=True):
                 if not isinstance(made, Record) or not isinstance(due, Record):
                     assert type(made) is type(due), made
                 else:
@@ -224,14 +232,13 @@ class ChangeCases(Harness):
         assert b is not None
         assert (a.removed, a.rev, b.value, b.rev) == (True, 2, 3, 2)
 
-    @pytest.mark.parametrize("bad", range(3), ids=["first", "middle", "last"])
+    @each("bad", {"first": 0, "middle": 1, "last": 2})
     async def test_batch_with_one_conflict_changes_nothing(self, store: Store, bad: int) -> None:
         if await self.refuses_batches(store) or await self.refuses_expectations(store):
             return
-        await store.put(memory_write("0", "before"))
-        writes = [
-            Write(MEMORY, ("signal-1", "notes", str(n)), "after", expect=99 if n == bad else "any") for n in (0, 1, 2)
-        ]
+        keys = [(f"signal-{bad}", "notes", str(number)) for number in range(3)]
+        await store.put(Write(MEMORY, keys[0], "before"))
+        writes = [Write(MEMORY, key, "after", expect=99 if number == bad else ANY) for number, key in enumerate(keys)]
         with pytest.raises(Conflict):
             await store.batch(writes)
         found = [await store.get(MEMORY, write.key) for write in writes]

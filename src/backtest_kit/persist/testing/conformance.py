@@ -9,11 +9,12 @@ from backtest_kit.persist.testing.look_ahead_cases import LookAheadCases
 from backtest_kit.persist.testing.prune_cases import PruneCases
 from backtest_kit.persist.testing.record_cases import RecordCases
 from backtest_kit.persist.testing.scan_cases import ScanCases
+from backtest_kit.persist.testing.upkeep_cases import UpkeepCases
 from backtest_kit.persist.testing.value_cases import ValueCases
 
 
 class StoreConformance(
-    RecordCases, ValueCases, ChangeCases, ScanCases, PruneCases, LifeCases, CandleCases, LookAheadCases
+    RecordCases, ValueCases, ChangeCases, ScanCases, PruneCases, UpkeepCases, LifeCases, CandleCases, LookAheadCases
 ):
     """Subclass it in a pytest file, say how a store is made, and get the whole suite.
 

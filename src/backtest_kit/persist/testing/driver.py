@@ -31,8 +31,7 @@ from backtest_kit.errors import BacktestKitError
 from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.persist import crashpoints
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Kind, WriteRule
-from backtest_kit.persist.store import Key, Record, SeriesKey, Store, Write
-from backtest_kit.persist.upkeep import Prunes
+from backtest_kit.persist.store import Capability, Key, Record, SeriesKey, Store, Write
 from backtest_kit.persist.urls import store_at
 
 WRITERS: Final = 4
@@ -95,7 +94,7 @@ class Ledger:
 
 def key_of(row: Contract, writer: int, version: int) -> Key:
     """The key of a writer; where the first write wins, every version has its own."""
-    last = f"w{writer}-{version}" if row.write_rule is WriteRule.FIRST_WINS else f"w{writer}"
+    last = f"w{writer}" if row.write_rule is WriteRule.REPLACE else f"w{writer}-{version}"
     return tuple(writer % 2 == 0 if field == "backtest" else last for field in row.key_fields)
 
 
@@ -172,7 +171,7 @@ class Child:
         keys = [(*key_of(row, 0, version)[:-1], f"{_FORGOTTEN}-{version}-{number}") for number in range(3)]
         for key in keys:
             await self._store.put(Write(row, key, "soon forgotten"))
-        if isinstance(self._store, Prunes):
+        if Capability.PRUNING in self._store.capabilities:
             await self._store.prune(row, dict.fromkeys(keys, 1))
 
     async def write(self, rows: list[Contract], writer: int, version: int) -> None:

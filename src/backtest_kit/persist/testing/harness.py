@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+import functools
+import inspect
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import pytest_asyncio
@@ -18,7 +20,36 @@ RECORDS = tuple(row for row in CONTRACTS.values() if row.kind is not Kind.SERIES
 MEMORY = CONTRACTS["memory"]
 """The contract of the cases for which any would do: three text components, replaced, removed softly."""
 
-each_contract = pytest.mark.parametrize("contract", RECORDS, ids=lambda row: row.name)
+Case = Callable[..., Coroutine[Any, Any, None]]
+
+
+def each(argument: str, values: Mapping[str, Any]) -> Callable[[Case], Case]:
+    """Run a case once for each of `values`, over one store and as one test; a failure names the value.
+
+    A test per value would spend most of its time on opening stores. The case must therefore leave
+    nothing behind that it trips over with the next value.
+    """
+
+    def over_values(case: Case) -> Case:
+        @functools.wraps(case)
+        async def whole(self: Harness, **fixtures: Any) -> None:
+            for name, value in values.items():
+                try:
+                    await case(self, **fixtures, **{argument: value})
+                except BaseException as error:  # the outcomes of pytest are no Exceptions
+                    error.add_note(f"with {argument} {name!r}")
+                    raise
+
+        signature = inspect.signature(case)
+        asked = [each for each in signature.parameters.values() if each.name != argument]
+        whole.__signature__ = signature.replace(parameters=asked)  # type: ignore[attr-defined]
+        return whole
+
+    return over_values
+
+
+each_contract = each("contract", {row.name: row for row in RECORDS})
+either_order = each("newest_first", {"oldest first": False, "newest first": True})
 
 
 class Harness:
@@ -77,11 +108,11 @@ def sample_part(field: str, tail: str = "") -> KeyPart:
     return 1_640_995_200_000 if field == "timestamp" else f"{field.lower()}{tail}"
 
 
-def other_part(field: str) -> KeyPart:
+def other_part(field: str, tail: str) -> KeyPart:
     """A component that differs from that of `sample_key` as little as possible."""
     if field == "backtest":
         return False
-    return 1_640_995_260_000 if field == "timestamp" else f"{field.lower()}x"
+    return 1_640_995_260_000 if field == "timestamp" else f"{field.lower()}{tail}x"
 
 
 def memory_write(name: str, value: Plain = None, *, removed: bool = False, when: int | None = None) -> Write:

@@ -14,6 +14,7 @@ from backtest_kit.persist.testing.harness import (
     MEMORY,
     Harness,
     collect,
+    each,
     each_contract,
     has,
     memory_write,
@@ -116,7 +117,7 @@ class LifeCases(Harness):
         await other.close()
 
     async def test_namespaces_are_apart(self, store: Store) -> None:
-        spaces = {name: store.within(name) for name in ("", "paper", "backtest-1", "backtest-2")}
+        spaces = {name: store.namespace(name) for name in ("", "paper", "backtest-1", "backtest-2")}
         assert spaces[""] is store
         for name, space in spaces.items():
             assert await space.get(SIGNAL, KEY) is None
@@ -125,17 +126,20 @@ class LifeCases(Harness):
         for name, space in spaces.items():
             if self.expect_kept(await value_of(space)):
                 assert await value_of(space) == name
-                assert await value_of(store.within(name)) == name
+                assert await value_of(store.namespace(name)) == name
                 if has(store, Capability.ORDERED_SCAN):
                     assert [record.value for record in await collect(space.scan(MEMORY))] == [name]
 
-    @pytest.mark.parametrize("name", ["..", "a/b", "signal", "PAPER", "paper", ".", "x" * 300, "\U0001f680", "a b"])
+    @each(
+        "name",
+        {name[:9]: name for name in ("..", "a/b", "signal", "PAPER", "paper", ".", "x" * 300, "\U0001f680", "a b")},
+    )
     async def test_namespace_may_have_any_name(self, place: Path, name: str) -> None:
         store = self.make_store(place)
         await store.put(Write(SIGNAL, KEY, "outside"))
-        await store.within(name).put(Write(SIGNAL, KEY, "inside"))
-        await store.within(name + "x").put(Write(SIGNAL, KEY, "beside"))
-        found = await value_of(store), await value_of(store.within(name)), await value_of(store.within(name + "x"))
+        await store.namespace(name).put(Write(SIGNAL, KEY, "inside"))
+        await store.namespace(name + "x").put(Write(SIGNAL, KEY, "beside"))
+        found = tuple([await value_of(store.namespace(each)) for each in ("", name, name + "x")])
         if self.expect_kept(any(found)):
             assert found == ("outside", "inside", "beside")
         await store.close()
@@ -146,7 +150,7 @@ class LifeCases(Harness):
         for path in paths:
             space: Store = store
             for name in path:
-                space = space.within(name)
+                space = space.namespace(name)
             spaces.append(space)
             await space.put(Write(SIGNAL, KEY, list(path)))
         for path, space in zip(paths, spaces, strict=True):
@@ -154,7 +158,7 @@ class LifeCases(Harness):
                 assert await value_of(space) == list(path)
 
     async def test_closing_a_namespace_leaves_its_parent_open(self, store: Store) -> None:
-        space = store.within("paper")
+        space = store.namespace("paper")
         await space.open()
         await space.put(Write(SIGNAL, KEY, "inside"))
         await store.put(Write(SIGNAL, KEY, "outside"))
@@ -162,4 +166,4 @@ class LifeCases(Harness):
         await space.close()
         if self.expect_kept(await value_of(store)):
             assert await value_of(store) == "outside"
-            assert await value_of(store.within("paper")) == "inside"
+            assert await value_of(store.namespace("paper")) == "inside"

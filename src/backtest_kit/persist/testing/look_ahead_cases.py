@@ -6,13 +6,11 @@ import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import pytest
-
 from backtest_kit.persist.adapters import ContractAdapter, snake
 from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.store import Capability, Store
-from backtest_kit.persist.testing.harness import Harness, each_contract, has, sample_part
+from backtest_kit.persist.testing.harness import Harness, each, each_contract, has, sample_part
 
 PYTHON_VALUES = {
     "infinity": math.inf,
@@ -48,7 +46,7 @@ class LookAheadCases(Harness):
             listed = [[value async for _, value in adapter.list(when=when)] for when in (now - step, now, None)]
             assert listed == [[], ["known"], ["known"]]
 
-    @pytest.mark.parametrize("value", PYTHON_VALUES.values(), ids=PYTHON_VALUES.keys())
+    @each("value", PYTHON_VALUES)
     async def test_python_value_comes_back(self, store: Store, value: object) -> None:
         persistence = Persistence()
         persistence.bind("state", store)

@@ -1,4 +1,4 @@
-"""Cases of forgetting. A store that is no `Prunes` has none of them to pass."""
+"""Cases of forgetting. A store without `Capability.PRUNING` refuses to."""
 
 from __future__ import annotations
 
@@ -22,16 +22,22 @@ from backtest_kit.persist.testing.harness import (
     put_all,
     sample_key,
 )
-from backtest_kit.persist.upkeep import ListsNamespaces, Prunes
 
 LOG = CONTRACTS["log"]
 PRUNABLE = [row for row in RECORDS if row.durability is not Durability.MONEY]
 
 
 class PruneCases(Harness):
+    async def test_forgetting_is_refused_unless_declared(self, store: Store) -> None:
+        if has(store, Capability.PRUNING):
+            return
+        for refused in (store.prune(LOG, {}), store.count(LOG), store.namespace("backtest-1").forget()):
+            with pytest.raises(UserError, match="does not support"):
+                await refused
+
     @each_contract
     async def test_what_is_forgotten_was_never_written(self, store: Store, contract: Contract) -> None:
-        if not isinstance(store, Prunes):
+        if not has(store, Capability.PRUNING):
             return
         old, kept = sample_key(contract, "-1"), sample_key(contract, "-2")
         await put_all(store, [Write(contract, old, 1), Write(contract, kept, 2)])
@@ -50,7 +56,7 @@ class PruneCases(Harness):
 
     @each_contract
     async def test_what_was_written_since_stays(self, store: Store, contract: Contract) -> None:
-        if not isinstance(store, Prunes) or contract not in PRUNABLE or contract is LOG:
+        if not has(store, Capability.PRUNING) or contract not in PRUNABLE or contract is LOG:
             return
         key = sample_key(contract)
         await put_all(store, [Write(contract, key, 1), Write(contract, key, 2)])
@@ -62,7 +68,7 @@ class PruneCases(Harness):
         assert await store.get(contract, key) is None
 
     async def test_forgetting_part_after_part_keeps_the_order_of_the_rest(self, place: Path, store: Store) -> None:
-        if not isinstance(store, Prunes):
+        if not has(store, Capability.PRUNING):
             return
         for number in range(40):
             await store.put(Write(LOG, (f"line {number:02d}",), number))
@@ -80,7 +86,7 @@ class PruneCases(Harness):
             await again.close()
 
     async def test_the_other_side_goes_on(self, place: Path, store: Store) -> None:
-        if not isinstance(store, Prunes) or not has(store, Capability.SHARED):
+        if not has(store, Capability.PRUNING) or not has(store, Capability.SHARED):
             return
         other, idle = self.make_store(place), self.make_store(place)
         assert await names(idle.scan(LOG)) == []  # it has looked, and looks again only after all of this
@@ -90,12 +96,10 @@ class PruneCases(Harness):
                 written.append(f"{turn}-{number}")
                 await (store, other)[number % 2].put(Write(LOG, (written[-1],), number))
             pruner = (store, other)[turn % 2]
-            assert isinstance(pruner, Prunes)
             assert await pruner.prune(LOG, {(name,): 1 for name in written[:7]}) == 7
             del written[:7]
             for side in (store, other):
                 assert await names(side.scan(LOG)) == written
-        assert isinstance(other, Prunes)
         assert await other.prune(LOG, {(name,): 1 for name in written}) == len(written)
         await idle.put(Write(LOG, ("last",), 1))
         for side in (store, other, idle):
@@ -104,7 +108,7 @@ class PruneCases(Harness):
         await idle.close()
 
     async def test_writers_go_on_meanwhile(self, store: Store) -> None:
-        if not isinstance(store, Prunes):
+        if not has(store, Capability.PRUNING):
             return
         await put_all(store, [memory_write(str(number), number) for number in range(50)])
         await put_all(store, [Write(LOG, (str(number),), number) for number in range(50)])
@@ -120,21 +124,20 @@ class PruneCases(Harness):
         assert len(left) == 90 - sum(filter(None, done))
 
     async def test_a_namespace_is_forgotten_with_those_in_it_and_nothing_else(self, store: Store) -> None:
-        if not isinstance(store, Prunes):
+        if not has(store, Capability.PRUNING):
             return
-        run, twin = store.within("backtest-1"), store.within("backtest-11")
-        for space in (store, run, twin, run.within("inner")):
+        run, twin = store.namespace("backtest-1"), store.namespace("backtest-11")
+        for space in (store, run, twin, run.namespace("inner")):
             await put_all(space, [Write(row, sample_key(row), "kept") for row in RECORDS])
-        assert isinstance(run, Prunes)
         await run.forget()
         for row in RECORDS:
             assert await run.get(row, sample_key(row)) is None
-            assert await run.within("inner").get(row, sample_key(row)) is None
+            assert await run.namespace("inner").get(row, sample_key(row)) is None
             for space in (store, twin):
                 found = await space.get(row, sample_key(row))
                 assert found is not None
                 assert found.rev == 1
-        if isinstance(store, ListsNamespaces):
+        if has(store, Capability.LISTING):
             assert await store.namespaces() == [("backtest-11",)]
         await run.forget()
         assert (await run.put(Write(MEMORY, sample_key(MEMORY), "anew"))).rev == 1

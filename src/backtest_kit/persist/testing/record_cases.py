@@ -14,6 +14,7 @@ from backtest_kit.persist.testing.harness import (
     MEMORY,
     RECORDS,
     Harness,
+    each,
     each_contract,
     has,
     names,
@@ -57,7 +58,19 @@ HOSTILE = {
     "underscores": "__",
 }
 
-FIELDS = [(row, field) for row in RECORDS for field in range(len(row.key_fields))]
+FIELDS = {
+    f"{row.key_fields[field]} of {row.name}": (row, field) for row in RECORDS for field in range(len(row.key_fields))
+}
+
+MISSHAPEN: dict[str, Key] = {
+    "none": (),
+    "one": ("a",),
+    "two": ("a", "b"),
+    "four": ("a", "b", "c", "d"),
+    "int": ("a", "b", 1),
+    "bool": ("a", True, "c"),
+    "surrogate": ("a", "b", "\ud800"),
+}
 
 
 class RecordCases(Harness):
@@ -90,7 +103,7 @@ class RecordCases(Harness):
         if not self.expect_kept(found):
             return
         assert found == returned
-        if contract.write_rule is WriteRule.FIRST_WINS:
+        if contract.write_rule is not WriteRule.REPLACE:
             assert (found.value, found.rev, found.when) == ("first", 1, 1)
         else:
             assert (found.value, found.rev, found.when) == ("second", 2, 2)
@@ -103,7 +116,7 @@ class RecordCases(Harness):
         removed = await store.get(contract, key)
         if not self.expect_kept(removed):
             return
-        kept = contract.write_rule is WriteRule.FIRST_WINS
+        kept = contract.write_rule is not WriteRule.REPLACE
         assert removed is not None
         assert (removed.removed, removed.rev) == ((False, 1) if kept else (True, 2))
         if has(store, Capability.ORDERED_SCAN):
@@ -112,12 +125,11 @@ class RecordCases(Harness):
         revived = await store.put(Write(contract, key, "back"))
         assert (revived.removed, revived.rev) == ((False, 1) if kept else (False, 3))
 
-    @pytest.mark.parametrize(
-        ("contract", "field"), FIELDS, ids=[f"{row.name}-{row.key_fields[field]}" for row, field in FIELDS]
-    )
-    async def test_records_are_apart_by_each_component(self, store: Store, contract: Contract, field: int) -> None:
-        key = sample_key(contract)
-        other: Key = (*key[:field], other_part(contract.key_fields[field]), *key[field + 1 :])
+    @each("component", FIELDS)
+    async def test_records_are_apart_by_each_component(self, store: Store, component: tuple[Contract, int]) -> None:
+        contract, field = component
+        key = sample_key(contract, f"-{field}")
+        other: Key = (*key[:field], other_part(contract.key_fields[field], f"-{field}"), *key[field + 1 :])
         await store.put(Write(contract, key, "one"))
         assert await store.get(contract, other) is None
         await store.put(Write(contract, other, "two"))
@@ -153,8 +165,8 @@ class RecordCases(Harness):
                 assert found is not None
                 assert found.value == row.name
 
-    @pytest.mark.parametrize("place_in_key", range(3), ids=["first", "middle", "last"])
-    @pytest.mark.parametrize("part", HOSTILE.values(), ids=HOSTILE.keys())
+    @each("place_in_key", {"first": 0, "middle": 1, "last": 2})
+    @each("part", HOSTILE)
     async def test_hostile_component_is_an_ordinary_key(self, store: Store, part: str, place_in_key: int) -> None:
         key = ["signal-1", "notes", "name"]
         key[place_in_key] = part
@@ -185,11 +197,7 @@ class RecordCases(Harness):
                 assert found is not None
                 assert found.value == number
 
-    @pytest.mark.parametrize(
-        "key",
-        [(), ("a",), ("a", "b"), ("a", "b", "c", "d"), ("a", "b", 1), ("a", True, "c"), ("a", "b", "\ud800")],
-        ids=["none", "one", "two", "four", "int", "bool", "surrogate"],
-    )
+    @each("key", MISSHAPEN)
     async def test_key_of_another_shape_is_refused(self, store: Store, key: Key) -> None:
         with pytest.raises(UserError):
             await store.get(MEMORY, key)

@@ -13,7 +13,9 @@ from backtest_kit.persist.testing.harness import (
     MEMORY,
     Harness,
     collect,
+    each,
     each_contract,
+    either_order,
     has,
     memory_write,
     names,
@@ -61,14 +63,15 @@ class ScanCases(Harness):
         assert await names(store.scan(MEMORY)) == ["c", "a", "b"]
         assert await names(store.scan(MEMORY, newest_first=True)) == ["b", "a", "c"]
 
-    @pytest.mark.parametrize("newest_first", [False, True], ids=["oldest first", "newest first"])
-    @pytest.mark.parametrize("limit", [0, 1, 3, 9, 10, 11, 1_000])
-    async def test_limit(self, store: Store, limit: int, newest_first: bool) -> None:
+    @either_order
+    async def test_limit(self, store: Store, newest_first: bool) -> None:
         if await self.refuses_scans(store):
             return
         await put_all(store, (memory_write(str(number)) for number in range(10)))
         order = [str(number) for number in range(10)][:: -1 if newest_first else 1]
-        assert await names(store.scan(MEMORY, limit=limit, newest_first=newest_first)) == order[:limit]
+        for limit in (0, 1, 3, 9, 10, 11, 1_000):
+            found = await names(store.scan(MEMORY, limit=limit, newest_first=newest_first))
+            assert found == order[:limit], limit
 
     async def test_a_limit_below_0_is_refused(self, store: Store) -> None:
         if await self.refuses_scans(store):
@@ -153,7 +156,7 @@ class ScanCases(Harness):
         assert [record.value for record in forward] == list(range(600))
         assert await collect(store.scan(MEMORY, newest_first=True)) == forward[::-1]
 
-    @pytest.mark.parametrize("newest_first", [False, True], ids=["oldest first", "newest first"])
+    @either_order
     async def test_writing_while_listing(self, store: Store, newest_first: bool) -> None:
         if await self.refuses_scans(store):
             return
@@ -178,7 +181,7 @@ class ScanCases(Harness):
         rest = await collect(listing)
         assert len(rest) <= 39
 
-    @pytest.mark.parametrize("contract", [MEMORY, STORAGE], ids=lambda row: row.name)
+    @each("contract", {row.name: row for row in (MEMORY, STORAGE)})
     async def test_every_listing_tells_of_damage(self, place: Path, contract: Contract) -> None:
         """And not only the one that finds it: a listing that lacks a record is no answer."""
         texts = ["first", "damaged", "last"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from backtest_kit.persist.store import Capability, Plain, Store, Write
-from backtest_kit.persist.testing.harness import MEMORY, Harness, collect, has, memory_write
+from backtest_kit.persist.testing.harness import MEMORY, Harness, collect, each, has, memory_write
 
 
 def nested(depth: int) -> Plain:
@@ -47,7 +45,7 @@ VALUES: dict[str, Plain] = {
 
 
 class ValueCases(Harness):
-    @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES.keys())
+    @each("value", VALUES)
     async def test_value_comes_back_equal_and_of_the_same_type(self, store: Store, value: Plain) -> None:
         await store.put(memory_write("name", value))
         found = await store.get(MEMORY, ("signal-1", "notes", "name"))
@@ -86,7 +84,7 @@ class ValueCases(Harness):
             (listed,) = await collect(store.scan(MEMORY))
             assert listed.value == {"levels": [1, 2]}
 
-    @pytest.mark.parametrize("when", [None, 0, 1, 1_640_995_200_000, 4_102_444_800_000, -1])
+    @each("when", {str(when): when for when in (None, 0, 1, 1_640_995_200_000, 4_102_444_800_000, -1)})
     async def test_simulation_time_comes_back(self, store: Store, when: int | None) -> None:
         await store.put(memory_write("name", 1, when=when))
         found = await store.get(MEMORY, ("signal-1", "notes", "name"))

@@ -1,0 +1,93 @@
+"""What goes wrong in a live run, as events for its listeners and as lines of the log."""
+
+from __future__ import annotations
+
+import logging
+
+from backtest_kit.broker.base import Order
+from backtest_kit.errors import BacktestKitError
+from backtest_kit.model.event import Event, OrderFailed, StoreDegraded, StoreRecovered, StrategyFailed
+from backtest_kit.run.run_state import RunState
+
+_log = logging.getLogger("backtest_kit")
+
+
+class Alarms:
+    """Tells of what went wrong at the minute of a run, with the next events of that run."""
+
+    def __init__(self, run_state: RunState) -> None:
+        self._run_state = run_state
+        self._identity = run_state.rules.identity
+        self._settings = run_state.rules.settings
+        self._silent = 0
+        """How often in a row the venue did not tell how an order stands."""
+
+    def order_failed(self, order: Order, reason: str, next_step: str, *, alarm: bool = False) -> None:
+        """An order did not go through, or nobody knows."""
+        self._tell(
+            OrderFailed(
+                identity=self._identity,
+                when_ms=self._run_state.tick.when_ms,
+                kind=order.kind,
+                client_order_id=order.client_order_id,
+                attempt=order.attempt,
+                reason=reason,
+                next_step=next_step,
+                alarm=alarm,
+            )
+        )
+
+    def venue_silent(self, order_id: str, error: Exception) -> None:
+        """The venue did not tell how an order, a position or an entry stands; too often is an alarm."""
+        self._silent += 1
+        self._tell(
+            OrderFailed(
+                identity=self._identity,
+                when_ms=self._run_state.tick.when_ms,
+                kind="check",
+                client_order_id=order_id,
+                attempt=self._silent - 1,
+                reason=words_of(error),
+                next_step="the venue is asked again at the next minute",
+                alarm=self._silent > self._settings.CC_ORDER_CHECK_RETRY_ATTEMPTS,
+            )
+        )
+
+    def venue_answered(self) -> None:
+        """The venue has told."""
+        self._silent = 0
+
+    def user_failed(self, what: str, error: Exception, *, tell: bool) -> None:
+        """Code of the user raised; without `tell` only the log has it."""
+        identity = self._identity
+        event = StrategyFailed(identity=identity, when_ms=self._run_state.tick.when_ms, what=what, error=error)
+        _log.error(
+            "%s of strategy %s for %s raised %s; the next minute goes on", what, identity.strategy_name,
+            identity.symbol, type(error).__name__, exc_info=error, extra={"event": event} if tell else None,
+        )  # fmt: skip
+        if tell:
+            self._run_state.events.append(event)
+
+    def store_changed(self, degraded: str, *, kept: bool) -> None:
+        """The store does not take writes, for the reason given, or does again where that is empty."""
+        identity, when_ms = self._identity, self._run_state.tick.when_ms
+        event: Event = StoreRecovered(identity=identity, when_ms=when_ms)
+        if degraded:
+            event = StoreDegraded(identity=identity, when_ms=when_ms, reason=degraded, kept=kept)
+            _log.error("nothing new is opened for %s: %s", identity.symbol, degraded, extra={"event": event})
+        else:
+            _log.warning("the store has everything of %s again", identity.symbol, extra={"event": event})
+        self._run_state.events.append(event)
+
+    def _tell(self, event: OrderFailed) -> None:
+        level = logging.ERROR if event.alarm else logging.WARNING
+        _log.log(
+            level, "%s %s: %s; %s", event.kind, event.client_order_id, event.reason, event.next_step,
+            extra={"event": event},
+        )  # fmt: skip
+        self._run_state.events.append(event)
+
+
+def words_of(error: Exception) -> str:
+    """An error in one line; of those that are not ours also the type."""
+    return str(error) if isinstance(error, BacktestKitError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,77 @@
+"""What of a live run goes into the records, and to the people who want to hear of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from backtest_kit.errors import BacktestKitError
+from backtest_kit.model.event import Event, Lasting
+from backtest_kit.records import RunRecords
+
+PATIENCE_S: Final = 5.0
+"""How long a minute waits for the store to take notes."""
+_MOST: Final = 1000
+"""Notes that wait for the store; beyond it the oldest are let go of."""
+
+RecordWriter = Callable[[Sequence[Event]], Awaitable[None]]
+"""Takes events that are written down into records of its own. Told again of what it may have had already."""
+
+_log = logging.getLogger("backtest_kit")
+
+
+class EventRecorder:
+    """Tells the records what happened. What the store does not take keeps nobody from trading, and people hear of
+    it all the same: the sinks get it at once, and the records with the next minute that they can be written."""
+
+    def __init__(self, records: RunRecords, observers: Sequence[RecordWriter]) -> None:
+        self._records = records
+        self._observers = observers
+        self._waiting: list[Event] = []
+        self._noting = asyncio.Lock()
+
+    async def take_in(self, events: Sequence[Event]) -> bool:
+        """Hand over what the books have in their outbox. False where somebody could not take it, and must be told
+        again, before or after a restart."""
+        if not await self._observed(events):
+            return False
+        for observer in self._observers:
+            try:
+                await observer(events)
+            except Exception:
+                _log.exception("%d events could not be taken into the records yet", len(events))
+                return False
+        return True
+
+    async def note(self, *events: Event) -> None:
+        """Hand over what no book keeps: refusals, failures, how a run begins and ends; and what waits of that."""
+        self._waiting += (event for event in events if not isinstance(event, Lasting))
+        del self._waiting[:-_MOST]
+        async with self._noting:
+            noted = {id(event): event for event in self._waiting}
+            if noted and await self._observed(tuple(noted.values())):
+                self._waiting = [event for event in self._waiting if id(event) not in noted]
+
+    async def begin(self) -> None:
+        """The run begins: sinks go on where they were, retention starts."""
+        await self._records.begin()
+
+    async def end(self) -> None:
+        """The run is over: write down what it has said."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await self._records.end()
+        except (BacktestKitError, TimeoutError) as error:
+            _log.warning("lines of the log wait for the store: %s", error)
+
+    async def _observed(self, events: Sequence[Event]) -> bool:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await self._records.observe(events)
+        except (BacktestKitError, TimeoutError) as error:
+            _log.warning("%d events could not be taken into the records yet: %s", len(events), error)
+            self._records.urge(events)
+            return False
+        return True

@@ -1,0 +1,68 @@
+"""What the other strategies of the store have on the exchange, whether their processes run or not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+from backtest_kit.engine.step import Flat, Holding
+from backtest_kit.persist.binding import Mode, Persistence
+from backtest_kit.persist.contracts import CONTRACTS, LEASE
+from backtest_kit.persist.lease import Sightings
+from backtest_kit.persist.store import Key
+from backtest_kit.run.live.ledger import Ledger, PositionState
+
+
+class OtherBooks(Protocol):
+    """The books of other strategies, and which of them are traded now."""
+
+    async def read(self, but: Collection[Key]) -> dict[Key, PositionState]:
+        """The books of the same exchange by their keys, without those of `but`."""
+        ...
+
+    async def trader(self, but: Collection[Key]) -> str:
+        """Which strategy a process trades on the same exchange and symbol now, in words; empty where none does."""
+        ...
+
+
+class StoredBooks:
+    """Reads them from the store."""
+
+    def __init__(self, persistence: Persistence, mode: Mode, scope: Key) -> None:
+        self._persistence, self._mode, self._scope = persistence, mode, scope
+        self._sightings = Sightings()
+
+    async def read(self, but: Collection[Key]) -> dict[Key, PositionState]:
+        """
+        Raises:
+            Damaged: one of them cannot be trusted.
+            RetryLater: the store does not answer.
+        """
+        row, exchange = CONTRACTS["strategy"], self._scope[1]
+        found = [each.key async for each in self._persistence.store_for(row, self._mode).scan(row)]
+        keys = [key for key in found if key[1] == exchange and key not in but]
+        return {key: await Ledger(self._persistence, self._mode, key).load() for key in keys}
+
+    async def trader(self, but: Collection[Key]) -> str:
+        """
+        Raises:
+            Damaged, RetryLater: as `read`.
+        """
+        async for found in self._persistence.store_for(LEASE, self._mode).scan(LEASE):
+            if found.key[1:] != self._scope[1:] or found.key in but:
+                continue
+            holder = self._sightings.living(found)
+            if holder is not None:
+                return f"strategy {found.key[0]} trades {found.key[2]} on {found.key[1]}: {holder}"
+        return ""
+
+
+def claim_of(key: Key, book: PositionState) -> str:
+    """What a book has on the exchange, in words; empty where it has nothing."""
+    if book.intent is not None:
+        has = "has an order under way"
+    elif isinstance(book.state, Flat):
+        return ""
+    else:
+        has = "holds a position" if isinstance(book.state, Holding) else "has a resting entry"
+    return f"strategy {key[0]} {has} of {key[2]} on {key[1]}"

@@ -1,0 +1,399 @@
+"""Live: trade a strategy on a market as it goes on, with real orders or on paper.
+
+**A start.** The stores are opened. The position is taken: one process trades one (strategy, exchange, symbol), and a
+second one is told who has it. The clock is started and the broker connects. What the run before has left is read,
+from the store and, if that lacked something, from the emergency file. The venue is asked what became of an order
+that was under way, and the order is concluded, sent again or dropped. Only then comes the first minute, with the
+`Recovered` event. Where there are no candles yet it waits for them, and the venue is watched without. A first start
+does all of this too, and finds nothing: there is no other way to recover.
+
+**A minute.** It begins when the minute before has closed and its candle is there; a minute whose candle does not
+come in time is counted and passed over. First an order is concluded that is still under way, and the venue is
+asked whether it has closed or filled something by itself. Then the same `Minute` as in a backtest acts: time and
+prices, cron, the strategy. The `OrderManager` settles what it changes: the intent is written down, the order is sent,
+the outcome is written down, and only then is anything published.
+
+**An end.** `stop()` opens nothing more, cancels a resting entry and carries an open position to its end. `cancel()`
+ends at once and leaves everything as it is; so does a kill. Both leave a state from which the next start goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, TypedDict, Unpack, get_args
+
+import msgspec
+
+from backtest_kit.broker.base import check_broker, sends
+from backtest_kit.broker.paper import PaperBroker
+from backtest_kit.engine.step import Fill, Rules
+from backtest_kit.errors import BacktestKitError, UserError
+from backtest_kit.events import EventBus
+from backtest_kit.market.clock import SystemClock
+from backtest_kit.market.fetch import GapRule
+from backtest_kit.market.repair import DirtyRule
+from backtest_kit.model.event import Event, Identity, Mode
+from backtest_kit.model.interval import interval_ms
+from backtest_kit.model.position import Trade
+from backtest_kit.persist.binding import Persistence
+from backtest_kit.persist.lease import DEFAULT_TTL
+from backtest_kit.records import Records
+from backtest_kit.run.blocking import run_blocking
+from backtest_kit.run.cron import Cron
+from backtest_kit.run.feeds import Feeds
+from backtest_kit.run.live.event_recorder import RecordWriter
+from backtest_kit.run.live.exchange_time import VenueTime
+from backtest_kit.run.live.job import LiveJob
+from backtest_kit.run.live.orphans import OrphanPolicy
+from backtest_kit.run.live.run import LiveRun
+from backtest_kit.run.live.status import LiveStatus, status_of
+from backtest_kit.run.schema import ExchangeSchema, Registry, StrategySchema, check_name
+from backtest_kit.run.services import Services, StoreCheck
+from backtest_kit.settings import Settings
+
+_TTL_S: Final = (1, 3600)
+"""The shortest and the longest lease, in seconds: renewed every third of it, and waited for by another machine."""
+_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
+    "fill": get_args(Fill),
+    "gaps": get_args(GapRule),
+    "dirty": get_args(DirtyRule),
+    "orphans": get_args(OrphanPolicy),
+}
+
+
+class LiveOptions(TypedDict, total=False):
+    """What may be said of a live run beside its names."""
+
+    paper: bool
+    """Every order is confirmed at the engine's price, and the state is kept apart from live. Default False."""
+    fill: Fill
+    """"vwap" (default) touches levels by the current price; "ohlc" by the wicks, stop before take."""
+    gaps: GapRule
+    """"fill" (default) takes minutes that the exchange has no candle of as flat, and counts them; with "error" the
+    minutes after one are missed."""
+    dirty: DirtyRule
+    """"repair" (default) makes the best of rows that are no candle of a minute, counts and logs them, and takes the
+    minute of any other bad row as missing; with "refuse" the minute of one is missed."""
+    orphans: OrphanPolicy
+    """What is done about a position that the store does not know, or that has no stop on the exchange: "alarm"
+    (default) reports it, "adopt" makes it the strategy's own, "protect" places a stop. Nothing is opened while it is
+    unknown, whatever the policy. See `OrphanGuard`."""
+    lease_ttl_s: float
+    """Seconds (1 to 3600, default 15) of silence after which another machine may take the position over. As long does
+    the run go on trading while its store does not answer at all; then it sends nothing until the store does."""
+    allow_weak: bool
+    """Default False: with a broker that sends orders, a store that `Persistence.require_live_grade` calls weak or at
+    fault is refused. True: nobody looks, because the program has looked itself."""
+
+
+class LiveHandle:
+    """A live run in the background. `await` it for the trades of the run, once it has ended."""
+
+    __slots__ = ("_run", "task")
+
+    task: asyncio.Task[tuple[Trade, ...]]
+    """The task that runs it."""
+
+    def __init__(self, run: LiveRun, task: asyncio.Task[tuple[Trade, ...]]) -> None:
+        self._run = run
+        self.task = task
+
+    def __await__(self) -> Generator[Any, None, tuple[Trade, ...]]:
+        return self.task.__await__()
+
+    @property
+    def symbol(self) -> str:
+        return self._run.job.identity.symbol
+
+    def done(self) -> bool:
+        """Whether it has ended: stopped, cancelled, or by an error."""
+        return self.task.done()
+
+    def stop(self) -> None:
+        """Open nothing more: a resting entry is cancelled, an open position is carried to its end."""
+        self._run.stop()
+
+    def cancel(self) -> None:
+        """End it at once and leave everything as it is, on the venue and on the disk; the next start goes on from
+        there. Whoever awaits it gets `asyncio.CancelledError`."""
+        self.task.cancel()
+
+    async def pause(self) -> None:
+        """Ask the strategy for nothing until `resume`, also after a restart; what is open or resting goes on.
+
+        Raises:
+            UserError: the run has ended.
+            BacktestKitError: it could not be written down, and goes on as before.
+        """
+        await self._pause(True)
+
+    async def resume(self) -> None:
+        """Ask the strategy again. Raises as `pause`."""
+        await self._pause(False)
+
+    async def wait_for_init(self) -> None:
+        """Wait until the start is over: position and orders are read back from the store, the exchange was asked about
+        them, and the first minute is next.
+
+        Raises:
+            Exception: what ended the run before that; `asyncio.CancelledError` where it was cancelled.
+        """
+        await self._begun()
+        if self.task.done() and not self._run.began.is_set():
+            self.task.result()
+
+    async def _begun(self) -> None:
+        """Wait until the run has begun, or has ended without beginning."""
+        begun = asyncio.ensure_future(self._run.began.wait())
+        try:
+            await asyncio.wait({begun, self.task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            begun.cancel()
+
+    async def _pause(self, paused: bool) -> None:
+        # A run that has not begun does not know yet whether it is paused.
+        await self._begun()
+        if self.task.done():
+            raise UserError(f"{self!r} has ended: pause or resume the one that follows it")
+        await self._run.pause(paused)
+
+    @property
+    def status(self) -> LiveStatus:
+        """How it stands now."""
+        return status_of(self._run, ended=self.done())
+
+    def __repr__(self) -> str:
+        identity = self._run.job.identity
+        return f"LiveHandle({identity.strategy_name!r}, {identity.symbol!r}, mode={identity.mode!r})"
+
+
+class LiveRunner:
+    """Runs strategies live and on paper. `backtest_kit.Live` is the one of the default kit."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        feeds: Feeds,
+        bus: EventBus,
+        cron: Cron,
+        records: Records,
+        persistence: Callable[[], Persistence],
+        settings: Callable[[], Settings],
+        dump: Callable[[], Path],
+    ) -> None:
+        self._registry = registry
+        self._feeds = feeds
+        self._bus = bus
+        self._cron = cron
+        self._records = records
+        self._persistence = persistence
+        self._settings = settings
+        self._dump = dump
+        self._services = Services()
+        self._fitness = StoreCheck(lambda: self._persistence().require_live_grade())
+        self._running: dict[LiveRun, None] = {}
+        """Those that go on, in the order in which they were started."""
+        self._times: dict[str, VenueTime] = {}
+        self.observers: list[RecordWriter] = []
+        """Who keeps records of what happened, beside those of the kit: each is given the events of a change once that
+        is written down, and again at a start, or at the next minute, those that it may not have taken in."""
+
+    def background(
+        self, symbol: str, *, strategy_name: str, exchange_name: str, **options: Unpack[LiveOptions]
+    ) -> LiveHandle:
+        """Start a run on the running event loop, or go on where one was left, and return its handle.
+
+        The options are those of `LiveOptions`.
+
+        Raises:
+            UserError: bad names or options, no event loop runs in this thread, or a live run has no broker.
+        """
+        return self._start(self.job(symbol, strategy_name, exchange_name, **options), lambda _: None)
+
+    async def run(
+        self, symbol: str, *, strategy_name: str, exchange_name: str, **options: Unpack[LiveOptions]
+    ) -> AsyncIterator[Event]:
+        """Trade, yielding each event as it happens. Leaving the loop cancels the run. Arguments as for `background`.
+
+        The run never waits for the loop: what is not read yet is kept.
+
+        Raises:
+            Conflict: another process trades this position, from the start or since; the message names it.
+            UserError, Damaged, RetryLater: it could not start.
+        """
+        queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        job = self.job(symbol, strategy_name, exchange_name, **options)
+        handle = self._start(job, queue.put_nowait)
+        handle.task.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while (event := await queue.get()) is not None:
+                yield event
+            await handle
+        finally:
+            if not handle.done():
+                handle.cancel()
+                await asyncio.wait({handle.task})
+
+    def run_sync(
+        self, symbol: str, *, strategy_name: str, exchange_name: str, **options: Unpack[LiveOptions]
+    ) -> tuple[Trade, ...]:
+        """Trade until SIGINT or SIGTERM, and return the trades of the run. Arguments and errors as for `background`.
+
+        The first signal stops it: what is open is carried to its end. The second ends it at once and leaves
+        everything as it is, which is just as safe.
+        """
+        job = self.job(symbol, strategy_name, exchange_name, **options)
+
+        async def main() -> tuple[Trade, ...]:
+            handle = self._start(job, lambda _: None)
+            try:
+                with signals_stop([handle]):
+                    return await handle
+            except asyncio.CancelledError:
+                if not handle.task.cancelled():
+                    raise
+                return tuple(handle._run.order_manager.trades)
+
+        async def leave() -> None:
+            with suppress(BacktestKitError):  # the end of the run has told of it
+                await self._records.leave()
+
+        return run_blocking(main, leave)
+
+    def job(
+        self,
+        symbol: str,
+        strategy: str | StrategySchema,
+        exchange_name: str,
+        paper: bool = False,
+        fill: Fill = "vwap",
+        gaps: GapRule = "fill",
+        dirty: DirtyRule = "repair",
+        orphans: OrphanPolicy = "alarm",
+        lease_ttl_s: float = DEFAULT_TTL,
+        allow_weak: bool = False,
+    ) -> LiveJob:
+        """One run, resolved.
+
+        Raises:
+            UserError: bad names or options, or a live run has no broker.
+        """
+        check_name("symbol", symbol)
+        for name, value in (("fill", fill), ("gaps", gaps), ("dirty", dirty), ("orphans", orphans)):
+            if value not in _OPTIONS[name]:
+                raise UserError(f"{name} is {value!r}: use one of {', '.join(_OPTIONS[name])}")
+        ttl: object = lease_ttl_s
+        shortest, longest = _TTL_S
+        if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not shortest <= ttl <= longest:
+            raise UserError(f"lease_ttl_s is {lease_ttl_s!r}: give {shortest} to {longest} seconds")
+        exchange = self._registry.exchanges.get(exchange_name)
+        if isinstance(strategy, str):
+            strategy = self._registry.strategies.get(strategy)
+        broker = PaperBroker() if paper else exchange.broker
+        if broker is None:
+            raise UserError(
+                f"exchange {exchange_name!r} has no broker, so no order can reach it: "
+                "give add_exchange_schema a broker=, or trade with paper=True"
+            )
+        check_broker(broker)
+        settings = self._settings()
+        if broker.reports_fills:
+            # Its prices are what was paid: slippage would be charged twice.
+            settings = msgspec.structs.replace(settings, CC_PERCENT_SLIPPAGE=0.0)
+        mode: Mode = "paper" if paper else "live"
+        identity = Identity(symbol, strategy.name, exchange_name, "", mode)
+        return LiveJob(
+            identity=identity,
+            strategy=strategy,
+            risks=tuple(self._registry.risks.get(name) for name in strategy.risk_names),
+            settings=settings,
+            rules=Rules(identity=identity, settings=settings, fill=fill, interval_ms=interval_ms(strategy.interval)),
+            broker=broker,
+            time=self._time_of(exchange),
+            gaps=gaps,
+            dirty=dirty,
+            orphans=orphans,
+            lease_ttl_s=lease_ttl_s,
+            fitness=None if paper or allow_weak or not sends(broker) else self._fitness,
+        )
+
+    def _time_of(self, exchange: ExchangeSchema) -> VenueTime:
+        known = self._times.get(exchange.name)
+        if known is None or known.source is not exchange.source or exchange.clock not in (None, known.clock):
+            known = VenueTime(exchange.name, exchange.source, exchange.clock or SystemClock())
+            self._times[exchange.name] = known
+        return known
+
+    def _start(self, job: LiveJob, yielded: Callable[[Event], None]) -> LiveHandle:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise UserError(
+                "Live.background needs a running event loop: call it inside an async function, or use run_sync"
+            ) from None
+        identity, running = job.identity, self._running
+
+        def beside() -> list[LiveRun]:
+            return [each for each in running if each.job.place == job.place]
+
+        run = LiveRun(
+            job,
+            self._feeds,
+            self._services,
+            self._bus,
+            self._cron,
+            self._records.of_run(identity, None),
+            self._persistence(),
+            self._dump(),
+            self.observers,
+            beside,
+            yielded,
+        )
+
+        async def main() -> tuple[Trade, ...]:
+            await run.live()
+            return tuple(run.order_manager.trades)
+
+        running[run] = None
+        task = loop.create_task(main(), name=f"{identity.mode} {identity.strategy_name} {identity.symbol}")
+        # A task that is cancelled before its first step never reaches its own clean-up.
+        task.add_done_callback(lambda _: running.pop(run))
+        return LiveHandle(run, task)
+
+
+class signals_stop:  # noqa: N801  # used as a function
+    """While the block runs, the first SIGINT or SIGTERM stops the runs, and the second cancels them.
+
+    `told` is called after each with the number of signals so far. Where signals cannot be caught (another thread
+    than the main one) it does nothing.
+    """
+
+    def __init__(self, handles: Sequence[LiveHandle], told: Callable[[int], object] = lambda count: None) -> None:
+        self._handles = handles
+        self._told = told
+        self._caught: list[signal.Signals] = []
+        self._count = 0
+
+    def __enter__(self) -> None:
+        loop = asyncio.get_running_loop()
+        for each in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError, RuntimeError, NotImplementedError):
+                loop.add_signal_handler(each, self._signalled)
+                self._caught.append(each)
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._caught:
+            asyncio.get_running_loop().remove_signal_handler(each)
+
+    def _signalled(self) -> None:
+        self._count += 1
+        for handle in self._handles:
+            if self._count == 1:
+                handle.stop()
+            else:
+                handle.cancel()
+        self._told(self._count)

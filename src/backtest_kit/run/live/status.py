@@ -1,0 +1,130 @@
+"""How a live run stands, as a value: what the terminal shows and a handle tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from backtest_kit.engine.pnl import effective_price, profit
+from backtest_kit.engine.step import Flat, Holding
+from backtest_kit.model.event import Identity
+from backtest_kit.model.position import Direction, Position, RestingEntry
+from backtest_kit.run.live.run import LiveRun
+
+
+class LiveStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A live run at one moment. Prices are absolute, distances in percent of the current price."""
+
+    identity: Identity
+    when_ms: int
+    """The minute that was acted at last."""
+    next_ms: int
+    """The minute at which it acts next."""
+    next_decision_ms: int | None = None
+    """The minute at which the strategy is asked next, if nothing is held until then; None while something is."""
+    price: float
+    position: Position | None = None
+    entry: RestingEntry | None = None
+    direction: Direction | None = None
+    price_open: float | None = None
+    """Effective entry price of the position, or the price that the entry waits for."""
+    pnl_pct: float | None = None
+    """After fees and slippage, if all were closed now."""
+    pnl_cost: float | None = None
+    to_take_profit_pct: float | None = None
+    """How far the price is from the take profit in force; below 0 it is beyond."""
+    to_stop_loss_pct: float | None = None
+    under_way: str = ""
+    """Client order id of an order whose outcome is not known yet."""
+    paused: bool = False
+    stopping: bool = False
+    degraded: str = ""
+    """Why the store does not take writes; empty where it does."""
+    no_entry: str = ""
+    """Why nothing is opened although the store works; empty where entries are let through."""
+    written_ms: int = -1
+    """The last minute that was written down."""
+    holder: str = ""
+    """Who has the position, and since when."""
+    held: bool = False
+    """Whether this process may still think that it has."""
+    ended: bool = False
+    """Whether the run is over."""
+    clock_drift_ms: int | None = None
+    """How far the exchange's clock is ahead of this machine's, where it tells. Beyond a second the run goes by the
+    exchange's, and says so in the log."""
+    waiting: str = ""
+    """Why nothing is decided at the moment, such as a missing candle; empty while minutes are acted at."""
+    notes: tuple[str, ...] = ()
+    """What people should know of the broker."""
+    missed: int = 0
+    """Minutes that passed without a decision."""
+    gaps_filled: int = 0
+    """Minutes without a candle that were taken as flat."""
+    repairs: Mapping[str, int] = msgspec.field(default_factory=dict)
+    """Rows of the exchange that were repaired, by what was done to them: see `REPAIRS`."""
+    trades: int = 0
+    """Positions that were closed in this run."""
+
+
+def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
+    book, state, tick = run.order_manager.book, run.run_state.state, run.run_state.tick
+    job, lease = run.job, run.lease
+    held: dict[str, Any] = {}
+    if isinstance(state, Flat):
+        slot_ends = state.last_slot_ms + job.rules.interval_ms if state.last_slot_ms >= 0 else 0
+        held = {"next_decision_ms": max(run.next_ms, slot_ends)}
+    elif isinstance(state, Holding):
+        position = state.position
+        pct, cost = profit(position.position, position.entries, position.reductions, tick.price, job.settings)
+        held = {
+            "position": position,
+            "direction": position.position,
+            "price_open": effective_price(position.entries, position.reductions),
+            "pnl_pct": pct,
+            "pnl_cost": cost,
+            **_distances(position.position, tick.price, position.take_profit, position.stop_loss),
+        }
+    else:
+        entry = state.entry
+        held = {
+            "entry": entry,
+            "direction": entry.position,
+            "price_open": entry.price_open,
+            **_distances(entry.position, tick.price, entry.price_take_profit, entry.price_stop_loss),
+        }
+    return LiveStatus(
+        identity=job.identity,
+        when_ms=run.when_ms,
+        next_ms=run.next_ms,
+        price=tick.price,
+        under_way="" if book.intent is None else book.intent.order.client_order_id,
+        paused=book.paused,
+        stopping=run.order_manager.stopping,
+        degraded=run.position_store.degraded,
+        no_entry=run.order_manager.no_entry if run.began.is_set() else "",
+        written_ms=run.position_store.written_ms,
+        holder="" if lease is None else str(lease.holder),
+        held=lease is not None and lease.held,
+        ended=ended,
+        clock_drift_ms=run.job.time.drift_ms,
+        waiting=run.waiting,
+        notes=job.broker.notes,
+        missed=run.missed.total,
+        gaps_filled=run.candles.filled,
+        repairs=run.candles.repairs,
+        trades=len(run.order_manager.trades),
+        **held,
+    )
+
+
+def _distances(direction: Direction, price: float, take: float, stop: float) -> dict[str, float]:
+    sign = 1.0 if direction == "long" else -1.0
+    if not price:
+        return {}
+    return {
+        "to_take_profit_pct": sign * (take - price) / price * 100,
+        "to_stop_loss_pct": sign * (price - stop) / price * 100,
+    }

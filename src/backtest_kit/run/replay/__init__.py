@@ -1,0 +1,3 @@
+"""Runs over what has happened: a backtest, and walks over several."""
+
+from __future__ import annotations

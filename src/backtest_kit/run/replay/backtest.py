@@ -1,0 +1,404 @@
+"""Backtest: replay a strategy over candles that have already closed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from contextlib import aclosing, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from backtest_kit.engine.step import Fill, Rules
+from backtest_kit.errors import BacktestKitError, UserError
+from backtest_kit.events import EventBus
+from backtest_kit.market.fetch import GapRule
+from backtest_kit.market.price import resample
+from backtest_kit.market.repair import DirtyRule, dirty_rule
+from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.event import Event, Identity, RunDone, RunFailed
+from backtest_kit.model.interval import (
+    CANDLE_INTERVALS,
+    DAY_MS,
+    INTERVAL_MS,
+    MINUTE_MS,
+    floor_ms,
+    interval_ms,
+    iso,
+    to_datetime,
+)
+from backtest_kit.records import Records, RunRecords
+from backtest_kit.records.sole import owned_by
+from backtest_kit.run.blocking import run_blocking
+from backtest_kit.run.cron import Cron
+from backtest_kit.run.feeds import Feeds
+from backtest_kit.run.replay.replay import Control, Job, Replay
+from backtest_kit.run.risk import RiskBook, RiskSeat
+from backtest_kit.run.schema import Registry, StrategySchema, check_name
+from backtest_kit.settings import Settings
+
+if TYPE_CHECKING:
+    from backtest_kit.report.result import BacktestResult
+
+_log = logging.getLogger(__name__)
+
+_FILLS: Final = ("vwap", "ohlc")
+_GAPS: Final = ("error", "fill")
+_CHART_BARS: Final = 1500
+
+
+class _Announced:
+    """A run that is known to those it shares something with, before its first minute and until it ends.
+
+    Runs that are started together see each other from the start, however fast the first of them is.
+    """
+
+    def __init__(self, job: Job, cron: Cron, seat: RiskSeat | None, under_way: set[tuple[str, ...]]) -> None:
+        self.seat = seat
+        self._identity = job.identity
+        self._run = _run_of(job)
+        self._under_way = under_way
+        self._cron: Cron | None = cron
+        cron.begin(job.identity)
+        under_way.add(self._run)
+
+    def take_back(self) -> None:
+        """The run has ended, in whatever way. Idempotent."""
+        cron, self._cron = self._cron, None
+        if cron is not None:
+            cron.end(self._identity)
+            self._under_way.remove(self._run)
+        if self.seat is not None:
+            self.seat.leave()
+
+
+class BacktestHandle:
+    """A backtest that runs in the background. `await` it for its result."""
+
+    __slots__ = ("_control", "_job", "task")
+
+    task: asyncio.Task[BacktestResult]
+    """The task that runs it."""
+
+    def __init__(self, job: Job, control: Control, task: asyncio.Task[BacktestResult]) -> None:
+        self._job = job
+        self._control = control
+        self.task = task
+
+    def __await__(self) -> Generator[Any, None, BacktestResult]:
+        return self.task.__await__()
+
+    @property
+    def symbol(self) -> str:
+        return self._job.identity.symbol
+
+    @property
+    def run_id(self) -> str:
+        """Whose records it reads and writes."""
+        return self._job.run_id
+
+    @property
+    def progress(self) -> float:
+        """How much of the frame is behind it, 0 to 1."""
+        if self.task.done():
+            return 1.0
+        frame = self._job.frame
+        return (self._control.when_ms - frame.start_ms) / (frame.stop_ms - frame.start_ms)
+
+    def done(self) -> bool:
+        """Whether it has ended: by itself, stopped, or by an error."""
+        return self.task.done()
+
+    def stop(self) -> None:
+        """Open nothing more: a resting entry is cancelled, an open position is carried to its end."""
+        self._control.stopping = True
+
+    def cancel(self) -> None:
+        """End it at once and leave what is open as it is; whoever awaits it gets `asyncio.CancelledError`."""
+        self.task.cancel()
+
+    def pause(self) -> None:
+        """Ask the strategy for nothing until `resume`; what is open or resting goes on."""
+        self._control.paused = True
+
+    def resume(self) -> None:
+        """Ask the strategy again."""
+        self._control.paused = False
+
+    def __repr__(self) -> str:
+        return f"BacktestHandle({self._job.identity.strategy_name!r}, {self.symbol!r}, {self.progress:.0%})"
+
+
+class BacktestRunner:
+    """Runs backtests. `backtest_kit.Backtest` is the one of the default kit."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        feeds: Feeds,
+        bus: EventBus,
+        cron: Cron,
+        records: Records,
+        settings: Callable[[], Settings],
+        now_ms: Callable[[], int],
+        report_path: Callable[[], Path],
+    ) -> None:
+        self._registry = registry
+        self.feeds = feeds
+        self._bus = bus
+        self._cron = cron
+        self._records = records
+        self._under_way: set[tuple[str, ...]] = set()
+        self._risks = RiskBook()
+        self._settings = settings
+        self._now_ms = now_ms
+        self._report_path = report_path
+
+    async def run(
+        self,
+        symbol: str,
+        *,
+        strategy_name: str,
+        exchange_name: str,
+        frame_name: str,
+        fill: Fill = "vwap",
+        gaps: GapRule = "error",
+        dirty: DirtyRule | None = None,
+        run_id: str | None = None,
+    ) -> AsyncIterator[Event]:
+        """Replay, yielding each event as it happens: opened, closed, scheduled, cancelled, rejected.
+
+        Args:
+            fill: "vwap" touches levels by the current price; "ohlc" by the wicks, stop before take.
+            gaps: "error" refuses candles with missing minutes; "fill" puts flat candles there.
+            dirty: What becomes of rows of the source that are no candle of a minute: "refuse" names the first one,
+                "repair" goes on with what is sure, and counts and logs what was done. Off the whole minute they move
+                up to the next one, rows for one minute count once (the first stays), all are sorted, and the minute
+                of any other bad row is missing. Default: "repair" with gaps="fill", else "refuse".
+            run_id: Whose state, session, memory and interval records it uses. By default a run has a new id and
+                begins without any; with that of an earlier run it goes on with what that one kept.
+
+        Raises:
+            UserError: bad names, options, candles or signals.
+            Conflict: another process replays this strategy on this symbol under the same `run_id`.
+            Exception: whatever the strategy raises, with its own traceback.
+
+        Runs that share a risk profile or a cron job wait for each other: loop over each of them in a task
+        of its own, and to its end, or close it (`contextlib.aclosing`).
+        """
+        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, dirty, run_id)
+        async with aclosing(self._replay(job, Control(job.frame.start_ms), self._announce(job))) as events:
+            async for event in events:
+                yield event
+
+    def background(
+        self,
+        symbol: str,
+        *,
+        strategy_name: str,
+        exchange_name: str,
+        frame_name: str,
+        fill: Fill = "vwap",
+        gaps: GapRule = "error",
+        dirty: DirtyRule | None = None,
+        run_id: str | None = None,
+    ) -> BacktestHandle:
+        """Start a backtest on the running event loop and return its handle. Arguments as for `run`.
+
+        Raises:
+            UserError: bad names or options, no event loop runs in this thread, or the run is under way already.
+        """
+        return self.start(self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, dirty, run_id))
+
+    def start(self, job: Job) -> BacktestHandle:
+        """Start a resolved backtest on the running event loop, as `background` does."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise UserError(
+                "Backtest.background needs a running event loop: call it inside an async function, or use run_sync"
+            ) from None
+        control, announced = Control(job.frame.start_ms), self._announce(job)
+        name = f"backtest {job.identity.strategy_name} {job.identity.symbol}"
+        task = loop.create_task(self._collect(job, control, announced), name=name)
+        # A task that is cancelled before its first step never reaches its own clean-up.
+        task.add_done_callback(lambda _: announced.take_back())
+        return BacktestHandle(job, control, task)
+
+    def run_sync(
+        self,
+        symbol: str,
+        *,
+        strategy_name: str,
+        exchange_name: str,
+        frame_name: str,
+        fill: Fill = "vwap",
+        gaps: GapRule = "error",
+        dirty: DirtyRule | None = None,
+        run_id: str | None = None,
+    ) -> BacktestResult:
+        """Run a backtest to its end and return its result. Arguments and errors as for `run`."""
+        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, dirty, run_id)
+
+        return run_blocking(lambda: self.start(job), self.leave_loop)
+
+    async def leave_loop(self) -> None:
+        """The event loop of a blocking call ends: close what is open for it alone."""
+        await self._records.leave_loop()
+
+    async def _replay(self, job: Job, control: Control, announced: _Announced) -> AsyncGenerator[Event, None]:
+        """The events of a run, and to its listeners also how it ended."""
+        records = self._records.of_run(job.identity, job.run_id)
+        if announced.seat is not None:
+            announced.seat.enter()
+        try:
+            async with (
+                records.alone() if job.is_named else nullcontext(),
+                self.feeds.use(job.identity.exchange_name, job.settings) as feed,
+            ):
+                replay = Replay(job, control, feed, self._bus, self._cron, announced.seat, records)
+                async with aclosing(replay.events()) as events:
+                    async for event in events:
+                        yield event
+                await records.settle()
+                await _end(records)
+                await self._bus.emit(_done(job, control))
+        except asyncio.CancelledError:
+            await self._bus.emit(_done(job, control, cancelled=True))
+            raise
+        except Exception as error:
+            failed = RunFailed(identity=job.identity, when_ms=control.when_ms, error=error)
+            await _end(records, failed)
+            await self._bus.emit(failed)
+            raise
+        finally:
+            announced.take_back()
+
+    def _announce(self, job: Job) -> _Announced:
+        identity = job.identity
+        if _run_of(job) in self._under_way:
+            raise UserError(
+                f"run {job.run_id!r} of strategy {identity.strategy_name!r} for {identity.symbol} is under way, "
+                "and two at once would overwrite each other's records: wait for it, or choose another run_id"
+            )
+        # Cron works for all runs of a frame, so none of them may be ahead of a boundary that it performs.
+        shares = bool(job.risks) or bool(self._cron)
+        seat = self._risks.join(identity, job.risks, job.frame.start_ms) if shares else None
+        return _Announced(job, self._cron, seat, self._under_way)
+
+    async def _collect(self, job: Job, control: Control, announced: _Announced) -> BacktestResult:
+        async for _ in self._replay(job, control, announced):
+            pass
+        from backtest_kit.report.result import BacktestResult
+        from backtest_kit.run.replay.setup import setup_of
+
+        frame, histories = job.frame, control.histories
+        candles = histories[job.identity.symbol].candles.between(frame.start_ms, frame.stop_ms)
+        return BacktestResult(
+            symbol=job.identity.symbol,
+            strategy_name=job.identity.strategy_name,
+            exchange_name=job.identity.exchange_name,
+            frame_name=job.identity.frame_name,
+            run_id=job.run_id,
+            start_ms=frame.start_ms,
+            stop_ms=control.when_ms,
+            trades=tuple(control.trades),
+            chart=_chart(candles),
+            gaps_filled={name: each.filled for name, each in histories.items() if each.filled},
+            repairs={name: each.repairs for name, each in histories.items() if each.repairs},
+            stopped=control.when_ms < frame.stop_ms,
+            candles_used=sum(len(each.candles) for each in histories.values()),
+            candles_fetched=sum(each.fetched for each in histories.values()),
+            report_path=self._report_path(),
+            show_note=job.settings.CC_REPORT_SHOW_SIGNAL_NOTE,
+            decisions=control.decisions,
+            setup=setup_of(job, histories[job.identity.symbol].candles),
+        )
+
+    def job(
+        self,
+        symbol: str,
+        strategy: str | StrategySchema,
+        exchange_name: str,
+        frame_name: str,
+        fill: Fill = "vwap",
+        gaps: GapRule = "error",
+        dirty: DirtyRule | None = None,
+        run_id: str | None = None,
+    ) -> Job:
+        """One backtest, resolved: of a registered strategy, or of a schema that is registered nowhere.
+
+        Raises:
+            UserError: bad names or options.
+        """
+        check_name("symbol", symbol)
+        if fill not in _FILLS:
+            raise UserError(f"fill is {fill!r}: use one of {', '.join(_FILLS)}")
+        if gaps not in _GAPS:
+            raise UserError(f"gaps is {gaps!r}: use one of {', '.join(_GAPS)}")
+        settings = self._settings()
+        self._registry.exchanges.get(exchange_name)
+        if isinstance(strategy, str):
+            strategy = self._registry.strategies.get(strategy)
+        frame = self._registry.frames.get(frame_name)
+        newest = floor_ms(self._now_ms(), MINUTE_MS)
+        if frame.start_ms >= newest:
+            raise UserError(f"frame {frame.name!r} starts at {iso(frame.start_ms)}, which is yet to come")
+        frame = msgspec.structs.replace(frame, stop_ms=min(frame.stop_ms, newest))
+        identity = Identity(symbol, strategy.name, exchange_name, frame_name, "backtest")
+        return Job(
+            identity=identity,
+            strategy=strategy,
+            risks=tuple(self._registry.risks.get(name) for name in strategy.risk_names),
+            frame=frame,
+            settings=settings,
+            rules=Rules(
+                identity=identity,
+                settings=settings,
+                fill=fill,
+                interval_ms=interval_ms(strategy.interval),
+                start_ms=frame.start_ms,
+                grid_ms=interval_ms(frame.interval),
+                stop_ms=frame.stop_ms,
+            ),
+            gaps=gaps,
+            dirty=dirty_rule(dirty, gaps),
+            run_id=self._new_run_id() if run_id is None else check_name("run_id", run_id),
+            is_named=run_id is not None,
+        )
+
+    def _new_run_id(self) -> str:
+        """An id that no other run has, and that sorts by when it was started."""
+        return f"{to_datetime(self._now_ms()):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+
+
+def _run_of(job: Job) -> tuple[str, ...]:
+    """What two runs at once must not have in common."""
+    return job.run_id, *owned_by(job.identity)
+
+
+async def _end(records: RunRecords, *events: Event) -> None:
+    """Have records and log written. What cannot be kept costs nobody the result, or the error that ended the run."""
+    try:
+        await records.observe(events)
+        await records.end()
+    except BacktestKitError as error:
+        _log.warning("what the run has left behind waits for the store: %s", error)
+
+
+def _done(job: Job, control: Control, *, cancelled: bool = False) -> RunDone:
+    return RunDone(identity=job.identity, when_ms=control.when_ms, trades=tuple(control.trades), cancelled=cancelled)
+
+
+def _chart(candles: CandleSeries) -> CandleSeries:
+    """The candles at the finest interval that keeps a chart readable; partial buckets at the ends are left out."""
+    steps = [INTERVAL_MS[name] for name in CANDLE_INTERVALS]
+    steps += [DAY_MS * days for days in (7, 28, 364)]
+    step_ms = next((each for each in steps if len(candles) * MINUTE_MS <= each * _CHART_BARS), steps[-1])
+    if not len(candles):
+        return candles
+    first, end = int(candles.timestamp[0]), int(candles.timestamp[-1]) + MINUTE_MS
+    return resample(candles.between(-(-first // step_ms) * step_ms, floor_ms(end, step_ms)), step_ms)
