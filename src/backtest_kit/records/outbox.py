@@ -64,14 +64,16 @@ class Pending(msgspec.Struct):
 class Outbox:
     """What waits for one sink in one mode."""
 
-    def __init__(self, notifications: Store, states: Store, sink: str, added_ms: int) -> None:
+    def __init__(
+        self, notifications: Store, states: Store, sink: str, added_ms: int, clock: Clock | None = None
+    ) -> None:
         self._store = notifications
         self._states = states
         self._sink = sink
         self._added_ms = added_ms
         self._is_added = False
         self._me: Final = this_process(0)
-        self._clock = Clock()
+        self._clock = clock or Clock()
         self._claimed: Key | None = None
         self._watched: tuple[Key, int, float] = ((), 0, 0.0)
         """A claim of another process, its revision, and since when this process has seen it so."""
