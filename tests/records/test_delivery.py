@@ -363,6 +363,27 @@ async def test_telegram_loses_nothing_while_its_chat_is_unknown(kit: bk.Kit, rec
     await kit.close()
 
 
+async def test_any_service_of_apprise_gets_the_text_and_no_log_its_address(
+    kit: bk.Kit, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("", "apprise", "urllib3"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    receiver.status = lambda body: 503 if receiver.asked < 3 else 200
+    sink = sinks.apprise(f"json://user:{SECRET}@127.0.0.1:{receiver.port}/{SECRET}?token={SECRET}")
+    assert repr(sink) == "AppriseSink('json')"
+    kit.records.notification.sink(sink)
+    failed = bk.RunFailed(identity=IDENTITY, when_ms=NOON_MS, error=RuntimeError("no margin"))
+    await observe(kit, [opened("s-1"), failed])
+    await receiver.until(lambda: len(receiver.got) == 2)
+    await kit.close()
+    assert [each["type"] for each in receiver.got] == ["info", "failure"]
+    assert receiver.got[0]["message"].endswith("opened long at 100, take 110, stop 90")
+    assert "sink json: attempt 1 failed: JSON did not take it" in caplog.text
+    assert SECRET not in caplog.text
+    logging.getLogger("apprise").warning("of somebody else")
+    assert "of somebody else" in caplog.text, "only what is logged for a sink is silenced"
+
+
 async def test_a_function_that_blocks_stops_no_trading(kit: bk.Kit, receiver: Receiver) -> None:
     trading, told = threading.Event(), list[str]()
 
@@ -400,6 +421,10 @@ def test_what_is_no_sink_is_refused(tmp_path: Path) -> None:
     assert SECRET not in str(error.value)
     with pytest.raises(UserError, match="chat"):
         sinks.telegram(SECRET, "")
+    for address in (SECRET, f"nowhere://{SECRET}", f"discord://{SECRET}"):
+        with pytest.raises(UserError, match="apprise cannot use the address of sink") as error:
+            sinks.apprise(address)
+        assert SECRET not in str(error.value)
     sink = sinks.webhook(f"https://user:{SECRET}@example.com/{SECRET}?token={SECRET}")
     assert repr(sink) == "HttpSink('webhook', 'example.com')"
     notifications.sink(sink)

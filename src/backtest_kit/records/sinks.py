@@ -153,15 +153,15 @@ class AppriseSink:
 
     def __init__(self, url: str, name: str | None) -> None:
         self._apprise = _apprise()
-        scheme = url.partition(":")[0].lower()
-        self.name = name or scheme
+        scheme, separator, _ = url.partition("://")
+        self.name = name or (scheme.lower() if separator else "apprise")
         self.destination = _digest(url)
         self._types = {"info": "info", "warning": "warning", "alarm": "failure"}
         self._service = self._quietly(lambda: self._apprise.Apprise.instantiate(url))
         if self._service is None:
             raise UserError(
-                f"apprise cannot use the address of sink {self.name!r}: it begins with {scheme!r}; "
-                "https://github.com/caronc/apprise/wiki shows how to write it for each service"
+                f"apprise cannot use the address of sink {self.name!r}: https://github.com/caronc/apprise/wiki shows "
+                "how to write it for each service, such as discord://ID/TOKEN"
             )
 
     def deliver(self, notification: Notification) -> None:
