@@ -17,6 +17,23 @@ from .broker.paper import (
 )
 from .default import (
     Backtest as Backtest,
+    Live as Live,
+    PersistBreakevenAdapter as PersistBreakevenAdapter,
+    PersistCandleAdapter as PersistCandleAdapter,
+    PersistIntervalAdapter as PersistIntervalAdapter,
+    PersistLogAdapter as PersistLogAdapter,
+    PersistMeasureAdapter as PersistMeasureAdapter,
+    PersistMemoryAdapter as PersistMemoryAdapter,
+    PersistNotificationAdapter as PersistNotificationAdapter,
+    PersistPartialAdapter as PersistPartialAdapter,
+    PersistRecentAdapter as PersistRecentAdapter,
+    PersistRiskAdapter as PersistRiskAdapter,
+    PersistScheduleAdapter as PersistScheduleAdapter,
+    PersistSessionAdapter as PersistSessionAdapter,
+    PersistSignalAdapter as PersistSignalAdapter,
+    PersistStateAdapter as PersistStateAdapter,
+    PersistStorageAdapter as PersistStorageAdapter,
+    PersistStrategyAdapter as PersistStrategyAdapter,
     Walker as Walker,
     add_exchange_schema as add_exchange_schema,
     add_frame_schema as add_frame_schema,
@@ -50,9 +67,6 @@ from .errors import (
 )
 from .kit import (
     Kit as Kit,
-)
-from .live import (
-    Live as Live,
 )
 from .market import (
     sources as sources,
@@ -125,24 +139,6 @@ from .persist.backends.sqlite import (
 )
 from .persist.binding import (
     Persistence as Persistence,
-)
-from .persist_adapters import (
-    PersistBreakevenAdapter as PersistBreakevenAdapter,
-    PersistCandleAdapter as PersistCandleAdapter,
-    PersistIntervalAdapter as PersistIntervalAdapter,
-    PersistLogAdapter as PersistLogAdapter,
-    PersistMeasureAdapter as PersistMeasureAdapter,
-    PersistMemoryAdapter as PersistMemoryAdapter,
-    PersistNotificationAdapter as PersistNotificationAdapter,
-    PersistPartialAdapter as PersistPartialAdapter,
-    PersistRecentAdapter as PersistRecentAdapter,
-    PersistRiskAdapter as PersistRiskAdapter,
-    PersistScheduleAdapter as PersistScheduleAdapter,
-    PersistSessionAdapter as PersistSessionAdapter,
-    PersistSignalAdapter as PersistSignalAdapter,
-    PersistStateAdapter as PersistStateAdapter,
-    PersistStorageAdapter as PersistStorageAdapter,
-    PersistStrategyAdapter as PersistStrategyAdapter,
 )
 from .records import (
     sinks as sinks,

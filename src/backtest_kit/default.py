@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from backtest_kit.kit import Kit
+
+if TYPE_CHECKING:
+    from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
+    from backtest_kit.run.live.runner import LiveRunner
 
 default_kit = Kit()
 
@@ -23,3 +29,34 @@ measure = default_kit.records.measure
 remove_cron = default_kit.remove_cron
 Backtest = default_kit.backtest
 Walker = default_kit.walker
+
+Live: LiveRunner
+PersistCandleAdapter: CandleAdapter
+PersistSignalAdapter: ContractAdapter
+PersistScheduleAdapter: ContractAdapter
+PersistStrategyAdapter: ContractAdapter
+PersistRiskAdapter: ContractAdapter
+PersistPartialAdapter: ContractAdapter
+PersistBreakevenAdapter: ContractAdapter
+PersistStorageAdapter: ContractAdapter
+PersistNotificationAdapter: ContractAdapter
+PersistLogAdapter: ContractAdapter
+PersistMeasureAdapter: ContractAdapter
+PersistIntervalAdapter: ContractAdapter
+PersistMemoryAdapter: ContractAdapter
+PersistRecentAdapter: ContractAdapter
+PersistStateAdapter: ContractAdapter
+PersistSessionAdapter: ContractAdapter
+
+
+def __getattr__(name: str) -> object:
+    """What a backtest does not wait for: the live runner, and the front door of each contract in the table."""
+    if name == "Live":
+        return default_kit.live
+    if name.startswith("Persist"):
+        from backtest_kit.persist.adapters import front_doors
+
+        doors = front_doors(default_kit.persistence)
+        if name in doors:
+            return doors[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

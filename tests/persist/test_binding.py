@@ -12,8 +12,8 @@ from backtest_kit.errors import Conflict, RetryLater, UserError
 from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.backends.sqlite import SqliteStore
-from backtest_kit.persist.binding import MODES, Home, Mode, Persistence, home_of
-from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.binding import MODES, Mode, Persistence, home_of
+from backtest_kit.persist.contracts import CONTRACTS, Home
 from backtest_kit.persist.store import ABSENT, Write
 from backtest_kit.persist.urls import store_at
 
@@ -79,7 +79,7 @@ PROFILE = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_default_profile_is_the_documented_one(mode: Mode) -> None:
-    assert {name: home_of(name, mode) for name in CONTRACTS} == PROFILE[mode]
+    assert {name: home_of(row, mode) for name, row in CONTRACTS.items()} == PROFILE[mode]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from backtest_kit.persist.binding import home_of
 from backtest_kit.persist.contracts import CONTRACTS, Durability
 from backtest_kit.persist.testing import StoreConformance
 from backtest_kit.persist.urls import store_at
@@ -64,8 +63,8 @@ def test_tables_say_what_the_code_does() -> None:
             continue
         for name in names.split(", "):
             listed.add(name)
-            assert (home_of(name, "live").value, home_of(name, "backtest").value) == (places[live], places[backtest])
-            assert home_of(name, "paper").value == places[live]
+            row = CONTRACTS[name]
+            assert (row.live.value, row.backtest.value) == (places[live], places[backtest])
     assert listed == set(CONTRACTS)
     for kind, names, _ in rows("## What a promise is worth")[: len(Durability)]:
         assert set(names.split(", ")) == {row.name for row in CONTRACTS.values() if row.durability is Durability(kind)}

@@ -17,9 +17,8 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.backends.sqlite import SqliteStore
-from backtest_kit.persist.contracts import CONTRACTS, Contract
+from backtest_kit.persist.contracts import CONTRACTS, Contract, record_contracts
 from backtest_kit.persist.operations import (
-    RECORD_CONTRACTS,
     du,
     key_from_text,
     spaces,
@@ -58,7 +57,7 @@ def candles(days: int, price: float = 100.0) -> CandleSeries:
 
 async def fill(store: Store) -> None:
     """Something in every contract and in three namespaces."""
-    for row in RECORD_CONTRACTS:
+    for row in record_contracts():
         if row.name in CONTRACTS:
             for number in range(3):
                 parts = [True if field == "backtest" else f"{field}{number}/{number}" for field in row.key_fields]
@@ -77,7 +76,7 @@ async def content(store: Store) -> dict[str, Any]:
     """Everything in a store that moves with it."""
     found: dict[str, Any] = {}
     for path, space in await spaces(store):
-        for row in RECORD_CONTRACTS:
+        for row in record_contracts():
             records = [record async for record in space.scan(row, include_removed=True)]
             found["/".join((*path, row.name))] = [(r.key, r.value, r.when, r.removed) for r in records]
         for series in (BTC, SeriesKey("okx", "BTC/USDT", "1d")):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, OutOfSpace, RetryLater, UserError
-from backtest_kit.persist.backends import sqlite_threads
+from backtest_kit.persist import crashpoints
 from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.codec import seal
 from backtest_kit.persist.contracts import CONTRACTS
@@ -62,11 +63,10 @@ async def listed(store: SqliteStore) -> list[Record]:
     return [record async for record in store.scan(MEMORY)]
 
 
-async def test_the_name_of_the_file_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_name_of_the_file_is_durable(tmp_path: Path) -> None:
     """A synced commit in a file whose name the host forgets is lost all the same."""
     faults = FaultFS()
-    monkeypatch.setattr(sqlite_threads, "Disk", lambda: Disk(faults))
-    store = SqliteStore(tmp_path / "a" / "b" / "bot.db")
+    store = SqliteStore(tmp_path / "a" / "b" / "bot.db", disk=Disk(faults))
     faults.inject("fsync", nth=3)
     with pytest.raises(RetryLater, match=r"durable the name of .*bot\.db"):
         await store.put(Write(SIGNAL, KEY, 1))
@@ -140,10 +140,7 @@ class TestBadFile:
     async def test_full_disk(self, store: SqliteStore) -> None:
         await store.put(Write(SIGNAL, KEY, "small"))
 
-        def shrink(connection: sqlite3.Connection) -> None:
-            connection.execute("PRAGMA max_page_count = 20")
-
-        await store._database._writer.run(sqlite_threads.Job(shrink))
+        await store._connections.write(lambda connection: connection.execute("PRAGMA max_page_count = 20").fetchone())
         writes = [store.put(Write(MEMORY, ("s", "b", str(n)), "x" * (200_000 if n == 3 else 10))) for n in range(6)]
         results = await asyncio.gather(*writes, return_exceptions=True)
         assert [isinstance(result, OutOfSpace) for result in results] == [n == 3 for n in range(6)]
@@ -259,6 +256,7 @@ class TestSharing:
 INCREMENT = """
 import asyncio, sys
 from backtest_kit.errors import Conflict
+from backtest_kit.persist import crashpoints
 from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import ABSENT, Write
@@ -282,24 +280,16 @@ asyncio.run(main())
 
 
 class TestGroups:
-    async def test_waiting_writes_share_commits(self, store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-        commits = 0
-        transact = store._database._transact
-
-        def count(connection: sqlite3.Connection, jobs: list[sqlite_threads.Job]) -> None:
-            nonlocal commits
-            commits += 1
-            transact(connection, jobs)
-
-        monkeypatch.setattr(store._database, "_transact", count)
+    async def test_waiting_writes_share_commits(self, store: SqliteStore) -> None:
         rounds = 20
 
         async def write(writer: int) -> None:
             for number in range(rounds):
                 await store.put(Write(SIGNAL, ("trend", "binance", str(writer)), number))
 
+        passed = crashpoints.record()
         await asyncio.gather(*(write(writer) for writer in range(32)))
-        assert commits <= 5 * rounds
+        assert passed["sqlite.after_commit"] <= 5 * rounds
         for writer in range(32):
             found = await store.get(SIGNAL, ("trend", "binance", str(writer)))
             assert found is not None
@@ -309,13 +299,15 @@ class TestGroups:
         self, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         levels: list[int] = []
-        serve = store._database._writer._serve
+        transaction = store._file.transaction
 
-        def watch(connection: sqlite3.Connection, jobs: list[sqlite_threads.Job]) -> None:
-            serve(connection, jobs)
-            levels.append(connection.execute("PRAGMA synchronous").fetchone()[0])
+        @contextlib.contextmanager
+        def watch(*, durable: bool) -> Iterator[sqlite3.Connection]:
+            with transaction(durable=durable) as connection:
+                yield connection
+                levels.append(connection.execute("PRAGMA synchronous").fetchone()[0])
 
-        monkeypatch.setattr(store._database._writer, "_serve", watch)
+        monkeypatch.setattr(store._file, "transaction", watch)
         for contract in (SIGNAL, MEASURE, MEMORY):
             await store.put(Write(contract, ("a", "b", "c")[: len(contract.key_fields)], 2))
         full, normal = 2, 1
@@ -351,8 +343,7 @@ class TestGroups:
                     raise error
                 return self.real.execute(statement, *arguments)
 
-        transact = store._database._transact
-        monkeypatch.setattr(store._database, "_transact", lambda real, jobs: transact(cast(Any, Failing(real)), jobs))
+        monkeypatch.setattr(store._file, "_writer", Failing(cast(sqlite3.Connection, store._file._writer)))
         writes = [store.put(Write(SIGNAL, ("trend", "binance", str(n)), n)) for n in range(3)]
         for result in await asyncio.gather(*writes, return_exceptions=True):
             assert isinstance(result, RetryLater)

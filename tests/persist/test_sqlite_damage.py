@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import random
 import shutil
 import signal
@@ -14,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from backtest_kit.errors import BacktestKitError, Damaged, UserError
+from backtest_kit.persist import crashpoints
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.backends.sqlite import SqliteStore
-from backtest_kit.persist.backends.sqlite_mark import Head, mark_path, read_mark, write_mark
+from backtest_kit.persist.backends.sqlite_mark import Head, Mark
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.diagnosis import require_live_grade
+from backtest_kit.persist.files import Disk
 from backtest_kit.persist.store import Key, Plain, Write
 
 SIGNAL, MEASURE, MEMORY = (CONTRACTS[name] for name in ("signal", "measure", "memory"))
@@ -176,7 +180,7 @@ async def test_a_damaged_index_hides_no_namespace_and_counts_none_away(tmp_path:
     assert await store.namespace("paper").count(SIGNAL) == 1
     await store.close()
     page = page_of(store.path, index)
-    where = store.path.read_bytes()[page.start : page.stop].index(b"paper/")
+    where = store.path.read_bytes()[page.start : page.stop].index(b"@paper/")
     flip(store.path, (page.start + where) * 8 + 3)
     with pytest.raises(Damaged, match=r"bot\.db is damaged: its indexes disagree about which namespaces there are"):
         await store.namespaces()
@@ -254,6 +258,16 @@ async def put(path: Path, value: Plain) -> None:
     await store.close()
 
 
+def mark_path(path: Path) -> Path:
+    return Path(f"{path}-mark")
+
+
+def noted(path: Path) -> Head:
+    head = Mark(str(path), Disk()).read()
+    assert head is not None
+    return head
+
+
 class TestMark:
     async def test_an_older_copy_in_its_place_is_noticed(self, tmp_path: Path) -> None:
         path = tmp_path / "bot.db"
@@ -271,9 +285,10 @@ class TestMark:
         for number in range(5):
             await put(other, number)
         await put(path, 1)
+        identity = noted(path)[0]
         shutil.copy(mark_path(other), mark_path(path))
         await put(path, 2)
-        assert len({head.identity for head in read_mark(path)}) == 2
+        assert noted(path) == (identity, 2)
 
     @pytest.mark.parametrize("content", [None, b"", b"\0" * 4096, b"\xff" * 5000, b"short"])
     async def test_without_a_readable_mark_nothing_is_claimed(self, tmp_path: Path, content: bytes | None) -> None:
@@ -284,31 +299,69 @@ class TestMark:
             mark_path(path).write_bytes(content)
         await put(path, 2)
         await put(path, 3)
-        assert max(head.commits for head in read_mark(path)) == 3
+        assert noted(path).commits == 3
 
     async def test_only_synced_commits_are_noted(self, tmp_path: Path) -> None:
         """A commit that was not synced may be lost with the host's power; a mark that knew of it would cry damage."""
         path = tmp_path / "bot.db"
         store = SqliteStore(path)
         await store.open()
-        assert read_mark(path) == []
+        assert not mark_path(path).exists()
         await store.put(Write(MEASURE, ("a", "b"), 1))
-        assert read_mark(path) == []
+        assert not mark_path(path).exists()
         await store.put(Write(SIGNAL, KEY, 1))
-        assert [head.commits for head in read_mark(path)] == [1]
+        assert noted(path).commits == 1
         await store.put(Write(MEASURE, ("a", "b"), 2))
         await store.get(SIGNAL, KEY)
         await store.put(Write(MEMORY, ("a", "b", "c"), 2))
-        assert sorted(head.commits for head in read_mark(path)) == [1, 2]
+        assert noted(path).commits == 2
         await store.close()
 
-    def test_a_slow_process_does_not_set_it_back(self, tmp_path: Path) -> None:
+    async def test_a_process_that_was_paused_takes_nothing_back(self, tmp_path: Path) -> None:
+        """It stands still between its commit and its note, until others have made 128 more."""
+        path = tmp_path / "bot.db"
+        environment = {**os.environ, crashpoints.VARIABLE: "sqlite.after_commit:1:STOP"}
+        child = subprocess.Popen([sys.executable, "-c", WRITER, str(path), "1"], env=environment)
+        async with asyncio.timeout(60):
+            while not (stopped := os.waitpid(child.pid, os.WUNTRACED | os.WNOHANG))[0]:
+                await asyncio.sleep(0.01)
+            assert os.WIFSTOPPED(stopped[1])
+            store = SqliteStore(path)
+            for number in range(128):
+                await store.put(Write(SIGNAL, ("other", "binance", "S"), number))
+            assert noted(path).commits == 129
+            child.send_signal(signal.SIGCONT)
+            while child.poll() is None:
+                await asyncio.sleep(0.01)
+        await store.close()
+        assert noted(path).commits == 129 + 11
+
+    def test_a_slow_writer_does_not_set_it_back(self, tmp_path: Path) -> None:
         path, identity = tmp_path / "bot.db", b"i" * 16
-        for commits in (7, 9, 8, 700, 650, 699):
-            write_mark(path, Head(identity, commits))
-        assert max(head.commits for head in read_mark(path)) == 700
-        assert mark_path(path).stat().st_size <= 4096
+        slow, fast = Mark(str(path), Disk()), Mark(str(path), Disk())
+        slow.begin(Head(identity, 6))
+        for commits in range(7, 70_000, 1_000):
+            fast.begin(Head(identity, commits))
+            fast.note(Head(identity, commits + 1))
+            slow.note(Head(identity, 7))
+            assert noted(path) == (identity, commits + 1)
+        # It grows by a byte with each commit, so it is begun anew from time to time, also under one that has it open.
+        assert mark_path(path).stat().st_size < 1 << 16
         assert mark_path(path).stat().st_mode & 0o777 == 0o600
+        slow.begin(Head(identity, commits + 1))
+        slow.note(Head(identity, commits + 2))
+        assert noted(path) == (identity, commits + 2)
+        slow.close()
+        fast.close()
+
+    async def test_a_mark_that_is_taken_away_is_made_again(self, tmp_path: Path) -> None:
+        path = tmp_path / "bot.db"
+        store = SqliteStore(path)
+        for number in range(3):
+            await store.put(Write(SIGNAL, KEY, number))
+            assert noted(path).commits == number + 1
+            mark_path(path).unlink()
+        await store.close()
 
     async def test_it_is_written_with_calls_that_windows_has(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -316,7 +369,7 @@ class TestMark:
         for name in ("pwrite", "pread"):
             monkeypatch.delattr(f"os.{name}")
         await put(tmp_path / "bot.db", 1)
-        assert [head.commits for head in read_mark(tmp_path / "bot.db")] == [1]
+        assert noted(tmp_path / "bot.db").commits == 1
 
     async def test_a_mark_that_cannot_be_written_fails_no_write(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -374,7 +427,7 @@ class TestMark:
         path.unlink()
         await put(path, 2)
         assert f"{path} is gone, which had" in caplog.text
-        assert len(read_mark(path)) == 1
+        assert noted(path).commits == 1
 
     async def test_tables_of_another_form_are_damage(self, tmp_path: Path) -> None:
         path = tmp_path / "bot.db"

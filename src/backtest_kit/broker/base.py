@@ -14,7 +14,7 @@ from typing import ClassVar, Final, Literal
 import msgspec
 
 from backtest_kit.broker.order_ids import NO_STORE
-from backtest_kit.errors import BacktestKitError, Outcome, UserError
+from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.model.event import Event, Identity
 from backtest_kit.model.position import Direction, Execution, Position, RestingEntry
 
@@ -264,8 +264,3 @@ def check_broker(broker: Broker) -> None:
 
 def _is_own(broker: Broker, name: str) -> bool:
     return getattr(getattr(broker, name), "__func__", None) is not getattr(Broker, name)
-
-
-def outcome_of(error: BaseException) -> Outcome:
-    """What is known of an order whose hook raised `error`."""
-    return error.outcome if isinstance(error, BacktestKitError) else Outcome.UNKNOWN

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from enum import Enum
 from typing import Final, Literal, get_args
 
 from backtest_kit.errors import UserError
 from backtest_kit.persist import diagnosis
 from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
 from backtest_kit.persist.backends.memory import MemoryStore
-from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, contract
+from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Home, contract
 from backtest_kit.persist.history import RevisionStore, check_history
 from backtest_kit.persist.store import Capability, Store, Write
 from backtest_kit.persist.upkeep import Reading
@@ -25,26 +24,9 @@ EVERY: Final = "*"
 """Stands for all contracts in `bind`."""
 
 
-class Home(Enum):
-    """Where a contract is kept if nobody said otherwise."""
-
-    BOUND = "bound store"
-    FILE = "file"
-    MEMORY = "process memory"
-
-
-_BACKTEST: Final[dict[str, Home]] = {
-    **dict.fromkeys(("signal", "schedule", "strategy", "risk", "partial", "breakeven"), Home.MEMORY),
-    **dict.fromkeys(("storage", "recent", "notification"), Home.MEMORY),
-    **dict.fromkeys(("session", "memory", "state"), Home.FILE),
-}
-
-
-def home_of(contract_name: str, mode: Mode) -> Home:
-    """The default profile. A contract that it does not name lives in the bound store."""
-    if contract_name == "log":
-        return Home.FILE
-    return _BACKTEST.get(contract_name, Home.BOUND) if mode == "backtest" else Home.BOUND
+def home_of(row: Contract, mode: Mode) -> Home:
+    """The default profile."""
+    return row.backtest if mode == "backtest" else row.live
 
 
 async def runs_in(store: Store) -> set[str]:
@@ -269,7 +251,7 @@ class Persistence:
         for key in ((row.name, mode), (row.name, None), (EVERY, mode)):
             if key in self._bindings:
                 return self._bindings[key]
-        return self._home(home_of(row.name, mode))
+        return self._home(home_of(row, mode))
 
     def _home(self, home: Home) -> Store:
         if home is Home.BOUND and home not in self._homes:

@@ -1,12 +1,15 @@
 """The sixteen persistence contracts, as data.
 
-Whatever depends on a contract is derived from its row: file paths, collections and their unique
-indexes, SQL tables, cache keys, command-line verbs, conformance cases, the table in the docs and the
-order of a migration. To add a contract is to add a row.
+Whatever depends on a contract is derived from its row: its default place, file paths, collections and their
+unique indexes, cache keys, retention, front doors, command-line verbs, conformance cases and the order of a
+migration. To add a contract is to add a row, and its sentence in the docs.
 """
 
 from __future__ import annotations
 
+import math
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Final
 
@@ -57,6 +60,22 @@ class Durability(Enum):
     """Can be lost and fetched or computed again."""
 
 
+class Home(Enum):
+    """Where a contract is kept unless it is bound."""
+
+    BOUND = "bound store"
+    FILE = "file"
+    MEMORY = "process memory"
+
+
+class Keep(msgspec.Struct, frozen=True):
+    """What is kept of a contract: a number, or the setting that has it. `math.inf` is permanently."""
+
+    days: float | str = math.inf
+    count: float | str = math.inf
+    """How many records at most, the newest ones."""
+
+
 class Contract(msgspec.Struct, frozen=True):
     """One row: what is stored, under which key, and what is promised of it."""
 
@@ -67,6 +86,11 @@ class Contract(msgspec.Struct, frozen=True):
     write_rule: WriteRule
     delete: Delete
     durability: Durability
+    live: Home = Home.BOUND
+    """Its place in live and paper trading."""
+    backtest: Home = Home.BOUND
+    keep: Keep = Keep()
+    """Of money, whatever stands here, nothing is ever forgotten."""
 
     @property
     def collection(self) -> str:
@@ -74,75 +98,85 @@ class Contract(msgspec.Struct, frozen=True):
         return f"{self.name}-items"
 
 
-_S, _R, _F = Kind.SLOT, WriteRule.REPLACE, WriteRule.FIRST_WINS
 _POSITION = ("strategyName", "exchangeName", "symbol")
 _RUN = ("strategyName", "exchangeName", "frameName", "symbol", "backtest")
+_S, _FEED, _BUCKET, _R = Kind.SLOT, Kind.FEED, Kind.BUCKET, WriteRule.REPLACE
+_NEVER, _NULL, _SOFT = Delete.NEVER, Delete.NULL_VALUE, Delete.SOFT
+_MONEY, _RECORD, _CACHE = Durability.MONEY, Durability.RECORD, Durability.CACHE
+_BOUND, _FILE, _MEMORY = Home.BOUND, Home.FILE, Home.MEMORY
+_CANDLE = ("exchangeName", "symbol", "interval", "timestamp")
 
-CONTRACTS: Final[dict[str, Contract]] = {
-    row[0]: Contract(*row)
-    for row in (
-        (
-            "candle",
-            ("exchangeName", "symbol", "interval", "timestamp"),
-            Kind.SERIES,
-            _F,
-            Delete.NEVER,
-            Durability.CACHE,
-        ),
-        ("signal", _POSITION, _S, _R, Delete.NULL_VALUE, Durability.MONEY),
-        ("schedule", _POSITION, _S, _R, Delete.NULL_VALUE, Durability.MONEY),
-        ("strategy", _POSITION, _S, _R, Delete.NULL_VALUE, Durability.MONEY),
-        ("risk", ("exchangeName", "riskName"), _S, _R, Delete.NEVER, Durability.MONEY),
-        ("partial", (*_POSITION, "signalId"), _S, _R, Delete.NEVER, Durability.MONEY),
-        ("breakeven", (*_POSITION, "signalId"), _S, _R, Delete.NEVER, Durability.MONEY),
-        ("storage", ("backtest", "signalId"), Kind.FEED, _R, Delete.NEVER, Durability.RECORD),
-        ("notification", ("backtest", "notificationId"), Kind.FEED, _R, Delete.NEVER, Durability.RECORD),
-        ("log", ("entryId",), Kind.FEED, WriteRule.APPEND, Delete.NEVER, Durability.RECORD),
-        ("measure", ("bucket", "entryKey"), Kind.BUCKET, _R, Delete.SOFT, Durability.CACHE),
-        ("interval", ("bucket", "entryKey"), Kind.BUCKET, _R, Delete.SOFT, Durability.RECORD),
-        ("memory", ("signalId", "bucketName", "memoryId"), Kind.BUCKET, _R, Delete.SOFT, Durability.RECORD),
-        ("recent", _RUN, _S, _R, Delete.NEVER, Durability.RECORD),
-        ("state", ("signalId", "bucketName"), _S, _R, Delete.NEVER, Durability.RECORD),
-        ("session", _RUN, _S, _R, Delete.NEVER, Durability.RECORD),
-    )
-}
+# fmt: off
+_TABLE = (
+    # name, key fields, kind, write rule, delete, durability, place live, place in a backtest, how long it is kept
+    Contract("candle", _CANDLE, Kind.SERIES, WriteRule.FIRST_WINS, _NEVER, _CACHE, _BOUND, _BOUND),
+    Contract("signal", _POSITION, _S, _R, _NULL, _MONEY, _BOUND, _MEMORY),
+    Contract("schedule", _POSITION, _S, _R, _NULL, _MONEY, _BOUND, _MEMORY),
+    Contract("strategy", _POSITION, _S, _R, _NULL, _MONEY, _BOUND, _MEMORY),
+    Contract("risk", ("exchangeName", "riskName"), _S, _R, _NEVER, _MONEY, _BOUND, _MEMORY),
+    Contract("partial", (*_POSITION, "signalId"), _S, _R, _NEVER, _MONEY, _BOUND, _MEMORY),
+    Contract("breakeven", (*_POSITION, "signalId"), _S, _R, _NEVER, _MONEY, _BOUND, _MEMORY),
+    Contract("storage", ("backtest", "signalId"), _FEED, _R, _NEVER, _RECORD, _BOUND, _MEMORY,
+             Keep("CC_RETENTION_STORAGE_DAYS", "CC_RETENTION_STORAGE_COUNT")),
+    Contract("notification", ("backtest", "notificationId"), _FEED, _R, _NEVER, _RECORD, _BOUND, _MEMORY,
+             Keep("CC_RETENTION_NOTIFICATION_DAYS", "CC_RETENTION_NOTIFICATION_COUNT")),
+    Contract("log", ("entryId",), _FEED, WriteRule.APPEND, _NEVER, _RECORD, _FILE, _FILE,
+             Keep("CC_RETENTION_LOG_DAYS", "CC_RETENTION_LOG_COUNT")),
+    Contract("measure", ("bucket", "entryKey"), _BUCKET, _R, _SOFT, _CACHE, _BOUND, _BOUND,
+             Keep("CC_RETENTION_MEASURE_DAYS")),
+    Contract("interval", ("bucket", "entryKey"), _BUCKET, _R, _SOFT, _RECORD, _BOUND, _BOUND,
+             Keep("CC_RETENTION_INTERVAL_DAYS")),
+    Contract("memory", ("signalId", "bucketName", "memoryId"), _BUCKET, _R, _SOFT, _RECORD, _BOUND, _FILE,
+             Keep("CC_RETENTION_MEMORY_DAYS")),
+    Contract("recent", _RUN, _S, _R, _NEVER, _RECORD, _BOUND, _MEMORY, Keep("CC_RETENTION_RECENT_DAYS")),
+    Contract("state", ("signalId", "bucketName"), _S, _R, _NEVER, _RECORD, _BOUND, _FILE,
+             Keep("CC_RETENTION_STATE_DAYS")),
+    Contract("session", _RUN, _S, _R, _NEVER, _RECORD, _BOUND, _FILE, Keep("CC_RETENTION_SESSION_DAYS")),
+)
+# fmt: on
+CONTRACTS: Final[dict[str, Contract]] = {row.name: row for row in _TABLE}
 """Every contract by name, in the order in which a migration moves them."""
 
-LEASE: Final = Contract("lease", _POSITION, _S, _R, Delete.NEVER, Durability.MONEY)
-"""Which process trades a position, see `persist.lease`. No contract of the user's: it says something about a
-process, not about a strategy, so it is never exported, migrated or bound by itself, but it must lie in the
-store whose writes it guards."""
+LEASE: Final = Contract("lease", _POSITION, _S, _R, _NEVER, _MONEY)
+"""Which process trades a position, see `persist.lease`. Not a contract of the user: it says something about a
+process, not about a strategy, so it is never migrated or bound by itself, but it must lie in the store whose
+writes it guards."""
 
-CLAIM: Final = Contract("claim", ("kind", "name"), _S, _R, Delete.NEVER, Durability.RECORD)
+CLAIM: Final = Contract("claim", ("kind", "name"), _S, _R, _NEVER, _RECORD, keep=Keep(days=1))
 """Which process does what only one may do at a time and no money depends on: replay a run. Like a lease it never
-moves; one of a process that died with its machine means nothing, so it need not be on the disk."""
+moves; one of a process that died with its machine means nothing, so it need not be on the disk. Its holder renews it
+every minute, so a day is enough."""
 
-DELIVERY: Final = Contract(
-    "delivery", ("sink", "notificationId"), Kind.FEED, WriteRule.REPLACE, Delete.NEVER, Durability.RECORD
-)
+_HANDED = ("sink", "notificationId")
+DELIVERY: Final = Contract("delivery", _HANDED, _FEED, _R, _NEVER, _RECORD, keep=Keep("CC_RETENTION_NOTIFICATION_DAYS"))
 """Which notification was handed to which sink, and which process is doing so, see `records.outbox`. It lies with the
-notifications, moves with them and is forgotten with them."""
+notifications and moves with them. Written after its notification, it is never forgotten before that."""
 
-MIGRATION: Final = Contract("migration", ("name",), _S, _R, Delete.NULL_VALUE, Durability.MONEY)
+MIGRATION: Final = Contract("migration", ("name",), _S, _R, _NULL, _MONEY)
 """How far `persist.migration` has come with filling this store: what the target of a migration keeps of it until it
 is complete. Like a lease it says nothing of a strategy, and never moves."""
 MIGRATION_KEY: Final = ("checkpoint",)
 
-STORE_ID: Final = Contract("identity", ("name",), _S, _R, Delete.NEVER, Durability.MONEY)
-"""The id of the store, see `persist.store_id`. Migrations and exports take it along in their own way."""
+STORE_ID: Final = Contract("identity", ("name",), _S, _R, _NEVER, _MONEY)
+"""The id of the store, see `persist.store_id`. A migration takes it along in its own way."""
 STORE_ID_KEY: Final = ("store",)
 
-HISTORY: Final = Contract(
-    "history", ("contractName", "recordKey", "revision"), Kind.FEED, _R, Delete.NEVER, Durability.RECORD
-)
+_REVISION = ("contractName", "recordKey", "revision")
+HISTORY: Final = Contract("history", _REVISION, _FEED, _R, _NEVER, _RECORD, keep=Keep("CC_RETENTION_HISTORY_DAYS"))
 """Revisions of records that were replaced, see `persist.history`. They count the revisions of one store, so they stay
 in it: a migration does not take them along."""
 
-MOVED: Final = {**CONTRACTS, DELIVERY.name: DELIVERY}
-"""What a migration moves, by name."""
+_INTERNAL: Final = {row.name: row for row in (LEASE, CLAIM, DELIVERY, MIGRATION, STORE_ID, HISTORY)}
 
-ALL_CONTRACTS: Final = {**MOVED, **{row.name: row for row in (LEASE, CLAIM, MIGRATION, STORE_ID, HISTORY)}}
-"""Whatever may lie in a store, by name: the contracts of the user, and what stores keep for themselves."""
+MOVED: Final[Mapping[str, Contract]] = ChainMap({DELIVERY.name: DELIVERY}, CONTRACTS)
+"""What a migration moves, by name: the contracts of the user come first."""
+ALL_CONTRACTS: Final[Mapping[str, Contract]] = ChainMap(_INTERNAL, CONTRACTS)
+"""Whatever may lie in a store, by name: first the contracts of the user, then what stores keep for themselves."""
+
+
+def record_contracts() -> Iterator[Contract]:
+    """Every contract whose records pass through `Store` itself: all but candles."""
+    return (row for row in ALL_CONTRACTS.values() if row.kind is not Kind.SERIES)
 
 
 def contract(name: str) -> Contract:

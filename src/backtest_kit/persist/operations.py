@@ -11,13 +11,12 @@ import msgspec
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.codec import dump_value
-from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
+from backtest_kit.persist.contracts import Contract, record_contracts
 from backtest_kit.persist.keys import check_key, path_of, unescape
 from backtest_kit.persist.store import Capability, Key, KeyPart, Store
 
 EVER: Final = (-(2**62), 2**62)
 """A range of time that every candle is in."""
-RECORD_CONTRACTS: Final = tuple(row for row in ALL_CONTRACTS.values() if row.kind is not Kind.SERIES)
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -62,7 +61,7 @@ async def du(store: Store) -> list[Usage]:
     """What every contract takes, by namespace; each candle counts as a record. What takes nothing is left out."""
     found = []
     for namespace, space in await spaces(store):
-        found += [await _usage(namespace, space, contract) for contract in RECORD_CONTRACTS]
+        found += [await _usage(namespace, space, contract) for contract in record_contracts()]
         found.append(await _candle_usage(namespace, space))
     return [usage for usage in found if usage.records or usage.fault]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Final
 
@@ -16,8 +16,8 @@ import msgspec
 
 from backtest_kit.errors import Damaged
 from backtest_kit.persist.codec import dump_value
-from backtest_kit.persist.contracts import CLAIM, CONTRACTS, HISTORY, MOVED, Contract, Durability, Kind
-from backtest_kit.persist.operations import RECORD_CONTRACTS, spaces
+from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, record_contracts
+from backtest_kit.persist.operations import spaces
 from backtest_kit.persist.store import Capability, Key, Record, Store
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.settings import Settings
@@ -30,15 +30,8 @@ _PART: Final = 20_000
 _TURN: Final = 64
 """Records after which others have their turn: about a millisecond."""
 _STORAGE: Final = CONTRACTS["storage"]
-_OF_SIGNALS: Final = ("state", "memory")
-"""Contracts whose keys begin with the id of a signal, or with something else that they belong to for ever."""
 _OVER: Final = ("closed", "cancelled")
 """What `storage` says of a signal of which nothing is to come."""
-_PRUNABLE: Final = tuple(
-    row
-    for row in (*MOVED.values(), HISTORY, CLAIM)
-    if row.kind is not Kind.SERIES and row.durability is not Durability.MONEY
-)
 
 
 class Rule(msgspec.Struct, frozen=True):
@@ -74,25 +67,21 @@ class Expired(msgspec.Struct, frozen=True):
 
 
 def retention_of(settings: Settings) -> Retention:
-    """What the settings say."""
+    """What the table of contracts says, with the numbers of the settings that it names."""
+
+    def number(value: float | str) -> float:
+        return float(getattr(settings, value)) if isinstance(value, str) else value
+
     return Retention(
-        rules={
-            "log": Rule(settings.CC_RETENTION_LOG_DAYS, settings.CC_RETENTION_LOG_COUNT),
-            "notification": Rule(settings.CC_RETENTION_NOTIFICATION_DAYS, settings.CC_RETENTION_NOTIFICATION_COUNT),
-            "storage": Rule(settings.CC_RETENTION_STORAGE_DAYS, settings.CC_RETENTION_STORAGE_COUNT),
-            "measure": Rule(settings.CC_RETENTION_MEASURE_DAYS),
-            "interval": Rule(settings.CC_RETENTION_INTERVAL_DAYS),
-            "state": Rule(settings.CC_RETENTION_STATE_DAYS),
-            "memory": Rule(settings.CC_RETENTION_MEMORY_DAYS),
-            "session": Rule(settings.CC_RETENTION_SESSION_DAYS),
-            "recent": Rule(settings.CC_RETENTION_RECENT_DAYS),
-            "history": Rule(settings.CC_RETENTION_HISTORY_DAYS),
-            "delivery": Rule(settings.CC_RETENTION_NOTIFICATION_DAYS),  # written later, so it never goes before them
-            "claim": Rule(1),  # whoever holds one renews it every minute
-        },
+        rules={row.name: Rule(number(row.keep.days), number(row.keep.count)) for row in prunable()},
         removed_days=settings.CC_RETENTION_REMOVED_DAYS,
         runs=Rule(settings.CC_RETENTION_RUN_DAYS, settings.CC_RETENTION_RUN_COUNT),
     )
+
+
+def prunable() -> Iterator[Contract]:
+    """The contracts of which anything may be forgotten."""
+    return (row for row in record_contracts() if row.durability is not Durability.MONEY)
 
 
 async def compact(
@@ -121,7 +110,7 @@ async def compact(
                     found.append(Expired(namespace, "", 0, 0, fault))
             continue
         found += [
-            await _compact_contract(namespace, space, row, retention, at_ms, look_only=look_only) for row in _PRUNABLE
+            await _compact_contract(namespace, space, row, retention, at_ms, look_only=look_only) for row in prunable()
         ]
     runs.sort(key=lambda run: run[:2], reverse=True)
     for number, (written_at, namespace, space) in enumerate(runs):
@@ -189,7 +178,7 @@ async def _expired(
             await asyncio.sleep(0)
         counts = not record.removed
         due = (counts and surplus > 0) or _is_older(record.written_at, at_ms, rule.days if counts else removed_days)
-        if due and (not counts or row.name not in _OF_SIGNALS or await signals.is_over(str(record.key[0]))):
+        if due and (not counts or not _is_of_signal(row) or await signals.is_over(str(record.key[0]))):
             yield record
         elif surplus <= 0 and not _is_older(record.written_at, at_ms, shortest):
             return  # they come in the order of their writing
@@ -215,6 +204,11 @@ class _Signals:
         return self._over[signal_id]
 
 
+def _is_of_signal(row: Contract) -> bool:
+    """Whether a record belongs to what its key begins with, a signal or something permanent, and lives as long."""
+    return row.key_fields[0] == "signalId"
+
+
 def _is_older(written_at: int, at_ms: int, days: float) -> bool:
     return written_at < at_ms - days * DAY_MS
 
@@ -222,7 +216,7 @@ def _is_older(written_at: int, at_ms: int, days: float) -> bool:
 async def _last_write(store: Store) -> tuple[int, str | None]:
     """When a run wrote last, or why nobody knows: what is damaged may be the latest, and what is with it intact."""
     newest = 0
-    for row in RECORD_CONTRACTS:
+    for row in record_contracts():
         try:
             async for record in store.scan(row, newest_first=True, limit=1, include_removed=True):
                 newest = max(newest, record.written_at)
@@ -234,7 +228,7 @@ async def _last_write(store: Store) -> tuple[int, str | None]:
 async def _measure_run(namespace: tuple[str, ...], store: Store) -> Expired:
     """What forgetting a run takes away: nothing, where something of it is damaged and waits to be decided about."""
     records = size = 0
-    for row in RECORD_CONTRACTS:
+    for row in record_contracts():
         try:
             async for record in store.scan(row, include_removed=True):
                 records += 1

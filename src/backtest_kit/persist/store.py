@@ -21,7 +21,7 @@ import msgspec
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.model.candle import CandleSeries
-from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
+from backtest_kit.persist.contracts import Contract, record_contracts
 from backtest_kit.persist.upkeep import SAMPLES, Finding, Quarantined, Reading
 
 KeyPart = str | int | bool
@@ -167,8 +167,8 @@ class Store(ABC):
     async def put(self, write: Write) -> Record:
         """Do one write and return the record as it now stands.
 
-        Under `WriteRule.FIRST_WINS` a write to a key that has a record changes nothing and returns
-        that record; `write.expect` is judged before that.
+        Unless the contract's rule is `WriteRule.REPLACE`, a write to a key that has a record changes nothing and
+        returns that record; `write.expect` is judged before that.
 
         Raises:
             Conflict: `write.expect` does not hold.
@@ -272,9 +272,7 @@ class Store(ABC):
         default only the records of this namespace are read.
         """
         found = []
-        for contract in ALL_CONTRACTS.values():
-            if contract.kind is Kind.SERIES or not self.keeps(contract):
-                continue
+        for contract in filter(self.keeps, record_contracts()):
             try:
                 async for _ in self.scan(contract, include_removed=True):
                     pass

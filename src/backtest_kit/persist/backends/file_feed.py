@@ -288,7 +288,7 @@ class Feed:
             due = False
             if self._index.tail.size >= SEGMENT_BYTES:
                 self._seal()
-                if self.contract.write_rule is not WriteRule.FIRST_WINS:
+                if self.contract.write_rule is WriteRule.REPLACE:
                     due = self._ask(lambda: self._index.is_mostly_garbage, locked=True)
             data, rows = join_lines(lines, self._index.tail.size)
             fd = self._open_tail()

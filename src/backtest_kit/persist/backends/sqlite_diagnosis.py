@@ -7,13 +7,13 @@ import sqlite3
 import time
 from pathlib import Path
 
-from backtest_kit.persist.backends import sqlite_rows
 from backtest_kit.persist.backends.disk_diagnosis import (
     LOCK_PATIENCE_SECONDS,
     examine_directory,
     examine_permissions,
     user,
 )
+from backtest_kit.persist.backends.sqlite_file import SqliteFile
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.upkeep import Reading, Status
 
@@ -43,25 +43,23 @@ def examine_connection(connection: sqlite3.Connection) -> list[Reading]:
     return [*readings, Reading("journal", Status.WEAK, f"journal_mode is {mode}, not WAL", remedy)]
 
 
-def examine_contents(connection: sqlite3.Connection) -> Reading:
+def examine_contents(file: SqliteFile, connection: sqlite3.Connection, subject: str = "contents") -> Reading:
     """Whether the database and every record of money class in it are sound. Reads the whole file.
 
-    What is in quarantine is not told here once more.
+    What is in quarantine is not reported here once more.
     """
-    known = {item.path for item in sqlite_rows.list_quarantine(connection)}
-    found, last = sqlite_rows.check_integrity(connection), 0
+    found, last = file.check_integrity(connection), 0
     while not found:
-        last, part = sqlite_rows.check_rows(last, connection, money_only=True)
-        found = [finding for finding in part if finding.path not in known]
+        last, found = file.rows.check(last, connection, money_only=True)
         if not last:
-            return Reading("contents", Status.OK, "every index and every record of money class is sound")
+            return Reading(subject, Status.OK, "every index and every record of money class is sound")
     shown = "; ".join(f"{each.path}: {each.problem}" for each in found[:3]) + "; ..." * (len(found) > 3)
     remedy = "see all of it with backtest-kit store check, and restore a copy of the file"
-    return Reading("contents", Status.FAULT, f"damaged: {shown}", remedy)
+    return Reading(subject, Status.FAULT, f"damaged: {shown}", remedy)
 
 
 def examine_write_lock(path: Path) -> Reading:
-    """Whether somebody keeps everybody else from writing. Blocks, and writes nothing."""
+    """Whether a process keeps every other one from writing. Blocks, and writes nothing."""
     started = time.perf_counter()
     connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=LOCK_PATIENCE_SECONDS)
     try:
@@ -69,7 +67,7 @@ def examine_write_lock(path: Path) -> Reading:
         connection.execute("ROLLBACK")
     except sqlite3.OperationalError as error:
         remedy = f"see which process it is (lsof {path}) and whether it is stopped"
-        return Reading("locks", Status.FAULT, f"nobody can write: {error}", remedy)
+        return Reading("locks", Status.FAULT, f"no process can write: {error}", remedy)
     finally:
         connection.close()
     spent = round((time.perf_counter() - started) * 1000, 3)
