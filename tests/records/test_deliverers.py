@@ -45,6 +45,7 @@ async def test_of_two_processes_with_one_sink_one_delivers_what_both_tell(
     assert len(receiver.ids) == len(set(receiver.ids)) == 11
 
 
+@pytest.mark.usefixtures("short_drain")
 async def test_sinks_of_one_name_that_send_elsewhere_are_two(tmp_path: Path, receiver: Receiver) -> None:
     receiver.status = lambda body: 503 if body["chat_id"] == 2 else 200
 
@@ -73,6 +74,7 @@ async def test_sinks_of_one_name_that_send_elsewhere_are_two(tmp_path: Path, rec
 
 
 @pytest.mark.parametrize("store", SHARED)
+@pytest.mark.usefixtures("short_drain")
 async def test_a_process_that_cannot_deliver_lets_another_one_try(
     store: str, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -314,6 +314,7 @@ async def test_after_a_migration_a_sink_gets_exactly_what_it_has_not_got(tmp_pat
         await target.close()
 
 
+@pytest.mark.usefixtures("short_drain")
 async def test_a_run_that_is_cancelled_releases_what_it_has_claimed(tmp_path: Path, receiver: Receiver) -> None:
     held, tried = asyncio.Event(), list[str]()
 
