@@ -19,9 +19,8 @@ test: $(VENV)/developing lint ## Everything: lint, types, layers, tests, coverag
 ferretdb: $(VENV)/developing ## The tests of the Mongo store on FerretDB, which Go builds
 	$(BIN)/python tests/ferretdb.py
 
-prove: $(VENV)/developing ## The large suites of faults, of which make test runs samples
-	MARKET_FAULTS=300 $(BIN)/python -m pytest -n auto tests/live/test_market_faults.py
-	BACKTEST_KIT_POWER_STATES=20000 $(BIN)/python -m pytest -n auto tests/persist/test_file_power.py
+prove: $(VENV)/developing ## Everything of which make test draws a sample; takes an hour or more
+	$(BIN)/python tests/prove.py
 
 power: $(VENV)/developing ## As root: cut the power of a real file system on a loop device
 	$(BIN)/python tests/crash/power.py --file-system ext4

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 RUNS = 15
-OPTIONAL = ("pyarrow", "pandas", "polars", "ccxt", "rich", "typer", "aiosqlite", "lwcharts")
+OPTIONAL = ("pyarrow", "pandas", "polars", "ccxt", "rich", "typer", "aiosqlite")
 BARE_TYPER = """
 import typer
 app = typer.Typer()

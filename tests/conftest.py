@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
+from tests.samples import PROVING, SEED
 
 # A law does not break because the machine is busy or coverage slows it: time is for benchmarks.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -15,6 +20,34 @@ hypothesis.settings.load_profile("untimed")
 # A shell has its jobs in the background ignore it, and what tests start and interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+DISK = tempfile.gettempdir()
+"""Where temporary files lie on this machine."""
+MEMORY = Path("/dev/shm")  # noqa: S108
+LEAST_FREE = 4 << 30
+
+# Temporary files lie in memory where there is room: a SIGKILL leaves the page cache alone, so a disk would make its
+# tests only slower. What is about the disk itself asks for the fixture `disk`.
+if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= LEAST_FREE:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
+
+
+def pytest_report_header() -> str:
+    return f"everything, seed {SEED}" if PROVING else f"samples of seed {SEED}: SEED={SEED} draws them again"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Before Hypothesis reads its own option."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = SEED
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A directory on the disk, for tests to which memory would be something else."""
+    with tempfile.TemporaryDirectory(prefix="backtest-kit-", dir=DISK) as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(scope="session", autouse=True)

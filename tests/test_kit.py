@@ -125,7 +125,7 @@ def test_every_public_name_can_be_the_first_one_used(name: str) -> None:
 
 
 def test_the_engine_loads_nothing_that_it_does_not_need() -> None:
-    optional = ("pyarrow", "pandas", "polars", "ccxt", "rich", "typer", "aiosqlite", "sqlite3", "lwcharts")
+    optional = ("pyarrow", "pandas", "polars", "ccxt", "rich", "typer", "aiosqlite", "sqlite3")
     code = f"import sys, backtest_kit as bk; bk.Backtest; print([name for name in {optional} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

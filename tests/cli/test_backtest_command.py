@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from tests.commands import run_command as run
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
-COMMAND = [str(Path(sys.executable).with_name("backtest-kit"))]
 
 HEAD = """
 import backtest_kit as bk
@@ -29,19 +26,6 @@ async def get_signal(ctx):
 bk.add_strategy_schema("trend", interval="15m", get_signal=get_signal)
 """
 )
-
-
-def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CC_")}
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def write(folder: Path, text: str) -> Path:

@@ -46,6 +46,12 @@ bk.default_kit.persistence.bind("*", bk.MemoryStore())
 """
 
 
+@pytest.fixture
+def tmp_path(disk: Path) -> Path:
+    """On the disk: a store in memory is not fit for live."""
+    return disk
+
+
 def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("CC_")}
 

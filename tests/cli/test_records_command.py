@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.commands import run_command
 from tests.records.conftest import NOON_MS
 from tests.records.happenings import IDENTITY, closed, observe, opened
 
@@ -29,9 +30,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 
 
 def run(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> str:
-    done = subprocess.run(
-        [COMMAND, *arguments], cwd=cwd, env=ENVIRONMENT | environment, text=True, capture_output=True, check=False
-    )
+    done = run_command(*arguments, cwd=cwd, environment=environment)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr

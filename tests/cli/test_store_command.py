@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.commands import run_command
 
 from backtest_kit.cli import migrate
 from backtest_kit.errors import Conflict
@@ -29,10 +30,7 @@ KEY: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "binance", "sy
 
 
 def run(*arguments: str | Path, cwd: Path, code: int = 0) -> str:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CC_")}
-    done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], cwd=cwd, env=environment, text=True, capture_output=True, check=False
-    )
+    done = run_command("store", *arguments, cwd=cwd)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
@@ -135,21 +133,9 @@ def test_a_loss_is_found_and_accepted(tmp_path: Path) -> None:
     assert "no acknowledged write is missing" in run("check", "--accept-loss", "--store", url, cwd=tmp_path)
     assert '"rev": 1' in run("get", "signal", "trend/binance/BTCUSDT", "--store", url, cwd=tmp_path)
     (tmp_path / "dump").mkdir()
-    assert "has no loss to accept" in run("check", "--accept-loss", "--store", "file:dump", cwd=tmp_path, code=2)
-
-
-def test_export_and_import_carry_everything_over(url: str, tmp_path: Path) -> None:
-    other = "sqlite:other.db" if url.startswith("file") else "file:./other"
-    told = run("export", "all.jsonl", "--store", url, cwd=tmp_path)
-    assert "6 records" in told
-    assert "6 records" in run("import", "all.jsonl", "--store", other, cwd=tmp_path)
-    again = run("import", "all.jsonl", "--store", other, cwd=tmp_path)
-    assert "were there already" in again
-    for contract in ("signal", "memory"):
-        assert run("ls", contract, "--store", other, cwd=tmp_path).count("s-2") >= 1
-    lines = (tmp_path / "all.jsonl").read_text().splitlines()
-    (tmp_path / "cut.jsonl").write_text("\n".join(lines[:-2]))
-    assert "nothing was written" in run("import", "cut.jsonl", "--store", other, cwd=tmp_path, code=2)
+    assert "FileStore does not support accepting a loss" in run(
+        "check", "--accept-loss", "--store", "file:dump", cwd=tmp_path, code=2
+    )
 
 
 def test_damage_is_found_kept_and_decided_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,12 +170,12 @@ def test_damage_is_found_kept_and_decided_on(tmp_path: Path, monkeypatch: pytest
 
 def test_help_names_every_verb(tmp_path: Path) -> None:
     page = run("--help", cwd=tmp_path)
-    for verb in ("ls", "get", "du", "check", "export", "import", "migrate", "reclaim", "quarantine"):
+    for verb in ("ls", "get", "du", "check", "migrate", "reclaim", "quarantine"):
         assert verb in page
     assert "restore" in run("quarantine", "--help", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("verb", [("ls", "signal"), ("du",), ("check",), ("export", "x.jsonl"), ("quarantine", "list")])
+@pytest.mark.parametrize("verb", [("ls", "signal"), ("du",), ("check",), ("quarantine", "list")])
 def test_looking_at_what_is_no_store_changes_nothing(tmp_path: Path, verb: tuple[str, ...]) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home/.tmp-notes.txt").write_text("mine")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.commands import run_command as run
 
-COMMAND = [str(Path(sys.executable).with_name("backtest-kit"))]
 STRATEGIES = """
 import backtest_kit as bk
 
@@ -28,19 +25,6 @@ def broken(ctx):
 
 bk.add_strategy_schema("broken", get_signal=broken)
 """
-
-
-def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CC_")}
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def write(folder: Path, text: str) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+from tests.samples import dice, size
 
 from backtest_kit.persist.crashpoints import CRASHPOINTS
 from backtest_kit.persist.testing.driver import Outcome
@@ -21,18 +19,6 @@ pytestmark = pytest.mark.crash
 HOUSEKEEPING = Path(__file__).with_name("housekeeping.py")
 STORES = {"file": "file:{place}/dump", "sqlite": "sqlite:{place}/bot.db"}
 """Address of each store that promises to survive a kill."""
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    """A directory for stores: in memory where there is one, because a kill leaves the page cache alone and a disk
-    would only make each of hundreds of kills slower. That syncs are made where they must be is tested elsewhere."""
-    memory = Path("/dev/shm")  # noqa: S108
-    if os.access(memory, os.W_OK):
-        with tempfile.TemporaryDirectory(prefix="backtest-kit-", dir=memory) as directory:
-            yield Path(directory)
-    else:
-        yield tmp_path
 
 
 def run(*command: str) -> Outcome:
@@ -48,41 +34,44 @@ def require_sound(outcome: Outcome) -> None:
     assert (outcome.lost, outcome.phantom, outcome.unreadable, outcome.torn) == ([], [], [], []), said
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("store", STORES)
-def test_kills_at_random_moments(place: Path, store: str) -> None:
-    seed = random.randrange(1 << 30)  # noqa: S311
+def test_kills_at_random_moments(tmp_path: Path, store: str) -> None:
+    seed, kills = dice(f"kills {store}").randrange(1 << 30), size(60, 500)
     outcome = run(
-        "-m", "backtest_kit.persist.testing.driver", "--kills", "500", "--seed", str(seed),
-        "--store", STORES[store].format(place=place),
+        "-m", "backtest_kit.persist.testing.driver", "--kills", str(kills), "--seed", str(seed),
+        "--store", STORES[store].format(place=tmp_path),
     )  # fmt: skip
     require_sound(outcome)
-    assert outcome.kills == 500
+    assert outcome.kills == kills
     assert outcome.recovered > 0, "no write was stored and not acknowledged: the kills come at the wrong moments"
 
 
 @pytest.mark.parametrize("store", STORES)
-def test_kills_at_random_moments_on_the_disk(tmp_path: Path, store: str) -> None:
-    seed = random.randrange(1 << 30)  # noqa: S311
+def test_kills_at_random_moments_on_the_disk(disk: Path, store: str) -> None:
+    seed = dice(f"kills on the disk {store}").randrange(1 << 30)
     outcome = run(
         "-m", "backtest_kit.persist.testing.driver", "--kills", "20", "--seed", str(seed), "--patience", "10",
-        "--store", STORES[store].format(place=tmp_path),
+        "--store", STORES[store].format(place=disk),
     )  # fmt: skip
     require_sound(outcome)
 
 
-def test_kills_at_every_crash_point_of_files(place: Path) -> None:
+def test_kills_at_every_crash_point_of_files(tmp_path: Path) -> None:
     reached: set[str] = set()
     for command in (("-m", "backtest_kit.persist.testing.driver", "--points"), (str(HOUSEKEEPING),)):
-        outcome = run(*command, "--store", f"file:{place}/dump")
+        outcome = run(*command, "--store", f"file:{tmp_path}/dump")
         require_sound(outcome)
         assert outcome.kills > 50
         reached |= set(outcome.points)
-    elsewhere = {point for point in CRASHPOINTS if point.startswith(("quarantine.", "sqlite.", "mongo.", "live."))}
+    elsewhere = {
+        point for point in CRASHPOINTS if point.startswith(("quarantine.", "sqlite.", "mongo.", "batch.", "live."))
+    }
     assert reached == set(CRASHPOINTS) - elsewhere  # which have tests of their own
 
 
-def test_kills_at_every_crash_point_of_sqlite(place: Path) -> None:
-    outcome = run("-m", "backtest_kit.persist.testing.driver", "--points", "--store", f"sqlite:{place}/bot.db")
+def test_kills_at_every_crash_point_of_sqlite(tmp_path: Path) -> None:
+    outcome = run("-m", "backtest_kit.persist.testing.driver", "--points", "--store", f"sqlite:{tmp_path}/bot.db")
     require_sound(outcome)
     assert outcome.kills > 50
     own = {point for point in CRASHPOINTS if point.startswith("sqlite.")}

@@ -152,8 +152,8 @@ async def test_a_thousand_damaged_months(tmp_path: Path, chance: random.Random) 
     for number, name in enumerate(series):
         stamps = np.arange(50 + number) * 60_000
         await store.candles.write(name, CandleSeries(stamps, *(stamps / 7 for _ in COLUMNS[1:])))
-    path = "candle/e/S0/1m/1970-01.arrow"
-    sound, other = ((tmp_path / f"candle/e/S{number}/1m/1970-01.arrow").read_bytes() for number in range(2))
+    path = "candle/e/S0/1m/1970-01.candles"
+    sound, other = ((tmp_path / f"candle/e/S{number}/1m/1970-01.candles").read_bytes() for number in range(2))
     kept = tmp_path / "quarantine" / path
     for number in range(1_000):
         data = chance.choice(MUTATIONS)(sound, other, chance)

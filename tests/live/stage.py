@@ -7,9 +7,8 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -312,17 +311,6 @@ async def forking(**environment: str) -> AsyncIterator[Forks]:
         yield forks
     finally:
         await forks.stop()
-
-
-@contextlib.contextmanager
-def fast_place(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory where there is one: a kill leaves the page cache alone, and a disk would only be slower."""
-    memory = Path("/dev/shm")  # noqa: S108
-    if os.access(memory, os.W_OK):
-        with tempfile.TemporaryDirectory(prefix="backtest-kit-", dir=memory) as directory:
-            yield Path(directory)
-    else:
-        yield tmp_path
 
 
 @contextlib.asynccontextmanager

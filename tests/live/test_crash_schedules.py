@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from tests.engine import test_against_reference as engine
 from tests.live.scripts import Random
-from tests.live.stage import Forks, Stage, fast_place, forking, stage
+from tests.live.stage import Forks, Stage, forking, stage
+from tests.samples import sample, size
 
 import backtest_kit as bk
 from backtest_kit.model.candle import CandleSeries
@@ -25,8 +26,8 @@ from backtest_kit.venue.exchange import ClientIds, Terms
 
 pytestmark = [pytest.mark.crash, pytest.mark.slow]
 
-STRATEGIES = 20
-SCHEDULES = 10
+STRATEGIES = sample(range(20), 4, "crash schedules")
+SCHEDULES = size(3, 10)
 """Of each strategy."""
 MINUTES = 240
 SEATS = 4
@@ -43,18 +44,18 @@ def market(number: int) -> list[Any]:
     return engine.real_market(name, number // len(engine.REAL))
 
 
+@pytest.mark.sampled
 async def test_two_hundred_crash_schedules(tmp_path: Path) -> None:
     seats = asyncio.Semaphore(SEATS)
-    with fast_place(tmp_path) as place:
-        async with forking() as forks:
-            plays = [play(forks, place / str(number), number, seats) for number in range(STRATEGIES)]
-            kills, wrong, trades = zip(*await asyncio.gather(*plays), strict=True)
+    async with forking() as forks:
+        plays = [play(forks, tmp_path / str(number), number, seats) for number in STRATEGIES]
+        kills, wrong, trades = zip(*await asyncio.gather(*plays), strict=True)
     deaths = [count for each in kills for count in each]
     assert not any(wrong), "\n".join(each for found in wrong for each in found)
-    assert len(deaths) == STRATEGIES * SCHEDULES
+    assert len(deaths) == len(STRATEGIES) * SCHEDULES
     assert min(deaths) >= 1
-    assert sum(deaths) >= 2 * STRATEGIES * SCHEDULES
-    assert sum(trades) > 5 * STRATEGIES
+    assert sum(deaths) >= size(1, 2) * len(deaths)
+    assert sum(trades) > size(1, 5) * len(STRATEGIES)
 
 
 async def play(forks: Forks, place: Path, seed: int, seats: asyncio.Semaphore) -> tuple[list[int], list[str], int]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.live.stage import fast_place
 from tests.live.test_identity import lasting
 
 import backtest_kit as bk
@@ -42,8 +41,7 @@ def kit_at(place: Path, **exchange: Any) -> bk.Kit:
 @pytest.mark.slow
 async def test_fifty_symbols_miss_no_minute_and_trade_as_in_a_backtest(tmp_path: Path) -> None:
     for speed in SPEEDS:
-        with fast_place(tmp_path) as place:
-            events = await played(place, speed)
+        events = await played(tmp_path / f"{speed:g}", speed)
         missed = [event for event in events if isinstance(event, bk.MinutesMissed)]
         if not missed:
             break

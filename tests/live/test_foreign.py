@@ -13,7 +13,7 @@ import pytest
 from tests.broker.conftest import Bench, Kind, Script
 from tests.live.bot import UntilClock
 from tests.live.rig import START, Rig, always_long
-from tests.live.stage import Stage, fast_place, flat_candles, forking, stage
+from tests.live.stage import Stage, flat_candles, forking, stage
 
 import backtest_kit as bk
 from backtest_kit.broker.order_ids import SignalIds
@@ -36,15 +36,14 @@ SETTINGS: dict[str, Any] = {"CC_GET_CANDLES_RETRY_COUNT": 1, "CC_POSITION_ENTRY_
 @pytest.mark.parametrize("fill_at", ["venue", "reference"])
 async def test_a_start_with_an_empty_store_does_not_double_the_position(tmp_path: Path, fill_at: str) -> None:
     """A bot is killed right after its entry; the next one starts with the same strategy and another store."""
-    with fast_place(tmp_path) as place:
-        async with forking() as forks:
+    async with forking() as forks:
 
-            async def play(policy: str) -> None:
-                candles = flat_candles(lambda minute: 100.0, 30)
-                async with stage(forks, place / policy, candles=candles, script="always", fill_at=fill_at) as here:
-                    await doubled(here, policy)
+        async def play(policy: str) -> None:
+            candles = flat_candles(lambda minute: 100.0, 30)
+            async with stage(forks, tmp_path / policy, candles=candles, script="always", fill_at=fill_at) as here:
+                await doubled(here, policy)
 
-            await asyncio.gather(*map(play, POLICIES))
+        await asyncio.gather(*map(play, POLICIES))
 
 
 async def doubled(here: Stage, policy: str) -> None:

@@ -5,23 +5,21 @@ there by SIGKILL, starts again, dies there once more, and goes on to the end. Th
 books and trades are those of a run with the same fate and no death, no order was sent again that the venue had
 carried out, and nobody has heard of anything twice.
 
-On files it is the whole matrix. On MongoDB + Redis it is a sample, every second crash point with one fate each, and
-the whole with KILL_MATRIX=whole in the environment.
+`make test` plays a sample of the matrix, `make prove` the whole.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pymongo
 import pytest
 from tests.live.scripts import START, STORY_MINUTES
-from tests.live.stage import Forks, differences, fast_place, forking, stage
+from tests.live.stage import Forks, differences, forking, stage
+from tests.samples import sample
 from tests.servers import address_of
 
 from backtest_kit.model.interval import MINUTE_MS
@@ -54,6 +52,8 @@ AT_ONCE: Final = (
 minute of the decision, as if nothing had been wrong."""
 SEATS: Final = 4
 """Bots that trade at the same time."""
+SAMPLE: Final = 7
+"""Cells of a matrix that `make test` plays."""
 Cell = tuple[str, str, str]
 """A crash point, the kind of order whose fate it is, and that fate."""
 
@@ -171,41 +171,38 @@ async def play(
     return theatre
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    with fast_place(tmp_path) as place:
-        yield place
-
-
 def test_the_matrix_is_whole() -> None:
     assert len(POINTS) >= 40
     assert len(cells()) >= 200
     assert {point for point, *_ in cells()} == set(POINTS)
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize("fate", FATES)
-async def test_killed_at_every_point_on_files(place: Path, fate: str) -> None:
-    chosen = [cell for cell in cells() if cell[2] == fate]
-    theatre = await play(chosen, place)
+async def test_killed_at_every_point_on_files(tmp_path: Path, fate: str) -> None:
+    chosen = sample([cell for cell in cells() if cell[2] == fate], SAMPLE, f"killed {fate}")
+    theatre = await play(chosen, tmp_path)
     assert theatre.hit == {point for point, *_ in chosen}
     assert theatre.kills >= len(chosen) * 1.5
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
-async def test_killed_where_client_ids_are_never_taken_again(place: Path) -> None:
-    chosen = sample(cells())
-    theatre = await play(chosen, place, rule="ever")
+async def test_killed_where_client_ids_are_never_taken_again(tmp_path: Path) -> None:
+    chosen = sample(cells(), SAMPLE, "ids are never taken again")
+    theatre = await play(chosen, tmp_path, rule="ever")
     assert theatre.hit == {point for point, *_ in chosen}
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
-async def test_killed_on_mongo_and_redis(place: Path, mongo_address: str, redis_address: str) -> None:
+async def test_killed_on_mongo_and_redis(tmp_path: Path, mongo_address: str, redis_address: str) -> None:
     # The disk that is full is the one of the bot's own files.
     whole = [cell for cell in cells() if cell[0] != "live.emergency.after_write"]
-    chosen = whole if os.environ.get("KILL_MATRIX") == "whole" else sample(whole)
+    chosen = sample(whole, SAMPLE, "on MongoDB")
     try:
-        theatre = await play(chosen, place, mongo_address, CC_REDIS_URL=redis_address, CC_REDIS_PREFIX="kill-matrix")
+        theatre = await play(chosen, tmp_path, mongo_address, CC_REDIS_URL=redis_address, CC_REDIS_PREFIX="kill-matrix")
     finally:
         with pymongo.MongoClient[dict[str, Any]](mongo_address) as client:
             for name in client.list_database_names():
@@ -214,20 +211,12 @@ async def test_killed_on_mongo_and_redis(place: Path, mongo_address: str, redis_
     assert theatre.hit == {point for point, *_ in chosen}
 
 
-def sample(whole: list[Cell]) -> list[Cell]:
-    chosen = []
-    for number, point in enumerate(POINTS[::2]):
-        fates = [cell for cell in whole if cell[0] == point]
-        chosen += fates[number % len(fates) : number % len(fates) + 1] if fates else []
-    return chosen
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("done", [False, True], ids=["before_it_is_done", "once_it_is_done"])
-async def test_killed_while_the_answer_is_awaited(place: Path, done: bool) -> None:
+async def test_killed_while_the_answer_is_awaited(tmp_path: Path, done: bool) -> None:
     """The venue has the request, and who sent it is dead: before it is carried out, and before the answer is sent."""
     async with forking() as forks:
-        theatre = Theatre(forks, place)
+        theatre = Theatre(forks, tmp_path)
 
         async def play(kind: str) -> list[str]:
             operation, skip = REQUESTS.get(kind, (kind, 0))

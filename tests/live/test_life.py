@@ -338,8 +338,8 @@ async def test_a_weak_store_is_refused_where_orders_are_sent(memory_rig: Rig, ca
     assert (await memory_rig.trade(1, allow_weak=False, paper=True)).status.position is not None
 
 
-async def test_runs_that_start_together_look_at_the_stores_once(tmp_path: Path) -> None:
-    rig = Rig(tmp_path, bk.FileStore(tmp_path / "store"))
+async def test_runs_that_start_together_look_at_the_stores_once(disk: Path) -> None:
+    rig = Rig(disk, bk.FileStore(disk / "store"))
     kit, looked = rig.kit(SteppedClock(START)), 0
     judge = kit.persistence.require_live_grade
 

@@ -2,13 +2,12 @@
 
 What it should trade is found without any part of a live run: minute by minute with the rules of the engine, from the
 clean candles and from what the best of readers could have known of them at each minute. A sample of the seeds runs
-always; MARKET_FAULTS=300 plays as many.
+in `make test`, all of them in `make prove`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from tests.engine import test_against_reference as engine
 from tests.live.rig import WHERE, Rig, UntilClock
+from tests.samples import sample, size
 
 import backtest_kit as bk
 from backtest_kit.engine.step import Flat, Rules, State, Tick, admit, decision_due, step
@@ -28,7 +28,7 @@ from backtest_kit.settings import Settings
 from backtest_kit.venue.publishing import Publishing, Row
 
 ENGINE: Any = engine
-SEEDS = range(int(os.environ.get("MARKET_FAULTS", "24")))
+SEEDS = range(300)
 MINUTES, BEFORE = 120, 60
 WINDOW = 12
 """Closes that a decision looks at."""
@@ -190,7 +190,8 @@ async def traded(rig: Rig, place: Place, *, live: bool) -> bk.LiveStatus:
     return status
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.sampled
+@pytest.mark.parametrize("seed", sample(SEEDS, 12, "market faults"))
 async def test_a_run_trades_as_if_it_had_known_which_minutes_are_missing(tmp_path: Path, seed: int) -> None:
     place = Place(seed)
     trades, missed = expected(place)
@@ -211,7 +212,8 @@ def minutes_of(event: bk.MinutesMissed) -> list[int]:
     return [event.first_ms + at * MINUTE_MS for at in range(event.count)]
 
 
-@pytest.mark.parametrize("seed", [seed for seed in SEEDS if seed % 6 == 0])
+@pytest.mark.sampled
+@pytest.mark.parametrize("seed", sample(SEEDS[::6], 3, "market faults of a backtest"))
 async def test_a_backtest_of_what_was_published_makes_the_same_trades(tmp_path: Path, seed: int) -> None:
     place = Place(seed)
     trades, _ = expected(place)
@@ -235,14 +237,16 @@ async def test_a_backtest_of_what_was_published_makes_the_same_trades(tmp_path: 
     assert place.publishing.missing
 
 
+@pytest.mark.sampled
 def test_the_seeds_meet_every_fault() -> None:
     met, trades, missed = set(), 0, 0
-    for seed in SEEDS:
+    seeds = SEEDS[: size(24, len(SEEDS))]
+    for seed in seeds:
         place = Place(seed)
         met |= {place.publishing.fate(int(at)) for at in place.candles.timestamp}
         found, lost = expected(place)
         trades, missed = trades + len(found), missed + len(lost)
     assert {fate for fate, _ in met} == {"", "missing", "late", "revised", "garbled"}
     assert {garble for fate, garble in met if fate == "garbled"} >= {"none", "nan", "crossed", "twice", "early"}
-    assert trades > 5 * len(SEEDS)
-    assert missed > 3 * len(SEEDS)
+    assert trades > 5 * len(seeds)
+    assert missed > 3 * len(seeds)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from tests.engine import test_against_reference as engine
 from tests.live.bot import Rows
-from tests.live.stage import fast_place
 from tests.live.test_identity import lasting
 
 import backtest_kit as bk
@@ -45,8 +44,7 @@ async def test_paper_and_live_on_an_accelerated_venue_trade_as_the_backtest(tmp_
     rows = engine.random_market(4)
     candles, end_ms = Rows(CandleSeries.from_rows(rows)), rows[engine.LEAD][0] + MINUTES * MINUTE_MS
     for speed in SPEEDS:
-        with fast_place(tmp_path) as place:
-            events = await played(place / f"{speed:g}", candles, end_ms, speed)
+        events = await played(tmp_path / f"{speed:g}", candles, end_ms, speed)
         missed = [event for happened in events.values() for event in happened if isinstance(event, bk.MinutesMissed)]
         if not missed:
             break

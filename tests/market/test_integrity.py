@@ -183,6 +183,13 @@ def at_minutes(*minutes: float) -> TimeColumn:
         (at_minutes(*range(0, 3000, 60), 2977), "X has 1h candles"),
         (at_minutes(*range(0, 1200, 60), 1217, *range(1260, 3000, 60), 2941), "X has 1h candles"),
         (at_minutes(*range(30, 3000, 60), 3001), "X has 1h candles"),
+        (
+            at_minutes(*range(3000), *range(3000, 6000, 60)),
+            r"X has 1h candles from 2022-01-03T02:00Z to 2022-01-05T03:00Z: give 1m candles",
+        ),
+        (at_minutes(*range(0, 9000, 5), *range(9000, 18_000)), "X has 5m candles from 2022-01-01T00:00Z to 2022-01-07"),
+        (at_minutes(*range(1000), *range(1020, 100_000, 60)), "X has 1h candles from 2022-01-01T16:39Z"),
+        (at_minutes(*range(3000), *range(3000, 6000, 60), *range(6001, 9000)), "X has 1h candles from 2022-01-03"),
         (at_minutes(*(each / 60 for each in range(180))), "X has a row every 1 s: give 1m candles"),
     ],
 )
@@ -202,6 +209,8 @@ def test_candles_of_another_length_are_called_what_they_are(times: TimeColumn, s
         at_minutes(0, 30, 31, 90, 120, 150),
         at_minutes(*sorted({each * each % 4099 for each in range(400)})),
         at_minutes(0, 1, 2, 60, 61, 62),
+        at_minutes(*range(3000), *range(3000, 4200, 60), *range(4200, 5000)),
+        at_minutes(*range(3000), 9000, *range(20_000, 23_000)),
         at_minutes(5, 4, 3, 2, 1),
         at_minutes(0, 0, 1, 1, 2.2, 3.2, 4.2),
         np.array([NO_TIME, START, NO_TIME, START + 60 * MINUTE_MS]),

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import bz2
 import gzip
+import lzma
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,15 +13,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
 from backtest_kit.errors import UserError
 from backtest_kit.market import sources
-from backtest_kit.market.sources import CandleSource, table as table_module
+from backtest_kit.market.fetch import CandleFeed
+from backtest_kit.market.sources import CandleSource
+from backtest_kit.market.sources.csv_file import _read_csv
+from backtest_kit.market.sources.table import Table, TableSource
 from backtest_kit.model.candle import COLUMNS, NO_TIME, CandleSeries
 from backtest_kit.model.interval import MINUTE_MS
+from backtest_kit.settings import Settings
 
 START = 1_640_995_200_000
 HEADER = "timestamp,open,high,low,close,volume"
@@ -41,12 +48,26 @@ async def refusal(source: CandleSource, symbol: str = "BTCUSDT") -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".csv.zst"])
-async def test_a_csv_file_is_read_compressed_or_not(make_candles: Make, tmp_path: Path, suffix: str) -> None:
+def zstandard(data: bytes) -> bytes:
+    return bytes(pa.compress(data, "zstd", asbytes=True))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compressed"),
+    [
+        (".csv", bytes),
+        (".csv.gz", gzip.compress),
+        (".csv.bz2", bz2.compress),
+        (".csv.xz", lzma.compress),
+        (".csv.zst", zstandard),
+    ],
+)
+async def test_a_csv_file_is_read_compressed_or_not(
+    make_candles: Make, tmp_path: Path, suffix: str, compressed: Callable[[bytes], bytes]
+) -> None:
     held = make_candles(50)
     path = tmp_path / f"candles{suffix}"
-    with pa.output_stream(str(path), compression="detect") as stream:
-        stream.write(text_of(held).encode())
+    path.write_bytes(compressed(text_of(held).encode()))
     source = sources.csv(path)
     assert await everything(source) == held
     assert await source.range("X") == (START, START + 50 * MINUTE_MS)
@@ -149,17 +170,15 @@ async def test_a_pattern_serves_a_file_per_symbol(make_candles: Make, tmp_path: 
     assert "XRPUSDT.csv does not exist" in await refusal(source, "XRPUSDT")
 
 
-async def test_a_file_is_parsed_once(make_candles: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_file_is_parsed_once(make_candles: Make, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(text_of(make_candles(50)))
     reads: list[Path] = []
-    read = table_module._read_csv
 
-    def counted(path: Path) -> tuple[Any, str, int]:
+    def counted(path: Path) -> Table:
         reads.append(path)
-        return read(path)
+        return _read_csv(path)
 
-    monkeypatch.setattr(table_module, "_read_csv", counted)
-    source = sources.csv(tmp_path / "x.csv")
+    source = TableSource(tmp_path / "x.csv", counted)
     await asyncio.gather(*(source.fetch("X", "1m", START, START + MINUTE_MS) for _ in range(8)))
     assert len(reads) == 1
 
@@ -182,12 +201,15 @@ async def test_a_file_that_was_corrected_is_read_again(make_candles: Make, tmp_p
         (f"{HEADER}\n{START},1,1,1,1,1\n{START + MINUTE_MS},1,1,1,,1\n".encode(), "line 3: 'close' is empty"),
         (f"{HEADER}\n{START},1,1,1,1,1\nyesterday,1,1,1,1,1\n".encode(), "line 3: 'timestamp' is 'yesterday'"),
         (f"{HEADER}\n{START},1,1,1,1,1\n,1,1,1,1,1\n".encode(), "line 3: 'timestamp' is empty: write it as ISO 8601"),
-        (f"{HEADER}\n{START},1,1,1,1,1\n12,1,1,1,1,1\n".encode(), "line 3: 'timestamp' is 12: write it as ISO 8601"),
-        (f"{HEADER}\n12,1,1,1,1,1\n".encode(), "line 2: 'timestamp' is 12: write it as ISO 8601"),
+        (f"{HEADER}\n{START},1,1,1,1,1\n12,1,1,1,1,1\n".encode(), "line 3: 'timestamp' is '12': write it as ISO 8601"),
+        (f"{HEADER}\n12,1,1,1,1,1\n".encode(), "line 2: 'timestamp' is '12': write it as ISO 8601"),
         (f"{HEADER}\n{START}001,1,1,1,1,1\n".encode(), "do not open on a whole 60 s step"),
-        (f"{HEADER}\n{START},1,1,1,1,inf\n".encode(), "line 2: 'volume' is inf: give a finite number"),
+        (f"{HEADER}\n{START},1,1,1,1,inf\n".encode(), "line 2: 'volume' is 'inf': give a finite number"),
         (f"{HEADER}\n{START + 1},1,1,1,1,1\n".encode(), "do not open on a whole 60 s step"),
-        (f"{HEADER}\n{START},1,1,1\n".encode(), "cannot be read as candles"),
+        (f"{HEADER}\n{START},1,1,1\n".encode(), f"line 2: 4 cells where the header has 6 ('{START},1,1,1'): correct"),
+        (f"{HEADER}\n{START},1,1,1,1,1,000\n".encode(), "line 2: 7 cells where the header has 6"),
+        (f"{HEADER}\n{START},1,1,1,1,1\n\n  \n{START + MINUTE_MS},1,1\n".encode(), "line 5: 3 cells where"),
+        (f'{HEADER}\n{START},1,1,1,1,1\n"{START + MINUTE_MS},1,1,1,1,1\n'.encode(), "line 3: 1 cell where"),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xfe" * 20, "cannot be read as candles"),
     ],
 )
@@ -261,3 +283,110 @@ async def test_a_file_has_minutes_only(make_candles: Make, tmp_path: Path) -> No
     (tmp_path / "x.csv").write_text(text_of(make_candles(5)))
     with pytest.raises(UserError, match="interval of a candle file is '1h': use one of 1m"):
         await sources.csv(tmp_path / "x.csv").fetch("X", "1h", START, START + 60 * MINUTE_MS)
+
+
+async def test_a_row_with_too_few_cells_is_a_missing_minute_where_rows_are_repaired(
+    make_candles: Make, tmp_path: Path
+) -> None:
+    held = make_candles(50_000)
+    lines = text_of(held).splitlines()
+    lines[40_001] = lines[40_001].rpartition(",")[0]
+    (tmp_path / "x.csv").write_text("\n".join(lines))
+    stop_ms = START + 50_000 * MINUTE_MS
+
+    def feed() -> CandleFeed:
+        return CandleFeed("X", sources.csv(tmp_path / "x.csv"), None, Settings(), lambda: stop_ms)
+
+    with pytest.raises(UserError, match=r"x\.csv, line 40002: 5 cells where the header has 6 .*dirty=.repair"):
+        await feed().load("BTCUSDT", START, stop_ms)
+    loaded = await feed().load("BTCUSDT", START, stop_ms, gaps="fill", dirty="repair")
+    assert (loaded.filled, dict(loaded.repairs)) == (1, {"no_time": 1})
+    assert loaded.real is not None
+    assert np.flatnonzero(~loaded.real).tolist() == [40_000]
+    assert loaded.candles.take(loaded.real) == held.take(loaded.real)
+
+
+async def test_columns_that_are_not_wanted_may_hold_anything(make_candles: Make, tmp_path: Path) -> None:
+    held = make_candles(5)
+    lines = text_of(held).splitlines()
+    body = [f"{line},{note}" for line, note in zip(lines, ("note", "", "7", '"a, b"', "x" * 99, "\u00e9"), strict=True)]
+    (tmp_path / "x.csv").write_text("\n".join(body), encoding="utf-8")
+    assert await everything(sources.csv(tmp_path / "x.csv")) == held
+
+
+async def test_long_symbols_and_those_of_other_scripts_are_kept_whole(make_candles: Make, tmp_path: Path) -> None:
+    held = make_candles(4)
+    names = ["L" * 50, "L" * 49, "\u6bd4\u7279\u5e01", "BTC"]
+    lines = text_of(held).splitlines()
+    body = [f"{lines[0]},symbol", *(f"{line},{name}" for line, name in zip(lines[1:], names, strict=True))]
+    (tmp_path / "x.csv").write_text("\n".join(body), encoding="utf-8")
+    for at, name in enumerate(names):
+        assert await everything(sources.csv(tmp_path / "x.csv"), name) == held[at : at + 1]
+
+
+@pytest.mark.parametrize(
+    "times", ["2022-13-01T00:00:00", "2022-02-30T00:00:00", "2022-01-01T24:61:00", "202a-01-01T00:00:00"]
+)
+async def test_a_time_that_is_in_no_calendar_is_named(tmp_path: Path, times: str) -> None:
+    (tmp_path / "x.csv").write_text(f"{HEADER}\n2022-01-01T00:00:00,1,1,1,1,1\n{times},1,1,1,1,1\n")
+    assert f"line 3: 'timestamp' is '{times}'" in await refusal(sources.csv(tmp_path / "x.csv"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".feather", ".arrow", ".arrows"])
+async def test_saved_candles_are_read_back(make_candles: Make, tmp_path: Path, suffix: str) -> None:
+    held = make_candles(300)
+    path = sources.save(held, tmp_path / f"new/x{suffix}")
+    read = {".csv": sources.csv, ".parquet": sources.parquet}.get(suffix, sources.arrow)
+    assert await everything(read(path)) == held
+
+
+def test_candles_are_saved_in_known_formats_only(make_candles: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"x.xlsx has the suffix '.xlsx': use one of .csv, .parquet"):
+        sources.save(make_candles(3), tmp_path / "x.xlsx")
+
+
+async def test_nulls_and_categories_of_an_arrow_file(tmp_path: Path) -> None:
+    ones = pa.array([1, None, 3], pa.int64())
+    table = pa.table(
+        {
+            "time": pa.array([START, START + MINUTE_MS, None], pa.int64()),
+            **dict.fromkeys(("o", "h", "l"), ones),
+            "c": pa.array([1.0, 2.0, 3.0]),
+            "v": pa.array(["1", "2", "x"]).dictionary_encode(),
+        }
+    )
+    with pa.ipc.new_file(str(tmp_path / "x.feather"), table.schema) as writer:
+        writer.write_table(table)
+    source = sources.arrow(tmp_path / "x.feather")
+    assert "x.feather, row 3: 'time' is nan: write it as" in await refusal(source)
+    read = await everything(source)
+    assert read.timestamp.tolist() == [START, START + MINUTE_MS, NO_TIME]
+    assert np.isnan(read.open).tolist() == [False, True, False]
+    assert np.isnan(read.volume).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("suffix", [".feather", ".arrow", ".arrows", ".parquet"])
+async def test_what_is_no_arrow_file_says_so(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"x{suffix}").write_text(HEADER)
+    assert f"x{suffix} cannot be read as candles" in await refusal(sources.arrow(tmp_path / f"x{suffix}"))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "asyncio.run(sources.parquet('x.parquet').range('X'))",
+        "asyncio.run(sources.arrow('x.feather').range('X'))",
+        "asyncio.run(sources.csv('x.csv.zst').range('X'))",
+        "sources.save(CandleSeries.empty(), 'y.parquet')",
+    ],
+)
+def test_without_pyarrow_the_error_says_what_to_install(tmp_path: Path, use: str) -> None:
+    for name in ("x.parquet", "x.feather", "x.csv.zst"):
+        (tmp_path / name).write_bytes(b"anything")
+    program = (
+        "import asyncio, sys\nsys.modules['pyarrow'] = None\nfrom backtest_kit.market import sources\n"
+        "from backtest_kit.model.candle import CandleSeries\n"
+        f"from backtest_kit.errors import UserError\ntry:\n    {use}\nexcept UserError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "needs pyarrow: pip install 'backtest-kit[arrow]'" in done.stdout

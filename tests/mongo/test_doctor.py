@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +13,12 @@ import pymongo
 import pytest
 import redis
 from pymongo.database import Database as AnyDatabase
+from tests.commands import run_command
 from tests.servers import Server, mongo_server, redis_server, running
 
 from backtest_kit.errors import RetryLater, UserError
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.backends.mongo.settings import MongoSettings
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.contracts import ALL_CONTRACTS, CONTRACTS
 from backtest_kit.persist.diagnosis import examine, fails, require_live_grade
@@ -108,14 +106,14 @@ async def test_sound_servers_are_fit_for_live_and_looking_changes_nothing(
 
 async def test_database_that_does_not_exist_is_new_and_not_made(mongo_url: str, database: Database) -> None:
     readings = await diagnosis(mongo_url)
-    assert "is no store yet" in found(readings, Status.NEW)
+    assert "is not a store yet" in found(readings, Status.NEW)
     assert not fails(readings, live=True)
     assert database.list_collection_names() == []
 
 
 async def test_clock_is_compared_in_utc_wherever_the_host_is(mongo_url: str) -> None:
     await fill(mongo_url)
-    code, shown = command(mongo_url, environment={"TZ": "Asia/Tokyo"})
+    code, shown = diagnosed(mongo_url, environment={"TZ": "Asia/Tokyo"})
     assert code == 0, shown
     (clock,) = [each for each in json.loads(shown)["readings"] if each["subject"] == "clock of MongoDB"]
     assert clock["status"] == "ok", clock
@@ -378,11 +376,11 @@ async def test_wrong_credentials(guarded: Server, credentials: str) -> None:
     wrong = f"mongodb://{credentials}127.0.0.1:{guarded.port}/bot"
     readings = await diagnosis(wrong, **PATIENCE)
     faults = found(readings, Status.FAULT)
-    assert "refused the user: correct user, password and authSource" in faults
+    assert "rejected the user: correct user, password and authSource" in faults
     assert "falsch" not in str(readings)
     assert "geheim" not in str(readings)
     store = store_at(wrong, **PATIENCE)
-    with pytest.raises(UserError, match="refused the user"):
+    with pytest.raises(UserError, match="rejected the user"):
         await store.open()
     await store.close()
 
@@ -397,7 +395,7 @@ async def test_user_who_may_only_read(guarded: Server) -> None:
     "url", ["mongodb://", "mongodb://h:port/x", "mongodb://a:b@c:d@h/x", "mongodb://h/x?authSource="]
 )
 async def test_address_that_is_none(url: str) -> None:
-    code, shown = command(url, as_json=False)
+    code, shown = diagnosed(url, as_json=False)
     assert code == 2, shown
     assert "CC_MONGO_CONNECTION_STRING" in shown
     assert "a:b" not in shown
@@ -405,7 +403,7 @@ async def test_address_that_is_none(url: str) -> None:
 
 
 async def test_address_of_no_known_kind_shows_no_password() -> None:
-    code, shown = command("mongo://bot:geheim@localhost/bot", as_json=False)
+    code, shown = diagnosed("mongo://bot:geheim@localhost/bot", as_json=False)
     assert code == 2
     assert "mongodb://host/name" in shown
     assert "geheim" not in shown
@@ -448,8 +446,8 @@ async def test_redis_that_is_none(mongo_url: str, mongo_address: str, own_redis:
     cases = {
         mongo_address.replace("mongodb://", "redis://"): "no Redis answers at",
         "redis://127.0.0.1:9": "no Redis answers at",
-        own_redis: "refuses the user",
-        own_redis.replace("://", "://:falsch@"): "refuses the user",
+        own_redis: "rejects the user",
+        own_redis.replace("://", "://:falsch@"): "rejects the user",
     }
     for redis_url, said in cases.items():
         started = time.monotonic()
@@ -495,13 +493,11 @@ async def test_redis_that_may_not_be_looked_at(mongo_url: str, own_redis: str) -
 # -- the command -----------------------------------------------------------------------------------------
 
 
-def command(
+def diagnosed(
     url: str, *options: str, as_json: bool = True, environment: dict[str, str] | None = None
 ) -> tuple[int, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("CC_")}
-    program = str(Path(sys.executable).with_name("backtest-kit"))
-    arguments = [program, "doctor", "--store", url, "--samples", "1", *options, *(["--json"] if as_json else [])]
-    done = subprocess.run(arguments, env={**clean, **(environment or {})}, text=True, capture_output=True, check=False)
+    arguments = ["doctor", "--store", url, "--samples", "1", *options, *(["--json"] if as_json else [])]
+    done = run_command(*arguments, environment=environment)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout + done.stderr
 
@@ -511,13 +507,13 @@ def test_command_shows_a_table_and_no_secret(guarded: Server, own_redis: str) ->
         client.config_set("requirepass", "riservato")
     url = f"mongodb://bot:geheim@127.0.0.1:{guarded.port}/bot?w=1"
     secret = {"CC_REDIS_URL": own_redis.replace("://", "://:riservato@")}
-    code, shown = command(url, as_json=False, environment=secret)
+    code, shown = diagnosed(url, as_json=False, environment=secret)
     assert code == 0, shown
     for word in ("write concern", "topology", "clock of Redis", "indexes", "weak", "--live would refuse"):
         assert word in shown
     for secret_word in ("geheim", "riservato"):
         assert secret_word not in shown
-    code, shown = command(url, "--live", environment=secret)
+    code, shown = diagnosed(url, "--live", environment=secret)
     assert code == 1
     document = json.loads(shown)
     assert document["fit"] is False
@@ -525,6 +521,6 @@ def test_command_shows_a_table_and_no_secret(guarded: Server, own_redis: str) ->
     assert [each["subject"] for each in document["readings"] if each["status"] == "weak"] == [
         "write concern of the address"
     ]
-    code, shown = command(url, "--live", "--allow-weak", environment=secret)
+    code, shown = diagnosed(url, "--live", "--allow-weak", environment=secret)
     assert code == 0
     assert json.loads(shown)["fit"] is True

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from functools import reduce
@@ -14,13 +11,13 @@ from urllib.parse import urlsplit
 
 import pymongo
 import pytest
+from tests.commands import run_command
 from tests.persist.test_migration import BTC, RECORDS, fill, require_equal, run_child, spread
 
-from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.migration import migrate_store
 from backtest_kit.persist.store import Store, Write
-from backtest_kit.persist.transfer import export_store, import_store
 from backtest_kit.persist.urls import store_at
 
 Addresses = Callable[[str, str], str]
@@ -61,20 +58,13 @@ def address(mongo_address: str, tmp_path: Path) -> Iterator[Addresses]:
             client.drop_database(database)
 
 
-def migrate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    program = str(Path(sys.executable).with_name("backtest-kit"))
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("CC_")}
-    command = [program, "store", "migrate", *arguments]
-    return subprocess.run(command, env=clean, text=True, capture_output=True, check=False, timeout=120)
-
-
 @pytest.mark.parametrize(("source_kind", "target_kind"), WAYS)
 async def test_everything_moves_and_is_proven(source_kind: str, target_kind: str, address: Addresses) -> None:
     source_url, target_url = address(source_kind, "source"), address(target_kind, "target")
     written = store_at(source_url)
     await fill(written)
     await written.close()
-    done = migrate(source_url, target_url, "--verify")
+    done = run_command("store", "migrate", source_url, target_url, "--verify")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Both stores have the same, in the same order." in done.stdout
     source, target = store_at(source_url, existing=True), store_at(target_url, existing=True)
@@ -114,7 +104,7 @@ async def test_kill_at_any_point_and_resume(
 def test_password_of_neither_address_is_shown(address: Addresses) -> None:
     empty = "mongodb://bot:geheim@127.0.0.1:9/bot?serverSelectionTimeoutMS=200"
     for arguments in ((empty, address("file", "dump")), (empty, empty)):
-        done = migrate(*arguments)
+        done = run_command("store", "migrate", *arguments)
         assert done.returncode != 0
         assert "geheim" not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -129,11 +119,11 @@ async def test_database_under_another_spelling_of_its_host_is_the_same(address: 
     with pymongo.MongoClient[dict[str, Any]](url) as client:
         database = client[urlsplit(url).path.strip("/")]
         before = {name: list(database[name].find()) for name in database.list_collection_names()}
-        refused = migrate(url, other, "--verify")
+        refused = run_command("store", "migrate", url, other, "--verify")
         assert refused.returncode != 0
         assert "the same store" in refused.stdout + refused.stderr
         assert {name: list(database[name].find()) for name in database.list_collection_names()} == before
-    assert migrate(url, address("mongodb", "of the same server")).returncode == 0
+    assert run_command("store", "migrate", url, address("mongodb", "of the same server")).returncode == 0
 
 
 async def test_thousands_of_records_move_with_the_settings_of_the_command(address: Addresses) -> None:
@@ -151,7 +141,7 @@ async def test_thousands_of_records_move_with_the_settings_of_the_command(addres
 
 
 async def test_large_lists_of_small_numbers_move_to_a_server_without_transactions(
-    address: Addresses, standalone_url: str, tmp_path: Path
+    address: Addresses, standalone_url: str
 ) -> None:
     """Together, as JSON they are small enough for one batch, and as BSON too large for one document."""
     source, target = store_at(address("sqlite", "bot.db")), MongoStore(standalone_url, patient=True)
@@ -159,11 +149,8 @@ async def test_large_lists_of_small_numbers_move_to_a_server_without_transaction
         await source.put(Write(CONTRACTS["memory"], ("s-1", "plan", str(number)), [number] * 200_000))
     moved = await migrate_store(source, target)
     assert [each.copied for each in moved.contracts] == [8]
-    await export_store(source, tmp_path / "all.jsonl")
-    assert (await import_store(target.namespace("imported"), tmp_path / "all.jsonl")).records == 8
-    for space in (target, target.namespace("imported")):
-        record = await space.get(CONTRACTS["memory"], ("s-1", "plan", "7"))
-        assert record is not None
-        assert record.value == [7] * 200_000
+    record = await target.get(CONTRACTS["memory"], ("s-1", "plan", "7"))
+    assert record is not None
+    assert record.value == [7] * 200_000
     await source.close()
     await target.close()

@@ -1,6 +1,6 @@
 """Redis that goes away, refuses, is full, flushed or behind: no operation fails, no answer is wrong.
 
-With BACKTEST_KIT_FAULTS=5 each of the fifty flushes comes in the middle of a thousand operations.
+In `make prove` each of the fifty flushes comes in the middle of a thousand operations.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from tests.mongo.test_redis_ids import (
     store,
     store_over,
 )
+from tests.samples import size
 from tests.servers import Server, redis_server, running
 
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_client import database_of
+from backtest_kit.persist.backends.mongo.connection import database_of
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.store import Write
 
 __all__ = ["cache", "store"]
 
-TIMES = float(os.environ.get("BACKTEST_KIT_FAULTS", "1"))
+FLUSHES, PER_TASK = size(10, 50), size(20, 100)
 SLACK_SECONDS = 0.5
 """For a machine that has other things to do."""
 
@@ -59,7 +60,7 @@ async def test_redis_that_is_gone_refuses_or_is_full_fails_nothing_and_is_told_a
             await store.put(Write(STATE, (f"alarm-{number}", "notes"), number))
             await require_right_answers(store)
         assert caplog.records[0].created - started < 1.0 + SLACK_SECONDS
-        assert "just as right" in caplog.records[0].getMessage()
+        assert "nothing is lost" in caplog.records[0].getMessage()
 
     caplog.set_level(logging.WARNING, "backtest_kit.mongo")
     with contextlib.ExitStack() as stack:
@@ -98,19 +99,19 @@ async def test_full_redis_is_still_asked_for_what_it_has(mongo_url: str, caplog:
             await require_right_answers(store)
             await store.put(Write(STATE, ("more", "notes"), "more"))
         assert not is_passed_over(store)
-        assert ["takes no ids" in record.getMessage() for record in caplog.records] == [True]
+        assert ["stores no ids" in record.getMessage() for record in caplog.records] == [True]
         client.config_resetstat()
         await require_right_answers(store)
         assert client.info("stats")["keyspace_hits"] == len(KEYS)
         await store.close()
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
 async def test_flushes_in_the_middle_of_many_operations_change_no_answer(mongo_url: str) -> None:
-    """Fifty times: operations of several tasks, a flush in the middle of them, and one pass over the keys."""
+    """Again and again: operations of several tasks, a flush in the middle of them, and one pass over the keys."""
     keys: list[tuple[str, str]] = [(f"signal-{number}", "notes") for number in range(40)]
     chance = random.Random(11)  # noqa: S311
-    per_task = round(20 * TIMES)
     with running(redis_server()) as server, redis.Redis(port=server.port) as cache:
         store = store_over(mongo_url, at(server))
         acknowledged = dict.fromkeys(keys, 0)
@@ -118,7 +119,7 @@ async def test_flushes_in_the_middle_of_many_operations_change_no_answer(mongo_u
             await store.put(Write(STATE, key, 0))
 
         async def work(own: list[tuple[str, str]]) -> None:
-            for _ in range(per_task):
+            for _ in range(PER_TASK):
                 key = chance.choice(own)
                 if chance.random() < 0.2:
                     await store.put(Write(STATE, key, acknowledged[key] + 1))
@@ -132,7 +133,7 @@ async def test_flushes_in_the_middle_of_many_operations_change_no_answer(mongo_u
             await asyncio.sleep(chance.uniform(0, 0.1))
             await asyncio.to_thread(cache.flushall)
 
-        for _ in range(50):
+        for _ in range(FLUSHES):
             await asyncio.gather(*(work(keys[number::10]) for number in range(10)), flush())
             for key in keys:
                 await store.get(STATE, key)
@@ -155,10 +156,10 @@ async def test_writer_that_dies_before_it_tells_redis_leaves_nobody_with_old_ans
     async def not_told(*_: Any) -> None:
         return None
 
-    ids = store.link().ids
+    ids = store.connection().ids
     assert ids is not None
     monkeypatch.setattr(ids, "set", not_told)
-    documents = store.link().database["state-items"]
+    documents = store.connection().database["state-items"]
     for number in range(1_000):
         key = KEYS[number % len(KEYS)]
         if number % 5 == 0:
@@ -174,7 +175,7 @@ async def test_flush_of_one_project_leaves_the_other(mongo_url: str) -> None:
         ours, theirs = store_over(mongo_url, at(server), "ours"), store_over(mongo_url + "-2", at(server), "ours[x]*")
         await fill(ours)
         await fill(theirs)
-        ids = ours.link().ids
+        ids = ours.connection().ids
         assert ids is not None
         assert await ids.forget() == len(KEYS)
         assert not any(cache.exists(entry(mongo_url, key, "ours")) for key in KEYS)
@@ -182,10 +183,10 @@ async def test_flush_of_one_project_leaves_the_other(mongo_url: str) -> None:
         assert cache.get("somebody else's") == b"value"
         await require_right_answers(ours)
         await require_right_answers(theirs)
-        other = theirs.link().ids
+        other = theirs.connection().ids
         assert other is not None
         assert await other.forget() == len(KEYS)
         assert all(cache.exists(entry(mongo_url, key, "ours")) for key in KEYS)
-        await theirs.link().mongo.drop_database(database_of(mongo_url) + "-2")
+        await theirs.connection().mongo.drop_database(database_of(mongo_url) + "-2")
         await ours.close()
         await theirs.close()

@@ -104,7 +104,7 @@ asyncio.run(main())
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=clean, capture_output=True, check=False)
     assert done.returncode == -9, done.stderr
     assert (tmp_path / "dump/signal/my_strategy/binance/BTCUSDT.json").is_file()
-    assert [path.name for path in (tmp_path / "dump/candle/binance").rglob("*.arrow")] == ["2022-01.arrow"]
+    assert [path.name for path in (tmp_path / "dump/candle/binance").rglob("*.candles")] == ["2022-01.candles"]
     kit = Kit(tmp_path / "dump")
     assert await kit.persistence.signal.read(**KEY) == {"id": "s-1"}
     await kit.close()

@@ -304,7 +304,7 @@ def test_no_read_at_any_time_returns_what_is_later(writes: list[tuple[str, int, 
 def test_importing_the_doors_imports_no_backend() -> None:
     program = (
         "import sys; import backtest_kit.persist.binding, backtest_kit.persist.lease; "
-        "print(*sorted({'pyarrow', 'pandas', 'polars', 'ccxt', 'rich', 'typer', 'aiosqlite', 'filelock', 'lwcharts', "
+        "print(*sorted({'pyarrow', 'pandas', 'polars', 'ccxt', 'rich', 'typer', 'aiosqlite', 'filelock', "
         "'sqlite3', 'pytest', 'backtest_kit.persist.backends.file', 'backtest_kit.persist.backends.sqlite'} "
         "& set(sys.modules)))"
     )

@@ -12,8 +12,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
+import psutil
 import pytest
+from tests.commands import run_command
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist.backends import disk_diagnosis
@@ -33,6 +36,12 @@ from backtest_kit.persist.urls import store_at
 SIGNAL = CONTRACTS["signal"]
 KEY = ("trend", "binance", "BTCUSDT")
 URLS = ["file:{}/dump", "sqlite:{}/bot.db"]
+
+
+@pytest.fixture
+def tmp_path(disk: Path) -> Path:
+    """On the disk: a store in memory is not fit for live."""
+    return disk
 
 
 async def fill(url: str) -> None:
@@ -128,11 +137,8 @@ async def test_every_store_that_keeps_money_is_asked(tmp_path: Path) -> None:
 
 
 def test_command_ends_with_a_code(tmp_path: Path) -> None:
-    program = str(Path(sys.executable).with_name("backtest-kit"))
-
     def run(*options: str) -> tuple[int, str]:
-        command = [program, "doctor", "--samples", "1", *options]
-        done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+        done = run_command("doctor", "--samples", "1", *options, cwd=tmp_path)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout + done.stderr
 
@@ -272,13 +278,10 @@ async def test_directory_in_memory_is_weak() -> None:
     assert "tmpfs: everything is lost when the machine stops" in found(readings, Status.WEAK)
 
 
-MOUNTS = """\
-22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw
-30 22 0:50 / {place}/with\\040space rw shared:1 - nfs4 server:/export rw,vers=4.2
-31 22 0:51 / {place}/ssh rw - fuse.sshfs me@host: rw
-32 22 0:52 / {place}/box rw - ext4 /dev/sdb1 rw
-33 22 0:53 / {place}/box rw - overlay overlay rw,lowerdir=/x
-"""
+class _Mount(NamedTuple):
+    mountpoint: str
+    fstype: str
+    opts: str
 
 
 @pytest.mark.parametrize(
@@ -288,18 +291,25 @@ MOUNTS = """\
         ("ssh", "fuse.sshfs", Status.WEAK),
         ("box", "overlay", Status.WARNING),
         ("elsewhere", "ext4", Status.OK),
+        ("drive", "smb", Status.WEAK),
     ],
 )
 def test_file_system_is_that_of_the_nearest_mount(
     name: str, kind: str, status: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(MOUNTS.format(place=tmp_path))
+    mounts = [
+        ("/", "ext4", "rw"),
+        (f"{tmp_path}/with space", "nfs4", "rw,vers=4.2"),
+        (f"{tmp_path}/ssh", "fuse.sshfs", "rw"),
+        (f"{tmp_path}/box", "ext4", "rw"),
+        (f"{tmp_path}/box", "overlay", "rw"),
+        (f"{tmp_path}/drive", "NTFS", "rw,remote"),
+    ]
     place = tmp_path / name
     place.mkdir(parents=True)
-    assert disk_diagnosis.file_system(place, mounts) == kind
-    assert disk_diagnosis.file_system(place, tmp_path / "no such system") is None
-    monkeypatch.setattr(disk_diagnosis, "MOUNTS", mounts)
+    assert disk_diagnosis.file_system(place) is not None
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [_Mount(*mount) for mount in mounts])
+    assert disk_diagnosis.file_system(place) == kind
     (reading,) = [each for each in disk_diagnosis.examine_directory(place, 1, Disk()) if each.subject == "file system"]
     assert (reading.status, reading.says.partition(",")[0].partition(":")[0]) == (status, kind)
 

@@ -1,19 +1,19 @@
-"""Candles in Arrow files. What every candle store does is in the conformance kit."""
+"""Candles in monthly files. What every candle store does is in the conformance kit."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.model.candle import COLUMNS, CandleSeries
-from backtest_kit.persist.backends import file_candles
+from backtest_kit.persist.backends import columns
 from backtest_kit.persist.backends.file_candles import FileCandleStore
 from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.store import SeriesKey
@@ -21,7 +21,7 @@ from backtest_kit.persist.store import SeriesKey
 BTC = SeriesKey("binance", "BTC/USDT", "1m")
 JANUARY = 1_640_995_200_000
 MINUTE = 60_000
-FIRST = "candle/binance/BTC%2FUSDT/1m/2022-01.arrow"
+FIRST = "candle/binance/BTC%2FUSDT/1m/2022-01.candles"
 
 
 def candles(count: int, start: int = JANUARY, price: float = 1.0) -> CandleSeries:
@@ -29,16 +29,21 @@ def candles(count: int, start: int = JANUARY, price: float = 1.0) -> CandleSerie
     return CandleSeries(start + np.arange(count) * MINUTE, column, column, column, column, column)
 
 
-async def test_a_year_is_twelve_small_files_that_any_arrow_reader_opens(tmp_path: Path) -> None:
+async def test_a_year_is_twelve_small_files_that_numpy_maps_into_memory(tmp_path: Path) -> None:
     year = candles(525_600)
     assert await FileCandleStore(tmp_path).write(BTC, year) == 525_600
     files = sorted((tmp_path / FIRST).parent.iterdir())
-    assert [file.name for file in files] == [f"2022-{month:02d}.arrow" for month in range(1, 13)]
+    assert [file.name for file in files] == [f"2022-{month:02d}.candles" for month in range(1, 13)]
     assert sum(file.stat().st_size for file in files) < 30_000_000
-    with pa.ipc.open_file(files[0]) as reader:
-        table = reader.read_all()
-    assert table.column_names == list(COLUMNS)
-    assert table.num_rows == 31 * 1440
+    data = files[0].read_bytes()
+    length = int.from_bytes(data[12:16], "little")
+    header = json.loads(data[16 : 16 + length])
+    assert (header["series"], header["rows"]) == (["binance", "BTC/USDT", "1m"], 31 * 1440)
+    assert [name for name, _ in header["columns"]] == list(COLUMNS)
+    rows = header["rows"]
+    for at, (name, kind) in enumerate(header["columns"]):
+        column: Any = np.memmap(files[0], kind, "r", offset=16 + length + 8 * rows * at, shape=(rows,))
+        assert np.array_equal(column, getattr(year[:rows], name))
     assert await FileCandleStore(tmp_path).read(BTC, 0, 2**53) == year
 
 
@@ -47,6 +52,15 @@ async def test_reading_copies_nothing(tmp_path: Path) -> None:
     await store.write(BTC, candles(1000))
     one, two = await store.read(BTC, JANUARY, JANUARY + 1), await store.read(BTC, JANUARY, JANUARY + MINUTE * 9)
     assert np.shares_memory(one.close, two.close)
+
+
+async def test_what_was_read_cannot_be_changed(tmp_path: Path) -> None:
+    store = FileCandleStore(tmp_path)
+    await store.write(BTC, candles(10))
+    read = await store.read(BTC, 0, 2**53)
+    for name in COLUMNS:
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(read, name)[0] = 7
 
 
 async def test_a_replaced_month_does_not_change_what_was_read(tmp_path: Path) -> None:
@@ -92,6 +106,7 @@ def flip(place: float) -> Any:
         lambda data: data[: len(data) // 2],
         lambda data: data + b"\0",
         lambda data: b"\0" * len(data),
+        lambda data: data[:12] + b"\xff\xff\xff\x7f" + data[16:],
     ],
 )
 async def test_a_damaged_month_is_kept_and_blocks_until_the_operator_decides(tmp_path: Path, change: Any) -> None:
@@ -116,13 +131,13 @@ async def test_the_files_of_another_series_are_refused(tmp_path: Path) -> None:
     await store.write(BTC, candles(10))
     other = SeriesKey("binance", "ETHUSDT", "1m")
     await store.write(other, candles(10, price=2.0))
-    (tmp_path / "candle/binance/ETHUSDT/1m/2022-01.arrow").replace(tmp_path / FIRST)
+    (tmp_path / "candle/binance/ETHUSDT/1m/2022-01.candles").replace(tmp_path / FIRST)
     with pytest.raises(Damaged, match="ETHUSDT"):
         await store.read(BTC, 0, 2**53)
 
 
 async def test_a_newer_schema_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_candles, "SCHEMA_VERSION", 2)
+    monkeypatch.setattr(columns, "SCHEMA_VERSION", 2)
     await FileCandleStore(tmp_path).write(BTC, candles(10))
     monkeypatch.undo()
     for operation in (FileCandleStore(tmp_path).read(BTC, 0, 2**53), FileCandleStore(tmp_path).write(BTC, candles(20))):
@@ -159,4 +174,4 @@ async def test_a_cancelled_caller_leaves_nothing_behind(tmp_path: Path) -> None:
         writing.cancel()
         await asyncio.gather(writing, return_exceptions=True)
     assert await store.write(BTC, candles(60)) in (10, 60)
-    assert [file.name for file in (tmp_path / FIRST).parent.iterdir()] == ["2022-01.arrow"]
+    assert [file.name for file in (tmp_path / FIRST).parent.iterdir()] == ["2022-01.candles"]

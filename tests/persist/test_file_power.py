@@ -1,25 +1,20 @@
-"""Power that fails at any moment: states of the disk that POSIX allows are opened again, and nothing promised is gone.
-
-`BACKTEST_KIT_POWER_STATES` is how many states of each workload are tried (`make prove` tries many more), and
-`BACKTEST_KIT_POWER_SEED` where they begin, so that a failure can be seen again.
-"""
+"""Power that fails at any moment: every state of the disk that POSIX allows opens again with all that was promised."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from tests.samples import SEED, size
 
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.persist.backends.file import FileStore
@@ -30,8 +25,8 @@ from backtest_kit.persist.testing import power
 from backtest_kit.persist.testing.faults import FaultFS
 from backtest_kit.persist.testing.power import Aftermath, Change, Link, Mark, RecordingFS, Sync
 
-STATES = int(os.environ.get("BACKTEST_KIT_POWER_STATES", "520"))
-SEED = int(os.environ.get("BACKTEST_KIT_POWER_SEED", "1"))
+STATES = size(120, 20_000)
+"""How many of each workload are tried."""
 
 SIGNAL, SCHEDULE, STRATEGY, STATE, MEASURE, LOG, STORAGE = (
     CONTRACTS[name] for name in ("signal", "schedule", "strategy", "state", "measure", "log", "storage")
@@ -149,17 +144,6 @@ async def everything(program: Program, choose: random.Random) -> None:
 WORKLOADS = {work.__name__: work for work in (slots, records, feeds, everything)}
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is such a place: nothing here is about a real disk."""
-    memory = Path("/dev/shm")  # noqa: S108
-    if os.access(memory, os.W_OK):
-        with tempfile.TemporaryDirectory(prefix="backtest-kit-", dir=memory) as directory:
-            yield Path(directory)
-    else:
-        yield tmp_path
-
-
 async def run(work: Any, root: Path, seed: int) -> list[Change]:
     program = Program(root)
     await work(program, random.Random(seed))  # noqa: S311
@@ -243,20 +227,21 @@ async def require_going_on(store: FileStore, root: Path) -> None:
     await again.close()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", WORKLOADS)
 async def test_every_state_after_a_loss_of_power_is_legal(
-    place: Path, name: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
-    runs = 4
+    runs = size(2, 4)
     for number in range(runs):
         seed = SEED * 1_000 + number
-        root = place / f"run-{number}"
+        root = tmp_path / f"run-{number}"
         changes = await run(WORKLOADS[name], root, seed)
         choose = random.Random(seed)  # noqa: S311
         for state in range(STATES // runs):
             until = changes[: choose.randrange(len(changes) + 1)]
-            left = place / "left"
+            left = tmp_path / "left"
             Aftermath(until, str(root), seed * 1_000_000 + state).build(left)
             if left.exists():
                 try:
@@ -268,12 +253,12 @@ async def test_every_state_after_a_loss_of_power_is_legal(
         shutil.rmtree(root)
 
 
-async def test_every_rename_comes_after_a_sync(place: Path) -> None:
+async def test_every_rename_comes_after_a_sync(tmp_path: Path) -> None:
     """Of the file itself, or of a journal that has its content; only what may be lost is renamed without one."""
     changes = [
-        *await run(everything, place / "a", SEED),
-        *await run(records, place / "b", SEED),
-        *await run(feeds, place / "c", SEED),
+        *await run(everything, tmp_path / "a", SEED),
+        *await run(records, tmp_path / "b", SEED),
+        *await run(feeds, tmp_path / "c", SEED),
     ]
     unsynced: set[int] = set()
     journals: set[int] = set()

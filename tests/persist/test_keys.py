@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from tests.samples import size
 
 from backtest_kit.errors import UserError
 from backtest_kit.persist.contracts import CONTRACTS, Contract
@@ -58,7 +59,8 @@ def test_hostile_names_are_names_of_the_file_system(part: str, tmp_path: Path) -
     assert [entry.name for entry in tmp_path.iterdir()] == [f"{name}.json"]
 
 
-@settings(max_examples=5000, deadline=None)
+@pytest.mark.sampled
+@settings(max_examples=size(250, 5000), deadline=None)
 @given(text | case_twins, st.sampled_from(FIELDS))
 def test_names_are_read_back_and_safe(part: str, field: str) -> None:
     name = escape(part, field)
@@ -70,7 +72,8 @@ def test_names_are_read_back_and_safe(part: str, field: str) -> None:
     assert unescape(name, field) in ((part,) if len(name) < MAX_NAME else (part, None))
 
 
-@settings(max_examples=5000, deadline=None)
+@pytest.mark.sampled
+@settings(max_examples=size(250, 5000), deadline=None)
 @given(text | case_twins, text | case_twins, st.sampled_from(FIELDS))
 def test_two_components_never_share_a_name(one: str, other: str, field: str) -> None:
     same = escape(one, field).casefold() == escape(other, field).casefold()

@@ -411,7 +411,7 @@ class UnlistedCandles(CandleStore):
 
 def holder(**changes: Any) -> Holder:
     return Holder(**{
-        "owner": "o", "pid": 77, "host": "elsewhere", "since": 0, "ttl_ms": 300, "machine": "another", "started": "1",
+        "owner": "o", "pid": 77, "host": "elsewhere", "since": 0, "ttl_ms": 300, "machine": "another", "started": 1.0,
         **changes,
     })  # fmt: skip
 
@@ -448,7 +448,7 @@ async def test_everything_damaged_is_named_and_nothing_moved(url: str, target: S
     await fill(written)
     await written.close()
     damaged = 0
-    for path in [*tmp_path.rglob("2022-01.arrow"), *tmp_path.rglob("BTC%2FUSDT.json")]:
+    for path in [*tmp_path.rglob("2022-01.candles"), *tmp_path.rglob("BTC%2FUSDT.json")]:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
@@ -459,7 +459,7 @@ async def test_everything_damaged_is_named_and_nothing_moved(url: str, target: S
         damaged += 1
     before = snapshot(tmp_path)
     source = make(url, tmp_path, existing=True)
-    with pytest.raises(Damaged, match=rf"nothing was moved, because {damaged} of the source.*2022-01.arrow: the ch"):
+    with pytest.raises(Damaged, match=rf"nothing was moved, because {damaged} of the source.*2022-01.candles: the ch"):
         await migrate_store(source, target)
     await source.close()
     assert {path: data for path, data in snapshot(tmp_path).items() if path in before} == before

@@ -140,7 +140,7 @@ class TestBadFile:
     async def test_full_disk(self, store: SqliteStore) -> None:
         await store.put(Write(SIGNAL, KEY, "small"))
 
-        await store._connections.write(lambda connection: connection.execute("PRAGMA max_page_count = 20").fetchone())
+        await store._threads.write(lambda connection: connection.execute("PRAGMA max_page_count = 20").fetchone())
         writes = [store.put(Write(MEMORY, ("s", "b", str(n)), "x" * (200_000 if n == 3 else 10))) for n in range(6)]
         results = await asyncio.gather(*writes, return_exceptions=True)
         assert [isinstance(result, OutOfSpace) for result in results] == [n == 3 for n in range(6)]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import html.parser
-import importlib.util
 import json
 import math
 import re
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backtest_kit.errors import UserError
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import DAY_MS, MINUTE_MS
 from backtest_kit.model.position import Entry, Reduction, Trade
@@ -183,14 +181,6 @@ def test_every_fill_and_level_of_a_position_is_drawn(make_trade: MakeTrade, make
     assert row["Partial Closes (list)"] == "25.00 % @ 101.5; 50.00 % @ 102.5"
     assert (row["DCA Entries"], row["Partial Closes"], row["Original TP"]) == ("3", "2", "107")
     assert data["heat"]["header"][0] == "Symbol"
-
-
-def test_without_the_chart_library_the_error_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, make_result: MakeResult
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install --upgrade 'lwcharts>=0\.3'"):
-        render_html(Results([make_result()]))
 
 
 @pytest.mark.browser

@@ -205,7 +205,7 @@ def test_several_strategies_need_a_path(tmp_path: Path, make_result: MakeResult,
 
 
 def test_importing_the_package_is_cheap() -> None:
-    heavy = ("pandas", "polars", "rich", "pyarrow", "lwcharts", "ccxt", "typer", "aiosqlite", "html")
+    heavy = ("pandas", "polars", "rich", "pyarrow", "ccxt", "typer", "aiosqlite", "html")
     code = f"import sys, backtest_kit.report; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
     assert done.stdout.strip() == "[]"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from backtest_kit import default_kit, sources
+from backtest_kit.arrow import SUFFIXES
 from backtest_kit.cli.strategy_file import load_strategy_file
 from backtest_kit.errors import UserError
 from backtest_kit.market.sources import CandleSource
@@ -91,9 +92,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def file_source(candles: str) -> CandleSource:
-    if candles.endswith(".parquet"):
-        return sources.parquet(candles)
-    return sources.csv(candles)
+    return sources.arrow(candles) if Path(candles).suffix in SUFFIXES else sources.csv(candles)
 
 
 def _frame(given: str | None, source: CandleSource, symbol: str, strategy_file: Path) -> str:

@@ -29,8 +29,8 @@ Candles = Annotated[
         "--candles",
         "-c",
         metavar="FILE",
-        help="Take 1-minute candles from a .csv, .csv.gz or .parquet file instead of the exchange of the "
-        "strategy file; '{symbol}' in the name stands for the symbol.",
+        help="Take 1-minute candles from a .csv, .csv.gz, .parquet, .feather or .arrow file instead of the exchange "
+        "of the strategy file; '{symbol}' in the name stands for the symbol.",
     ),
 ]
 GapRule = Annotated[

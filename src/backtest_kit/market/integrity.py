@@ -10,7 +10,7 @@ import numpy as np
 
 from backtest_kit.errors import BadCandles, UserError
 from backtest_kit.model.candle import COLUMNS, NO_TIME, PRICE_COLUMNS, CandleSeries, FloatColumn, TimeColumn
-from backtest_kit.model.interval import INTERVAL_MS, MINUTE_MS, iso
+from backtest_kit.model.interval import DAY_MS, INTERVAL_MS, MINUTE_MS, iso
 from backtest_kit.model.price import price_text
 from backtest_kit.settings import Settings
 
@@ -23,6 +23,9 @@ _ODDS: Final = 1000
 """Rows of an illiquid market may lie on a coarser grid by chance; rarer than one in this many is not chance."""
 _OFF_GRID: Final = 0.1
 """Which part of the rows may lie off that grid."""
+_STRETCH_MS: Final = DAY_MS
+"""How long rows must go on like candles of another length among those of minutes: a quiet night is shorter."""
+_MINUTES_ONLY: Final = "give 1m candles, longer ones are made from them"
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -162,15 +165,45 @@ def check_grid(times: TimeColumn, *, what: str) -> None:
         UserError: naming the length.
     """
     spacing = np.diff(times)
-    if 2 * np.count_nonzero(spacing == MINUTE_MS) >= len(spacing):
+    alike = np.count_nonzero(spacing == MINUTE_MS)
+    if alike == len(spacing):
         return
-    spacing = np.diff(np.unique(times[times != NO_TIME]))
+    times = times[times != NO_TIME]
+    if 2 * alike < len(spacing):
+        _check_all(times, what)
+    _check_stretches(times, what)
+
+
+def _check_all(times: TimeColumn, what: str) -> None:
+    spacing = np.diff(np.unique(times))
     if len(spacing) < 2:
         return
     usual_ms = int(np.median(spacing))
     if 2 * usual_ms < MINUTE_MS:
         raise UserError(f"{what} has a row every {usual_ms / 1000:g} s: give 1m candles")
-    minutes = np.unique(whole_minutes(times[times != NO_TIME])) // MINUTE_MS
+    name = _grid_of(times, _ODDS)
+    if name is not None:
+        raise UserError(f"{what} has {name} candles: {_MINUTES_ONLY}")
+
+
+def _check_stretches(times: TimeColumn, what: str) -> None:
+    """Refuse candles of another length in a part of the rows: two files that were joined, or a source that changed."""
+    apart = np.diff(times) != MINUTE_MS
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], apart, [False])).astype(np.int8)))
+    firsts, lasts = edges[::2], edges[1::2]
+    long = (lasts - firsts >= 2) & (times[lasts] - times[firsts] >= _STRETCH_MS)
+    for first, last in zip(firsts[long].tolist(), lasts[long].tolist(), strict=True):
+        # One of many stretches lies on a grid by chance more easily than one that is alone.
+        name = _grid_of(times[first : last + 1], _ODDS * len(firsts))
+        if name is not None:
+            raise UserError(
+                f"{what} has {name} candles from {iso(int(times[first]))} to {iso(int(times[last]))}: {_MINUTES_ONLY}"
+            )
+
+
+def _grid_of(times: TimeColumn, odds: float) -> str | None:
+    """The length of the candles whose grid the rows lie on, if that is a chance of less than one in `odds`."""
+    minutes = np.unique(whole_minutes(times)) // MINUTE_MS
     for name, step_ms in reversed(INTERVAL_MS.items()):
         steps = step_ms // MINUTE_MS
         # A few rows may lie off the grid of the others, such as the candle that was still open.
@@ -178,8 +211,9 @@ def check_grid(times: TimeColumn, *, what: str) -> None:
         chance = (len(minutes) - off_grid - 1) * math.log(steps)
         if off_grid:
             chance -= off_grid * math.log(math.e * len(minutes) / off_grid)
-        if steps > 1 and off_grid <= _OFF_GRID * len(minutes) and chance >= math.log(_ODDS):
-            raise UserError(f"{what} has {name} candles: give 1m candles, longer ones are made from them")
+        if steps > 1 and off_grid <= _OFF_GRID * len(minutes) and chance >= math.log(odds):
+            return name
+    return None
 
 
 def whole_minutes(times: TimeColumn) -> TimeColumn:

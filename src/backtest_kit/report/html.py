@@ -60,11 +60,6 @@ _FIRST_COLUMNS: Final = (
 
 
 def render_html(results: Results) -> str:
-    """The page.
-
-    Raises:
-        UserError: lwcharts is not installed, whose chart library the page takes in.
-    """
     return render_page("backtest", heading(results)[0], _content(results))
 
 

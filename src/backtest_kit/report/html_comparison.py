@@ -19,11 +19,6 @@ _MANY: Final = 20
 
 
 def render_comparison_page(comparison: Comparison) -> str:
-    """The page.
-
-    Raises:
-        UserError: lwcharts is not installed, whose chart library the page takes in.
-    """
     return render_page("comparison", comparison.heading()[0], _content(comparison))
 
 

@@ -6,27 +6,22 @@ import base64
 import hashlib
 import html
 import importlib.resources
-import importlib.util
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from backtest_kit.errors import UserError
 from backtest_kit.report.heatmap import HeatMap
 from backtest_kit.report.tables import Table
-
-_LIBRARY: Final = "vendor/lightweight-charts.standalone.production.js"
 
 
 def render_page(name: str, title: str, content: Mapping[str, Any]) -> str:
     """The page whose body and script are `pages/{name}.html` and `pages/{name}.js`, filled from `content`.
 
-    Raises:
-        UserError: lwcharts is not installed, whose chart library the page takes in.
+    The chart library in `pages/vendor` is TradingView's lightweight-charts, as published.
     """
-    library = _chart_library()
+    library = _asset("vendor/lightweight-charts.standalone.production.js")
+    library = library.replace("</script", "<\\/script").replace("<!--", "<\\!--")
     own = "\n" + _asset("common.js") + _asset(f"{name}.js")
     scripts = " ".join(f"'sha256-{_digest(script)}'" for script in (library, own))
     # The page's only scripts are these two, known by their digest: no text of a strategy can become another.
@@ -63,15 +58,3 @@ def _json(content: Mapping[str, Any]) -> str:
 
 def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _chart_library() -> str:
-    # Found without an import: lwcharts would import pandas only to say where it keeps a file.
-    package = importlib.util.find_spec("lwcharts")
-    folders = package.submodule_search_locations if package else None
-    for folder in folders or ():
-        file = Path(folder) / _LIBRARY
-        if file.is_file():
-            script = file.read_text(encoding="utf-8")
-            return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
-    raise UserError(f"lwcharts is not installed, or brings no {_LIBRARY}: pip install --upgrade 'lwcharts>=0.3'")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from backtest_kit.market.sources.arrow_file import arrow, parquet
 from backtest_kit.market.sources.base import ANY_RANGE, CandleSource
 from backtest_kit.market.sources.ccxt import ccxt
+from backtest_kit.market.sources.csv_file import csv
 from backtest_kit.market.sources.function import function
+from backtest_kit.market.sources.saving import save
 from backtest_kit.market.sources.synthetic import synthetic
-from backtest_kit.market.sources.table import csv, parquet
 
-__all__ = ["ANY_RANGE", "CandleSource", "ccxt", "csv", "function", "parquet", "synthetic"]
+__all__ = ["ANY_RANGE", "CandleSource", "arrow", "ccxt", "csv", "function", "parquet", "save", "synthetic"]

@@ -1,45 +1,34 @@
-"""`FileCandleStore`: candles as Arrow files of one month each, read by mapping them into memory.
+"""`FileCandleStore`: candles as files of one month each, read by mapping them into memory.
 
-A month is `candle/{exchangeName}/{symbol}/{interval}/2022-01.arrow`, an ordinary Arrow IPC file that
-any Arrow reader opens. Its schema metadata has the contract, the series, the schema version and a CRC-32
-of all bytes of the file, taken with zeros in the place of the checksum itself.
+A month is `candle/{exchangeName}/{symbol}/{interval}/2022-01.candles`; `columns` has its bytes. Mapped pages are shared
+by all processes that read them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import mmap
 import os
 import threading
-import zlib
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 
 from backtest_kit.errors import Damaged, UserError
-from backtest_kit.model.candle import COLUMNS, CandleSeries
+from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import iso
+from backtest_kit.persist.backends.columns import CONTRACT, SUFFIX, pack, series_in, unpack
 from backtest_kit.persist.backends.memory import merge
-from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema
-from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.files import Disk, absolute_root, disk_error
 from backtest_kit.persist.keys import check_key, path_of, unescape
 from backtest_kit.persist.locks import LockSet
 from backtest_kit.persist.quarantine import Quarantine
 from backtest_kit.persist.store import CandleStore, SeriesKey
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-CONTRACT: Final = CONTRACTS["candle"]
-SUFFIX: Final = ".arrow"
-_METADATA: Final = b"backtest-kit"
-_MARK: Final = b'"checksum": "'
-_ZEROS: Final = b"00000000"
 _KEPT_MONTHS: Final = 256
 """Mapped months that are kept at hand: 20 years of one series, or a month of 256 symbols."""
 
@@ -108,7 +97,7 @@ class FileCandleStore(CandleStore):
         """The series of a directory whose name was cut, from one of its files."""
         for entry in self._disk.entries(directory):
             if entry.name.endswith(SUFFIX):
-                return _series_in(self._disk.read(entry.path))
+                return series_in(self._disk.read(entry.path))
         raise Damaged(f"{directory} has candles of a series whose name cannot be told: remove the directory")
 
     def _directory(self, series: SeriesKey) -> str:
@@ -147,7 +136,7 @@ class FileCandleStore(CandleStore):
         if known is not None:
             return known
         try:
-            loaded = _unpack(series, data)
+            loaded = unpack(series, data)
         except NewerSchema as error:
             raise NewerSchema(f"{self._root}/{path}: {error}") from None
         except Damaged as error:
@@ -204,7 +193,7 @@ class FileCandleStore(CandleStore):
             self._disk.make_directories(parent, sync=False)
             # Synced although candles can be fetched again: a month that power loss leaves torn would
             # wait in quarantine for an operator.
-            temp = self._disk.write_temp(parent, _pack(series, merged), sync=True)
+            temp = self._disk.write_temp(parent, pack(series, merged), sync=True)
             self._disk.rename(temp, f"{self._root}/{path}")
         return added
 
@@ -223,94 +212,3 @@ def _month_of_file(name: str) -> int | None:
         return int(np.datetime64(name.removesuffix(SUFFIX), "M").astype(np.int64)) if name.endswith(SUFFIX) else None
     except ValueError:
         return None
-
-
-def _pack(series: SeriesKey, candles: CandleSeries) -> bytes:
-    import pyarrow as pa
-
-    about = {
-        "contract": CONTRACT.name,
-        "series": [series.exchange_name, series.symbol, series.interval],
-        "rows": len(candles),
-        "schemaVersion": SCHEMA_VERSION,
-        "checksum": _ZEROS.decode(),
-    }
-    schema = pa.schema(
-        [pa.field(name, pa.int64() if name == "timestamp" else pa.float64(), nullable=False) for name in COLUMNS],
-        metadata={_METADATA: json.dumps(about)},
-    )
-    # From buffers, because turning numpy arrays into Arrow ones makes pyarrow import pandas.
-    columns = [
-        pa.Array.from_buffers(field.type, len(candles), [None, pa.py_buffer(np.ascontiguousarray(column))])
-        for field, column in zip(schema, candles.columns().values(), strict=True)
-    ]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-    data = bytearray(sink.getvalue().to_pybytes())
-    checksum = b"%08x" % zlib.crc32(data)
-    for place in _checksum_places(data):
-        data[place : place + len(checksum)] = checksum
-    return bytes(data)
-
-
-def _checksum_places(data: Any) -> list[int]:
-    """Where the checksum stands: the schema is written at the front and again in the footer."""
-    return sorted({data.find(_MARK) + len(_MARK), data.rfind(_MARK) + len(_MARK)})
-
-
-def verify(data: Any) -> None:
-    """Do nothing if the bytes of a candle file are those that were written.
-
-    Raises:
-        Damaged: they are not.
-    """
-    places = _checksum_places(data)
-    if len(places) != 2 or places[0] < len(_MARK):
-        raise Damaged("it is no candle file of this program, or its beginning or end is missing")
-    checksum, position = 0, 0
-    with memoryview(data) as view:
-        for place in places:
-            checksum = zlib.crc32(_ZEROS, zlib.crc32(view[position:place], checksum))
-            position = place + len(_ZEROS)
-        checksum = zlib.crc32(view[position:], checksum)
-        expected = b"%08x" % checksum
-        if any(view[place : place + len(expected)] != expected for place in places):
-            raise Damaged("the checksum does not match: the file was cut or changed on the disk")
-
-
-def _unpack(series: SeriesKey, data: Any) -> CandleSeries:
-    """The candles in the bytes of a file; the columns are views of `data`."""
-    import pyarrow as pa
-
-    verify(data)
-    try:
-        with pa.ipc.open_file(pa.py_buffer(data)) as reader:
-            about = json.loads(reader.schema.metadata[_METADATA])
-            if about["schemaVersion"] > SCHEMA_VERSION:
-                raise NewerSchema(
-                    f"it was written by a newer version of this program (schema {about['schemaVersion']}, "
-                    f"this one reads up to {SCHEMA_VERSION}): upgrade, the file is untouched"
-                )
-            found = about["contract"], *about["series"]
-            batch: pa.RecordBatch = reader.get_batch(0)
-            columns = [_column(batch.column(name)) for name in COLUMNS]
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise Damaged(f"it is no candle file of this program: {error}") from None
-    if found != (CONTRACT.name, series.exchange_name, series.symbol, series.interval):
-        raise Damaged(f"it has {'/'.join(map(str, found))}, found where candles of {series} belong")
-    return CandleSeries(*columns)
-
-
-def _series_in(data: bytes) -> SeriesKey:
-    """The series that a candle file says it belongs to."""
-    import pyarrow as pa
-
-    verify(data)
-    with pa.ipc.open_file(pa.py_buffer(data)) as reader:
-        return SeriesKey(*json.loads(reader.schema.metadata[_METADATA])["series"])
-
-
-def _column(array: Any) -> Any:
-    """A view of an Arrow column. By its buffer, because `to_numpy` makes pyarrow import pandas."""
-    return np.frombuffer(array.buffers()[1], dtype=str(array.type).replace("double", "float64"), count=len(array))

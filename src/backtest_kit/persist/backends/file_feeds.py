@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from backtest_kit.errors import Damaged, OutOfSpace, RetryLater
-from backtest_kit.persist.backends.sql import CHUNK, Connection, Rows, Suspect, name_of
+from backtest_kit.persist.backends.sql import CHUNK, Rows, Suspect
+from backtest_kit.persist.backends.sql_dialect import Connection, name_of
 from backtest_kit.persist.backends.sqlite_diagnosis import examine_contents
 from backtest_kit.persist.backends.sqlite_file import SqliteFile
 from backtest_kit.persist.contracts import Contract
@@ -43,7 +44,7 @@ class FeedTransaction:
         Raises:
             Damaged: the key is blocked; the transaction can go on without it.
         """
-        return self._rows.head(contract, namespace, key, self._connection)
+        return self._rows.head(contract, name_of(namespace, contract, key), key, self._connection)
 
     def write(self, contract: Contract, namespace: str, record: Record, dumped: bytes) -> None:
         """Store what `dump_record` made of `record`, as the last of its feed."""
@@ -94,7 +95,7 @@ class Feeds:
 
     def get(self, contract: Contract, namespace: str, key: Key) -> Record | None:
         try:
-            return self._read(partial(self._rows.read, contract, namespace, key))
+            return self._read(partial(self._rows.read, contract, name_of(namespace, contract, key), key))
         except Suspect as suspect:
             raise self._quarantine(suspect) from None
 

@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from backtest_kit.errors import Damaged, RetryLater, UserError
-from backtest_kit.persist.backends.file_candles import SUFFIX as CANDLE_SUFFIX, verify as verify_candles
+from backtest_kit.persist.backends.columns import SUFFIX as CANDLE_SUFFIX, verify as verify_candles
 from backtest_kit.persist.backends.file_paths import (
     MARKER,
     NEXT,

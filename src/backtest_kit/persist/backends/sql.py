@@ -1,5 +1,5 @@
 # ruff: noqa: S608 - what is written into a statement are names of the dialect; every value is bound
-"""Records in a SQL database, for any DB-API connection: the statements, what a row promises, and the decide loop.
+"""Records in a SQL database, for any DB-API connection: the statements, and the decide loop.
 
 A row holds the sealed text of its record, so the checksum of the codec covers what the database itself does not check;
 the other columns only serve to find it, and are compared with the record. Where a database does not verify its own
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from backtest_kit.errors import BacktestKitError, Damaged, UserError
+from backtest_kit.persist.backends.sql_dialect import Connection, Dialect, Name, name_of, path_to
 from backtest_kit.persist.codec import (
     NewerSchema,
     dump_record,
@@ -27,7 +28,7 @@ from backtest_kit.persist.codec import (
     unseal_head,
 )
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Durability, WriteRule
-from backtest_kit.persist.keys import check_key, path_of
+from backtest_kit.persist.keys import check_key
 from backtest_kit.persist.store import Key, Record, Write
 from backtest_kit.persist.upkeep import Finding, Quarantined
 from backtest_kit.persist.writing import decide, now_ms
@@ -35,51 +36,7 @@ from backtest_kit.persist.writing import decide, now_ms
 CHUNK: Final = 256
 """Rows in one step: a writer waits for the end of each."""
 
-Name = tuple[str, str, str]
-"""Namespace, contract and key as they stand in the columns. A namespace is `@outer/@inner/`, or empty."""
 Unseal = Callable[[Contract, Key | None, bytes], Record]
-
-
-class Connection(Protocol):
-    """What is used of a DB-API connection; both sqlite3 and psycopg have `execute` on the connection itself."""
-
-    def execute(self, statement: str, parameters: Sequence[Any] = ..., /) -> Any: ...
-
-
-class Dialect(msgspec.Struct, frozen=True, kw_only=True):
-    """In what one SQL database differs from another. Statements are written with `?`."""
-
-    parameter: str
-    text: str
-    """The type of a text that is ordered by its bytes."""
-    blob: str
-    identity: str
-    """The type of a number that the database gives to each row."""
-    columns: str
-    """Those of a row under the alias `kept`: namespace, contract, key, removed, record."""
-    index: str = ""
-    """What makes a statement use the index `{}`. Empty: the database verifies its pages, and one index is enough."""
-    table: str = ""
-    """What makes a statement read the table itself."""
-    rebuild: str = ""
-    """The statement that makes the indexes anew."""
-    remedy: str = "restore a copy"
-    """What an operator does about indexes that disagree; `{}` is the database."""
-
-    def schema(self) -> tuple[str, ...]:
-        text, blob = self.text, self.blob
-        statements = (
-            f"CREATE TABLE records (id {self.identity}, namespace {text} NOT NULL, contract {text} NOT NULL, "
-            f"key {text} NOT NULL, seq BIGINT NOT NULL, removed INTEGER NOT NULL, record {blob} NOT NULL)",
-            "CREATE UNIQUE INDEX records_by_name ON records (namespace, contract, key)",
-            "CREATE INDEX records_in_order ON records (namespace, contract, seq)",
-            f"CREATE TABLE quarantine (id {self.identity}, found_at BIGINT NOT NULL, namespace {text} NOT NULL, "
-            f"contract {text} NOT NULL, key {text} NOT NULL, reason {text} NOT NULL, record {blob} NOT NULL, "
-            "UNIQUE (namespace, contract, key, record))",
-        )
-        # The same once more, in a tree of its own: what a damaged page hides in one of them, the other one still finds.
-        second = "CREATE UNIQUE INDEX records_by_key ON records (key, contract, namespace)"
-        return (*statements, second) if self.index else statements
 
 
 class Suspect(Damaged):
@@ -110,16 +67,6 @@ def change_of(write: Write, namespace: str) -> Change:
     return Change(write, name_of(namespace, write.contract, key), dump_value(write.value))
 
 
-def name_of(namespace: str, contract: Contract, key: Key) -> Name:
-    return namespace, contract.name, "/".join(path_of(contract, key))
-
-
-def path_to(name: Name) -> str:
-    """A row's name in the operations on the quarantine, in the form that files have theirs."""
-    namespace, contract, key = name
-    return f"{namespace}{contract}/{key}"
-
-
 class Rows:
     """The rows of one database. Every method takes the connection; those that change something, in a transaction."""
 
@@ -145,8 +92,8 @@ class Rows:
             "DO UPDATE SET removed = excluded.removed, record = excluded.record, seq = excluded.seq"
         )
         self._keep = self._sql(
-            "INSERT INTO quarantine (found_at, namespace, contract, key, reason, record) VALUES (?, ?, ?, ?, ?, ?) "
-            "ON CONFLICT (namespace, contract, key, record) DO NOTHING"
+            "INSERT INTO quarantine (namespace, contract, key, record, reason, found_at) SELECT ?, ?, ?, ?, ?, ? "
+            f"WHERE NOT EXISTS (SELECT 1 FROM quarantine WHERE {found} AND record = ?)"
         )
         self._release = self._sql(f"DELETE FROM quarantine WHERE {found}")
         self._delete = self._sql("DELETE FROM records WHERE id = ?")
@@ -157,14 +104,14 @@ class Rows:
     # -- reading -------------------------------------------------------------------------------------
 
     def read(
-        self, contract: Contract, namespace: str, key: Key, connection: Connection, unseal: Unseal = unseal
+        self, contract: Contract, name: Name, key: Key, connection: Connection, unseal: Unseal = unseal
     ) -> Record | None:
-        """The record of a key, or None if no index knows its name.
+        """The record of a key, which `name_of` calls `name`; None if no index knows that.
 
         Raises:
             Suspect: it is there and cannot be trusted.
         """
-        found = self._find(name := name_of(namespace, contract, key), connection)
+        found = self._find(name, connection)
         return None if found is None else _open(contract, name, key, found[1], unseal)
 
     def read_all(
@@ -327,7 +274,7 @@ class Rows:
         for write, name, value in changes:
             # Only a write that replaces can do without the value that is there.
             opened = unseal_head if write.contract.write_rule is WriteRule.REPLACE else unseal
-            current = self.head(write.contract, name[0], write.key, connection, opened)
+            current = self.head(write.contract, name, write.key, connection, opened)
             record, changed = decide(write, current)
             records.append(record)
             if changed:
@@ -347,11 +294,11 @@ class Rows:
         return done
 
     def head(
-        self, contract: Contract, namespace: str, key: Key, connection: Connection, unseal: Unseal = unseal_head
+        self, contract: Contract, name: Name, key: Key, connection: Connection, unseal: Unseal = unseal_head
     ) -> Record | None:
         """What a key holds, for whoever is about to replace it. Of damage, a copy is kept, and the error says so."""
         try:
-            return self.read(contract, namespace, key, connection, unseal)
+            return self.read(contract, name, key, connection, unseal)
         except Suspect as suspect:
             raise self.keep_copy(suspect, connection) from None
 
@@ -382,7 +329,8 @@ class Rows:
     def keep_copy(self, suspect: Suspect, connection: Connection) -> Damaged:
         """Keep a copy of the bytes, and return what happened. The row stays: it is what blocks the key."""
         if not suspect.is_newer:
-            connection.execute(self._keep, (now_ms(), *suspect.name, str(suspect), suspect.data))
+            copy = (*suspect.name, suspect.data)
+            connection.execute(self._keep, (*copy, str(suspect), now_ms(), *copy))
         return self.blocked(suspect)
 
     def blocked(self, suspect: Suspect, no_copy: BacktestKitError | None = None) -> Damaged:

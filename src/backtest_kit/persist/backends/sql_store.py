@@ -10,17 +10,18 @@ import asyncio
 import copy
 import os
 import threading
-from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
-from backtest_kit.errors import BacktestKitError, Damaged, OutOfSpace, RetryLater, UserError
+from backtest_kit.errors import BacktestKitError, Damaged, Outcome, OutOfSpace, RetryLater, UserError
 from backtest_kit.persist.backends.sql import CHUNK, Change, Rows, Suspect, change_of
+from backtest_kit.persist.backends.sql_dialect import name_of
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.keys import check_key, escape, unescape
-from backtest_kit.persist.store import CandleStore, Capability, Key, Record, Store, Write, check_limit
+from backtest_kit.persist.store import Capability, Key, Record, Store, Write, check_limit
 from backtest_kit.persist.upkeep import Finding, Quarantined, require_namespace, require_prunable
 from backtest_kit.persist.writing import check_batch
 
@@ -158,41 +159,109 @@ def _settle_here(jobs: list[Job]) -> None:
 
 
 class Database(Protocol):
-    """A database with a connection that writes and one that reads."""
+    """A database with a connection that writes and one that reads. Methods block; each connection has one thread."""
 
     @property
     def rows(self) -> Rows: ...
 
-    async def write(self, work: Work[T], *, durable: bool = True) -> T:
-        """Do `work` in a transaction, perhaps with that of others. Work that raises has changed nothing.
+    def transaction(self, *, durable: bool) -> AbstractContextManager[Any]:
+        """Open the connection that writes and commit what the body does, so that with `durable` it outlives the host.
 
-        With `durable`, the transaction is on the disk before this returns.
+        Nothing stays of a body that raises; of a commit that fails, `outcome` says whether it may have happened.
         """
         ...
 
-    async def read(self, work: Work[T]) -> T:
-        """Do `work`, which only selects."""
+    def read(self, work: Work[T]) -> T:
+        """Open the connection that reads and do `work`, which only selects."""
         ...
+
+    def close_writer(self) -> None: ...
+
+    def close_reader(self) -> None: ...
+
+
+class Threads:
+    """A database with a thread for each of its connections. `existing`: nothing is made before something is read."""
+
+    def __init__(self, name: str, database: Database, *, existing: bool) -> None:
+        self.rows = database.rows
+        self._database = database
+        self._existing = existing
+        self._opened = False
+        self._writer = Worker(f"{name} (writer)", self._commit, database.close_writer)
+        self._reader = Worker(f"{name} (reader)", self._answer, database.close_reader)
+
+    async def open(self) -> None:
+        if self._existing:
+            await self.read(lambda connection: None)
+        else:
+            await self.write(lambda connection: None)
+            self._opened = True
+
+    async def close(self) -> None:
+        self._check_process()
+        await self._reader.close()
+        await self._writer.close()
+        self._opened = False
+
+    async def write(self, work: Work[T], *, durable: bool = True) -> T:
+        """Do `work` in a transaction, perhaps with that of others. Work that raises has changed nothing."""
+        self._check_process()
+        return await self._writer.run(work, durable=durable)
+
+    async def read(self, work: Work[T]) -> T:
+        self._check_process()
+        if not self._opened and not self._existing:
+            await self.open()
+        return await self._reader.run(work)
+
+    def _check_process(self) -> None:
+        self._writer.check_process()
+        self._reader.check_process()
+
+    def _commit(self, jobs: list[Job]) -> None:
+        try:
+            with self._database.transaction(durable=any(job.durable for job in jobs)) as connection:
+                for job in jobs:
+                    job.perform(connection)
+        except BacktestKitError as error:
+            alone = len(jobs) > 1 and error.outcome is not Outcome.UNKNOWN and not isinstance(error, RetryLater)
+            for job in jobs:
+                if alone:
+                    # One value too large, say, must not fail the others: each alone has its own outcome.
+                    self._commit([job])
+                else:
+                    job.error = job.error or error
+
+    def _answer(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            try:
+                self._database.read(job.perform)
+            except BacktestKitError as error:
+                job.error = error
 
 
 class SqlStore(Store):
-    """The records of a namespace in a SQL database."""
+    """The records of a namespace in a SQL database. A subclass adds what is its own: candles, identity, diagnosis."""
 
     capabilities = frozenset(Capability)
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._rows = database.rows
+    def __init__(self, threads: Threads) -> None:
+        self._threads = threads
+        self._rows = threads.rows
         self._namespace = ""
-        self.candles = self._candles_of("")
 
-    @abstractmethod
-    def _candles_of(self, namespace: str) -> CandleStore: ...
+    async def open(self) -> None:
+        await self._threads.open()
+
+    async def close(self) -> None:
+        if not self._namespace:
+            await self._threads.close()
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
-        key = check_key(contract, key)
+        name = name_of(self._namespace, contract, key := check_key(contract, key))
         try:
-            return await self._database.read(partial(self._rows.read, contract, self._namespace, key))
+            return await self._threads.read(partial(self._rows.read, contract, name, key))
         except Suspect as suspect:
             raise await self._quarantine(suspect) from None
 
@@ -204,7 +273,7 @@ class SqlStore(Store):
         changes = self._changes(writes)
         work = partial(self._rows.apply_each, changes)
         try:
-            return await self._database.write(work, durable=_must_be_durable(changes))
+            return await self._threads.write(work, durable=_must_be_durable(changes))
         except BacktestKitError:
             # One value too large, say, must not fail the others; what was written all the same is written again.
             return await asyncio.gather(*map(self.put, writes), return_exceptions=True)
@@ -225,31 +294,30 @@ class SqlStore(Store):
     ) -> AsyncIterator[Record]:
         check_limit(limit)
         prefix = check_key(contract, prefix, prefix=True)
-        numbers = await self._database.read(
+        numbers = await self._threads.read(
             partial(self._rows.list_numbers, contract, self._namespace, prefix, limit, newest_first, include_removed)
         )
         # Numbers of rows first, 8 bytes each, and records by them, instead of one long select: that would keep an
         # old state of the whole database alive for as long as the caller reads, and miss what moves meanwhile.
         for start in range(0, len(numbers), CHUNK):
             part = partial(self._rows.read_all, contract, self._namespace, numbers[start : start + CHUNK])
-            for found in await self._database.read(part):
+            for found in await self._threads.read(part):
                 if isinstance(found, Suspect):
                     raise await self._quarantine(found)
                 if include_removed or not found.removed:
                     yield found
 
-    def namespace(self, name: str) -> SqlStore:
+    def namespace(self, name: str) -> Self:
         if not name:
             return self
         inner = copy.copy(self)
         # No contract begins with @, so no path of a namespace is one of its parent.
         inner._namespace = f"{self._namespace}@{escape(name, 'namespace')}/"
-        inner.candles = self._candles_of(inner._namespace)
         return inner
 
     async def namespaces(self) -> list[tuple[str, ...]]:
-        found = await self._database.read(partial(self._rows.list_namespaces, self._namespace))
-        return [names_of(namespace.removeprefix(self._namespace)) for namespace in found]
+        found = await self._threads.read(partial(self._rows.list_namespaces, self._namespace))
+        return [_names_of(namespace.removeprefix(self._namespace)) for namespace in found]
 
     async def prune(self, contract: Contract, revisions: Mapping[Key, int]) -> int:
         require_prunable(contract)
@@ -258,51 +326,51 @@ class SqlStore(Store):
         # In parts, because every writer waits for the end of each.
         for start in range(0, len(doomed), CHUNK):
             part = partial(self._rows.prune, contract, self._namespace, doomed[start : start + CHUNK])
-            pruned += await self._database.write(part)
+            pruned += await self._threads.write(part)
         return pruned
 
     async def count(self, contract: Contract) -> int:
-        return await self._database.read(partial(self._rows.count, contract, self._namespace))
+        return await self._threads.read(partial(self._rows.count, contract, self._namespace))
 
     async def forget(self) -> None:
         require_namespace(bool(self._namespace))
-        await self._database.write(partial(self._rows.forget, self._namespace))
+        await self._threads.write(partial(self._rows.forget, self._namespace))
 
     async def check(self, *, deep: bool = False) -> list[Finding]:
-        found, last = await self._database.read(self._rows.check_quarantine), 0
+        found, last = await self._threads.read(self._rows.check_quarantine), 0
         while True:
-            last, part = await self._database.read(partial(self._rows.check, last))
+            last, part = await self._threads.read(partial(self._rows.check, last))
             found += part
             if not last:
                 return sorted(found, key=lambda finding: finding.path)
 
     async def quarantined(self) -> list[Quarantined]:
-        return await self._database.read(self._rows.list_quarantine)
+        return await self._threads.read(self._rows.list_quarantine)
 
     async def restore(self, path: str) -> Record | None:
-        return await self._database.write(partial(self._rows.restore, path))
+        return await self._threads.write(partial(self._rows.restore, path))
 
     async def drop(self, path: str) -> Quarantined:
-        return await self._database.write(partial(self._rows.drop, path))
+        return await self._threads.write(partial(self._rows.drop, path))
 
     def _changes(self, writes: Sequence[Write]) -> list[Change]:
         return [change_of(write, self._namespace) for write in writes]
 
     async def _write(self, writes: Sequence[Write]) -> list[Record]:
         changes = self._changes(writes)
-        return await self._database.write(partial(self._rows.apply, changes), durable=_must_be_durable(changes))
+        return await self._threads.write(partial(self._rows.apply, changes), durable=_must_be_durable(changes))
 
     async def _quarantine(self, suspect: Suspect) -> Damaged:
         """Keep a copy of what was read, and return what happened."""
         if suspect.is_newer:
             return self._rows.blocked(suspect)
         try:
-            return await self._database.write(partial(self._rows.keep_copy, suspect))
+            return await self._threads.write(partial(self._rows.keep_copy, suspect))
         except (RetryLater, OutOfSpace) as error:
             return self._rows.blocked(suspect, error)
 
 
-def names_of(namespace: str) -> tuple[str, ...]:
+def _names_of(namespace: str) -> tuple[str, ...]:
     """The names that lead to a namespace: `("a", "b")` for `@a/@b/`."""
     names = [part.removeprefix("@") for part in namespace.split("/")[:-1]]
     return tuple(str(unescape(name, "namespace") or name) for name in names)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from backtest_kit.errors import Damaged, Outcome, OutOfSpace, RetryLater, UserError
-from backtest_kit.persist.backends.sql import Dialect, Rows
+from backtest_kit.persist.backends.sql import Rows
+from backtest_kit.persist.backends.sql_dialect import Dialect
 from backtest_kit.persist.backends.sqlite_mark import Head, Mark, lost_commits, new_head, unknown_commits, unpack
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import Disk, disk_error

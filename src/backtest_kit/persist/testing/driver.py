@@ -22,7 +22,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, Final
 
 import msgspec
@@ -377,7 +376,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--points", action="store_true", help="kill at every crash point instead of at random")
     given = parser.parse_args(arguments)
     store_at(given.store)  # imports the backend, so that no child has to
-    import_module("pyarrow")
     if given.points:
         outcome = kill_at_points(given.store, fifty_operations)
     else:
