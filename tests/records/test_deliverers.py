@@ -157,7 +157,8 @@ async def test_what_was_handed_over_and_not_marked_comes_again_and_nothing_else_
     await observe(kit, [opened("last", 9)])
     await receiver.until(lambda: receiver.got[-1]["signalId"] == "last")
     await kit.close()
-    assert len(receiver.got) == 7
+    rest = [each["signalId"] for each in receiver.got[6:]]
+    assert rest in (["last"], ["s-4", "last"]), "the second process was killed as well, before its last mark or after"
 
 
 async def test_what_comes_in_late_is_not_lost_with_the_process_that_delivers(
