@@ -10,6 +10,7 @@ a CRC-32 of every byte before it, so no byte of a record, its key or its revisio
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import zlib
@@ -79,13 +80,13 @@ def decode_as(kind: type[T], plain: Plain) -> T:
     """The value of type `kind` that `encode` made `plain` of.
 
     Raises:
-        Damaged: it is no such value.
+        Damaged: it is not such a value.
     """
     try:
         return msgspec.convert(decode(plain), kind)
     except msgspec.ValidationError as error:
         name = getattr(kind, "__name__", str(kind)).lstrip("_")
-        raise Damaged(f"a record is no {name}: {error}; `backtest-kit store get` shows it") from None
+        raise Damaged(f"a record is not a {name}: {error}; `backtest-kit store get` shows it") from None
 
 
 def dump_value(value: Plain) -> bytes:
@@ -94,6 +95,12 @@ def dump_value(value: Plain) -> bytes:
     Raises:
         UserError: it is not a plain JSON tree.
     """
+    # Several times as fast as the strict encoder. It lets pass what no JSON is (NaN, dates, sets), but none of that
+    # comes back as it was.
+    with contextlib.suppress(TypeError, ValueError, OverflowError, RecursionError):
+        text = msgspec.json.encode(value)
+        if msgspec.json.decode(text) == value:
+            return text
     try:
         return _ENCODER.encode(value).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -345,7 +352,7 @@ _DECODERS: Final[dict[str, Callable[[str], Any]]] = {
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from backtest_kit.errors import UserError
 
 
 class Kind(Enum):
-    """How the records of a contract lie beside each other."""
+    """How many records a contract has, and how they are read."""
 
     SERIES = "series"
     """Columns over time; only candles, and only through a `CandleStore`."""

@@ -1,4 +1,4 @@
-"""Named places at which a process may be told to die, to prove that nothing is lost there."""
+"""Named places at which a process can be made to die, to prove that nothing is lost there."""
 
 from __future__ import annotations
 

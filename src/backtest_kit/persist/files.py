@@ -25,9 +25,9 @@ from backtest_kit.persist.crashpoints import crashpoint
 
 TEMP_PREFIX: Final = ".tmp-"
 TEMP_NAME: Final = re.compile(rf"{re.escape(TEMP_PREFIX)}\d+-[0-9a-f]{{12}}-\d+")
-"""What `Disk.write_temp` calls its files, in full: a file that only begins like that is somebody else's."""
+"""What `Disk.write_temp` calls its files, in full: a file that only begins like that belongs to another program."""
 STALE_TEMP_SECONDS: Final = 120
-"""A temporary file older than this is nobody's write in flight."""
+"""A temporary file older than this is not a write in flight."""
 
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _READ: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)

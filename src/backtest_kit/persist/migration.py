@@ -53,7 +53,7 @@ class Migration(msgspec.Struct, frozen=True):
     contracts: tuple[Moved, ...]
     """In the order of the table; what has nothing is left out."""
     left_out: tuple[Finding, ...]
-    """What lies in the source and is no record of it."""
+    """What lies in the source and is not a record of it."""
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -89,7 +89,7 @@ async def migrate_store(
     """Write every record, in every namespace, and every candle of `source` to `target`.
 
     The target is empty, or has the beginning of what the source has; with `resume` it may also be one that an
-    earlier call did not complete. Nobody may write to either of them meanwhile: stop the program that does. A
+    earlier call did not complete. No program may write to either of them meanwhile: stop the one that does. A
     source that was written to all the same is noticed at the end. A source that has traded live gives its id to the
     target as the last step, and refuses live starts from then on.
 
@@ -222,7 +222,7 @@ async def _checkpoint(source: Store, target: Store, resume: bool) -> dict[Part, 
 
 
 async def _mark(source: Store, part: Part, known: str) -> str:
-    """What tells whether a part was written to: it is another one after every write, and empty without any.
+    """Shows whether a part was written to: it changes with every write, and empty without any.
 
     Of candles, where the first write wins, it is the last one from `known` on.
     """
