@@ -30,7 +30,7 @@ from backtest_kit.persist.contracts import CONTRACTS, LEASE
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.lease import Lease, acquire
-from backtest_kit.persist.possession import beside, given_back, kept_through_lapses
+from backtest_kit.persist.possession import beside, release_quietly, renew_through_lapses
 from backtest_kit.persist.store import Key
 from backtest_kit.persist.store_id import claim_store_id
 from backtest_kit.records import RunRecords
@@ -142,7 +142,7 @@ class LiveRun:
         identity = self.job.identity
         try:
             async with self._possession() as lease:
-                await beside(kept_through_lapses(lease), self._work())
+                await beside(renew_through_lapses(lease), self._work())
             await self._end(RunDone(identity=identity, when_ms=self.when_ms, trades=tuple(self.order_manager.trades)))
         except asyncio.CancelledError:
             trades = tuple(self.order_manager.trades)
@@ -187,7 +187,7 @@ class LiveRun:
             )
             self.lease = lease
             self.position_store.lease = lease
-            stack.push_async_callback(given_back, lease)
+            stack.push_async_callback(release_quietly, lease)
             crashpoint("live.start.after_lease")
             if mode == "live":
                 await self._patiently(lambda: stack.enter_async_context(self._account()))
