@@ -1,8 +1,8 @@
-"""`Notifications`: what people want to hear of a run, kept once each and handed to sinks until they took it."""
+"""`Notification`: one event of a run, as people hear of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Final
 from zlib import crc32
@@ -36,8 +36,6 @@ from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import ABSENT, Write
-from backtest_kit.records.delivery import Deliver, Deliveries, Sink
-from backtest_kit.records.signals import ScopeOf, newest
 
 NOTIFICATION: Final = CONTRACTS["notification"]
 
@@ -109,60 +107,6 @@ def notification_writes(events: Iterable[Event]) -> list[Write]:
         Write(NOTIFICATION, (each.mode == "backtest", each.notification_id), encode(each), each.when_ms, ABSENT)
         for each in {each.notification_id: each for each in told}.values()
     ]
-
-
-class Notifications:
-    """What was told, and who is told of it: `kit.records.notification`."""
-
-    def __init__(self, scope: ScopeOf, deliveries: Deliveries) -> None:
-        self._scope = scope
-        self._deliveries = deliveries
-
-    def sink(self, deliver: Sink | Deliver, *, name: str | None = None, kinds: Sequence[str] = ()) -> None:
-        """Hand every notification of live and paper runs to `deliver`, from now on.
-
-        A sink gets them in order, one at a time, beside the trading. What it raises is tried again, for as long as
-        it takes and also after a restart, when a sink of that name goes on where it was. So it gets each of them
-        at least once; `notification_id` tells a repetition.
-
-        Args:
-            deliver: One of `backtest_kit.sinks`, or a function of a `Notification`, which is called in a thread
-                if it is not async.
-            name: What its progress is kept under; by default that of the sink, or of the function.
-            kinds: Only these kinds, such as ["opened", "closed"]; by default all.
-
-        Raises:
-            UserError: it is neither, has no name, or the name is taken.
-        """
-        self._deliveries.add(deliver, name, tuple(kinds))
-
-    async def list(
-        self,
-        *,
-        kind: str | None = None,
-        symbol: str | None = None,
-        strategy_name: str | None = None,
-        limit: int | None = None,
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: datetime | str | int | None = None,
-    ) -> list[Notification]:
-        """The notifications that are all of this, the newest first; no more than `limit`.
-
-        Raises:
-            UserError: a backtest without its run id, or `limit` is below 0.
-            Damaged, RetryLater: as `Store.scan`.
-        """
-
-        def wanted(each: Notification) -> bool:
-            return (
-                kind in (None, each.kind)
-                and symbol in (None, each.symbol)
-                and strategy_name in (None, each.strategy_name)
-            )
-
-        scope = self._scope(mode, run_id, when)
-        return await newest(scope, NOTIFICATION, (mode == "backtest",), Notification, wanted, limit)
 
 
 def _about(
