@@ -25,9 +25,10 @@ from backtest_kit.engine.commands import Refused
 from backtest_kit.engine.step import Flat, Holding, Resting, State
 from backtest_kit.engine.validation import check_signal
 from backtest_kit.errors import Conflict, Outcome, RetryLater, UserError
+from backtest_kit.format import error_text
 from backtest_kit.model.event import Event, Lasting, RiskRejected
 from backtest_kit.persist.crashpoints import crashpoint
-from backtest_kit.run.live.alarms import Alarms, words_of
+from backtest_kit.run.live.alarms import Alarms
 from backtest_kit.run.live.event_recorder import EventRecorder
 from backtest_kit.run.live.flags import RunFlags
 from backtest_kit.run.live.hooks import LiveHooks
@@ -174,7 +175,7 @@ class OrderSender:
             return await self._rejected(intent, str(error))
         if isinstance(error, OrderDeleted) and order.kind in EXITS:
             return await self.filled(intent, None)
-        text = words_of(error)
+        text = error_text(error)
         nothing_there = isinstance(error, OrderTransient) and error.outcome is Outcome.NOT_DONE
         if order.kind in ENTRIES or order.kind in EXITS:
             too_often = order.kind in EXITS and order.attempt >= self.rules.settings.CC_ORDER_CLOSE_RETRY_ATTEMPTS

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Sequence
 
 from backtest_kit.engine.step import State
+from backtest_kit.format import describe
 from backtest_kit.model.event import Recovered
 from backtest_kit.model.identity import Identity
-from backtest_kit.model.interval import MINUTE_MS, iso
 from backtest_kit.model.position import Position, RestingEntry
 from backtest_kit.run.live.orders import Intent
 from backtest_kit.run.live.position_state import PositionState, held_by
@@ -27,7 +27,7 @@ def recovered(identity: Identity, state: State, when_ms: int, seen_ms: int, step
         down_ms=max(0, when_ms - seen_ms) if seen_ms > 0 else 0,
         steps=tuple(steps),
     )
-    _log.info("%s", _words(event), extra={"event": event})
+    _log.info("%s of %s: %s", identity.strategy_name, identity.symbol, describe(event), extra={"event": event})
     return event
 
 
@@ -45,15 +45,3 @@ def last_price(position_state: PositionState) -> float:
     if isinstance(held, Position):
         return held.entries[-1].price
     return 0.0 if held is None else held.price_open
-
-
-def _words(found: Recovered) -> str:
-    identity = found.identity
-    held = "no position"
-    if found.position is not None:
-        held = f"a {found.position.side} position opened {iso(found.position.opened_at_ms)}"
-    elif found.entry is not None:
-        held = f"an entry resting since {iso(found.entry.scheduled_at_ms)}"
-    down = f", after {found.down_ms // MINUTE_MS} minutes without a run" if found.down_ms else ""
-    steps = "; ".join(found.steps) or "nothing was left to do"
-    return f"{identity.strategy_name} for {identity.symbol} starts with {held}{down}: {steps}"
