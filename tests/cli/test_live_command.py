@@ -158,7 +158,7 @@ async def test_one_signal_carries_what_is_open_to_its_end(stage: Stage) -> None:
         await bot.hear("opened long 100 from")
     await stage.go_to(5)
     bot.process.send_signal(signal.SIGTERM)
-    await bot.hear("a second Ctrl-C or SIGTERM ends it at once")
+    await bot.hear("a second Ctrl-C or SIGTERM exits immediately")
     said = [line for line in bot.lines if line.startswith("stopping: ")]
     assert [line.split()[1] for line in said] == ["BTCUSDT", "ETHUSDT"]
     assert all("until its long position ends by itself" in line and "2024-06-01T10:20Z" in line for line in said)
