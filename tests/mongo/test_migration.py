@@ -14,7 +14,7 @@ import pytest
 from tests.commands import run_command
 from tests.persist.test_migration import BTC, RECORDS, fill, require_equal, run_child, spread
 
-from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.migration import migrate_store
 from backtest_kit.persist.store import Store, Write
