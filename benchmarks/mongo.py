@@ -28,9 +28,9 @@ from tests.servers import database_at, mongo_at_hand, redis_at_hand
 
 from backtest_kit.model.candle import COLUMNS, CandleSeries
 from backtest_kit.persist.backends.memory import MemoryStore
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_client import database_of
-from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.backends.mongo.connection import database_of
+from backtest_kit.persist.backends.mongo.settings import MongoSettings
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import SeriesKey, Write
 

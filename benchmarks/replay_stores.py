@@ -20,8 +20,8 @@ from tests.servers import database_at, mongo_at_hand, redis_at_hand
 
 import backtest_kit as bk
 from backtest_kit.persist.backends.memory import MemoryStore
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.backends.mongo.settings import MongoSettings
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.store import SeriesKey, Store
 
 GOAL = 1.5

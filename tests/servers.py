@@ -26,7 +26,7 @@ import pytest
 import redis
 from pymongo.errors import OperationFailure, PyMongoError
 
-_START_SECONDS = 30.0
+_START_SECONDS = 120.0
 _LOG: Final = "server.log"
 FORKS: Final = multiprocessing.get_context("forkserver")
 """Where programs written in Python start in a fraction of the time: their modules are there already."""

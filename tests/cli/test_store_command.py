@@ -133,23 +133,9 @@ def test_a_loss_is_found_and_accepted(tmp_path: Path) -> None:
     assert "no acknowledged write is missing" in run("check", "--accept-loss", "--store", url, cwd=tmp_path)
     assert '"rev": 1' in run("get", "signal", "trend/binance/BTCUSDT", "--store", url, cwd=tmp_path)
     (tmp_path / "dump").mkdir()
-    assert "does not support accepting a loss" in run(
+    assert "FileStore does not support accepting a loss" in run(
         "check", "--accept-loss", "--store", "file:dump", cwd=tmp_path, code=2
     )
-
-
-def test_export_and_import_carry_everything_over(url: str, tmp_path: Path) -> None:
-    other = "sqlite:other.db" if url.startswith("file") else "file:./other"
-    told = run("export", "all.jsonl", "--store", url, cwd=tmp_path)
-    assert "6 records" in told
-    assert "6 records" in run("import", "all.jsonl", "--store", other, cwd=tmp_path)
-    again = run("import", "all.jsonl", "--store", other, cwd=tmp_path)
-    assert "were there already" in again
-    for contract in ("signal", "memory"):
-        assert run("ls", contract, "--store", other, cwd=tmp_path).count("s-2") >= 1
-    lines = (tmp_path / "all.jsonl").read_text().splitlines()
-    (tmp_path / "cut.jsonl").write_text("\n".join(lines[:-2]))
-    assert "nothing was written" in run("import", "cut.jsonl", "--store", other, cwd=tmp_path, code=2)
 
 
 def test_damage_is_found_kept_and_decided_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,12 +170,12 @@ def test_damage_is_found_kept_and_decided_on(tmp_path: Path, monkeypatch: pytest
 
 def test_help_names_every_verb(tmp_path: Path) -> None:
     page = run("--help", cwd=tmp_path)
-    for verb in ("ls", "get", "du", "check", "export", "import", "migrate", "reclaim", "quarantine"):
+    for verb in ("ls", "get", "du", "check", "migrate", "reclaim", "quarantine"):
         assert verb in page
     assert "restore" in run("quarantine", "--help", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("verb", [("ls", "signal"), ("du",), ("check",), ("export", "x.jsonl"), ("quarantine", "list")])
+@pytest.mark.parametrize("verb", [("ls", "signal"), ("du",), ("check",), ("quarantine", "list")])
 def test_looking_at_what_is_no_store_changes_nothing(tmp_path: Path, verb: tuple[str, ...]) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home/.tmp-notes.txt").write_text("mine")

@@ -16,7 +16,7 @@ from tests.servers import redis_server, running
 from typer.main import get_command
 
 from backtest_kit.cli.app import app
-from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.backends.mongo.settings import MongoSettings
 from backtest_kit.persist.contracts import CONTRACTS, Durability
 from backtest_kit.persist.lease import DEFAULT_TTL
 from backtest_kit.persist.upkeep import Status

@@ -76,6 +76,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """File of the candles of a bot that has them and its time at hand, and only sends orders to the venue."""
     begin_ms: int = 0
     """When such a one begins."""
+    risk_name: str = ""
+    """Risk profile that counts its positions; empty for none."""
 
 
 class Heard(msgspec.Struct, frozen=True):
@@ -220,7 +222,12 @@ async def trade(job: Job) -> End:
     kit.set_config(**script.settings)
     kit.persistence.bind("*", store)
     kit.add_exchange_schema("venue", **exchange)
-    kit.add_strategy_schema("story", get_signal=script.get_signal, manage=script.manage, interval=script.interval)
+    risks: dict[str, Any] = {"risk_name": job.risk_name} if job.risk_name else {}
+    if risks:
+        kit.add_risk_schema(job.risk_name, validations=[])
+    kit.add_strategy_schema(
+        "story", get_signal=script.get_signal, manage=script.manage, interval=script.interval, **risks
+    )
     heard, trouble, records = (Diary(place / name) for name in ("heard", "trouble", "records"))
     for kind in LASTING:
         kit.on(kind, heard.write)
@@ -266,6 +273,9 @@ async def books_of(job: Job) -> dict[str, Any]:
     for name in ("signal", "schedule", "strategy"):
         record = await scoped.get(CONTRACTS[name], ("story", "venue", job.symbols[0]))
         found[name] = None if record is None else record.value
+    if job.risk_name:
+        record = await scoped.get(CONTRACTS["risk"], ("venue", job.risk_name))
+        found["risk"] = None if record is None else record.value
     await store.close()
     return found
 
@@ -293,7 +303,12 @@ def be_killed(job: Job) -> int:
 
 def warm_up() -> None:
     """Have everything at hand that a child needs, so that none imports it for itself."""
-    for name in ("aiohttp.web", "backtest_kit.kit", "concurrent.futures.thread", "backtest_kit.persist.backends.mongo"):
+    for name in (
+        "aiohttp.web",
+        "backtest_kit.kit",
+        "concurrent.futures.thread",
+        "backtest_kit.persist.backends.mongo.store",
+    ):
         importlib.import_module(name)
     asyncio.run(trade_a_little())
     gc.freeze()

@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 from tests.mongo.samples import Database, store_over
 
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_client import database_of
+from backtest_kit.persist.backends.mongo.connection import database_of
+from backtest_kit.persist.backends.mongo.store import MongoStore
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from backtest_kit.model.candle import CandleSeries
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.backends.mongo.settings import MongoSettings
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.store import SeriesKey
 
 KEY = ("trend", "binance", "BTCUSDT")

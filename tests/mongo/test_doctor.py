@@ -17,8 +17,8 @@ from tests.commands import run_command
 from tests.servers import Server, mongo_server, redis_server, running
 
 from backtest_kit.errors import RetryLater, UserError
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.backends.mongo.settings import MongoSettings
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.contracts import ALL_CONTRACTS, CONTRACTS
 from backtest_kit.persist.diagnosis import examine, fails, require_live_grade
@@ -106,7 +106,7 @@ async def test_sound_servers_are_fit_for_live_and_looking_changes_nothing(
 
 async def test_database_that_does_not_exist_is_new_and_not_made(mongo_url: str, database: Database) -> None:
     readings = await diagnosis(mongo_url)
-    assert "is no store yet" in found(readings, Status.NEW)
+    assert "is not a store yet" in found(readings, Status.NEW)
     assert not fails(readings, live=True)
     assert database.list_collection_names() == []
 
@@ -376,11 +376,11 @@ async def test_wrong_credentials(guarded: Server, credentials: str) -> None:
     wrong = f"mongodb://{credentials}127.0.0.1:{guarded.port}/bot"
     readings = await diagnosis(wrong, **PATIENCE)
     faults = found(readings, Status.FAULT)
-    assert "refused the user: correct user, password and authSource" in faults
+    assert "rejected the user: correct user, password and authSource" in faults
     assert "falsch" not in str(readings)
     assert "geheim" not in str(readings)
     store = store_at(wrong, **PATIENCE)
-    with pytest.raises(UserError, match="refused the user"):
+    with pytest.raises(UserError, match="rejected the user"):
         await store.open()
     await store.close()
 
@@ -446,8 +446,8 @@ async def test_redis_that_is_none(mongo_url: str, mongo_address: str, own_redis:
     cases = {
         mongo_address.replace("mongodb://", "redis://"): "no Redis answers at",
         "redis://127.0.0.1:9": "no Redis answers at",
-        own_redis: "refuses the user",
-        own_redis.replace("://", "://:falsch@"): "refuses the user",
+        own_redis: "rejects the user",
+        own_redis.replace("://", "://:falsch@"): "rejects the user",
     }
     for redis_url, said in cases.items():
         started = time.monotonic()

@@ -26,12 +26,12 @@ from tests.samples import size
 from tests.servers import Server, mongo_server, running
 
 from backtest_kit.errors import BacktestKitError, Outcome, RetryLater
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_client import database_of
-from backtest_kit.persist.backends.mongo_documents import change_of
-from backtest_kit.persist.backends.mongo_errors import heals
-from backtest_kit.persist.backends.mongo_settings import MongoSettings
-from backtest_kit.persist.backends.mongo_writing import Putting
+from backtest_kit.persist.backends.mongo.connection import database_of
+from backtest_kit.persist.backends.mongo.documents import change_of
+from backtest_kit.persist.backends.mongo.server import is_transient
+from backtest_kit.persist.backends.mongo.settings import MongoSettings
+from backtest_kit.persist.backends.mongo.store import MongoStore
+from backtest_kit.persist.backends.mongo.writing import Upsert
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Record, SeriesKey, Write
 
@@ -99,7 +99,6 @@ CASES = {
     "put over a record without transactions": (Case(1, put_over), 32),
     "compare and set": (Case(1, compare_and_set), 32),
     "batch": (Case(1, batch), 48),
-    "batch without transactions": (Case(1, batch), 48),
     "candles": (Case(0, bulk), 24),
 }
 """Each with the number of places at which its connection is cut."""
@@ -202,7 +201,7 @@ async def test_request_that_arrives_late_does_not_undo_a_later_write(mongo_url: 
 def test_whatever_the_driver_would_have_retried_heals() -> None:
     assert len(_RETRYABLE_ERROR_CODES) > 10
     for code in _RETRYABLE_ERROR_CODES:
-        assert heals(OperationFailure("in a moment", code)), code
+        assert is_transient(OperationFailure("in a moment", code)), code
 
 
 async def test_connection_that_hangs_leaves_time_for_another_one(mongo_url: str) -> None:
@@ -234,16 +233,16 @@ async def test_outcome_stays_unknown_while_the_server_tells_of_an_older_state(
     async with Relay(port) as relay:
         store = store_behind(relay, database_of(mongo_url), CC_MONGO_OPERATION_TIMEOUT_MS=600)
         await store.put(Write(SIGNAL, key_of("lag"), "old"))
-        look = Putting._look
-        older = await look(Putting(store.link(), change_of("", Write(SIGNAL, key_of("lag"), "new"))))
+        look = Upsert._look
+        older = await look(Upsert(store.connection(), change_of("", Write(SIGNAL, key_of("lag"), "new"))))
         looks = 0
 
-        async def lagging(self: Putting) -> Any:
+        async def lagging(self: Upsert) -> Any:
             nonlocal looks
             looks += 1
             return older
 
-        monkeypatch.setattr(Putting, "_look", lagging)
+        monkeypatch.setattr(Upsert, "_look", lagging)
         relay.lose = b"findAndModify"
         with pytest.raises(RetryLater) as caught:
             await store.put(Write(SIGNAL, key_of("lag"), "new"))

@@ -13,9 +13,9 @@ import pytest
 from pymongo.asynchronous.database import AsyncDatabase
 from tests.mongo.samples import store_over
 
-from backtest_kit.persist.backends import mongo_clock
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_clock import ServerClock
+from backtest_kit.persist.backends.mongo import server
+from backtest_kit.persist.backends.mongo.server import ServerClock
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Write
 
@@ -24,7 +24,7 @@ OTHER_MACHINE = """
 import asyncio, sys, time
 tell = time.time_ns
 time.time_ns = lambda: tell() + int(float(sys.argv[2]) * 1e9)
-from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Write
 
@@ -63,7 +63,7 @@ async def test_clock_that_is_set_while_the_store_is_open_changes_no_order(
     tell = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: tell() + set_by_seconds * 1_000_000_000)
     await ours.put(Write(LOG, ("third",), "third"))  # before the server could be asked for its time
-    await ours.link().settle()
+    await ours.connection().idle()
     await ours.put(Write(LOG, ("fourth",), "fourth"))
     monkeypatch.undo()
     await theirs.put(Write(LOG, ("fifth",), "fifth"))
@@ -75,7 +75,7 @@ async def test_clock_that_is_set_while_the_store_is_open_changes_no_order(
 async def test_what_was_read_lists_before_what_is_written_after_it(mongo_url: str) -> None:
     ours, theirs = store_over(mongo_url), store_over(mongo_url)
     await ours.open()
-    ours.link().saw_tick({"tick": time.time_ns() // 1000 + 5_000_000})  # as one whose clock is ahead
+    ours.connection().saw_tick({"tick": time.time_ns() // 1000 + 5_000_000})  # as one whose clock is ahead
     await ours.put(Write(LOG, ("first",), "first"))
     assert await lines(theirs) == ["first"]
     await theirs.put(Write(LOG, ("second",), "second"))
@@ -101,21 +101,21 @@ async def test_machine_that_finds_its_server_late_goes_by_its_clock_all_the_same
     monkeypatch.setattr(time, "time_ns", lambda: tell() + 300_000_000)
     store = store_over(mongo_url)
     await store.open()
-    assert store.link().clock.now_us() - tell() // 1000 == pytest.approx(0, abs=50_000)
+    assert store.connection().clock.now_us() - tell() // 1000 == pytest.approx(0, abs=50_000)
     await store.close()
 
 
 async def test_server_that_does_not_tell_the_time_is_asked_again_soon(
     mongo_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mongo_clock, "_SOON_SECONDS", 0.0)
+    monkeypatch.setattr(server, "_RETRY_SECONDS", 0.0)
     store = store_over(mongo_url)
     await store.open()
-    clock = store.link().clock
+    clock = store.connection().clock
     clock.ask()
     before = clock.is_due
     await store.get(LOG, ("first",))
-    await store.link().settle()
+    await store.connection().idle()
     assert (before, clock.is_due) == (True, False)
     await store.close()
 

@@ -10,10 +10,10 @@ import pymongo
 import pytest
 from tests.servers import Server, redis_server
 
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_client import Link, database_of
-from backtest_kit.persist.backends.mongo_schema import META
-from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.backends.mongo.connection import Connection, database_of
+from backtest_kit.persist.backends.mongo.schema import META
+from backtest_kit.persist.backends.mongo.settings import MongoSettings
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.store import Store
 from backtest_kit.persist.testing import StoreConformance
@@ -90,11 +90,11 @@ class TestMongoWithRedisThatDies(MongoConformance):
         self.redis_url = f"redis://127.0.0.1:{mortal.port}"
         opened, calls = MongoStore._opened, 0
 
-        async def counted(store: MongoStore, link: Link | None = None) -> Any:
+        async def counted(store: MongoStore, connection: Connection | None = None) -> Any:
             nonlocal calls
             calls += 1
             if calls == 4:
                 mortal.kill()
-            return await opened(store, link)
+            return await opened(store, connection)
 
         monkeypatch.setattr(MongoStore, "_opened", counted)

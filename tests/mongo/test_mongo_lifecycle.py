@@ -14,7 +14,7 @@ import pytest
 from pymongo import monitoring
 from tests.mongo.samples import KEY, NAME, Database, store_over
 
-from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Write
 
@@ -27,9 +27,9 @@ class TestLoopsAndForks:
 
         async def write(number: int) -> tuple[int, int]:
             record = await store.put(Write(SIGNAL, KEY, number))
-            link = store.link()
+            connection = store.connection()
             await store.close()
-            return record.rev, id(link.mongo)
+            return record.rev, id(connection.mongo)
 
         results = [asyncio.run(write(number)) for number in range(3)]
         assert [rev for rev, _ in results] == [1, 2, 3]
@@ -37,12 +37,12 @@ class TestLoopsAndForks:
     async def test_two_loops_at_once(self, store: MongoStore, mongo_url: str) -> None:
         async def elsewhere() -> Any:
             await store.put(Write(STATE, ("s", "b"), "from a thread"))
-            other = store.link()
+            other = store.connection()
             await store.close()
             return other
 
         other = await asyncio.to_thread(lambda: asyncio.run(elsewhere()))
-        assert other.mongo is not store.link().mongo
+        assert other.mongo is not store.connection().mongo
         found = await store.get(STATE, ("s", "b"))
         assert found is not None
         assert found.value == "from a thread"
@@ -65,7 +65,7 @@ class TestLoopsAndForks:
 
 FORK = """
 import asyncio, os, warnings
-from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Write
 warnings.simplefilter("ignore", DeprecationWarning)
@@ -145,12 +145,12 @@ async def test_what_is_written_while_the_store_closes_is_flushed(mongo_url: str,
     assert connections(mongo_url) <= held, "a connection of the store is left"
 
 
-def test_loops_of_many_threads_take_links_at_once(mongo_url: str) -> None:
+def test_loops_of_many_threads_take_connections_at_once(mongo_url: str) -> None:
     store = store_over(mongo_url)
     failed: list[BaseException] = []
 
     async def use() -> None:
-        store.link()
+        store.connection()
 
     def work() -> None:
         try:

@@ -16,8 +16,8 @@ from tests.mongo.samples import KEY, store_over
 import backtest_kit as bk
 from backtest_kit.errors import RetryLater
 from backtest_kit.mongo import MongoSetup
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_errors import translate
+from backtest_kit.persist.backends.mongo.server import translate
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Write
 from backtest_kit.persist.urls import store_at

@@ -22,14 +22,14 @@ from tests.mongo.samples import ALWAYS, BTC, KEY, NAME, Database, candles, store
 from tests.servers import mongo_server, running
 
 from backtest_kit.errors import Conflict, Damaged, Outcome, RetryLater, UserError
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_client import database_of
-from backtest_kit.persist.backends.mongo_schema import indexes_of
-from backtest_kit.persist.backends.mongo_settings import MongoSettings
-from backtest_kit.persist.backends.mongo_writing import PuttingMany
+from backtest_kit.persist.backends.mongo.connection import database_of
+from backtest_kit.persist.backends.mongo.schema import indexes_of
+from backtest_kit.persist.backends.mongo.settings import MongoSettings
+from backtest_kit.persist.backends.mongo.store import MongoStore
+from backtest_kit.persist.backends.mongo.writing import BulkUpsert
 from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.contracts import CONTRACTS, LEASE
-from backtest_kit.persist.store import ABSENT, ANY, Expect, SeriesKey, Write
+from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, SeriesKey, Write
 
 SIGNAL, STATE, MEMORY, LOG = (CONTRACTS[name] for name in ("signal", "state", "memory", "log"))
 
@@ -84,7 +84,7 @@ class TestDocuments:
 class TestOpening:
     async def test_many_processes_open_an_empty_database_at_once(self, mongo_url: str, database: Database) -> None:
         program = (
-            "import asyncio, sys\nfrom backtest_kit.persist.backends.mongo import MongoStore\n"
+            "import asyncio, sys\nfrom backtest_kit.persist.backends.mongo.store import MongoStore\n"
             "async def main():\n    store = MongoStore(sys.argv[1])\n    await store.open()\n    await store.close()\n"
             "asyncio.run(main())\n"
         )
@@ -153,7 +153,7 @@ class TestOpening:
 
     async def test_looking_at_what_is_no_store_makes_nothing(self, mongo_url: str, database: Database) -> None:
         store = MongoStore(mongo_url, settings=MongoSettings(CC_REDIS_HOST=""), existing=True)
-        with pytest.raises(UserError, match="no store"):
+        with pytest.raises(UserError, match="not a store"):
             await store.open()
         assert database.list_collection_names() == []
         await store.close()
@@ -193,7 +193,7 @@ class TestDamage:
                 await blocked
         assert await other.get(STATE, ("s", "b")) is None
         after = database["signal-items"].find_one(NAME)
-        assert repr({**after, "hold": None}) == repr({**before, "hold": None})
+        assert repr({**after, "quarantine": None}) == repr({**before, "quarantine": None})
         await other.close()
 
     async def test_operator_mends_or_drops(self, store: MongoStore, database: Database) -> None:
@@ -211,7 +211,7 @@ class TestDamage:
         assert restored is not None
         assert (restored.value, restored.rev) == ("mended", 2)
         assert await store.namespace("paper").get(SIGNAL, KEY) == restored
-        with pytest.raises(UserError, match="nothing in quarantine"):
+        with pytest.raises(UserError, match="is not in quarantine"):
             await store.drop(item.path)
 
     async def test_dropping_frees_the_key(self, store: MongoStore, database: Database) -> None:
@@ -259,68 +259,54 @@ class TestDamage:
 
 CHILD = """
 import asyncio, sys
-from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo.store import MongoStore
+from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Write
 SIGNAL, STATE = CONTRACTS["signal"], CONTRACTS["state"]
 async def main():
-    store = MongoStore(sys.argv[1])
+    persistence = Persistence()
+    persistence.bind("*", MongoStore(sys.argv[1]))
     one, two = Write(SIGNAL, ("trend", "binance", "BTCUSDT"), "new"), Write(STATE, ("s", "b"), "new")
-    await (store.batch([one, two]) if sys.argv[2] == "batch" else store.put(one))
-    print("acknowledged", flush=True)
+    await persistence.batch([one, two], mode="live")
 asyncio.run(main())
 """
 
 
-def run_child(url: str, what: str, point: str, **environment: str) -> str:
-    """What a process said that wrote and died at a crash point."""
-    command = [sys.executable, "-c", CHILD, url, what]
-    environ = {**os.environ, "BACKTEST_KIT_CRASH": point, **environment}
+def batch_in_child(url: str, point: str) -> None:
+    """A process writes two records as one batch and dies at a crash point."""
+    command = [sys.executable, "-c", CHILD, url]
+    environ = {**os.environ, "BACKTEST_KIT_CRASH": point}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr
-    return done.stdout
 
 
-class TestBatchesThatDie:
-    @pytest.mark.parametrize(
-        ("point", "expected"),
-        [
-            ("mongo.after_intent", "old"),
-            ("mongo.after_locks", "old"),
-            ("mongo.after_decision", "new"),
-            ("mongo.between_applies", "new"),
-            ("mongo.after_applies", "new"),
-            ("mongo.after_batch", "new"),
-        ],
-    )
+class TestBatches:
     @pytest.mark.parametrize("is_there", [True, False], ids=["over records", "over nothing"])
-    async def test_without_transactions(self, standalone_url: str, point: str, expected: str, is_there: bool) -> None:
+    async def test_killed_without_transactions_between_two_writes(self, standalone_url: str, is_there: bool) -> None:
         store = store_over(standalone_url)
-        await store.open()
         if is_there:
             await store.put(Write(SIGNAL, KEY, "old"))
             await store.put(Write(STATE, ("s", "b"), "old"))
-        await asyncio.to_thread(run_child, standalone_url, "batch", point)
-        # The store was open all the time: who meets what a dead process left settles it, without a restart.
-        await self.require(store, expected, is_there)
-        again = store_over(standalone_url)
-        await self.require(again, expected, is_there)
-        assert await again.link().database["store-intents"].count_documents({}) == 0
-        written = await again.put(Write(SIGNAL, KEY, "next"))
-        assert written.rev == 1 + is_there + (expected == "new")
-        await again.close()
+        await asyncio.to_thread(batch_in_child, standalone_url, "batch.between_writes")
+        signal, state = await store.get(SIGNAL, KEY), await store.get(STATE, ("s", "b"))
+        assert signal is not None
+        assert (signal.value, signal.rev) == ("new", 1 + is_there)
+        assert (state and (state.value, state.rev)) == (("old", 1) if is_there else None)
         await store.close()
 
-    @pytest.mark.parametrize(
-        ("point", "there"), [("after_locks", 0), ("after_decision", 1), ("between_applies", 1), ("after_applies", 1)]
-    )
-    async def test_who_only_looks_sees_no_half_of_one(self, standalone_url: str, point: str, there: int) -> None:
-        await asyncio.to_thread(run_child, standalone_url, "batch", f"mongo.{point}")
-        looking = MongoStore(standalone_url, settings=MongoSettings(CC_REDIS_HOST=""), existing=True)
-        for contract in (SIGNAL, STATE):
-            assert await looking.count(contract) == there
-            assert [record.value async for record in looking.scan(contract)] == ["new"] * there
-        await looking.close()
+    async def test_standalone_server_declares_and_takes_no_batch(self, standalone_url: str, mongo_url: str) -> None:
+        standalone, replica_set = store_over(standalone_url), store_over(mongo_url)
+        both = [Write(SIGNAL, KEY, "new"), Write(STATE, ("s", "b"), "new")]
+        with pytest.raises(UserError, match=r"does not support atomic batches.*replica set"):
+            await standalone.batch(both)
+        assert await standalone.get(SIGNAL, KEY) is None
+        await replica_set.batch(both)
+        for store, is_atomic in ((standalone, False), (standalone.namespace("paper"), False), (replica_set, True)):
+            assert (Capability.ATOMIC_BATCH in store.capabilities) == is_atomic
+            await store.close()
+        await standalone.close()
+        await replica_set.close()
 
     @pytest.mark.parametrize(
         ("point", "expected"), [("mongo.after_transaction_writes", "old"), ("mongo.after_batch", "new")]
@@ -332,25 +318,13 @@ class TestBatchesThatDie:
             store = store_over(url)
             await store.put(Write(SIGNAL, KEY, "old"))
             await store.put(Write(STATE, ("s", "b"), "old"))
-            await asyncio.to_thread(run_child, url, "batch", point)
-            await self.require(store, expected, True)
+            await asyncio.to_thread(batch_in_child, url, point)
+            found = [await store.get(SIGNAL, KEY), await store.get(STATE, ("s", "b"))]
+            assert [record and record.value for record in found] == [expected] * 2
             await store.close()
 
-    async def require(self, store: MongoStore, expected: str, is_there: bool) -> None:
-        found = [await store.get(SIGNAL, KEY), await store.get(STATE, ("s", "b"))]
-        listed = [record.value async for record in store.scan(STATE)]
-        values = [None if record is None else record.value for record in found]
-        if expected == "old" and not is_there:
-            assert (values, listed) == ([None, None], [])
-        else:
-            assert (values, listed) == ([expected] * 2, [expected])
-
-    @pytest.mark.parametrize("which", ["mongo_url", "standalone_url"])
-    async def test_batches_and_writes_of_several_stores_lose_nothing(
-        self, which: str, request: pytest.FixtureRequest
-    ) -> None:
-        url = request.getfixturevalue(which)
-        stores = [store_over(url) for _ in range(3)]
+    async def test_batches_and_writes_of_several_stores_lose_nothing(self, mongo_url: str) -> None:
+        stores = [store_over(mongo_url) for _ in range(3)]
         await stores[0].batch([Write(SIGNAL, KEY, 0), Write(STATE, ("s", "b"), 0)])
 
         async def count(store: MongoStore) -> None:
@@ -436,7 +410,7 @@ class Proxy:
             self._tasks.discard(task)
 
 
-_DECISIONS = (b"findAndModify", b"commitTransaction", b"decided")
+_DECISIONS = (b"findAndModify", b"commitTransaction")
 """What is in a request after which nothing is as before."""
 
 
@@ -471,13 +445,16 @@ class TestAnswersThatNeverCome:
         written = await behind.put(Write(LOG, ("1",), "mine"))
         assert (written.value, written.rev) == ("mine", 1)
 
-    async def test_batch_is_found_to_be_done(self, behind: MongoStore, proxy: Proxy) -> None:
-        await behind.put(Write(SIGNAL, KEY, "old"))
-        proxy.swallow = 1
-        await behind.batch([Write(SIGNAL, KEY, "new", expect=1), Write(STATE, ("s", "b"), "new")])
-        assert proxy.swallowed.is_set()
-        found = await behind.get(SIGNAL, KEY), await behind.get(STATE, ("s", "b"))
-        assert [record and (record.value, record.rev) for record in found] == [("new", 2), ("new", 1)]
+    async def test_transaction_is_found_to_be_done(self, mongo_url: str) -> None:
+        async with Proxy(pymongo.uri_parser.parse_uri(mongo_url)["nodelist"][0][1]) as proxy:
+            store = store_over(f"mongodb://127.0.0.1:{proxy.port}/{database_of(mongo_url)}?directConnection=true")
+            await store.put(Write(SIGNAL, KEY, "old"))
+            proxy.swallow = 1
+            await store.batch([Write(SIGNAL, KEY, "new", expect=1), Write(STATE, ("s", "b"), "new")])
+            assert proxy.swallowed.is_set()
+            found = await store.get(SIGNAL, KEY), await store.get(STATE, ("s", "b"))
+            assert [record and (record.value, record.rev) for record in found] == [("new", 2), ("new", 1)]
+            await store.close()
 
     async def test_outcome_is_unknown_if_another_process_wrote_meanwhile(
         self, behind: MongoStore, proxy: Proxy, standalone_url: str
@@ -528,18 +505,18 @@ async def test_what_others_have_written_since_is_not_undone_by_one_of_many(
     keys = [("trend", "binance", name) for name in ("any", "guarded", "alone")]
     for key in keys:
         await ours.put(Write(SIGNAL, key, "first"))
-    ask = PuttingMany._found
+    ask = BulkUpsert._found
 
     asked = 0
 
-    async def overtaken(self: PuttingMany, *arguments: Any) -> Any:
+    async def overtaken(self: BulkUpsert, *arguments: Any) -> Any:
         nonlocal asked
         asked += 1
         for key in keys[:2] if asked == 2 else ():  # first it asks what there is, and then what has become of it
             await theirs.put(Write(SIGNAL, key, "theirs"))
         return await ask(self, *arguments)
 
-    monkeypatch.setattr(PuttingMany, "_found", overtaken)
+    monkeypatch.setattr(BulkUpsert, "_found", overtaken)
     expectations: list[Expect] = [ANY, 1, ANY]
     done = await ours.put_each(
         [Write(SIGNAL, key, "ours", expect=expect) for key, expect in zip(keys, expectations, strict=True)]

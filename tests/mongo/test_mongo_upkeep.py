@@ -11,7 +11,7 @@ from bson.int64 import Int64
 from tests.mongo.samples import KEY, NAME, Database
 
 from backtest_kit.errors import BacktestKitError, Damaged, UserError
-from backtest_kit.persist.backends.mongo import MongoStore
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Plain, Write
 
@@ -61,10 +61,10 @@ async def test_a_document_under_the_name_of_another_is_damaged(store: MongoStore
 
 async def mended(store: MongoStore) -> None:
     """Let the time of the upkeep come, with the next call of whatever kind."""
-    link = store.link()
-    link.upkeep_at = 0.0
+    connection = store.connection()
+    connection.upkeep_at = 0.0
     await store.get(MEMORY, ("s", "b", "1"))
-    await link.settle()
+    await connection.idle()
 
 
 def unique(database: Database) -> list[str]:
@@ -96,7 +96,7 @@ async def test_two_documents_of_one_name_close_the_store_until_one_is_deleted(
     del twin["_id"]
     items.insert_one(twin)
     await mended(store)
-    assert "the store is closed until this is mended" in caplog.text
+    assert "the store rejects reads and writes until this is fixed" in caplog.text
     uses: list[Callable[[], Any]] = [
         lambda: store.get(SIGNAL, KEY),
         lambda: store.put(Write(SIGNAL, KEY, "other")),
@@ -127,12 +127,12 @@ async def test_a_store_that_is_only_looked_at_makes_no_index(
 
 
 async def test_a_server_that_is_away_is_no_reason_to_close(store: MongoStore, caplog: pytest.LogCaptureFixture) -> None:
-    link = store.link()
-    client = link.mongo
+    connection = store.connection()
+    client = connection.mongo
     await client.close()
-    link.upkeep_at = 0.0
+    connection.upkeep_at = 0.0
     results = await asyncio.gather(store.get(SIGNAL, KEY), return_exceptions=True)
-    await link.settle()
+    await connection.idle()
     assert isinstance(results[0], BacktestKitError)
-    assert link.is_open
-    assert "the indexes could not be looked at" in caplog.text
+    assert connection.is_open
+    assert "could not check the indexes" in caplog.text

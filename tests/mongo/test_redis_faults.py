@@ -29,8 +29,8 @@ from tests.mongo.test_redis_ids import (
 from tests.samples import size
 from tests.servers import Server, redis_server, running
 
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_client import database_of
+from backtest_kit.persist.backends.mongo.connection import database_of
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.store import Write
 
 __all__ = ["cache", "store"]
@@ -60,7 +60,7 @@ async def test_redis_that_is_gone_refuses_or_is_full_fails_nothing_and_is_told_a
             await store.put(Write(STATE, (f"alarm-{number}", "notes"), number))
             await require_right_answers(store)
         assert caplog.records[0].created - started < 1.0 + SLACK_SECONDS
-        assert "just as right" in caplog.records[0].getMessage()
+        assert "nothing is lost" in caplog.records[0].getMessage()
 
     caplog.set_level(logging.WARNING, "backtest_kit.mongo")
     with contextlib.ExitStack() as stack:
@@ -99,7 +99,7 @@ async def test_full_redis_is_still_asked_for_what_it_has(mongo_url: str, caplog:
             await require_right_answers(store)
             await store.put(Write(STATE, ("more", "notes"), "more"))
         assert not is_passed_over(store)
-        assert ["takes no ids" in record.getMessage() for record in caplog.records] == [True]
+        assert ["stores no ids" in record.getMessage() for record in caplog.records] == [True]
         client.config_resetstat()
         await require_right_answers(store)
         assert client.info("stats")["keyspace_hits"] == len(KEYS)
@@ -156,10 +156,10 @@ async def test_writer_that_dies_before_it_tells_redis_leaves_nobody_with_old_ans
     async def not_told(*_: Any) -> None:
         return None
 
-    ids = store.link().ids
+    ids = store.connection().ids
     assert ids is not None
     monkeypatch.setattr(ids, "set", not_told)
-    documents = store.link().database["state-items"]
+    documents = store.connection().database["state-items"]
     for number in range(1_000):
         key = KEYS[number % len(KEYS)]
         if number % 5 == 0:
@@ -175,7 +175,7 @@ async def test_flush_of_one_project_leaves_the_other(mongo_url: str) -> None:
         ours, theirs = store_over(mongo_url, at(server), "ours"), store_over(mongo_url + "-2", at(server), "ours[x]*")
         await fill(ours)
         await fill(theirs)
-        ids = ours.link().ids
+        ids = ours.connection().ids
         assert ids is not None
         assert await ids.forget() == len(KEYS)
         assert not any(cache.exists(entry(mongo_url, key, "ours")) for key in KEYS)
@@ -183,10 +183,10 @@ async def test_flush_of_one_project_leaves_the_other(mongo_url: str) -> None:
         assert cache.get("somebody else's") == b"value"
         await require_right_answers(ours)
         await require_right_answers(theirs)
-        other = theirs.link().ids
+        other = theirs.connection().ids
         assert other is not None
         assert await other.forget() == len(KEYS)
         assert all(cache.exists(entry(mongo_url, key, "ours")) for key in KEYS)
-        await theirs.link().mongo.drop_database(database_of(mongo_url) + "-2")
+        await theirs.connection().mongo.drop_database(database_of(mongo_url) + "-2")
         await ours.close()
         await theirs.close()

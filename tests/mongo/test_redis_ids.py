@@ -18,12 +18,12 @@ import redis
 from bson.objectid import ObjectId
 from tests.servers import redis_server, running
 
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_client import database_of
-from backtest_kit.persist.backends.mongo_documents import name_of
-from backtest_kit.persist.backends.mongo_reading import cache_name
-from backtest_kit.persist.backends.mongo_settings import MongoSettings
-from backtest_kit.persist.backends.redis_ids import IdCache
+from backtest_kit.persist.backends.mongo.connection import database_of
+from backtest_kit.persist.backends.mongo.documents import name_of
+from backtest_kit.persist.backends.mongo.reading import cache_name
+from backtest_kit.persist.backends.mongo.redis_ids import IdCache
+from backtest_kit.persist.backends.mongo.settings import MongoSettings
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Write
 
@@ -65,7 +65,7 @@ async def require_right_answers(store: MongoStore) -> None:
 
 
 def is_passed_over(store: MongoStore) -> bool:
-    ids = store.link().ids
+    ids = store.connection().ids
     assert ids is not None
     return bool(ids.is_passed_over)
 
@@ -73,7 +73,7 @@ def is_passed_over(store: MongoStore) -> bool:
 async def test_write_leaves_the_id_of_its_document_for_a_while(
     store: MongoStore, cache: redis.Redis, mongo_url: str
 ) -> None:
-    document = await store.link().database["state-items"].find_one({"signalId": KEYS[0][0]})
+    document = await store.connection().database["state-items"].find_one({"signalId": KEYS[0][0]})
     assert document is not None
     assert cache.get(entry(mongo_url, KEYS[0])) == str(document["_id"]).encode()
     ttl = cache.ttl(entry(mongo_url, KEYS[0]))
@@ -92,7 +92,7 @@ async def test_writes_of_many_leave_their_ids(mongo_url: str, scripts: str) -> N
         await store.put_each([Write(STATE, key, list(key)) for key in KEYS[4:]])
         refused = client.info("commandstats").get("cmdstat_eval", {}).get("rejected_calls", 0)
         assert refused <= 1, "it is not asked again"
-        documents = store.link().database["state-items"].find()
+        documents = store.connection().database["state-items"].find()
         ids = {entry(mongo_url, (each["signalId"], each["bucketName"])): each["_id"] async for each in documents}
         assert {name.decode() for name in client.scan_iter()} == ids.keys()
         assert all(client.get(name) == str(identity).encode() for name, identity in ids.items())
@@ -117,8 +117,8 @@ async def test_poisoned_entries_are_never_an_answer(store: MongoStore, cache: re
     other_database = store_over(mongo_url + "-other", "redis://127.0.0.1:9")
     strange = await other_database.put(Write(STATE, KEYS[0], "of another database"))
     assert strange.rev == 1
-    foreign = await other_database.link().database["state-items"].find_one({})
-    ids = [document["_id"] async for document in store.link().database["state-items"].find({})]
+    foreign = await other_database.connection().database["state-items"].find_one({})
+    ids = [document["_id"] async for document in store.connection().database["state-items"].find({})]
     assert foreign is not None
     for _ in range(100):
         pipeline = cache.pipeline(transaction=False)
@@ -141,7 +141,7 @@ async def test_poisoned_entries_are_never_an_answer(store: MongoStore, cache: re
         pipeline.execute()
         await require_right_answers(store)
     assert not is_passed_over(store)
-    await other_database.link().mongo.drop_database(database_of(mongo_url) + "-other")
+    await other_database.connection().mongo.drop_database(database_of(mongo_url) + "-other")
     await other_database.close()
 
 
@@ -167,7 +167,7 @@ async def test_two_projects_share_one_redis(
     assert found.value == "other"
     assert await other.get(STATE, KEYS[1]) is None
     await require_right_answers(store)
-    await other.link().mongo.drop_database(database_of(mongo_url) + "-2")
+    await other.connection().mongo.drop_database(database_of(mongo_url) + "-2")
     await other.close()
 
 
@@ -176,7 +176,7 @@ async def test_death_between_the_write_and_the_cache_loses_nothing(
     store: MongoStore, mongo_url: str, redis_address: str, point: str
 ) -> None:
     program = (
-        "import asyncio, sys\nfrom backtest_kit.persist.backends.mongo import MongoStore\n"
+        "import asyncio, sys\nfrom backtest_kit.persist.backends.mongo.store import MongoStore\n"
         "from backtest_kit.persist.contracts import CONTRACTS\nfrom backtest_kit.persist.store import Write\n"
         "store = MongoStore(sys.argv[1])\n"
         "asyncio.run(store.put(Write(CONTRACTS['signal'], ('trend', 'binance', 'BTCUSDT'), 'new')))\n"
@@ -200,7 +200,7 @@ async def test_a_client_that_loses_a_cancellation_does_not_lose_ours(
 ) -> None:
     store = store_over(mongo_url, redis_address)
     await store.open()
-    ids = store.link().ids
+    ids = store.connection().ids
     assert ids is not None
     asked = asyncio.Event()
 
@@ -223,10 +223,10 @@ async def test_redis_that_dies_is_passed_over_and_taken_back(mongo_url: str, cap
     with running(redis_server()) as server:
         store = store_over(mongo_url, f"redis://127.0.0.1:{server.port}")
         await store.open()
-        link = store.link()
-        assert link.ids is not None
-        await link.ids.close()
-        link.ids = IdCache(link.settings, link.database_name, link.log, pause_seconds=0.05)
+        connection = store.connection()
+        assert connection.ids is not None
+        await connection.ids.close()
+        connection.ids = IdCache(connection.settings, connection.database_name, connection.log, pause_seconds=0.05)
         for key in KEYS:
             await store.put(Write(STATE, key, list(key)))
         server.kill()
@@ -242,7 +242,7 @@ async def test_redis_that_dies_is_passed_over_and_taken_back(mongo_url: str, cap
         await store.close()
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2, said
-    assert "MongoDB alone" in said[0]
+    assert "MongoDB only" in said[0]
     assert "answers again" in said[1]
 
 

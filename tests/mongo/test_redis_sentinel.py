@@ -10,9 +10,9 @@ import redis
 from tests.servers import redis_server, running, sentinel_server
 
 from backtest_kit.errors import UserError
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_settings import MongoSettings, from_environment
-from backtest_kit.persist.backends.redis_client import client_of
+from backtest_kit.persist.backends.mongo.redis_ids import client_of
+from backtest_kit.persist.backends.mongo.settings import MongoSettings, from_environment
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Write
 

@@ -18,11 +18,11 @@ import backtest_kit as bk
 from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.kit import Kit
 from backtest_kit.mongo import PROFILE, MongoSetup
-from backtest_kit.persist.backends.mongo import MongoStore
-from backtest_kit.persist.backends.mongo_settings import MongoSettings, mask
+from backtest_kit.persist.backends.mongo.settings import MongoSettings
+from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.binding import MODES, Mode
 from backtest_kit.persist.contracts import CONTRACTS
-from backtest_kit.persist.urls import store_at
+from backtest_kit.persist.urls import mask, store_at
 
 NOWHERE = "mongodb://127.0.0.1:9/nothing"
 
@@ -67,7 +67,7 @@ async def test_clients_are_those_of_the_kit_and_closed_with_it(kit: Kit, mongo_u
     with pytest.raises(InvalidOperation):
         await mongo.admin.command("ping")
     setup.set_config(CC_REDIS_URL="redis://127.0.0.1:9")
-    with pytest.raises(RetryLater, match=r"Redis at redis://127\.0\.0\.1:9 does not forget"):
+    with pytest.raises(RetryLater, match=r"cannot remove the ids from Redis at redis://127\.0\.0\.1:9"):
         await setup.forget_ids()
     setup.set_config(CC_REDIS_URL="", CC_REDIS_HOST="")
     assert await setup.forget_ids() == 0
@@ -86,7 +86,7 @@ def test_a_blocking_call_leaves_no_connection_of_its_loop(kit: Kit, mongo_url: s
     for _ in range(2):
         assert kit.backtest.run_sync("BTCUSDT", strategy_name="always", **run).trades
         kit.walker.run_sync("BTCUSDT", strategies=["always"], **run)
-        assert setup._current()._links._links == {}
+        assert setup._current()._connections._by_loop == {}
     asyncio.run(kit.close())
 
 
@@ -234,10 +234,10 @@ async def test_database_and_options_are_those_that_the_driver_reads(address: str
     """A position must not be looked for in another database, whatever letters the password has."""
     store = store_at(address)
     assert isinstance(store, MongoStore)
-    link = store.link()
-    assert link.database_name == link.mongo.get_default_database("backtest-kit").name
+    connection = store.connection()
+    assert connection.database_name == connection.mongo.get_default_database("backtest-kit").name
     wanted = 0.07 if "serverSelectionTimeoutMS" in address else 3.0
-    assert link.mongo.options.server_selection_timeout == wanted
+    assert connection.mongo.options.server_selection_timeout == wanted
     await store.close()
 
 

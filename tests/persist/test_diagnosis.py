@@ -12,7 +12,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
+import psutil
 import pytest
 from tests.commands import run_command
 
@@ -276,13 +278,10 @@ async def test_directory_in_memory_is_weak() -> None:
     assert "tmpfs: everything is lost when the machine stops" in found(readings, Status.WEAK)
 
 
-MOUNTS = """\
-22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw
-30 22 0:50 / {place}/with\\040space rw shared:1 - nfs4 server:/export rw,vers=4.2
-31 22 0:51 / {place}/ssh rw - fuse.sshfs me@host: rw
-32 22 0:52 / {place}/box rw - ext4 /dev/sdb1 rw
-33 22 0:53 / {place}/box rw - overlay overlay rw,lowerdir=/x
-"""
+class _Mount(NamedTuple):
+    mountpoint: str
+    fstype: str
+    opts: str
 
 
 @pytest.mark.parametrize(
@@ -292,18 +291,25 @@ MOUNTS = """\
         ("ssh", "fuse.sshfs", Status.WEAK),
         ("box", "overlay", Status.WARNING),
         ("elsewhere", "ext4", Status.OK),
+        ("drive", "smb", Status.WEAK),
     ],
 )
 def test_file_system_is_that_of_the_nearest_mount(
     name: str, kind: str, status: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(MOUNTS.format(place=tmp_path))
+    mounts = [
+        ("/", "ext4", "rw"),
+        (f"{tmp_path}/with space", "nfs4", "rw,vers=4.2"),
+        (f"{tmp_path}/ssh", "fuse.sshfs", "rw"),
+        (f"{tmp_path}/box", "ext4", "rw"),
+        (f"{tmp_path}/box", "overlay", "rw"),
+        (f"{tmp_path}/drive", "NTFS", "rw,remote"),
+    ]
     place = tmp_path / name
     place.mkdir(parents=True)
-    assert disk_diagnosis.file_system(place, mounts) == kind
-    assert disk_diagnosis.file_system(place, tmp_path / "no such system") is None
-    monkeypatch.setattr(disk_diagnosis, "MOUNTS", mounts)
+    assert disk_diagnosis.file_system(place) is not None
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [_Mount(*mount) for mount in mounts])
+    assert disk_diagnosis.file_system(place) == kind
     (reading,) = [each for each in disk_diagnosis.examine_directory(place, 1, Disk()) if each.subject == "file system"]
     assert (reading.status, reading.says.partition(",")[0].partition(":")[0]) == (status, kind)
 

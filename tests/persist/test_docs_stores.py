@@ -44,8 +44,8 @@ async def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     names = defined_in("persistence = bk.Kit()", "class MemorySignalAdapter", "async def tour", "class LogStore")
     await names["tour"]()
-    exec(block_with("async def move"), names)  # noqa: S102
-    await names["move"]()
+    exec(block_with("async def look"), names)  # noqa: S102
+    await names["look"]()
 
 
 def rows(heading: str) -> list[list[str]]:

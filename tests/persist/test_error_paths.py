@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -26,7 +24,6 @@ from backtest_kit.persist.locks import LockSet
 from backtest_kit.persist.operations import du
 from backtest_kit.persist.store import Record, SeriesKey, Write
 from backtest_kit.persist.testing.faults import FaultFS
-from backtest_kit.persist.transfer import export_store, import_store
 
 SIGNAL, LOG = CONTRACTS["signal"], CONTRACTS["log"]
 KEY = ("trend", "binance", "BTCUSDT")
@@ -36,12 +33,6 @@ LONG = SeriesKey("binance", "x" * 300, "1m")
 
 def candles(count: int) -> CandleSeries:
     return CandleSeries(1_640_995_200_000 + np.arange(count) * 60_000, *([np.ones(count)] * 5))
-
-
-def sealed(fields: dict[str, Any]) -> str:
-    """A line of an export as `export_store` would have written it, whatever it says."""
-    body = msgspec.json.encode(fields)[:-1]
-    return (body + b',"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n').decode()
 
 
 class TestLocks:
@@ -174,59 +165,6 @@ class Unreadable(MemoryStore):
 async def test_a_store_without_upkeep_is_checked_by_reading_it() -> None:
     (finding,) = await Unreadable().check()
     assert (finding.path, finding.problem) == ("signal", "these bytes are none of ours")
-
-
-GOOD: dict[str, Any] = {
-    "namespace": [], "contract": "signal", "key": list(KEY), "when": None, "removed": False, "value": 1
-}  # fmt: skip
-
-
-class TestImport:
-    @pytest.mark.parametrize(
-        ("fields", "message"),
-        [
-            ({**GOOD, "key": "text"}, "it is no record"),
-            ({**GOOD, "contract": "wallet"}, "no contract of this version is called 'wallet'"),
-            ({**GOOD, "contract": "candle", "key": ["e", "s", "1m"], "columns": {"open": [1]}}, "its columns are not"),
-            ({**GOOD, "contract": "candle", "key": ["e", "s", "1m"]}, "its columns are not"),
-            ({**GOOD, "key": ["too", "short"]}, "line 2: .*key"),
-        ],
-        ids=["no record", "contract", "columns", "no columns", "key"],
-    )
-    async def test_a_line_that_is_whole_and_wrong_is_refused(
-        self, tmp_path: Path, fields: dict[str, Any], message: str
-    ) -> None:
-        file = tmp_path / "all.jsonl"
-        await export_store(MemoryStore(), file)
-        head, foot = file.read_text().splitlines(keepends=True)
-        mark = foot_mark(head)
-        file.write_text(head + sealed(fields).replace("sha256", mark) + foot)
-        target = MemoryStore()
-        with pytest.raises(UserError, match=message):
-            await import_store(target, file)
-        assert await target.get(SIGNAL, KEY) is None
-
-    async def test_only_the_first_problems_are_listed(self, tmp_path: Path) -> None:
-        file = tmp_path / "all.jsonl"
-        file.write_text("not json\n" * 500)
-        with pytest.raises(UserError, match="and more") as raised:
-            await import_store(MemoryStore(), file)
-        assert str(raised.value).count("line ") < 100
-
-    async def test_a_file_that_is_not_there_or_of_something_else(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="cannot be read: No such file"):
-            await import_store(MemoryStore(), tmp_path / "none.jsonl")
-        file = tmp_path / "other.jsonl"
-        await export_store(MemoryStore(), file)
-        mark = foot_mark(file.read_text().splitlines()[0])
-        file.write_text(sealed({"format": "another program's"}).replace("sha256", mark))
-        with pytest.raises(UserError, match="this is no export of a store"):
-            await import_store(MemoryStore(), file)
-
-
-def foot_mark(head: str) -> str:
-    """What the digest of a line is called."""
-    return head.rpartition(',"')[2].partition('"')[0]
 
 
 class TestSqlite:

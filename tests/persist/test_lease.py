@@ -64,7 +64,7 @@ def of(store: Store) -> Callable[[Contract], Store]:
 
 def stranger(**changes: object) -> Holder:
     """An owner on another machine."""
-    holder = Holder(owner="x", pid=4_000_000, host="elsewhere", since=0, ttl_ms=15_000, machine="other", started="1")
+    holder = Holder(owner="x", pid=4_000_000, host="elsewhere", since=0, ttl_ms=15_000, machine="other", started=1.0)
     return msgspec.structs.replace(holder, **changes)
 
 
@@ -176,7 +176,7 @@ async def test_dead_owner_of_this_machine_is_followed_at_once(store: MemoryStore
 
 
 async def test_pid_that_was_given_away_again_is_no_owner(store: MemoryStore, clock: Time) -> None:
-    await plant(store, stranger(pid=os.getpid(), machine=holder_module._machine(), started="long ago"))
+    await plant(store, stranger(pid=os.getpid(), machine=holder_module._machine(), started=-86_400.0))
     await acquire(of(store), SCOPE, clock=clock)
     assert clock.slept == []
 
@@ -537,6 +537,6 @@ async def test_who_lives_is_seen_by_his_lease(store: MemoryStore, clock: Time) -
 
 async def test_a_dead_process_of_this_machine_is_no_living_owner(store: MemoryStore) -> None:
     mine = (await acquire(of(store), SCOPE)).holder
-    dead = msgspec.structs.replace(mine, started="long ago")
+    dead = msgspec.structs.replace(mine, started=-86_400.0)
     assert Sightings().living(await plant(store, mine)) == mine
     assert Sightings().living(await plant(store, dead)) is None

@@ -411,7 +411,7 @@ class UnlistedCandles(CandleStore):
 
 def holder(**changes: Any) -> Holder:
     return Holder(**{
-        "owner": "o", "pid": 77, "host": "elsewhere", "since": 0, "ttl_ms": 300, "machine": "another", "started": "1",
+        "owner": "o", "pid": 77, "host": "elsewhere", "since": 0, "ttl_ms": 300, "machine": "another", "started": 1.0,
         **changes,
     })  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What an operator does: listing, measuring, checking, quarantine, export and import."""
+"""What an operator does: listing, measuring, checking, quarantine."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from backtest_kit.errors import Damaged, RetryLater, UserError
+from backtest_kit.errors import Damaged, UserError
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
@@ -21,11 +20,9 @@ from backtest_kit.persist.contracts import CONTRACTS, Contract, record_contracts
 from backtest_kit.persist.operations import (
     du,
     key_from_text,
-    spaces,
     text_of,
 )
-from backtest_kit.persist.store import Key, Plain, Record, SeriesKey, Store, Write
-from backtest_kit.persist.transfer import Counts, export_store, import_store
+from backtest_kit.persist.store import Key, Plain, SeriesKey, Store, Write
 from backtest_kit.persist.urls import store_at
 
 SIGNAL, MEMORY, STORAGE, LOG = (CONTRACTS[name] for name in ("signal", "memory", "storage", "log"))
@@ -70,18 +67,6 @@ async def fill(store: Store) -> None:
     await store.candles.write(BTC, candles(400))
     await store.candles.write(SeriesKey("okx", "BTC/USDT", "1d"), candles(40))
     await store.namespace("paper").candles.write(BTC, candles(4))
-
-
-async def content(store: Store) -> dict[str, Any]:
-    """Everything in a store that moves with it."""
-    found: dict[str, Any] = {}
-    for path, space in await spaces(store):
-        for row in record_contracts():
-            records = [record async for record in space.scan(row, include_removed=True)]
-            found["/".join((*path, row.name))] = [(r.key, r.value, r.when, r.removed) for r in records]
-        for series in (BTC, SeriesKey("okx", "BTC/USDT", "1d")):
-            found["/".join((*path, str(series)))] = await space.candles.read(series, *ALWAYS)
-    return {name: items for name, items in found.items() if len(items)}
 
 
 class TestKeys:
@@ -287,132 +272,6 @@ async def test_stores_without_a_quarantine_say_so() -> None:
         with pytest.raises(UserError, match="MemoryStore does not support quarantine"):
             await operation
     assert await DummyStore().check() == []
-
-
-@pytest.mark.parametrize("target", URLS)
-@pytest.mark.parametrize("store", URLS, indirect=True)
-async def test_everything_moves_between_any_two_stores(store: Store, target: str, tmp_path: Path) -> None:
-    await fill(store)
-    file = tmp_path / "all.jsonl"
-    counts = await export_store(store, file)
-    assert counts == Counts(records=3 * 15 + 4, candles=444)
-    other = make(target, tmp_path / "other")
-    assert await import_store(other, file) == counts
-    assert await content(other) == await content(store)
-    again = await import_store(other, file)
-    assert again == Counts(records=0, candles=0, present=counts.records)
-    await export_store(other, tmp_path / "again.jsonl")
-    assert (tmp_path / "again.jsonl").read_bytes() == file.read_bytes()
-    await other.close()
-
-
-@pytest.fixture
-async def exported(tmp_path: Path) -> Path:
-    source = MemoryStore()
-    for number in range(5):
-        await source.put(Write(MEMORY, ("s", "b", str(number)), {"n": number}))
-    await source.candles.write(BTC, candles(10))
-    await export_store(source, tmp_path / "all.jsonl")
-    return tmp_path / "all.jsonl"
-
-
-def edit(file: Path, change: Callable[[list[str]], object]) -> None:
-    lines = file.read_text().splitlines(keepends=True)
-    change(lines)
-    file.write_text("".join(lines))
-
-
-def swap(number: int, old: str, new: str) -> Callable[[list[str]], None]:
-    def change(lines: list[str]) -> None:
-        lines[number - 1] = lines[number - 1].replace(old, new)
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (swap(4, '"n":1', '"n":7'), "line 4: its digest does not match"),
-        (swap(2, "100.0", "100.1"), "line 2: its digest"),
-        (lambda lines: lines.pop(), "no foot says so: it was cut"),
-        (lambda lines: lines.pop(3), "ends after 4 records"),
-        (lambda lines: lines.clear(), "ends after 0 records"),
-        (lambda lines: lines.__setitem__(0, "{}\n"), "line 1: it has no digest"),
-        (lambda lines: lines.__setitem__(2, "not json\n"), "line 3: it is not JSON"),
-        (lambda lines: [swap(n, '"n":', '"m":')(lines) for n in (3, 5)], r"line 3: .*; line 5: "),
-    ],
-    ids=["value", "candle", "no foot", "lost line", "empty", "no head", "no json", "two lines"],
-)
-async def test_damaged_export_is_named_by_line_and_not_imported(
-    exported: Path, change: Callable[[list[str]], object], message: str
-) -> None:
-    edit(exported, change)
-    target = MemoryStore()
-    with pytest.raises(UserError, match=message):
-        await import_store(target, exported)
-    with pytest.raises(UserError, match="nothing was written"):
-        await import_store(target, exported)
-    assert await content(target) == {}
-
-
-async def test_import_never_replaces_what_is_there(exported: Path) -> None:
-    target = MemoryStore()
-    await target.put(Write(MEMORY, ("s", "b", "3"), "mine"))
-    await target.candles.write(BTC, candles(4, price=1.0))
-    with pytest.raises(
-        UserError, match=r"line 2: candle/binance.* is there with another content; line 6: memory/s/b/3 "
-    ):
-        await import_store(target, exported)
-    assert (await target.get(MEMORY, ("s", "b", "0"))) is None
-
-
-class Breaking(MemoryStore):
-    """A store whose disk goes away after some writes."""
-
-    left = 3
-
-    async def put(self, write: Write) -> Record:
-        self.left -= 1
-        if self.left < 0:
-            raise RetryLater("the disk is away")
-        return await super().put(write)
-
-    async def batch(self, writes: object) -> None:
-        raise RetryLater("the disk is away")
-
-
-async def test_interrupted_import_says_how_far_it_came_and_goes_on(exported: Path) -> None:
-    target = Breaking()
-    with pytest.raises(RetryLater, match=r"disk is away; 0 records and 10 candles.*import it again"):
-        await import_store(target, exported)
-    whole = MemoryStore()
-    await whole.put(Write(MEMORY, ("s", "b", "0"), {"n": 0}))
-    assert await import_store(whole, exported) == Counts(records=4, candles=10, present=1)
-
-
-async def test_export_never_overwrites_and_leaves_nothing_half(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="exists already"):
-        await export_store(MemoryStore(), exported)
-    with pytest.raises(UserError, match="cannot be written"):
-        await export_store(MemoryStore(), tmp_path / "nowhere" / "all.jsonl")
-    store = SqliteStore(tmp_path / "bot.db")
-    await store.put(Write(SIGNAL, KEY, {"price": 47000.5}))
-    await store.close()
-    damage_row(tmp_path)
-    with pytest.raises(Damaged):
-        await export_store(store, tmp_path / "half.jsonl")
-    await store.close()
-    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["all.jsonl"]
-
-
-async def test_newer_format_is_refused(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from backtest_kit.persist import transfer
-
-    monkeypatch.setattr(transfer, "VERSION", 2)
-    await export_store(MemoryStore(), tmp_path / "newer.jsonl")
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="newer version"):
-        await import_store(MemoryStore(), tmp_path / "newer.jsonl")
 
 
 async def test_database_is_looked_at_without_being_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

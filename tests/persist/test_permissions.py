@@ -19,7 +19,6 @@ from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.lease import acquire
 from backtest_kit.persist.store import SeriesKey, Store, Write
-from backtest_kit.persist.transfer import export_store
 from backtest_kit.run.live.emergency import EmergencyFile
 from backtest_kit.venue.exchange import Terms
 from backtest_kit.venue.journal import Head, Journal
@@ -112,11 +111,10 @@ def test_state_files_are_private(tmp_path: Path, umask: int) -> None:
     require_private(tmp_path)
 
 
-async def test_reports_and_exports_follow_the_umask(tmp_path: Path, umask: int) -> None:
+async def test_reports_follow_the_umask(tmp_path: Path, umask: int) -> None:
     write_atomic(tmp_path / "reports/trend.md", b"report")
     store = FileStore(tmp_path / "dump")
     await store.put(Write(SIGNAL, ("s", "e", "A"), "value"))
-    await export_store(store, tmp_path / "reports/store.jsonl")
     await store.close()
-    assert modes(tmp_path / "reports") == {"trend.md": 0o666 & ~umask, "store.jsonl": 0o666 & ~umask}
+    assert modes(tmp_path / "reports") == {"trend.md": 0o666 & ~umask}
     assert modes(tmp_path)["reports"] == 0o777 & ~umask

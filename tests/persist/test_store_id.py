@@ -1,4 +1,4 @@
-"""The id of a store: made once, moved by a migration, carried by an export, never in two stores that trade."""
+"""The id of a store: made once, moved by a migration, never in two stores that trade."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from backtest_kit.persist.contracts import CONTRACTS, STORE_ID, STORE_ID_KEY
 from backtest_kit.persist.migration import migrate_store
 from backtest_kit.persist.store import Record, Store, Write
 from backtest_kit.persist.store_id import claim_store_id, read_store_id, reclaim_store_id
-from backtest_kit.persist.transfer import export_store, import_store
 from backtest_kit.persist.urls import store_at
 
 SIGNAL = CONTRACTS["signal"]
@@ -142,41 +141,6 @@ async def test_a_migration_that_ends_while_it_moves_the_id_goes_on(side: str) ->
     assert await claim_store_id(target) == own
     with pytest.raises(Conflict, match="moved to b"):
         await claim_store_id(source)
-
-
-async def test_an_export_carries_the_id(tmp_path: Path) -> None:
-    source, target = MemoryStore(), MemoryStore()
-    await held(source)
-    own = await claim_store_id(source)
-    await export_store(source, tmp_path / "all.jsonl")
-    await import_store(target, tmp_path / "all.jsonl")
-    assert await claim_store_id(target) == own
-    await import_store(target, tmp_path / "all.jsonl")
-    assert await claim_store_id(target) == own
-
-
-async def test_positions_of_another_store_are_not_imported(tmp_path: Path) -> None:
-    source, target = MemoryStore(), MemoryStore()
-    await held(source)
-    mine, theirs = await claim_store_id(source), await claim_store_id(target)
-    await export_store(source, tmp_path / "all.jsonl")
-    with pytest.raises(UserError, match=f"positions of store {mine}, .*import it into an empty store"):
-        await import_store(target, tmp_path / "all.jsonl")
-    assert await target.get(SIGNAL, KEY) is None
-    assert await claim_store_id(target) == theirs
-
-
-async def test_what_is_no_position_may_come_from_any_store(tmp_path: Path) -> None:
-    source, target = MemoryStore(), MemoryStore()
-    await source.put(Write(SIGNAL, KEY, None, when=1))
-    note = CONTRACTS["notification"]
-    await source.put(Write(note, (False, "n1"), {"text": "hello"}, when=1))
-    await claim_store_id(source)
-    theirs = await claim_store_id(target)
-    await export_store(source, tmp_path / "all.jsonl")
-    counts = await import_store(target, tmp_path / "all.jsonl")
-    assert counts.records == 2
-    assert await claim_store_id(target) == theirs
 
 
 async def test_a_store_is_named_by_its_place(tmp_path: Path) -> None:

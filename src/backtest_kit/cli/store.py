@@ -16,7 +16,7 @@ from rich.text import Text
 
 from backtest_kit.errors import UserError
 from backtest_kit.model.interval import iso
-from backtest_kit.persist import operations, transfer
+from backtest_kit.persist import operations
 from backtest_kit.persist.contracts import contract
 from backtest_kit.persist.retention import Expired, compact, retention_of
 from backtest_kit.persist.store import Record, Store
@@ -143,19 +143,7 @@ def run_reclaim(url: str) -> None:
     say(f"{shown(url)} may trade live again. Never start {other} again: both would trade the same positions.")
 
 
-def run_export(url: str, file: Path) -> None:
-    counts = with_store(url, lambda store: transfer.export_store(store, file))
-    say(f"{file}: {counts.records:,} records and {counts.candles:,} candles.")
-
-
-def run_import(url: str, file: Path) -> None:
-    """Write what is in `file` into the store, which is made if it does not exist."""
-    counts = with_store(url, lambda store: transfer.import_store(store, file), existing=False, make=True)
-    there = f"; {counts.present:,} were there already" if counts.present else ""
-    say(f"{shown(url)}: {counts.records:,} records and {counts.candles:,} candles{there}.")
-
-
-def with_store(url: str, use: Callable[[Store], Awaitable[T]], *, existing: bool = True, make: bool = False) -> T:
+def with_store(url: str, use: Callable[[Store], Awaitable[T]], *, existing: bool = True) -> T:
     async def main() -> T:
         store = store_at(url, existing=existing, patient=True)
         try:
@@ -163,8 +151,7 @@ def with_store(url: str, use: Callable[[Store], Awaitable[T]], *, existing: bool
         finally:
             await store.close()
 
-    if not make:
-        require_existing(url)
+    require_existing(url)
     return asyncio.run(main())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -78,28 +77,6 @@ def check(
     raise typer.Exit(run_check(store, deep, accept_loss))
 
 
-@store_app.command("export", epilog="Example: backtest-kit store export backup.jsonl --store sqlite:bot.db")
-def export(
-    file: Annotated[Path, typer.Argument(help="The file to write.")],
-    store: options.StoreUrl = options.DEFAULT_STORE,
-) -> None:
-    """Write every record and candle to one file of lines that any store can import."""
-    from backtest_kit.cli.store import run_export
-
-    run_export(store, file)
-
-
-@store_app.command("import", epilog="Example: backtest-kit store import backup.jsonl --store file:./dump")
-def import_(
-    file: Annotated[Path, typer.Argument(help="A file that `store export` wrote.")],
-    store: options.StoreUrl = options.DEFAULT_STORE,
-) -> None:
-    """Take in what `store export` wrote. The whole file is verified before anything is written."""
-    from backtest_kit.cli.store import run_import
-
-    run_import(store, file)
-
-
 @store_app.command(epilog="Example: backtest-kit store migrate file:./dump sqlite:bot.db --verify")
 def migrate(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="The store to read, such as file:./dump.")],
@@ -111,8 +88,8 @@ def migrate(
         bool, typer.Option("--resume", help="Go on with a migration that was killed, or stopped by an error.")
     ] = False,
 ) -> None:
-    """Move everything from one store to another of whatever kind. Stop your program first. If it has traded
-    live, SOURCE refuses live starts afterwards (see `store reclaim`); nothing else in it is changed."""
+    """Copy everything from one store to another of any kind: to move, or as a backup. Stop your program first.
+    If it has traded live, SOURCE refuses live starts afterwards (see `store reclaim`); nothing else in it changes."""
     from backtest_kit.cli.migrate import run_migrate
 
     raise typer.Exit(run_migrate(source, target, verify=verify, resume=resume))

@@ -1,10 +1,10 @@
-"""MongoDB + Redis as the storage of a program: one call, and no strategy notices.
+"""MongoDB + Redis as the storage of a program: one call, and no strategy changes.
 
     from backtest_kit.mongo import setup
 
     setup()     # from CC_MONGO_CONNECTION_STRING, CC_REDIS_HOST, ... in the environment
 
-The functions act on the default kit; `MongoSetup(kit)` has the same ones for another. Nothing is dialled
+The functions act on the default kit; `MongoSetup(kit)` has the same ones for another. Nothing is connected
 before the first read or write. Needs `pip install 'backtest-kit[mongo]'`.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from backtest_kit.default import default_kit
 from backtest_kit.mongo.program import PROFILE, MongoSetup
-from backtest_kit.persist.backends.mongo_settings import MongoSettings
+from backtest_kit.persist.backends.mongo.settings import MongoSettings
 
 _default = MongoSetup(default_kit)
 

@@ -11,6 +11,7 @@ from backtest_kit.persist import diagnosis
 from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Home, contract
+from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.history import RevisionStore, check_history
 from backtest_kit.persist.store import Capability, Store, Write
 from backtest_kit.persist.upkeep import Reading
@@ -232,19 +233,23 @@ class Persistence:
                 raise result
 
     async def batch(self, writes: Sequence[Write], *, mode: Mode, run: str | None = None) -> None:
-        """Do `writes`, whose order is one in which a crash between any two of them can be recovered from.
+        """Do `writes`, which are in an order in which a crash between any two of them can be recovered from.
 
-        All or nothing where one store with atomic batches keeps them all. Otherwise one after the other,
-        and the first that fails ends it.
+        All or nothing where one store keeps them all and has atomic batches. Otherwise one after the other, and the
+        first that fails ends it.
 
         Raises:
-            As `Store.batch`; with several stores, the writes before the failed one have been done.
+            As `Store.batch`; without an atomic batch, the writes before the failed one have been done.
         """
         stores = [self.store_for(write.contract, mode, run) for write in writes]
-        if len({id(store) for store in stores}) == 1 and Capability.ATOMIC_BATCH in stores[0].capabilities:
-            await stores[0].batch(writes)
-            return
-        for store, write in zip(stores, writes, strict=True):
+        if len({id(store) for store in stores}) == 1:
+            await stores[0].open()  # whether a server has transactions is known once it has answered
+            if Capability.ATOMIC_BATCH in stores[0].capabilities:
+                await stores[0].batch(writes)
+                return
+        for number, (store, write) in enumerate(zip(stores, writes, strict=True)):
+            if number:
+                crashpoint("batch.between_writes")
             await store.put(write)
 
     def _bound(self, row: Contract, mode: Mode) -> Store:

@@ -21,11 +21,15 @@ _LIVE_GRADE: Final = (Capability.DURABLE, Capability.SHARED, Capability.COMPARE_
 """What a live position needs. Without atomic batches it is written in an order that every crash can be recovered from,
 and what an operator needs besides is no condition."""
 
+CLOCKS_APART_MS: Final = 1_000
+"""Clocks of a server and this host that are further apart are reported."""
+
 
 async def examine(store: Store, *, samples: int = SAMPLES) -> list[Reading]:
     """All that can be told of `store`, which may not exist yet. Times are the median of `samples`."""
-    readings = _promises(store)
-    readings += await store.examine(samples=samples)
+    measured = await store.examine(samples=samples)
+    # Afterwards: what a server can do is known once it has answered.
+    readings = [*_promises(store), *measured]
     if not {Status.FAULT, Status.NEW} & {reading.status for reading in readings}:
         readings += await _contents(store)
     return readings
@@ -66,6 +70,17 @@ async def median_ms(call: Callable[[], Awaitable[object]], samples: int) -> floa
         await call()
         spent.append(time.perf_counter() - started)
     return round(float(np.median(spent)) * 1000, 3)
+
+
+def clock_reading(subject: str, server_seconds: float, asked: float, answered: float) -> Reading:
+    """How far the clock of a server is from that of this host, given when it was `asked` and when it `answered`."""
+    apart_ms = round((server_seconds - (asked + answered) / 2) * 1000)
+    uncertain_ms = (answered - asked) * 1000 / 2
+    says = f"{apart_ms:+,} ms from this host's, known to {max(1, uncertain_ms):,.0f} ms"
+    if abs(apart_ms) - uncertain_ms <= CLOCKS_APART_MS:
+        return Reading(subject, Status.OK, says)
+    remedy = "let both follow a time server (timedatectl set-ntp true): candles close by the clock of this host"
+    return Reading(subject, Status.WARNING, says, remedy)
 
 
 def _promises(store: Store) -> list[Reading]:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import uuid
 from pathlib import Path
+from typing import Final
 
 import msgspec
+import psutil
 
 from backtest_kit.model.interval import iso
 from backtest_kit.persist.writing import now_ms
+
+_IS_LINUX: Final = bool(psutil.LINUX)
+_SAME_START_SECONDS: Final = 2.0
+"""Nearer than this two start times are one: they are rounded, and read through a clock that may be set."""
 
 
 class Holder(msgspec.Struct, frozen=True, rename="camel"):
@@ -24,9 +31,9 @@ class Holder(msgspec.Struct, frozen=True, rename="camel"):
     """Wall clock of the acquisition, epoch ms, for people."""
     ttl_ms: int
     machine: str
-    """Boot and process namespace: where equal and not empty, `pid` names a process that can be looked for."""
-    started: str
-    """When the process started, in the words of its kernel: tells it from a later one of the same pid."""
+    """Where equal and not empty, `pid` names a process that can be looked for."""
+    started: float
+    """When the process started, in seconds: tells it from a later one of the same pid."""
     released: bool = False
 
     def __str__(self) -> str:
@@ -42,22 +49,24 @@ def this_process(ttl_ms: int) -> Holder:
         since=now_ms(),
         ttl_ms=ttl_ms,
         machine=_machine(),
-        started=_state_of(os.getpid())[1],
+        started=_start_of(psutil.Process()),
     )
 
 
 def is_gone(holder: Holder) -> bool:
-    """Whether the owner is a process of this machine that has ended."""
+    """Whether the owner is a process of this machine that has ended. In doubt it lives."""
     if not holder.machine or holder.machine != _machine():
         return False
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
+    if not _exists(holder.pid):
         return True
-    except PermissionError:
+    try:
+        process = psutil.Process(holder.pid)
+        ended = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return ended or abs(_start_of(process) - holder.started) > _SAME_START_SECONDS
+    except psutil.ZombieProcess:
+        return True
+    except psutil.Error:
         return False
-    state, started = _state_of(holder.pid)
-    return bool(state) and (state in "ZX" or started != holder.started)
 
 
 def is_neighbour(holder: Holder) -> bool:
@@ -65,18 +74,30 @@ def is_neighbour(holder: Holder) -> bool:
     return bool(holder.machine) and holder.machine == _machine() and holder.pid != os.getpid()
 
 
+def _exists(pid: int) -> bool:
+    if psutil.WINDOWS:
+        return bool(psutil.pid_exists(pid))
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # of another user, and psutil may not see it (hidepid)
+    return True
+
+
 def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
+    if _IS_LINUX:
+        # A pid means another process in another container, and after the next boot. psutil has a word for neither.
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+        except OSError:
+            return ""
+    return f"{socket.gethostname()} {uuid.getnode():012x}"
 
 
-def _state_of(pid: int) -> tuple[str, str]:
-    """State letter and start time of a process; both empty where the kernel does not tell."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
+def _start_of(process: psutil.Process) -> float:
+    """When a process started: on Linux since the boot, because its wall clock time moves with the clock."""
+    started = float(process.create_time())
+    return started - float(psutil.boot_time()) if _IS_LINUX else started

@@ -194,8 +194,7 @@ async def _shared_candles(source: Store, target: Store, part: Part) -> int:
 def _refuse(part: Part, what: str) -> NoReturn:
     raise UserError(
         f"nothing was written: the target has {part}: {what}, which is not what the source has there (or has now). "
-        "Name an empty target; or, to keep what is in this one, `backtest-kit store export` the source and "
-        "`... import` it there"
+        "Name an empty target"
     )
 
 

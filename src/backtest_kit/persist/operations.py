@@ -1,6 +1,6 @@
 """What an operator asks of a store beyond its own methods: names, sizes, what is in which namespace.
 
-Functions over any open store; `persist.transfer` has `export_store` and `import_store` beside them.
+Functions over any open store.
 """
 
 from __future__ import annotations

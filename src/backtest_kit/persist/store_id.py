@@ -94,12 +94,6 @@ async def move_store_id(moving: StoreId, source: Store, target: Store, target_na
     await _write(source, StoreId(moving.id, moved_to=target_name), ANY)
 
 
-async def adopt_store_id(store: Store, store_id: str) -> None:
-    """Give the id of an export to a store that has none."""
-    if await read_store_id(store) is None:
-        await _write(store, StoreId(store_id), ABSENT)
-
-
 async def reclaim_store_id(store: Store) -> str:
     """Let a store trade live again after its id was moved; returns where it had gone.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from typing import Any, Final, cast
 
 from backtest_kit.errors import UserError
-from backtest_kit.persist.backends.mongo_settings import mask
 from backtest_kit.persist.store import Store
 
 _BACKENDS: Final = {
@@ -36,7 +36,7 @@ def store_at(url: str, *, existing: bool = False, patient: bool = False) -> Stor
     """
     scheme, _, path = url.partition(":")
     if scheme in _SERVERS:
-        mongo = import_backend("backtest_kit.persist.backends.mongo")
+        mongo = import_backend("backtest_kit.persist.backends.mongo.store")
         return cast(Store, mongo.MongoStore(url, existing=existing, patient=patient))
     if scheme not in _BACKENDS:
         forms = ", ".join(f"{name}:{example}" for name, (_, _, example) in _BACKENDS.items()) + ", mongodb://host/name"
@@ -51,6 +51,14 @@ def store_at(url: str, *, existing: bool = False, patient: bool = False) -> Stor
 def shown(url: str) -> str:
     """An address as it may be printed: without the credentials that may be in it."""
     return mask(url) if "://" in url else url
+
+
+def mask(url: str) -> str:
+    """An address without what may be secret in it: the credentials, and the values of its options."""
+    head, query, options = url.partition("?")
+    # Up to the last @: a password that should have been escaped may have one, or a slash, in it.
+    head = re.sub(r"(?s)^(\w[\w+.-]*://)?.*@", r"\1***@", head if "@" not in options else url)
+    return head if "@" in options or not query else f"{head}?..."
 
 
 def import_backend(module: str) -> Any:

@@ -1,4 +1,4 @@
-"""Everything that is in a store, part by part: the one way by which export, migration and comparison go.
+"""Everything that is in a store, part by part: the one way by which migration and comparison go.
 
 A part is one contract in one namespace or, of candles, one series. Parts are in the order of their namespaces
 and then of the table of contracts; what is in a part is in the order in which it was written, candles by time.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import psutil
 
 from backtest_kit.errors import BacktestKitError
 from backtest_kit.persist.backends.file_paths import MARKER, OWN_DIRECTORY
@@ -23,7 +24,6 @@ from backtest_kit.persist.locks import try_lock, unlock
 from backtest_kit.persist.upkeep import Reading, Status
 
 LOCK_PATIENCE_SECONDS: Final = 2.0
-MOUNTS: Final = Path("/proc/self/mountinfo")
 _SLOW_SYNC_MS: Final = 50.0
 _FULL_BYTES: Final = 64 << 20
 _TIGHT_BYTES: Final = 1 << 30
@@ -95,7 +95,7 @@ def _writing(place: Path, directory: Path, samples: int, disk: Disk) -> Reading:
 
 
 def _kind(place: Path) -> Reading:
-    kind = file_system(place, MOUNTS)
+    kind = file_system(place)
     if kind is None:
         return Reading("file system", Status.OK, "of a kind that this system does not tell")
     local = "name a directory on a local disk"
@@ -110,21 +110,17 @@ def _kind(place: Path) -> Reading:
     return Reading("file system", Status.OK, kind)
 
 
-def file_system(place: Path, mounts: Path) -> str | None:
+def file_system(place: Path) -> str | None:
     """The type of the file system of an existing path, where the system tells."""
-    try:
-        lines = mounts.read_text(errors="replace").splitlines()
-    except OSError:
-        return None
     where = place.resolve()
     best: tuple[int, str] | None = None
-    for line in lines:
-        left, _, right = line.partition(" - ")
-        point = Path(re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), left.split()[4]))
+    for mount in psutil.disk_partitions(all=True):
+        point = Path(mount.mountpoint)
         # Of two on one point, the later one covers the earlier.
         if where.is_relative_to(point) and (best is None or len(point.parts) >= best[0]):
-            best = len(point.parts), right.split()[0]
-    return best and best[1]
+            is_remote = "remote" in mount.opts.split(",")  # a network drive of Windows, whatever its type
+            best = len(point.parts), "smb" if is_remote else mount.fstype
+    return (best and best[1]) or None
 
 
 def _space(place: Path) -> list[Reading]:

@@ -2,8 +2,8 @@
 
 A `PositionState` is all of it. It lies in the records that the contracts name: the position in `signal`, the resting
 entry in `schedule`, everything else in `strategy`; `partial` and `breakeven` repeat what the position says of
-its levels, for who reads those. One change is one batch, ordered so that a store without atomic batches heals:
-the records of an outcome first, last the `strategy` record, which takes the intent away.
+its levels, for who reads those. One change is one batch, in an order from which a start recovers where a store
+without atomic batches was killed half-way: see `write_order`.
 
 Every write expects the revision that was read or written last. Whoever takes the position over moves all of
 them on, so what an old owner still writes is refused.
@@ -178,7 +178,8 @@ class Ledger:
             elif (row.name, key) in self._known:
                 wanted.append((row, key, {}))
         records = records_of(book)
-        wanted += [(row, self._scope, records[row.name]) for row in _ROWS]
+        before = self._known["strategy", self._scope][1]
+        wanted += [(CONTRACTS[name], self._scope, records[name]) for name in write_order(before, records)]
         writes = []
         for row, key, value in wanted:
             rev, known = self._known[row.name, key]
@@ -218,6 +219,18 @@ def records_of(book: PositionState) -> dict[str, Plain]:
     return {**records, "strategy": strategy}
 
 
+def write_order(before: Plain, records: dict[str, Plain]) -> list[str]:
+    """The order in which to write `records`, where `before` is the `strategy` record that they follow.
+
+    A position is written before `strategy`, which takes the intent away: killed in between, the intent is still there
+    and its outcome is known. It is cleared after `strategy`, which alone has the trade that came of it. What `strategy`
+    does not name, a torn batch has left behind; that is cleared first.
+    """
+    state: Any = before["state"] if isinstance(before, dict) else {}
+    over = [name for name, (_, field) in _HELD_IN.items() if records[name] is None and field in state]
+    return [*(name for name in _HELD_IN if name not in over), "strategy", *over]
+
+
 def book_of(records: dict[str, Plain]) -> PositionState:
     """The book that `records_of` made `records` of, or as much of it as a torn batch has left."""
     found: dict[str, Any] = {name: decode(value) for name, value in records.items()}
@@ -228,10 +241,11 @@ def book_of(records: dict[str, Plain]) -> PositionState:
 
 def _joined(state: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
     """The state that `strategy` describes, with what is held. Where both disagree, a batch was torn: what is held is
-    newer, because it is written first."""
+    newer, unless `strategy` says that it is over, see `write_order`."""
     for name, (tag, field) in _HELD_IN.items():
         held = records[name]
-        if held is not None:
+        is_over = held is not None and state.get("lastSignalId") == held["signalId"]
+        if held is not None and not is_over:
             same = state.get(field) == held["signalId"]
             rest = state if same else {"type": tag, "lastSlotMs": state["lastSlotMs"]}
             return {**rest, field: held}

@@ -1,4 +1,4 @@
-"""How to reach MongoDB and Redis, and how long to wait for them: the settings of the Mongo store."""
+"""The settings of the Mongo store: where MongoDB and Redis are, and how long to wait for them."""
 
 from __future__ import annotations
 
@@ -12,51 +12,52 @@ from urllib.parse import quote
 import msgspec
 
 from backtest_kit.errors import UserError
+from backtest_kit.persist.urls import mask
 
 LOGGER: Final = "backtest_kit.mongo"
-"""The logger in which the store says what it could not do otherwise, such as that Redis went away."""
+"""The logger of what is not an error of a call, such as that Redis went away."""
 Log = logging.LoggerAdapter[logging.Logger]
-"""That logger, or the one that a program has put in its place."""
+"""That logger, or the one that `MongoSetup.set_logger` has put in its place."""
 
 _AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class MongoSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the servers are, and how patient the store is with them. Passwords are not in its repr."""
+    """Where the servers are, and how long to wait for them. Its repr has no passwords."""
 
     CC_MONGO_CONNECTION_STRING: str = "mongodb://localhost:27017/backtest-kit?wtimeoutMS=15000"
-    """Address of MongoDB. Its path names the database, `backtest-kit` if it has none. Options in it for which
-    there is a setting below win over that setting; its write concern is not used."""
+    """Address of MongoDB. Its path names the database, `backtest-kit` if it has none. Its options override the
+    settings below; its write concern is not used."""
     CC_MONGO_SERVER_SELECTION_TIMEOUT_MS: _AtLeastOne = 3_000
-    """How soon a server that cannot be reached is an error."""
+    """How long to look for a server before it is an error."""
     CC_MONGO_CONNECT_TIMEOUT_MS: _AtLeastOne = 3_000
     """How long one connection may take to be made."""
     CC_MONGO_SOCKET_TIMEOUT_MS: _AtLeastOne = 5_000
-    """How long the server may take for one answer; then another connection is tried, while there is time."""
+    """How long one answer may take; then another connection is tried, while there is time."""
     CC_MONGO_OPERATION_TIMEOUT_MS: _AtLeastOne = 10_000
-    """How long one read or write may take, with all its retries."""
+    """How long one read or write may take, retries included."""
     CC_MONGO_POOL_SIZE: _AtLeastOne = 50
-    """Most connections of one event loop."""
+    """Maximum number of connections per event loop."""
     CC_MONGO_CANDLES_IN_MEMORY: Annotated[int, msgspec.Meta(ge=0)] = 2_000_000
-    """How many candles that were read are kept in this process, about 50 bytes each; 0 for none."""
+    """How many candles to cache in this process, about 50 bytes each; 0 for none."""
     CC_REDIS_HOST: str = "127.0.0.1"
     """Host of Redis; empty for none."""
     CC_REDIS_PORT: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 6379
     CC_REDIS_USER: str = ""
     CC_REDIS_PASSWORD: str = ""
     CC_REDIS_URL: str = ""
-    """Address of Redis in place of the four above: `redis://`, `rediss://` with TLS, `unix://`, or sentinels that know
-    its master, `redis+sentinel://user:password@host:26379,host:26379/service`."""
+    """Address of Redis, in place of the four above: `redis://`, `rediss://` with TLS, `unix://`, or sentinels,
+    `redis+sentinel://user:password@host:26379,host:26379/service`."""
     CC_REDIS_PREFIX: str = "backtest-kit"
-    """What every key in Redis begins with, followed by the name of the database."""
+    """Prefix of every key in Redis; the name of the database follows it."""
     CC_REDIS_TIMEOUT_MS: _AtLeastOne = 250
-    """How long Redis may take before it is passed over."""
+    """How long to wait for Redis before going on without it."""
     CC_REDIS_TTL_SECONDS: _AtLeastOne = 7 * 86_400
     """How long an entry in Redis lasts."""
 
     @property
     def redis_url(self) -> str:
-        """The address of Redis, or nothing."""
+        """The address of Redis; empty for none."""
         if self.CC_REDIS_URL or not self.CC_REDIS_HOST:
             return self.CC_REDIS_URL
         secret = ""
@@ -75,15 +76,7 @@ class MongoSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 PATIENT: Final = {"CC_MONGO_SOCKET_TIMEOUT_MS": 120_000, "CC_MONGO_OPERATION_TIMEOUT_MS": 600_000}
-"""Of a program that moves a whole store, and has no candle to be in time for."""
-
-
-def mask(url: str) -> str:
-    """An address without what may be secret in it: the credentials, and the values of its options."""
-    head, query, options = url.partition("?")
-    # Up to the last @: a password that should have been escaped may have one, or a slash, in it.
-    head = re.sub(r"(?s)^(\w[\w+.-]*://)?.*@", r"\1***@", head if "@" not in options else url)
-    return head if "@" in options or not query else f"{head}?..."
+"""For migrations, which can wait longer than a strategy."""
 
 
 def from_environment(environ: Mapping[str, str]) -> MongoSettings:
@@ -107,7 +100,7 @@ def with_changes(base: MongoSettings, changes: Mapping[str, object]) -> MongoSet
     problems, values = [], {}
     for name, value in changes.items():
         if name not in types:
-            problems.append(f"{name} is no setting of the Mongo store; they are {', '.join(types)}")
+            problems.append(f"{name} is not a setting of the Mongo store: use one of {', '.join(types)}")
             continue
         try:
             values[name] = msgspec.convert(value, types[name], strict=False)
@@ -135,7 +128,7 @@ _SCHEMES: Final = {
 
 
 def _is_host(text: str) -> bool:
-    """Whether it is a host, or nothing."""
+    """Whether it is a host, or empty."""
     if ":" in text:
         try:
             return bool(IPv6Address(text))

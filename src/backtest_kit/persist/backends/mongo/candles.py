@@ -1,9 +1,9 @@
-"""Candles in MongoDB: a document each, of which the first one written stays for ever."""
+"""Candles in MongoDB: a document each, of which the first one written stays permanently."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final
 
@@ -16,18 +16,18 @@ from pymongo.errors import BulkWriteError
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome
 from backtest_kit.model.candle import COLUMNS, CandleSeries
-from backtest_kit.persist.backends.mongo_client import Link
-from backtest_kit.persist.backends.mongo_documents import Document
-from backtest_kit.persist.backends.mongo_errors import is_duplicate
+from backtest_kit.persist.backends.mongo.connection import Connection
+from backtest_kit.persist.backends.mongo.documents import Document
+from backtest_kit.persist.backends.mongo.server import is_duplicate
 from backtest_kit.persist.candle_cache import CandleCache
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.store import CandleStore, SeriesKey
 
 _CHUNK: Final = 2_000
-"""Candles in one request: enough to forget the way to the server, few enough to leave the loop to others."""
+"""Candles in one request: enough to hide the round trip, few enough not to block the event loop."""
 _ANSWER: Final = 10_000
-"""Candles in one answer: a slow server must be able to give it before the socket times out."""
+"""Candles in one answer: a slow server must be able to send it before the socket times out."""
 _CANDLE: Final = CONTRACTS["candle"]
 _PROJECTION: Final = {"_id": False, **dict.fromkeys(COLUMNS, True)}
 
@@ -44,16 +44,16 @@ _ROW: Final = np.dtype(
         ("end", "u1"),
     ]
 )
-"""A document as this program writes it and the server sends it: every one of the same length."""
+"""A document as this program writes it and MongoDB sends it: all have the same length."""
 
-Opened = Callable[[], Any]
+Opened = Callable[[], Awaitable[Connection]]
 
 
 class MongoCandleStore(CandleStore):
     """The candles of one namespace."""
 
     def __init__(self, opened: Opened, namespace: str, cache: CandleCache) -> None:
-        """`opened` is awaited for the open link of the running loop."""
+        """`opened` returns the open connection of the running loop."""
         self._opened = opened
         self._namespace = namespace
         self._cache = cache
@@ -62,47 +62,47 @@ class MongoCandleStore(CandleStore):
         return await self._cache.read((self._namespace, series), start_ms, stop_ms, partial(self._read, series))
 
     async def _read(self, series: SeriesKey, start_ms: int, stop_ms: int) -> CandleSeries:
-        link: Link = await self._opened()
+        connection = await self._opened()
         wanted = {**self._name(series), "timestamp": {"$gte": Int64(start_ms), "$lt": Int64(stop_ms)}}
 
         def cursor() -> AsyncCursor[Any]:
-            return link.collection(_CANDLE).find_raw_batches(
+            return connection.collection(_CANDLE).find_raw_batches(
                 wanted, _PROJECTION, sort=[("timestamp", 1)], batch_size=_ANSWER
             )
 
-        batches = await link.ask_all(f"read candles of {series.symbol}", cursor, 1)
+        batches = await connection.ask_all(f"read candles of {series.symbol}", cursor, 1)
         return CandleSeries.concat([_columns(batch, series) for batch in batches if batch])
 
     async def write(self, series: SeriesKey, candles: CandleSeries) -> int:
-        link: Link = await self._opened()
-        return await link.finish(self._write(link, series, candles)) if len(candles) else 0
+        connection = await self._opened()
+        return await connection.finish(self._write(connection, series, candles)) if len(candles) else 0
 
     async def series(self) -> list[SeriesKey]:
-        link: Link = await self._opened()
+        connection = await self._opened()
         found: list[tuple[str, ...]] = [()]
         for field in _CANDLE.key_fields[:-1]:
-            # Part by part of the index, in which a server leaps from one value to the next.
+            # One field of the index after the other: the server skips from one distinct value to the next.
             names = [dict(zip(_CANDLE.key_fields, known, strict=False)) for known in found]
             questions = [
-                partial(link.collection(_CANDLE).distinct, field, {"namespace": self._namespace, **name})
+                partial(connection.collection(_CANDLE).distinct, field, {"namespace": self._namespace, **name})
                 for name in names
             ]
-            answers = await asyncio.gather(*(link.ask("list the series of candles", each) for each in questions))
+            answers = await asyncio.gather(*(connection.ask("list the series of candles", each) for each in questions))
             found = [(*known, value) for known, values in zip(found, answers, strict=True) for value in values]
         return sorted((SeriesKey(*each) for each in found), key=str)
 
-    async def _write(self, link: Link, series: SeriesKey, candles: CandleSeries) -> int:
+    async def _write(self, connection: Connection, series: SeriesKey, candles: CandleSeries) -> int:
         doing = f"write candles of {series.symbol}"
         name = self._name(series)
         written = 0
-        # One writer of a series at a time: of two who offer the same candles, one is first with all of them.
-        async with link.turns.hold([(_CANDLE.name, self._namespace, series)]):
-            stored = await link.ask_all(doing, partial(_stored, link, name, candles), _ANSWER)
+        # One writer of a series at a time: of two with the same candles, one is first with all of them.
+        async with connection.turns.hold([(_CANDLE.name, self._namespace, series)]):
+            stored = await connection.ask_all(doing, partial(_stored, connection, name, candles), _ANSWER)
             new = candles.take(~np.isin(candles.timestamp, [each["timestamp"] for each in stored]))
             for start in range(0, len(new), _CHUNK):
                 try:
-                    link.has_unflushed = True
-                    written += await link.ask(doing, _Insertion(link, name, new[start : start + _CHUNK]))
+                    connection.has_unflushed = True
+                    written += await connection.ask(doing, _Insertion(connection, name, new[start : start + _CHUNK]))
                 except BacktestKitError as error:
                     if written:
                         error.outcome = Outcome.UNKNOWN
@@ -116,13 +116,13 @@ class MongoCandleStore(CandleStore):
 
 
 class _Insertion:
-    """Candles on their way to the server, in one request, which may be sent again if no answer comes.
+    """One request with candles, which may be sent again if no answer comes.
 
-    Each has an id before it is sent, and is known by it: it may have been stored by a request without an answer.
+    Each candle has its `_id` before it is sent: by that it is recognised if a request without an answer stored it.
     """
 
-    def __init__(self, link: Link, name: Document, candles: CandleSeries) -> None:
-        self._link, self._name, self._candles = link, name, candles
+    def __init__(self, connection: Connection, name: Document, candles: CandleSeries) -> None:
+        self._connection, self._name, self._candles = connection, name, candles
         self._documents = _documents(name, candles)
         self._is_sent = False
 
@@ -135,9 +135,9 @@ class _Insertion:
         self._is_sent = True
         try:
             if missing:
-                await self._link.collection(_CANDLE).insert_many(missing, ordered=False)
+                await self._connection.collection(_CANDLE).insert_many(missing, ordered=False)
         except BulkWriteError as error:
-            # The unique index turns away what another process was first with.
+            # The unique index rejects candles that another process was first with.
             refused = (error.details or {}).get("writeErrors", ())
             if not is_duplicate(error) or any(each.get("code") != refused[0]["code"] for each in refused):
                 raise
@@ -148,7 +148,7 @@ class _Insertion:
         return sum(stored.get(each["timestamp"]) == each["_id"] for each in self._documents)
 
     async def _ids(self) -> dict[int, ObjectId]:
-        found = await _stored(self._link, self._name, self._candles, with_ids=True).to_list()
+        found = await _stored(self._connection, self._name, self._candles, with_ids=True).to_list()
         return {each["timestamp"]: each["_id"] for each in found}
 
 
@@ -160,15 +160,20 @@ def _documents(name: Document, candles: CandleSeries) -> list[Document]:
     ]
 
 
-def _stored(link: Link, name: Document, candles: CandleSeries, *, with_ids: bool = False) -> AsyncCursor[Document]:
-    """Which candles there are already in the span of `candles`: without their ids, the index alone answers that."""
+def _stored(
+    connection: Connection, name: Document, candles: CandleSeries, *, with_ids: bool = False
+) -> AsyncCursor[Document]:
+    """The candles that exist in the span of `candles`; without ids, the index alone answers."""
     span = {"$gte": Int64(candles.timestamp[0]), "$lte": Int64(candles.timestamp[-1])}
     wanted, fields = {**name, "timestamp": span}, {"_id": with_ids, "timestamp": True}
-    return link.collection(_CANDLE).find(wanted, fields, batch_size=_ANSWER)
+    return connection.collection(_CANDLE).find(wanted, fields, batch_size=_ANSWER)
 
 
 def _columns(batch: bytes, series: SeriesKey) -> CandleSeries:
-    """The columns of a batch of documents: without looking at each of them, if all have the form of our own."""
+    """The columns of a batch of documents, without decoding each of them if all have the layout of `_ROW`.
+
+    Another program, or a server that is not MongoDB, may have another order of fields.
+    """
     if len(batch) % _ROW.itemsize == 0:
         rows = np.frombuffer(batch, _ROW)
         ours = np.frombuffer(_template(), _ROW)[0]

@@ -1,9 +1,11 @@
 """Records as documents of MongoDB and back.
 
-The components of a key are fields of their own, under the names of the contract, so that people can query
-them; `payload` is the value. BSON has no NUL in a field name and gives names that begin with a dollar a
-meaning, so such a name, and one that begins with a percent sign, is written as `%` and the name with `%`
-and NUL as `%25` and `%00`.
+Each component of a key is a field under its name in the contract, so that people can query it; `payload` is the value.
+A field name in BSON cannot contain NUL, and one that begins with a dollar has a meaning. Such a name, and one that
+begins with a percent sign, is written as `%` and the name with `%` and NUL as `%25` and `%00`.
+
+A document that cannot be trusted stays where it is. The field `quarantine`, with the reason, blocks it: no write of
+this program changes such a document.
 """
 
 from __future__ import annotations
@@ -30,15 +32,16 @@ Document = dict[str, Any]
 ROWS: Final = ALL_CONTRACTS
 RECORD_ROWS: Final = tuple(row for row in ROWS.values() if row.kind is not Kind.SERIES)
 ORDER: Final = "tick"
-"""The order of writing: microseconds, of which no two writes of one event loop share one."""
+"""The order of writing, in microseconds; unique among the writes of one event loop."""
+QUARANTINE: Final = "quarantine"
 
 _NAMES: Final = 4096
-"""Names whose forms are remembered: the fields of the records are the same ones again and again."""
+"""Escaped field names in the cache: most records have the same ones."""
 _ABSENT_BY_TYPE: Final = object()
 
 
 class Change(NamedTuple):
-    """A write made ready when it was issued: nobody can change its value while it waits for its turn."""
+    """A write with its value copied when it was issued, so that the caller may change it while the write waits."""
 
     write: Write
     name: Document
@@ -52,27 +55,8 @@ class Change(NamedTuple):
 
     @property
     def may_change_it(self) -> bool:
-        """Whether the write can do anything: not where the first one wins and there was one before."""
+        """False where the first write wins and this one expects a record: it can change nothing."""
         return self.contract.write_rule is WriteRule.REPLACE or isinstance(self.write.expect, str)
-
-
-class Planned(NamedTuple):
-    """A write of a batch, and the document that it was judged by."""
-
-    change: Change
-    rev: int
-    """The revision that the document must have; 0 where there is none."""
-    identity: ObjectId
-    """Its `_id`, or the one that it will be made with."""
-
-    @property
-    def contract(self) -> Contract:
-        return self.change.contract
-
-    @property
-    def expected(self) -> Document:
-        """The document as it was judged, with the name that one which does not exist is made with."""
-        return matching({"_id": self.identity, **self.change.name}, self.rev or ABSENT)
 
 
 def change_of(namespace: str, write: Write) -> Change:
@@ -82,33 +66,36 @@ def change_of(namespace: str, write: Write) -> Change:
 
 
 def name_of(namespace: str, contract: Contract, key: Key) -> Document:
-    """The fields that identify a document, or with the beginning of a key those of its records."""
+    """The fields that identify a document; with the beginning of a key, those that its records share."""
     return {"namespace": namespace, **dict(zip(contract.key_fields, key, strict=False))}
 
 
 def identity_of(document: Mapping[str, Any], contract: Contract) -> tuple[Any, ...]:
-    """The values of the name of a whole document."""
+    """The values of `name_of`, in their order, from a document."""
     return tuple(document.get(field) for field in ("namespace", *contract.key_fields))
 
 
 def matching(name: Document, expect: Expect) -> Document:
-    """The document that may be changed: nothing holds it, and this version can judge its revision."""
-    rev: Any = {"$gte": 0} if expect == ANY else {"$gte": 0, "$lt": 1} if expect == ABSENT else expect
-    return {**name, "rev": rev, "schemaVersion": {"$lte": SCHEMA_VERSION}, "hold": {"$exists": False}}
+    """The filter for the document that a write may change.
+
+    With `ABSENT` it matches nothing: the upsert inserts, and where there is a document the unique index rejects that.
+    """
+    rev: Any = {"$gte": 1} if expect == ANY else {"$gte": 1, "$lt": 1} if expect == ABSENT else expect
+    return {**name, "rev": rev, "schemaVersion": {"$lte": SCHEMA_VERSION}, QUARANTINE: {"$exists": False}}
 
 
 def expectation(write: Write) -> Expect:
-    """What the filter of a write asks for. Where the first write wins, any other meets what is there."""
+    """What the filter of a write expects. Where the first write wins, it may only insert."""
     return write.expect if write.contract.write_rule is WriteRule.REPLACE else ABSENT
 
 
 def update_of(change: Change, writer: str, tick: int) -> Document:
-    """What the write does to its document. `writer` tells this write from every other."""
+    """The update of a write. `writer` is unique to it: who finds it in the document knows that the write was done."""
     return {"$set": fields_of(change, writer, tick), "$inc": {"rev": Int64(1)}}
 
 
 def document_of(change: Change, writer: str, tick: int) -> Document:
-    """What the first write of a name makes, as `update_of` would by an upsert."""
+    """The document that an upsert with `update_of` would insert."""
     return {"_id": ObjectId(), **change.name, **fields_of(change, writer, tick), "rev": Int64(1)}
 
 
@@ -127,40 +114,42 @@ def fields_of(change: Change, writer: str, tick: int) -> Document:
 
 
 def checksum_of(contract: Contract, document: Mapping[str, Any]) -> str:
-    """A CRC-32 of the name of a document and of all that its last write has set.
+    """A CRC-32 of the name of a document and of the fields that its last write set.
 
-    Not of the revision: the server counts it, and a wrong one is a conflict for the owner.
+    The revision is not part of it: the server counts it, and the owner notices a wrong one as a conflict.
     """
     sealed = {name: document.get(name) for name in ("namespace", *contract.key_fields, *_SEALED)}
     return f"{zlib.crc32(bson.encode(sealed), zlib.crc32(contract.name.encode())):08x}"
 
 
 def record_of_change(change: Change, rev: int) -> Record:
-    """The record that a write has made."""
+    """The record that a write made."""
     write = change.write
     return Record(write.key, to_plain(change.payload), int(rev), write.when, change.written_at, write.removed)
 
 
 def record_of(contract: Contract, document: Mapping[str, Any], *, edited: bool = False) -> Record:
-    """The record in a document; one that an operator has `edited` has no checksum to match.
+    """The record in a document. The checksum of one that an operator `edited` does not count.
 
     Raises:
         NewerSchema: a newer version wrote it.
-        Damaged: a field is missing or of another type than this program writes, or the checksum does not match.
+        Damaged: a field is missing or of a type that this program does not write, or the checksum does not match.
     """
     version = document.get("schemaVersion")
     if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
         raise NewerSchema(
             f"it was written by a newer version of this program (schema {version}, this one reads up to "
-            f"{SCHEMA_VERSION}): upgrade, the document is untouched"
+            f"{SCHEMA_VERSION}): upgrade; the document was not changed"
         )
     for field, types in _TYPES.items():
         if type(document.get(field, _ABSENT_BY_TYPE)) not in types:
             raise Damaged(f"its field {field} is {_shown(document, field)}")
+    if document["rev"] < 1:
+        raise Damaged(f"its field rev is {document['rev']}, and revisions begin at 1")
     try:
         key = check_key(contract, [document.get(field) for field in contract.key_fields])
     except UserError as error:
-        raise Damaged(f"its key is not one: {error}") from None
+        raise Damaged(f"its key is not valid: {error}") from None
     if "payload" not in document:
         raise Damaged("its field payload is missing")
     when, value = document["when"], to_plain(document["payload"])
@@ -178,12 +167,12 @@ def record_of(contract: Contract, document: Mapping[str, Any], *, edited: bool =
 
 
 def is_named(document: Mapping[str, Any], name: Document) -> bool:
-    """Whether a document that was found by its `_id` is the one that was asked for."""
+    """Whether a document that was found by its `_id` has this name."""
     return all(type(document.get(field)) is type(part) and document[field] == part for field, part in name.items())
 
 
 def to_bson(value: Any, path: str = "value") -> Any:
-    """A copy of a plain JSON tree whose names BSON can carry.
+    """A copy of a plain JSON tree, with names that BSON can store.
 
     Raises:
         UserError: it is not a plain JSON tree.
@@ -197,14 +186,14 @@ def to_bson(value: Any, path: str = "value") -> Any:
         return {_escape(name, path): to_bson(item, path) for name, item in value.items()}
     if kind is list or kind is tuple:
         return [to_bson(item, path) for item in value]
-    raise UserError(f"the {path} has {value!r} in it, which is no plain JSON, encode it first")
+    raise UserError(f"the {path} has {value!r} in it, which is not plain JSON: encode it first")
 
 
 def to_plain(value: Any) -> Plain:
-    """The tree that `to_bson` made a copy of.
+    """The inverse of `to_bson`.
 
     Raises:
-        Damaged: there is something in it that `to_bson` does not write.
+        Damaged: it contains something that `to_bson` does not write.
     """
     kind = type(value)
     if kind is str or kind is int or kind is bool or value is None or (kind is float and math.isfinite(value)):
@@ -219,7 +208,7 @@ def to_plain(value: Any) -> Plain:
 
 
 def id_from(text: bytes) -> ObjectId | None:
-    """The id that a cache entry names, if it is one."""
+    """The id in an entry of Redis, or None if that is not an id."""
     name = text.decode("latin-1")
     return ObjectId(name) if ObjectId.is_valid(name) and len(name) == len(str(ObjectId())) else None
 
