@@ -165,6 +165,8 @@ from .records.state import (
 )
 from .report.comparison import (
     Comparison as Comparison,
+)
+from .report.ranking import (
     Contender as Contender,
 )
 from .report.result import (

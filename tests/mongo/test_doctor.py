@@ -415,7 +415,7 @@ async def test_database_of_a_newer_schema(mongo_url: str, database: Database) ->
     before = state(database)
     assert "has schema 99" in found(await diagnosis(mongo_url), Status.FAULT)
     store = store_at(mongo_url)
-    with pytest.raises(NewerSchema, match="upgrade, nothing was touched"):
+    with pytest.raises(NewerSchema, match="upgrade; nothing was changed"):
         await store.open()
     await store.close()
     assert state(database) == before

@@ -1,4 +1,4 @@
-"""The conformance suite over MongoDB, whole: with Redis, without, with one that dies, and without transactions."""
+"""The conformance suite over MongoDB: with Redis, with one that dies, and with neither Redis nor transactions."""
 
 from __future__ import annotations
 
@@ -63,11 +63,7 @@ class TestMongoWithRedis(MongoConformance):
         self.redis_url = redis_address
 
 
-class TestMongoWithoutRedis(MongoConformance):
-    pass
-
-
-class TestMongoStandalone(MongoConformance):
+class TestMongoStandaloneWithoutRedis(MongoConformance):
     @pytest.fixture(autouse=True)
     def _address(self, standalone_url: str) -> None:
         self.url = standalone_url

@@ -8,6 +8,7 @@ import zlib
 from datetime import UTC, datetime, timedelta, timezone
 from enum import Enum
 from typing import Any
+from uuid import UUID
 
 import msgspec
 import numpy as np
@@ -84,6 +85,7 @@ def test_every_value_comes_back_through_plain_json(value: Any) -> None:
 def test_every_record_comes_back(value: Any) -> None:
     stored = record(encode(value))
     assert unseal(SIGNAL, KEY, seal(SIGNAL, stored)) == stored
+    assert same(decode(unseal(SIGNAL, KEY, seal(SIGNAL, stored)).value), value)
     dumped = dump_record(SIGNAL, stored)
     assert unseal_line(seal_line(dumped)) == dumped
     assert seal_line(dumped).count(b"\n") == 1
@@ -252,10 +254,13 @@ def test_a_large_text_survives() -> None:
     assert unseal(SIGNAL, KEY, seal(SIGNAL, stored)) == stored
 
 
-@pytest.mark.parametrize("value", [math.nan, {1}, b"x"])
+@pytest.mark.parametrize(
+    "value", [math.nan, -math.inf, {1}, b"x", datetime(2022, 1, 1, tzinfo=UTC), UUID(int=1), "\ud800"]
+)
 def test_only_plain_trees_are_sealed(value: Any) -> None:
-    with pytest.raises(UserError, match="plain JSON"):
-        seal(SIGNAL, record(value))
+    for inside in (value, [1, value], {"a": {"b": value}}):
+        with pytest.raises(UserError, match="plain JSON"):
+            seal(SIGNAL, record(inside))
 
 
 def test_an_operator_can_accept_a_hand_edit() -> None:

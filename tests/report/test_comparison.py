@@ -14,8 +14,9 @@ from backtest_kit.errors import UserError
 from backtest_kit.model.interval import DAY_MS
 from backtest_kit.model.position import Trade
 from backtest_kit.report import BacktestResult, Results, equity_curve
-from backtest_kit.report.comparison import METRICS, Comparison, Contender, Failure, metric_line
-from backtest_kit.report.html_comparison import render_comparison_page
+from backtest_kit.report.comparison import Comparison
+from backtest_kit.report.ranking import METRICS, Contender, Failure, metric_line
+from backtest_kit.report.render.comparison import render_comparison_page
 from backtest_kit.report.statistics import Statistics
 
 START = 1_640_995_200_000

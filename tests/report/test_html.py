@@ -15,7 +15,7 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import DAY_MS, MINUTE_MS
 from backtest_kit.model.position import Entry, Reduction, Trade
 from backtest_kit.report import BacktestResult, Results, equity_curve
-from backtest_kit.report.html import render_html
+from backtest_kit.report.render.html import render_html
 
 START = 1_640_995_200_000
 HOSTILE = "</script><script>alert(1)</script><!--<script>{{data}}&\u2028\"'"

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import ast
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+import backtest_kit.report
 from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.model.interval import DAY_MS, MINUTE_MS
 from backtest_kit.model.position import Trade
@@ -86,6 +89,38 @@ def test_pandas_frame(make_trade: MakeTrade, make_result: MakeResult) -> None:
     pooled = Results([result, make_result("ETHUSDT", [make_trade(symbol="ETHUSDT", closed_at_ms=START + DAY_MS)])])
     assert pooled.to_pandas()["symbol"].tolist() == ["BTCUSDT", "ETHUSDT", "BTCUSDT"]
     assert pandas.concat([empty, frame]).shape == (2, 13)
+
+
+def test_trades_are_saved_in_formats_that_others_read(
+    tmp_path: Path, make_trade: MakeTrade, make_result: MakeResult
+) -> None:
+    pandas = pytest.importorskip("pandas")
+    result = make_result("BTCUSDT", [make_trade(), make_trade(signal_id="a, b")])
+    expected = result.to_pandas()
+    read = pandas.read_parquet(result.save_trades(tmp_path / "trades.parquet"))
+    pandas.testing.assert_frame_equal(read, expected, check_dtype=False)
+    read = pandas.read_feather(Results([result]).save_trades(tmp_path / "trades.feather"))
+    pandas.testing.assert_frame_equal(read, expected, check_dtype=False)
+    read = pandas.read_csv(result.save_trades(tmp_path / "trades.csv"), parse_dates=["opened_at", "closed_at"])
+    pandas.testing.assert_frame_equal(read, expected, check_dtype=False)
+    with pytest.raises(UserError, match=r"trades.txt has the suffix '.txt': use one of .csv, .parquet"):
+        result.save_trades(tmp_path / "trades.txt")
+
+
+def test_the_modules_of_reports_do_not_import_in_circles() -> None:
+    root = Path(backtest_kit.report.__file__).parent
+    names = {
+        ".".join(["backtest_kit.report", *path.relative_to(root).with_suffix("").parts]) for path in root.rglob("*.py")
+    }
+    imports = {}
+    for name in names:
+        tree = ast.parse(Path(root.parent.parent, *name.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        asked = {f"{node.module}.{alias.name}" for node in found for alias in node.names} | {
+            str(each.module) for each in found
+        }
+        imports[name] = asked & names
+    TopologicalSorter(imports).prepare()  # raises where there is a circle
 
 
 def test_polars_frame(make_trade: MakeTrade, make_result: MakeResult) -> None:

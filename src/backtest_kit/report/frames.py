@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -10,6 +11,7 @@ import msgspec
 import numpy as np
 
 from backtest_kit.errors import UserError
+from backtest_kit.export import export
 from backtest_kit.model.position import Trade
 from backtest_kit.report.statistics import Statistics
 
@@ -45,7 +47,7 @@ _OF_TRADES: Final = {
 
 
 class Frame:
-    """A table of values on its way to a data frame library: the kind and the values of each column."""
+    """A table of values on its way to a data frame library or a file: the kind and the values of each column."""
 
     def __init__(self, columns: Mapping[str, tuple[str, Sequence[Any]]]) -> None:
         self._columns = dict(columns)
@@ -85,6 +87,18 @@ class Frame:
         frame: PolarsFrame = polars.DataFrame(made)
         times = [name for name, (kind, _) in self._columns.items() if kind == TIME]
         return frame.with_columns(polars.col(times).cast(polars.Datetime("ms", "UTC")))
+
+    def save(self, path: str | Path) -> Path:
+        """Write a `.csv` file, or with the extra `arrow` a `.parquet`, `.feather` or `.arrow` one. Times are UTC.
+
+        Raises:
+            UserError, OutOfSpace, RetryLater: as `export`.
+        """
+        columns = {
+            name: np.array(values, dtype="datetime64[ms]") if kind == TIME else list(values)
+            for name, (kind, values) in self._columns.items()
+        }
+        return export(path, columns)
 
 
 def trades_frame(trades: Sequence[Trade]) -> Frame:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from backtest_kit.report.statistics import Statistics
 from backtest_kit.report.tables import Table, by_sharpe, result_names
+from backtest_kit.report.values import ResultSet, ResultValues
 from backtest_kit.report.wording import STATISTICS, Line
-
-if TYPE_CHECKING:
-    from backtest_kit.report.result import Results
 
 HEAT_FIELDS: Final = (
     "total_pnl",
@@ -58,7 +56,7 @@ def heat_map(corner: str, rows: Sequence[tuple[str, Statistics]], total: tuple[s
     return HeatMap(table, [list(tones) for tones in zip(*columns, strict=True)])
 
 
-def symbol_heat_map(results: Results) -> HeatMap:
+def symbol_heat_map(results: ResultSet[ResultValues]) -> HeatMap:
     """One row per result, best Sharpe ratio first, and the statistics of all trades as one series."""
     names = result_names(results)
     rows = [(names[id(result)], result.stats) for result in by_sharpe(results)]

@@ -3,74 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-import msgspec
-
 from backtest_kit.errors import UserError
-from backtest_kit.model.candle import CandleSeries
-from backtest_kit.model.decisions import Decisions
-from backtest_kit.model.position import Trade
-from backtest_kit.model.setup import Setup
 from backtest_kit.persist.atomic import write_atomic
 from backtest_kit.report import frames
-from backtest_kit.report.markdown import render_markdown
-from backtest_kit.report.statistics import Statistics, statistics_of
+from backtest_kit.report.frames import Frame, PandasFrame, PolarsFrame
+from backtest_kit.report.render.markdown import render_markdown
+from backtest_kit.report.render.terminal import plain_text, rich_table
+from backtest_kit.report.saved import dump_results, load_results
+from backtest_kit.report.statistics import Statistics
 from backtest_kit.report.tables import by_sharpe, heading, remarks, summary_table
+from backtest_kit.report.values import ResultSet, ResultValues
 from backtest_kit.report.wording import signed_percent
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from backtest_kit.report.frames import Frame, PandasFrame, PolarsFrame
-
 _LONGEST_NAME = 150
 
 
-class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True, rename="camel"):
+class BacktestResult(ResultValues, frozen=True, kw_only=True, eq=False, dict=True, rename="camel"):
     """One strategy on one market over one frame."""
-
-    symbol: str
-    strategy_name: str
-    exchange_name: str
-    frame_name: str
-    start_ms: int
-    """Start of the frame."""
-    stop_ms: int
-    """Last minute of the frame."""
-    trades: tuple[Trade, ...]
-    """Closed positions, oldest first."""
-    chart: CandleSeries
-    """The candles of the frame, coarse enough to draw."""
-    gaps_filled: Mapping[str, int] = msgspec.field(default_factory=dict)
-    """Missing minutes that were filled with flat candles, by symbol; other symbols that were read included."""
-    repairs: Mapping[str, Mapping[str, int]] = msgspec.field(default_factory=dict)
-    """Rows of the source that were repaired, by symbol and by what was done to them: see `model.repairs.REPAIRS`."""
-    candles_used: int = 0
-    """Minutes that were read, history before the frame included."""
-    stopped: bool = False
-    """Whether it was told to stop before the frame's end; `stop_ms` is then the minute it came to."""
-    candles_fetched: int = 0
-    """Those of them that came from the source; the others were in the cache."""
-    report_path: Path = Path("dump/backtest")
-    """Where reports go that are saved without a path."""
-    run_id: str = ""
-    """Whose records it used: `Backtest.run(..., run_id=...)` with it goes on with them."""
-    show_note: bool = False
-    """Whether reports show the note of each position."""
-    decisions: Decisions = msgspec.field(default_factory=Decisions)
-    """What became of the calls of `get_signal`."""
-    setup: Setup = msgspec.field(default_factory=Setup)
-    """What it was computed with and from."""
-
-    @cached_property
-    def stats(self) -> Statistics:
-        """Statistics of all trades."""
-        return statistics_of(self.trades)
 
     def to_pandas(self) -> PandasFrame:
         """As `Results.to_pandas`, oldest position first."""
@@ -79,6 +35,10 @@ class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=T
     def to_polars(self) -> PolarsFrame:
         """As `Results.to_polars`, oldest position first."""
         return frames.trades_frame(self.trades).to_polars()
+
+    def save_trades(self, path: str | Path) -> Path:
+        """As `Results.save_trades`, oldest position first."""
+        return frames.trades_frame(self.trades).save(path)
 
     def to_markdown(self) -> str:
         """As `Results.to_markdown`."""
@@ -103,22 +63,8 @@ class BacktestResult(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=T
         return f"BacktestResult({self.strategy_name!r} on {self.symbol!r}: {_in_short(self.stats)})"
 
 
-class Results(Sequence[BacktestResult]):
+class Results(ResultSet[BacktestResult]):
     """Several results read together, such as one strategy on nine markets."""
-
-    def __init__(self, results: Iterable[BacktestResult] = ()) -> None:
-        self._results = tuple(results)
-
-    @cached_property
-    def trades(self) -> tuple[Trade, ...]:
-        """Closed positions of all results, in order of close."""
-        together = (trade for result in self._results for trade in result.trades)
-        return tuple(sorted(together, key=lambda trade: trade.closed_at_ms))
-
-    @cached_property
-    def stats(self) -> Statistics:
-        """Statistics of all trades as one series in order of close, no mean of means."""
-        return statistics_of(self.trades)
 
     def to_pandas(self) -> PandasFrame:
         """A pandas frame with a row per closed position, in order of close.
@@ -138,6 +84,17 @@ class Results(Sequence[BacktestResult]):
             UserError: polars is not installed.
         """
         return frames.trades_frame(self.trades).to_polars()
+
+    def save_trades(self, path: str | Path) -> Path:
+        """Write the rows and columns of `to_pandas` to a file and return its path. Blocks on the disk.
+
+        The suffix says how: `.csv`, or with the extra `arrow` `.parquet`, `.feather` or `.arrow`.
+
+        Raises:
+            UserError: another suffix, or pyarrow is not installed.
+            OutOfSpace, RetryLater: it could not be written; what was there before is untouched.
+        """
+        return frames.trades_frame(self.trades).save(path)
 
     def to_markdown(self) -> str:
         """The report as Markdown: the newest 250 trades, statistics of all."""
@@ -163,7 +120,7 @@ class Results(Sequence[BacktestResult]):
             UserError: as `save_markdown`.
             OutOfSpace, RetryLater: as `save_markdown`.
         """
-        from backtest_kit.report.html import render_html
+        from backtest_kit.report.render.html import render_html  # pages are seldom wanted, and slow to import
 
         return self._save(render_html(self), path, ".html")
 
@@ -176,8 +133,6 @@ class Results(Sequence[BacktestResult]):
             UserError: as `save_markdown`.
             OutOfSpace, RetryLater: as `save_markdown`.
         """
-        from backtest_kit.report.saved import dump_results
-
         return self._save(dump_results(self), path, ".json")
 
     @classmethod
@@ -189,9 +144,7 @@ class Results(Sequence[BacktestResult]):
             Damaged: the file was cut, changed, or is of a newer version. It stays as it is.
             RetryLater: it could not be read.
         """
-        from backtest_kit.report.saved import load_results
-
-        return cls(load_results(Path(path)))
+        return cls(load_results(Path(path), BacktestResult))
 
     def statistics_frame(self) -> Frame:
         """Every statistic of every result, for `.to_pandas()` or `.to_polars()`: the numbers of the heat map.
@@ -213,27 +166,13 @@ class Results(Sequence[BacktestResult]):
 
     def table(self) -> Table:
         """One row per result, best Sharpe ratio first, and a total, for a rich console."""
-        from backtest_kit.report.console import rich_table
-
         return rich_table(summary_table(self), heading(self))
 
     def __str__(self) -> str:
-        from backtest_kit.report.console import plain_text
-
         return plain_text(self.table())
 
     def __repr__(self) -> str:
         return f"Results({len(self)} results: {_in_short(self.stats)})"
-
-    def __len__(self) -> int:
-        return len(self._results)
-
-    @overload
-    def __getitem__(self, index: int) -> BacktestResult: ...
-    @overload
-    def __getitem__(self, index: slice) -> Results: ...
-    def __getitem__(self, index: int | slice) -> BacktestResult | Results:
-        return Results(self._results[index]) if isinstance(index, slice) else self._results[index]
 
     def _save(self, content: str | bytes, path: str | Path | None, suffix: str) -> Path:
         return write_report(self._default_path(suffix) if path is None else Path(path), content, suffix)

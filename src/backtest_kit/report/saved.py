@@ -5,19 +5,20 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from backtest_kit.errors import Damaged, RetryLater, UserError
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.persist.codec import decode, dump_value, encode, parse
-
-if TYPE_CHECKING:
-    from backtest_kit.report.result import BacktestResult
+from backtest_kit.report.values import ResultValues
 
 FORMAT: Final = "backtest-kit results"
 VERSION: Final = 1
+
+
+R = TypeVar("R", bound=ResultValues)
 
 
 class _File(msgspec.Struct, rename="camel"):
@@ -27,7 +28,7 @@ class _File(msgspec.Struct, rename="camel"):
     results: msgspec.Raw
 
 
-def dump_results(results: Sequence[BacktestResult]) -> bytes:
+def dump_results(results: Sequence[ResultValues]) -> bytes:
     """`{"format", "version", "crc32", "results"}` on one line; the checksum is of the text of `results`.
 
     Names are camelCase, times epoch milliseconds, charts columns. Where a report would be saved is left out:
@@ -43,7 +44,7 @@ def dump_results(results: Sequence[BacktestResult]) -> bytes:
     return msgspec.json.encode(_File(FORMAT, VERSION, _checksum(body), msgspec.Raw(body))) + b"\n"
 
 
-def load_results(path: Path) -> list[BacktestResult]:
+def load_results(path: Path, kind: type[R]) -> list[R]:
     """What `dump_results` wrote to `path`; reports of it are saved beside the file. Blocks on the disk.
 
     Raises:
@@ -51,8 +52,6 @@ def load_results(path: Path) -> list[BacktestResult]:
         Damaged: the file was cut, changed, or is of a newer version. It stays as it is.
         RetryLater: it could not be read.
     """
-    from backtest_kit.report.result import BacktestResult
-
     try:
         data = path.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -76,7 +75,7 @@ def load_results(path: Path) -> list[BacktestResult]:
         raise Damaged(f"{path} was changed on the disk or edited by hand: its checksum does not match its results")
     try:
         plain = [{**result, "reportPath": path.parent} for result in decode(parse(body))]
-        return msgspec.convert(plain, list[BacktestResult], dec_hook=_from_builtins)
+        return [msgspec.convert(each, kind, dec_hook=_from_builtins) for each in plain]
     except (msgspec.ValidationError, TypeError) as error:
         raise Damaged(f"{path} holds results that this version cannot read: {error}") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import combinations, groupby
-from typing import TYPE_CHECKING, Final, NamedTuple, get_args
+from typing import Final, NamedTuple, get_args
 
 from backtest_kit.model.decisions import Decisions
 from backtest_kit.model.interval import MINUTE_MS, iso
@@ -13,6 +13,7 @@ from backtest_kit.model.position import CloseReason, Trade
 from backtest_kit.model.repairs import describe_repairs
 from backtest_kit.model.setup import Setup
 from backtest_kit.report.statistics import Statistics, statistics_of
+from backtest_kit.report.values import ResultSet, ResultValues
 from backtest_kit.report.wording import (
     PROFILE_LINES,
     STATISTIC_LINES,
@@ -25,11 +26,8 @@ from backtest_kit.report.wording import (
     signed_percent,
 )
 
-if TYPE_CHECKING:
-    from backtest_kit.report.result import BacktestResult, Results
 
-
-def statistic_lines(results: Results) -> list[tuple[str, str]]:
+def statistic_lines(results: ResultSet[ResultValues]) -> list[tuple[str, str]]:
     """(label, text) of every statistic of all trades together; the price profile where there is one market."""
     one_market = len({(result.exchange_name, result.symbol) for result in results}) == 1
     lines = (*STATISTIC_LINES, *PROFILE_LINES) if one_market else STATISTIC_LINES
@@ -48,7 +46,7 @@ _BEFORE_MONEY: Final = ("total_count", "win_rate", "total_pnl")
 _AFTER_MONEY: Final = ("sharpe_ratio", "max_drawdown", "profit_factor", "avg_duration")
 
 
-def summary_table(results: Results) -> Table:
+def summary_table(results: ResultSet[ResultValues]) -> Table:
     """One row per result, the best Sharpe ratio first and the unknown ones last, and a total."""
     header = ("Symbol", *_shorts(_BEFORE_MONEY), "PnL (USD)", *_shorts(_AFTER_MONEY), "Frame end")
     names = result_names(results)
@@ -59,7 +57,7 @@ def summary_table(results: Results) -> Table:
     )
 
 
-def by_sharpe(results: Results) -> list[BacktestResult]:
+def by_sharpe(results: ResultSet[ResultValues]) -> list[ResultValues]:
     """The best Sharpe ratio first, the unknown ones last."""
     return sorted(results, key=lambda result: (result.stats.sharpe_ratio is None, -(result.stats.sharpe_ratio or 0.0)))
 
@@ -72,7 +70,7 @@ def _cells(fields: Sequence[str], stats: Statistics) -> list[str]:
     return [STATISTICS[field].cell(stats) for field in fields]
 
 
-def result_names(results: Sequence[BacktestResult]) -> dict[int, str]:
+def result_names(results: Sequence[ResultValues]) -> dict[int, str]:
     """What to call each result, by its id(): its symbol, and more only where two share it."""
     symbols = [result.symbol for result in results]
     return {
@@ -115,7 +113,7 @@ def reason_table(trades: Sequence[Trade]) -> Table:
     return Table(("Close reason", "Count", *_shorts(_OF_REASON), "PnL (USD)"), rows)
 
 
-def remarks(results: Results) -> list[str]:
+def remarks(results: ResultSet[ResultValues]) -> list[str]:
     """What a reader must know before he trusts the figures, a sentence each."""
     sentences = []
     unfinished = [trade for trade in results.trades if trade.close_reason == "frame_end"]
@@ -168,7 +166,7 @@ def _costs(setup: Setup) -> str:
     )
 
 
-def gap_remarks(results: Results) -> list[str]:
+def gap_remarks(results: ResultSet[ResultValues]) -> list[str]:
     """A sentence for each symbol with minutes that were filled, and with rows that were repaired."""
     sentences = []
     names = result_names(results)
@@ -223,7 +221,7 @@ TRADE_COLUMNS: Final = (
 )
 
 
-def trade_columns(results: Results) -> list[TradeColumn]:
+def trade_columns(results: ResultSet[ResultValues]) -> list[TradeColumn]:
     """The columns to show: the note only where a result asks for it."""
     show_note = any(result.show_note for result in results)
     return [column for column in TRADE_COLUMNS if show_note or column.label != "Note"]
@@ -246,7 +244,7 @@ def _reductions(trade: Trade) -> str:
     return "; ".join(f"{percent(reduction.percent)} @ {price(reduction.price)}" for reduction in trade.reductions)
 
 
-def heading(results: Sequence[BacktestResult]) -> tuple[str, str]:
+def heading(results: Sequence[ResultValues]) -> tuple[str, str]:
     """Title, and a line with exchange, frame and range."""
 
     def names(field: str) -> str:

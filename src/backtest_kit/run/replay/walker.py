@@ -15,7 +15,8 @@ from backtest_kit.errors import BacktestKitError, LookAhead, UserError
 from backtest_kit.market.fetch import CandleFeed, GapRule
 from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.report.comparison import Comparison, Contender, Failure, metric_line
+from backtest_kit.report.comparison import Comparison
+from backtest_kit.report.ranking import Contender, Failure, metric_line
 from backtest_kit.report.result import BacktestResult, Results
 from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.replay.backtest import BacktestHandle, BacktestRunner

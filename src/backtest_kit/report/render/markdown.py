@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from backtest_kit.report.heatmap import symbol_heat_map
 from backtest_kit.report.tables import (
@@ -15,43 +15,27 @@ from backtest_kit.report.tables import (
     summary_table,
     trade_columns,
 )
-
-if TYPE_CHECKING:
-    from backtest_kit.report.comparison import Comparison
-    from backtest_kit.report.result import Results
+from backtest_kit.report.values import ResultSet, ResultValues
 
 MAX_PRINTED_TRADES: Final = 250
 """The newest trades that are printed; the statistics are of all of them."""
 
 
-def render_markdown(results: Results) -> str:
+def render_markdown(results: ResultSet[ResultValues]) -> str:
     title, where = heading(results)
-    lines = [f"# {_escaped(title)}", "", _escaped(where), "", *_table(summary_table(results)), ""]
+    lines = [f"# {escaped(title)}", "", escaped(where), "", *table_lines(summary_table(results)), ""]
     for remark in remarks(results):
-        lines += [f"{_escaped(remark)}.", ""]
+        lines += [f"{escaped(remark)}.", ""]
     if len(results) > 1:
-        lines += ["## Heat map", "", *_table(symbol_heat_map(results).table), ""]
+        lines += ["## Heat map", "", *table_lines(symbol_heat_map(results).table), ""]
     lines += ["## Statistics", ""]
     lines += [f"- **{label}:** {text}" for label, text in statistic_lines(results)]
-    lines += ["", "## By close reason", "", *_table(reason_table(results.trades)), "", "## Trades", ""]
+    lines += ["", "## By close reason", "", *table_lines(reason_table(results.trades)), "", "## Trades", ""]
     lines += _trades(results)
     return "\n".join(lines) + "\n"
 
 
-def render_comparison(comparison: Comparison) -> str:
-    title, where = comparison.heading()
-    lines = [f"# {_escaped(title)}", "", _escaped(where), "", *_table(comparison.ranked_table(), texts=2), ""]
-    for remark in comparison.remarks():
-        lines += [f"{_escaped(remark)}.", ""]
-    if comparison.failures():
-        lines += [*(f"- {_escaped(failure)}" for failure in comparison.failures()), ""]
-    heat = comparison.heat_map()
-    if heat.table.rows:
-        lines += ["## Statistics", "", *_table(heat.table)]
-    return "\n".join(lines).rstrip("\n") + "\n"
-
-
-def _trades(results: Results) -> list[str]:
+def _trades(results: ResultSet[ResultValues]) -> list[str]:
     columns = trade_columns(results)
     printed = results.trades[-MAX_PRINTED_TRADES:]
     left_out = len(results.trades) - len(printed)
@@ -63,22 +47,22 @@ def _trades(results: Results) -> list[str]:
     return lines + _grid([column.label for column in columns], [column.numeric for column in columns], rows)
 
 
-def _table(table: Table, *, texts: int = 1) -> list[str]:
+def table_lines(table: Table, *, texts: int = 1) -> list[str]:
     """A table whose first columns, `texts` of them, are left-aligned."""
-    total = [[f"**{_escaped(cell)}**" for cell in table.total]] if table.total else []
+    total = [[f"**{escaped(cell)}**" for cell in table.total]] if table.total else []
     numeric = [column >= texts for column in range(len(table.header))]
     return _grid(table.header, numeric, table.rows) + [_row(cells) for cells in total]
 
 
 def _grid(header: Sequence[str], numeric: Sequence[bool], rows: Iterable[Sequence[str]]) -> list[str]:
     rule = _row(["---:" if right else "---" for right in numeric])
-    return [_row(header), rule, *(_row([_escaped(cell) for cell in row]) for row in rows)]
+    return [_row(header), rule, *(_row([escaped(cell) for cell in row]) for row in rows)]
 
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     flat = " ".join(text.splitlines())
     return flat.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.position import Trade
 from backtest_kit.model.price import price_decimals
-from backtest_kit.report.drawing import (
+from backtest_kit.report.heatmap import symbol_heat_map
+from backtest_kit.report.render.drawing import (
     LARGEST_DRAWN,
     drawable_candles,
     equity_points,
@@ -17,8 +18,7 @@ from backtest_kit.report.drawing import (
     significant,
     significant_number,
 )
-from backtest_kit.report.heatmap import symbol_heat_map
-from backtest_kit.report.page import heat_content, render_page, table_content
+from backtest_kit.report.render.page import heat_content, render_page, table_content
 from backtest_kit.report.tables import (
     heading,
     reason_table,
@@ -28,10 +28,8 @@ from backtest_kit.report.tables import (
     summary_table,
     trade_columns,
 )
+from backtest_kit.report.values import ResultSet, ResultValues
 from backtest_kit.report.wording import percent, price, signed_percent
-
-if TYPE_CHECKING:
-    from backtest_kit.report.result import BacktestResult, Results
 
 _EQUITY_POINTS: Final = 1000
 _CARDS: Final = (
@@ -59,11 +57,11 @@ _FIRST_COLUMNS: Final = (
 """A wide table is read from the left; the other columns follow in their own order."""
 
 
-def render_html(results: Results) -> str:
+def render_html(results: ResultSet[ResultValues]) -> str:
     return render_page("backtest", heading(results)[0], _content(results))
 
 
-def _content(results: Results) -> dict[str, Any]:
+def _content(results: ResultSet[ResultValues]) -> dict[str, Any]:
     title, where = heading(results)
     lines = statistic_lines(results)
     texts = dict(lines)
@@ -91,7 +89,7 @@ def _content(results: Results) -> dict[str, Any]:
     }
 
 
-def _equity(results: Results) -> dict[str, Any] | None:
+def _equity(results: ResultSet[ResultValues]) -> dict[str, Any] | None:
     grid = grid_over(results, _EQUITY_POINTS)
     if grid is None:
         return None
@@ -104,7 +102,7 @@ def _equity(results: Results) -> dict[str, Any] | None:
     }
 
 
-def _market(name: str, result: BacktestResult, rows: dict[int, int]) -> dict[str, Any]:
+def _market(name: str, result: ResultValues, rows: dict[int, int]) -> dict[str, Any]:
     chart = drawable_candles(result.chart)
     seconds = chart.timestamp // 1000
     decimals = max(map(price_decimals, chart.close.tolist()), default=2)

@@ -1,16 +1,14 @@
-"""A comparison of strategies as one HTML page."""
+"""A comparison of strategies as Markdown and as one HTML page."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from backtest_kit.report.comparison import metric_line
-from backtest_kit.report.drawing import drawable_number, equity_points, grid_over
-from backtest_kit.report.page import heat_content, render_page, table_content
+from backtest_kit.report.ranking import Ranking, metric_line
+from backtest_kit.report.render.drawing import drawable_number, equity_points, grid_over
+from backtest_kit.report.render.markdown import escaped, table_lines
+from backtest_kit.report.render.page import heat_content, render_page, table_content
 from backtest_kit.report.wording import NOT_AVAILABLE
-
-if TYPE_CHECKING:
-    from backtest_kit.report.comparison import Comparison
 
 _POINTS: Final = 1000
 _FEWER_POINTS: Final = 250
@@ -18,11 +16,24 @@ _MANY: Final = 20
 """More curves than these are drawn with fewer points: nobody follows one of them by eye."""
 
 
-def render_comparison_page(comparison: Comparison) -> str:
+def render_comparison(comparison: Ranking) -> str:
+    title, where = comparison.heading()
+    lines = [f"# {escaped(title)}", "", escaped(where), "", *table_lines(comparison.ranked_table(), texts=2), ""]
+    for remark in comparison.remarks():
+        lines += [f"{escaped(remark)}.", ""]
+    if comparison.failures():
+        lines += [*(f"- {escaped(failure)}" for failure in comparison.failures()), ""]
+    heat = comparison.heat_map()
+    if heat.table.rows:
+        lines += ["## Statistics", "", *table_lines(heat.table)]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def render_comparison_page(comparison: Ranking) -> str:
     return render_page("comparison", comparison.heading()[0], _content(comparison))
 
 
-def _content(comparison: Comparison) -> dict[str, Any]:
+def _content(comparison: Ranking) -> dict[str, Any]:
     title, where = comparison.heading()
     line = metric_line(comparison.metric)
     valued = [each for each in comparison if each.value is not None]
@@ -47,7 +58,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _curves(comparison: Comparison) -> dict[str, Any] | None:
+def _curves(comparison: Ranking) -> dict[str, Any] | None:
     """One curve per contender, in order of rank; empty for one that did not trade."""
     most = _POINTS if len(comparison) <= _MANY else _FEWER_POINTS
     grid = grid_over((result for each in comparison for result in each.results), most)

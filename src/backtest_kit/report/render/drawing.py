@@ -10,8 +10,8 @@ import numpy as np
 from backtest_kit.model.candle import CandleSeries, FloatColumn
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Trade
-from backtest_kit.report.result import BacktestResult
 from backtest_kit.report.statistics import equity_of
+from backtest_kit.report.values import ResultValues
 
 LARGEST_DRAWN: Final = 9e13
 """The chart library refuses a larger number."""
@@ -32,7 +32,7 @@ class EquityPoints(NamedTuple):
     drawdown: list[float | None]
 
 
-def grid_over(results: Iterable[BacktestResult], most: int) -> Grid | None:
+def grid_over(results: Iterable[ResultValues], most: int) -> Grid | None:
     """A grid of about `most` points over all frames and all closes; None without a trade."""
     everything = list(results)
     closes = [trade.closed_at_ms for result in everything for trade in result.trades]

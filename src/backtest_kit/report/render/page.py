@@ -47,7 +47,7 @@ def heat_content(heat: HeatMap) -> dict[str, Any]:
 
 
 def _asset(name: str) -> str:
-    return importlib.resources.files("backtest_kit.report").joinpath("pages", name).read_text(encoding="utf-8")
+    return importlib.resources.files("backtest_kit.report.render").joinpath("pages", name).read_text(encoding="utf-8")
 
 
 def _json(content: Mapping[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Reports drawn for a terminal, as Markdown and as HTML pages: functions over values."""

@@ -1,0 +1,89 @@
+"""What a finished backtest hands back, as values: `BacktestResult` and `Results` add the ways to show them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Self, TypeVar, overload
+
+import msgspec
+
+from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.decisions import Decisions
+from backtest_kit.model.position import Trade
+from backtest_kit.model.setup import Setup
+from backtest_kit.report.statistics import Statistics, statistics_of
+
+
+class ResultValues(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True, rename="camel"):
+    """One strategy on one market over one frame."""
+
+    symbol: str
+    strategy_name: str
+    exchange_name: str
+    frame_name: str
+    start_ms: int
+    """Start of the frame."""
+    stop_ms: int
+    """Last minute of the frame."""
+    trades: tuple[Trade, ...]
+    """Closed positions, oldest first."""
+    chart: CandleSeries
+    """The candles of the frame, coarse enough to draw."""
+    gaps_filled: Mapping[str, int] = msgspec.field(default_factory=dict)
+    """Missing minutes that were filled with flat candles, by symbol; other symbols that were read included."""
+    repairs: Mapping[str, Mapping[str, int]] = msgspec.field(default_factory=dict)
+    """Rows of the source that were repaired, by symbol and by what was done to them: see `model.repairs.REPAIRS`."""
+    candles_used: int = 0
+    """Minutes that were read, history before the frame included."""
+    stopped: bool = False
+    """Whether it was told to stop before the frame's end; `stop_ms` is then the minute it came to."""
+    candles_fetched: int = 0
+    """Those of them that came from the source; the others were in the cache."""
+    report_path: Path = Path("dump/backtest")
+    """Where reports go that are saved without a path."""
+    run_id: str = ""
+    """Whose records it used: `Backtest.run(..., run_id=...)` with it goes on with them."""
+    show_note: bool = False
+    """Whether reports show the note of each position."""
+    decisions: Decisions = msgspec.field(default_factory=Decisions)
+    """What became of the calls of `get_signal`."""
+    setup: Setup = msgspec.field(default_factory=Setup)
+    """What it was computed with and from."""
+
+    @cached_property
+    def stats(self) -> Statistics:
+        """Statistics of all trades."""
+        return statistics_of(self.trades)
+
+
+R = TypeVar("R", bound=ResultValues, covariant=True)
+
+
+class ResultSet(Sequence[R]):
+    """Several results read together, such as one strategy on nine markets."""
+
+    def __init__(self, results: Iterable[R] = ()) -> None:
+        self._results = tuple(results)
+
+    @cached_property
+    def trades(self) -> tuple[Trade, ...]:
+        """Closed positions of all results, in order of close."""
+        together = (trade for result in self._results for trade in result.trades)
+        return tuple(sorted(together, key=lambda trade: trade.closed_at_ms))
+
+    @cached_property
+    def stats(self) -> Statistics:
+        """Statistics of all trades as one series in order of close, no mean of means."""
+        return statistics_of(self.trades)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    @overload
+    def __getitem__(self, index: int) -> R: ...
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> R | Self:
+        return type(self)(self._results[index]) if isinstance(index, slice) else self._results[index]
