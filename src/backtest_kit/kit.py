@@ -119,7 +119,7 @@ class Kit:
         `sqlite:bot.db`, or else the files under `dump`.
 
         Raises:
-            UserError: CC_STORE is no address of a store.
+            UserError: CC_STORE is not the address of a store.
         """
         if self._persistence is None:
             from backtest_kit.persist.binding import Persistence
@@ -155,7 +155,7 @@ class Kit:
             clock: What time it is there; the wall clock of this machine if left out.
 
         Raises:
-            UserError: the name is taken or empty, or one of the others is no such thing.
+            UserError: the name is taken or empty, or another argument has the wrong type.
         """
         self._registry.exchanges.add(exchange_schema(exchange_name, source, broker, clock, note), replace=replace)
 
@@ -175,7 +175,7 @@ class Kit:
         `interval` is the grid on which decisions may fall; positions are watched every minute anyway.
 
         Raises:
-            UserError: the name is taken or empty, the dates are no dates or in the wrong order, or the
+            UserError: the name is taken or empty, the dates cannot be read or are in the wrong order, or the
                 interval is unknown.
         """
         self._registry.frames.add(frame_schema(frame_name, interval, start_date, end_date, note), replace=replace)
@@ -196,7 +196,7 @@ class Kit:
 
         Args:
             get_signal: `async def get_signal(ctx: Context) -> Signal | None`, or the same without async.
-                It is asked when nothing is held, once in each aligned slot of `interval`.
+                While no position is open, it is called once in each aligned slot of `interval`.
             manage: `async def manage(ctx: Context) -> None`, or the same without async. It is called at every
                 minute in which a position is open (`ctx.position`) or an entry rests (`ctx.entry`), and gives
                 its commands there.
@@ -204,7 +204,7 @@ class Kit:
             risk_name, risk_names: Risk profiles, all of which must allow a signal.
 
         Raises:
-            UserError: the name is taken or empty, the interval is unknown, or `get_signal` is no function.
+            UserError: the name is taken or empty, the interval is unknown, or `get_signal` is not a function.
         """
         schema = strategy_schema(strategy_name, interval, get_signal, manage, risk_name, risk_names, note)
         self._registry.strategies.add(schema, replace=replace)
@@ -215,7 +215,7 @@ class Kit:
         """Register a risk profile: functions that are given a `RiskRequest` and return why they refuse, or None.
 
         Raises:
-            UserError: the name is taken or empty, or a validation is no function.
+            UserError: the name is taken or empty, or a validation is not a function.
         """
         self._registry.risks.add(risk_schema(risk_name, validations, note), replace=replace)
 

@@ -137,7 +137,7 @@ async def test_adapter_that_mixes_up_its_entities_is_damaged(persistence: Persis
     with pytest.raises(Damaged, match="one object"):
         await persistence.signal.read(symbol="BTCUSDT", strategy_name="other", exchange_name="binance")
     adapter.store["trend/binance/BTCUSDT"] = {"price": 1.5}
-    with pytest.raises(Damaged, match="no entity"):
+    with pytest.raises(Damaged, match="not an entity"):
         await persistence.signal.read(**KEY)
 
 

@@ -23,7 +23,7 @@ from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability
 from backtest_kit.persist.holder import Holder
 from backtest_kit.persist.lease import Clock, Lapsed, Sightings, acquire, claim
-from backtest_kit.persist.possession import kept_through_lapses
+from backtest_kit.persist.possession import renew_through_lapses
 from backtest_kit.persist.store import ABSENT, Key, Record, Store, Write
 from backtest_kit.persist.urls import store_at
 
@@ -250,7 +250,7 @@ async def test_a_lease_that_lapsed_without_its_store_is_found_out_about_once_tha
     store = Flaky()
     lease = await acquire(of(store), SCOPE, clock=clock)
     store.fail = Outcome.NOT_DONE
-    began, keeping = clock.seconds, asyncio.ensure_future(kept_through_lapses(lease))
+    began, keeping = clock.seconds, asyncio.ensure_future(renew_through_lapses(lease))
     while clock.seconds < began + 45:
         assert lease.held == (clock.seconds < began + 15)
         await asyncio.sleep(0)

@@ -67,7 +67,7 @@ def run_ls(
 
     Raises:
         UserError: the contract is none that is shown here, or its records do not tell what they are to be found by;
-            or there is no such run.
+            or the run is unknown.
     """
     contracts, left_out = _chosen(contract_name, only)
     is_overview = contract_name is None and not as_json
@@ -147,7 +147,7 @@ def _addresses(url: str) -> list[str]:
     """Where records may lie: also in files, as the log and what backtests keep do wherever the rest is bound.
 
     Raises:
-        UserError: there is no such store, and no files.
+        UserError: the store does not exist, and there are no files.
     """
     files = options.DEFAULT_STORE
     if url.startswith("file:") or not Path(files.partition(":")[2]).is_dir():
@@ -163,7 +163,7 @@ def space_of(store: Store, mode: str, run_id: str | None) -> Store:
     """Where the records of a mode, or of a run of a backtest, lie in a store.
 
     Raises:
-        UserError: there is no such mode, or a backtest has no run.
+        UserError: unknown mode, or a backtest without a run.
     """
     if run_id is not None:
         return store.namespace(f"backtest-{run_id}")
@@ -198,13 +198,13 @@ def point_to(mode: str, found_at: Sequence[str]) -> None:
 def require_run(run_id: str, runs: set[str], where: str) -> None:
     """Raise `UserError` if a run is none of those that have kept something there."""
     if run_id not in runs:
-        # An id begins with the time of its start, where nobody has named the run.
+        # An id begins with the time of its start, unless the run was named.
         last = f"the last runs there are {', '.join(sorted(runs)[-3:])}" if runs else "nor has any other"
         raise UserError(f"no run {run_id!r} has kept anything in {where}: {last}")
 
 
 def _explain_nothing(url: str, mode: str, run_id: str | None, contracts: Sequence[Contract]) -> None:
-    """Raise `UserError` if there is no such run; say where else there are records."""
+    """Raise `UserError` if the run is unknown; say where else there are records."""
     addresses = _addresses(url)
     if run_id is not None:
         places = {address: with_store(address, runs_in) for address in addresses}

@@ -144,3 +144,15 @@ class CandleSeries:
         if not len(self):
             return "CandleSeries(empty)"
         return f"CandleSeries({len(self)} candles, {self.timestamp[0]} .. {self.timestamp[-1]})"
+
+
+def merge(stored: CandleSeries, offered: CandleSeries) -> tuple[CandleSeries, int]:
+    """`stored` with the rows of `offered` that it lacks, ascending, and how many those were.
+
+    The result shares no memory with `offered`: its caller may go on using the arrays.
+    """
+    new = offered.take(~np.isin(offered.timestamp, stored.timestamp))
+    if not len(new):
+        return stored, 0
+    merged = CandleSeries.concat((stored, new))
+    return merged.take(np.argsort(merged.timestamp, kind="stable")), len(new)

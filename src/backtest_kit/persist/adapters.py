@@ -136,7 +136,7 @@ class ContractAdapter(_Door):
                 raise UserError(f"when={when!r} and as_of={as_of!r} are both given: choose one")
             if not isinstance(store, RevisionStore):
                 raise UserError(
-                    f"no history is kept of {self._contract.name}, so nobody knows what it was at {as_of}: call "
+                    f"no history is kept of {self._contract.name}, so it is not known what it was at {as_of}: call "
                     f"{adapter_name(self._contract)}.keep_history() where the program starts, for what comes then"
                 )
             was = await store.as_of(self._contract, name, to_ms(as_of, what="as_of"))

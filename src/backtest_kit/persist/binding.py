@@ -9,7 +9,6 @@ from typing import Final, Literal, get_args
 from backtest_kit.errors import UserError
 from backtest_kit.persist import diagnosis
 from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
-from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Home, contract
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.history import RevisionStore, check_history
@@ -61,7 +60,7 @@ class Persistence:
         """`files` makes the file store, when it is first needed; by default the one at `./dump`.
 
         Raises:
-            UserError: `CC_STORE` in `environ` is no address of a store.
+            UserError: `CC_STORE` in `environ` is not the address of a store.
         """
         self._makers: dict[Home, Callable[[], Store]] = {
             Home.FILE: files or (lambda: store_at("file:./dump")),
@@ -96,7 +95,7 @@ class Persistence:
         It takes effect at the next read or write. The store is closed with this object.
 
         Raises:
-            UserError: there is no such contract or mode.
+            UserError: unknown contract or mode.
         """
         if contract_name != EVERY:
             contract(contract_name)
@@ -124,7 +123,7 @@ class Persistence:
         CC_RETENTION_HISTORY_DAYS.
 
         Raises:
-            UserError: there is no such contract, or its records have no history.
+            UserError: unknown contract, or its records have no history.
         """
         for name in contract_names:
             check_history(contract(name))
@@ -148,28 +147,28 @@ class Persistence:
         if key not in self._namespaces:
             self._namespaces[key] = store.namespace(namespace)
         space = self._namespaces[key]
-        if run in self._deferred and isinstance(space, MemoryStore) and store is self._homes.get(Home.MEMORY):
+        if run in self._deferred and store is self._homes.get(Home.MEMORY):
             self._make_deferred(run, space)
         return space
 
     def in_memory(self, row: Contract, mode: Mode) -> bool:
-        """Whether `row` lies in the memory of this process, because nobody bound it elsewhere, and has no history."""
+        """Whether `row` lies in the memory of this process, because it is not bound elsewhere, and has no history."""
         return row.name not in self._with_history and self._bound(row, mode) is self._homes.get(Home.MEMORY)
 
     def defer(self, run: str, writes: Callable[[], Iterable[Write]]) -> None:
-        """Ask for writes of a backtest, all to contracts that are `in_memory`, when somebody first looks there.
+        """Ask for writes of a backtest, all to contracts that are `in_memory`, at the first read there.
 
-        Most backtests are only asked for their result, and so need not write down what nobody reads.
+        Most callers of a backtest only want its result, and so it need not write down what is never read.
         """
         self._deferred.setdefault(run, []).append(writes)
 
-    def _make_deferred(self, run: str, memory: MemoryStore) -> None:
+    def _make_deferred(self, run: str, memory: Store) -> None:
         for writes in self._deferred.pop(run, ()):
             for write in writes():
                 memory.put_now(write)
 
     async def runs(self) -> list[str]:
-        """The ids of the backtests whose records are kept, sorted: by their start, where nobody has named them.
+        """The ids of the backtests whose records are kept, sorted: by their start, unless they were named.
 
         Raises:
             RetryLater: a store cannot be asked.
@@ -267,7 +266,7 @@ class Persistence:
 
 
 def check_mode(mode: str) -> None:
-    """Raise `UserError` if there is no such mode."""
+    """Raise `UserError` if the mode is unknown."""
     if mode not in MODES:
         raise UserError(f"mode is {mode!r}: use one of {', '.join(MODES)}")
 

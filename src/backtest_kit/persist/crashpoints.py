@@ -1,4 +1,4 @@
-"""Named places at which a process may be told to die, to prove that nothing is lost there."""
+"""Named places at which a process can be made to die, to prove that nothing is lost there."""
 
 from __future__ import annotations
 
@@ -26,11 +26,8 @@ CRASHPOINTS: Final = (
     "journal.between_renames",
     "journal.after_apply",
     "journal.after_checkpoint",
-    "feed.after_append",
-    "feed.after_seal",
-    "feed.after_compaction",
-    "feed.after_begin",
-    "feed.after_prune",
+    "log.after_append",
+    "log.after_prune",
     "sqlite.after_begin",
     "sqlite.after_work",
     "sqlite.after_commit",

@@ -19,14 +19,14 @@ from backtest_kit.persist.upkeep import SAMPLES, Reading, Status
 
 _LIVE_GRADE: Final = (Capability.DURABLE, Capability.SHARED, Capability.COMPARE_AND_SET, Capability.ORDERED_SCAN)
 """What a live position needs. Without atomic batches it is written in an order that every crash can be recovered from,
-and what an operator needs besides is no condition."""
+and what only an operator needs is not a condition."""
 
 CLOCKS_APART_MS: Final = 1_000
 """Clocks of a server and this host that are further apart are reported."""
 
 
 async def examine(store: Store, *, samples: int = SAMPLES) -> list[Reading]:
-    """All that can be told of `store`, which may not exist yet. Times are the median of `samples`."""
+    """Everything known about `store`, which may not exist yet. Times are the median of `samples`."""
     measured = await store.examine(samples=samples)
     # Afterwards: what a server can do is known once it has answered.
     readings = [*_promises(store), *measured]
@@ -45,10 +45,10 @@ async def require_live_grade(store: Store, *, allow_weak: bool = False) -> list[
     stops = {Status.FAULT} if allow_weak else {Status.FAULT, Status.WEAK}
     reasons = [reading for reading in readings if reading.status in stops]
     if reasons:
-        told = "; ".join(f"{each.subject}: {each.says}{each.remedy and f' - {each.remedy}'}" for each in reasons)
+        listed = "; ".join(f"{each.subject}: {each.says}{each.remedy and f' - {each.remedy}'}" for each in reasons)
         weak = any(each.status is Status.WEAK for each in reasons)
         raise UserError(
-            f"the store is not fit for live trading: {told}. `backtest-kit doctor --live` shows all of it"
+            f"the store is not fit for live trading: {listed}. `backtest-kit doctor --live` shows all of it"
             + (", and --allow-weak accepts what is only weak" if weak else "")
         )
     return readings
@@ -116,7 +116,7 @@ async def _quarantine(store: Store) -> Reading:
     blocking = [each for each in kept if each.blocks]
     paths = ", ".join(each.path for each in (blocking or kept)[:3]) + ", ..." * (len(blocking or kept) > 3)
     if not blocking:
-        # Such as what a loss of power left of a write that was never synced: nobody can be kept waiting by that.
+        # Such as what a loss of power left of a write that was never synced: no caller relied on it.
         says = f"{len(kept):,} kept as evidence, no key is blocked: {paths}"
         return Reading("quarantine", Status.WARNING, says, "drop it when you have seen it")
     remedy = "backtest-kit store quarantine list shows why; restore or drop decides, and frees the keys"

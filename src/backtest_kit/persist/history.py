@@ -43,7 +43,7 @@ def check_history(row: Contract) -> None:
     """Raise `UserError` if records of a contract have no history."""
     if row.kind is Kind.SERIES or row.write_rule is not WriteRule.REPLACE or row.durability is not Durability.RECORD:
         raise UserError(
-            f"no history is kept of {row.name}: only of records that are replaced, that are no cache, and that "
+            f"no history is kept of {row.name}: only of records that are replaced, that are not a cache, and that "
             "no money depends on, such as state, session and memory"
         )
 
@@ -63,7 +63,7 @@ class RevisionStore(Store):
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        # What lies beside the records (namespaces, quarantine, what may be pruned) is asked of the store itself.
+        # What lies next to the records (namespaces, quarantine, what may be pruned) is asked of the store itself.
         return self._store.capabilities & _CORE
 
     async def open(self) -> None:
@@ -157,6 +157,6 @@ def _revision(key: Key, note: Record) -> Record:
     try:
         was = msgspec.convert(note.value, _Note)
     except msgspec.ValidationError as error:
-        raise Damaged(f"history {'/'.join(map(str, note.key))} is no revision of a record: {error}") from error
+        raise Damaged(f"history {'/'.join(map(str, note.key))} is not a revision of a record: {error}") from error
     rev = note.key[-1]
     return Record(key, was.value, int(rev), note.when, was.written_at, was.removed)

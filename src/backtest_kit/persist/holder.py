@@ -70,7 +70,7 @@ def is_gone(holder: Holder) -> bool:
 
 
 def is_neighbour(holder: Holder) -> bool:
-    """Whether the owner is another process of this machine, so that `is_gone` tells of its end."""
+    """Whether the owner is another process of this machine, so that `is_gone` notices its end."""
     return bool(holder.machine) and holder.machine == _machine() and holder.pid != os.getpid()
 
 

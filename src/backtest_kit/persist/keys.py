@@ -41,7 +41,7 @@ _DEVICES: Final = frozenset(
     ("con", "prn", "aux", "nul", *(f"com{n}" for n in range(10)), *(f"lpt{n}" for n in range(10)))
 )
 _TYPES: Final[dict[str, type]] = {"timestamp": int, "revision": int, "backtest": bool}
-"""Of the fields that are no text."""
+"""Of the fields that are not text."""
 _MODES: Final = {True: "backtest", False: "live"}
 
 

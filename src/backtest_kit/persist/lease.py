@@ -2,18 +2,18 @@
 
 What else only one process may do at a time, and no money depends on, is claimed in the same way.
 
-A lease is a record that its owner rewrites every third of its `ttl`. Nobody's wall clock decides anything:
+A lease is a record that its owner rewrites every third of its `ttl`. No wall clock decides anything:
 
 - A lease has lapsed for a process that has seen the same revision for a whole `ttl` of its own monotonic
-  clock. If the revision moves meanwhile, the owner lives, and `acquire` gives up at once.
-- An owner on the same machine whose process is gone needs no waiting: a bot that was killed restarts at once.
-- The owner takes a lease for lapsed when a whole `ttl` of its own clock has passed since it began the last
-  renewal that went through. What needs it waits from then on, until the store answers and still names him.
+  clock. If the revision moves meanwhile, the owner lives, and `acquire` gives up immediately.
+- An owner on the same machine whose process is gone needs no waiting: a bot that was killed restarts immediately.
+- The owner treats its lease as lapsed when a whole `ttl` of its own clock has passed since it began the last
+  renewal that went through. What needs the lease then waits until the store answers and still names this owner.
 
-An owner that was paused and does not know it is stopped twice. Before it sends an order it must `confirm` that
-nobody has taken the lease. And the store refuses what it writes: who takes a lease over
-without its having been released rewrites every money record of the position, absent ones included, before
-`acquire` returns. What the old owner still writes expects the old revision and is refused with `Conflict`.
+If the old owner was only paused and wakes up, it is stopped twice. Before it sends an order it must `confirm` that
+the lease is still its own. And the store rejects its writes: a takeover of a lease that was not released rewrites
+every money record of the position, absent ones included, before `acquire` returns. A write of the old owner expects
+the old revision and is refused with `Conflict`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from backtest_kit.persist.store import ABSENT, Capability, Key, Record, Store, W
 
 _ELAPSED: Final = getattr(time, "CLOCK_BOOTTIME", None)
 DEFAULT_TTL: Final = 15.0
-"""Seconds after which a lease that nobody renews has lapsed."""
+"""Seconds after which a lease that is not renewed has lapsed."""
 
 StoreOf = Callable[[Contract], Store]
 """Which store keeps a contract: `lambda row: persistence.store_for(row, "live")`."""
@@ -53,7 +53,7 @@ _GUARDED: Final = tuple(
 
 
 class Lapsed(Conflict):
-    """A lease has lapsed and its store does not answer: nobody knows who has it."""
+    """A lease has lapsed and its store does not answer: its owner is unknown."""
 
 
 class Subject(msgspec.Struct, frozen=True):
@@ -65,7 +65,7 @@ class Subject(msgspec.Struct, frozen=True):
     """How it is called, and in `doing` what is done to it: "BTCUSDT on binance by trend", "is traded by"."""
     doing: str
     remedy: str
-    """What whoever is refused can do: "stop that process"."""
+    """What the caller can do when refused: "stop that process"."""
 
     def __str__(self) -> str:
         return self.what
@@ -96,17 +96,17 @@ class Lease:
         return self._left() > 0
 
     def _left(self) -> float:
-        """Seconds for which nobody else can have it."""
+        """Seconds for which no other process can have it."""
         return self._renewed_at + self.holder.ttl_ms / 1000 - self._clock.now()
 
     async def confirm(self) -> None:
-        """Make sure that nobody else has the lease: the last thing before something that cannot be taken back.
+        """Make sure that no other process has the lease: the last step before something that cannot be undone.
 
         A third of the `ttl` is left for that at least. Asks the store only where the last renewal is too long ago,
         as after this process was paused.
 
         Raises:
-            Lapsed: nobody knows who has it.
+            Lapsed: the owner is unknown.
             Conflict: another process has it; stop.
         """
         if self._left() >= self.holder.ttl_ms / 3000:
@@ -114,7 +114,7 @@ class Lease:
         try:
             await self.renew()
         except OutOfSpace:
-            # A full disk takes no renewal, and nobody else's either; who has the lease can still be read.
+            # A full disk takes no renewal of any process; the owner can still be read.
             await self._require_own()
         except RetryLater as error:
             if not self.held:
@@ -135,10 +135,10 @@ class Lease:
         self._renewed_at = max(self._renewed_at, started)
 
     async def keep(self) -> None:
-        """Renew for ever: run it beside the trading, and stop that when this raises.
+        """Renew permanently: run it next to the trading, and stop that when this raises.
 
         Raises:
-            Lapsed: it could not be renewed in time. Whoever calls again goes on trying.
+            Lapsed: it could not be renewed in time. Another call goes on trying.
             Conflict: another process has the lease.
         """
         while True:
@@ -192,13 +192,13 @@ class Clock:
 async def acquire(store_of: StoreOf, scope: Key, *, ttl: float = DEFAULT_TTL, clock: Clock | None = None) -> Lease:
     """The lease of the position `scope`: strategy, exchange, symbol.
 
-    Returns at once if the position is free, was released, or its owner died on this machine. Otherwise it
+    Returns immediately if the position is free, was released, or its owner died on this machine. Otherwise it
     watches the lease for at most the `ttl` that its owner chose.
 
     Raises:
         Conflict: another process owns it; the message names its pid, host and since when. Or the store is half
             of a migration, and does not have every position yet.
-        UserError: the store has no compare-and-set.
+        UserError: the store does not support compare-and-set.
         Damaged, OutOfSpace, RetryLater: as `Store.put`.
     """
     store = _comparing(store_of, LEASE)
@@ -221,7 +221,7 @@ async def claim(
     watches: Watches = lambda holder: True,
     clock: Clock | None = None,
 ) -> Lease:
-    """The lease of something that is no position, called `names` among those of its `kind`.
+    """The lease of something other than a position, called `names` among those of its `kind`.
 
     As `acquire`, but nothing that a former owner still writes is refused. A lease that may not have lapsed yet is
     watched if `watches` says so of its holder; else that is a refusal. The rest are the words for it, as in `Subject`.
@@ -257,7 +257,7 @@ async def _take(
         raise await _refusal(store, subject) from None
     except asyncio.CancelledError:
         if subject.row is CLAIM or found is None or _holder(subject, found).released:
-            # Nobody would know of it, and everybody wait for it to lapse. There is nothing to be fenced.
+            # No process would use it, and all others would wait for it to lapse. There is nothing to be fenced.
             await _give_up(store, subject, holder, taking)
         raise
     return Lease(store, subject, record, holder, started, clock), found
@@ -275,8 +275,8 @@ async def _require_migrated(store: Store) -> None:
 async def require_idle(store: Store, *, clock: Clock | None = None) -> None:
     """Do nothing if no process trades a position that is in `store`.
 
-    Returns at once if every lease was released or its owner died on this machine; the others it watches, all
-    at once, for at most the `ttl` that their owners chose.
+    Returns immediately if every lease was released or its owner died on this machine; the others it watches,
+    all together, for at most the `ttl` that their owners chose.
 
     Raises:
         Conflict: a process does; the message names its pid, host and since when.
@@ -294,7 +294,7 @@ async def require_idle(store: Store, *, clock: Clock | None = None) -> None:
 
 
 async def owners(store: Store) -> list[tuple[Key, Holder]]:
-    """The positions in `store` of which nobody has released the lease, with whoever took it, dead or alive.
+    """The positions in `store` whose lease was not released, with its owner, dead or alive.
 
     Raises:
         Damaged, RetryLater: as `Store.scan`.
@@ -314,7 +314,7 @@ class Sightings:
         """The owner of a position's lease, unless it was released, has lapsed or its process of this machine is gone.
 
         Raises:
-            Damaged: it is no lease.
+            Damaged: it is not a lease.
         """
         holder, now = _holder(_position(found.key), found), self._clock.now()
         if holder.released or is_gone(holder):

@@ -95,7 +95,7 @@ class LockSet:
                 self._disk.close(fd)
 
     def close(self) -> None:
-        """Close the files of those locks that nobody holds."""
+        """Close the files of the locks that are not held."""
         with self._guard:
             for shard, fd in list(self._files.items()):
                 if self._threads[shard].acquire(blocking=False):
@@ -123,7 +123,7 @@ class LockSet:
         return fd
 
     def timed_out(self, shard: int, timeout: float) -> Locked:
-        """The error of somebody who has waited `timeout` seconds for a lock."""
+        """The error of a caller that has waited `timeout` seconds for a lock."""
         message = (
             f"another process has held {self._directory}/{shard:02d}.lock for {timeout:g} s: "
             "see which one (lsof) and whether it is stopped, then try again"
@@ -155,7 +155,7 @@ if sys.platform == "win32":
     import msvcrt
 
     def try_lock(fd: int) -> bool:
-        """Lock an open file if nobody else has; the lock goes with the last descriptor of this opening."""
+        """Lock an open file if no other opening has; the lock goes with the last descriptor of this opening."""
         try:
             os.lseek(fd, 0, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
@@ -171,7 +171,7 @@ else:
     import fcntl
 
     def try_lock(fd: int) -> bool:
-        """Lock an open file if nobody else has; the lock goes with the last descriptor of this opening."""
+        """Lock an open file if no other opening has; the lock goes with the last descriptor of this opening."""
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

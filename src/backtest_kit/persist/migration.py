@@ -24,7 +24,7 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import iso
 from backtest_kit.persist import walk
 from backtest_kit.persist.codec import dump_value
-from backtest_kit.persist.contracts import CONTRACTS, MIGRATION, MIGRATION_KEY
+from backtest_kit.persist.contracts import MIGRATION, MIGRATION_KEY, MOVED
 from backtest_kit.persist.lease import require_idle
 from backtest_kit.persist.operations import EVER, spaces, text_of
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Store, Write
@@ -53,7 +53,7 @@ class Migration(msgspec.Struct, frozen=True):
     contracts: tuple[Moved, ...]
     """In the order of the table; what has nothing is left out."""
     left_out: tuple[Finding, ...]
-    """What lies in the source and is no record of it."""
+    """What lies in the source and is not a record of it."""
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -89,7 +89,7 @@ async def migrate_store(
     """Write every record, in every namespace, and every candle of `source` to `target`.
 
     The target is empty, or has the beginning of what the source has; with `resume` it may also be one that an
-    earlier call did not complete. Nobody may write to either of them meanwhile: stop the program that does. A
+    earlier call did not complete. No program may write to either of them meanwhile: stop the one that does. A
     source that was written to all the same is noticed at the end. A source that has traded live gives its id to the
     target as the last step, and refuses live starts from then on.
 
@@ -173,7 +173,7 @@ async def _beginning(source: Store, target: Store, part: Part) -> int:
         async for there in theirs:
             here = await anext(mine, None)
             if here is None or walk.content_of(here) != walk.content_of(there):
-                _refuse(part, text_of(CONTRACTS[part.contract], there.key))
+                _refuse(part, text_of(MOVED[part.contract], there.key))
             count += 1
     return count
 
@@ -222,7 +222,7 @@ async def _checkpoint(source: Store, target: Store, resume: bool) -> dict[Part, 
 
 
 async def _mark(source: Store, part: Part, known: str) -> str:
-    """What tells whether a part was written to: it is another one after every write, and empty without any.
+    """Shows whether a part was written to: it changes with every write, and empty without any.
 
     Of candles, where the first write wins, it is the last one from `known` on.
     """
@@ -257,7 +257,7 @@ class _Work:
         self._complete = complete
         self._parts = parts
         self._on_progress = on_progress
-        self._moved = {name: Moved(name) for name in CONTRACTS}
+        self._moved = {name: Moved(name) for name in MOVED}
         for item in complete.values():
             self._moved[item.part.contract].present += item.count
         self._marks = {part: item.mark for part, item in complete.items()}
@@ -326,7 +326,7 @@ class _Work:
 
     async def _copy_records(self, number: int, part: Part, present: int) -> int:
         """Copy the records behind the first ones; returns how many."""
-        row, space = CONTRACTS[part.contract], walk.space_of(self._target, part.namespace)
+        row, space = MOVED[part.contract], walk.space_of(self._target, part.namespace)
         expect: Expect = ABSENT if Capability.COMPARE_AND_SET in space.capabilities else ANY
         waiting: list[Write] = []
         position = copied = size = 0

@@ -1,4 +1,4 @@
-"""A lease as long as a run needs it: renewed beside the work, which ends where it is lost."""
+"""A lease for as long as a run needs it: renewed next to the work, which ends when the lease is lost."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from backtest_kit.persist.lease import Lapsed, Lease
 _log = logging.getLogger("backtest_kit")
 
 
-async def kept(lease: Lease) -> None:
-    """Renew the lease for ever.
+async def renew_forever(lease: Lease) -> None:
+    """Renew the lease until this is cancelled.
 
     Raises:
         Conflict: another process has it, or it could not be renewed in time.
@@ -24,23 +24,23 @@ async def kept(lease: Lease) -> None:
         try:
             await lease.keep()
         except OutOfSpace as error:
-            # The store has compared the revision before it found no room: nobody has taken the lease.
+            # The store has compared the revision before it found no room: no other process has the lease.
             _log.warning("the lease could not be renewed, and is tried again: %s", error)
 
 
-async def kept_through_lapses(lease: Lease) -> None:
-    """Renew the lease for ever, also one that has lapsed because its store was away. Beside work that makes sure of it
-    before each thing that cannot be taken back.
+async def renew_through_lapses(lease: Lease) -> None:
+    """Renew the lease until this is cancelled, also one that has lapsed because its store was away. For work that
+    confirms the lease before each step that cannot be undone.
 
     Raises:
         Conflict: another process has it.
     """
     while True:
-        with suppress(Lapsed):  # told by whoever makes sure
-            await kept(lease)
+        with suppress(Lapsed):  # reported by the work, which confirms
+            await renew_forever(lease)
 
 
-async def given_back(lease: Lease) -> None:
+async def release_quietly(lease: Lease) -> None:
     """Released, unless the store cannot be reached: it lapses then."""
     try:
         await lease.release()
@@ -49,7 +49,7 @@ async def given_back(lease: Lease) -> None:
 
 
 async def beside(keeper: Coroutine[Any, Any, None], work: Coroutine[Any, Any, None]) -> None:
-    """Do `work` while `keeper` goes on; an error of the keeper ends the work at once, and is raised."""
+    """Do `work` while `keeper` goes on; an error of the keeper ends the work immediately, and is raised."""
     keeping, working = asyncio.ensure_future(keeper), asyncio.ensure_future(work)
     both = {keeping, working}
     try:

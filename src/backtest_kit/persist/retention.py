@@ -25,7 +25,7 @@ from backtest_kit.settings import Settings
 DAY_MS: Final = 86_400_000
 _NEEDED: Final = frozenset((Capability.PRUNING, Capability.ORDERED_SCAN))
 RUN_PREFIX: Final = "backtest-"
-_PART: Final = 20_000
+_PART: Final = 50_000
 """Keys that are forgotten in one go."""
 _TURN: Final = 64
 """Records after which others have their turn: about a millisecond."""
@@ -35,7 +35,7 @@ _OVER: Final = ("closed", "cancelled")
 
 
 class Rule(msgspec.Struct, frozen=True):
-    """What is kept of a contract; `math.inf` is for ever."""
+    """What is kept of a contract; `math.inf` is permanently."""
 
     days: float = math.inf
     last: float = math.inf
@@ -151,7 +151,7 @@ async def _compact_contract(
         # Between two scans and not inside of one, which would have to find its place again among what is left.
         pruned = await store.prune(row, doomed) if doomed else 0
         more = more and pruned > 0
-        # To count them takes a look at every one: it is done anew only where somebody has written some meanwhile.
+        # To count them takes a look at every one: it is done anew only where some were written meanwhile.
         surplus = surplus - counted if pruned == len(doomed) or not more else await _surplus(store, row, rule)
     return Expired(namespace, row.name, records, size, fault)
 
@@ -193,7 +193,7 @@ class _Signals:
         self._over: dict[str, bool] = {}
 
     async def is_over(self, signal_id: str) -> bool:
-        """Whether nothing is to come of a signal. Of what is no signal, or is damaged, nobody says so."""
+        """Whether a signal is over. What is not a signal, or is damaged, never is."""
         if signal_id not in self._over:
             try:
                 found = await self._store.get(_STORAGE, (False, signal_id))
@@ -214,7 +214,7 @@ def _is_older(written_at: int, at_ms: int, days: float) -> bool:
 
 
 async def _last_write(store: Store) -> tuple[int, str | None]:
-    """When a run wrote last, or why nobody knows: what is damaged may be the latest, and what is with it intact."""
+    """When a run wrote last, or why that is unknown: what is damaged may be the latest, and what is with it intact."""
     newest = 0
     for row in record_contracts():
         try:

@@ -176,6 +176,10 @@ class Store(ABC):
             OutOfSpace, RetryLater: with `outcome` saying whether the write may have happened.
         """
 
+    def put_now(self, write: Write) -> Record:
+        """As `put`, without waiting: only a store in the memory of this process can."""
+        self.refuse("writing without waiting", "await put")
+
     async def put_each(self, writes: Sequence[Write]) -> list[Record | BaseException]:
         """Do each of `writes` as `put` would, in their order: what `put` returns for it, or what it raises.
 
@@ -328,3 +332,12 @@ def check_limit(limit: int | None) -> None:
     """Raise `UserError` if `limit` is below 0: at least that many is not what anyone means."""
     if limit is not None and limit < 0:
         raise UserError(f"limit is {limit}: give how many there may be at most, or None for all")
+
+
+def copy_plain(value: Plain) -> Plain:
+    """A copy that shares nothing that can change."""
+    if isinstance(value, dict):
+        return {name: copy_plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [copy_plain(item) for item in value]
+    return value

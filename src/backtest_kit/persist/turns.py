@@ -1,4 +1,4 @@
-"""Turns at names: whoever asks first goes first, at one name or at several."""
+"""Turns at names: first come, first served, at one name or at several."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Turns:
 
     @asynccontextmanager
     async def hold(self, names: Iterable[Hashable]) -> AsyncIterator[None]:
-        """Wait for everybody who asked for one of `names` before, then hold them all for the body.
+        """Wait for every earlier caller of one of `names`, then hold them all for the body.
 
         The place in the queue is that of the moment of entering, for all names at once, so that two who hold
         several names never wait for each other.

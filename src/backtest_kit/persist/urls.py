@@ -26,7 +26,7 @@ _EXTRAS: Final = {"pymongo": "mongo", "bson": "mongo", "redis": "mongo"}
 def store_at(url: str, *, existing: bool = False, patient: bool = False) -> Store:
     """The store that `url` names, not open yet: `file:./dump`, `sqlite:bot.db`, `memory:`, `dummy:`, `mongodb://host/name`.
 
-    With `existing` it is opened to look at it: nothing is made, and what is no store is refused. A Mongo
+    With `existing` it is opened to look at it: nothing is made, and what is not a store is refused. A Mongo
     store keeps its ids in Redis if the environment names one, in CC_REDIS_URL or CC_REDIS_HOST. With `patient` it
     waits minutes for an answer of a slow server, unless CC_MONGO_SOCKET_TIMEOUT_MS says otherwise.
 

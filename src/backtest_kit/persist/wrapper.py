@@ -9,7 +9,7 @@
 as `trend/binance/BTCUSDT`. No two keys have the same. Outside the live namespace the name of the namespace
 stands before it: `paper:trend/binance/BTCUSDT`. What was never written is None.
 
-`entity` is a dict of plain JSON values: the caller's value under "value", and beside it what the engine
+`entity` is a dict of plain JSON values: the caller's value under "value", and next to it what the engine
 must get back with it ("contract", "namespace", "key", "rev", "when", "writtenAt", "removed", "order"). Candles are
 entities of one month each, `binance/BTCUSDT/1m/2022-01`, whose value has a list per column.
 
@@ -31,11 +31,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backtest_kit.errors import Damaged, UserError
-from backtest_kit.model.candle import COLUMNS, CandleSeries
-from backtest_kit.persist.backends.memory import copy_plain, merge
+from backtest_kit.model.candle import COLUMNS, CandleSeries, merge
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.keys import check_key, escape, path_of
-from backtest_kit.persist.store import CandleStore, Capability, Key, Record, SeriesKey, Store, Write, check_limit
+from backtest_kit.persist.store import (
+    CandleStore,
+    Capability,
+    Key,
+    Record,
+    SeriesKey,
+    Store,
+    Write,
+    check_limit,
+    copy_plain,
+)
 from backtest_kit.persist.writing import decide, now_ms
 
 _CANDLE: Final = CONTRACTS["candle"]
@@ -106,7 +115,7 @@ class _Shared:
             return msgspec.convert(found, _Entity)
         except msgspec.ValidationError as error:
             raise Damaged(
-                f"{self.name} returned {str(found)[:80]!r}, which is no entity that it was given ({error}): "
+                f"{self.name} returned {str(found)[:80]!r}, which is not an entity that it was given ({error}): "
                 "return what write_value got, or None for what was never written"
             ) from None
 

@@ -10,7 +10,7 @@ from typing import Final
 from backtest_kit.model.event import Identity
 from backtest_kit.persist.holder import is_neighbour
 from backtest_kit.persist.lease import claim, keeps_claims
-from backtest_kit.persist.possession import given_back, kept
+from backtest_kit.persist.possession import release_quietly, renew_forever
 from backtest_kit.persist.store import Store
 
 TTL_S: Final = 60.0
@@ -42,8 +42,8 @@ async def undisturbed(store: Store, run_id: str, identity: Identity) -> AsyncIte
             watches=lambda holder: not is_neighbour(holder),  # who lives beside us does not end in the next moment
             remedy="two at once would overwrite each other's records; wait for it, or choose another run_id",
         )
-        stack.push_async_callback(given_back, lease)
-        keeper = asyncio.create_task(kept(lease), name=f"lease of run {run_id}")
+        stack.push_async_callback(release_quietly, lease)
+        keeper = asyncio.create_task(renew_forever(lease), name=f"lease of run {run_id}")
         stack.push_async_callback(_ended, keeper)
         yield keeper
 

@@ -18,10 +18,9 @@ import msgspec
 import numpy as np
 
 from backtest_kit.errors import Damaged, UserError
-from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.candle import CandleSeries, merge
 from backtest_kit.model.interval import iso
 from backtest_kit.persist.backends.columns import CONTRACT, SUFFIX, pack, series_in, unpack
-from backtest_kit.persist.backends.memory import merge
 from backtest_kit.persist.codec import NewerSchema
 from backtest_kit.persist.files import Disk, absolute_root, disk_error
 from backtest_kit.persist.keys import check_key, path_of, unescape

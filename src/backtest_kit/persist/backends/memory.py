@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from itertools import islice
 
-import numpy as np
-
-from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.candle import CandleSeries, merge
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.keys import check_key
 from backtest_kit.persist.store import (
@@ -15,12 +13,12 @@ from backtest_kit.persist.store import (
     Capability,
     Key,
     KeyPart,
-    Plain,
     Record,
     SeriesKey,
     Store,
     Write,
     check_limit,
+    copy_plain,
 )
 from backtest_kit.persist.upkeep import require_namespace, require_prunable
 from backtest_kit.persist.writing import check_batch, decide
@@ -44,18 +42,6 @@ class MemoryCandleStore(CandleStore):
         if added:
             self._series[series] = merged
         return added
-
-
-def merge(stored: CandleSeries, offered: CandleSeries) -> tuple[CandleSeries, int]:
-    """`stored` with the rows of `offered` that it lacks, ascending, and how many those were.
-
-    The result shares no memory with `offered`: its caller may go on using the arrays.
-    """
-    new = offered.take(~np.isin(offered.timestamp, stored.timestamp))
-    if not len(new):
-        return stored, 0
-    merged = CandleSeries.concat((stored, new))
-    return merged.take(np.argsort(merged.timestamp, kind="stable")), len(new)
 
 
 class _Table:
@@ -106,7 +92,6 @@ class MemoryStore(Store):
         return self.put_now(write)
 
     def put_now(self, write: Write) -> Record:
-        """As `put`, for those who cannot wait."""
         record, changed = self._decide(write)
         if changed:
             self._table(write.contract).set(_copy_record(record))
@@ -185,12 +170,3 @@ def _copy_record(record: Record) -> Record:
         record.removed,
         record.schema_version,
     )
-
-
-def copy_plain(value: Plain) -> Plain:
-    """A copy that shares nothing that can change."""
-    if isinstance(value, dict):
-        return {name: copy_plain(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [copy_plain(item) for item in value]
-    return value

@@ -14,6 +14,7 @@ import msgspec
 from backtest_kit.engine.step import Flat, Resting, State, Tick
 from backtest_kit.errors import Conflict, RetryLater
 from backtest_kit.events import EventBus
+from backtest_kit.format import error_text
 from backtest_kit.market.history import History
 from backtest_kit.model.event import (
     ClockJumped,
@@ -30,14 +31,14 @@ from backtest_kit.persist.contracts import CONTRACTS, LEASE
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.lease import Lease, acquire
-from backtest_kit.persist.possession import beside, given_back, kept_through_lapses
+from backtest_kit.persist.possession import beside, release_quietly, renew_through_lapses
 from backtest_kit.persist.store import Key
 from backtest_kit.persist.store_id import claim_store_id
 from backtest_kit.records import RunRecords
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.live.account_lock import account_locked
-from backtest_kit.run.live.alarms import Alarms, words_of
+from backtest_kit.run.live.alarms import Alarms
 from backtest_kit.run.live.candles import POLL_MS, LiveCandles
 from backtest_kit.run.live.emergency import EmergencyFile
 from backtest_kit.run.live.event_recorder import EventRecorder, RecordWriter
@@ -142,7 +143,7 @@ class LiveRun:
         identity = self.job.identity
         try:
             async with self._possession() as lease:
-                await beside(kept_through_lapses(lease), self._work())
+                await beside(renew_through_lapses(lease), self._work())
             await self._end(RunDone(identity=identity, when_ms=self.when_ms, trades=tuple(self.order_manager.trades)))
         except asyncio.CancelledError:
             trades = tuple(self.order_manager.trades)
@@ -187,7 +188,7 @@ class LiveRun:
             )
             self.lease = lease
             self.position_store.lease = lease
-            stack.push_async_callback(given_back, lease)
+            stack.push_async_callback(release_quietly, lease)
             crashpoint("live.start.after_lease")
             if mode == "live":
                 await self._patiently(lambda: stack.enter_async_context(self._account()))
@@ -425,7 +426,7 @@ class LiveRun:
         except Conflict:
             raise
         except Exception as error:
-            reason = f"the exchange and the store could not be compared: {words_of(error)}"
+            reason = f"the exchange and the store could not be compared: {error_text(error)}"
             if reason != self.order_manager.no_entry:
                 _log.warning("nothing is opened for %s: %s", self.job.identity.symbol, reason)
             self.order_manager.no_entry = reason
