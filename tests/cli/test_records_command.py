@@ -165,10 +165,7 @@ def following(place: Path) -> Iterator[Following]:
     follower.end()
 
 
-def test_following_survives_rotation_and_forgetting(
-    place: Path, following: Following, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("backtest_kit.persist.backends.file_feed.SEGMENT_BYTES", 2000)
+def test_following_survives_forgetting(place: Path, following: Following) -> None:
     following.until("loud [red]")
 
     async def say() -> None:

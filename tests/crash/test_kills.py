@@ -64,10 +64,9 @@ def test_kills_at_every_crash_point_of_files(tmp_path: Path) -> None:
         require_sound(outcome)
         assert outcome.kills > 50
         reached |= set(outcome.points)
-    elsewhere = {
-        point for point in CRASHPOINTS if point.startswith(("quarantine.", "sqlite.", "mongo.", "batch.", "live."))
-    }
-    assert reached == set(CRASHPOINTS) - elsewhere  # which have tests of their own
+    # The others have tests of their own; those of SQLite are passed by the feeds.
+    own = {point for point in CRASHPOINTS if point.startswith(("file.", "journal.", "log.", "sqlite."))}
+    assert reached == own
 
 
 def test_kills_at_every_crash_point_of_sqlite(tmp_path: Path) -> None:

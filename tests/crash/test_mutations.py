@@ -29,7 +29,7 @@ from backtest_kit.persist.testing.faults import FaultFS
 
 pytestmark = pytest.mark.crash
 
-SIGNAL, SCHEDULE, STORAGE = (CONTRACTS[name] for name in ("signal", "schedule", "storage"))
+SIGNAL, SCHEDULE, LOG = (CONTRACTS[name] for name in ("signal", "schedule", "log"))
 
 
 def flip(data: bytes, other: bytes, chance: random.Random) -> bytes:
@@ -207,14 +207,14 @@ async def test_five_hundred_damaged_journals(tmp_path: Path, chance: random.Rand
         await store.close()
 
 
-async def test_a_thousand_damaged_feed_lines(tmp_path: Path, chance: random.Random) -> None:
-    """Nobody is answered with another value, or with nothing; the bytes stay in the feed or in quarantine."""
+async def test_a_thousand_damaged_lines(tmp_path: Path, chance: random.Random) -> None:
+    """Log: no read has another value, or nothing; the bytes stay in the log or in quarantine."""
     store = FileStore(tmp_path, disk=Disk(FaultFS(sync=False)))
-    await store.put(Write(STORAGE, (True, "first"), "first"))
-    await store.put(Write(STORAGE, (True, "middle"), "the middle one"))
-    await store.put(Write(STORAGE, (True, "last"), "last"))
-    first, middle, last = (tmp_path / "storage/backtest/00000001.jsonl").read_bytes().splitlines(keepends=True)
+    for name in ("first", "middle", "last"):
+        await store.put(Write(LOG, (name,), f"the {name} one"))
     await store.close()
+    (log,) = (tmp_path / "log").iterdir()
+    first, middle, last = log.read_bytes().splitlines(keepends=True)
     for number in range(1_000):
         line = chance.choice((flip, blank, insert, cut))(middle[:-1], last, chance)
         if not line or line.isspace() or line == middle[:-1]:
@@ -222,13 +222,14 @@ async def test_a_thousand_damaged_feed_lines(tmp_path: Path, chance: random.Rand
         if has_lost_blocks(line + b"\n", len(first)):
             continue  # as it would be if it had never been durable
         root = tmp_path / str(number)
-        feed = root / "storage/backtest/00000001.jsonl"
-        feed.parent.mkdir(parents=True)
-        feed.write_bytes(first + line + b"\n" + last)
+        (root / "log").mkdir(parents=True)
+        (root / "log" / log.name).write_bytes(first + line + b"\n" + last)
         store = FileStore(root, disk=Disk(FaultFS(sync=False)))
         for _ in range(2):
             with pytest.raises(Damaged):
-                await store.get(STORAGE, (True, "middle"))
+                await store.get(LOG, ("middle",))
+            with pytest.raises(Damaged):
+                [record async for record in store.scan(LOG)]
         evidence = [path.read_bytes() for path in root.rglob("*") if path.is_file()]
         assert any(line.rstrip() in data for data in evidence), number
         await store.close()

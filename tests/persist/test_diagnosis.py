@@ -232,7 +232,7 @@ def held(path: Path) -> Iterator[None]:
 async def test_lock_that_is_never_given_back_is_found(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("disk_diagnosis", "sqlite_diagnosis"):
+    for module in ("file_diagnosis", "sqlite_diagnosis"):
         monkeypatch.setattr(f"backtest_kit.persist.backends.{module}.LOCK_PATIENCE_SECONDS", 0.05)
     await fill(url)
     path = tmp_path / "bot.db"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from backtest_kit.persist.backends.file import FileStore
@@ -23,4 +25,8 @@ class TestFileStore(StoreConformance):
         for path in (place / "dump" / contract.name).rglob("*.json*"):
             data = path.read_bytes()
             path.write_bytes(data.replace(f'"{text}"'.encode(), b"?" * (len(text) + 2)))
+        if (place / "dump/feeds.db").exists():
+            with closing(sqlite3.connect(place / "dump/feeds.db")) as connection, connection:
+                statement = "UPDATE records SET record = CAST(replace(CAST(record AS TEXT), ?, '?') AS BLOB)"
+                connection.execute(f"{statement} WHERE contract = ?", (f'"{text}"', contract.name))
         return True

@@ -204,7 +204,7 @@ async def test_check_explains_and_changes_nothing(tmp_path: Path) -> None:
     await store.put(Write(CONTRACTS["log"], ("a",), 1))
     await store.put(Write(CONTRACTS["log"], ("b",), 1))
     await store.close()
-    log = tmp_path / "log/00000001.jsonl"
+    (log,) = (tmp_path / "log").glob("*.jsonl")
     log.write_bytes(log.read_bytes().replace(b'"a"', b'"z"'))
     stale = tmp_path / "signal/.tmp-1-0123456789ab-1"
     stale.write_bytes(b"")
@@ -212,7 +212,7 @@ async def test_check_explains_and_changes_nothing(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     findings = await store.check()
     assert [finding.path for finding in findings] == [
-        "log/00000001.jsonl at byte 0",
+        f"log/{log.name} at byte 0",
         "signal/.tmp-1-0123456789ab-1",
         PATH,
     ]

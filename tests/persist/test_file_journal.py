@@ -142,6 +142,7 @@ async def test_an_entry_gives_way_to_another_record_of_its_revision(tmp_path: Pa
     faults = FaultFS()
     one, other = FileStore(tmp_path, disk=Disk(faults)), FileStore(tmp_path)
     await one.batch([Write(SIGNAL, KEY, "old"), Write(SCHEDULE, KEY, "old")])
+    await other.open()  # later it would carry out the entry itself
     faults.inject("replace", lasting=True)
     with pytest.raises(RetryLater) as raised:
         await one.batch(BATCH)

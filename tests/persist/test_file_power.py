@@ -28,8 +28,8 @@ from backtest_kit.persist.testing.power import Aftermath, Change, Link, Mark, Re
 STATES = size(120, 20_000)
 """How many of each workload are tried."""
 
-SIGNAL, SCHEDULE, STRATEGY, STATE, MEASURE, LOG, STORAGE = (
-    CONTRACTS[name] for name in ("signal", "schedule", "strategy", "state", "measure", "log", "storage")
+SIGNAL, SCHEDULE, STRATEGY, STATE, MEASURE, LOG, RISK = (
+    CONTRACTS[name] for name in ("signal", "schedule", "strategy", "state", "measure", "log", "risk")
 )
 SERIES = SeriesKey("e", "A", "1m")
 KEY = ("s", "e", "A")
@@ -99,8 +99,14 @@ class Program:
     async def log(self) -> None:
         await self.write("log", lambda n: self.store.put(Write(LOG, (f"{n:06d}",), filler(n))), money=False)
 
-    async def trade(self) -> None:
-        await self.write("trade", lambda n: self.store.put(Write(STORAGE, (False, "id"), filler(n))), money=False)
+    async def lines(self) -> None:
+        """A line in a batch with money, which makes it as durable."""
+
+        def write(number: int) -> Awaitable[object]:
+            line = Write(LOG, (f"with-{number:06d}",), f"with {number}")
+            return self.store.batch([Write(RISK, ("e", "r"), filler(number)), line])
+
+        await self.write("lines", write, money=True)
 
     async def candles(self) -> None:
         await self.write("candles", lambda n: self.store.candles.write(SERIES, candle(n)), money=False)
@@ -126,22 +132,22 @@ async def records(program: Program, choose: random.Random) -> None:
             await program.reopen()
 
 
-async def feeds(program: Program, choose: random.Random) -> None:
+async def logs(program: Program, choose: random.Random) -> None:
     for _ in range(24):
-        await choose.choice((program.log, program.log, program.trade))()
+        await choose.choice((program.log, program.log, program.lines))()
         if choose.random() < 0.2:
             await program.reopen()
 
 
 async def everything(program: Program, choose: random.Random) -> None:
     for _ in range(30):
-        kinds = (program.money, program.batch, lambda: program.record("a"), program.log, program.trade, program.candles)
+        kinds = (program.money, program.batch, lambda: program.record("a"), program.log, program.lines, program.candles)
         await choose.choice(kinds)()
         if choose.random() < 0.15:
             await program.reopen()
 
 
-WORKLOADS = {work.__name__: work for work in (slots, records, feeds, everything)}
+WORKLOADS = {work.__name__: work for work in (slots, records, logs, everything)}
 
 
 async def run(work: Any, root: Path, seed: int) -> list[Change]:
@@ -182,11 +188,16 @@ async def numbers(store: FileStore) -> dict[str, list[int]]:
         ("a", STATE, ("r", "a")),
         ("b", STATE, ("r", "b")),
         ("cache", MEASURE, ("b", "k")),
-        ("trade", STORAGE, (False, "id")),
+        ("lines", RISK, ("e", "r")),
     ):
         record = await store.get(row, key)
         found.setdefault(name, []).append(0 if record is None else number_of(record.value))
-    found["log"] = [number_of(record.value) async for record in store.scan(LOG)]
+    lines = [str(record.value) async for record in store.scan(LOG)]
+    found["log"] = [number_of(text) for text in lines if not text.startswith("with")]
+    # One for each batch, no more and no less, up to the last one; what the journal brings back is behind the others.
+    assert sorted(int(text.split()[1]) for text in lines if text.startswith("with")) == [
+        *range(1, found["lines"][0] + 1)
+    ]
     rows = await store.candles.read(SERIES, 0, 1 << 50)
     found["candles"] = [int(close) for close in rows.close]
     for number in found["candles"]:
@@ -258,7 +269,7 @@ async def test_every_rename_comes_after_a_sync(tmp_path: Path) -> None:
     changes = [
         *await run(everything, tmp_path / "a", SEED),
         *await run(records, tmp_path / "b", SEED),
-        *await run(feeds, tmp_path / "c", SEED),
+        *await run(logs, tmp_path / "c", SEED),
     ]
     unsynced: set[int] = set()
     journals: set[int] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,12 @@ async def test_layout_is_that_of_the_table(tmp_path: Path) -> None:
     await store.namespace("paper").put(Write(SIGNAL, KEY, 1))
     await store.close()
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert {path for path in files if not path.startswith(".backtest-kit/")} == {
+    today = datetime.now(UTC).date().isoformat()
+    assert {path for path in files - {"feeds.db-mark"} if not path.startswith(".backtest-kit/")} == {
         PATH,
         "recent/trend/binance/jan/BTCUSDT/backtest.json",
-        "storage/live/00000001.jsonl",
-        "log/00000001.jsonl",
+        "feeds.db",
+        f"log/{today}.jsonl",
         f"@paper/{PATH}",
     }
     text = json.loads((tmp_path / PATH).read_text())

@@ -240,7 +240,7 @@ class TestSharing:
     def test_eight_processes_lose_no_increment(self, tmp_path: Path) -> None:
         command = [sys.executable, "-c", INCREMENT, str(tmp_path / "bot.db"), "1000"]
         children = [subprocess.Popen(command) for _ in range(8)]
-        assert [child.wait(60) for child in children] == [0] * 8
+        assert [child.wait(300) for child in children] == [0] * 8
 
         async def read() -> Record | None:
             store = SqliteStore(tmp_path / "bot.db")
@@ -393,6 +393,20 @@ class TestCancellation:
         await asyncio.gather(closing, return_exceptions=True)
         await store.close()
         await ended(store.path)
+
+
+async def test_inline_it_needs_no_thread(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "bot.db", inline=True)
+    results = await asyncio.gather(*(store.put(Write(SIGNAL, KEY, number)) for number in range(3)))
+    assert [result.rev for result in results] == [1, 2, 3]
+    await store.batch([Write(MEMORY, ("s", "b", name), name) for name in "ab"])
+    assert [record.value for record in await listed(store)] == ["a", "b"]
+    assert not [thread for thread in threading.enumerate() if str(store.path) in thread.name]
+    await store.close()
+    found = await store.get(SIGNAL, KEY)
+    assert found is not None
+    assert (found.value, found.rev) == (2, 3)
+    await store.close()
 
 
 class TestProcesses:

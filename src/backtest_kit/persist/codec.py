@@ -35,6 +35,7 @@ SCHEMA_VERSION: Final = 1
 MAX_DEPTH: Final = 100
 """How deep the objects and lists of a value may lie in each other."""
 
+_LINE_END: Final = len(',"checksum":"01234567"}')
 _TAG: Final = "@"
 _WRAPPED: Final = "@object"
 _INT_LIMIT: Final = 1 << 63
@@ -167,8 +168,8 @@ def unseal_head(contract: Contract, key: Key | None, data: bytes) -> Record:
 
 
 def seal_line(dumped: bytes) -> bytes:
-    """`dumped` as a line of its own: its checksum in 8 hex digits, a space, the text, a newline."""
-    return b"%08x %b\n" % (zlib.crc32(dumped), dumped)
+    """The JSON object `dumped` as a line that ends with the checksum of all before it, which is its last field."""
+    return b'%b,"checksum":"%08x"}\n' % (dumped[:-1], zlib.crc32(dumped[:-1]))
 
 
 def unseal_line(line: bytes) -> bytes:
@@ -177,10 +178,27 @@ def unseal_line(line: bytes) -> bytes:
     Raises:
         Damaged: the line is not whole.
     """
-    dumped = line[9:].rstrip(b"\n")
-    if line[:9] != b"%08x " % zlib.crc32(dumped):
+    text = line.rstrip(b"\n")
+    head = text[:-_LINE_END]
+    if text[-_LINE_END:] != b',"checksum":"%08x"}' % zlib.crc32(head):
         raise Damaged("the checksum of the line does not match: it was torn, changed on the disk or edited by hand")
-    return dumped
+    return head + b"}"
+
+
+def unseal_record_line(contract: Contract, line: bytes) -> Record:
+    """The record in a line that `seal_line` made of what `dump_record` returned.
+
+    Raises:
+        Damaged, NewerSchema: as `unseal`.
+    """
+    dumped = unseal_line(line)
+    try:
+        envelope = _ENVELOPE.decode(dumped)
+    except msgspec.MsgspecError:
+        return open_envelope(contract, None, parse(dumped))
+    if envelope.schema_version > SCHEMA_VERSION:
+        return open_envelope(contract, None, parse(dumped))
+    return _identified(contract, None, envelope)
 
 
 def reseal(contract: Contract, data: bytes) -> Record:

@@ -127,21 +127,9 @@ class Disk:
             kept.append(fd)
         return data
 
-    def read_from(self, path: str, offset: int) -> bytes:
-        """All that follows `offset`."""
-        fd = self._open(path, _READ)
-        try:
-            return self._read_span(fd, offset, max(0, self._os.fstat(fd).st_size - offset))
-        finally:
-            self._os.close(fd)
-
-    def read_spans(self, path: str, spans: Iterable[tuple[int, int]]) -> list[bytes]:
-        """The bytes of each (offset, length)."""
-        fd = self._open(path, _READ)
-        try:
-            return [self._read_span(fd, offset, length) for offset, length in spans]
-        finally:
-            self._os.close(fd)
+    def read_at(self, fd: int, offset: int, length: int) -> bytes:
+        self._os.lseek(fd, offset, os.SEEK_SET)
+        return self._read_exactly(fd, length)
 
     def open_for_reading(self, path: str) -> int:
         return self._open(path, _READ)
@@ -170,7 +158,13 @@ class Disk:
         self._os.fsync(fd)
 
     def write_temp(
-        self, directory: str, data: bytes, *, sync: bool, mtime_ns: int | None = None, preallocate: bool = False
+        self,
+        directory: str,
+        data: bytes | Iterable[bytes],
+        *,
+        sync: bool,
+        mtime_ns: int | None = None,
+        preallocate: bool = False,
     ) -> str:
         """Write `data` to a new temporary file in `directory` and return its path; nothing is left on failure."""
         path = f"{directory}/{TEMP_PREFIX}{os.getpid()}-{self._token}-{next(self._serial)}"
@@ -178,11 +172,13 @@ class Disk:
         crashpoint("file.after_create")
         try:
             try:
-                if preallocate and data and hasattr(self._os, "posix_fallocate"):
+                pieces = (data,) if isinstance(data, bytes) else data
+                if preallocate and isinstance(data, bytes) and data and hasattr(self._os, "posix_fallocate"):
                     # Without this ext4 flushes a file that is renamed over another one. Only for data that a journal
                     # makes durable, or that replaces nothing durable: elsewhere that flush is a welcome second belt.
                     self._preallocate(fd, len(data))
-                self.write_all(fd, data)
+                for piece in pieces:
+                    self.write_all(fd, piece)
                 crashpoint("file.after_write")
                 if mtime_ns is not None:
                     self._os.utime(fd, ns=(mtime_ns, mtime_ns))
@@ -367,10 +363,6 @@ class Disk:
                 return int(self._os.open(path, flags, self._file_mode))
             except InterruptedError:
                 continue
-
-    def _read_span(self, fd: int, offset: int, length: int) -> bytes:
-        self._os.lseek(fd, offset, os.SEEK_SET)
-        return self._read_exactly(fd, length)
 
     def _read_exactly(self, fd: int, length: int) -> bytes:
         parts: list[bytes] = []

@@ -2,11 +2,12 @@
 
 An entry is one line with a checksum: everything that one atomic request is about to change, with the
 revisions that the records will have. Once it is on the disk the request has happened, whatever becomes
-of the process: whoever opens the root next does again what was not finished. Doing an entry twice changes
+of the process: the next opening of the root does again what was not finished. Doing an entry twice changes
 nothing, because a record that is as new as the entry or newer stays.
 
 Every process has a journal file of its own, locked for as long as it lives; a file whose lock is free
-belongs to nobody and is replayed by the first one to open the root.
+belongs to no process and is replayed by the first one to open the root. A process that could not carry out an
+entry of its own lets go of its files and opens the root again.
 """
 
 from __future__ import annotations
@@ -49,9 +50,8 @@ class Journal:
         self._guard = threading.RLock()
         self._current: _File | None = None
         self._retired: list[_File] = []
-        self._unfinished: list[_File] = []
         self._spoiled = False
-        """A file may still have an entry whose caller was told that it failed."""
+        """A file may still have an entry whose caller got an error."""
         self._serial = 0
         in_children(self._let_go)
 
@@ -59,27 +59,21 @@ class Journal:
     def request(self, entries: Sequence[bytes], changed: Iterable[str]) -> Iterator[None]:
         """Make `entries` durable, then let the caller carry them out in the body.
 
-        If the body fails its entries stay, for `finished` or for the next one to open the root.
+        If the body fails this object lets go of all its files: the next opening of the root replays them.
         `changed` are the files and directories that the body writes without syncing them.
         """
+        # Held until all is carried out: a checkpoint in between would remove what is not in the files yet.
         with self._guard:
-            file = self._append(entries)
+            file = self._write(entries)
             file.changed.update(dict.fromkeys(changed))
             try:
                 yield
             except BaseException:
-                self._unfinished.append(file)
-                self._current = None
+                self.close()
                 raise
 
-    def finished(self) -> None:
-        """What a body did not carry out has been carried out since, and durably."""
-        with self._guard:
-            self._retired += self._unfinished
-            self._unfinished = []
-
-    def settle(self) -> None:
-        """Get rid of entries whose callers were told that they failed: replayed, they would undo what is written next.
+    def drop_refused(self) -> None:
+        """Remove entries whose callers got an error: replayed, they would undo what is written next.
 
         Raises:
             RetryLater, OutOfSpace: the disk does not let it; nothing may be acknowledged before it does.
@@ -92,7 +86,7 @@ class Journal:
     def changed_by_others(self) -> dict[str, str]:
         """What the journals of other processes have changes of, each with the journal file that has it."""
         with self._guard:
-            own = {file.path for file in (*self._retired, *self._unfinished, *filter(None, (self._current,)))}
+            own = {file.path for file in self._files}
         changed: dict[str, str] = {}
         for entry in self._disk.entries(self._directory):
             if entry.name.endswith(SUFFIX) and f"{self._directory}/{entry.name}" not in own:
@@ -130,16 +124,17 @@ class Journal:
     def close(self) -> None:
         """Let go of the files; those that a failed checkpoint left are replayed by the next one to open the root."""
         with self._guard:
-            for file in (*self._retired, *self._unfinished, *filter(None, (self._current,))):
+            for file in self._files:
                 self._disk.close(file.fd)
-            self._retired, self._unfinished, self._current = [], [], None
+            self._retired, self._current = [], None
 
     def replay(self, redo: Callable[[dict[str, Any]], bool]) -> int:
-        """Hand every change in the files that nobody owns to `redo`, which makes it durable; return their number.
+        """Hand every change in the files of dead processes to `redo`, which makes it durable; return their number.
 
         A file with a damaged line, or with a change for which `redo` returned False, is kept as evidence.
         """
         done = 0
+        removed = False
         for entry in sorted(self._disk.entries(self._directory), key=lambda entry: entry.name):
             if not entry.name.endswith(SUFFIX):
                 continue
@@ -161,11 +156,14 @@ class Journal:
                     _log.error("not all of a journal could be carried out: what was left of it is in %s", kept)
                 else:
                     self._disk.remove(entry.path)
+                    removed = True
             finally:
                 self._disk.close(fd)
+        if removed:  # an entry that came back after a loss of power could undo what is written next
+            self._disk.sync_directory(self._directory)
         return done
 
-    def _append(self, entries: Sequence[bytes]) -> _File:
+    def _write(self, entries: Sequence[bytes]) -> _File:
         data = b"".join(map(seal_line, entries))
         try:
             file = self._current or self._start()
@@ -191,6 +189,10 @@ class Journal:
         file.size += len(data)
         return file
 
+    @property
+    def _files(self) -> list[_File]:
+        return [*self._retired, *filter(None, (self._current,))]
+
     def _start(self) -> _File:
         while self._current is None:
             self._serial += 1
@@ -214,10 +216,10 @@ class Journal:
 
     def _let_go(self) -> None:
         """Close the files of the parent: their locks must end with it."""
-        for file in (*self._retired, *self._unfinished, *filter(None, (self._current,))):
+        for file in self._files:
             with contextlib.suppress(OSError):
                 self._disk.close(file.fd)
-        self._retired, self._unfinished, self._current = [], [], None
+        self._retired, self._current = [], None
 
 
 def written_lines(data: bytes) -> Iterator[bytes]:

@@ -78,7 +78,6 @@ class Quarantine:
         reason: str,
         *,
         blocks: bool,
-        hash: int | None = None,
     ) -> tuple[str, Damaged]:
         """Keep `data`, a part of a file that is about to be replaced; return its name there and the error.
 
@@ -93,7 +92,7 @@ class Quarantine:
             name = f"{path}.{number}"
         place = self.place(name)
         directory = place.rpartition("/")[0]
-        self._keep_reason(Quarantined(name, contract.name, list(key), reason, now_ms(), blocks, hash))
+        self._keep_reason(Quarantined(name, contract.name, list(key), reason, now_ms(), blocks))
         self._disk.rename(self._disk.write_temp(directory, data, sync=True), place)
         self._disk.sync_directory(directory)
         return name, self._blocked(name, reason)

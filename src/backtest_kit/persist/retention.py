@@ -25,7 +25,7 @@ from backtest_kit.settings import Settings
 DAY_MS: Final = 86_400_000
 _NEEDED: Final = frozenset((Capability.PRUNING, Capability.ORDERED_SCAN))
 RUN_PREFIX: Final = "backtest-"
-_PART: Final = 20_000
+_PART: Final = 50_000
 """Keys that are forgotten in one go."""
 _TURN: Final = 64
 """Records after which others have their turn: about a millisecond."""

@@ -37,8 +37,6 @@ class Quarantined(msgspec.Struct, frozen=True, rename="camel"):
     """Wall clock, epoch ms."""
     blocks: bool = True
     """False for evidence that is only kept: its key has a sound record."""
-    hash: int | None = None
-    """Of a line of a feed: that of its key. Where it is lost, the whole feed is blocked."""
 
 
 class Status(Enum):

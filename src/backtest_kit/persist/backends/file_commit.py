@@ -1,9 +1,9 @@
 """`Committer`: the one thread of a file store that writes.
 
-Requests wait in a queue and are taken as a group. A lone money write follows the durable protocol: its
-file and its directory are synced before the caller hears of it. Several money writes at once, and every
-batch, go through the journal instead: one sync makes all of them durable, and their files are renamed
-into place without one. Reading is done from anywhere and needs no lock.
+Requests wait in a queue and are taken as a group: lock, read what the keys hold, decide, journal, put in place, answer.
+A lone money write needs no journal: its file and its directory are synced before the caller is answered. Several money
+writes at once, and every batch, are one sync of the journal instead, and their files are renamed into place without
+one. Requests that only touch feeds are one transaction of `feeds.db`. Reading is done from anywhere and needs no lock.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from concurrent.futures import Future
 from typing import Any, Final, NamedTuple
 
 from backtest_kit.errors import BacktestKitError, Outcome
-from backtest_kit.persist.backends.file_promises import Promised, Target
+from backtest_kit.persist.backends.file_feeds import FILE as FEEDS, FeedTransaction
+from backtest_kit.persist.backends.file_paths import is_feed, is_log, namespace_of
 from backtest_kit.persist.backends.file_root import Root
-from backtest_kit.persist.backends.file_segments import Line
 from backtest_kit.persist.codec import dump_record, dump_value, seal_text
-from backtest_kit.persist.contracts import Durability, Kind
+from backtest_kit.persist.contracts import Durability
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import disk_error
 from backtest_kit.persist.locks import Locked
-from backtest_kit.persist.store import Record, Write
+from backtest_kit.persist.store import Key, Record, Write
 from backtest_kit.persist.writing import decide
 
 GROUP_LIMIT: Final = 128
@@ -35,32 +35,38 @@ PATIENCE_SECONDS: Final = 2.0
 LINGER_SECONDS: Final = 0.0004
 """How long a group waits for those who wrote in the last one: far less than the sync it saves them."""
 
+Target = tuple[str, Key]
 
-class Change(NamedTuple):
+
+class Change:
     """One write, ready to be decided on."""
 
-    write: Write
-    path: str
-    """The file of a slot or bucket record, or the directory of a feed."""
-    value: bytes
+    __slots__ = ("in_feed", "in_log", "lock", "path", "target", "value", "write")
 
-    @property
-    def target(self) -> Target:
-        return self.path, self.write.key if self.write.contract.kind is Kind.FEED else ()
+    def __init__(self, write: Write, path: str, value: bytes) -> None:
+        """`path` is the file of a slot or bucket record, or names a log or the records of a feed."""
+        self.write = write
+        self.path = path
+        self.value = value
+        self.in_feed = is_feed(write.contract)
+        self.in_log = is_log(write.contract)
+        # The database takes one writer at a time.
+        self.lock = FEEDS if self.in_feed else path
+        self.target: Target = (path, write.key)
 
 
 class Waiter:
-    """Whoever waits for some requests. `future` is done when each of them has its outcome."""
+    """A caller that waits for some requests. `future` is done when each of them has its outcome."""
 
     def __init__(self, count: int) -> None:
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[None] = self.loop.create_future()
         self._count = count
 
-    def settle(self) -> None:
+    def answer(self) -> None:
         """One more of them has its outcome."""
         self._count -= 1
-        # Whoever was cancelled meanwhile does not wait any more: the write took place all the same.
+        # A caller that was cancelled meanwhile does not wait any more: the write took place all the same.
         if not self._count and not self.future.done():
             self.future.set_result(None)
 
@@ -73,9 +79,23 @@ class Request:
         self.waiter = waiter
         self.records: list[Record] = []
         self.error: BaseException | None = None
-        self.paths = {change.path for change in changes}
+        self.locks = {change.lock for change in changes}
         self.give_up_at = 0.0
         """When it has waited long enough for a lock; 0 if it has not had to wait."""
+
+    def outcome(self) -> list[Record]:
+        """The records as they now stand. Raises what the request failed with."""
+        if self.error is not None:
+            raise self.error
+        return self.records
+
+    @property
+    def only_feeds(self) -> bool:
+        return self.locks == {FEEDS}
+
+    @property
+    def is_money(self) -> bool:
+        return any(change.write.contract.durability is Durability.MONEY for change in self.changes)
 
 
 class _Staged(NamedTuple):
@@ -88,11 +108,15 @@ class _Staged(NamedTuple):
 
 
 class Committer:
-    """Takes requests in the order of `submit` and carries them out."""
+    """Takes requests in the order of `submit` and carries them out.
 
-    def __init__(self, root: Root) -> None:
+    `inline`: in the thread of the caller, before `submit` returns.
+    """
+
+    def __init__(self, root: Root, *, inline: bool = False) -> None:
         self._root = root
-        # No SimpleQueue: up to Python 3.12 its get(timeout) waits for ever when the time runs out at the wrong moment.
+        self._inline = inline
+        # No SimpleQueue: up to Python 3.12 its get(timeout) never returns when the time runs out at the wrong moment.
         self._queue: deque[Sequence[Request] | Future[None]] = deque()
         self._arrival = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -113,27 +137,34 @@ class Committer:
 
     def _enqueue(self, item: Sequence[Request] | Future[None]) -> None:
         with self._arrival:
-            if self._thread is None:
+            self._queue.append(item)
+            if self._thread is None and not self._inline:
                 self._thread = threading.Thread(target=self._run, name="backtest-kit-write", daemon=True)
                 self._thread.start()
-            self._queue.append(item)
             self._arrival.notify()
+        while self._inline and (self._queue or self._parked):
+            self._serve()
+
+    # -- the thread ----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
-            group, closing = self._take()
-            self._carry_out(group)
-            while closing is not None and self._parked:
-                self._carry_out([])
-            if closing is not None and self._closed(closing):
-                return
+        while not self._serve():
+            pass
+
+    def _serve(self) -> bool:
+        """Carry out the next group; True if the store was closed and the thread is to end."""
+        group, closing = self._take()
+        self._carry_out(group)
+        while closing is not None and self._parked:
+            self._carry_out([])
+        return closing is not None and self._closed(closing)
 
     def _closed(self, closing: Future[None]) -> bool:
-        """Close the root; True if nobody has submitted anything since, and the thread is to end."""
+        """Close the root; True if nothing has been submitted since, and the thread is to end."""
         failure: BaseException | None = None
         try:
             self._root.close()
-        except BaseException as error:  # it is for whoever closes to see
+        except BaseException as error:  # it is for the caller of close to see
             failure = error
         with self._arrival:
             ended = not self._queue
@@ -144,25 +175,6 @@ class Committer:
         else:
             closing.set_result(None)
         return ended
-
-    def _carry_out(self, group: list[Request]) -> None:
-        """Commit `group`, behind those that wait for a lock, and answer whoever is not waiting afterwards."""
-        group, self._parked = [*self._parked, *group], []
-        if not group:
-            return
-        failure: BaseException | None = None
-        try:
-            self._root.open()
-            self._commit(group)
-        except OSError as error:
-            failure = disk_error(error, "write below", self._root.path)
-        except BaseException as error:  # the callers wait: whatever it is, it is theirs to see
-            failure = error
-        served = [request for request in group if request not in self._parked]
-        for request in served:
-            request.error = request.error or failure
-        _answer(served)
-        self._root.free_replaced()
 
     def _take(self) -> tuple[list[Request], Future[None] | None]:
         group: list[Request] = []
@@ -194,48 +206,38 @@ class Committer:
                 self._arrival.wait_for(lambda: self._queue, patience)
             return self._queue.popleft() if self._queue else None
 
-    # -- a group -------------------------------------------------------------------------------------
-
-    def _commit(self, group: list[Request]) -> None:
-        group = self._free_to_go(group)
+    def _carry_out(self, group: list[Request]) -> None:
+        """Commit `group`, behind those that wait for a lock, and answer all that are not waiting afterwards."""
+        group, self._parked = [*self._parked, *group], []
         if not group:
             return
-        money = sum(1 for request in group if _is_money(request))
-        whole = any(len(request.changes) > 1 for request in group)
+        failure: BaseException | None = None
         try:
-            with self._root.locked({path for request in group for path in request.paths}, patient=False) as ticks:
-                if money > 1 or whole:
-                    self._commit_through_journal(group, ticks)
-                else:
-                    self._commit_lines([request for request in group if _is_line(request)], ticks)
-                    for request in group:
-                        if not _is_line(request):
-                            with _failing(request):
-                                self._commit_alone(request, ticks)
-        except Locked as error:
-            self._commit(self._free_to_go(group, error))
-        except (BacktestKitError, OSError) as error:
-            outcome = error.outcome if isinstance(error, BacktestKitError) else Outcome.NOT_DONE
-            if len(group) == 1 or outcome is Outcome.UNKNOWN:
-                raise
-            for request in group:  # whatever it was, it shall not fail those whom it does not concern
-                request.error, request.records = None, []
-                with _failing(request):
-                    self._commit([request])
+            self._root.open()
+            self._commit(group)
+        except OSError as error:
+            failure = disk_error(error, "write below", self._root.path)
+        except BaseException as error:  # the callers wait: whatever it is, it is theirs to see
+            failure = error
+        served = [request for request in group if request not in self._parked]
+        for request in served:
+            request.error = request.error or failure
+        _answer(served)
+        self._root.syncer.free_replaced()
 
     def _free_to_go(self, group: list[Request], stuck: Locked | None = None) -> list[Request]:
-        """Those of `group` that need neither the lock that somebody keeps nor the turn of one that waits.
+        """Those of `group` that need neither the lock that is kept elsewhere nor the turn of one that waits.
 
         The others wait for the next group, so that a lock held elsewhere does not stop writes of other keys;
-        those that have waited too long fail, all at once.
+        those that have waited too long fail, all of them together.
         """
-        waiting = {path for request in self._parked for path in request.paths}
+        waiting = {lock for request in self._parked for lock in request.locks}
         free = []
         for request in group:
-            if request.paths.isdisjoint(waiting) and not (stuck and stuck.concerns(request.paths)):
+            if request.locks.isdisjoint(waiting) and not (stuck and stuck.concerns(request.locks)):
                 free.append(request)
                 continue
-            waiting |= request.paths
+            waiting |= request.locks
             now = time.monotonic()
             request.give_up_at = request.give_up_at or now + PATIENCE_SECONDS
             if stuck and now >= request.give_up_at:
@@ -244,118 +246,169 @@ class Committer:
                 self._parked.append(request)
         return free
 
-    def _commit_alone(self, request: Request, ticks: Iterator[int]) -> None:
-        """Carry out a request of one change without the journal."""
-        for change in request.changes:
-            staged, record = self._decide(change, {}, set(), ticks)
-            request.records.append(record)
-            if staged is None:
-                continue
-            contract = change.write.contract
-            if contract.durability is Durability.MONEY:
-                self._root.writes.write_durably(change.path, seal_text(staged.dumped), staged.tick)
-                crashpoint("file.after_acknowledge")
-            elif contract.durability is Durability.RECORD:
-                self._root.writes.write_successor(change.path, seal_text(staged.dumped), staged.tick)
-            else:
-                self._root.writes.write(change.path, seal_text(staged.dumped), staged.tick)
+    # -- a group -------------------------------------------------------------------------------------
 
-    def _commit_lines(self, group: list[Request], ticks: Iterator[int]) -> None:
-        """Carry out requests of one line each, with one append to each feed."""
-        feeds: dict[str, list[Request]] = {}
+    def _commit(self, group: list[Request]) -> None:
+        group = self._free_to_go(group)
+        if not group:
+            return
+        try:
+            with self._root.locked({lock for request in group for lock in request.locks}, patient=False) as ticks:
+                self._commit_locked(group, ticks)
+        except Locked as error:
+            self._commit(self._free_to_go(group, error))
+        except (BacktestKitError, OSError) as error:
+            outcome = error.outcome if isinstance(error, BacktestKitError) else Outcome.NOT_DONE
+            if len(group) == 1 or outcome is Outcome.UNKNOWN:
+                raise
+            for request in group:  # it fails only those whom it concerns
+                request.error, request.records = None, []
+                with _failing(request):
+                    self._commit([request])
+
+    def _commit_locked(self, group: list[Request], ticks: Iterator[int]) -> None:
+        whole = [request for request in group if len(request.changes) > 1 and not request.only_feeds]
+        if sum(request.is_money for request in group) > 1 or whole:
+            # Feeds of a batch that has other records too are journalled, and so is what was written before and after
+            # it in the same group; those of other groups lie apart from everything else.
+            journalled = group if whole else [request for request in group if not request.only_feeds]
+            self._commit_through_journal(journalled, ticks)
+        else:
+            journalled = []
+            self._append_lines([request for request in group if request.changes[0].in_log], ticks)
+            for request in group:
+                if not request.only_feeds and not request.changes[0].in_log:
+                    with _failing(request):
+                        self._commit_alone(request, ticks)
+        self._commit_feeds([request for request in group if request.only_feeds and request not in journalled], ticks)
+
+    def _commit_alone(self, request: Request, ticks: Iterator[int]) -> None:
+        """Carry out a request of one record file without the journal."""
+        (change,) = request.changes
+        staged, record = self._decide(change, {}, None, ticks)
+        request.records.append(record)
+        if staged is None:
+            return
+        slots, data = self._root.slots, seal_text(staged.dumped)
+        durability = change.write.contract.durability
+        if durability is Durability.MONEY:
+            slots.write_durably(change.path, data, staged.tick)
+            crashpoint("file.after_acknowledge")
+        elif durability is Durability.RECORD:
+            self._root.syncer.note(slots.write_successor(change.path, data, staged.tick), change.path)
+        else:
+            slots.write_unsynced(change.path, data, staged.tick)
+
+    def _append_lines(self, group: list[Request], ticks: Iterator[int]) -> None:
+        """Carry out requests of one line each, with one write to each log."""
+        logs: dict[str, list[Request]] = {}
         for request in group:
-            feeds.setdefault(request.changes[0].path, []).append(request)
-        for requests in feeds.values():
-            accepted, _ = self._decide_all(requests, ticks)
-            lines = [item for items in accepted for item in items]
+            logs.setdefault(request.changes[0].path, []).append(request)
+        for path, requests in logs.items():
+            _, staged = self._decide_all(requests, None, ticks)
+            if not staged:
+                continue
             try:
-                self._append(lines)
+                self._append(self._root.log.file_of_today(path), staged)
             except OSError as error:
                 for request in requests:
-                    request.error = request.error or disk_error(error, "append to", request.changes[0].path)
+                    request.error = request.error or disk_error(error, "append to", path)
+
+    def _append(self, file: str, lines: Sequence[_Staged]) -> None:
+        row = lines[0].change.write.contract
+        self._root.log.append(row, file, [(item.record, item.dumped) for item in lines])
+        self._root.syncer.note([f"{self._root.path}/{file}", *self._root.slots.unsynced(file)])
+
+    def _commit_feeds(self, group: list[Request], ticks: Iterator[int]) -> None:
+        """Carry out requests that touch nothing but feeds, in one transaction."""
+        if not group:
+            return
+        try:
+            with self._root.feeds.transaction() as feeds:
+                _, staged = self._decide_all(group, feeds, ticks)
+                _write_rows(feeds, staged)
+        except BacktestKitError as error:
+            # Not raised: what else was in the group is stored, and is not to be done again.
+            for request in group:
+                request.error, request.records = error, []
+                if len(group) > 1 and error.outcome is Outcome.NOT_DONE:
+                    request.error = None
+                    self._commit_feeds([request], ticks)
 
     def _commit_through_journal(self, group: list[Request], ticks: Iterator[int]) -> None:
-        accepted, staged = self._decide_all(group, ticks)
-        if not staged:
-            return
-        slots = [item for item in staged.values() if item.change.write.contract.kind is not Kind.FEED]
-        lines = [item for item in staged.values() if item.change.write.contract.kind is Kind.FEED]
-        # A feed is in the order of its ticks, and a record that is written twice keeps its place in `staged`.
-        lines.sort(key=lambda item: item.tick)
-        temps = self._root.writes.write_temps([(item.change.path, seal_text(item.dumped), item.tick) for item in slots])
-        try:
-            promised = {
-                item.change.target: Promised(item.change.write.contract, item.record, item.dumped, item.tick)
-                for item in staged.values()
-            }
-            with self._root.journal([_entry(items) for items in accepted], promised):
-                for path, temp in temps:
-                    self._root.writes.put_in_place(temp, path)
-                    crashpoint("journal.between_renames")
-                for path in {item.change.path for item in lines}:
-                    self._append([item for item in lines if item.change.path == path])
-                crashpoint("journal.after_apply")
-        except BaseException:
-            self._root.writes.discard(temp for _, temp in temps)
-            raise
+        with contextlib.ExitStack() as transaction:
+            some = any(change.in_feed for request in group for change in request.changes)
+            feeds = transaction.enter_context(self._root.feeds.transaction()) if some else None
+            entries, staged = self._decide_all(group, feeds, ticks)
+            if not staged:
+                return
+            lines: dict[str, list[_Staged]] = {}
+            for item in staged:
+                if item.change.in_log:
+                    lines.setdefault(self._root.log.file_of_today(item.change.path), []).append(item)
+            slots = [item for item in staged if not item.change.in_log and not item.change.in_feed]
+            temps = self._root.slots.prepare([(each.change.path, seal_text(each.dumped), each.tick) for each in slots])
+            try:
+                with self._root.journal(entries, [*(item.change.path for item in slots), *lines]):
+                    for path, temp in temps:
+                        self._root.slots.put_in_place(path, temp)
+                        crashpoint("journal.between_renames")
+                    for file, items in lines.items():
+                        self._append(file, items)
+                    if feeds is not None:
+                        _write_rows(feeds, staged)
+                        transaction.close()  # commits: after that the entry in the journal may go
+                    crashpoint("journal.after_apply")
+            except BaseException:
+                self._root.slots.discard(temps)
+                raise
 
     def _decide_all(
-        self, group: list[Request], ticks: Iterator[int]
-    ) -> tuple[list[list[_Staged]], dict[Target, _Staged]]:
-        """What each request that holds changes, and the last state of every record that they change."""
-        accepted: list[list[_Staged]] = []
+        self, group: list[Request], feeds: FeedTransaction | None, ticks: Iterator[int]
+    ) -> tuple[list[bytes], list[_Staged]]:
+        """The entry of each request that holds changes, and the last state of every record in order of writing."""
+        entries: list[bytes] = []
         staged: dict[Target, _Staged] = {}
-        absent = self._absent(group)
         for request in group:
             with _failing(request):
                 records, items = [], []
                 for change in request.changes:
-                    item, record = self._decide(change, staged, absent, ticks)
+                    item, record = self._decide(change, staged, feeds, ticks)
                     records.append(record)
                     if item is not None:
                         items.append(item)
                 request.records = records
                 if items:
-                    accepted.append(items)
-                    staged.update({item.change.target: item for item in items})
-        return accepted, staged
-
-    def _absent(self, group: list[Request]) -> set[Target]:
-        """Which lines are certainly not there yet, asked for all of the group at once."""
-        feeds: dict[str, list[Change]] = {}
-        for request in group:
-            for change in request.changes:
-                if change.write.contract.kind is Kind.FEED:
-                    feeds.setdefault(change.path, []).append(change)
-        found: set[Target] = set()
-        for path, changes in feeds.items():
-            keys = [change.write.key for change in changes]
-            found |= {(path, key) for key in self._root.absent(changes[0].write.contract, path, keys)}
-        return found
+                    entries.append(_entry(items))
+                for item in items:
+                    staged.pop(item.change.target, None)  # written again, it moves to the end of the order
+                    staged[item.change.target] = item
+        return entries, list(staged.values())
 
     def _decide(
-        self, change: Change, staged: dict[Target, _Staged], absent: set[Target], ticks: Iterator[int]
+        self, change: Change, staged: dict[Target, _Staged], feeds: FeedTransaction | None, ticks: Iterator[int]
     ) -> tuple[_Staged | None, Record]:
-        write, target = change.write, change.target
-        if target in staged:
-            current: Record | None = staged[target].record
-        elif target in absent:
-            current = None
+        write = change.write
+        row = write.contract
+        if change.target in staged:
+            current: Record | None = staged[change.target].record
+        elif change.in_log:
+            current = self._root.log.remembered(change.path, write.key)
+        elif feeds is not None and change.in_feed:
+            current = feeds.head(row, namespace_of(change.path), write.key)
         else:
-            current = self._root.load(write.contract, write.key, change.path, locked=True, head=True)
+            current = self._root.slots.load(row, write.key, change.path, locked=True, head=True)
         record, changed = decide(write, current)
         if not changed:
             return None, record
-        return _Staged(change, record, dump_record(write.contract, record, change.value), next(ticks)), record
+        return _Staged(change, record, dump_record(row, record, change.value), next(ticks)), record
 
-    def _append(self, lines: list[_Staged]) -> None:
-        """Append to the one feed of `lines`."""
-        if not lines:
-            return
-        feed = self._root.feed(lines[0].change.write.contract, lines[0].change.path)
-        if feed.append([Line(item.tick, item.record, item.dumped) for item in lines]):
-            self._root.run_later(feed.compact)
-        self._root.writes.sync_soon(f"{feed.path}/{feed.tail_name}")
+
+def _write_rows(feeds: FeedTransaction, staged: Sequence[_Staged]) -> None:
+    for item in staged:
+        if item.change.in_feed:
+            namespace = namespace_of(item.change.path)
+            feeds.write(item.change.write.contract, namespace, item.record, item.dumped)
 
 
 def _entry(items: list[_Staged]) -> bytes:
@@ -363,14 +416,6 @@ def _entry(items: list[_Staged]) -> bytes:
         b'{"path":%b,"tick":%d,"record":%b}' % (dump_value(item.change.path), item.tick, item.dumped) for item in items
     )
     return b'{"changes":[%b]}' % changes
-
-
-def _is_money(request: Request) -> bool:
-    return any(change.write.contract.durability is Durability.MONEY for change in request.changes)
-
-
-def _is_line(request: Request) -> bool:
-    return len(request.changes) == 1 and request.changes[0].write.contract.kind is Kind.FEED
 
 
 @contextlib.contextmanager
@@ -390,10 +435,10 @@ def _answer(group: list[Request]) -> None:
     for request in group:
         waiting.setdefault(request.waiter.loop, []).append(request)
     for loop, requests in waiting.items():
-        with contextlib.suppress(RuntimeError):  # the loop is closed, nobody waits
-            loop.call_soon_threadsafe(_settle, requests)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, no caller waits
+            loop.call_soon_threadsafe(_wake, requests)
 
 
-def _settle(requests: list[Request]) -> None:
+def _wake(requests: list[Request]) -> None:
     for request in requests:
-        request.waiter.settle()
+        request.waiter.answer()

@@ -10,28 +10,34 @@ import msgspec
 
 from backtest_kit.errors import Damaged, RetryLater, UserError
 from backtest_kit.persist.backends.columns import SUFFIX as CANDLE_SUFFIX, verify as verify_candles
+from backtest_kit.persist.backends.file_log import SUFFIX as LOG_SUFFIX
 from backtest_kit.persist.backends.file_paths import (
     MARKER,
     NEXT,
     OWN_DIRECTORY,
     SUFFIX as RECORD_SUFFIX,
+    is_feed,
+    is_log,
+    record_path,
     row_of,
     unseal_at,
 )
-from backtest_kit.persist.backends.file_root import Root, newest
-from backtest_kit.persist.backends.file_segments import SUFFIX as FEED_SUFFIX, Line
-from backtest_kit.persist.backends.file_successors import is_torn
-from backtest_kit.persist.codec import dump_record, open_envelope, parse, reseal, seal, unseal_line
-from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Kind
+from backtest_kit.persist.backends.file_root import Root, is_part_of_store
+from backtest_kit.persist.backends.file_slots import is_torn
+from backtest_kit.persist.codec import dump_record, parse, reseal, seal, unseal_line, unseal_record_line
+from backtest_kit.persist.contracts import Contract, Kind
 from backtest_kit.persist.files import STALE_TEMP_SECONDS, TEMP_NAME, disk_error
 from backtest_kit.persist.journal import written_lines
+from backtest_kit.persist.keys import unescape
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE
 from backtest_kit.persist.store import Key, Record
 from backtest_kit.persist.upkeep import Finding, Quarantined
 
 _REPORTS: Final = ("backtest", "walker")
 """Directories of reports, which runs write beside the records of the default root."""
-_KNOWN: Final = frozenset((*ALL_CONTRACTS, *_REPORTS, QUARANTINE, OWN_DIRECTORY))
+
+
+# -- looking ---------------------------------------------------------------------------------------------
 
 
 def check(root: Root, *, deep: bool) -> list[Finding]:
@@ -43,9 +49,10 @@ def check(root: Root, *, deep: bool) -> list[Finding]:
     """
     root.require_store()
     try:
-        return sorted([*_check_own(root), *_check_files(root, deep)], key=lambda finding: finding.path)
+        found = [*_check_own(root), *_check_files(root, deep), *root.feeds.check()]
     except OSError as error:
         raise disk_error(error, "check", root.path) from error
+    return sorted(found, key=lambda finding: finding.path)
 
 
 def _check_own(root: Root) -> Iterator[Finding]:
@@ -80,10 +87,8 @@ def _check_files(root: Root, deep: bool) -> list[Finding]:
         with root.disk.listing(f"{root.path}/{directory}") as entries:
             for entry in entries:
                 path = f"{directory}{entry.name}"
-                if not directory and entry.name not in _KNOWN and not entry.name.startswith("@"):
-                    found.append(
-                        Finding(path, "nothing of this store is called so: it was not looked at", blocks=False)
-                    )
+                if not directory and entry.name not in _REPORTS and not is_part_of_store(entry.name):
+                    found.append(Finding(path, "not a name of this store: it was not looked at", blocks=False))
                 elif entry.is_dir(follow_symlinks=False):
                     if path not in (QUARANTINE, OWN_DIRECTORY):
                         pending.append(f"{path}/")
@@ -96,8 +101,90 @@ def _check_files(root: Root, deep: bool) -> list[Finding]:
     return found
 
 
+def _check_file(root: Root, path: str) -> Iterator[Finding]:
+    row = row_of(path)
+    if row is None:
+        return
+    try:
+        if is_log(row) and path.endswith(LOG_SUFFIX):
+            yield from _check_lines(root, row, path)
+            return
+        data = root.disk.read(f"{root.path}/{path}")
+        if row.kind is Kind.SERIES and path.endswith(CANDLE_SUFFIX):
+            verify_candles(data)
+        elif path.endswith(RECORD_SUFFIX):
+            unseal_at(row, None, path, data)
+        elif path.endswith(f"{RECORD_SUFFIX}{NEXT}"):
+            if is_torn(data):
+                problem = "a write that a loss of power cut short: put aside at the next opening"
+                yield Finding(path, problem, blocks=False)
+            else:
+                unseal_at(row, None, path.removesuffix(NEXT), data)
+    except FileNotFoundError:
+        return  # replaced while this went on
+    except (Damaged, OSError) as error:
+        yield Finding(path, str(error))
+
+
+def _check_lines(root: Root, row: Contract, path: str) -> Iterator[Finding]:
+    end = 0
+    for line in root.log.lines_of(path):
+        end = line.offset + len(line.data)
+        try:
+            if not line.is_blank:
+                unseal_record_line(row, line.data)
+        except Damaged as error:
+            yield Finding(f"{path} at byte {line.offset}", str(error))
+    if root.disk.stat(f"{root.path}/{path}").st_size > end:
+        problem = "the write of the last line was cut short: removed when the next line is written"
+        yield Finding(f"{path} at byte {end}", problem, blocks=False)
+
+
+def quarantined(root: Root) -> list[Quarantined]:
+    """What is in quarantine, by path."""
+    root.require_store()
+    return sorted([*root.quarantine.list(), *root.feeds.quarantined()], key=lambda item: item.path)
+
+
+def count(root: Root, namespace: str, contract: Contract) -> int:
+    """How many records there are in a feed or a log, removed ones left out."""
+    root.open()
+    if is_feed(contract):
+        return root.feeds.count(contract, namespace)
+    path = record_path(namespace, contract, ())
+    try:
+        return root.log.count(path)
+    except OSError as error:
+        raise disk_error(error, "count", f"{root.path}/{path}") from error
+
+
+def namespaces(root: Root, prefix: str) -> list[tuple[str, ...]]:
+    """Every namespace below one, as the names that lead there."""
+    root.open()
+    found = {*_directories(root, prefix), *root.feeds.namespaces(prefix)}
+    paths = {"/".join(names[:size]) for names in (path.split("/")[:-1] for path in found) for size in _lengths(names)}
+    below = sorted(path.removeprefix(prefix).split("/") for path in paths if f"{path}/" != prefix)
+    return [tuple(str(unescape(name[1:], "namespace") or name[1:]) for name in names) for names in below]
+
+
+def _lengths(names: list[str]) -> range:
+    return range(1, len(names) + 1)
+
+
+def _directories(root: Root, prefix: str) -> list[str]:
+    try:
+        entries = root.disk.entries(f"{root.path}/{prefix}")
+    except OSError as error:
+        raise disk_error(error, "list", f"{root.path}/{prefix}") from error
+    below = [f"{prefix}{entry.name}/" for entry in entries if entry.name.startswith("@") and entry.is_dir()]
+    return [*below, *(path for directory in below for path in _directories(root, directory))]
+
+
+# -- deciding about what is in quarantine ----------------------------------------------------------------
+
+
 def restore(root: Root, path: str) -> Record | None:
-    """Put what is in quarantine under `path` back, as it is now: an operator may have mended it there.
+    """Put what is in quarantine under `path` back as it is now: an operator may have mended it there.
 
     A record counts as a new revision, which refuses writers that have not seen it; candles are put back
     only as they were written. What has come to its place meanwhile is never replaced.
@@ -106,8 +193,9 @@ def restore(root: Root, path: str) -> Record | None:
         UserError: nothing is called so, it has no place to go back to, it is still damaged, or something
             else is in its place.
     """
-    item = root.quarantine.find(path)
-    row = row_of(path)
+    if root.feeds.holds(path):
+        return root.feeds.restore(path)
+    item, row = root.quarantine.find(path), row_of(path)
     if row is None or not item.blocks:
         raise UserError(f"{path} is only kept as evidence and blocks nothing: drop it when you have seen it")
     root.checkpoint()  # else a journal could bring an older revision back
@@ -130,31 +218,21 @@ def restore(root: Root, path: str) -> Record | None:
         if current is None or not _same(current, record):
             if current is not None and current.rev >= record.rev:
                 raise _occupied(path, f"revision {current.rev}, written since")
-            record = _next_revision(record)
-            if row.kind is Kind.FEED:
-                feed = root.feed(row, path.rpartition("/")[0])
-                feed.append([Line(next(ticks), record, dump_record(row, record))])
-                root.disk.sync_file(f"{root.path}/{feed.path}/{feed.tail_name}")
+            current = msgspec.structs.replace(record, rev=record.rev + 1)
+            if is_log(row):
+                root.log.redo(row, _lock_of(path, row), current, dump_record(row, current))
             else:
-                root.writes.write_durably(path, seal(row, record), next(ticks))
-            current = record
+                root.slots.write_durably(path, seal(row, current), next(ticks))
         root.quarantine.release(path)
-        if row.kind is Kind.FEED:
-            root.feed(row, path.rpartition("/")[0]).forget()
         return current
 
 
 def _in_place(root: Root, row: Contract, path: str, record: Record) -> Record | None:
     """The sound record that is where that of `path` belongs. Raises `UserError` if what is there is damaged too."""
     try:
-        if row.kind is Kind.FEED:
-            return root.feed(row, path.rpartition("/")[0]).find(record.key, locked=True, despite_block=True)
-        successor = root.successors.load(row, record.key, path, locked=True)
-        try:
-            current = unseal_at(row, record.key, path, root.disk.read(f"{root.path}/{path}"))
-        except FileNotFoundError:
-            return successor
-        return newest(current, successor)
+        if is_log(row):
+            return root.log.find(row, _lock_of(path, row), record.key, locked=True)
+        return root.slots.in_place(row, record.key, path)
     except (Damaged, IsADirectoryError) as error:
         raise UserError(f"what is at {root.path}/{path} by now cannot be read: {error}; move it away first") from None
 
@@ -174,25 +252,46 @@ def _occupied(path: str, what: str) -> UserError:
     )
 
 
+def _mended(row: Contract, path: str, data: bytes) -> Record:
+    if is_log(row):
+        try:
+            return unseal_record_line(row, data)
+        except Damaged:
+            return reseal(row, data)
+    try:
+        return unseal_at(row, None, path, data)
+    except Damaged:
+        record = reseal(row, data)
+        unseal_at(row, None, path, seal(row, record))
+        return record
+
+
 def drop(root: Root, path: str) -> Quarantined:
     """Give up what is in quarantine under `path`: its key is free and, unless it was written since, absent.
 
     Raises:
         UserError: nothing is called so.
     """
-    item = root.quarantine.find(path)
+    if root.feeds.holds(path):
+        return root.feeds.drop(path)
+    item, row = root.quarantine.find(path), row_of(path)
     root.checkpoint()  # else a journal could bring an older revision back
-    row = row_of(path)
     with root.locked((_lock_of(path, row),), patient=True):
         root.require_unjournalled(_lock_of(path, row))
         root.quarantine.release(path)
-        if row is not None and row.kind is Kind.FEED:
-            root.feed(row, path.rpartition("/")[0]).forget()
     return item
 
 
-def prune(root: Root, contract: Contract, doomed: Mapping[str, Mapping[Key, int]]) -> int:
-    """Forget records, by path, that still have the revision given; return how many those were.
+def _lock_of(path: str, row: Contract | None) -> str:
+    """The lock of what was found at `path`: that of its log, or its own."""
+    return path.rpartition("/")[0] if row is not None and is_log(row) else path
+
+
+# -- forgetting ------------------------------------------------------------------------------------------
+
+
+def prune(root: Root, namespace: str, contract: Contract, revisions: Mapping[Key, int]) -> int:
+    """Forget records that still have the revision given; return how many those were.
 
     Raises:
         RetryLater, OutOfSpace: the disk does not let it, or a lock was kept from it for too long.
@@ -201,16 +300,18 @@ def prune(root: Root, contract: Contract, doomed: Mapping[str, Mapping[Key, int]
     root.checkpoint()  # else a journal could bring them back
     # What a process writes after this list was made has another revision and stays.
     elsewhere = root.changed_by_others()
-    pruned = 0
     try:
-        for path, revisions in doomed.items():
+        if contract.kind is Kind.FEED:
+            path = record_path(namespace, contract, ())
             if path in elsewhere:
-                continue
-            if contract.kind is Kind.FEED:
-                pruned += root.feed(contract, path).prune(revisions)
-                continue
-            for key, rev in revisions.items():
-                pruned += _prune_file(root, contract, key, rev, path)
+                return 0
+            if is_log(contract):
+                return root.log.prune(contract, path, revisions)
+            return root.feeds.prune(contract, namespace, revisions)
+        pruned = 0
+        for key, rev in revisions.items():
+            path = record_path(namespace, contract, key)
+            pruned += path not in elsewhere and _prune_file(root, contract, key, rev, path)
     except OSError as error:
         raise disk_error(error, "forget records below", root.path) from error
     return pruned
@@ -219,12 +320,12 @@ def prune(root: Root, contract: Contract, doomed: Mapping[str, Mapping[Key, int]
 def _prune_file(root: Root, contract: Contract, key: Key, rev: int, path: str) -> bool:
     with root.locked((path,), patient=True):
         try:
-            current = root.load(contract, key, path, locked=True)
+            current = root.slots.load(contract, key, path, locked=True)
         except Damaged:
-            return False  # it is told to whoever reads it
+            return False  # every read of it says so
         if current is None or current.rev != rev:
             return False
-        root.writes.remove(path)
+        root.slots.remove(path)
         return True
 
 
@@ -239,65 +340,8 @@ def forget(root: Root, prefix: str) -> None:
     if any(path.startswith(prefix) for path in root.changed_by_others()):
         raise RetryLater(f"another process was writing below {root.path}/{prefix} just now: try again in some seconds")
     try:
-        root.forget_below(prefix)
+        root.feeds.forget(prefix)
+        root.log.forget_below(prefix)
+        root.slots.forget_below(prefix)
     except OSError as error:
         raise disk_error(error, "forget", f"{root.path}/{prefix}") from error
-
-
-def _check_file(root: Root, path: str) -> Iterator[Finding]:
-    row = row_of(path)
-    if row is None:
-        return
-    try:
-        data = root.disk.read(f"{root.path}/{path}")
-        if row.kind is Kind.SERIES and path.endswith(CANDLE_SUFFIX):
-            verify_candles(data)
-        elif row.kind is Kind.FEED and path.endswith(FEED_SUFFIX):
-            yield from _check_lines(row, path, data)
-        elif path.endswith(RECORD_SUFFIX):
-            unseal_at(row, None, path, data)
-        elif path.endswith(f"{RECORD_SUFFIX}{NEXT}"):
-            if is_torn(data):
-                problem = "a write that a loss of power cut short: put aside at the next opening"
-                yield Finding(path, problem, blocks=False)
-            else:
-                unseal_at(row, None, path.removesuffix(NEXT), data)
-    except FileNotFoundError:
-        return  # replaced or merged while this went on
-    except (Damaged, OSError) as error:
-        yield Finding(path, str(error))
-
-
-def _check_lines(row: Contract, path: str, data: bytes) -> Iterator[Finding]:
-    offset = 0
-    for line in data.split(b"\n"):
-        if not line.isspace() and line:
-            try:
-                open_envelope(row, None, parse(unseal_line(line)))
-            except Damaged as error:
-                torn = offset + len(line) == len(data)
-                problem = "the write of the last line was cut short: removed at the next use" if torn else str(error)
-                yield Finding(f"{path} at byte {offset}", problem, blocks=not torn)
-        offset += len(line) + 1
-
-
-def _lock_of(path: str, row: Contract | None) -> str:
-    return path.rpartition("/")[0] if row is not None and row.kind is Kind.FEED else path
-
-
-def _mended(row: Contract, path: str, data: bytes) -> Record:
-    if row.kind is Kind.FEED:
-        try:
-            return open_envelope(row, None, parse(unseal_line(data)))
-        except Damaged:
-            return open_envelope(row, None, parse(data[data.find(b"{") :]))
-    try:
-        return unseal_at(row, None, path, data)
-    except Damaged:
-        record = reseal(row, data)
-        unseal_at(row, None, path, seal(row, record))
-        return record
-
-
-def _next_revision(record: Record) -> Record:
-    return msgspec.structs.replace(record, rev=record.rev + 1)

@@ -1,4 +1,4 @@
-"""`Syncer`: the thread that makes durable a little later what need not be durable at once."""
+"""`Syncer`: the thread that makes durable a little later what need not be durable when a write returns."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from backtest_kit.errors import BacktestKitError, Outcome, OutOfSpace, RetryLater
+from backtest_kit.persist.backends.file_slots import Slots
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.journal import Journal
 
@@ -21,43 +22,54 @@ _log = logging.getLogger(__name__)
 
 
 class Syncer:
-    """Syncs records soon, checkpoints the journal now and then, and does the housekeeping of feeds."""
+    """Syncs files soon after they were written, and checkpoints the journal now and then.
 
-    def __init__(self, disk: Disk, journal: Journal, promote: Callable[[str], None]) -> None:
-        """`promote` syncs the successor of a record and gives it its name."""
+    `inline`: without a thread, files are synced when they are noted, and the journal is checkpointed by `close`.
+    """
+
+    def __init__(self, disk: Disk, slots: Slots, journal: Journal, *, inline: bool = False) -> None:
         self._disk = disk
+        self._slots = slots
         self._journal = journal
-        self._promote = promote
+        self._inline = inline
         self._wake = threading.Condition()
-        self._changed: dict[str, None] = {}
-        self._successors: dict[str, None] = {}
-        self._jobs: list[Callable[[], object]] = []
+        self._files: dict[str, None] = {}
+        self._records: dict[str, None] = {}
         self._due: float | None = None
         self._checkpoint_due: float | None = None
         self._failure: BacktestKitError | None = None
         self._closing = False
+        self._frees = False
         self._thread: threading.Thread | None = None
 
-    def note(self, paths: Iterable[str], successors: Iterable[str] = ()) -> None:
-        """Files and directories that changed, and records that have a successor, to be durable within the delay."""
+    def free_replaced(self) -> None:
+        """Let go of the files that were read in order to be replaced, beside the writing that goes on."""
+        if self._inline:
+            self._slots.free_replaced()
+            return
         with self._wake:
-            self._changed.update(dict.fromkeys(paths))
-            self._successors.update(dict.fromkeys(successors))
+            self._frees = True
+            self._start()
+
+    def note(self, files: Iterable[str], record: str | None = None) -> None:
+        """Make files and directories durable within the delay, and before them the successor of a record."""
+        with self._wake:
+            self._files.update(dict.fromkeys(files))
+            if record is not None:
+                self._records[record] = None
             self._schedule(time.monotonic() + RECORD_DELAY_SECONDS)
+        if self._inline:
+            self._sync()
 
     def note_journal(self) -> None:
+        """Checkpoint the journal some seconds from now."""
         with self._wake:
             if self._checkpoint_due is None:
                 self._checkpoint_due = time.monotonic() + CHECKPOINT_SECONDS
                 self._schedule(self._checkpoint_due)
 
-    def run_later(self, job: Callable[[], object]) -> None:
-        with self._wake:
-            self._jobs.append(job)
-            self._schedule(time.monotonic())
-
     def close(self) -> None:
-        """Sync everything and end the thread.
+        """Sync everything, checkpoint the journal and end the thread.
 
         Raises:
             RetryLater, OutOfSpace: something that was acknowledged could not be made durable.
@@ -68,13 +80,19 @@ class Syncer:
             thread = self._thread
         if thread is not None:
             thread.join()
-        self._pass(checkpoint=True)
+        self._slots.free_replaced()
+        self._sync()
+        self._attempt(self._journal.checkpoint)
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
     def _schedule(self, due: float) -> None:
         self._due = due if self._due is None else min(due, self._due)
+        if not self._inline:
+            self._start()
+
+    def _start(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="backtest-kit-sync", daemon=True)
             self._thread.start()
@@ -84,46 +102,45 @@ class Syncer:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not self._closing:
-                    left = None if self._due is None else self._due - time.monotonic()
-                    if left is not None and left <= 0:
-                        break
-                    self._wake.wait(left)
                 if self._closing:
                     return
                 now = time.monotonic()
+                frees, self._frees = self._frees, False
+                due = self._due is not None and self._due <= now
                 checkpoint = self._checkpoint_due is not None and self._checkpoint_due <= now
                 if checkpoint:
                     self._checkpoint_due = None
-                self._due = self._checkpoint_due
-            self._pass(checkpoint=checkpoint)
+                if due:
+                    self._due = self._checkpoint_due
+                if not frees and not due:
+                    self._wake.wait(None if self._due is None else self._due - now)
+            if frees:
+                self._slots.free_replaced()
+            if due:
+                self._sync()
+            if checkpoint:
+                self._attempt(self._journal.checkpoint)
 
-    def _pass(self, *, checkpoint: bool) -> None:
+    def _sync(self) -> None:
         with self._wake:
-            changed, self._changed = self._changed, {}
-            successors, self._successors = self._successors, {}
-            jobs, self._jobs = self._jobs, []
+            files, self._files = self._files, {}
+            records, self._records = self._records, {}
         # Renamed before the directories are synced, which makes the new names durable.
-        for path in successors:
-            self._attempt(self._promote, path)
-        for path in changed:
-            self._attempt(self._disk.sync_file, path)
-        for job in [*jobs, *([self._journal.checkpoint] if checkpoint else [])]:
-            try:
-                job()
-            except BacktestKitError as error:
-                self._failed(error)
-            except OSError as error:
-                self._failed(RetryLater(f"the housekeeping of a feed failed and changed nothing: {error}"))
+        for record in records:
+            self._attempt(self._slots.promote, record)
+        for file in files:
+            self._attempt(self._disk.sync_file, file)
 
-    def _attempt(self, work: Callable[[str], None], path: str) -> None:
+    def _attempt(self, work: Callable[..., object], *paths: str) -> None:
         try:
-            work(path)
+            work(*paths)
         except OSError as error:
             kind = OutOfSpace if error.errno == errno.ENOSPC else RetryLater
-            message = f"cannot sync {path}: {error.strerror}; what was last written there may not outlive this host"
-            self._failed(kind(f"{message}: write it again", outcome=Outcome.UNKNOWN))
+            what = f"cannot sync {', '.join(paths)}: {error.strerror}"
+            message = f"{what}; what was last written there may not outlive this host: write it again"
+            self._failed(kind(message, outcome=Outcome.UNKNOWN))
         except BacktestKitError as error:
+            error.outcome = Outcome.UNKNOWN  # of what was acknowledged, whatever it was that failed now
             self._failed(error)
 
     def _failed(self, error: BacktestKitError) -> None:

@@ -11,7 +11,7 @@ import copy
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol, Self, TypeVar
@@ -60,24 +60,25 @@ class Job:
             self.future.set_result(self.result)
 
 
-def one_thread(name: str) -> Executor:
-    return ThreadPoolExecutor(1, thread_name_prefix=name)
+class Inline(Executor):
+    """Does what is submitted in the thread of the caller, before `submit` returns."""
+
+    def submit(self, work: Callable[..., T], /, *arguments: Any, **options: Any) -> Future[T]:
+        done: Future[T] = Future()
+        done.set_result(work(*arguments, **options))
+        return done
 
 
 class Worker:
     """Serves jobs in one thread, all that wait at one moment together. It begins with a job and ends with `close`."""
 
     def __init__(
-        self,
-        name: str,
-        serve: Callable[[list[Job]], None],
-        close: Callable[[], None],
-        start: Callable[[str], Executor] = one_thread,
+        self, name: str, serve: Callable[[list[Job]], None], close: Callable[[], None], *, inline: bool
     ) -> None:
         self._name = name
         self._serve = serve
         self._close = close
-        self._start = start
+        self._inline = inline
         self._guard = threading.Lock()
         self._waiting: list[Job] = []
         self._busy = False
@@ -108,7 +109,8 @@ class Worker:
                 return job
             self._busy = True
             if self._executor is None:
-                self._executor, self._pid = self._start(self._name), os.getpid()
+                self._executor = Inline() if self._inline else ThreadPoolExecutor(1, thread_name_prefix=self._name)
+                self._pid = os.getpid()
             executor = self._executor
         executor.submit(self._drain)
         return job
@@ -181,15 +183,18 @@ class Database(Protocol):
 
 
 class Threads:
-    """A database with a thread for each of its connections. `existing`: nothing is made before something is read."""
+    """A database with a thread for each of its connections; with `inline`, the thread of the caller serves both.
 
-    def __init__(self, name: str, database: Database, *, existing: bool) -> None:
+    Unless it is `existing`, it is made before something is read.
+    """
+
+    def __init__(self, name: str, database: Database, *, existing: bool, inline: bool = False) -> None:
         self.rows = database.rows
         self._database = database
         self._existing = existing
         self._opened = False
-        self._writer = Worker(f"{name} (writer)", self._commit, database.close_writer)
-        self._reader = Worker(f"{name} (reader)", self._answer, database.close_reader)
+        self._writer = Worker(f"{name} (writer)", self._commit, database.close_writer, inline=inline)
+        self._reader = Worker(f"{name} (reader)", self._answer, database.close_reader, inline=inline)
 
     async def open(self) -> None:
         if self._existing:

@@ -21,16 +21,23 @@ class SqliteStore(SqlStore):
 
     With `existing` it is opened to look at it: it has to be a store, nothing is made in it, and it may be
     read-only. A write that waits longer than `busy_timeout` seconds for another process raises `RetryLater`.
-    Candles lie beside it, in the directory `<path>.candles`. `disk` is where tests put one that fails.
+    Candles lie beside it, in the directory `<path>.candles`. `disk` makes every call of the operating system that
+    SQLite does not make itself; `inline` has the thread of the caller use the database, instead of two of its own.
     """
 
     def __init__(
-        self, path: str | Path, *, busy_timeout: float = 10.0, existing: bool = False, disk: Disk | None = None
+        self,
+        path: str | Path,
+        *,
+        busy_timeout: float = 10.0,
+        existing: bool = False,
+        disk: Disk | None = None,
+        inline: bool = False,
     ) -> None:
         self._file = SqliteFile(Path(path).absolute(), busy_timeout, existing=existing, disk=disk)
         self._files = FileStore(f"{self.path}.candles", existing=existing)
         self.candles = self._files.candles
-        super().__init__(Threads(f"SQLite store {self.path}", self._file, existing=existing))
+        super().__init__(Threads(f"SQLite store {self.path}", self._file, existing=existing, inline=inline))
 
     @property
     def path(self) -> Path:
