@@ -90,6 +90,11 @@ async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Receiver]:
     """Where sinks send to, and try again soon if they must."""
     monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.002)
     monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 0.02)
-    monkeypatch.setattr(delivery, "DRAIN_S", 0.5)
     async with receiving() as receiver:
         yield receiver
+
+
+@pytest.fixture
+def short_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a sink that takes nothing: closing need not wait for it."""
+    monkeypatch.setattr(delivery, "DRAIN_S", 0.2)

@@ -43,7 +43,7 @@ class Receiver:
         return [str(each["notificationId"]) for each in self.got]
 
     async def until(self, true: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not true():
                 await asyncio.sleep(0.002)
 

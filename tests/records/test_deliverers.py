@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,6 @@ from tests.records.receiver import SECRET, Receiver, hook
 from tests.records.stores import MONGO, SHARED, address_on
 
 import backtest_kit as bk
-from backtest_kit.persist import lease
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.records import delivery, sinks
 from backtest_kit.records.notification import Notification
@@ -45,7 +45,8 @@ async def test_of_two_processes_with_one_sink_one_delivers_what_both_tell(
     assert len(receiver.ids) == len(set(receiver.ids)) == 11
 
 
-async def test_sinks_of_one_name_that_send_elsewhere_have_a_place_each(tmp_path: Path, receiver: Receiver) -> None:
+@pytest.mark.usefixtures("short_drain")
+async def test_sinks_of_one_name_that_send_elsewhere_are_two(tmp_path: Path, receiver: Receiver) -> None:
     receiver.status = lambda body: 503 if body["chat_id"] == 2 else 200
 
     def bot(chat_id: int) -> bk.Kit:
@@ -73,10 +74,10 @@ async def test_sinks_of_one_name_that_send_elsewhere_have_a_place_each(tmp_path:
 
 
 @pytest.mark.parametrize("store", SHARED)
+@pytest.mark.usefixtures("short_drain")
 async def test_a_process_that_cannot_deliver_lets_another_one_try(
     store: str, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "DEFAULT_TTL", 0.6)
     monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.2)
     monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 30.0)
     tried, told = list[str](), list[str]()
@@ -99,6 +100,13 @@ async def test_a_process_that_cannot_deliver_lets_another_one_try(
     await one.close()
 
 
+def start(address: str, place: Path, receiver: Receiver, count: int, fatal: str = "") -> subprocess.Popen[bytes]:
+    """A process that delivers, and kills itself between handing over `fatal` and marking it."""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+    command = [sys.executable, str(PROGRAM), address, str(place), receiver.url, str(count), fatal]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+
+
 @pytest.mark.parametrize("store", SHARED)
 async def test_another_process_goes_on_where_a_killed_one_was(store: str, tmp_path: Path, receiver: Receiver) -> None:
     """The one that is killed is in the middle of a delivery: that one comes again, and no other."""
@@ -111,27 +119,46 @@ async def test_another_process_goes_on_where_a_killed_one_was(store: str, tmp_pa
             await asyncio.Event().wait()
 
     receiver.before = until_killed
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
-    killed = subprocess.Popen(
-        [sys.executable, PROGRAM, address, tmp_path, receiver.url, "4"], env={**os.environ, "PYTHONPATH": path}
-    )
+    killed = start(address, tmp_path, receiver, 4)
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await held.wait()
-    except BaseException:
+        assert [each["signalId"] for each in receiver.got] == ["s-0", "s-1"]
+        receiver.before = None
+        kit = kit_on(address, tmp_path)
+        kit.records.notification.sink(hook(receiver))
+        await kit.records.begin("live")
+        await observe(kit, [opened("own", 9)])
+    finally:
         killed.kill()
-        raise
-    assert [each["signalId"] for each in receiver.got] == ["s-0", "s-1"]
-    receiver.before = None
-    kit = kit_on(address, tmp_path)
-    kit.records.notification.sink(hook(receiver))
-    await kit.records.begin("live")
-    await observe(kit, [opened("own", 9)])
-    killed.kill()
+        killed.wait()
     await receiver.until(lambda: len(receiver.got) == 5)
-    killed.wait()
     await kit.close()
     assert [each["signalId"] for each in receiver.got] == ["s-0", "s-1", "s-2", "s-3", "own"]
+
+
+async def test_what_was_handed_over_and_not_marked_comes_again_and_nothing_else_does(
+    shared_address: str, tmp_path: Path, receiver: Receiver
+) -> None:
+    killed, other = start(shared_address, tmp_path, receiver, 4, "s-2"), None
+    try:
+        async with asyncio.timeout(60):
+            assert await asyncio.to_thread(killed.wait) == -signal.SIGKILL
+        assert [each["signalId"] for each in receiver.got] == ["s-0", "s-1", "s-2"]
+        other = start(shared_address, tmp_path, receiver, 5)
+        await receiver.until(lambda: len(receiver.got) == 6)
+    finally:
+        for process in filter(None, (killed, other)):
+            process.kill()
+            process.wait()
+    assert [each["signalId"] for each in receiver.got] == ["s-0", "s-1", "s-2", "s-2", "s-3", "s-4"]
+    kit = kit_on(shared_address, tmp_path)
+    kit.records.notification.sink(hook(receiver))
+    await observe(kit, [opened("last", 9)])
+    await receiver.until(lambda: receiver.got[-1]["signalId"] == "last")
+    await kit.close()
+    rest = [each["signalId"] for each in receiver.got[6:]]
+    assert rest in (["last"], ["s-4", "last"]), "the second process was killed as well, before its last mark or after"
 
 
 async def test_what_comes_in_late_is_not_lost_with_the_process_that_delivers(

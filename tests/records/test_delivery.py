@@ -16,9 +16,9 @@ from tests.records.receiver import SECRET, Receiver, hook
 
 import backtest_kit as bk
 from backtest_kit.errors import UserError
-from backtest_kit.records import delivery, sinks
+from backtest_kit.records import attempt, outbox, sinks
+from backtest_kit.records.attempt import in_thread
 from backtest_kit.records.notification import Notification, notification_of
-from backtest_kit.records.threaded import never_in_the_way
 
 
 async def test_notifications_arrive_once_and_in_order(kit: bk.Kit, receiver: Receiver) -> None:
@@ -31,7 +31,7 @@ async def test_notifications_arrive_once_and_in_order(kit: bk.Kit, receiver: Rec
     assert receiver.ids == [each.notification_id for each in reversed(told)]
     assert len(set(receiver.ids)) == 20
     assert receiver.got[0]["key"] == receiver.ids[0]
-    assert receiver.got[0]["text"].endswith("opened long at 100, take 110, stop 90")
+    assert receiver.got[0]["text"].endswith("opened long 50 from 100, take profit 110, stop loss 90")
 
 
 async def test_what_was_told_before_a_sink_was_there_is_not_for_it(kit: bk.Kit, receiver: Receiver) -> None:
@@ -44,6 +44,7 @@ async def test_what_was_told_before_a_sink_was_there_is_not_for_it(kit: bk.Kit, 
     assert receiver.got[0]["kind"] == "closed"
 
 
+@pytest.mark.usefixtures("short_drain")
 async def test_a_dead_receiver_loses_nothing_over_a_restart(
     shared_address: str, tmp_path: Path, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -72,7 +73,7 @@ async def test_a_dead_receiver_loses_nothing_over_a_restart(
 async def test_a_dead_receiver_keeps_nothing_in_memory(
     kit: bk.Kit, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "CHUNK", 8)
+    monkeypatch.setattr(outbox, "CHUNK", 8)
     receiver.status = lambda body: 500
     kit.records.notification.sink(hook(receiver))
     for number in range(100):
@@ -95,6 +96,7 @@ async def test_a_refusal_for_good_does_not_stop_the_rest(
     assert "refused for good" in caplog.text
 
 
+@pytest.mark.usefixtures("short_drain")
 async def test_a_receiver_that_hangs_stops_neither_the_trading_nor_the_closing(
     kit: bk.Kit, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,10 +107,10 @@ async def test_a_receiver_that_hangs_stops_neither_the_trading_nor_the_closing(
 
     kit.records.notification.sink(hang, name="hanging")
     kit.records.notification.sink(hook(receiver))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await observe(kit, [opened("s-1")])
+        await receiver.until(lambda: len(receiver.got) == 1)
         await kit.close()
-    assert len(receiver.got) == 1
     assert "sink hanging: not everything was delivered" in caplog.text
 
 
@@ -143,7 +145,7 @@ async def test_a_sink_that_cannot_be_closed_costs_no_line_of_the_log(
     leave: Callable[[], Any],
     said: str,
 ) -> None:
-    monkeypatch.setattr(delivery, "GRACE_S", 0.01)
+    monkeypatch.setattr(attempt, "GRACE_S", 0.01)
     kit = kit_on("file:{place}/dump", tmp_path)
     kit.records.notification.sink(Leaving(leave))
     kit.records.notification.sink(hook(receiver))
@@ -202,10 +204,11 @@ async def test_a_sink_that_never_answers_is_cancelled_and_tried_again(
     assert not [task for task in asyncio.all_tasks() if "hanging" in task.get_name()]
 
 
+@pytest.mark.usefixtures("short_drain")
 async def test_a_sink_that_does_not_end_when_it_is_cancelled_is_not_begun_twice(
     kit: bk.Kit, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(delivery, "GRACE_S", 0.005)
+    monkeypatch.setattr(attempt, "GRACE_S", 0.005)
     kit.set_config(CC_MAX_NOTIFICATION_DELIVERY_SECONDS=0.01)
     gate, begun, told = asyncio.Event(), list[str](), list[str]()
 
@@ -295,7 +298,7 @@ async def test_what_a_thread_does_in_the_moment_in_which_it_is_given_up_is_done(
         assert gate.wait(20)
         return "taken"
 
-    deliver: Any = never_in_the_way(slow)
+    deliver: Any = in_thread(slow)
     notification = notification_of(opened("s-1"))
     assert notification is not None
     giving_up = asyncio.create_task(deliver(notification))
@@ -339,7 +342,7 @@ async def test_telegram_gets_the_text(kit: bk.Kit, receiver: Receiver) -> None:
     await kit.close()
     (got,) = receiver.got
     assert (got["path"], got["chat_id"]) == (f"/bot{SECRET}/sendMessage", 42)
-    assert "take profit at 110, +9.50 %" in got["text"]
+    assert "closed long at 110, take profit: +9.50 %" in got["text"]
 
 
 async def test_telegram_gets_the_beginning_of_what_is_too_long_for_it(kit: bk.Kit, receiver: Receiver) -> None:
@@ -361,6 +364,27 @@ async def test_telegram_loses_nothing_while_its_chat_is_unknown(kit: bk.Kit, rec
     receiver.status = lambda body: 200
     await receiver.until(lambda: len(receiver.got) == 2)
     await kit.close()
+
+
+async def test_any_service_of_apprise_gets_the_text_and_no_log_its_address(
+    kit: bk.Kit, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("", "apprise", "urllib3"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    receiver.status = lambda body: 503 if receiver.asked < 3 else 200
+    sink = sinks.apprise(f"json://user:{SECRET}@127.0.0.1:{receiver.port}/{SECRET}?token={SECRET}")
+    assert repr(sink) == "AppriseSink('json')"
+    kit.records.notification.sink(sink)
+    failed = bk.RunFailed(identity=IDENTITY, when_ms=NOON_MS, error=RuntimeError("no margin"))
+    await observe(kit, [opened("s-1"), failed])
+    await receiver.until(lambda: len(receiver.got) == 2)
+    await kit.close()
+    assert [each["type"] for each in receiver.got] == ["info", "failure"]
+    assert receiver.got[0]["message"].endswith("opened long at 100, take 110, stop 90")
+    assert "sink json: attempt 1 failed: JSON did not take it" in caplog.text
+    assert SECRET not in caplog.text
+    logging.getLogger("apprise").warning("of somebody else")
+    assert "of somebody else" in caplog.text, "only what is logged for a sink is silenced"
 
 
 async def test_a_function_that_blocks_stops_no_trading(kit: bk.Kit, receiver: Receiver) -> None:
@@ -400,6 +424,10 @@ def test_what_is_no_sink_is_refused(tmp_path: Path) -> None:
     assert SECRET not in str(error.value)
     with pytest.raises(UserError, match="chat"):
         sinks.telegram(SECRET, "")
+    for address in (SECRET, f"nowhere://{SECRET}", f"discord://{SECRET}"):
+        with pytest.raises(UserError, match="apprise cannot use the address of sink") as error:
+            sinks.apprise(address)
+        assert SECRET not in str(error.value)
     sink = sinks.webhook(f"https://user:{SECRET}@example.com/{SECRET}?token={SECRET}")
     assert repr(sink) == "HttpSink('webhook', 'example.com')"
     notifications.sink(sink)

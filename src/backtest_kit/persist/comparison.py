@@ -12,7 +12,7 @@ import msgspec
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import iso
 from backtest_kit.persist import walk
-from backtest_kit.persist.contracts import CONTRACTS, Contract
+from backtest_kit.persist.contracts import MOVED, Contract
 from backtest_kit.persist.operations import text_of
 from backtest_kit.persist.store import Capability, Record, Store
 from backtest_kit.persist.walk import Part
@@ -90,7 +90,7 @@ class _Pair:
 
 
 async def _compare_records(source: Store, target: Store, part: Part, pair: _Pair) -> None:
-    row = CONTRACTS[part.contract]
+    row = MOVED[part.contract]
     async with aclosing(walk.records(source, part)) as mine, aclosing(walk.records(target, part)) as theirs:
         async for here, there in _side_by_side(mine, theirs):
             contents = [None if record is None else walk.content_of(record) for record in (here, there)]

@@ -143,9 +143,14 @@ process, not about a strategy, so it is never migrated or bound by itself, but i
 writes it guards."""
 
 CLAIM: Final = Contract("claim", ("kind", "name"), _S, _R, _NEVER, _RECORD, keep=Keep(days=1))
-"""Which process does what only one may do at a time and no money depends on: replay a run, deliver to a sink. Like a
-lease it never moves; one of a process that died with its machine means nothing, so it need not be on the disk. Its
-holder renews it every minute, so a day is enough."""
+"""Which process does what only one may do at a time and no money depends on: replay a run. Like a lease it never
+moves; one of a process that died with its machine means nothing, so it need not be on the disk. Its holder renews it
+every minute, so a day is enough."""
+
+_HANDED = ("sink", "notificationId")
+DELIVERY: Final = Contract("delivery", _HANDED, _FEED, _R, _NEVER, _RECORD, keep=Keep("CC_RETENTION_NOTIFICATION_DAYS"))
+"""Which notification was handed to which sink, and which process is doing so, see `records.outbox`. It lies with the
+notifications and moves with them. Written after its notification, it is never forgotten before that."""
 
 MIGRATION: Final = Contract("migration", ("name",), _S, _R, _NULL, _MONEY)
 """How far `persist.migration` has come with filling this store: what the target of a migration keeps of it until it
@@ -161,8 +166,10 @@ HISTORY: Final = Contract("history", _REVISION, _FEED, _R, _NEVER, _RECORD, keep
 """Revisions of records that were replaced, see `persist.history`. They count the revisions of one store, so they stay
 in it: a migration does not take them along."""
 
-_INTERNAL: Final = {row.name: row for row in (LEASE, CLAIM, MIGRATION, STORE_ID, HISTORY)}
+_INTERNAL: Final = {row.name: row for row in (LEASE, CLAIM, DELIVERY, MIGRATION, STORE_ID, HISTORY)}
 
+MOVED: Final[Mapping[str, Contract]] = ChainMap({DELIVERY.name: DELIVERY}, CONTRACTS)
+"""What a migration moves, by name: the contracts of the user come first."""
 ALL_CONTRACTS: Final[Mapping[str, Contract]] = ChainMap(_INTERNAL, CONTRACTS)
 """Whatever may lie in a store, by name: first the contracts of the user, then what stores keep for themselves."""
 

@@ -24,7 +24,7 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import iso
 from backtest_kit.persist import walk
 from backtest_kit.persist.codec import dump_value
-from backtest_kit.persist.contracts import CONTRACTS, MIGRATION, MIGRATION_KEY
+from backtest_kit.persist.contracts import MIGRATION, MIGRATION_KEY, MOVED
 from backtest_kit.persist.lease import require_idle
 from backtest_kit.persist.operations import EVER, spaces, text_of
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Store, Write
@@ -173,7 +173,7 @@ async def _beginning(source: Store, target: Store, part: Part) -> int:
         async for there in theirs:
             here = await anext(mine, None)
             if here is None or walk.content_of(here) != walk.content_of(there):
-                _refuse(part, text_of(CONTRACTS[part.contract], there.key))
+                _refuse(part, text_of(MOVED[part.contract], there.key))
             count += 1
     return count
 
@@ -257,7 +257,7 @@ class _Work:
         self._complete = complete
         self._parts = parts
         self._on_progress = on_progress
-        self._moved = {name: Moved(name) for name in CONTRACTS}
+        self._moved = {name: Moved(name) for name in MOVED}
         for item in complete.values():
             self._moved[item.part.contract].present += item.count
         self._marks = {part: item.mark for part, item in complete.items()}
@@ -326,7 +326,7 @@ class _Work:
 
     async def _copy_records(self, number: int, part: Part, present: int) -> int:
         """Copy the records behind the first ones; returns how many."""
-        row, space = CONTRACTS[part.contract], walk.space_of(self._target, part.namespace)
+        row, space = MOVED[part.contract], walk.space_of(self._target, part.namespace)
         expect: Expect = ABSENT if Capability.COMPARE_AND_SET in space.capabilities else ANY
         waiting: list[Write] = []
         position = copied = size = 0

@@ -17,7 +17,7 @@ import numpy as np
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import INTERVAL_MS, MINUTE_MS
 from backtest_kit.persist.codec import dump_value
-from backtest_kit.persist.contracts import CONTRACTS, Kind
+from backtest_kit.persist.contracts import MOVED, Kind
 from backtest_kit.persist.operations import EVER, spaces
 from backtest_kit.persist.store import Capability, Record, SeriesKey, Store, Write
 from backtest_kit.persist.writing import now_ms
@@ -28,7 +28,7 @@ BATCH_BYTES: Final = 2 << 20
 a list of small numbers is six times as long there."""
 _CANDLES_AT_A_TIME: Final = 525_600
 """A year of minutes, 25 MB."""
-_ORDER: Final = {name: place for place, name in enumerate(CONTRACTS)}
+_ORDER: Final = {name: place for place, name in enumerate(MOVED)}
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -57,7 +57,7 @@ async def parts(store: Store, *, candles: bool = True) -> list[Part]:
     """
     found: list[Part] = []
     for namespace, space in await spaces(store):
-        for row in CONTRACTS.values():
+        for row in MOVED.values():
             if row.kind is not Kind.SERIES:
                 found.append(Part(namespace, row.name))
             elif candles:
@@ -75,7 +75,7 @@ def space_of(store: Store, namespace: Iterable[str]) -> Store:
 async def records(store: Store, part: Part, *, last: bool = False) -> AsyncGenerator[Record]:
     """The records of a part, removed ones included; with `last`, only the one that was written last."""
     found = space_of(store, part.namespace).scan(
-        CONTRACTS[part.contract], limit=1 if last else None, newest_first=last, include_removed=True
+        MOVED[part.contract], limit=1 if last else None, newest_first=last, include_removed=True
     )
     try:
         async for record in found:

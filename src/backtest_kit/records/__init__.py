@@ -13,13 +13,12 @@ from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.model.event import Event, Identity, Mode
 from backtest_kit.model.interval import to_ms
 from backtest_kit.records import sinks as sinks
-from backtest_kit.records.delivery import Deliveries
+from backtest_kit.records.delivery import Deliveries, Notifications
 from backtest_kit.records.housekeeping import Housekeeping
 from backtest_kit.records.interval import Windows
 from backtest_kit.records.log import Log, Logs, LogWriter
 from backtest_kit.records.measure import Measure
 from backtest_kit.records.memory import Memory, Shelves
-from backtest_kit.records.notification import Notifications
 from backtest_kit.records.record_writer import RecordWriter
 from backtest_kit.records.scope import Scope, Turns, Written, check_texts, strategy_owner
 from backtest_kit.records.session import Session

@@ -1,0 +1,206 @@
+"""`Outbox`: which notifications still have to be handed to one sink, and which process hands over the next one.
+
+Each notification has a record for each sink (contract `delivery`): a claim, made by compare-and-set before the sink is
+called, and a mark when the sink took it.
+
+- What has no mark is handed over, oldest first and one at a time. Of several processes with the store and the sink, one
+  claims the oldest; the others wait for its mark.
+- A process that dies between handing over and marking leaves its claim. Another process takes that over: immediately if
+  the first one was on the same machine, otherwise after watching the claim unchanged for its whole `ttl`, on its own
+  monotonic clock, as with leases. So a notification can be delivered twice and is never lost.
+- When a sink is first added, the newest notifications there are get a mark, and then a record says that it was added.
+- Nobody reads all notifications at a start. Sinks get them in order, so reading newest first ends when `LOOKBACK` in a
+  row have a mark: whatever is older has one too, or was never for this sink. The `LOOKBACK` are there for notifications
+  that a server shows late, when two processes write at the same time. One that was replaced by id has moved to the
+  newest end: its mark holds, so it is not delivered again, but it says nothing about its neighbours and does not count.
+- Marks move with the notifications and are forgotten with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Final
+
+import msgspec
+
+from backtest_kit.errors import Conflict
+from backtest_kit.persist.codec import decode_as, encode
+from backtest_kit.persist.contracts import DELIVERY
+from backtest_kit.persist.holder import Holder, is_gone, this_process
+from backtest_kit.persist.lease import Clock, keeps_claims
+from backtest_kit.persist.store import Key, Record, Store, Write
+from backtest_kit.persist.writing import now_ms
+from backtest_kit.records.notification import NOTIFICATION
+from backtest_kit.records.scope import expectation
+from backtest_kit.records.state import STATE
+
+CHUNK: Final = 256
+"""How many notifications wait in memory at most; the others wait in the store."""
+LOOKBACK: Final = 64
+SETTLE_S: Final = 15.0
+"""For how long a notification can still show up behind newer ones: longer than a store retries a write."""
+OWNER: Final = "notification sinks"
+"""The owner of the state that says which sinks were added. No signal has this id."""
+
+
+class Mark(msgspec.Struct, frozen=True, rename="camel"):
+    """What is stored of a notification and a sink."""
+
+    delivered_rev: int = 0
+    """The revision of the notification that the sink took; 0 until then."""
+    holder: Holder | None = None
+    """The process that is handing it over."""
+
+
+class Pending(msgspec.Struct):
+    """A notification that has to be handed over."""
+
+    record: Record
+    mark: Record | None
+    """What is stored of it and this sink."""
+
+
+class Outbox:
+    """What waits for one sink in one mode."""
+
+    def __init__(
+        self, notifications: Store, states: Store, sink: str, added_ms: int, clock: Clock | None = None
+    ) -> None:
+        self._store = notifications
+        self._states = states
+        self._sink = sink
+        self._added_ms = added_ms
+        self._is_added = False
+        self._me: Final = this_process(0)
+        self._clock = clock or Clock()
+        self._claimed: Key | None = None
+        self._watched: tuple[Key, int, float] = ((), 0, 0.0)
+        """A claim of another process, its revision, and since when this process has seen it so."""
+        self._known: dict[Key, int] = {}
+        """What of the newest has a mark, and which revision of it was delivered."""
+        self._settled_at = math.inf
+        """From when on a look at the newest notification tells whether there is anything to hand over."""
+        self.is_shared: Final = keeps_claims(notifications)
+        """Whether other processes can write notifications for this sink, and hand them over."""
+
+    async def add(self) -> None:
+        """Add the sink to the store, unless it was added before, here or in another process. Raises as `Store.put`."""
+        name = (OWNER, self._sink)
+        if self._is_added or await self._states.get(STATE, name) is not None:
+            self._is_added = True
+            return
+        older: list[Record] = []
+        async for record in self._store.scan(NOTIFICATION, newest_first=True):
+            # What was written since is for the sink, even if the store could not be reached until now.
+            if record.written_at < self._added_ms:
+                older.append(record)
+            if len(older) == LOOKBACK:
+                break
+        # Again, now that those are read: another process that has added the sink since may have written one of them.
+        if await self._states.get(STATE, name) is None:
+            marks = [self._write(Pending(record, None), Mark(record.rev)) for record in older]
+            added = Write(STATE, name, {"addedMs": self._added_ms}, expect=expectation(self._states, None))
+            # The marks first: a sink counts as added once nothing older than it can be taken for undelivered.
+            for result in [*await self._store.put_each(marks), *await self._states.put_each([added])]:
+                if isinstance(result, BaseException) and not isinstance(result, Conflict):
+                    raise result
+        self._is_added = True
+
+    async def pending(self) -> list[Pending]:
+        """The oldest notifications that the sink has not got, oldest first. Raises as `Store.scan`."""
+        now = self._clock.now()
+        if now > self._settled_at and await self._walk(1, limit=1) == []:
+            return []
+        found = await self._walk(LOOKBACK, limit=2 * LOOKBACK)
+        if found is None:  # a long backlog: listing everything is expensive, so it comes last
+            found = await self._walk(LOOKBACK, limit=None)
+        if found or self._settled_at == math.inf:
+            self._settled_at = now + SETTLE_S
+        return found or []
+
+    async def _walk(self, lookback: int, *, limit: int | None) -> list[Pending] | None:
+        """What has no mark among the newest `limit`, oldest first; None if there may be more behind them."""
+        oldest: deque[Pending] = deque(maxlen=CHUNK)
+        delivered = seen = 0
+        async for record in self._store.scan(NOTIFICATION, newest_first=True, limit=limit):
+            seen += 1
+            key = self._key(record)
+            mark = None if key in self._known else await self._store.get(DELIVERY, key)
+            delivered_rev = self._known.get(key) or _mark(mark).delivered_rev
+            if not delivered_rev:
+                delivered = 0
+                oldest.append(Pending(record, mark))
+                continue
+            self._remember(key, delivered_rev)
+            delivered += delivered_rev == record.rev
+            if delivered == lookback:
+                return list(reversed(oldest))
+        return list(reversed(oldest)) if seen != limit else None
+
+    async def claim(self, pending: Pending, ttl_s: float) -> bool:
+        """Make this process the one that hands it over, within `ttl_s`. False if another one is doing so.
+
+        Raises as `Store.put`.
+        """
+        if not self.is_shared:
+            return True
+        holder = _mark(pending.mark).holder
+        if pending.mark is not None and holder is not None and self._lives(pending.mark, holder):
+            return False
+        self._claimed = self._key(pending.record)  # before the write, which may take place although it fails
+        me = msgspec.structs.replace(self._me, since=now_ms(), ttl_ms=round(ttl_s * 1000))
+        try:
+            pending.mark = await self._store.put(self._write(pending, Mark(holder=me)))
+        except Conflict:
+            self._claimed = None
+            return False
+        return True
+
+    async def delivered(self, pending: Pending) -> None:
+        """The sink took it, or does not want it. Raises as `Store.put`."""
+        try:
+            await self._store.put(self._write(pending, Mark(pending.record.rev)))
+        except Conflict:
+            return  # another process took the claim over meanwhile: the next look shows how far it is
+        self._claimed = None
+        self._remember(self._key(pending.record), pending.record.rev)
+
+    async def release(self) -> None:
+        """Let another process hand over what this one has claimed. Raises as `Store.put`."""
+        if self._claimed is None:
+            return
+        # Read anew: the outcome of the last write may be unknown.
+        found = await self._store.get(DELIVERY, self._claimed)
+        holder = _mark(found).holder
+        if found is not None and holder is not None and holder.owner == self._me.owner:
+            expect = expectation(self._store, found)
+            await self._store.put(Write(DELIVERY, found.key, encode(Mark()), expect=expect))
+        self._claimed = None
+
+    def _lives(self, mark: Record, holder: Holder) -> bool:
+        """Whether another process is handing it over, as far as this one can tell."""
+        if holder.owner == self._me.owner or is_gone(holder):
+            return False
+        key, rev, since = self._watched
+        if (key, rev) != (mark.key, mark.rev):
+            since = self._clock.now()
+            self._watched = (mark.key, mark.rev, since)
+        return self._clock.now() - since < holder.ttl_ms / 1000
+
+    def _remember(self, key: Key, delivered_rev: int) -> None:
+        self._known.pop(key, None)
+        self._known[key] = delivered_rev
+        if len(self._known) > 4 * LOOKBACK:
+            del self._known[next(iter(self._known))]
+
+    def _key(self, record: Record) -> Key:
+        return self._sink, str(record.key[1])
+
+    def _write(self, pending: Pending, mark: Mark) -> Write:
+        expect = expectation(self._store, pending.mark)
+        return Write(DELIVERY, self._key(pending.record), encode(mark), expect=expect)
+
+
+def _mark(record: Record | None) -> Mark:
+    return Mark() if record is None else decode_as(Mark, record.value)
