@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from backtest_kit.errors import Conflict, OutOfSpace, RetryLater
-from backtest_kit.persist.binding import Mode, Persistence
+from backtest_kit.model.identity import Mode
+from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.store import ABSENT, Key, Plain, Write
 
