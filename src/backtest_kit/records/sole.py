@@ -12,13 +12,16 @@ from backtest_kit.persist.holder import is_neighbour
 from backtest_kit.persist.lease import claim, keeps_claims
 from backtest_kit.persist.possession import release_quietly, renew_forever
 from backtest_kit.persist.store import Store
+from backtest_kit.seams import SYSTEM, Seams
 
 TTL_S: Final = 60.0
 """A thousand runs at once would have much to renew if it were shorter."""
 
 
 @asynccontextmanager
-async def undisturbed(store: Store, run_id: str, identity: Identity) -> AsyncIterator[asyncio.Task[None] | None]:
+async def undisturbed(
+    store: Store, run_id: str, identity: Identity, seams: Seams = SYSTEM
+) -> AsyncIterator[asyncio.Task[None] | None]:
     """Have the run of a strategy on a symbol to oneself: two would overwrite each other's records.
 
     What it yields raises `Conflict` when that is over. It is None where no other process could have the run, because
@@ -39,6 +42,7 @@ async def undisturbed(store: Store, run_id: str, identity: Identity) -> AsyncIte
             what=f"run {run_id!r} of strategy {identity.strategy_name!r} for {identity.symbol}",
             doing="is under way in",
             ttl=TTL_S,
+            seams=seams,
             watches=lambda holder: not is_neighbour(holder),  # who lives beside us does not end in the next moment
             remedy="two at once would overwrite each other's records; wait for it, or choose another run_id",
         )
