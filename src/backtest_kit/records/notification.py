@@ -42,13 +42,13 @@ NOTIFICATION: Final = CONTRACTS["notification"]
 
 
 class Notification(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """One thing that somebody should hear of. The same event always makes the same one, with the same id."""
+    """One thing that people should know. The same event always makes the same one, with the same id."""
 
     notification_id: str
     kind: str
     """What happened, as `Event.action` says it: opened, closed, changed, scheduled, cancelled, rejected, failed, ..."""
     severity: Severity
-    """An alarm wants somebody to look now; a warning says that something was refused."""
+    """An alarm needs a look now; a warning says that something was refused."""
     mode: Mode
     symbol: str
     strategy_name: str
@@ -71,7 +71,7 @@ class Notification(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 def notification_of(event: Event) -> Notification | None:
-    """What is told of `event`, or None if that is nothing to disturb people with."""
+    """The notification of `event`, or None if people need not know of it."""
     match event:
         case EntryScheduled():
             entry = event.entry
@@ -107,7 +107,7 @@ def notification_of(event: Event) -> Notification | None:
 
 
 def _of_trading(event: Event) -> Notification | None:
-    """What is told of what only happens live and on paper: to the run, its orders, its store and its venue."""
+    """The same for what only happens live and on paper: to the run, its orders, its store and its exchange."""
     match event:
         case Recovered():
             held = "with a position" if event.position is not None else "with an entry" if event.entry else "flat"
@@ -142,7 +142,7 @@ def _of_trading(event: Event) -> Notification | None:
 
 
 def notification_writes(events: Iterable[Event]) -> list[Write]:
-    """One write for each event that is told, which does nothing if it was told before."""
+    """One write for each event that has a notification. It does nothing if that was written before."""
     told = filter(None, map(notification_of, events))
     return [
         Write(NOTIFICATION, (each.mode == "backtest", each.notification_id), encode(each), each.when_ms, ABSENT)
@@ -160,13 +160,13 @@ def _about(
     reason: str = "",
     state: str = "",
 ) -> Notification:
-    """`state` tells apart what may happen several times in one minute."""
+    """`state` separates what can happen several times in one minute."""
     identity = event.identity
-    # Whatever is not of one signal is of the run; the minute tells two of them apart.
+    # What does not belong to a signal belongs to the run; the minute separates two of them.
     names = (identity.strategy_name, identity.exchange_name, identity.symbol)
     whose = signal_id or "-".join(names)
     minute = floor_ms(event.when_ms, MINUTE_MS)
-    # With the names in it: those of another run may read the same once they are joined.
+    # With the names in it: those of another run can be the same text once they are joined.
     detail = f"-{crc32(f'{names} {what} {state}'.encode()):08x}" if state or not signal_id else ""
     return Notification(
         notification_id=f"{whose}-{event.action}-{minute}{detail}",
