@@ -100,7 +100,7 @@ async def test_events_that_come_again_change_nothing(kit: bk.Kit) -> None:
     await observe(kit, events[1:])
     assert (await kit.records.storage.list(), await kit.records.notification.list()) == before
     assert [each.kind for each in before[1]] == ["closed", "opened"]
-    assert "take profit at 110, +9.50 %" in before[1][0].text
+    assert "closed long at 110, take profit: +9.50 %" in before[1][0].text
 
 
 async def test_changes_of_one_minute_are_told_apart(kit: bk.Kit) -> None:
@@ -223,7 +223,9 @@ def test_no_read_shows_what_came_later(steps: list[tuple[str, int, bool]]) -> No
 def test_a_notification_says_what_it_was_traded_with(mode: Mode) -> None:
     told = notification_of(opened("s-1", 1, bk.Identity("BTCUSDT", "trend", "binance", "", mode)))
     assert told is not None
-    assert told.text == f"2024-06-01T12:01Z {mode} BTCUSDT trend: opened long at 100, take 110, stop 90"
+    assert (
+        told.text == f"2024-06-01T12:01Z {mode} BTCUSDT trend: opened long 50 from 100, take profit 110, stop loss 90"
+    )
 
 
 def test_runs_whose_names_read_alike_have_news_of_their_own() -> None:
