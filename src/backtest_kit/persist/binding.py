@@ -15,6 +15,7 @@ from backtest_kit.persist.history import RevisionStore, check_history
 from backtest_kit.persist.store import Capability, Store, Write
 from backtest_kit.persist.upkeep import Reading
 from backtest_kit.persist.urls import store_at
+from backtest_kit.seams import SYSTEM, Seams
 
 Mode = Literal["live", "paper", "backtest"]
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
@@ -56,8 +57,10 @@ class Persistence:
         *,
         files: Callable[[], Store] | None = None,
         environ: Mapping[str, str] | None = None,
+        seams: Seams = SYSTEM,
     ) -> None:
-        """`files` makes the file store, when it is first needed; by default the one at `./dump`.
+        """`files` makes the file store, when it is first needed; by default the one at `./dump`. `seams` are those of
+        the leases that are taken in the stores.
 
         Raises:
             UserError: `CC_STORE` in `environ` is not the address of a store.
@@ -66,6 +69,7 @@ class Persistence:
             Home.FILE: files or (lambda: store_at("file:./dump")),
             Home.MEMORY: lambda: store_at("memory:"),
         }
+        self.seams: Final = seams
         self._homes: dict[Home, Store] = {}
         self._bindings: dict[tuple[str, Mode | None], Store] = {}
         self._namespaces: dict[tuple[int, str], Store] = {}

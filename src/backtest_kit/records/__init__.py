@@ -212,8 +212,9 @@ class RunRecords:
             Conflict: another process replays it; `take_breath` raises that once the run is lost to one.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
-        store = self._persistence().store_for(STATE, "backtest", history=False)
-        async with exclusive_run(store, str(self.run_id), self._identity) as self._keeper:
+        persistence = self._persistence()
+        store = persistence.store_for(STATE, "backtest", history=False)
+        async with exclusive_run(store, str(self.run_id), self._identity, persistence.seams) as self._keeper:
             yield
 
     def urge(self, events: Sequence[Event]) -> None:

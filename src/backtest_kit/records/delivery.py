@@ -154,6 +154,7 @@ class Deliveries:
                     persistence.store_for(STATE, mode, history=False),
                     route.key,
                     route.added_ms,
+                    persistence.seams,
                 )
                 try:
                     await outbox.add()

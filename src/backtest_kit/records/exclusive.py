@@ -12,13 +12,16 @@ from backtest_kit.persist.holder import is_neighbour
 from backtest_kit.persist.lease import claim, keeps_claims
 from backtest_kit.persist.possession import release_quietly, renew_forever
 from backtest_kit.persist.store import Store
+from backtest_kit.seams import SYSTEM, Seams
 
 TTL_S: Final = 60.0
 """Long, because a thousand runs at once have much to renew."""
 
 
 @asynccontextmanager
-async def exclusive_run(store: Store, run_id: str, identity: Identity) -> AsyncIterator[asyncio.Task[None] | None]:
+async def exclusive_run(
+    store: Store, run_id: str, identity: Identity, seams: Seams = SYSTEM
+) -> AsyncIterator[asyncio.Task[None] | None]:
     """Own the run of a strategy on a symbol: two processes would overwrite each other's records.
 
     The task that it yields raises `Conflict` when the run is lost. It is None where no other process can have the run,
@@ -39,6 +42,7 @@ async def exclusive_run(store: Store, run_id: str, identity: Identity) -> AsyncI
             what=f"run {run_id!r} of strategy {identity.strategy_name!r} for {identity.symbol}",
             doing="is under way in",
             ttl=TTL_S,
+            seams=seams,
             watches=lambda holder: not is_neighbour(holder),  # one on this machine does not end in the next moment
             remedy="two at once would overwrite each other's records; wait for it, or choose another run_id",
         )

@@ -30,7 +30,7 @@ class StoredBooks:
 
     def __init__(self, persistence: Persistence, mode: Mode, scope: Key) -> None:
         self._persistence, self._mode, self._scope = persistence, mode, scope
-        self._sightings = Sightings()
+        self._sightings = Sightings(persistence.seams)
 
     async def read(self, but: Collection[Key]) -> dict[Key, PositionState]:
         """
