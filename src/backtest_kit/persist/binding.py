@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, Literal, get_args
+from typing import Final
 
 from backtest_kit.errors import UserError
+from backtest_kit.model.event import Mode
 from backtest_kit.persist import diagnosis
-from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
+from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter, adapter_name
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Home, contract
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.history import RevisionStore, check_history
@@ -17,8 +18,7 @@ from backtest_kit.persist.upkeep import Reading
 from backtest_kit.persist.urls import store_at
 from backtest_kit.seams import SYSTEM, Seams
 
-Mode = Literal["live", "paper", "backtest"]
-MODES: Final[tuple[Mode, ...]] = get_args(Mode)
+MODES: Final[tuple[Mode, ...]] = ("live", "paper", "backtest")
 _RUN: Final = "backtest-"
 """What the namespace of a backtest's run begins with."""
 EVERY: Final = "*"
@@ -92,6 +92,11 @@ class Persistence:
         if name not in adapters:
             raise AttributeError(f"Persistence has no {name!r}; the contracts are {', '.join(CONTRACTS)}")
         return adapters[name]
+
+    def front_doors(self) -> dict[str, ContractAdapter | CandleAdapter]:
+        """The front door of every contract under its public name: `PersistSignalAdapter` and so on."""
+        doors: dict[str, ContractAdapter | CandleAdapter] = {"candle": self.candle, **self.adapters}
+        return {adapter_name(row): doors[name] for name, row in CONTRACTS.items()}
 
     def bind(self, contract_name: str, store: Store, *, mode: Mode | None = None) -> None:
         """Keep a contract, or all of them (`"*"`), in `store`; in one mode, or in all.
