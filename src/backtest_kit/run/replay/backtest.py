@@ -31,7 +31,7 @@ from backtest_kit.model.interval import (
     to_datetime,
 )
 from backtest_kit.records import Records, RunRecords
-from backtest_kit.records.sole import owned_by
+from backtest_kit.records.exclusive import owned_by
 from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
