@@ -183,7 +183,7 @@ async def test_a_second_signal_ends_at_once_and_the_next_start_goes_on(stage: St
     bot.process.send_signal(signal.SIGINT)
     code, errors = await bot.end()
     assert (code, errors) == (130, "")
-    assert "ended at once and left as it is, 0 positions closed in this run" in bot.lines[-1]
+    assert "ended immediately, open positions left as they are, 0 positions closed in this run" in bot.lines[-1]
     again = await stage.start("paper")
     line = await again.hear("starts")
     assert "with long 100 from" in line
@@ -297,7 +297,7 @@ async def test_a_terminal_shows_how_it_stands(stage: Stage) -> None:
         assert row[2] == "long"
         float(row[1]), float(row[4])
         assert row[-2:] == ["held", "ok"]
-    assert "ended at once and left as it is" in last
+    assert "ended immediately, open positions left as they are" in last
     assert last.count("Symbol") == 1
     assert " ended" in last.splitlines()[-1]
 

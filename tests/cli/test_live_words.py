@@ -14,7 +14,8 @@ from tests.records.happenings import closed
 
 import backtest_kit as bk
 from backtest_kit.cli.live_view import view
-from backtest_kit.cli.live_words import TOLD, alarming, awaited, document, standing, words
+from backtest_kit.cli.live_words import SHOWN, awaited, document, standing, words
+from backtest_kit.format import severity
 from backtest_kit.model.event import Identity
 from backtest_kit.model.interval import to_ms
 from backtest_kit.model.position import Entry, Extreme, Position, RestingEntry, Trade
@@ -55,11 +56,16 @@ SAID: list[tuple[type[bk.Event], dict[str, Any], str, bool]] = [
         False,
     ),
     (bk.Recovered, {"entry": ENTRY}, "starts, with a resting order, long 100 at 48000, take profit 51000, stop", False),
-    (bk.EntryScheduled, {"price": 1.0, "entry": ENTRY}, "rests an order: long 100 at 48000, take profit 51000", False),
+    (
+        bk.EntryScheduled,
+        {"price": 1.0, "entry": ENTRY},
+        "resting order placed: long 100 at 48000, take profit 51000",
+        False,
+    ),
     (
         bk.EntryCancelled,
         {"price": 1.0, "entry": ENTRY, "reason": "price_reject"},
-        "gives up the long entry at 48000: price reject",
+        "resting long order at 48000 cancelled: price reject",
         False,
     ),
     (bk.PositionOpened, {"price": 1.0, "position": POSITION}, "opened long 100 from 50000, take profit 51000", False),
@@ -70,18 +76,18 @@ SAID: list[tuple[type[bk.Event], dict[str, Any], str, bool]] = [
         False,
     ),
     (bk.PositionClosed, {"price": 1.0, "trade": TRADE}, "closed long at 51000, take profit: +1.60 % (+1.60)", False),
-    (bk.BreakevenReached, {"price": 1.0, "position": POSITION}, "has earned its costs", False),
+    (bk.BreakevenReached, {"price": 1.0, "position": POSITION}, "breakeven reached", False),
     (
         bk.RiskRejected,
         {"price": 1.0, "signal": SIGNAL, "risk_name": "few", "reason": "too many"},
-        "signal refused by risk profile few: too many",
+        "signal rejected by risk profile few: too many",
         False,
     ),
-    (bk.OrderFailed, {**ORDER, "kind": "move_stop"}, "order s-1-2 to move stop: no answer; it waits", False),
+    (bk.OrderFailed, {**ORDER, "kind": "move_stop"}, "order s-1-2 to move stop failed: no answer; it waits", False),
     (
         bk.OrderFailed,
         {**ORDER, "kind": "check", "alarm": True},
-        "the venue does not tell how it stands there: no",
+        "the exchange does not report the order: no",
         True,
     ),
     (
@@ -90,22 +96,37 @@ SAID: list[tuple[type[bk.Event], dict[str, Any], str, bool]] = [
         "foreign position: the exchange holds 0.5; adopt it",
         True,
     ),
-    (bk.StoreDegraded, {"reason": "disk full", "kept": True}, "disk full; the emergency file has what it lacks", True),
-    (bk.StoreDegraded, {"reason": "disk full", "kept": False}, "disk full; A CRASH NOW LOSES WHAT IT LACKS", True),
-    (bk.StoreRecovered, {}, "the store has everything again", False),
-    (bk.StrategyFailed, {"what": "manage", "error": KeyError("x")}, "manage raised KeyError: 'x'; the next", True),
+    (
+        bk.StoreDegraded,
+        {"reason": "disk full", "kept": True},
+        "disk full; the emergency file has the missing writes",
+        True,
+    ),
+    (bk.StoreDegraded, {"reason": "disk full", "kept": False}, "disk full; A CRASH NOW LOSES THE MISSING WRITES", True),
+    (bk.StoreRecovered, {}, "recovered: the store has all writes", False),
+    (
+        bk.StrategyFailed,
+        {"what": "manage", "error": KeyError("x")},
+        "manage raised KeyError: 'x'; the run goes on",
+        True,
+    ),
     (
         bk.MinutesMissed,
         {"count": 3, "first_ms": NOON, "reason": "no candle"},
-        "3 minutes from 2024-06-01T12:00Z on missed: no candle",
+        "missed 3 minutes from 2024-06-01T12:00Z: no candle",
         False,
     ),
-    (bk.ClockJumped, {"by_ms": -2500}, "the wall clock was moved by -2.5 s", False),
-    (bk.Paused, {"paused": True}, "paused: the strategy is not asked", False),
-    (bk.Paused, {"paused": False}, "goes on: the strategy is asked again", False),
+    (bk.ClockJumped, {"by_ms": -2500}, "the system clock moved by -2.5 s", False),
+    (bk.Paused, {"paused": True}, "paused: the strategy is not called", False),
+    (bk.Paused, {"paused": False}, "resumed: the strategy is called again", False),
     (bk.RunDone, {"trades": (TRADE,)}, "ended, 1 position closed in this run", False),
-    (bk.RunDone, {"trades": (), "cancelled": True}, "ended at once and left as it is, 0 positions closed", False),
-    (bk.RunFailed, {"error": bk.Conflict("taken")}, "ended by an error: taken", True),
+    (
+        bk.RunDone,
+        {"trades": (), "cancelled": True},
+        "ended immediately, open positions left as they are, 0 positions closed",
+        False,
+    ),
+    (bk.RunFailed, {"error": bk.Conflict("taken")}, "failed: taken", True),
 ]
 
 
@@ -125,7 +146,7 @@ WAITING: dict[str, Any] = {"entry": ENTRY, "direction": "long", "price_open": 48
 def test_an_event_in_words_and_as_json(kind: type[bk.Event], fields: dict[str, Any], said: str, alarm: bool) -> None:
     event = kind(identity=WHO, when_ms=NOON, **fields)
     assert said in words(event)
-    assert alarming(event) is alarm
+    assert (severity(event) == "alarm") is alarm
     told = json.loads(msgspec.json.encode(document(event)))
     assert not [name for name in names_in(told) if not CAMEL_CASE.fullmatch(name)]
     assert (told["action"], told["symbol"], told["when"]) == (event.action, "BTCUSDT", "2024-06-01T12:00Z")
@@ -149,7 +170,7 @@ def test_a_status_has_its_fields_spelled_as_an_event_has(fields: dict[str, Any])
 
 
 def test_every_kind_that_is_told_is_tried() -> None:
-    assert set(TOLD) == {kind for kind, *_ in SAID} - {bk.RunFailed}
+    assert set(SHOWN) == {kind for kind, *_ in SAID} - {bk.RunFailed}
 
 
 @pytest.mark.parametrize(

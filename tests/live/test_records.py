@@ -12,6 +12,7 @@ from tests.live.scenario import LASTING, MINUTES, facts, prepared
 from tests.live.test_life import FailingStore
 
 import backtest_kit as bk
+from backtest_kit.format import describe
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.store import Store
 from backtest_kit.records.notification import Notification
@@ -245,7 +246,7 @@ async def test_what_happens_to_a_run_is_told_once(event: bk.Event, severity: str
         await kit.records.of_run(IDENTITY, None).observe((event,))
     (told,) = await kit.records.notification.list()
     assert (told.kind, told.severity, told.symbol, told.when_ms) == (event.action, severity, "BTCUSDT", START)
-    assert told.text.startswith(f"2024-06-01T10:00Z live BTCUSDT trend: {event.action}")
+    assert told.text == f"2024-06-01T10:00Z live BTCUSDT trend: {describe(event)}"
     await kit.close()
 
 

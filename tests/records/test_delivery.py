@@ -31,7 +31,7 @@ async def test_notifications_arrive_once_and_in_order(kit: bk.Kit, receiver: Rec
     assert receiver.ids == [each.notification_id for each in reversed(told)]
     assert len(set(receiver.ids)) == 20
     assert receiver.got[0]["key"] == receiver.ids[0]
-    assert receiver.got[0]["text"].endswith("opened long at 100, take 110, stop 90")
+    assert receiver.got[0]["text"].endswith("opened long 50 from 100, take profit 110, stop loss 90")
 
 
 async def test_what_was_told_before_a_sink_was_there_is_not_for_it(kit: bk.Kit, receiver: Receiver) -> None:
@@ -342,7 +342,7 @@ async def test_telegram_gets_the_text(kit: bk.Kit, receiver: Receiver) -> None:
     await kit.close()
     (got,) = receiver.got
     assert (got["path"], got["chat_id"]) == (f"/bot{SECRET}/sendMessage", 42)
-    assert "take profit at 110, +9.50 %" in got["text"]
+    assert "closed long at 110, take profit: +9.50 %" in got["text"]
 
 
 async def test_telegram_gets_the_beginning_of_what_is_too_long_for_it(kit: bk.Kit, receiver: Receiver) -> None:
@@ -380,7 +380,7 @@ async def test_any_service_of_apprise_gets_the_text_and_no_log_its_address(
     await receiver.until(lambda: len(receiver.got) == 2)
     await kit.close()
     assert [each["type"] for each in receiver.got] == ["info", "failure"]
-    assert receiver.got[0]["message"].endswith("opened long at 100, take 110, stop 90")
+    assert receiver.got[0]["message"].endswith("opened long 50 from 100, take profit 110, stop loss 90")
     assert "sink json: attempt 1 failed: JSON did not take it" in caplog.text
     assert SECRET not in caplog.text
     logging.getLogger("apprise").warning("of somebody else")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tests.records.conftest import MINUTE_MS, NOON_MS, kit_on
 from tests.records.happenings import IDENTITY, closed, observe, opened
+from tests.samples import size
 
 import backtest_kit as bk
 from backtest_kit.model.event import Mode
@@ -100,7 +101,7 @@ async def test_events_that_come_again_change_nothing(kit: bk.Kit) -> None:
     await observe(kit, events[1:])
     assert (await kit.records.storage.list(), await kit.records.notification.list()) == before
     assert [each.kind for each in before[1]] == ["closed", "opened"]
-    assert "take profit at 110, +9.50 %" in before[1][0].text
+    assert "closed long at 110, take profit: +9.50 %" in before[1][0].text
 
 
 async def test_changes_of_one_minute_are_told_apart(kit: bk.Kit) -> None:
@@ -195,7 +196,8 @@ async def test_a_failed_run_is_an_alarm(kit: bk.Kit, backtest: Callable[..., Any
     assert "no luck" in told.text
 
 
-@settings(max_examples=30)
+@pytest.mark.sampled
+@settings(max_examples=size(10, 30))
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 20), st.booleans()), min_size=1, max_size=12))
 def test_no_read_shows_what_came_later(steps: list[tuple[str, int, bool]]) -> None:
     async def main() -> None:
@@ -223,7 +225,9 @@ def test_no_read_shows_what_came_later(steps: list[tuple[str, int, bool]]) -> No
 def test_a_notification_says_what_it_was_traded_with(mode: Mode) -> None:
     told = notification_of(opened("s-1", 1, bk.Identity("BTCUSDT", "trend", "binance", "", mode)))
     assert told is not None
-    assert told.text == f"2024-06-01T12:01Z {mode} BTCUSDT trend: opened long at 100, take 110, stop 90"
+    assert (
+        told.text == f"2024-06-01T12:01Z {mode} BTCUSDT trend: opened long 50 from 100, take profit 110, stop loss 90"
+    )
 
 
 def test_runs_whose_names_read_alike_have_news_of_their_own() -> None:

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
+from backtest_kit.format import price, signed_percent
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import DAY_MS, MINUTE_MS
 from backtest_kit.model.position import Entry, Reduction, Trade
 from backtest_kit.report import BacktestResult, Results
-from backtest_kit.report.wording import price, signed_percent
 
 START = 1_640_995_200_000
 MakeTrade = Callable[..., Trade]

@@ -13,7 +13,7 @@ from rich.console import Console
 from backtest_kit import default_kit
 from backtest_kit.cli.choice import load_strategies, pick
 from backtest_kit.cli.live_output import JsonOutput, Output, ViewOutput
-from backtest_kit.cli.live_words import TOLD, awaited
+from backtest_kit.cli.live_words import SHOWN, awaited
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
 from backtest_kit.market.fetch import GapRule
@@ -78,7 +78,7 @@ def run_live(
         try:
             if mode == "live":
                 await _check_stores(output, allow_weak=allow_weak)
-            default_kit.on((Event,) if as_json else TOLD, output.event)
+            default_kit.on((Event,) if as_json else SHOWN, output.event)
             return await _trade(start(), output)
         finally:
             await default_kit.close()

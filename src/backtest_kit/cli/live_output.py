@@ -21,8 +21,9 @@ from rich.live import Live
 from rich.text import Text
 
 from backtest_kit.cli.live_view import view
-from backtest_kit.cli.live_words import alarming, document, standing, words
+from backtest_kit.cli.live_words import document, standing, words
 from backtest_kit.cli.strategy_file import explained
+from backtest_kit.format import severity
 from backtest_kit.model.event import Event, StrategyFailed
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
 from backtest_kit.run.live.status import LiveStatus
@@ -69,7 +70,7 @@ class Output(logging.Handler):
         text = f"{to_datetime(event.when_ms):%Y-%m-%d %H:%M}  {event.symbol}  {words(event)}"
         if isinstance(event, StrategyFailed):
             text = f"{text}\n{explained(event.error)}"
-        self._put(text, alarm=alarming(event))
+        self._put(text, alarm=severity(event) == "alarm")
 
     def stand(self, statuses: Sequence[LiveStatus]) -> None:
         """Tell how the runs stand now; called as often as it pleases."""
@@ -121,7 +122,7 @@ class JsonOutput(Output):
         self._document({"action": "note", "text": text, "alarm": alarm})
 
     def event(self, event: Event) -> None:
-        self._document({**document(event), "text": words(event), "alarm": alarming(event)})
+        self._document({**document(event), "text": words(event), "alarm": severity(event) == "alarm"})
 
     def stand(self, statuses: Sequence[LiveStatus]) -> None:
         for each in statuses:

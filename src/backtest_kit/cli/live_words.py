@@ -1,4 +1,4 @@
-"""Events of a live run in words, one line each."""
+"""A live run in words: its state in one line, its events with the place in the strategy that raised."""
 
 from __future__ import annotations
 
@@ -8,78 +8,24 @@ from typing import Any, Final
 import msgspec
 
 from backtest_kit.cli.strategy_file import where
-from backtest_kit.model.event import (
-    BreakevenReached,
-    ClockJumped,
-    EntryCancelled,
-    EntryScheduled,
-    Event,
-    MinutesMissed,
-    OrderFailed,
-    OrphanFound,
-    Paused,
-    PositionChanged,
-    PositionClosed,
-    PositionOpened,
-    Recovered,
-    RiskRejected,
-    RunDone,
-    RunFailed,
-    StoreDegraded,
-    StoreRecovered,
-    StrategyFailed,
-)
-from backtest_kit.model.interval import MINUTE_MS, iso
-from backtest_kit.model.position import Position, RestingEntry
+from backtest_kit.format import DESCRIBED, count, describe, error_text
+from backtest_kit.model.event import Event, RunFailed, StrategyFailed
+from backtest_kit.model.interval import iso
 from backtest_kit.model.price import price_text
-from backtest_kit.run.live.alarms import words_of
 from backtest_kit.run.live.status import LiveStatus
 
-TOLD: Final = (
-    Recovered, EntryScheduled, EntryCancelled, PositionOpened, PositionChanged, PositionClosed, BreakevenReached,
-    RiskRejected, OrderFailed, OrphanFound, StoreDegraded, StoreRecovered, StrategyFailed, MinutesMissed, ClockJumped,
-    Paused, RunDone,
-)  # fmt: skip
-"""The kinds of events that have words: what somebody who watches wants to hear of. The error by which
-a run fails is told by who awaits it."""
+SHOWN: Final = tuple(kind for kind in DESCRIBED if kind is not RunFailed)
+"""The kinds of events that are shown. The error by which a run fails is shown at its end."""
 
 
 def words(event: Event) -> str:
-    """What happened, without its time and its symbol."""
-    match event:
-        case Recovered():
-            return _found(event)
-        case EntryScheduled(entry=entry):
-            return f"rests an order: {_entry(entry)}"
-        case EntryCancelled(entry=entry, reason=reason):
-            return f"gives up the {entry.position} entry at {price(entry.price_open)}: {_plain(reason)}"
-        case PositionOpened(position=position):
-            return f"opened {_position(position)}"
-        case PositionChanged(position=position, change=change):
-            return f"{_plain(change)}: {_position(position)}"
-        case PositionClosed(trade=trade):
-            return (
-                f"closed {trade.position} at {price(trade.price_close)}, {_plain(trade.close_reason)}: "
-                f"{trade.pnl_pct:+.2f} % ({trade.pnl_cost:+.2f})"
-            )
-        case BreakevenReached():
-            return "has earned its costs: a stop at the entry price would not lose"
-        case RiskRejected(risk_name=name, reason=reason):
-            return f"signal refused by risk profile {name}: {reason}"
-        case _:
-            return _trouble(event)
-
-
-def alarming(event: Event) -> bool:
-    """Whether somebody should look."""
-    if isinstance(event, OrderFailed):
-        return event.alarm
-    return isinstance(event, OrphanFound | StoreDegraded | StrategyFailed | RunFailed)
+    """What happened, and where in the strategy file."""
+    return describe(event) + (where(event.error) if isinstance(event, StrategyFailed) else "")
 
 
 def document(event: Event) -> dict[str, Any]:
     """All of an event for a line of JSON."""
-    fields = msgspec.to_builtins(event, enc_hook=lambda error: words_of(error))
+    fields = msgspec.to_builtins(event, enc_hook=error_text)
     return {"action": event.action, "symbol": event.symbol, "when": iso(event.when_ms), **fields}
 
 
@@ -123,7 +69,7 @@ def troubles(status: LiveStatus) -> list[str]:
     if status.waiting and not status.ended:
         said.append(f"waiting: {status.waiting}")
     if status.missed:
-        said.append(f"{_count(status.missed, 'minute')} missed")
+        said.append(f"{count(status.missed, 'minute')} missed")
     if status.written_ms > status.when_ms > 0:
         said.append(f"the clock is behind the last write, of {iso(status.written_ms)}")
     return [*said, *status.notes]
@@ -151,65 +97,3 @@ def awaited(status: LiveStatus) -> str:
 def price(value: float | None) -> str:
     """A price as people read it."""
     return "-" if value is None else price_text(value)
-
-
-def _trouble(event: Event) -> str:
-    match event:
-        case OrderFailed(kind="check", reason=reason, next_step=next_step):
-            return f"the venue does not tell how it stands there: {reason}; {next_step}"
-        case OrderFailed(kind=kind, client_order_id=order_id, reason=reason, next_step=next_step):
-            return f"order {order_id} to {_plain(kind)}: {reason}; {next_step}"
-        case OrphanFound(what=what, reason=reason, next_step=next_step):
-            return f"{_plain(what)}: {reason}; {next_step}"
-        case StoreDegraded(reason=reason, kept=kept):
-            aside = "the emergency file has what it lacks" if kept else "A CRASH NOW LOSES WHAT IT LACKS"
-            return f"degraded, nothing new is opened: {reason}; {aside}"
-        case StoreRecovered():
-            return "the store has everything again"
-        case StrategyFailed(what=what, error=error):
-            return f"{what} raised {type(error).__name__}: {error}{where(error)}; the next minute goes on"
-        case MinutesMissed(count=count, first_ms=first_ms, reason=reason):
-            return f"{_count(count, 'minute')} from {iso(first_ms)} on missed: {reason}"
-        case ClockJumped(by_ms=by_ms):
-            return f"the wall clock was moved by {by_ms / 1000:+.1f} s"
-        case Paused(paused=paused):
-            return "paused: the strategy is not asked" if paused else "goes on: the strategy is asked again"
-        case RunDone(cancelled=cancelled, trades=trades):
-            closed = f"{_count(len(trades), 'position')} closed in this run"
-            return f"ended at once and left as it is, {closed}" if cancelled else f"ended, {closed}"
-        case RunFailed(error=error):
-            return f"ended by an error: {words_of(error)}"
-        case _:
-            return event.action
-
-
-def _found(event: Recovered) -> str:
-    held = "nothing held"
-    if event.position is not None:
-        held = f"{_position(event.position)}, opened {iso(event.position.opened_at_ms)}"
-    elif event.entry is not None:
-        held = f"a resting order, {_entry(event.entry)}"
-    down = f" {_count(event.down_ms // MINUTE_MS, 'minute')} after the last write" if event.down_ms else ""
-    return "; ".join((f"starts{down}, with {held}", *event.steps))
-
-
-def _position(position: Position) -> str:
-    return (
-        f"{position.position} {position.cost:g} from {price(position.price_open)}, "
-        f"take profit {price(position.take_profit)}, stop loss {price(position.stop_loss)}"
-    )
-
-
-def _entry(entry: RestingEntry) -> str:
-    return (
-        f"{entry.position} {entry.cost:g} at {price(entry.price_open)}, "
-        f"take profit {price(entry.price_take_profit)}, stop loss {price(entry.price_stop_loss)}"
-    )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ")

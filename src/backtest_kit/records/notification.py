@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Final, Literal
+from typing import Final
 from zlib import crc32
 
 import msgspec
 
+from backtest_kit.format import Severity, describe, severity
 from backtest_kit.model.event import (
     ClockJumped,
     EntryCancelled,
     EntryScheduled,
     Event,
+    MarketEvent,
     MinutesMissed,
     Mode,
     OrderFailed,
@@ -31,12 +33,9 @@ from backtest_kit.model.event import (
     StrategyFailed,
 )
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
-from backtest_kit.model.price import price_text
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import ABSENT, Write
-
-Severity = Literal["info", "warning", "alarm"]
 
 NOTIFICATION: Final = CONTRACTS["notification"]
 
@@ -71,72 +70,32 @@ class Notification(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 def notification_of(event: Event) -> Notification | None:
-    """What is told of `event`, or None if that is nothing to disturb people with."""
+    """The notification of `event`; None for one that is not worth one."""
     match event:
-        case EntryScheduled():
-            entry = event.entry
-            what = f"{entry.position} entry at {price_text(entry.price_open)}"
-            return _about(event, what, signal_id=entry.signal_id, price=event.price)
-        case EntryCancelled():
-            what = f"entry cancelled: {event.reason}"
-            return _about(event, what, signal_id=event.entry.signal_id, price=event.price, reason=event.reason)
-        case PositionOpened():
-            held = event.position
-            start, take, stop = map(price_text, (held.price_open, held.take_profit, held.stop_loss))
-            what = f"{held.position} at {start}, take {take}, stop {stop}"
-            return _about(event, what, signal_id=held.signal_id, price=event.price)
-        case PositionChanged():
-            what = event.change.replace("_", " ")
-            now = event.position
-            state = f"{len(now.entries)} {len(now.reductions)} {now.take_profit} {now.stop_loss}"
-            return _about(event, what, signal_id=now.signal_id, price=event.price, reason=event.change, state=state)
-        case PositionClosed():
-            trade = event.trade
-            what = f"{trade.close_reason.replace('_', ' ')} at {price_text(trade.price_close)}, {trade.pnl_pct:+.2f} %"
-            told = _about(event, what, signal_id=trade.signal_id, price=event.price, reason=trade.close_reason)
-            return msgspec.structs.replace(told, pnl_pct=trade.pnl_pct, pnl_cost=trade.pnl_cost)
-        case RiskRejected():
-            what = f"refused by {event.risk_name}: {event.reason}"
-            signal_id = event.signal.id or ""
-            return _about(event, what, "warning", signal_id=signal_id, price=event.price, reason=event.reason)
-        case RunFailed():
-            reason = f"{type(event.error).__name__}: {event.error}"
-            return _about(event, reason, "alarm", reason=reason)
-        case _:
-            return _of_trading(event)
-
-
-def _of_trading(event: Event) -> Notification | None:
-    """What is told of what only happens live and on paper: to the run, its orders, its store and its venue."""
-    match event:
-        case Recovered():
-            held = "with a position" if event.position is not None else "with an entry" if event.entry else "flat"
-            steps = "".join(f"; {step}" for step in event.steps)
-            return _about(event, f"{held}, after {event.down_ms // MINUTE_MS} minutes{steps}")
-        case OrderFailed():
-            what = f"{event.kind} {event.client_order_id}: {event.reason}; {event.next_step}"
-            severity: Severity = "alarm" if event.alarm else "warning"
-            return _about(event, what, severity, reason=event.reason, state=str(event.attempt))
-        case StrategyFailed():
-            reason = f"{type(event.error).__name__}: {event.error}"
-            return _about(event, f"{event.what} raised {reason}", "alarm", reason=reason)
-        case StoreDegraded():
-            lacks = "" if event.kept else "; what it lacks is only in this process"
-            return _about(event, f"nothing is opened: {event.reason}{lacks}", "alarm", reason=event.reason)
-        case StoreRecovered():
-            return _about(event, "the store has everything again")
-        case OrphanFound():
-            what = f"{event.what.replace('_', ' ')}: {event.reason}; {event.next_step}"
-            return _about(event, what, "alarm", reason=event.what)
-        case MinutesMissed():
-            return _about(event, f"{event.count} minutes: {event.reason}", "warning", reason=event.reason)
-        case ClockJumped():
-            return _about(event, f"the wall clock was moved by {event.by_ms} ms", "warning")
-        case Paused():
-            return _about(event, "asks for no signals" if event.paused else "asks for signals again")
-        case RunDone():
-            how = "cancelled" if event.cancelled else "ended"
-            return _about(event, f"{how}, {len(event.trades)} trades")
+        case EntryScheduled(entry=entry):
+            return _about(event, entry.signal_id)
+        case EntryCancelled(entry=entry, reason=reason):
+            return _about(event, entry.signal_id, reason=reason)
+        case PositionOpened(position=position):
+            return _about(event, position.signal_id)
+        case PositionChanged(position=position, change=change):
+            state = f"{len(position.entries)} {len(position.reductions)} {position.take_profit} {position.stop_loss}"
+            return _about(event, position.signal_id, reason=change, state=state)
+        case PositionClosed(trade=trade):
+            closed = _about(event, trade.signal_id, reason=trade.close_reason)
+            return msgspec.structs.replace(closed, pnl_pct=trade.pnl_pct, pnl_cost=trade.pnl_cost)
+        case RiskRejected(signal=signal, reason=reason):
+            return _about(event, signal.id or "", reason=reason)
+        case OrderFailed(reason=reason, attempt=attempt):
+            return _about(event, reason=reason, state=str(attempt))
+        case OrphanFound(what=what):
+            return _about(event, reason=what)
+        case StrategyFailed(error=error) | RunFailed(error=error):
+            return _about(event, reason=f"{type(error).__name__}: {error}")
+        case StoreDegraded(reason=reason) | MinutesMissed(reason=reason):
+            return _about(event, reason=reason)
+        case Recovered() | StoreRecovered() | ClockJumped() | Paused() | RunDone():
+            return _about(event)
         case _:
             return None
 
@@ -152,26 +111,23 @@ def notification_writes(events: Iterable[Event]) -> list[Write]:
 
 def _about(
     event: Event,
-    what: str,
-    severity: Severity = "info",
-    *,
     signal_id: str = "",
-    price: float | None = None,
+    *,
     reason: str = "",
     state: str = "",
 ) -> Notification:
-    """`state` tells apart what may happen several times in one minute."""
-    identity = event.identity
-    # Whatever is not of one signal is of the run; the minute tells two of them apart.
+    """`state` separates what can happen several times in one minute."""
+    identity, text = event.identity, describe(event)
+    # What does not belong to a signal belongs to the run; the minute separates two of them.
     names = (identity.strategy_name, identity.exchange_name, identity.symbol)
     whose = signal_id or "-".join(names)
     minute = floor_ms(event.when_ms, MINUTE_MS)
-    # With the names in it: those of another run may read the same once they are joined.
-    detail = f"-{crc32(f'{names} {what} {state}'.encode()):08x}" if state or not signal_id else ""
+    # With the names in it: those of another run can be the same text once they are joined.
+    detail = f"-{crc32(f'{names} {text} {state}'.encode()):08x}" if state or not signal_id else ""
     return Notification(
         notification_id=f"{whose}-{event.action}-{minute}{detail}",
         kind=event.action,
-        severity=severity,
+        severity=severity(event),
         mode=identity.mode,
         symbol=identity.symbol,
         strategy_name=identity.strategy_name,
@@ -179,7 +135,7 @@ def _about(
         frame_name=identity.frame_name,
         when_ms=event.when_ms,
         signal_id=signal_id,
-        price=price,
+        price=event.price if isinstance(event, MarketEvent) else None,
         reason=reason,
-        text=f"{iso(event.when_ms)} {identity.mode} {identity.symbol} {identity.strategy_name}: {event.action} {what}",
+        text=f"{iso(event.when_ms)} {identity.mode} {identity.symbol} {identity.strategy_name}: {text}",
     )

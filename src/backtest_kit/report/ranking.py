@@ -9,10 +9,11 @@ from typing import Final, NamedTuple, overload
 import msgspec
 
 from backtest_kit.errors import UserError
+from backtest_kit.format import NOT_AVAILABLE
 from backtest_kit.report.heatmap import HeatMap, heat_map
 from backtest_kit.report.result import Results
 from backtest_kit.report.tables import Table, gap_remarks
-from backtest_kit.report.wording import NOT_AVAILABLE, STATISTICS, Line
+from backtest_kit.report.wording import STATISTICS, Line
 
 METRICS: Final = tuple(field for field in STATISTICS if field != "trend")
 """What strategies can be ranked by: every statistic that is a number."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from backtest_kit.errors import UserError
+from backtest_kit.format import signed_percent
 from backtest_kit.persist.atomic import write_atomic
 from backtest_kit.report import frames
 from backtest_kit.report.frames import Frame, PandasFrame, PolarsFrame
@@ -17,7 +18,6 @@ from backtest_kit.report.saved import dump_results, load_results
 from backtest_kit.report.statistics import Statistics
 from backtest_kit.report.tables import by_sharpe, heading, remarks, summary_table
 from backtest_kit.report.values import ResultSet, ResultValues
-from backtest_kit.report.wording import signed_percent
 
 if TYPE_CHECKING:
     from rich.table import Table

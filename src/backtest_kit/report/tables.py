@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import combinations, groupby
 from typing import Final, NamedTuple, get_args
 
+from backtest_kit.format import minutes, money, number, percent, price, signed_percent
 from backtest_kit.model.decisions import Decisions
 from backtest_kit.model.interval import MINUTE_MS, iso
 from backtest_kit.model.position import CloseReason, Trade
@@ -14,17 +15,7 @@ from backtest_kit.model.repairs import describe_repairs
 from backtest_kit.model.setup import Setup
 from backtest_kit.report.statistics import Statistics, statistics_of
 from backtest_kit.report.values import ResultSet, ResultValues
-from backtest_kit.report.wording import (
-    PROFILE_LINES,
-    STATISTIC_LINES,
-    STATISTICS,
-    minutes,
-    money,
-    number,
-    percent,
-    price,
-    signed_percent,
-)
+from backtest_kit.report.wording import PROFILE_LINES, STATISTIC_LINES, STATISTICS
 
 
 def statistic_lines(results: ResultSet[ResultValues]) -> list[tuple[str, str]]:

@@ -1,60 +1,12 @@
-"""How every figure is called and written, each decided once."""
+"""What each statistic is called and how it is written, decided once."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from backtest_kit.model.price import price_text
+from backtest_kit.format import minutes, negated_percent, percent, plain, ratio, share, signed_percent
 from backtest_kit.report.statistics import Statistics
-
-NOT_AVAILABLE: Final = "N/A"
-
-price: Final = price_text
-
-
-def money(value: float | None) -> str:
-    return number(value, 2, signed=True)
-
-
-def signed_percent(value: float | None) -> str:
-    return _with_unit(number(value, 2, signed=True))
-
-
-def percent(value: float | None) -> str:
-    return _with_unit(number(value, 2))
-
-
-def ratio(value: float | None) -> str:
-    return number(value, 3)
-
-
-def minutes(value: float | None) -> str:
-    return number(value, 1)
-
-
-def _negated_percent(value: float | None) -> str:
-    return percent(None if value is None else -value)
-
-
-def _share(value: float | None) -> str:
-    return percent(None if value is None else value * 100)
-
-
-def _plain(value: object) -> str:
-    return NOT_AVAILABLE if value is None else str(value)
-
-
-def number(value: float | None, decimals: int, *, signed: bool = False) -> str:
-    if value is None or not math.isfinite(value):
-        return NOT_AVAILABLE
-    rounded = round(value, decimals) + 0.0  # adding 0.0 turns -0.0 into 0.0
-    return f"{'+' if signed and rounded > 0 else ''}{rounded:.{decimals}f}"
-
-
-def _with_unit(text: str) -> str:
-    return text if text == NOT_AVAILABLE else f"{text} %"
 
 
 class Line(NamedTuple):
@@ -79,9 +31,9 @@ class Line(NamedTuple):
 
 
 STATISTIC_LINES: Final = (
-    Line("Trades", "total_count", _plain, "Trades"),
-    Line("Wins", "win_count", _plain, "Wins"),
-    Line("Losses", "loss_count", _plain, "Losses", lower_is_better=True),
+    Line("Trades", "total_count", plain, "Trades"),
+    Line("Wins", "win_count", plain, "Wins"),
+    Line("Losses", "loss_count", plain, "Losses", lower_is_better=True),
     Line("Win rate", "win_rate", percent, "Win rate %", neutral=50),
     Line("Average PnL", "avg_pnl", signed_percent, "Avg PnL %", neutral=0),
     Line("Total PnL", "total_pnl", signed_percent, "Total PnL %", neutral=0),
@@ -97,13 +49,13 @@ STATISTIC_LINES: Final = (
     Line("Expectancy", "expectancy", signed_percent, "Expectancy %", neutral=0),
     Line("Expected yearly returns", "expected_yearly_returns", signed_percent, "Yearly %", neutral=0),
     Line("Equity at the end", "equity_final", ratio, "Equity", neutral=1),
-    Line("Max drawdown", "max_drawdown", _negated_percent, "Max DD %", neutral=0, lower_is_better=True),
+    Line("Max drawdown", "max_drawdown", negated_percent, "Max DD %", neutral=0, lower_is_better=True),
     Line("Span (days)", "span_days", minutes, "Days"),
     Line("Trades per year", "trades_per_year", minutes, "Trades/year"),
     Line("Average win", "avg_win", signed_percent, "Avg win %"),
     Line("Average loss", "avg_loss", signed_percent, "Avg loss %"),
-    Line("Longest win streak", "max_win_streak", _plain, "Win streak"),
-    Line("Longest loss streak", "max_loss_streak", _plain, "Loss streak", lower_is_better=True),
+    Line("Longest win streak", "max_win_streak", plain, "Win streak"),
+    Line("Longest loss streak", "max_loss_streak", plain, "Loss streak", lower_is_better=True),
     Line("Average win streak PnL", "avg_consecutive_win_pnl", signed_percent, "Win streak %"),
     Line("Average loss streak PnL", "avg_consecutive_loss_pnl", signed_percent, "Loss streak %"),
     Line("Average peak PnL", "avg_peak_pnl", signed_percent, "Avg peak %"),
@@ -117,14 +69,14 @@ STATISTIC_LINES: Final = (
 """Every statistic but the price profile, which only one market has."""
 
 PROFILE_LINES: Final = (
-    Line("Trend", "trend", _plain, "Trend"),
+    Line("Trend", "trend", plain, "Trend"),
     Line("Trend strength per day", "trend_strength", signed_percent, "Trend %/day", neutral=0),
     Line("Trend confidence (R²)", "trend_confidence", ratio, "Trend R²"),
     Line("Median step", "median_step_size", percent, "Step %"),
-    Line("Buyer pressure", "buyer_pressure", _share, "Buyers %"),
-    Line("Seller pressure", "seller_pressure", _share, "Sellers %"),
-    Line("Buyer strength", "buyer_strength", _share, "Buyer strength %"),
-    Line("Seller strength", "seller_strength", _share, "Seller strength %"),
+    Line("Buyer pressure", "buyer_pressure", share, "Buyers %"),
+    Line("Seller pressure", "seller_pressure", share, "Sellers %"),
+    Line("Buyer strength", "buyer_strength", share, "Buyer strength %"),
+    Line("Seller strength", "seller_strength", share, "Seller strength %"),
     Line("Pressure imbalance", "pressure_imbalance", ratio, "Imbalance", neutral=0),
 )
 

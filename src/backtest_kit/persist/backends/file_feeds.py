@@ -59,6 +59,7 @@ class FeedTransaction:
             current = self.head(contract, namespace, record.key)
         except Damaged:
             return False
+        # As new or newer: the entry was carried out before the kill, or another process has written since.
         if current is None or current.rev < record.rev:
             self.write(contract, namespace, record, dumped)
         return True

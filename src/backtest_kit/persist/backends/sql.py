@@ -232,7 +232,8 @@ class Rows:
     def _compare(
         self, indexes: tuple[str, str], where: str, values: Sequence[object], of_what: str, connection: Connection
     ) -> int:
-        """How many rows there are. Raises `Damaged` if two indexes disagree, asked in one statement: at one moment."""
+        """How many rows there are. Raises `Damaged` if two indexes disagree."""
+        # One statement reads both, so no commit comes between them.
         used = indexes if self._dialect.index else indexes[:1]
         sums = [
             f"(SELECT count(*) AS n, coalesce(sum(id), 0) AS ids FROM records {self._dialect.index.format(index)} "
@@ -296,7 +297,7 @@ class Rows:
     def head(
         self, contract: Contract, name: Name, key: Key, connection: Connection, unseal: Unseal = unseal_head
     ) -> Record | None:
-        """What a key holds, for whoever is about to replace it. Of damage, a copy is kept, and the error says so."""
+        """What a key holds, before it is replaced. Damaged bytes are copied to the quarantine first."""
         try:
             return self.read(contract, name, key, connection, unseal)
         except Suspect as suspect:
@@ -317,7 +318,7 @@ class Rows:
                     connection.execute(self._delete, (found[0],))
                     pruned += 1
             except Suspect:
-                continue  # whoever reads it is told
+                continue  # the next read reports it
         return pruned
 
     def forget(self, namespace: str, connection: Connection) -> None:

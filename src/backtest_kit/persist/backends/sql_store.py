@@ -119,6 +119,7 @@ class Worker:
         ended = False
         while not ended:
             with self._guard:
+                # Taken and given up under one lock: a job that comes after the last look starts the next round.
                 jobs, self._waiting = self._waiting, []
                 if not jobs:
                     self._busy = False

@@ -1,4 +1,4 @@
-"""How an SQLite file serves a store: its place, its settings, and who keeps others from writing."""
+"""How well an SQLite file serves a store: its place, its settings, its contents, and whether it can be written to."""
 
 from __future__ import annotations
 

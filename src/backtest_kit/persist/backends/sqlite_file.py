@@ -184,7 +184,7 @@ class SqliteFile:
         return head
 
     def _require_whole(self) -> None:
-        # Without a mark there is nothing to compare, and a new database is best left alone by those who come second.
+        # Without a mark there is nothing to compare, and a database that another process is making is best left alone.
         lost = self.loss() if self._mark.read() is not None else None
         if lost is not None:
             raise Damaged(lost)
@@ -197,7 +197,7 @@ class SqliteFile:
         connection = self._connect()
         try:
             self._prepare_patiently(connection)
-            # Whether or not it is new: who made it may not have come to making its name durable.
+            # New or not: the process that made it may have died before its name was durable.
             self._disk.sync_directory(str(self.path.parent))
             crashpoint("sqlite.after_directory_fsync")
         except BaseException as error:

@@ -79,6 +79,7 @@ class Mark:
         and the head of the new one covers what it would have noted there.
         """
         try:
+            # A database gets another identity when a loss is accepted, and its mark may be replaced by any process.
             if self._fd is not None and self._head.identity == head.identity:
                 found = self._disk.fstat(self._fd)
                 if found.st_nlink and found.st_size < _LONGEST:
@@ -91,9 +92,11 @@ class Mark:
 
     def note(self, head: Head) -> None:
         """Note a commit that is on the disk, for which `begin` was called."""
-        if self._fd is not None:
+        # One byte at the place of its own number: the file never gets shorter, however late this comes.
+        behind = head.commits - self._head.commits
+        if self._fd is not None and behind > 0:
             try:
-                self._disk.overwrite(self._fd, _HEAD.size + head.commits - self._head.commits - 1, b".")
+                self._disk.overwrite(self._fd, _HEAD.size + behind - 1, b".")
             except OSError as error:
                 self._failed(error)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from backtest_kit.format import NOT_AVAILABLE
 from backtest_kit.report.ranking import Ranking, metric_line
 from backtest_kit.report.render.drawing import drawable_number, equity_points, grid_over
 from backtest_kit.report.render.markdown import escaped, table_lines
 from backtest_kit.report.render.page import heat_content, render_page, table_content
-from backtest_kit.report.wording import NOT_AVAILABLE
 
 _POINTS: Final = 1000
 _FEWER_POINTS: Final = 250

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from backtest_kit.format import percent, price, signed_percent
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.position import Trade
 from backtest_kit.model.price import price_decimals
@@ -29,7 +30,6 @@ from backtest_kit.report.tables import (
     trade_columns,
 )
 from backtest_kit.report.values import ResultSet, ResultValues
-from backtest_kit.report.wording import percent, price, signed_percent
 
 _EQUITY_POINTS: Final = 1000
 _CARDS: Final = (

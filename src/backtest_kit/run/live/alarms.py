@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from backtest_kit.broker.base import Order
-from backtest_kit.errors import BacktestKitError
+from backtest_kit.format import describe, error_text
 from backtest_kit.model.event import Event, OrderFailed, StoreDegraded, StoreRecovered, StrategyFailed
 from backtest_kit.run.run_state import RunState
 
@@ -47,7 +47,7 @@ class Alarms:
                 kind="check",
                 client_order_id=order_id,
                 attempt=self._silent - 1,
-                reason=words_of(error),
+                reason=error_text(error),
                 next_step="the venue is asked again at the next minute",
                 alarm=self._silent > self._settings.CC_ORDER_CHECK_RETRY_ATTEMPTS,
             )
@@ -62,8 +62,8 @@ class Alarms:
         identity = self._identity
         event = StrategyFailed(identity=identity, when_ms=self._run_state.tick.when_ms, what=what, error=error)
         _log.error(
-            "%s of strategy %s for %s raised %s; the next minute goes on", what, identity.strategy_name,
-            identity.symbol, type(error).__name__, exc_info=error, extra={"event": event} if tell else None,
+            "%s of %s: %s", identity.strategy_name, identity.symbol, describe(event), exc_info=error,
+            extra={"event": event} if tell else None,
         )  # fmt: skip
         if tell:
             self._run_state.events.append(event)
@@ -74,20 +74,11 @@ class Alarms:
         event: Event = StoreRecovered(identity=identity, when_ms=when_ms)
         if degraded:
             event = StoreDegraded(identity=identity, when_ms=when_ms, reason=degraded, kept=kept)
-            _log.error("nothing new is opened for %s: %s", identity.symbol, degraded, extra={"event": event})
-        else:
-            _log.warning("the store has everything of %s again", identity.symbol, extra={"event": event})
+        level = logging.ERROR if degraded else logging.WARNING
+        _log.log(level, "%s: %s", identity.symbol, describe(event), extra={"event": event})
         self._run_state.events.append(event)
 
     def _tell(self, event: OrderFailed) -> None:
         level = logging.ERROR if event.alarm else logging.WARNING
-        _log.log(
-            level, "%s %s: %s; %s", event.kind, event.client_order_id, event.reason, event.next_step,
-            extra={"event": event},
-        )  # fmt: skip
+        _log.log(level, "%s: %s", event.symbol, describe(event), extra={"event": event})
         self._run_state.events.append(event)
-
-
-def words_of(error: Exception) -> str:
-    """An error in one line; of those that are not ours also the type."""
-    return str(error) if isinstance(error, BacktestKitError) else f"{type(error).__name__}: {error}"

@@ -9,11 +9,11 @@ from typing import Final
 
 from backtest_kit.engine.step import Tick
 from backtest_kit.errors import BacktestKitError, BadCandles, RetryLater, UserError
+from backtest_kit.format import error_text
 from backtest_kit.market.fetch import CandleFeed, EdgeRule
 from backtest_kit.market.history import History
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.run.feeds import columns_of
-from backtest_kit.run.live.alarms import words_of
 from backtest_kit.run.live.job import LiveJob
 
 POLL_MS: Final = 1000
@@ -65,7 +65,7 @@ class LiveCandles:
         except Exception as error:  # the source may be anybody's code
             if isinstance(error, UserError) and not isinstance(error, BadCandles) and not patient:
                 raise
-            reason = words_of(error)
+            reason = error_text(error)
             if not isinstance(error, BacktestKitError) and reason != self._logged:
                 self._logged = reason
                 _log.error("the source of the %s candles failed", self._symbol, exc_info=error)

@@ -8,9 +8,9 @@ import time
 from typing import Final
 
 from backtest_kit.errors import RetryLater
+from backtest_kit.format import error_text
 from backtest_kit.market.clock import Clock, SystemClock
 from backtest_kit.market.sources import CandleSource
-from backtest_kit.run.live.alarms import words_of
 
 _EVERY_S: Final = 600.0
 """How often the venue is asked."""
@@ -58,7 +58,7 @@ class VenueTime:
                 else:
                     raise RetryLater(f"it took more than {_SLOW_S:g} s to answer, {_TRIES} times")
         except Exception as error:  # the source may be anybody's code
-            told = f"no answer in {_PATIENCE_S:g} s" if isinstance(error, TimeoutError) else words_of(error)
+            told = f"no answer in {_PATIENCE_S:g} s" if isinstance(error, TimeoutError) else error_text(error)
             _log.warning("%s does not tell its time: %s", self._exchange_name, told)
             return
         # The answer was under way for half of the time, as far as anybody knows.

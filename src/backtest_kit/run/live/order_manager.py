@@ -30,6 +30,7 @@ from backtest_kit.engine.commands import Refused
 from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State
 from backtest_kit.engine.validation import check_signal
 from backtest_kit.errors import BacktestKitError, Conflict, Outcome, RetryLater, UserError
+from backtest_kit.format import error_text
 from backtest_kit.model.event import (
     Change,
     Event,
@@ -42,7 +43,7 @@ from backtest_kit.model.event import (
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.crashpoints import crashpoint
-from backtest_kit.run.live.alarms import Alarms, words_of
+from backtest_kit.run.live.alarms import Alarms
 from backtest_kit.run.live.event_recorder import EventRecorder
 from backtest_kit.run.live.ledger import Commanded, PositionState
 from backtest_kit.run.live.orders import (
@@ -438,7 +439,7 @@ class OrderManager(RunHooks):
             return await self._rejected(intent, str(error))
         if isinstance(error, OrderDeleted) and order.kind in EXITS:
             return await self._done(intent, None)
-        text = words_of(error)
+        text = error_text(error)
         nothing_there = isinstance(error, OrderTransient) and error.outcome is Outcome.NOT_DONE
         if order.kind in ENTRIES or order.kind in EXITS:
             too_often = order.kind in EXITS and order.attempt >= self._rules.settings.CC_ORDER_CLOSE_RETRY_ATTEMPTS

@@ -14,12 +14,12 @@ from backtest_kit.broker.order_ids import ENTRY, OrderId, SignalIds, taken_over
 from backtest_kit.engine.position import open_position
 from backtest_kit.engine.step import Flat, Holding
 from backtest_kit.errors import Conflict
+from backtest_kit.format import error_text
 from backtest_kit.model.event import Event, OrphanFound, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Direction, RestingEntry
 from backtest_kit.model.price import price_text
 from backtest_kit.persist.store import Key
-from backtest_kit.run.live.alarms import words_of
 from backtest_kit.run.live.ledger import PositionState
 from backtest_kit.run.live.other_positions import OtherBooks, claim_of
 from backtest_kit.run.live.reconcile import Difference, Known, What, compare, known_of
@@ -216,7 +216,7 @@ class OrphanGuard:
         except Conflict:
             raise
         except Exception as error:
-            done = f"no stop could be placed, which is tried again: {words_of(error)}"
+            done = f"no stop could be placed, which is tried again: {error_text(error)}"
         if self._reported == (finding, done) and orphan is not None and orphan.stop_loss is not None:
             return None
         self._reported = finding, done

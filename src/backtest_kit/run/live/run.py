@@ -14,6 +14,7 @@ import msgspec
 from backtest_kit.engine.step import Flat, Resting, State, Tick
 from backtest_kit.errors import Conflict, RetryLater
 from backtest_kit.events import EventBus
+from backtest_kit.format import error_text
 from backtest_kit.market.history import History
 from backtest_kit.model.event import (
     ClockJumped,
@@ -37,7 +38,7 @@ from backtest_kit.records import RunRecords
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.live.account_lock import account_locked
-from backtest_kit.run.live.alarms import Alarms, words_of
+from backtest_kit.run.live.alarms import Alarms
 from backtest_kit.run.live.candles import POLL_MS, LiveCandles
 from backtest_kit.run.live.emergency import EmergencyFile
 from backtest_kit.run.live.event_recorder import EventRecorder, RecordWriter
@@ -183,7 +184,12 @@ class LiveRun:
                 await self._patiently(lambda: stack.enter_async_context(self._services.use(fitness)))
             await self._patiently(self._recorder.begin)
             lease = await self._patiently(
-                lambda: acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl_s)
+                lambda: acquire(
+                    lambda row: self._persistence.store_for(row, mode),
+                    job.scope,
+                    ttl=job.lease_ttl_s,
+                    seams=self._persistence.seams,
+                )
             )
             self.lease = lease
             self.position_store.lease = lease
@@ -200,7 +206,7 @@ class LiveRun:
         broker, identity = self.job.broker, self.job.identity
         store = self._persistence.store_for(LEASE, "live")
         # After the lease, which is refused in a store that a migration has not completed: that one gets its id from it.
-        broker.store_id = await claim_store_id(store)
+        broker.store_id = await claim_store_id(store, self._persistence.seams)
         async with account_locked(
             broker.account(),
             identity.symbol,
@@ -425,7 +431,7 @@ class LiveRun:
         except Conflict:
             raise
         except Exception as error:
-            reason = f"the exchange and the store could not be compared: {words_of(error)}"
+            reason = f"the exchange and the store could not be compared: {error_text(error)}"
             if reason != self.order_manager.no_entry:
                 _log.warning("nothing is opened for %s: %s", self.job.identity.symbol, reason)
             self.order_manager.no_entry = reason
