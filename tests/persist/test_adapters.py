@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.model.candle import CandleSeries
-from backtest_kit.persist.adapters import ContractAdapter, adapter_name, front_doors, snake
+from backtest_kit.persist.adapters import ContractAdapter, adapter_name, snake
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.binding import MODES, Persistence
 from backtest_kit.persist.contracts import CONTRACTS, Delete
@@ -68,7 +68,7 @@ def key_of(name: str) -> dict[str, Any]:
 
 
 def test_there_is_a_door_for_each_contract(persistence: Persistence) -> None:
-    doors = front_doors(persistence)
+    doors = persistence.doors()
     assert list(doors) == [adapter_name(row) for row in CONTRACTS.values()]
     assert "PersistSignalAdapter" in doors
     assert doors["PersistSignalAdapter"] is persistence.signal

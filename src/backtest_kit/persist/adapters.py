@@ -8,21 +8,19 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from backtest_kit.errors import Conflict, UserError
 from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.event import Mode
 from backtest_kit.model.interval import to_ms
 from backtest_kit.persist.codec import decode, encode
-from backtest_kit.persist.contracts import CONTRACTS, Contract, Delete, Kind
+from backtest_kit.persist.contracts import Contract, Delete
 from backtest_kit.persist.history import RevisionStore
 from backtest_kit.persist.keys import check_key
 from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, KeyPart, SeriesKey, Store, Write
 from backtest_kit.persist.urls import store_at
 from backtest_kit.persist.wrapper import AdapterStore
-
-if TYPE_CHECKING:
-    from backtest_kit.persist.binding import Mode, Persistence
 
 When = datetime | str | int
 """A simulation time: an aware datetime, an ISO 8601 text or epoch ms."""
@@ -38,10 +36,22 @@ def snake(field: str) -> str:
     return re.sub(r"(?<!^)([A-Z])", r"_\1", field).lower()
 
 
+class Stores(Protocol):
+    """What a front door needs of `Persistence`."""
+
+    def bind(self, contract_name: str, store: Store, *, mode: Mode | None = None) -> None: ...
+
+    def keep_history(self, *contract_names: str) -> None: ...
+
+    def store_for(self, row: Contract, mode: Mode, run: str | None = None) -> Store: ...
+
+    def file_store(self) -> Store: ...
+
+
 class _Door:
     """What the front door of every contract can do: choose where it leads."""
 
-    def __init__(self, persistence: Persistence, row: Contract) -> None:
+    def __init__(self, persistence: Stores, row: Contract) -> None:
         self._persistence = persistence
         self._contract = row
         self._fields: Final = {snake(field): field for field in row.key_fields}
@@ -246,11 +256,3 @@ class CandleAdapter(_Door):
 
     def _candles(self, mode: Mode) -> CandleStore:
         return self._persistence.store_for(self._contract, mode).candles
-
-
-def front_doors(persistence: Persistence) -> dict[str, ContractAdapter | CandleAdapter]:
-    """Every front door of `persistence` under its public name: `PersistSignalAdapter` and so on."""
-    doors: dict[str, ContractAdapter | CandleAdapter] = {}
-    for row in CONTRACTS.values():
-        doors[adapter_name(row)] = persistence.candle if row.kind is Kind.SERIES else persistence.adapters[row.name]
-    return doors

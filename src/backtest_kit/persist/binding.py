@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, Literal, get_args
+from typing import Final
 
 from backtest_kit.errors import UserError
+from backtest_kit.model.event import Mode
 from backtest_kit.persist import diagnosis
-from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
+from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter, adapter_name
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Home, contract
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.history import RevisionStore, check_history
@@ -17,8 +18,7 @@ from backtest_kit.persist.upkeep import Reading
 from backtest_kit.persist.urls import store_at
 from backtest_kit.seams import SYSTEM, Seams
 
-Mode = Literal["live", "paper", "backtest"]
-MODES: Final[tuple[Mode, ...]] = get_args(Mode)
+MODES: Final[tuple[Mode, ...]] = ("live", "paper", "backtest")
 _RUN: Final = "backtest-"
 """What the namespace of a backtest's run begins with."""
 EVERY: Final = "*"
@@ -92,6 +92,10 @@ class Persistence:
         if name not in adapters:
             raise AttributeError(f"Persistence has no {name!r}; the contracts are {', '.join(CONTRACTS)}")
         return adapters[name]
+
+    def doors(self) -> dict[str, ContractAdapter | CandleAdapter]:
+        """Every front door under its public name: `PersistSignalAdapter` and so on."""
+        return {adapter_name(row): self.adapters.get(row.name, self.candle) for row in CONTRACTS.values()}
 
     def bind(self, contract_name: str, store: Store, *, mode: Mode | None = None) -> None:
         """Keep a contract, or all of them (`"*"`), in `store`; in one mode, or in all.
