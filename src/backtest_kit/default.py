@@ -54,7 +54,7 @@ def __getattr__(name: str) -> object:
     if name == "Live":
         return default_kit.live
     if name.startswith("Persist"):
-        doors = default_kit.persistence.doors()
+        doors = default_kit.persistence.front_doors()
         if name in doors:
             return doors[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

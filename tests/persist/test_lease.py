@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.samples import size
 
 from backtest_kit.errors import Conflict, Damaged, Outcome, OutOfSpace, RetryLater, UserError
 from backtest_kit.persist import holder as holder_module, lease as lease_module
@@ -315,13 +316,22 @@ async def main(url, races):
     await store.open()
     print("ready", flush=True)
     sys.stdin.readline()
+    undecided = races
+
+    def decided():
+        nonlocal undecided
+        undecided -= 1
+        if not undecided:
+            print("decided", flush=True)
 
     async def race(number):
         try:
-            lease = await acquire(lambda row: store, ("trend", "binance", str(number)), ttl=3.0)
+            lease = await acquire(lambda row: store, ("trend", "binance", str(number)), ttl=6.0)
         except Conflict:
+            decided()
             return
         print(number, flush=True)
+        decided()
         await lease.keep()
 
     tasks = [asyncio.create_task(race(number)) for number in range(races)]
@@ -354,20 +364,28 @@ def hear(process: subprocess.Popen[str]) -> str:
 SHARED_STORES = ["sqlite:{}/bot.db", "file:{}/dump"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("url", SHARED_STORES)
-def test_thousand_races_of_two_processes_have_one_winner_each(tmp_path: Path, url: str) -> None:
-    races = 1_000
+async def test_thousand_races_of_two_processes_have_one_winner_each(tmp_path: Path, url: str) -> None:
+    races = size(250, 1_000)
     racers = [start(RACER, url.format(tmp_path), races) for _ in range(2)]
     for racer in racers:
         assert hear(racer) == "ready"
     for racer in racers:
         tell(racer)
-    time.sleep(4.0)
     wins: list[str] = []
-    for racer in racers:
-        output, _ = racer.communicate("\n", timeout=60)
-        assert racer.returncode == 0
-        wins += output.split()
+    try:
+        async with asyncio.timeout(240):
+            for racer in racers:
+                while (said := await asyncio.to_thread(hear, racer)) != "decided":
+                    assert said, "it has ended"
+                    wins.append(said)
+            for racer in racers:
+                output, _ = await asyncio.to_thread(racer.communicate, "\n")
+                assert (racer.returncode, output) == (0, "")
+    finally:
+        for racer in racers:
+            racer.kill()
     assert sorted(map(int, wins)) == list(range(races))
 
 
@@ -404,9 +422,10 @@ asyncio.run(main(sys.argv[1]))
 """
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("url", SHARED_STORES)
 async def test_owner_that_was_paused_past_its_lease_is_refused(tmp_path: Path, url: str) -> None:
-    positions = 250
+    positions = size(60, 250)
     address = url.format(tmp_path)
     owner = start(OWNER, address, positions)
     assert await asyncio.to_thread(hear, owner) == "owning"

@@ -134,7 +134,7 @@ def test_mongo_has_a_collection_and_a_unique_index_for_it(mongo_url: str, tmp_pa
     run(f"URL = {mongo_url!r}\n", MONGO, place=tmp_path)
 
 
-@pytest.mark.parametrize("name", bk.Kit().persistence.doors())
+@pytest.mark.parametrize("name", bk.Kit().persistence.front_doors())
 def test_every_front_door_has_a_typed_name_in_the_package(name: str) -> None:
     assert name in bk.__all__, f"add {name} to __init__.pyi and default.py"
 

@@ -37,7 +37,7 @@ def snake(field: str) -> str:
 
 
 class Stores(Protocol):
-    """What a front door needs of `Persistence`."""
+    """Which store keeps a contract, and how that is chosen: `Persistence`."""
 
     def bind(self, contract_name: str, store: Store, *, mode: Mode | None = None) -> None: ...
 
@@ -51,18 +51,18 @@ class Stores(Protocol):
 class _Door:
     """What the front door of every contract can do: choose where it leads."""
 
-    def __init__(self, persistence: Stores, row: Contract) -> None:
-        self._persistence = persistence
+    def __init__(self, stores: Stores, row: Contract) -> None:
+        self._stores = stores
         self._contract = row
         self._fields: Final = {snake(field): field for field in row.key_fields}
 
     def use_store(self, store: Store, *, mode: Mode | None = None) -> None:
         """Keep this contract in `store`, in one mode or in all."""
-        self._persistence.bind(self._contract.name, store, mode=mode)
+        self._stores.bind(self._contract.name, store, mode=mode)
 
     def use_file(self, *, mode: Mode | None = None) -> None:
         """Keep this contract in the files of the program."""
-        self.use_store(self._persistence.file_store(), mode=mode)
+        self.use_store(self._stores.file_store(), mode=mode)
 
     def use_memory(self, *, mode: Mode | None = None) -> None:
         """Keep this contract in a memory of its own, for as long as the program runs."""
@@ -120,7 +120,7 @@ class ContractAdapter(_Door):
 
     def keep_history(self) -> None:
         """Keep what these records were before, for reads `as_of` a moment. As `Persistence.keep_history`."""
-        self._persistence.keep_history(self._contract.name)
+        self._stores.keep_history(self._contract.name)
 
     async def read(
         self,
@@ -228,7 +228,7 @@ class ContractAdapter(_Door):
                 yield dict(zip(self._fields, record.key, strict=True)), decode(record.value)
 
     def _store(self, mode: Mode, run: str | None) -> Store:
-        return self._persistence.store_for(self._contract, mode, run)
+        return self._stores.store_for(self._contract, mode, run)
 
 
 class CandleAdapter(_Door):
@@ -255,4 +255,4 @@ class CandleAdapter(_Door):
         return await self._candles(mode).write(SeriesKey(exchange_name, symbol, interval), candles)
 
     def _candles(self, mode: Mode) -> CandleStore:
-        return self._persistence.store_for(self._contract, mode).candles
+        return self._stores.store_for(self._contract, mode).candles

@@ -93,9 +93,10 @@ class Persistence:
             raise AttributeError(f"Persistence has no {name!r}; the contracts are {', '.join(CONTRACTS)}")
         return adapters[name]
 
-    def doors(self) -> dict[str, ContractAdapter | CandleAdapter]:
-        """Every front door under its public name: `PersistSignalAdapter` and so on."""
-        return {adapter_name(row): self.adapters.get(row.name, self.candle) for row in CONTRACTS.values()}
+    def front_doors(self) -> dict[str, ContractAdapter | CandleAdapter]:
+        """The front door of every contract under its public name: `PersistSignalAdapter` and so on."""
+        doors: dict[str, ContractAdapter | CandleAdapter] = {"candle": self.candle, **self.adapters}
+        return {adapter_name(row): doors[name] for name, row in CONTRACTS.items()}
 
     def bind(self, contract_name: str, store: Store, *, mode: Mode | None = None) -> None:
         """Keep a contract, or all of them (`"*"`), in `store`; in one mode, or in all.
