@@ -191,6 +191,8 @@ from .run.live.status import (
 )
 from .run.replay.backtest import (
     BacktestHandle as BacktestHandle,
+    BacktestOptions as BacktestOptions,
+    ReplayOptions as ReplayOptions,
 )
 from .run.replay.walker import (
     ParameterSet as ParameterSet,

@@ -54,9 +54,7 @@ def __getattr__(name: str) -> object:
     if name == "Live":
         return default_kit.live
     if name.startswith("Persist"):
-        from backtest_kit.persist.adapters import front_doors
-
-        doors = front_doors(default_kit.persistence)
+        doors = default_kit.persistence.front_doors()
         if name in doors:
             return doors[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

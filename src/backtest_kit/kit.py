@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +36,7 @@ from backtest_kit.run.schema import (
     risk_schema,
     strategy_schema,
 )
+from backtest_kit.seams import SYSTEM, Seams
 from backtest_kit.settings import Settings, from_environment, with_settings
 
 if TYPE_CHECKING:
@@ -54,15 +54,23 @@ class Kit:
 
     Args:
         dump: Where files are kept: candles, records, reports.
-        now_ms: The clock, in epoch milliseconds.
+        now_ms: The clock of the market, in epoch milliseconds.
+        seams: Time and chance of the machine, by which one process owns a position: a simulation hands in its own.
     """
 
-    def __init__(self, dump: str | os.PathLike[str] = "./dump", *, now_ms: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self,
+        dump: str | os.PathLike[str] = "./dump",
+        *,
+        now_ms: Callable[[], int] | None = None,
+        seams: Seams = SYSTEM,
+    ) -> None:
         self._dump = Path(dump)
         self._registry = Registry()
         self._bus = EventBus()
         self._cron = Cron()
-        self._now_ms = now_ms or _wall_clock_ms
+        self._seams = seams
+        self._now_ms = now_ms or seams.wall_ms
         self._settings: Settings | None = None
         self._persistence: Persistence | None = None
         self._files_in_use = False
@@ -124,7 +132,7 @@ class Kit:
         if self._persistence is None:
             from backtest_kit.persist.binding import Persistence
 
-            self._persistence = Persistence(files=self._file_store, environ=os.environ)
+            self._persistence = Persistence(files=self._file_store, environ=os.environ, seams=self._seams)
         return self._persistence
 
     async def close(self) -> None:
@@ -291,7 +299,3 @@ class Kit:
 
     def _candle_store(self) -> CandleStore:
         return self.persistence.store_for(CONTRACTS["candle"], "backtest").candles
-
-
-def _wall_clock_ms() -> int:
-    return time.time_ns() // 1_000_000

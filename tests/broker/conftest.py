@@ -30,7 +30,7 @@ START = 1_704_067_200_000
 PRICE = 50_000.0
 SIGNAL = "BTCUSDT-202401010000-0a1b2c3d"
 IDS = SignalIds(SIGNAL)
-ARRIVAL_MS = 1000
+ARRIVAL_MS = 250
 Kind = Literal["spot", "futures"]
 
 

@@ -116,7 +116,9 @@ async def test_another_program_s_order_still_under_way_is_waited_for(bench: Make
     entering.cancel()
     with pytest.raises(asyncio.CancelledError):
         await entering
-    later = await venue.broker()  # on a busy machine the order may have arrived by now: it is found all the same
+    later = await venue.broker(
+        arrival_ms=1000
+    )  # on a busy machine the order may have arrived by now: it is found all the same
     assert (await later.find(again(order()))).status == "filled"
     assert venue.filled_orders() == {IDS.entry: 1}
     nothing_is_naked(venue)

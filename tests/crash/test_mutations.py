@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.samples import dice, size
 
 from backtest_kit.errors import Damaged
 from backtest_kit.model.candle import COLUMNS, CandleSeries
@@ -27,7 +28,7 @@ from backtest_kit.persist.journal import written_lines
 from backtest_kit.persist.store import Key, Plain, Record, SeriesKey, Write
 from backtest_kit.persist.testing.faults import FaultFS
 
-pytestmark = pytest.mark.crash
+pytestmark = [pytest.mark.crash, pytest.mark.sampled]
 
 SIGNAL, SCHEDULE, LOG = (CONTRACTS[name] for name in ("signal", "schedule", "log"))
 
@@ -68,16 +69,16 @@ Mutation = Callable[[bytes, bytes, random.Random], bytes]
 MUTATIONS: tuple[Mutation, ...] = (flip, flip, cut, blank, splice, replace, scatter, insert)
 
 
-def test_ten_thousand_damaged_files(tmp_path: Path) -> None:
+def test_thousands_of_damaged_files(tmp_path: Path) -> None:
     """Each is refused as damaged, kept byte for byte, and blocks its key; the program goes on."""
-    seed = random.randrange(1 << 30)  # noqa: S311
+    seed = dice("mutations").randrange(1 << 30)
     chance = random.Random(seed)  # noqa: S311
     root = Root(tmp_path, Disk(FaultFS(sync=False)))
     root.open()
     (tmp_path / "signal/s/e").mkdir(parents=True)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.monotonic()
-    for number in range(10_000):
+    for number in range(size(1_500, 10_000)):
         key, path = ("s", "e", f"P{number}"), f"signal/s/e/P{number}.json"
         levels: list[Plain] = [chance.random() for _ in range(chance.randrange(20))]
         value: Plain = {"note": "x" * chance.randrange(400), "levels": levels}
@@ -108,15 +109,15 @@ def test_a_huge_text_in_a_damaged_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def chance() -> random.Random:
-    seed = random.randrange(1 << 30)  # noqa: S311
+    seed = dice("mutations").randrange(1 << 30)
     print(f"seed {seed}")  # pytest shows it where a test fails
     return random.Random(seed)  # noqa: S311
 
 
-async def test_two_thousand_damaged_rows(tmp_path: Path, chance: random.Random) -> None:
+async def test_hundreds_of_damaged_rows(tmp_path: Path, chance: random.Random) -> None:
     """SQLite: a copy of the bytes is in quarantine, the row stays as it is and blocks its key."""
     store = SqliteStore(tmp_path / "bot.db")
-    keys: list[Key] = [("s", "e", f"P{number}") for number in range(2_000)]
+    keys: list[Key] = [("s", "e", f"P{number}") for number in range(size(400, 2_000))]
     await store.batch([Write(SIGNAL, key, "x" * chance.randrange(300)) for key in keys])
     connection = sqlite3.connect(store.path)
     rows = dict(connection.execute("SELECT key, record FROM records").fetchall())
@@ -138,14 +139,14 @@ async def test_two_thousand_damaged_rows(tmp_path: Path, chance: random.Random) 
         if len(expected) % 20 == 0:
             with pytest.raises(Damaged):
                 await store.put(Write(SIGNAL, key, "other"))
-    assert len(expected) > 1_900
+    assert len(expected) > size(360, 1_900)
     assert dict(connection.execute("SELECT key, record FROM quarantine").fetchall()) == expected
     assert dict(connection.execute("SELECT key, record FROM records").fetchall()) == damaged
     connection.close()
     await store.close()
 
 
-async def test_a_thousand_damaged_months(tmp_path: Path, chance: random.Random) -> None:
+async def test_hundreds_of_damaged_months(tmp_path: Path, chance: random.Random) -> None:
     """Candles: each file is refused and kept byte for byte, and blocks its month."""
     store = FileStore(tmp_path, disk=Disk(FaultFS(sync=False)))
     series = [SeriesKey("e", f"S{number}", "1m") for number in range(2)]
@@ -155,7 +156,7 @@ async def test_a_thousand_damaged_months(tmp_path: Path, chance: random.Random) 
     path = "candle/e/S0/1m/1970-01.candles"
     sound, other = ((tmp_path / f"candle/e/S{number}/1m/1970-01.candles").read_bytes() for number in range(2))
     kept = tmp_path / "quarantine" / path
-    for number in range(1_000):
+    for number in range(size(200, 1_000)):
         data = chance.choice(MUTATIONS)(sound, other, chance)
         if data == sound:
             continue
@@ -169,7 +170,7 @@ async def test_a_thousand_damaged_months(tmp_path: Path, chance: random.Random) 
     await store.close()
 
 
-async def test_five_hundred_damaged_journals(tmp_path: Path, chance: random.Random) -> None:
+async def test_hundreds_of_damaged_journals(tmp_path: Path, chance: random.Random) -> None:
     """The opening never fails over one; every record is one that was written; a bad line is kept as evidence."""
     written: dict[str, set[object]] = {name: set() for name in "AB"}
     files: list[bytes] = []
@@ -184,7 +185,7 @@ async def test_five_hundred_damaged_journals(tmp_path: Path, chance: random.Rand
         files.append(journal.read_bytes())
         await store.close()
     sound, other = files
-    for number in range(500):
+    for number in range(size(100, 500)):
         root = tmp_path / str(number)
         (root / ".backtest-kit/journal").mkdir(parents=True)
         data = chance.choice(MUTATIONS)(sound, other, chance)
@@ -207,7 +208,7 @@ async def test_five_hundred_damaged_journals(tmp_path: Path, chance: random.Rand
         await store.close()
 
 
-async def test_a_thousand_damaged_lines(tmp_path: Path, chance: random.Random) -> None:
+async def test_hundreds_of_damaged_lines(tmp_path: Path, chance: random.Random) -> None:
     """Log: no read has another value, or nothing; the bytes stay in the log or in quarantine."""
     store = FileStore(tmp_path, disk=Disk(FaultFS(sync=False)))
     for name in ("first", "middle", "last"):
@@ -215,7 +216,7 @@ async def test_a_thousand_damaged_lines(tmp_path: Path, chance: random.Random) -
     await store.close()
     (log,) = (tmp_path / "log").iterdir()
     first, middle, last = log.read_bytes().splitlines(keepends=True)
-    for number in range(1_000):
+    for number in range(size(200, 1_000)):
         line = chance.choice((flip, blank, insert, cut))(middle[:-1], last, chance)
         if not line or line.isspace() or line == middle[:-1]:
             continue

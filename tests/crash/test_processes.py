@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.samples import size
 
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.contracts import CONTRACTS
@@ -48,11 +49,13 @@ def start(program: str, *arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment)
 
 
+@pytest.mark.sampled
 async def test_no_increment_of_eight_processes_is_lost(tmp_path: Path) -> None:
-    processes = [start(INCREMENT, str(tmp_path), "1000") for _ in range(8)]
+    each = size(150, 1_000)
+    processes = [start(INCREMENT, str(tmp_path), str(each)) for _ in range(8)]
     assert [await asyncio.to_thread(process.wait, 240) for process in processes] == [0] * 8
     store = FileStore(tmp_path)
     found = await store.get(STATE, KEY)
     assert found is not None
-    assert (found.value, found.rev) == (8000, 8000)
+    assert (found.value, found.rev) == (8 * each, 8 * each)
     await store.close()

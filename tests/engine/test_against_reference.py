@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tests.samples import sample
 
 import backtest_kit as bk
 from backtest_kit.engine.pnl import effective_price
@@ -283,8 +284,9 @@ async def compare(
     return seen
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fill", ["vwap", "ohlc"])
-@pytest.mark.parametrize("market", range(RANDOM_MARKETS))
+@pytest.mark.parametrize("market", sample(range(RANDOM_MARKETS), 3, "random markets"))
 async def test_random_strategies_on_random_candles(tmp_path: Path, market: int, fill: str) -> None:
     seeds = range(market * STRATEGIES, (market + 1) * STRATEGIES)
     seen = await compare(tmp_path, random_market(market), fill, seeds)
@@ -298,17 +300,19 @@ async def test_random_strategies_on_random_candles(tmp_path: Path, market: int, 
     }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fill", ["vwap", "ohlc"])
-@pytest.mark.parametrize("stretch", range(REAL_STRETCHES))
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("stretch", sample(range(REAL_STRETCHES), 1, "real stretches"))
+@pytest.mark.parametrize("name", sample(REAL, 2, "real markets"))
 async def test_random_strategies_on_real_candles(tmp_path: Path, name: str, stretch: int, fill: str) -> None:
     first = 100_000 + (REAL.index(name) * REAL_STRETCHES + stretch) * STRATEGIES
     seen = await compare(tmp_path, real_market(name, stretch), fill, range(first, first + STRATEGIES))
     assert {("opened", ""), ("scheduled", ""), ("closed", "time_expired")} <= seen
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fill", ["vwap", "ohlc"])
-@pytest.mark.parametrize("market", range(MANAGED_MARKETS))
+@pytest.mark.parametrize("market", sample(range(MANAGED_MARKETS), 3, "managed markets"))
 async def test_random_commands_on_random_candles(tmp_path: Path, market: int, fill: str) -> None:
     seeds = range(200_000 + market * MANAGED, 200_000 + (market + 1) * MANAGED)
     seen = await compare(tmp_path, random_market(100 + market), fill, seeds, managed=True, anywhere=market % 4 == 3)
@@ -318,8 +322,9 @@ async def test_random_commands_on_random_candles(tmp_path: Path, market: int, fi
     assert seen >= {("closed", "closed"), ("cancelled", "user")}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fill", ["vwap", "ohlc"])
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", sample(REAL, 2, "managed real markets"))
 async def test_random_commands_on_real_candles(tmp_path: Path, name: str, fill: str) -> None:
     first = 300_000 + REAL.index(name) * MANAGED
     seen = await compare(tmp_path, real_market(name, 3), fill, range(first, first + MANAGED), managed=True)

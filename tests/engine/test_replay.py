@@ -8,7 +8,9 @@ from itertools import pairwise
 
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import given, settings, strategies as st
+from tests.samples import size
 
 from backtest_kit.engine import commands
 from backtest_kit.engine.replay import Columns, coast, next_minute
@@ -118,7 +120,8 @@ def run(
     return events, state, visited
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.mark.sampled
+@settings(max_examples=size(40, 150), deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     minutes=st.integers(30, 3000),
@@ -158,7 +161,8 @@ KINDS: list[type[Event]] = [PositionActive, EntryWaiting, PeakReached, FallReach
 LIFE = re.compile(r"(opened closed |scheduled (cancelled |opened closed ))*(opened |scheduled (opened )?)?")
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.sampled
+@settings(max_examples=size(20, 60), deadline=None)
 @given(seed=st.integers(0, 2**32), fill=st.sampled_from(["vwap", "ohlc"]), wanted=st.frozensets(st.sampled_from(KINDS)))
 def test_who_listens_changes_neither_what_happens_nor_its_order(seed: int, fill: Fill, wanted: Wanted) -> None:
     columns = market(seed, 1500, 0.001)
@@ -170,7 +174,8 @@ def test_who_listens_changes_neither_what_happens_nor_its_order(seed: int, fill:
     assert heard == [event for event in everything if type(event) in wanted or type(event) not in KINDS]
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.sampled
+@settings(max_examples=size(20, 60), deadline=None)
 @given(seed=st.integers(0, 2**32), fill=st.sampled_from(["vwap", "ohlc"]))
 def test_no_transition_leaves_the_state_machine(seed: int, fill: Fill) -> None:
     """Whatever is commanded: scheduled, opened, closed and cancelled follow each other as they may, a minute apart."""

@@ -6,7 +6,9 @@ import asyncio
 from collections import defaultdict
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given, settings, strategies as st
+from tests.samples import size
 
 from backtest_kit.events import EventBus
 from backtest_kit.model.event import Event, Identity, Progress, RunDone
@@ -116,7 +118,8 @@ class Scene:
         await asyncio.gather(*self.readers)
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.mark.sampled
+@settings(max_examples=size(40, 150), deadline=None)
 @given(mixes=st.lists(MIXES, max_size=6), drawn=RUNS)
 def test_each_sees_exactly_what_it_asked_for_in_order(
     mixes: list[Mix], drawn: list[tuple[str, str, list[bool]]]

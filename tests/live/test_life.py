@@ -23,8 +23,9 @@ from backtest_kit.errors import Outcome
 from backtest_kit.market.clock import Jump, SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract
-from backtest_kit.persist.lease import Clock as LeaseClock, acquire
+from backtest_kit.persist.lease import acquire
 from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, Record, Store, Write
+from backtest_kit.seams import Seams
 
 SCOPE = ("trend", "demo", "BTCUSDT")
 
@@ -844,8 +845,8 @@ class Outage:
     def begin(self) -> None:
         if not self._gone:
             self._gone = True
-            now = LeaseClock.now
-            self._patch.setattr(LeaseClock, "now", lambda clock: now(clock) + 3 * 15)
+            elapsed = Seams.elapsed
+            self._patch.setattr(Seams, "elapsed", lambda seams: elapsed(seams) + 3 * 15)
         self.store.error = bk.RetryLater("the server is away")
 
     def end(self) -> None:

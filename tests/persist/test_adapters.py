@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from tests.samples import size
 
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.model.candle import CandleSeries
-from backtest_kit.persist.adapters import ContractAdapter, adapter_name, front_doors, snake
+from backtest_kit.persist.adapters import ContractAdapter, adapter_name, snake
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.binding import MODES, Persistence
 from backtest_kit.persist.contracts import CONTRACTS, Delete
@@ -68,7 +69,7 @@ def key_of(name: str) -> dict[str, Any]:
 
 
 def test_there_is_a_door_for_each_contract(persistence: Persistence) -> None:
-    doors = front_doors(persistence)
+    doors = persistence.front_doors()
     assert list(doors) == [adapter_name(row) for row in CONTRACTS.values()]
     assert "PersistSignalAdapter" in doors
     assert doors["PersistSignalAdapter"] is persistence.signal
@@ -278,7 +279,8 @@ async def test_unencodable_value_names_its_place(persistence: Persistence) -> No
     assert await persistence.signal.read(**KEY) is None
 
 
-@settings(max_examples=400, deadline=None)
+@pytest.mark.sampled
+@settings(max_examples=size(80, 400), deadline=None)
 @given(
     writes=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9), st.integers()), max_size=12),
     reads=st.lists(st.integers(-1, 10), min_size=25, max_size=25),

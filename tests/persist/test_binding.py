@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from backtest_kit.errors import Conflict, RetryLater, UserError
+from backtest_kit.model.event import Mode
 from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.backends.sqlite import SqliteStore
-from backtest_kit.persist.binding import MODES, Mode, Persistence, home_of
+from backtest_kit.persist.binding import MODES, Persistence, home_of
 from backtest_kit.persist.contracts import CONTRACTS, Home
 from backtest_kit.persist.store import ABSENT, Write
 from backtest_kit.persist.urls import store_at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -132,3 +133,25 @@ async def test_reads_see_what_is_on_the_disk(tmp_path: Path) -> None:
         await one.put(Write(SIGNAL, KEY, 0, expect=3))
     await one.close()
     await two.close()
+
+
+async def test_an_inline_store_has_no_threads(tmp_path: Path) -> None:
+    """For a simulation that decides itself what happens after what."""
+    threads = threading.active_count()
+    store = FileStore(tmp_path, inline=True)
+    for number in range(3):
+        await store.batch([Write(SIGNAL, KEY, number), Write(CONTRACTS["storage"], (False, "id"), number)])
+        await store.put(Write(STATE, ("a", "b"), number))
+        await store.put(Write(CONTRACTS["log"], (f"{number}",), number))
+    results = await store.put_each([Write(SIGNAL, KEY, 3, expect=3), Write(SIGNAL, KEY, 4, expect=3)])
+    assert isinstance(results[1], Conflict)
+    assert [record.value async for record in store.scan(CONTRACTS["log"])] == [0, 1, 2]
+    assert (tmp_path / "state/a/b.json").exists(), "it was synced and has its name when the write returns"
+    assert threading.active_count() == threads
+    await store.close()
+    again = FileStore(tmp_path)
+    for row, key, value in ((SIGNAL, KEY, 3), (STATE, ("a", "b"), 2), (CONTRACTS["storage"], (False, "id"), 2)):
+        found = await again.get(row, key)
+        assert found is not None
+        assert found.value == value
+    await again.close()

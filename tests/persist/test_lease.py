@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.samples import size
 
 from backtest_kit.errors import Conflict, Damaged, Outcome, OutOfSpace, RetryLater, UserError
 from backtest_kit.persist import holder as holder_module, lease as lease_module
@@ -21,16 +22,17 @@ from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract, Durability
 from backtest_kit.persist.holder import Holder
-from backtest_kit.persist.lease import Clock, Lapsed, Sightings, acquire, claim
+from backtest_kit.persist.lease import Lapsed, Sightings, acquire, claim
 from backtest_kit.persist.possession import renew_through_lapses
 from backtest_kit.persist.store import ABSENT, Key, Record, Store, Write
 from backtest_kit.persist.urls import store_at
+from backtest_kit.seams import Seams
 
 SCOPE = ("trend", "binance", "BTCUSDT")
 SIGNAL = CONTRACTS["signal"]
 
 
-class Time(Clock):
+class Time(Seams):
     """A clock that only its sleepers move."""
 
     def __init__(self) -> None:
@@ -38,7 +40,7 @@ class Time(Clock):
         self.slept: list[float] = []
         self.meanwhile: Callable[[], None] = lambda: None
 
-    def now(self) -> float:
+    def elapsed(self) -> float:
         return self.seconds
 
     async def sleep(self, seconds: float) -> None:
@@ -73,7 +75,7 @@ async def plant(store: Store, holder: Holder) -> Record:
 
 
 async def test_free_position_is_taken_at_once(store: MemoryStore, clock: Time) -> None:
-    lease = await acquire(of(store), SCOPE, clock=clock)
+    lease = await acquire(of(store), SCOPE, seams=clock)
     assert lease.held
     assert clock.slept == []
     assert lease.holder.pid == os.getpid()
@@ -81,10 +83,10 @@ async def test_free_position_is_taken_at_once(store: MemoryStore, clock: Time) -
 
 async def test_released_position_is_taken_at_once_and_nothing_is_rewritten(store: MemoryStore, clock: Time) -> None:
     await store.put(Write(SIGNAL, SCOPE, "open"))
-    first = await acquire(of(store), SCOPE, clock=clock)
+    first = await acquire(of(store), SCOPE, seams=clock)
     await first.release()
     assert not first.held
-    second = await acquire(of(store), SCOPE, clock=clock)
+    second = await acquire(of(store), SCOPE, seams=clock)
     assert second.token > first.token
     assert clock.slept == []
     found = await store.get(SIGNAL, SCOPE)
@@ -100,15 +102,15 @@ async def test_owner_that_renews_keeps_others_out_and_is_named(store: MemoryStor
 
     clock.meanwhile = renew
     with pytest.raises(Conflict, match=r"BTCUSDT on binance by trend.*process 4000000 on elsewhere, since 1970"):
-        await acquire(of(store), SCOPE, clock=clock)
+        await acquire(of(store), SCOPE, seams=clock)
     assert len(clock.slept) == 1
 
 
 async def test_lapsed_lease_is_taken_after_a_whole_ttl_of_our_own_clock(store: MemoryStore, clock: Time) -> None:
     await plant(store, stranger(ttl_ms=7_000))
-    before = clock.now()
-    lease = await acquire(of(store), SCOPE, clock=clock)
-    assert clock.now() - before >= 7.0
+    before = clock.elapsed()
+    lease = await acquire(of(store), SCOPE, seams=clock)
+    assert clock.elapsed() - before >= 7.0
     assert lease.held
 
 
@@ -120,7 +122,7 @@ async def test_release_during_the_wait_ends_it(store: MemoryStore, clock: Time) 
         store._tables["lease"].set(msgspec.structs.replace(record, rev=record.rev + 1, value=released))
 
     clock.meanwhile = release
-    await acquire(of(store), SCOPE, clock=clock)
+    await acquire(of(store), SCOPE, seams=clock)
     assert len(clock.slept) == 1
 
 
@@ -133,7 +135,7 @@ async def test_takeover_moves_every_money_record_on(store: MemoryStore, clock: T
             await store.put(Write(row, (*SCOPE, *tail), row.name, when=5))
             await store.put(Write(row, (*other, *tail), row.name))
     await plant(store, stranger())
-    await acquire(of(store), SCOPE, clock=clock)
+    await acquire(of(store), SCOPE, seams=clock)
     for row in CONTRACTS.values():
         if row.name in guarded:
             tail = ("signal-1",)[: len(row.key_fields) - 3]
@@ -147,11 +149,11 @@ async def test_takeover_moves_every_money_record_on(store: MemoryStore, clock: T
 
 
 async def test_old_owner_is_refused_by_the_store(store: MemoryStore, clock: Time) -> None:
-    old = await acquire(of(store), SCOPE, clock=clock)
+    old = await acquire(of(store), SCOPE, seams=clock)
     opened = await store.put(Write(SIGNAL, SCOPE, "opened by the old one", expect=ABSENT))
     clock.seconds += 100
     assert not old.held
-    new = await acquire(of(store), SCOPE, clock=clock)
+    new = await acquire(of(store), SCOPE, seams=clock)
     assert new.held
     with pytest.raises(Conflict):
         await store.put(Write(SIGNAL, SCOPE, "closed by the old one", expect=opened.rev))
@@ -171,19 +173,19 @@ async def test_dead_owner_of_this_machine_is_followed_at_once(store: MemoryStore
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     await plant(store, stranger(pid=gone.pid, machine=holder_module._machine()))
-    await acquire(of(store), SCOPE, clock=clock)
+    await acquire(of(store), SCOPE, seams=clock)
     assert clock.slept == []
 
 
 async def test_pid_that_was_given_away_again_is_no_owner(store: MemoryStore, clock: Time) -> None:
     await plant(store, stranger(pid=os.getpid(), machine=holder_module._machine(), started=-86_400.0))
-    await acquire(of(store), SCOPE, clock=clock)
+    await acquire(of(store), SCOPE, seams=clock)
     assert clock.slept == []
 
 
 async def test_same_pid_on_another_machine_means_nothing(store: MemoryStore, clock: Time) -> None:
     await plant(store, stranger(pid=4_000_000))
-    await acquire(of(store), SCOPE, clock=clock)
+    await acquire(of(store), SCOPE, seams=clock)
     assert sum(clock.slept) >= 15.0
 
 
@@ -191,7 +193,7 @@ async def test_same_pid_on_another_machine_means_nothing(store: MemoryStore, clo
 async def test_wall_clock_decides_nothing(
     store: MemoryStore, clock: Time, monkeypatch: pytest.MonkeyPatch, jump_ms: int
 ) -> None:
-    lease = await acquire(of(store), SCOPE, clock=clock)
+    lease = await acquire(of(store), SCOPE, seams=clock)
     real = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: real() + jump_ms * 1_000_000)
     await lease.renew()
@@ -199,7 +201,7 @@ async def test_wall_clock_decides_nothing(
     revisions = [lease.token]
     clock.meanwhile = lambda: None
     with pytest.raises(Conflict):
-        await asyncio.gather(acquire(of(store), SCOPE, clock=clock), lease.renew())
+        await asyncio.gather(acquire(of(store), SCOPE, seams=clock), lease.renew())
     revisions.append(lease.token)
     assert revisions == sorted(set(revisions))
 
@@ -222,7 +224,7 @@ class Flaky(MemoryStore):
 
 async def test_lease_survives_a_short_absence_of_the_store(clock: Time) -> None:
     store = Flaky()
-    lease = await acquire(of(store), SCOPE, clock=clock)
+    lease = await acquire(of(store), SCOPE, seams=clock)
     for outcome in (Outcome.NOT_DONE, Outcome.UNKNOWN):
         store.fail = outcome
         with pytest.raises(RetryLater):
@@ -234,7 +236,7 @@ async def test_lease_survives_a_short_absence_of_the_store(clock: Time) -> None:
 
 async def test_lease_ends_with_a_long_absence_of_the_store(clock: Time) -> None:
     store = Flaky()
-    lease = await acquire(of(store), SCOPE, clock=clock)
+    lease = await acquire(of(store), SCOPE, seams=clock)
     store.fail = Outcome.NOT_DONE
     with pytest.raises(Conflict, match="could not be renewed for 15 s"):
         await lease.keep()
@@ -247,7 +249,7 @@ async def test_a_lease_that_lapsed_without_its_store_is_found_out_about_once_tha
     clock: Time, taken: bool
 ) -> None:
     store = Flaky()
-    lease = await acquire(of(store), SCOPE, clock=clock)
+    lease = await acquire(of(store), SCOPE, seams=clock)
     store.fail = Outcome.NOT_DONE
     began, keeping = clock.seconds, asyncio.ensure_future(renew_through_lapses(lease))
     while clock.seconds < began + 45:
@@ -295,7 +297,7 @@ async def test_thousand_races_in_one_process_have_one_winner_each() -> None:
 
     async def race(number: int) -> int:
         scope = ("trend", "binance", str(number))
-        entrants = [acquire(of(store), scope, ttl=30.0, clock=Time()) for _ in range(3)]
+        entrants = [acquire(of(store), scope, ttl=30.0, seams=Time()) for _ in range(3)]
         results = await asyncio.gather(*entrants, return_exceptions=True)
         assert all(isinstance(result, Conflict) for result in results if isinstance(result, BaseException))
         return sum(not isinstance(result, BaseException) for result in results)
@@ -314,13 +316,22 @@ async def main(url, races):
     await store.open()
     print("ready", flush=True)
     sys.stdin.readline()
+    undecided = races
+
+    def decided():
+        nonlocal undecided
+        undecided -= 1
+        if not undecided:
+            print("decided", flush=True)
 
     async def race(number):
         try:
-            lease = await acquire(lambda row: store, ("trend", "binance", str(number)), ttl=3.0)
+            lease = await acquire(lambda row: store, ("trend", "binance", str(number)), ttl=6.0)
         except Conflict:
+            decided()
             return
         print(number, flush=True)
+        decided()
         await lease.keep()
 
     tasks = [asyncio.create_task(race(number)) for number in range(races)]
@@ -353,20 +364,28 @@ def hear(process: subprocess.Popen[str]) -> str:
 SHARED_STORES = ["sqlite:{}/bot.db", "file:{}/dump"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("url", SHARED_STORES)
-def test_thousand_races_of_two_processes_have_one_winner_each(tmp_path: Path, url: str) -> None:
-    races = 1_000
+async def test_thousand_races_of_two_processes_have_one_winner_each(tmp_path: Path, url: str) -> None:
+    races = size(250, 1_000)
     racers = [start(RACER, url.format(tmp_path), races) for _ in range(2)]
     for racer in racers:
         assert hear(racer) == "ready"
     for racer in racers:
         tell(racer)
-    time.sleep(4.0)
     wins: list[str] = []
-    for racer in racers:
-        output, _ = racer.communicate("\n", timeout=60)
-        assert racer.returncode == 0
-        wins += output.split()
+    try:
+        async with asyncio.timeout(240):
+            for racer in racers:
+                while (said := await asyncio.to_thread(hear, racer)) != "decided":
+                    assert said, "it has ended"
+                    wins.append(said)
+            for racer in racers:
+                output, _ = await asyncio.to_thread(racer.communicate, "\n")
+                assert (racer.returncode, output) == (0, "")
+    finally:
+        for racer in racers:
+            racer.kill()
     assert sorted(map(int, wins)) == list(range(races))
 
 
@@ -403,9 +422,10 @@ asyncio.run(main(sys.argv[1]))
 """
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("url", SHARED_STORES)
 async def test_owner_that_was_paused_past_its_lease_is_refused(tmp_path: Path, url: str) -> None:
-    positions = 250
+    positions = size(60, 250)
     address = url.format(tmp_path)
     owner = start(OWNER, address, positions)
     assert await asyncio.to_thread(hear, owner) == "owning"
@@ -427,7 +447,7 @@ async def test_owner_that_was_paused_past_its_lease_is_refused(tmp_path: Path, u
 
 
 async def test_who_has_renewed_lately_need_not_ask(store: MemoryStore, clock: Time) -> None:
-    lease = await acquire(of(store), SCOPE, clock=clock)
+    lease = await acquire(of(store), SCOPE, seams=clock)
     token = lease.token
     clock.seconds += 9.9
     await lease.confirm()
@@ -438,7 +458,7 @@ async def test_who_has_renewed_lately_need_not_ask(store: MemoryStore, clock: Ti
 
 
 async def test_who_was_paused_is_told_that_another_one_has_it(store: MemoryStore, clock: Time) -> None:
-    lease = await acquire(of(store), SCOPE, clock=clock)
+    lease = await acquire(of(store), SCOPE, seams=clock)
     await plant(store, stranger())
     clock.seconds += 3600
     with pytest.raises(Conflict, match="is traded by process 4000000 on elsewhere"):
@@ -449,7 +469,7 @@ async def test_who_was_paused_is_told_that_another_one_has_it(store: MemoryStore
 async def test_without_a_store_an_order_is_sent_as_long_as_nobody_else_can_have_the_lease(
     store: MemoryStore, clock: Time, monkeypatch: pytest.MonkeyPatch, paused_s: float, refused: bool
 ) -> None:
-    lease = await acquire(of(store), SCOPE, clock=clock)
+    lease = await acquire(of(store), SCOPE, seams=clock)
 
     async def away(write: Write) -> Record:
         raise RetryLater("the server is away")
@@ -467,7 +487,7 @@ async def test_without_a_store_an_order_is_sent_as_long_as_nobody_else_can_have_
 async def test_a_full_disk_keeps_no_owner_from_closing(
     store: MemoryStore, clock: Time, monkeypatch: pytest.MonkeyPatch, taken: bool
 ) -> None:
-    lease = await acquire(of(store), SCOPE, clock=clock)
+    lease = await acquire(of(store), SCOPE, seams=clock)
     if taken:
         await plant(store, stranger())
 
@@ -487,14 +507,14 @@ SINK: dict[str, Any] = {"what": "sink 'phone'", "doing": "is delivered to by", "
 
 
 async def test_what_is_no_position_is_claimed_in_the_same_way(store: MemoryStore, clock: Time) -> None:
-    lease = await claim(store, "sink", ("phone", "a@b/c"), **SINK, clock=clock)
+    lease = await claim(store, "sink", ("phone", "a@b/c"), **SINK, seams=clock)
     with pytest.raises(Conflict, match=rf"sink 'phone' is delivered to by process {os.getpid()} on .*: wait; if"):
-        await claim(store, "sink", ("phone", "a@b/c"), **SINK, watches=lambda holder: False, clock=clock)
+        await claim(store, "sink", ("phone", "a@b/c"), **SINK, watches=lambda holder: False, seams=clock)
     assert clock.slept == []
-    await claim(store, "sink", ("phone@a", "b/c"), **SINK, clock=clock)
-    await claim(store, "run", ("phone", "a@b/c"), **SINK, clock=clock)
+    await claim(store, "sink", ("phone@a", "b/c"), **SINK, seams=clock)
+    await claim(store, "run", ("phone", "a@b/c"), **SINK, seams=clock)
     await lease.release()
-    await claim(store, "sink", ("phone", "a@b/c"), **SINK, watches=lambda holder: False, clock=clock)
+    await claim(store, "sink", ("phone", "a@b/c"), **SINK, watches=lambda holder: False, seams=clock)
     assert set(store._tables) == {"claim"}, "no money record is looked at"
 
 

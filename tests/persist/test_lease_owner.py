@@ -8,15 +8,19 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import psutil
 import pytest
 
+import backtest_kit as bk
 from backtest_kit.errors import Conflict
 from backtest_kit.persist import holder as holder_module
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.lease import Lease, acquire
+from backtest_kit.persist.store_id import claim_store_id
+from backtest_kit.seams import Seams
 
 SCOPE = ("trend", "binance", "BTCUSDT")
 
@@ -80,3 +84,32 @@ async def test_a_fork_does_not_own_its_parents_lease(lease: Lease, monkeypatch: 
     monkeypatch.undo()
     await asyncio.gather(lease.renew())
     assert lease.held
+
+
+class Simulated(Seams):
+    """A program in which nothing is left to chance or to the system's clock."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def wall_ms(self) -> int:
+        return 1_000
+
+    def elapsed(self) -> float:
+        return 7.0
+
+    def random_hex(self, digits: int) -> str:
+        self.drawn += 1
+        return f"{self.drawn - 1:0{digits}x}"
+
+
+async def test_time_and_chance_are_those_of_the_kit(tmp_path: Path) -> None:
+    seams = Simulated()
+    kit = bk.Kit(tmp_path, seams=seams)
+    store = MemoryStore()
+    assert kit.persistence.seams is seams
+    assert await claim_store_id(store, kit.persistence.seams) == "000001", "all zeros are no id"
+    lease = await acquire(lambda row: store, SCOPE, seams=kit.persistence.seams)
+    assert (lease.holder.owner, lease.holder.since) == (f"{2:032x}", 1_000)
+    assert lease.held
+    await kit.close()

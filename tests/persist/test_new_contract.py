@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import backtest_kit as bk
-from backtest_kit.persist.adapters import front_doors
 from backtest_kit.persist.contracts import ALL_CONTRACTS
 
 PROGRAM = """
@@ -135,7 +134,7 @@ def test_mongo_has_a_collection_and_a_unique_index_for_it(mongo_url: str, tmp_pa
     run(f"URL = {mongo_url!r}\n", MONGO, place=tmp_path)
 
 
-@pytest.mark.parametrize("name", front_doors(bk.Kit().persistence))
+@pytest.mark.parametrize("name", bk.Kit().persistence.front_doors())
 def test_every_front_door_has_a_typed_name_in_the_package(name: str) -> None:
     assert name in bk.__all__, f"add {name} to __init__.pyi and default.py"
 

@@ -9,8 +9,10 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from tests.samples import size
 
 from backtest_kit.errors import Conflict
 from backtest_kit.persist.backends.memory import MemoryStore
@@ -182,9 +184,11 @@ class FileMachine(StoreMachine):
 
 OPTIONS = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
+pytestmark = pytest.mark.sampled
+
 TestMemoryModel = MemoryMachine.TestCase
-TestMemoryModel.settings = settings(max_examples=60, stateful_step_count=30, **OPTIONS)  # type: ignore[arg-type]
+TestMemoryModel.settings = settings(max_examples=size(20, 60), stateful_step_count=30, **OPTIONS)  # type: ignore[arg-type]
 TestSqliteModel = SqliteMachine.TestCase
-TestSqliteModel.settings = settings(max_examples=30, stateful_step_count=25, **OPTIONS)  # type: ignore[arg-type]
+TestSqliteModel.settings = settings(max_examples=size(10, 30), stateful_step_count=25, **OPTIONS)  # type: ignore[arg-type]
 TestFileModel = FileMachine.TestCase
-TestFileModel.settings = settings(max_examples=30, stateful_step_count=25, **OPTIONS)  # type: ignore[arg-type]
+TestFileModel.settings = settings(max_examples=size(10, 30), stateful_step_count=25, **OPTIONS)  # type: ignore[arg-type]

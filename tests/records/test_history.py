@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 from tests.records.conftest import MINUTE_MS, NOON_MS, kit_on, run_of
+from tests.samples import size
 
 import backtest_kit as bk
 from backtest_kit.errors import UserError
@@ -98,12 +99,13 @@ async def test_records_as_of_a_moment_from_outside_and_in_a_run_that_is_repeated
     assert await run_of(keeping, "backtest", "one").session(at(3)).get() == [1, 2, "again"]
 
 
+@pytest.mark.sampled
 async def test_no_read_as_of_a_moment_shows_a_later_one(tmp_path: Path) -> None:
     numbers = itertools.count()
     kit = kit_on("memory:", tmp_path)
     kit.persistence.keep_history("state")
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=size(20, 60), deadline=None)
     @given(st.lists(st.integers(0, 6), min_size=1, max_size=8), st.integers(0, 6))
     def check(minutes: list[int], moment: int) -> None:
         async def scenario() -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 from tests.records.conftest import Minute, kit_on, run_of
 from tests.records.stores import MONGO, STORES, address_on
+from tests.samples import size
 
 import backtest_kit as bk
 from backtest_kit.model.event import Mode
@@ -120,14 +121,15 @@ class Reader:
             assert all(value["written_at"] <= when_ms for value in values)
 
 
-EXAMPLES = {"memory": 60, MONGO: 5}
+EXAMPLES = {"memory": size(20, 60), MONGO: size(2, 5)}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("store", [*STORES, MONGO])
 def test_nothing_of_a_later_moment_is_seen(
     store: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    @settings(max_examples=EXAMPLES.get(store, 12))
+    @settings(max_examples=EXAMPLES.get(store, size(4, 12)))
     @example([("once", LATER, None, "a"), ("again", 0, None, "a"), ("once", 0, None, "a")], 0, None, "backtest")
     @example([("once", LATER, None, "a"), ("once", 0, None, "a")], 0, None, "backtest")
     @example([("session", LATER, None, "a"), ("session", 0, None, "a")], 0, None, "backtest")

@@ -18,7 +18,6 @@ from backtest_kit.errors import RetryLater
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.codec import decode_as
 from backtest_kit.persist.contracts import DELIVERY, Contract
-from backtest_kit.persist.lease import Clock
 from backtest_kit.persist.migration import migrate_store
 from backtest_kit.persist.retention import DAY_MS, compact, retention_of
 from backtest_kit.persist.store import Capability, Key, Record, Store, Write
@@ -26,18 +25,19 @@ from backtest_kit.persist.urls import store_at
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.notification import NOTIFICATION, notification_writes
 from backtest_kit.records.outbox import CHUNK, LOOKBACK, Mark, Outbox, Pending
+from backtest_kit.seams import Seams
 from backtest_kit.settings import Settings
 
 TTL_S = 20.0
 
 
-class Elapsed(Clock):
+class Elapsed(Seams):
     """A monotonic clock that the test moves."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def now(self) -> float:
+    def elapsed(self) -> float:
         return self.seconds
 
 
@@ -69,11 +69,11 @@ async def write(store: Store, *numbers: int) -> None:
             await store.put(each)
 
 
-def outbox(store: Store, clock: Clock | None = None, sink: str = "phone") -> Outbox:
+def outbox(store: Store, clock: Seams | None = None, sink: str = "phone") -> Outbox:
     return Outbox(store, store, sink, now_ms() + 1, clock or Elapsed())
 
 
-async def added(store: Store, clock: Clock | None = None) -> Outbox:
+async def added(store: Store, clock: Seams | None = None) -> Outbox:
     made = outbox(store, clock)
     await made.add()
     return made

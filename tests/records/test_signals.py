@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tests.records.conftest import MINUTE_MS, NOON_MS, kit_on
 from tests.records.happenings import IDENTITY, closed, observe, opened
+from tests.samples import size
 
 import backtest_kit as bk
 from backtest_kit.model.event import Mode
@@ -195,7 +196,8 @@ async def test_a_failed_run_is_an_alarm(kit: bk.Kit, backtest: Callable[..., Any
     assert "no luck" in told.text
 
 
-@settings(max_examples=30)
+@pytest.mark.sampled
+@settings(max_examples=size(10, 30))
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 20), st.booleans()), min_size=1, max_size=12))
 def test_no_read_shows_what_came_later(steps: list[tuple[str, int, bool]]) -> None:
     async def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 from rich import box
 from rich.console import Console
@@ -17,13 +17,10 @@ from backtest_kit import default_kit
 from backtest_kit.cli.choice import choose, pick
 from backtest_kit.cli.interrupt import run_until_interrupted
 from backtest_kit.cli.strategy_file import strategy_failure
-from backtest_kit.engine.step import Fill
-from backtest_kit.market.fetch import GapRule
-from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.price import price_text
 from backtest_kit.report import Results
-from backtest_kit.run.replay.backtest import BacktestHandle
+from backtest_kit.run.replay.backtest import BacktestHandle, ReplayOptions
 
 _REDRAW_S: Final = 0.1
 WIDTH_IN_FILES: Final = 120
@@ -35,13 +32,11 @@ def run_backtest(
     *,
     frame: str | None,
     candles: str | None,
-    gaps: str,
-    dirty: str | None,
-    fill: str,
     dump: Path,
     strategy_name: str | None,
     exchange_name: str | None,
     trades_shown: int,
+    rules: ReplayOptions,
 ) -> None:
     """Load the file, replay every symbol, print the outcome and write the reports."""
     kit = default_kit
@@ -55,9 +50,7 @@ def run_backtest(
                 strategy_name=strategy,
                 exchange_name=choice.exchange,
                 frame_name=choice.frame,
-                fill=cast(Fill, fill),
-                gaps=cast(GapRule, gaps),
-                dirty=cast("DirtyRule | None", dirty),
+                **rules,
             )
             for each in dict.fromkeys(symbols)
         ]

@@ -8,21 +8,19 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from backtest_kit.errors import Conflict, UserError
 from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.event import Mode
 from backtest_kit.model.interval import to_ms
 from backtest_kit.persist.codec import decode, encode
-from backtest_kit.persist.contracts import CONTRACTS, Contract, Delete, Kind
+from backtest_kit.persist.contracts import Contract, Delete
 from backtest_kit.persist.history import RevisionStore
 from backtest_kit.persist.keys import check_key
 from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, KeyPart, SeriesKey, Store, Write
 from backtest_kit.persist.urls import store_at
 from backtest_kit.persist.wrapper import AdapterStore
-
-if TYPE_CHECKING:
-    from backtest_kit.persist.binding import Mode, Persistence
 
 When = datetime | str | int
 """A simulation time: an aware datetime, an ISO 8601 text or epoch ms."""
@@ -38,21 +36,33 @@ def snake(field: str) -> str:
     return re.sub(r"(?<!^)([A-Z])", r"_\1", field).lower()
 
 
+class Stores(Protocol):
+    """Which store keeps a contract, and how that is chosen: `Persistence`."""
+
+    def bind(self, contract_name: str, store: Store, *, mode: Mode | None = None) -> None: ...
+
+    def keep_history(self, *contract_names: str) -> None: ...
+
+    def store_for(self, row: Contract, mode: Mode, run: str | None = None) -> Store: ...
+
+    def file_store(self) -> Store: ...
+
+
 class _Door:
     """What the front door of every contract can do: choose where it leads."""
 
-    def __init__(self, persistence: Persistence, row: Contract) -> None:
-        self._persistence = persistence
+    def __init__(self, stores: Stores, row: Contract) -> None:
+        self._stores = stores
         self._contract = row
         self._fields: Final = {snake(field): field for field in row.key_fields}
 
     def use_store(self, store: Store, *, mode: Mode | None = None) -> None:
         """Keep this contract in `store`, in one mode or in all."""
-        self._persistence.bind(self._contract.name, store, mode=mode)
+        self._stores.bind(self._contract.name, store, mode=mode)
 
     def use_file(self, *, mode: Mode | None = None) -> None:
         """Keep this contract in the files of the program."""
-        self.use_store(self._persistence.file_store(), mode=mode)
+        self.use_store(self._stores.file_store(), mode=mode)
 
     def use_memory(self, *, mode: Mode | None = None) -> None:
         """Keep this contract in a memory of its own, for as long as the program runs."""
@@ -110,7 +120,7 @@ class ContractAdapter(_Door):
 
     def keep_history(self) -> None:
         """Keep what these records were before, for reads `as_of` a moment. As `Persistence.keep_history`."""
-        self._persistence.keep_history(self._contract.name)
+        self._stores.keep_history(self._contract.name)
 
     async def read(
         self,
@@ -218,7 +228,7 @@ class ContractAdapter(_Door):
                 yield dict(zip(self._fields, record.key, strict=True)), decode(record.value)
 
     def _store(self, mode: Mode, run: str | None) -> Store:
-        return self._persistence.store_for(self._contract, mode, run)
+        return self._stores.store_for(self._contract, mode, run)
 
 
 class CandleAdapter(_Door):
@@ -245,12 +255,4 @@ class CandleAdapter(_Door):
         return await self._candles(mode).write(SeriesKey(exchange_name, symbol, interval), candles)
 
     def _candles(self, mode: Mode) -> CandleStore:
-        return self._persistence.store_for(self._contract, mode).candles
-
-
-def front_doors(persistence: Persistence) -> dict[str, ContractAdapter | CandleAdapter]:
-    """Every front door of `persistence` under its public name: `PersistSignalAdapter` and so on."""
-    doors: dict[str, ContractAdapter | CandleAdapter] = {}
-    for row in CONTRACTS.values():
-        doors[adapter_name(row)] = persistence.candle if row.kind is Kind.SERIES else persistence.adapters[row.name]
-    return doors
+        return self._stores.store_for(self._contract, mode).candles

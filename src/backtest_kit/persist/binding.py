@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, Literal, get_args
+from typing import Final
 
 from backtest_kit.errors import UserError
+from backtest_kit.model.event import Mode
 from backtest_kit.persist import diagnosis
-from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter
+from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter, adapter_name
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Home, contract
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.history import RevisionStore, check_history
 from backtest_kit.persist.store import Capability, Store, Write
 from backtest_kit.persist.upkeep import Reading
 from backtest_kit.persist.urls import store_at
+from backtest_kit.seams import SYSTEM, Seams
 
-Mode = Literal["live", "paper", "backtest"]
-MODES: Final[tuple[Mode, ...]] = get_args(Mode)
+MODES: Final[tuple[Mode, ...]] = ("live", "paper", "backtest")
 _RUN: Final = "backtest-"
 """What the namespace of a backtest's run begins with."""
 EVERY: Final = "*"
@@ -56,8 +57,10 @@ class Persistence:
         *,
         files: Callable[[], Store] | None = None,
         environ: Mapping[str, str] | None = None,
+        seams: Seams = SYSTEM,
     ) -> None:
-        """`files` makes the file store, when it is first needed; by default the one at `./dump`.
+        """`files` makes the file store, when it is first needed; by default the one at `./dump`. `seams` are those of
+        the leases that are taken in the stores.
 
         Raises:
             UserError: `CC_STORE` in `environ` is not the address of a store.
@@ -66,6 +69,7 @@ class Persistence:
             Home.FILE: files or (lambda: store_at("file:./dump")),
             Home.MEMORY: lambda: store_at("memory:"),
         }
+        self.seams: Final = seams
         self._homes: dict[Home, Store] = {}
         self._bindings: dict[tuple[str, Mode | None], Store] = {}
         self._namespaces: dict[tuple[int, str], Store] = {}
@@ -88,6 +92,11 @@ class Persistence:
         if name not in adapters:
             raise AttributeError(f"Persistence has no {name!r}; the contracts are {', '.join(CONTRACTS)}")
         return adapters[name]
+
+    def front_doors(self) -> dict[str, ContractAdapter | CandleAdapter]:
+        """The front door of every contract under its public name: `PersistSignalAdapter` and so on."""
+        doors: dict[str, ContractAdapter | CandleAdapter] = {"candle": self.candle, **self.adapters}
+        return {adapter_name(row): doors[name] for name, row in CONTRACTS.items()}
 
     def bind(self, contract_name: str, store: Store, *, mode: Mode | None = None) -> None:
         """Keep a contract, or all of them (`"*"`), in `store`; in one mode, or in all.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import uuid
 from pathlib import Path
@@ -13,7 +12,7 @@ import msgspec
 import psutil
 
 from backtest_kit.model.interval import iso
-from backtest_kit.persist.writing import now_ms
+from backtest_kit.seams import SYSTEM, Seams
 
 _IS_LINUX: Final = bool(psutil.LINUX)
 _SAME_START_SECONDS: Final = 2.0
@@ -40,13 +39,13 @@ class Holder(msgspec.Struct, frozen=True, rename="camel"):
         return f"process {self.pid} on {self.host}, since {iso(self.since // 1000 * 1000)}"
 
 
-def this_process(ttl_ms: int) -> Holder:
+def this_process(ttl_ms: int, seams: Seams = SYSTEM) -> Holder:
     """This process as a new owner."""
     return Holder(
-        owner=secrets.token_hex(16),
+        owner=seams.random_hex(32),
         pid=os.getpid(),
         host=socket.gethostname(),
-        since=now_ms(),
+        since=seams.wall_ms(),
         ttl_ms=ttl_ms,
         machine=_machine(),
         started=_start_of(psutil.Process()),

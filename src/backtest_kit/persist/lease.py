@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
@@ -33,8 +32,8 @@ from backtest_kit.errors import BacktestKitError, Conflict, Damaged, OutOfSpace,
 from backtest_kit.persist.contracts import CLAIM, CONTRACTS, LEASE, MIGRATION, MIGRATION_KEY, Contract, Durability
 from backtest_kit.persist.holder import Holder, is_gone, this_process
 from backtest_kit.persist.store import ABSENT, Capability, Key, Record, Store, Write
+from backtest_kit.seams import SYSTEM, Seams
 
-_ELAPSED: Final = getattr(time, "CLOCK_BOOTTIME", None)
 DEFAULT_TTL: Final = 15.0
 """Seconds after which a lease that is not renewed has lapsed."""
 
@@ -75,7 +74,7 @@ class Lease:
     """A position that this process may trade, made by `acquire`; or what else it has claimed, made by `claim`."""
 
     def __init__(
-        self, store: Store, subject: Subject, record: Record, holder: Holder, renewed_at: float, clock: Clock
+        self, store: Store, subject: Subject, record: Record, holder: Holder, renewed_at: float, seams: Seams
     ) -> None:
         self.scope: Final = record.key
         self.subject: Final = subject
@@ -83,7 +82,7 @@ class Lease:
         self._store = store
         self._rev = record.rev
         self._renewed_at = renewed_at
-        self._clock = clock
+        self._seams = seams
 
     @property
     def token(self) -> int:
@@ -97,7 +96,7 @@ class Lease:
 
     def _left(self) -> float:
         """Seconds for which no other process can have it."""
-        return self._renewed_at + self.holder.ttl_ms / 1000 - self._clock.now()
+        return self._renewed_at + self.holder.ttl_ms / 1000 - self._seams.elapsed()
 
     async def confirm(self) -> None:
         """Make sure that no other process has the lease: the last step before something that cannot be undone.
@@ -130,7 +129,7 @@ class Lease:
             Conflict: another process has it; stop.
             RetryLater: the store could not be asked; the lease is good for as long as `held` says.
         """
-        started = self._clock.now()
+        started = self._seams.elapsed()
         await self._rewrite(self.holder)
         self._renewed_at = max(self._renewed_at, started)
 
@@ -142,7 +141,7 @@ class Lease:
             Conflict: another process has the lease.
         """
         while True:
-            await self._clock.sleep(self.holder.ttl_ms / 3000)
+            await self._seams.sleep(self.holder.ttl_ms / 3000)
             try:
                 await self.renew()
             except RetryLater as error:
@@ -179,17 +178,7 @@ class Lease:
         return found
 
 
-class Clock:
-    """The elapsed time of this machine, also while it sleeps where the system counts that: others do not sleep."""
-
-    def now(self) -> float:
-        return time.clock_gettime(_ELAPSED) if _ELAPSED is not None else time.monotonic()
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
-
-async def acquire(store_of: StoreOf, scope: Key, *, ttl: float = DEFAULT_TTL, clock: Clock | None = None) -> Lease:
+async def acquire(store_of: StoreOf, scope: Key, *, ttl: float = DEFAULT_TTL, seams: Seams = SYSTEM) -> Lease:
     """The lease of the position `scope`: strategy, exchange, symbol.
 
     Returns immediately if the position is free, was released, or its owner died on this machine. Otherwise it
@@ -203,7 +192,7 @@ async def acquire(store_of: StoreOf, scope: Key, *, ttl: float = DEFAULT_TTL, cl
     """
     store = _comparing(store_of, LEASE)
     await _require_migrated(store)
-    lease, left = await _take(store, _position(scope), ttl, clock or Clock(), lambda holder: True)
+    lease, left = await _take(store, _position(scope), ttl, seams, lambda holder: True)
     if left is not None and not _holder(lease.subject, left).released:
         await _fence(store_of, scope)
     return lease
@@ -219,7 +208,7 @@ async def claim(
     remedy: str,
     ttl: float | None = None,
     watches: Watches = lambda holder: True,
-    clock: Clock | None = None,
+    seams: Seams = SYSTEM,
 ) -> Lease:
     """The lease of something other than a position, called `names` among those of its `kind`.
 
@@ -233,7 +222,7 @@ async def claim(
     key = (kind, "@".join(quote(name, safe="") for name in names))
     subject = Subject(CLAIM, key, what, doing, remedy)
     ttl = DEFAULT_TTL if ttl is None else ttl
-    return (await _take(store, subject, ttl, clock or Clock(), watches))[0]
+    return (await _take(store, subject, ttl, seams, watches))[0]
 
 
 def keeps_claims(store: Store) -> bool:
@@ -242,14 +231,14 @@ def keeps_claims(store: Store) -> bool:
 
 
 async def _take(
-    store: Store, subject: Subject, ttl: float, clock: Clock, watches: Watches
+    store: Store, subject: Subject, ttl: float, seams: Seams, watches: Watches
 ) -> tuple[Lease, Record | None]:
     """The lease, and what the owner before has left of it."""
     found = await store.get(subject.row, subject.key)
     if found is not None and not _holder(subject, found).released:
-        found = await _wait(store, subject, found, clock, watches)
-    holder = this_process(round(ttl * 1000))
-    started = clock.now()
+        found = await _wait(store, subject, found, seams, watches)
+    holder = this_process(round(ttl * 1000), seams)
+    started = seams.elapsed()
     taking = asyncio.ensure_future(store.put(_write(subject, holder, ABSENT if found is None else found.rev)))
     try:
         record = await asyncio.shield(taking)
@@ -260,7 +249,7 @@ async def _take(
             # No process would use it, and all others would wait for it to lapse. There is nothing to be fenced.
             await _give_up(store, subject, holder, taking)
         raise
-    return Lease(store, subject, record, holder, started, clock), found
+    return Lease(store, subject, record, holder, started, seams), found
 
 
 async def _require_migrated(store: Store) -> None:
@@ -272,7 +261,7 @@ async def _require_migrated(store: Store) -> None:
         )
 
 
-async def require_idle(store: Store, *, clock: Clock | None = None) -> None:
+async def require_idle(store: Store, *, seams: Seams = SYSTEM) -> None:
     """Do nothing if no process trades a position that is in `store`.
 
     Returns immediately if every lease was released or its owner died on this machine; the others it watches,
@@ -282,13 +271,12 @@ async def require_idle(store: Store, *, clock: Clock | None = None) -> None:
         Conflict: a process does; the message names its pid, host and since when.
         Damaged, RetryLater: as `Store.scan`.
     """
-    clock = clock or Clock()
     try:
         async with asyncio.TaskGroup() as group:
             async for found in store.scan(LEASE):
                 subject = _position(found.key)
                 if not _holder(subject, found).released:
-                    group.create_task(_wait(store, subject, found, clock))
+                    group.create_task(_wait(store, subject, found, seams))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
 
@@ -306,8 +294,8 @@ async def owners(store: Store) -> list[tuple[Key, Holder]]:
 class Sightings:
     """Which owners live, by what was seen of their leases: one that did not move for a `ttl` has lapsed."""
 
-    def __init__(self, clock: Clock | None = None) -> None:
-        self._clock = clock or Clock()
+    def __init__(self, seams: Seams = SYSTEM) -> None:
+        self._seams = seams
         self._seen: dict[Key, tuple[int, float]] = {}
 
     def living(self, found: Record) -> Holder | None:
@@ -316,7 +304,7 @@ class Sightings:
         Raises:
             Damaged: it is not a lease.
         """
-        holder, now = _holder(_position(found.key), found), self._clock.now()
+        holder, now = _holder(_position(found.key), found), self._seams.elapsed()
         if holder.released or is_gone(holder):
             return None
         rev, since = self._seen.get(found.key, (-1, now))
@@ -335,15 +323,15 @@ async def _give_up(store: Store, subject: Subject, holder: Holder, taking: async
 
 
 async def _wait(
-    store: Store, subject: Subject, found: Record, clock: Clock, watches: Watches = lambda holder: True
+    store: Store, subject: Subject, found: Record, seams: Seams, watches: Watches = lambda holder: True
 ) -> Record:
     """The record of a lease that is free to take now."""
     holder = _holder(subject, found)
-    until = clock.now() + holder.ttl_ms / 1000
-    while not is_gone(holder) and (left := until - clock.now()) > 0:
+    until = seams.elapsed() + holder.ttl_ms / 1000
+    while not is_gone(holder) and (left := until - seams.elapsed()) > 0:
         if not watches(holder):
             raise await _refusal(store, subject)
-        await clock.sleep(min(left, holder.ttl_ms / 10_000))
+        await seams.sleep(min(left, holder.ttl_ms / 10_000))
         now = await store.get(subject.row, subject.key)
         if now is None or now.rev != found.rev:
             if now is not None and _holder(subject, now).released:

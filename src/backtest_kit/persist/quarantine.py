@@ -7,7 +7,6 @@ A damaged file `signal/a/b/C.json` is moved to `quarantine/signal/a/b/C.json` wi
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -18,6 +17,7 @@ from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.upkeep import Quarantined
+from backtest_kit.persist.writing import now_ms
 
 DIRECTORY: Final = "quarantine"
 REASON_SUFFIX: Final = ".reason"
@@ -58,7 +58,7 @@ class Quarantine:
                     f"{self._root}/{path}: {reason}. It stays where it is, because an earlier one is in {place}: "
                     f"decide about that one first, with `backtest-kit store quarantine drop {path}`, or move it away"
                 )
-            self._keep_reason(Quarantined(path, contract.name, list(key), reason, _now_ms()))
+            self._keep_reason(Quarantined(path, contract.name, list(key), reason, now_ms()))
             self._disk.sync_file(f"{self._root}/{path}")
             self._disk.move(f"{self._root}/{path}", place)
             crashpoint("quarantine.after_move")
@@ -92,7 +92,7 @@ class Quarantine:
             name = f"{path}.{number}"
         place = self.place(name)
         directory = place.rpartition("/")[0]
-        self._keep_reason(Quarantined(name, contract.name, list(key), reason, _now_ms(), blocks))
+        self._keep_reason(Quarantined(name, contract.name, list(key), reason, now_ms(), blocks))
         self._disk.rename(self._disk.write_temp(directory, data, sync=True), place)
         self._disk.sync_directory(directory)
         return name, self._blocked(name, reason)
@@ -171,7 +171,3 @@ class Quarantine:
             f"{self._root}/{path}: {reason}. The bytes are in {self.place(path)} and the key is blocked: mend the file "
             f"there and run `backtest-kit store quarantine restore {path}`, or give it up with `... drop {path}`"
         )
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

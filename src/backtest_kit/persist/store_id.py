@@ -6,7 +6,6 @@ of where it went and refuses live starts, because two stores of one id would eac
 
 from __future__ import annotations
 
-import secrets
 from typing import Final
 
 import msgspec
@@ -14,8 +13,9 @@ import msgspec
 from backtest_kit.errors import Conflict, Damaged, UserError
 from backtest_kit.persist.contracts import STORE_ID, STORE_ID_KEY
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Record, Store, Write
+from backtest_kit.seams import SYSTEM, Seams
 
-_IDS: Final = 2**24
+_DIGITS: Final = 6
 RECLAIM: Final = "backtest-kit store reclaim --store ADDRESS"
 
 
@@ -28,7 +28,7 @@ class StoreId(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     """The store that has it now; empty while it is this one."""
 
 
-async def claim_store_id(store: Store) -> str:
+async def claim_store_id(store: Store, seams: Seams = SYSTEM) -> str:
     """The id of a store that orders are sent from, made where it has none. Two processes agree on one.
 
     Raises:
@@ -39,7 +39,7 @@ async def claim_store_id(store: Store) -> str:
     if known is None:
         # Of two processes that start at once the second is refused here, and reads what the first has written.
         try:
-            made = StoreId(f"{secrets.randbelow(_IDS - 1) + 1:06x}")
+            made = StoreId(_new_id(seams))
             await _write(store, made, ABSENT)
             return made.id
         except Conflict:
@@ -52,6 +52,12 @@ async def claim_store_id(store: Store) -> str:
             f"positions would trade them twice. To go back to this one, stop using the other and run `{RECLAIM}`"
         )
     return known.id
+
+
+def _new_id(seams: Seams) -> str:
+    while not (made := seams.random_hex(_DIGITS)).strip("0"):
+        continue  # all zeros would mean no store
+    return made
 
 
 async def read_store_id(store: Store) -> StoreId | None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from backtest_kit.errors import Conflict, UserError
 from backtest_kit.persist.contracts import WriteRule
 from backtest_kit.persist.store import ABSENT, ANY, Record, Write
+from backtest_kit.seams import SYSTEM
 
 
 def now_ms() -> int:
     """The wall clock, as `Record.written_at` has it."""
-    return time.time_ns() // 1_000_000
+    return SYSTEM.wall_ms()
 
 
 def decide(write: Write, current: Record | None) -> tuple[Record, bool]:

@@ -57,14 +57,14 @@ class Notifications:
     def sink(self, deliver: Sink | Deliver, *, name: str | None = None, kinds: Sequence[str] = ()) -> None:
         """Hand every notification of live and paper runs to `deliver`, from now on.
 
-        A sink gets them in order, one at a time, beside the trading. What it raises is tried again, for as long as
-        it takes and also after a restart, when a sink of that name goes on where it was. So it gets each of them
-        at least once; `notification_id` tells a repetition.
+        A sink gets them in order, one at a time, while trading goes on. One that raises is called again, as long as
+        it takes, also after a restart. So it gets each notification at least once; `notification_id` shows a
+        repetition. A sink that is added for the first time gets only what is written from then on.
 
         Args:
             deliver: One of `backtest_kit.sinks`, or a function of a `Notification`, which is called in a thread
                 if it is not async.
-            name: What its progress is kept under; by default that of the sink, or of the function.
+            name: The name of its marks in the store; by default that of the sink, or of the function.
             kinds: Only these kinds, such as ["opened", "closed"]; by default all.
 
         Raises:
@@ -83,7 +83,7 @@ class Notifications:
         run_id: str | None = None,
         when: datetime | str | int | None = None,
     ) -> list[Notification]:
-        """The notifications that are all of this, the newest first; no more than `limit`.
+        """The notifications that match all of this, newest first; no more than `limit`.
 
         Raises:
             UserError: a backtest without its run id, or `limit` is below 0.
@@ -135,7 +135,7 @@ class Deliveries:
         else:
             raise UserError(f"sink is {sink!r}: give one of backtest_kit.sinks, or a function of a notification")
         if not route.name:
-            raise UserError("the sink has no name: give name=, under which its progress is kept")
+            raise UserError("the sink has no name: give name=, the name of its marks in the store")
         if route.name in self._routes:
             raise UserError(f"a sink is called {route.name!r} already: give this one another name=")
         self._routes[route.name] = route
@@ -154,6 +154,7 @@ class Deliveries:
                     persistence.store_for(STATE, mode, history=False),
                     route.key,
                     route.added_ms,
+                    persistence.seams,
                 )
                 try:
                     await outbox.add()

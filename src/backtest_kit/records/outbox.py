@@ -28,12 +28,12 @@ from backtest_kit.errors import Conflict
 from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import DELIVERY
 from backtest_kit.persist.holder import Holder, is_gone, this_process
-from backtest_kit.persist.lease import Clock, keeps_claims
+from backtest_kit.persist.lease import keeps_claims
 from backtest_kit.persist.store import Key, Record, Store, Write
-from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.notification import NOTIFICATION
 from backtest_kit.records.scope import expectation
 from backtest_kit.records.state import STATE
+from backtest_kit.seams import SYSTEM, Seams
 
 CHUNK: Final = 256
 """How many notifications wait in memory at most; the others wait in the store."""
@@ -64,16 +64,14 @@ class Pending(msgspec.Struct):
 class Outbox:
     """What waits for one sink in one mode."""
 
-    def __init__(
-        self, notifications: Store, states: Store, sink: str, added_ms: int, clock: Clock | None = None
-    ) -> None:
+    def __init__(self, notifications: Store, states: Store, sink: str, added_ms: int, seams: Seams = SYSTEM) -> None:
         self._store = notifications
         self._states = states
         self._sink = sink
         self._added_ms = added_ms
         self._is_added = False
-        self._me: Final = this_process(0)
-        self._clock = clock or Clock()
+        self._me: Final = this_process(0, seams)
+        self._seams = seams
         self._claimed: Key | None = None
         self._watched: tuple[Key, int, float] = ((), 0, 0.0)
         """A claim of another process, its revision, and since when this process has seen it so."""
@@ -109,7 +107,7 @@ class Outbox:
 
     async def pending(self) -> list[Pending]:
         """The oldest notifications that the sink has not got, oldest first. Raises as `Store.scan`."""
-        now = self._clock.now()
+        now = self._seams.elapsed()
         if now > self._settled_at and await self._walk(1, limit=1) == []:
             return []
         found = await self._walk(LOOKBACK, limit=2 * LOOKBACK)
@@ -149,7 +147,7 @@ class Outbox:
         if pending.mark is not None and holder is not None and self._lives(pending.mark, holder):
             return False
         self._claimed = self._key(pending.record)  # before the write, which may take place although it fails
-        me = msgspec.structs.replace(self._me, since=now_ms(), ttl_ms=round(ttl_s * 1000))
+        me = msgspec.structs.replace(self._me, since=self._seams.wall_ms(), ttl_ms=round(ttl_s * 1000))
         try:
             pending.mark = await self._store.put(self._write(pending, Mark(holder=me)))
         except Conflict:
@@ -184,9 +182,9 @@ class Outbox:
             return False
         key, rev, since = self._watched
         if (key, rev) != (mark.key, mark.rev):
-            since = self._clock.now()
+            since = self._seams.elapsed()
             self._watched = (mark.key, mark.rev, since)
-        return self._clock.now() - since < holder.ttl_ms / 1000
+        return self._seams.elapsed() - since < holder.ttl_ms / 1000
 
     def _remember(self, key: Key, delivered_rev: int) -> None:
         self._known.pop(key, None)

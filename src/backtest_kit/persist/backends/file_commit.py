@@ -80,6 +80,8 @@ class Request:
         self.records: list[Record] = []
         self.error: BaseException | None = None
         self.locks = {change.lock for change in changes}
+        self.only_feeds = self.locks == {FEEDS}
+        self.is_money = any(change.write.contract.durability is Durability.MONEY for change in changes)
         self.give_up_at = 0.0
         """When it has waited long enough for a lock; 0 if it has not had to wait."""
 
@@ -88,14 +90,6 @@ class Request:
         if self.error is not None:
             raise self.error
         return self.records
-
-    @property
-    def only_feeds(self) -> bool:
-        return self.locks == {FEEDS}
-
-    @property
-    def is_money(self) -> bool:
-        return any(change.write.contract.durability is Durability.MONEY for change in self.changes)
 
 
 class _Staged(NamedTuple):
@@ -223,7 +217,7 @@ class Committer:
         for request in served:
             request.error = request.error or failure
         _answer(served)
-        self._root.syncer.free_replaced()
+        self._root.syncer.tidy_up()
 
     def _free_to_go(self, group: list[Request], stuck: Locked | None = None) -> list[Request]:
         """Those of `group` that need neither the lock that is kept elsewhere nor the turn of one that waits.

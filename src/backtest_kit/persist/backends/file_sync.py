@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 class Syncer:
     """Syncs files soon after they were written, and checkpoints the journal now and then.
 
-    `inline`: without a thread, files are synced when they are noted, and the journal is checkpointed by `close`.
+    `inline`: without a thread, `tidy_up` syncs files after each group of writes, and `close` checkpoints the journal.
     """
 
     def __init__(self, disk: Disk, slots: Slots, journal: Journal, *, inline: bool = False) -> None:
@@ -42,10 +42,14 @@ class Syncer:
         self._frees = False
         self._thread: threading.Thread | None = None
 
-    def free_replaced(self) -> None:
-        """Let go of the files that were read in order to be replaced, beside the writing that goes on."""
+    def tidy_up(self) -> None:
+        """Free the files that were read in order to be replaced, beside the writing that goes on.
+
+        Inline, what was noted is synced as well: the locks under which it was written are free by now.
+        """
         if self._inline:
             self._slots.free_replaced()
+            self._sync()
             return
         with self._wake:
             self._frees = True
@@ -58,8 +62,6 @@ class Syncer:
             if record is not None:
                 self._records[record] = None
             self._schedule(time.monotonic() + RECORD_DELAY_SECONDS)
-        if self._inline:
-            self._sync()
 
     def note_journal(self) -> None:
         """Checkpoint the journal some seconds from now."""

@@ -21,8 +21,8 @@ from backtest_kit.broker.base import OrderKind
 from backtest_kit.engine.position import LEVEL_STEP
 from backtest_kit.engine.step import Flat, Holding, State
 from backtest_kit.errors import Conflict, Damaged, OutOfSpace, RetryLater
-from backtest_kit.model.event import Lasting
-from backtest_kit.persist.binding import Mode, Persistence
+from backtest_kit.model.event import Lasting, Mode
+from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.store import ABSENT, Key, Plain, Write

@@ -6,7 +6,8 @@ from collections.abc import Collection
 from typing import Protocol
 
 from backtest_kit.engine.step import Flat, Holding
-from backtest_kit.persist.binding import Mode, Persistence
+from backtest_kit.model.event import Mode
+from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.contracts import CONTRACTS, LEASE
 from backtest_kit.persist.lease import Sightings
 from backtest_kit.persist.store import Key
@@ -30,7 +31,7 @@ class StoredBooks:
 
     def __init__(self, persistence: Persistence, mode: Mode, scope: Key) -> None:
         self._persistence, self._mode, self._scope = persistence, mode, scope
-        self._sightings = Sightings()
+        self._sightings = Sightings(persistence.seams)
 
     async def read(self, but: Collection[Key]) -> dict[Key, PositionState]:
         """

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backtest_kit.errors import Damaged
-from backtest_kit.model.event import Identity
+from backtest_kit.model.event import Identity, Mode
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Position, RestingEntry
 from backtest_kit.model.signal import Signal
-from backtest_kit.persist.binding import Mode, Persistence
+from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.keys import path_of

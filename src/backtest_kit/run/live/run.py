@@ -184,7 +184,12 @@ class LiveRun:
                 await self._patiently(lambda: stack.enter_async_context(self._services.use(fitness)))
             await self._patiently(self._recorder.begin)
             lease = await self._patiently(
-                lambda: acquire(lambda row: self._persistence.store_for(row, mode), job.scope, ttl=job.lease_ttl_s)
+                lambda: acquire(
+                    lambda row: self._persistence.store_for(row, mode),
+                    job.scope,
+                    ttl=job.lease_ttl_s,
+                    seams=self._persistence.seams,
+                )
             )
             self.lease = lease
             self.position_store.lease = lease
@@ -201,7 +206,7 @@ class LiveRun:
         broker, identity = self.job.broker, self.job.identity
         store = self._persistence.store_for(LEASE, "live")
         # After the lease, which is refused in a store that a migration has not completed: that one gets its id from it.
-        broker.store_id = await claim_store_id(store)
+        broker.store_id = await claim_store_id(store, self._persistence.seams)
         async with account_locked(
             broker.account(),
             identity.symbol,
