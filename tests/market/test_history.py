@@ -97,7 +97,7 @@ async def test_nothing_in_a_window_leads_past_it() -> None:
 
 async def test_a_later_until_is_a_look_ahead() -> None:
     history = await two_days()
-    with pytest.raises(LookAhead, match="candles until 2022-01-02T00:01Z were asked at 2022-01-02T00:00Z"):
+    with pytest.raises(LookAhead, match="candles until 2022-01-02T00:01Z were requested at 2022-01-02T00:00Z"):
         await history.window("1m", 5, START + DAY_MS, until_ms=START + DAY_MS + MINUTE_MS)
     with pytest.raises(LookAhead, match="2022-01-03T00:00Z is the last known"):
         await history.window("1m", 5, START + 2 * DAY_MS + MINUTE_MS)

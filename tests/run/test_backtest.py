@@ -274,7 +274,7 @@ def test_a_strategy_cannot_read_its_future(make_kit: MakeKit) -> None:
         assert closed.timestamp[-1] + 300_000 <= ctx.when_ms - 3_600_000
         await ctx.candles("1m", 5, until=ctx.when_ms + MINUTE_MS)
 
-    with pytest.raises(bk.LookAhead, match="2024-06-01T00:01Z were asked at 2024-06-01T00:00Z"):
+    with pytest.raises(bk.LookAhead, match="2024-06-01T00:01Z were requested at 2024-06-01T00:00Z"):
         make_kit(peek).backtest.run_sync("BTCUSDT", **WHERE)
 
 

@@ -17,7 +17,7 @@ from backtest_kit.model.interval import CANDLE_INTERVALS, DAY_MS, INTERVAL_MS, M
 _STEPS: Final = {name: INTERVAL_MS[name] for name in CANDLE_INTERVALS}
 _WHOLE: Final = (int, np.integer)
 _LATE: Final = 5
-"""Minutes for which a filled one is asked for again, at each minute that follows."""
+"""For so many minutes a filled one is requested again, at each minute that follows."""
 
 
 class _Minutes(NamedTuple):
@@ -64,7 +64,7 @@ class History:
         self.filled = loaded.filled
         """Minutes that no source had, and that were filled flat."""
         self.fetched = loaded.fetched
-        """Candles that the source was asked for; the others were cached."""
+        """Candles that were requested from the source; the others were cached."""
         self.repairs = loaded.repairs
         """How many rows of the source were repaired, by what was done to them: see `REPAIRS`."""
         self._feed = feed
@@ -174,13 +174,13 @@ class History:
         at_ms = when_ms
         if until_ms is not None:
             if until_ms > when_ms:
-                raise LookAhead(f"{self.symbol}: candles until {iso(until_ms)} were asked at {iso(when_ms)}")
+                raise LookAhead(f"{self.symbol}: candles until {iso(until_ms)} were requested at {iso(when_ms)}")
             at_ms = until_ms
         stop_ms = at_ms - at_ms % step_ms
         start_ms = stop_ms - int(limit) * step_ms
         if stop_ms > self._stop_ms:
             raise LookAhead(
-                f"{self.symbol}: candles until {iso(stop_ms)} were asked, and {iso(self._stop_ms)} is the last known"
+                f"{self.symbol}: candles until {iso(stop_ms)} were requested, {iso(self._stop_ms)} is the last known"
             )
         if start_ms < self._first_ms:
             await self._prepend(start_ms)

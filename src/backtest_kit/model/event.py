@@ -52,7 +52,7 @@ class EntryCancelled(MarketEvent, frozen=True, kw_only=True, tag="cancelled"):
 
 
 class PositionOpened(MarketEvent, frozen=True, kw_only=True, tag="opened"):
-    """A position was opened, at once or by a resting entry that was reached."""
+    """A position was opened, immediately or by a resting entry that was reached."""
 
     position: Position
 
@@ -131,7 +131,7 @@ class Progress(Event, frozen=True, kw_only=True, tag="progress"):
 
 
 class RunFailed(Event, frozen=True, kw_only=True, tag="failed"):
-    """A run ended by an error; whoever awaits the run gets the error itself."""
+    """A run ended by an error; the caller that awaits the run gets the error itself."""
 
     error: Exception
 
@@ -141,7 +141,7 @@ class RunDone(Event, frozen=True, kw_only=True, tag="done"):
 
     trades: tuple[Trade, ...]
     cancelled: bool = False
-    """Whether it was ended at once, with what it held left as it was."""
+    """Whether it was cancelled: open positions and orders were left as they were."""
 
 
 class RiskRejected(MarketEvent, frozen=True, kw_only=True, tag="rejected"):
@@ -160,13 +160,13 @@ class Recovered(Event, frozen=True, kw_only=True, tag="recovered"):
     entry: RestingEntry | None = None
     """The resting entry, as it goes on."""
     down_ms: int = 0
-    """How long nobody watched: since the last minute that was written down; 0 at the first start."""
+    """How long no run watched: since the last minute that was written; 0 at the first start."""
     steps: tuple[str, ...] = ()
     """What was done, in plain words; empty where nothing was left to do."""
 
 
 class OrderFailed(Event, frozen=True, kw_only=True, tag="order_failed"):
-    """An order did not go through, or nobody knows whether it did."""
+    """An order failed, or its outcome is unknown."""
 
     kind: str
     """What the order was for: open, place, activate, cancel, add, reduce, close, move_stop, move_take, breakeven;
@@ -232,6 +232,6 @@ class ClockJumped(Event, frozen=True, kw_only=True, tag="clock"):
 
 
 class Paused(Event, frozen=True, kw_only=True, tag="paused"):
-    """The strategy is not asked for signals, or is again. What is open goes on either way."""
+    """The strategy is no longer called for signals, or is called again. Open positions go on either way."""
 
     paused: bool

@@ -105,7 +105,7 @@ def reason_table(trades: Sequence[Trade]) -> Table:
 
 
 def remarks(results: ResultSet[ResultValues]) -> list[str]:
-    """What a reader must know before he trusts the figures, a sentence each."""
+    """What to know before trusting the figures, a sentence each."""
     sentences = []
     unfinished = [trade for trade in results.trades if trade.close_reason == "frame_end"]
     if unfinished:
