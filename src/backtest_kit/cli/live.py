@@ -113,7 +113,7 @@ async def _check_stores(output: Output, *, allow_weak: bool) -> None:
     """Refuse to trust live positions to stores that may lose them."""
     for reading in await default_kit.persistence.require_live_grade(allow_weak=allow_weak):
         if reading.status not in (Status.OK, Status.NEW):
-            output.say(f"{reading.subject} is {reading.status.value}: {reading.says} {reading.remedy}".rstrip())
+            output.say(f"{reading.subject} is {reading.status.value}: {reading.detail} {reading.remedy}".rstrip())
 
 
 async def _trade(handles: Sequence[LiveHandle], output: Output) -> int:
