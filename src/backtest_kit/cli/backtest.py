@@ -130,7 +130,7 @@ def trades_table(results: Results, shown: int) -> Table:
         hours, minutes = divmod((trade.closed_at_ms - trade.opened_at_ms) // MINUTE_MS, 60)
         table.add_row(
             Text(trade.symbol),
-            trade.position,
+            trade.side,
             f"{trade.opened_at:%Y-%m-%d %H:%M}",
             f"{hours}h{minutes:02}",
             trade.close_reason,

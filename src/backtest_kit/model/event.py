@@ -5,28 +5,17 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Literal
 
-import msgspec
-
+from backtest_kit.model.identity import Identity, OfRun
+from backtest_kit.model.inner import Inner
 from backtest_kit.model.interval import to_datetime
 from backtest_kit.model.position import Position, RestingEntry, Trade
 from backtest_kit.model.signal import Signal
 
-Mode = Literal["backtest", "paper", "live"]
 CancelReason = Literal["timeout", "price_reject", "frame_end", "user", "risk"]
 Change = Literal["reduced", "added", "stop_moved", "take_moved", "breakeven"]
 
 
-class Identity(msgspec.Struct, frozen=True, rename="camel"):
-    """Which run something belongs to: one engine, holding at most one position or resting entry."""
-
-    symbol: str
-    strategy_name: str
-    exchange_name: str
-    frame_name: str
-    mode: Mode
-
-
-class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel", tag_field="action"):
+class Event(OfRun, frozen=True, kw_only=True, tag_field="action"):
     """Base of all events. The tag of each kind is written with it, so that a stored event says what it is."""
 
     identity: Identity
@@ -40,10 +29,6 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel", tag_field
     @property
     def when(self) -> datetime:
         return to_datetime(self.when_ms)
-
-    @property
-    def symbol(self) -> str:
-        return self.identity.symbol
 
 
 class MarketEvent(Event, frozen=True, kw_only=True):
@@ -71,11 +56,16 @@ class PositionOpened(MarketEvent, frozen=True, kw_only=True, tag="opened"):
 
     position: Position
 
+    entry = Inner[RestingEntry]("position.entry")
+
 
 class PositionClosed(MarketEvent, frozen=True, kw_only=True, tag="closed"):
     """A position was closed."""
 
     trade: Trade
+
+    position = Inner[Position]("trade.position")
+    entry = Inner[RestingEntry]("trade.position.entry")
 
 
 class PositionChanged(MarketEvent, frozen=True, kw_only=True, tag="changed"):
@@ -83,6 +73,8 @@ class PositionChanged(MarketEvent, frozen=True, kw_only=True, tag="changed"):
 
     position: Position
     change: Change
+
+    entry = Inner[RestingEntry]("position.entry")
 
 
 Lasting = EntryScheduled | EntryCancelled | PositionOpened | PositionClosed | PositionChanged
