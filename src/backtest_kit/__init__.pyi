@@ -91,7 +91,6 @@ from .model.event import (
     EntryWaiting as EntryWaiting,
     Event as Event,
     FallReached as FallReached,
-    Identity as Identity,
     LevelReached as LevelReached,
     MarketEvent as MarketEvent,
     MinutesMissed as MinutesMissed,
@@ -111,6 +110,9 @@ from .model.event import (
     StoreDegraded as StoreDegraded,
     StoreRecovered as StoreRecovered,
     StrategyFailed as StrategyFailed,
+)
+from .model.identity import (
+    Identity as Identity,
 )
 from .model.position import (
     Entry as Entry,

@@ -114,8 +114,8 @@ def _origin(results: Results) -> str:
     used, fetched = sum(each.candles_used for each in results), sum(each.candles_fetched for each in results)
     filled = sum(sum(each.gaps_filled.values()) for each in results)
     parts = {"from the source": fetched, "from the cache": used - fetched - filled, "filled": filled}
-    told = [f"{count:,} {origin}" for origin, count in parts.items() if count]
-    return f"Candles: all {told[0]}." if len(told) == 1 else f"Candles: {used:,}, of them {', '.join(told)}."
+    shares = [f"{count:,} {origin}" for origin, count in parts.items() if count]
+    return f"Candles: all {shares[0]}." if len(shares) == 1 else f"Candles: {used:,}, of them {', '.join(shares)}."
 
 
 def trades_table(results: Results, shown: int) -> Table:
@@ -130,7 +130,7 @@ def trades_table(results: Results, shown: int) -> Table:
         hours, minutes = divmod((trade.closed_at_ms - trade.opened_at_ms) // MINUTE_MS, 60)
         table.add_row(
             Text(trade.symbol),
-            trade.position,
+            trade.side,
             f"{trade.opened_at:%Y-%m-%d %H:%M}",
             f"{hours}h{minutes:02}",
             trade.close_reason,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from weakref import WeakValueDictionary
 
 from backtest_kit.errors import BacktestKitError, UserError
-from backtest_kit.model.event import Event, Identity, Mode
+from backtest_kit.model.event import Event
+from backtest_kit.model.identity import Identity, Mode
 from backtest_kit.model.interval import to_ms
 from backtest_kit.records import sinks as sinks
 from backtest_kit.records.delivery import Deliveries, Notifications

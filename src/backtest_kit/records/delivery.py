@@ -14,13 +14,14 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 import msgspec
 
 from backtest_kit.errors import BacktestKitError, Damaged, UserError
-from backtest_kit.model.event import Mode
+from backtest_kit.model.identity import Mode
 from backtest_kit.persist.codec import decode_as
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.attempt import GRACE_S, Attempts
@@ -98,7 +99,7 @@ class Notifications:
             )
 
         scope = self._scope(mode, run_id, when)
-        return await newest(scope, NOTIFICATION, (mode == "backtest",), Notification, wanted, limit)
+        return await newest(scope, NOTIFICATION, (mode == "backtest",), partial(decode_as, Notification), wanted, limit)
 
 
 class _Route(msgspec.Struct, frozen=True):

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.persist.holder import is_neighbour
 from backtest_kit.persist.lease import claim, keeps_claims
 from backtest_kit.persist.possession import release_quietly, renew_forever

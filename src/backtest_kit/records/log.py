@@ -12,12 +12,13 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
 
 from backtest_kit.errors import BacktestKitError, UserError
-from backtest_kit.model.event import Identity, Mode
+from backtest_kit.model.identity import Identity, Mode
 from backtest_kit.model.interval import to_datetime
 from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS
@@ -296,7 +297,7 @@ class Logs:
             )
 
         await self.flush()
-        return await newest(self._scope(mode, run_id, when), LOG, (), LogLine, wanted, limit)
+        return await newest(self._scope(mode, run_id, when), LOG, (), partial(decode_as, LogLine), wanted, limit)
 
     def bridge(self, logger: str = "", *, level: Level = "info", mode: Mode = "live") -> None:
         """Also keep what goes to a logger of the standard library and those below it; "" is all of them.

@@ -17,7 +17,6 @@ from backtest_kit.model.event import (
     Event,
     MarketEvent,
     MinutesMissed,
-    Mode,
     OrderFailed,
     OrphanFound,
     Paused,
@@ -32,6 +31,7 @@ from backtest_kit.model.event import (
     StoreRecovered,
     StrategyFailed,
 )
+from backtest_kit.model.identity import Mode
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from backtest_kit.errors import BacktestKitError, Conflict
-from backtest_kit.model.event import Event, Mode
+from backtest_kit.model.event import Event
+from backtest_kit.model.identity import Mode
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.store import ANY, Capability, Store, Write
 from backtest_kit.records.notification import NOTIFICATION, notification_of, notification_writes

@@ -19,7 +19,8 @@ from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.price import resample
 from backtest_kit.market.repair import DirtyRule, dirty_rule
 from backtest_kit.model.candle import CandleSeries
-from backtest_kit.model.event import Event, Identity, RunDone, RunFailed
+from backtest_kit.model.event import Event, RunDone, RunFailed
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import (
     CANDLE_INTERVALS,
     DAY_MS,
@@ -139,7 +140,7 @@ class BacktestHandle:
         self._control.stopping = True
 
     def cancel(self) -> None:
-        """End it at once and leave what is open as it is; whoever awaits it gets `asyncio.CancelledError`."""
+        """End it immediately and leave open positions as they are; awaiting it raises `asyncio.CancelledError`."""
         self.task.cancel()
 
     def pause(self) -> None:
@@ -386,7 +387,7 @@ def _run_of(job: Job) -> tuple[str, ...]:
 
 
 async def _end(records: RunRecords, *events: Event) -> None:
-    """Have records and log written. What cannot be kept costs nobody the result, or the error that ended the run."""
+    """Have records and log written. What cannot be kept does not cost the result, or the error that ended the run."""
     try:
         await records.observe(events)
         await records.end()
