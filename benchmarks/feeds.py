@@ -48,18 +48,9 @@ def kit_on(address: str) -> bk.Kit:
 def opened(number: int) -> bk.PositionOpened:
     when_ms = NOON_MS + number * MINUTE_MS
     extreme = Extreme(100.0, when_ms, 0.0, 0.0)
+    signal = bk.Signal("long", 110.0, 90.0, price_open=100.0, minutes=60.0, cost=50.0, id=f"signal-{number}")
     position = bk.Position(
-        signal_id=f"signal-{number}",
-        symbol="BTCUSDT",
-        strategy_name="trend",
-        exchange_name="binance",
-        frame_name="",
-        position="long",
-        price_open=100.0,
-        price_take_profit=110.0,
-        price_stop_loss=90.0,
-        minutes=60.0,
-        scheduled_at_ms=when_ms,
+        entry=bk.RestingEntry(identity=IDENTITY, signal=signal, scheduled_at_ms=when_ms),
         opened_at_ms=when_ms,
         entries=(bk.Entry(100.0, 50.0, when_ms),),
         peak=extreme,

@@ -113,7 +113,7 @@ async def learn(event: bk.PositionClosed, ctx: bk.Context) -> None:
     noted = await ctx.state("plan").get()  # by get_signal, and still the position's own unless that changed it
     plan = await ctx.state("plan", signal_id=trade.signal_id).get(noted)
     reason = trade.close_reason.replace("_", " ")
-    lesson = f"A {trade.position} because of {plan['why']} was closed by {reason}: {trade.pnl_pct:+.1f} %."
+    lesson = f"A {trade.side} because of {plan['why']} was closed by {reason}: {trade.pnl_pct:+.1f} %."
     await ctx.memory("lessons", shared=True).write(trade.signal_id, lesson)
     ctx.log.info("learned", lesson=lesson)
 

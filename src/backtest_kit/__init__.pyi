@@ -91,7 +91,6 @@ from .model.event import (
     EntryWaiting as EntryWaiting,
     Event as Event,
     FallReached as FallReached,
-    Identity as Identity,
     LevelReached as LevelReached,
     MarketEvent as MarketEvent,
     MinutesMissed as MinutesMissed,
@@ -111,6 +110,9 @@ from .model.event import (
     StoreDegraded as StoreDegraded,
     StoreRecovered as StoreRecovered,
     StrategyFailed as StrategyFailed,
+)
+from .model.identity import (
+    Identity as Identity,
 )
 from .model.position import (
     Entry as Entry,
@@ -191,6 +193,8 @@ from .run.live.status import (
 )
 from .run.replay.backtest import (
     BacktestHandle as BacktestHandle,
+    BacktestOptions as BacktestOptions,
+    ReplayOptions as ReplayOptions,
 )
 from .run.replay.walker import (
     ParameterSet as ParameterSet,

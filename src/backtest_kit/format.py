@@ -118,14 +118,14 @@ def describe(event: Event) -> str:
         case EntryScheduled(entry=entry):
             return f"resting order placed: {_entry(entry)}"
         case EntryCancelled(entry=entry, reason=reason):
-            return f"resting {entry.position} order at {price(entry.price_open)} cancelled: {_spaced(reason)}"
+            return f"resting {entry.side} order at {price(entry.price_open)} cancelled: {_spaced(reason)}"
         case PositionOpened(position=position):
             return f"opened {_position(position)}"
         case PositionChanged(position=position, change=change):
             return f"{_spaced(change)}: {_position(position)}"
         case PositionClosed(trade=trade):
             return (
-                f"closed {trade.position} at {price(trade.price_close)}, {_spaced(trade.close_reason)}: "
+                f"closed {trade.side} at {price(trade.price_close)}, {_spaced(trade.close_reason)}: "
                 f"{trade.pnl_pct:+.2f} % ({trade.pnl_cost:+.2f})"
             )
         case BreakevenReached():
@@ -178,14 +178,14 @@ def _recovered(event: Recovered) -> str:
 
 def _position(position: Position) -> str:
     return (
-        f"{position.position} {position.cost:g} from {price(position.price_open)}, "
+        f"{position.side} {position.cost:g} from {price(position.price_open)}, "
         f"take profit {price(position.take_profit)}, stop loss {price(position.stop_loss)}"
     )
 
 
 def _entry(entry: RestingEntry) -> str:
     return (
-        f"{entry.position} {entry.cost:g} at {price(entry.price_open)}, "
+        f"{entry.side} {entry.cost:g} at {price(entry.price_open)}, "
         f"take profit {price(entry.price_take_profit)}, stop loss {price(entry.price_stop_loss)}"
     )
 

@@ -8,6 +8,7 @@ import ccxt.async_support as library
 import msgspec
 import numpy as np
 import pytest
+from tests.values import make_entry, make_position
 
 from backtest_kit.broker.base import Fill, Order, OrderKind
 from backtest_kit.broker.ccxt import CcxtBroker
@@ -15,9 +16,10 @@ from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.market.clock import SteppedClock
 from backtest_kit.market.sources import ANY_RANGE, CandleSource
 from backtest_kit.model.candle import CandleSeries
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.model.position import Direction, Entry, Extreme, Position, RestingEntry
+from backtest_kit.model.position import Entry, Position, RestingEntry
+from backtest_kit.model.signal import Direction
 from backtest_kit.venue.binance.api import API_KEY, API_SECRET
 from backtest_kit.venue.client import ccxt_options
 from backtest_kit.venue.exchange import Terms
@@ -204,40 +206,22 @@ def again(first: Order) -> Order:
 
 def position(opened: Order, *fills: Fill | None, **fields: Any) -> Position:
     entries = tuple(Entry(fill.price, fill.cost, START) for fill in fills if fill is not None)
-    first = entries[0].price
-    extreme = Extreme(first, START, 0.0, 0.0)
-    return Position(
-        signal_id=opened.signal_id,
-        symbol="BTCUSDT",
-        strategy_name="trend",
-        exchange_name="binance",
-        frame_name="",
-        position=opened.direction,
-        price_open=first,
-        price_take_profit=opened.take_profit,
-        price_stop_loss=opened.stop_loss,
-        minutes=1440,
-        scheduled_at_ms=START,
-        opened_at_ms=START,
-        entries=entries,
-        peak=extreme,
-        fall=extreme,
-        **fields,
-    )
+    entry = _entry(opened).at(entries[0].price, entries[0].cost)
+    return msgspec.structs.replace(make_position(entry, entries=entries), **fields)
 
 
 def resting(placed: Order) -> RestingEntry:
-    return RestingEntry(
-        signal_id=placed.signal_id,
-        symbol="BTCUSDT",
-        strategy_name="trend",
-        exchange_name="binance",
-        frame_name="",
-        position=placed.direction,
-        price_open=placed.price,
-        price_take_profit=placed.take_profit,
-        price_stop_loss=placed.stop_loss,
+    return _entry(placed)
+
+
+def _entry(order: Order) -> RestingEntry:
+    return make_entry(
+        order.signal_id,
+        order.direction,
+        price=order.price,
+        take=order.take_profit,
+        stop=order.stop_loss,
         minutes=1440,
-        cost=placed.cost,
-        scheduled_at_ms=START,
+        cost=order.cost,
+        at_ms=START,
     )

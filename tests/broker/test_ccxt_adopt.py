@@ -9,11 +9,12 @@ from tests.broker.conftest import PRICE, SIGNAL, START, Kind, MakeBench, order
 
 from backtest_kit.broker.ccxt import CcxtBroker
 from backtest_kit.engine.step import Holding, Rules, Tick
-from backtest_kit.model.event import Identity, PositionOpened
+from backtest_kit.model.event import PositionOpened
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.store import Key
-from backtest_kit.run.live.ledger import PositionState
 from backtest_kit.run.live.orphans import OrphanGuard
+from backtest_kit.run.live.position_state import PositionState
 from backtest_kit.run.run_state import RunState
 from backtest_kit.settings import Settings
 

@@ -10,7 +10,8 @@ from tests.broker.conftest import IDS, PRICE, START, Bench, Kind, MakeBench, aga
 
 from backtest_kit.broker.base import Fill, OrderDeleted, OrderRejected, OrderTransient
 from backtest_kit.errors import Outcome
-from backtest_kit.model.position import Direction, Reduction
+from backtest_kit.model.position import Reduction
+from backtest_kit.model.signal import Direction
 
 BOTH = pytest.mark.parametrize("kind", ["spot", "futures"])
 SIDES = pytest.mark.parametrize(("kind", "direction"), [("spot", "long"), ("futures", "long"), ("futures", "short")])

@@ -10,7 +10,7 @@ from backtest_kit.broker import order_ids
 from backtest_kit.broker.order_ids import KINDS, PARTS, OrderId, SignalIds, digest_of, parse, store_of, taken_over
 from backtest_kit.engine.position import make_signal_id
 from backtest_kit.errors import UserError
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 
 SIGNALS = st.text(min_size=1, max_size=60)
 STORES = st.integers(0, 2**24 - 1).map("{:06x}".format)

@@ -158,7 +158,7 @@ async def test_one_signal_carries_what_is_open_to_its_end(stage: Stage) -> None:
         await bot.hear("opened long 100 from")
     await stage.go_to(5)
     bot.process.send_signal(signal.SIGTERM)
-    await bot.hear("a second Ctrl-C or SIGTERM ends it at once")
+    await bot.hear("a second Ctrl-C or SIGTERM exits immediately")
     said = [line for line in bot.lines if line.startswith("stopping: ")]
     assert [line.split()[1] for line in said] == ["BTCUSDT", "ETHUSDT"]
     assert all("until its long position ends by itself" in line and "2024-06-01T10:20Z" in line for line in said)
@@ -234,7 +234,7 @@ async def test_lines_of_json_tell_every_event_and_every_minute(stage: Stage) -> 
     kinds = {each["action"] for each in documents}
     assert {"note", "recovered", "opened", "active", "status", "done"} <= kinds
     opened = next(each for each in documents if each["action"] == "opened")
-    assert opened["symbol"] == opened["position"]["symbol"] == "BTCUSDT"
+    assert opened["symbol"] == opened["position"]["entry"]["identity"]["symbol"] == "BTCUSDT"
     assert opened["when"] == "2024-06-01T10:00Z"
 
 

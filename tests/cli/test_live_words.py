@@ -5,44 +5,30 @@ from __future__ import annotations
 import io
 import json
 import re
+from math import inf
 from typing import Any
 
 import msgspec
 import pytest
 from rich.console import Console
 from tests.records.happenings import closed
+from tests.values import make_entry, make_position, make_trade
 
 import backtest_kit as bk
 from backtest_kit.cli.live_view import view
 from backtest_kit.cli.live_words import SHOWN, awaited, document, standing, words
 from backtest_kit.format import severity
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import to_ms
-from backtest_kit.model.position import Entry, Extreme, Position, RestingEntry, Trade
 from backtest_kit.records.notification import notification_of
 from backtest_kit.run.live.status import LiveStatus
 
 NOON = to_ms("2024-06-01T12:00")
 WHO = Identity("BTCUSDT", "trend", "binance", "", "live")
-NAMES: dict[str, Any] = {
-    "signal_id": "s-1", "symbol": "BTCUSDT", "strategy_name": "trend", "exchange_name": "binance", "frame_name": "",
-    "position": "long", "scheduled_at_ms": NOON,
-}  # fmt: skip
-MARK = Extreme(50_000.0, NOON, 0.0, 0.0)
-POSITION = Position(
-    **NAMES, price_open=50_000.0, price_take_profit=51_000.0, price_stop_loss=49_000.0, minutes=float("inf"),
-    opened_at_ms=NOON, entries=(Entry(50_000.0, 100.0, NOON),), peak=MARK, fall=MARK,
-)  # fmt: skip
-ENTRY = RestingEntry(
-    **NAMES, price_open=48_000.0, price_take_profit=51_000.0, price_stop_loss=47_000.0, minutes=60, cost=100.0
-)
-TRADE = Trade(
-    **NAMES, opened_at_ms=NOON, closed_at_ms=NOON, price_open=50_000.0, price_close=51_000.0,
-    price_take_profit=51_000.0,
-    price_stop_loss=49_000.0, original_price_open=50_000.0, original_price_take_profit=51_000.0,
-    original_price_stop_loss=49_000.0, close_reason="take_profit", cost=100.0, pnl_pct=1.6, pnl_cost=1.6, fees=0.2,
-    peak_pct=2.0, fall_pct=-1.0, entries=POSITION.entries,
-)  # fmt: skip
+ENTRY = make_entry(identity=WHO, price=48_000.0, take=51_000.0, stop=47_000.0, at_ms=NOON)
+FILLED = make_entry(identity=WHO, price=50_000.0, take=51_000.0, stop=49_000.0, minutes=inf, at_ms=NOON)
+POSITION = make_position(FILLED)
+TRADE = make_trade(POSITION, closed_at_ms=NOON, price_close=51_000.0, pnl_pct=1.6, peak_pct=2.0, fall_pct=-1.0)
 ORDER: dict[str, Any] = {"client_order_id": "s-1-2", "attempt": 1, "reason": "no answer", "next_step": "it waits"}
 SIGNAL = bk.Signal.bracket("long", price=50_000.0, take_profit_pct=2, stop_loss_pct=1)
 

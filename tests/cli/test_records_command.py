@@ -196,7 +196,7 @@ def test_records_are_listed_and_shown(place: Path) -> None:
     assert "ETHUSDT" in listed
     narrowed = run("records", "ls", "storage", "--symbol", "ETHUSDT", "--json", cwd=place)
     (found,) = [json.loads(line) for line in narrowed.splitlines()]
-    assert found["value"]["signalId"] == "s-2"
+    assert found["key"]["signalId"] == "s-2"
     assert run("records", "ls", "storage", "--strategy", "other", "--json", cwd=place) == ""
     since = run("records", "ls", "notification", "--since", "2024-06-01T12:06", "--json", cwd=place)
     assert len(since.splitlines()) == 1
@@ -204,7 +204,7 @@ def test_records_are_listed_and_shown(place: Path) -> None:
     assert "take_profit" in shown
     assert "2024-06-01T12:05Z" in shown
     whole: dict[str, Any] = json.loads(run("records", "show", "storage", "live/s-1", "--json", cwd=place))
-    assert (whole["rev"], whole["value"]["pnlPct"]) == (1, 9.5)
+    assert (whole["rev"], whole["value"]["trade"]["pnlPct"]) == (1, 9.5)
     assert "in a run" in run("records", "ls", "log", "--run", "one", cwd=place)
     assert "records ls storage" in run("records", "show", "storage", "live/nothing", cwd=place, code=2)
     assert "store ls signal" in run("records", "ls", "signal", cwd=place, code=2)

@@ -17,11 +17,12 @@ from tests.commands import run_command
 
 from backtest_kit.cli import migrate
 from backtest_kit.errors import Conflict
+from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.migration import Migration, migrate_store
-from backtest_kit.persist.store import Store, Write
+from backtest_kit.persist.store import Key, Store, Write
 from backtest_kit.persist.store_id import claim_store_id
 from backtest_kit.persist.urls import store_at
 
@@ -114,28 +115,34 @@ def test_check_finds_nothing_in_a_sound_store(url: str, tmp_path: Path) -> None:
     assert "every record is sound" in run("check", "--deep", "--store", url, cwd=tmp_path)
 
 
-def test_a_loss_is_found_and_accepted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("url", "contract", "file"),
+    [
+        ("sqlite:bot.db", "signal", "bot.db"),
+        ("file:dump", "storage", "dump/feeds.db"),
+    ],
+)
+def test_a_loss_is_found_and_accepted(tmp_path: Path, url: str, contract: str, file: str) -> None:
+    kind, _, name = url.partition(":")
+    key: Key = (False, "signal-1") if contract == "storage" else ("trend", "binance", "BTCUSDT")
+    text = "live/signal-1" if contract == "storage" else "trend/binance/BTCUSDT"
+
     async def write() -> None:
-        store = SqliteStore(tmp_path / "bot.db")
-        await store.put(Write(CONTRACTS["signal"], ("trend", "binance", "BTCUSDT"), "kept"))
+        store: Store = SqliteStore(tmp_path / name) if kind == "sqlite" else FileStore(tmp_path / name)
+        await store.put(Write(CONTRACTS[contract], key, "kept"))
         await store.close()
 
     asyncio.run(write())
-    older = (tmp_path / "bot.db").read_bytes()
+    older = (tmp_path / file).read_bytes()
     asyncio.run(write())
-    (tmp_path / "bot.db").write_bytes(older)
-    url = "sqlite:bot.db"
+    (tmp_path / file).write_bytes(older)
     assert "has lost commit 2" in run("check", "--store", url, cwd=tmp_path, code=1)
-    assert "has lost commit 2" in run("get", "signal", "trend/binance/BTCUSDT", "--store", url, cwd=tmp_path, code=1)
+    assert "has lost commit 2" in run("get", contract, text, "--store", url, cwd=tmp_path, code=1)
     told = run("check", "--accept-loss", "--store", url, cwd=tmp_path)
     assert "accepted: " in told
     assert "every record is sound" in told
     assert "no acknowledged write is missing" in run("check", "--accept-loss", "--store", url, cwd=tmp_path)
-    assert '"rev": 1' in run("get", "signal", "trend/binance/BTCUSDT", "--store", url, cwd=tmp_path)
-    (tmp_path / "dump").mkdir()
-    assert "FileStore does not support accepting a loss" in run(
-        "check", "--accept-loss", "--store", "file:dump", cwd=tmp_path, code=2
-    )
+    assert '"rev": 1' in run("get", contract, text, "--store", url, cwd=tmp_path)
 
 
 def test_damage_is_found_kept_and_decided_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

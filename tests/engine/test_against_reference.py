@@ -182,7 +182,7 @@ class RandomCommands:
             assert outcome.accepted or outcome.reason
             word = "accepted" if outcome else "refused"
             held = terms(view.value)
-            self.told.append(ref.Event(name, ctx.when_ms, view.value.position, ctx.price, word, terms=held))
+            self.told.append(ref.Event(name, ctx.when_ms, view.value.side, ctx.price, word, terms=held))
 
     async def act_at_first(self, event: bk.Event, ctx: bk.Context) -> None:
         await self.act(ctx)
@@ -213,18 +213,18 @@ def terms(held: bk.Position | bk.RestingEntry | bk.Trade) -> tuple[float, ...]:
 def ours(event: bk.Event) -> Iterator[Any]:
     when = event.when_ms
     if isinstance(event, bk.EntryScheduled):
-        yield ref.Event("scheduled", when, event.entry.position, event.entry.price_open)
+        yield ref.Event("scheduled", when, event.entry.side, event.entry.price_open)
     elif isinstance(event, bk.EntryCancelled):
-        yield ref.Event("cancelled", when, event.entry.position, event.entry.price_open, event.reason)
+        yield ref.Event("cancelled", when, event.entry.side, event.entry.price_open, event.reason)
     elif isinstance(event, bk.PositionOpened):
-        yield ref.Event("opened", when, event.position.position, event.position.price_open)
+        yield ref.Event("opened", when, event.position.side, event.position.price_open)
     elif isinstance(event, bk.PositionClosed):
         trade = event.trade
         assert trade.closed_at_ms == when
         yield ref.Event(
             "closed",
             when,
-            trade.position,
+            trade.side,
             trade.price_close,
             trade.close_reason,
             trade.close_note,

@@ -8,13 +8,15 @@ from typing import Any
 import msgspec
 import pytest
 from hypothesis import given, strategies as st
+from tests.values import make_entry, make_position
 
 from backtest_kit.engine import commands
 from backtest_kit.engine.commands import Refused
 from backtest_kit.engine.pnl import effective_price, profit, remaining_cost
 from backtest_kit.engine.position import close_trade
 from backtest_kit.errors import UserError
-from backtest_kit.model.position import Direction, Entry, Extreme, Position
+from backtest_kit.model.position import Entry, Position
+from backtest_kit.model.signal import Direction
 from backtest_kit.settings import Settings, with_settings
 
 SETTINGS = Settings()
@@ -23,23 +25,7 @@ ANYWHERE = with_settings(SETTINGS, {"CC_ENABLE_DCA_EVERYWHERE": True, "CC_ENABLE
 
 def held(direction: Direction = "long", **fields: Any) -> Position:
     take, stop = (110.0, 90.0) if direction == "long" else (90.0, 110.0)
-    position = Position(
-        signal_id="s",
-        symbol="BTCUSDT",
-        strategy_name="trend",
-        exchange_name="demo",
-        frame_name="jan",
-        position=direction,
-        price_open=100.0,
-        price_take_profit=take,
-        price_stop_loss=stop,
-        minutes=math.inf,
-        scheduled_at_ms=0,
-        opened_at_ms=0,
-        entries=(Entry(100.0, 100.0, 0),),
-        peak=Extreme(100.0, 0, 0.0, 0.0),
-        fall=Extreme(100.0, 0, 0.0, 0.0),
-    )
+    position = make_position(make_entry("s", direction, take=take, stop=stop, minutes=math.inf))
     return msgspec.structs.replace(position, **fields)
 
 
@@ -174,7 +160,7 @@ class TestBreakeven:
         locked = commands.move_stop(held(), 106, 103, SETTINGS)
         with pytest.raises(Refused, match="already at breakeven"):
             commands.breakeven(locked, 106, SETTINGS)
-        near = held(price_take_profit=99.0)
+        near = held(moved_take_profit=99.0)
         with pytest.raises(Refused, match="beyond the take profit"):
             commands.breakeven(near, 106, SETTINGS)
 

@@ -10,7 +10,8 @@ from hypothesis import given, strategies as st
 
 from backtest_kit.engine.pnl import closed_pct, effective_price, profit, remaining_cost, result
 from backtest_kit.errors import BacktestKitError
-from backtest_kit.model.position import Direction, Entry, Execution, Reduction
+from backtest_kit.model.position import Entry, Execution, Reduction
+from backtest_kit.model.signal import Direction
 from backtest_kit.settings import Settings, with_settings
 
 SETTINGS = Settings()

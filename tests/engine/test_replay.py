@@ -20,16 +20,15 @@ from backtest_kit.model.event import (
     EntryWaiting,
     Event,
     FallReached,
-    Identity,
     LevelReached,
     MarketEvent,
     PeakReached,
     PositionActive,
     PositionClosed,
 )
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.model.position import Direction
-from backtest_kit.model.signal import Signal
+from backtest_kit.model.signal import Direction, Signal
 from backtest_kit.settings import Settings, with_settings
 
 M = MINUTE_MS

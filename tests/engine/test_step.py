@@ -16,13 +16,13 @@ from backtest_kit.model.event import (
     EntryWaiting,
     Event,
     FallReached,
-    Identity,
     LevelReached,
     PeakReached,
     PositionActive,
     PositionClosed,
     PositionOpened,
 )
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Position, Trade
 from backtest_kit.model.signal import Signal

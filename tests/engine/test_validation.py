@@ -11,7 +11,7 @@ import pytest
 
 from backtest_kit.engine.validation import check_signal, enters_now
 from backtest_kit.errors import UserError
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.signal import Signal
 from backtest_kit.settings import Settings, with_settings
 

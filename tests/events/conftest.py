@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from backtest_kit.model.event import Identity, Progress
+from backtest_kit.model.event import Progress
+from backtest_kit.model.identity import Identity
 
 MakeEvent = Callable[..., Progress]
 

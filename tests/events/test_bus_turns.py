@@ -10,7 +10,8 @@ import pytest
 
 from backtest_kit.errors import UserError
 from backtest_kit.events import EventBus
-from backtest_kit.model.event import Event, Identity, Progress, RunDone
+from backtest_kit.model.event import Event, Progress, RunDone
+from backtest_kit.model.identity import Identity
 
 MakeEvent = Callable[..., Progress]
 IDENTITY = Identity("BTCUSDT", "trend", "demo", "day", "backtest")

@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 from tests.samples import size
 
 from backtest_kit.events import EventBus
-from backtest_kit.model.event import Event, Identity, Progress, RunDone
+from backtest_kit.model.event import Event, Progress, RunDone
+from backtest_kit.model.identity import Identity
 
 KINDS: tuple[type[Event], ...] = (Event, Progress, RunDone)
 

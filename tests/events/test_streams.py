@@ -13,7 +13,8 @@ import pytest
 
 from backtest_kit.errors import UserError
 from backtest_kit.events import EventBus, EventStream, _Queue
-from backtest_kit.model.event import Event, Identity, Progress, RunDone
+from backtest_kit.model.event import Event, Progress, RunDone
+from backtest_kit.model.identity import Identity
 
 MakeEvent = Callable[..., Progress]
 DONE = RunDone(identity=Identity("BTCUSDT", "trend", "demo", "day", "backtest"), when_ms=0, trades=())

@@ -181,8 +181,8 @@ class Diary:
 
     def write(self, event: bk.Event) -> None:
         fields = msgspec.to_builtins(event)
-        held = fields.get("position") or fields.get("entry") or fields.get("trade") or {}
-        heard = Heard(event.action, event.when_ms, held.get("signalId", ""), fields)
+        held: bk.Position | bk.RestingEntry | None = getattr(event, "entry", None) or getattr(event, "position", None)
+        heard = Heard(event.action, event.when_ms, held.signal_id if held else "", fields)
         os.write(self._fd, msgspec.json.encode(heard) + b"\n")
 
 

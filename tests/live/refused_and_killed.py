@@ -25,7 +25,7 @@ class Deadly(Venue):
         self.script["close", 1] = "rejected"
 
     async def find(self, order: bk.Order) -> bk.OrderReport:
-        sys.stdout.write(repr(self.handle._run.order_manager.book))
+        sys.stdout.write(repr(self.handle._run.order_manager.position_state))
         sys.stdout.flush()
         os.kill(os.getpid(), signal.SIGKILL)
         return await super().find(order)

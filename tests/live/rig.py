@@ -178,7 +178,7 @@ class Rig:
         await asyncio.wait({over, handle.task}, return_when=asyncio.FIRST_COMPLETED)
         over.cancel()
         self.now_ms = clock.now_ms()
-        end = LiveEnd(handle, handle.status, tuple(handle._run.order_manager.trades))
+        end = LiveEnd(handle, handle.status, tuple(handle._run.hooks.trades))
         handle.cancel()
         await asyncio.wait({handle.task})
         if not handle.task.cancelled() and (error := handle.task.exception()) is not None:

@@ -68,11 +68,16 @@ def prepared(rig: Rig) -> Rig:
     return rig
 
 
+def without(left_out: str, value: Any) -> Any:
+    """Plain fields without those of one name, however deep."""
+    if isinstance(value, dict):
+        return {name: without(left_out, item) for name, item in value.items() if name != left_out}
+    return [without(left_out, item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def without_orders(value: Any) -> Any:
     """Plain fields without what only an exchange says of orders: their ids and fees."""
-    if isinstance(value, dict):
-        return {name: without_orders(item) for name, item in value.items() if name != "execution"}
-    return [without_orders(item) for item in value] if isinstance(value, list | tuple) else value
+    return without("execution", value)
 
 
 def facts(events: list[bk.Event]) -> dict[Any, Any]:
@@ -81,6 +86,5 @@ def facts(events: list[bk.Event]) -> dict[Any, Any]:
     for event in events:
         if isinstance(event, LASTING):
             fields = without_orders(msgspec.to_builtins(event))
-            held = fields.get("position") or fields.get("entry") or fields.get("trade")
-            found[event.action, event.when_ms, held["signalId"]] = fields
+            found[event.action, event.when_ms, event.entry.signal_id] = fields
     return found

@@ -68,7 +68,7 @@ class Story:
     async def manage(self, ctx: bk.Context) -> None:
         minute, position, entry = minute_of(ctx), ctx.position, ctx.entry
         if position is not None:
-            long = position.position == "long"
+            long = position.side == "long"
             sign = 1 if long else -1
             commands: dict[int, Callable[[], Any]] = {
                 2: lambda: position.reduce(percent=50),

@@ -217,9 +217,9 @@ class Stage:
             if order.filled and not order.reduce_only:
                 signal = plain_id(order.client_order_id).partition("-")[0]
                 paid[signal] = paid.get(signal, 0.0) + float(order.filled_cost)
-        held = {digest_of((self.end().books["signal"] or {}).get("signalId", ""))}
+        held = {digest_of(held["entry"]["signal"]["id"] if (held := self.end().books["signal"]) else "")}
         booked = {
-            digest_of(each.signal_id): sum(entry["cost"] for entry in each.event["trade"]["entries"])
+            digest_of(each.signal_id): sum(entry["cost"] for entry in each.event["trade"]["position"]["entries"])
             for each in self.heard("records")
             if each.action == "closed"
         }

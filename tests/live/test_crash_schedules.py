@@ -138,6 +138,15 @@ def backtested(place: Path, rows: list[Any], seed: int) -> list[Any]:
 
 def terms(trades: list[Any]) -> list[Any]:
     """What every mode tells of its trades; costs at the venue are rounded in the last digits."""
-    exact = ("position", "openedAtMs", "closedAtMs", "closeReason", "closeNote")
-    close = ("priceOpen", "priceClose", "cost", "pnlPct", "pnlCost", "peakPct", "fallPct")
-    return [([trade[name] for name in exact], [trade[name] for name in close]) for trade in trades]
+    exact = ("closedAtMs", "closeReason", "closeNote")
+    close = ("priceOpen", "priceClose", "pnlPct", "pnlCost")
+    found = []
+    for trade in trades:
+        position = trade["position"]
+        begin = position["entry"]["signal"]["position"], position["openedAtMs"]
+        costs = [entry["cost"] for entry in position["entries"]]
+        extremes = position["peak"]["pnlPct"], position["fall"]["pnlPct"]
+        found.append(
+            ([*begin, *(trade[name] for name in exact)], [*(trade[name] for name in close), *costs, *extremes])
+        )
+    return found

@@ -62,7 +62,7 @@ async def doubled(here: Stage, policy: str) -> None:
     held = end.books["signal"]
     assert (held is not None) == (policy == "adopt")
     if held is not None:
-        assert SignalIds(held["signalId"]).entry == entry.client_order_id
+        assert SignalIds(held["entry"]["signal"]["id"]).entry == entry.client_order_id
 
 
 # CcxtBroker, spot and futures

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from tests.engine import test_against_reference as engine
 from tests.live.rig import Rig
-from tests.live.scenario import without_orders
+from tests.live.scenario import without
 
 import backtest_kit as bk
 
@@ -34,12 +34,7 @@ def source_of(rows: list[Any]) -> Any:
 
 def plain(event: bk.Event) -> Any:
     """An event without what tells the modes apart."""
-    fields = without_orders(msgspec.to_builtins(event))
-    del fields["identity"]
-    for name in ("position", "entry", "trade"):
-        if name in fields:
-            del fields[name]["frameName"]
-    return event.action, fields
+    return event.action, without("identity", without("execution", msgspec.to_builtins(event)))
 
 
 def lasting(events: list[bk.Event], before_ms: int) -> list[Any]:

@@ -58,7 +58,7 @@ async def test_programs_that_open_at_the_same_moment_stay_within_the_limit(
         record = await store.get(RISK, ("demo", name))
         assert record is not None
         assert isinstance(record.value, dict)
-        assert {slot["symbol"] for slot in record.value.values()} == opened  # type: ignore[call-overload, index]
+        assert {slot["entry"]["identity"]["symbol"] for slot in record.value.values()} == opened  # type: ignore[call-overload, index]
     for handle in handles:
         handle.cancel()
     await asyncio.wait({handle.task for handle in handles})
@@ -86,7 +86,7 @@ async def test_a_slot_is_taken_with_the_position_and_given_back_with_it(risky: R
     )
     await risky.trade(2)
     ((_, slot),) = (await slots(risky)).items()
-    assert (slot["symbol"], slot["openedAtMs"]) == ("BTCUSDT", START)
+    assert (slot["entry"]["identity"]["symbol"], slot["openedAtMs"]) == ("BTCUSDT", START)
     await risky.trade(2)
     assert len(risky.trades()) == 1
     assert await slots(risky) == {}
@@ -121,4 +121,4 @@ async def test_the_slot_of_a_dead_program_does_not_block_for_ever(risky: Rig) ->
     other.now_ms = START + (600 + 121) * MINUTE_MS
     await other.trade(15, symbol="ETHUSDT")
     assert other.of(bk.PositionOpened)
-    assert [slot["symbol"] for slot in (await slots(risky)).values()] == ["ETHUSDT"]
+    assert [slot["entry"]["identity"]["symbol"] for slot in (await slots(risky)).values()] == ["ETHUSDT"]

@@ -22,7 +22,7 @@ import backtest_kit as bk
 from backtest_kit.engine.step import Flat, Rules, State, Tick, admit, decision_due, step
 from backtest_kit.market.price import vwap
 from backtest_kit.model.candle import CandleSeries
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.settings import Settings
 from backtest_kit.venue.publishing import Publishing, Row
@@ -156,7 +156,7 @@ def expected(place: Place) -> tuple[list[Any], list[int]]:
 
 def terms(trade: bk.Trade) -> Any:
     return (
-        trade.position,
+        trade.side,
         trade.opened_at_ms,
         trade.closed_at_ms,
         trade.close_reason,

@@ -164,8 +164,8 @@ async def test_a_command_that_is_refused_says_why_and_changes_nothing(story: Rig
     await story.trade(4)
     assert [bool(each) for each in told] == [False, False, False]
     assert told[0].reason == "insufficient funds"
-    assert "nobody knows" in told[1].reason
-    assert "under way" in told[2].reason
+    assert "it is unknown" in told[1].reason
+    assert "still pending" in told[2].reason
     assert [event.change for event in story.of(bk.PositionChanged)] == ["stop_moved"]
 
 

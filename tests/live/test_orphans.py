@@ -223,7 +223,7 @@ async def test_what_another_strategy_of_the_store_has_is_known_although_its_proc
     [
         ("position", "strategy trend holds a position of BTCUSDT on demo"),
         ("entry", "strategy trend has a resting entry of BTCUSDT on demo"),
-        ("order", "strategy trend has an order under way of BTCUSDT on demo"),
+        ("order", "strategy trend has a pending order of BTCUSDT on demo"),
         ("elsewhere", "strategy trend holds a position of BTC-USDT on demo"),
         ("alive", "strategy trend trades BTCUSDT on demo: process"),
     ],
@@ -267,6 +267,24 @@ async def test_of_more_than_another_strategy_has_nothing_is_done(
     assert handle.status.position is None
     assert "this store knows" in handle.status.no_entry
     assert not first.venue.calls
+
+
+@pytest.mark.parametrize(("symbol", "exchange"), [("BTC-USDT", "demo"), ("BTCUSDT", "again")])
+async def test_a_market_of_two_names_is_one(tmp_path: Path, symbol: str, exchange: str) -> None:
+    store = bk.MemoryStore()
+    first, second = Rig(tmp_path / "first", store), Rig(tmp_path / "second", store)
+    second.venue = first.venue
+    second.strategy["get_signal"] = lambda ctx: None
+    position = (await trade_as(first, "first", 1, symbol=symbol, exchange=exchange)).status.position
+    assert position is not None
+    ids = SignalIds(position.signal_id, first.venue.store_id)
+    signals = (bk.VenueSignal(store_id=ids.store_id, digest=ids.digest, client_order_ids=(ids.stop(0),)),)
+    quantity = position.cost / position.price_open
+    first.venue.held = [msgspec.structs.replace(held(40_000.0, quantity=quantity), signals=signals)]
+    second.now_ms = START + MINUTE_MS
+    handle = await trade_as(second, "mean", 2)
+    assert not second.of(bk.OrphanFound)
+    assert not handle.status.no_entry
 
 
 async def test_what_a_strategy_that_ended_without_holding_anything_has_left_is_nobodys(tmp_path: Path) -> None:
@@ -384,11 +402,16 @@ async def test_who_is_left_of_two_strategies_looks_for_itself(idle: Rig) -> None
     await asyncio.wait({stays.task})
 
 
-async def trade_as(rig: Rig, strategy_name: str, minutes: int, **options: Any) -> bk.LiveHandle:
+async def trade_as(
+    rig: Rig, strategy_name: str, minutes: int, *, symbol: str = "BTCUSDT", exchange: str = "demo", **options: Any
+) -> bk.LiveHandle:
     clock = UntilClock(rig.now_ms, rig.now_ms + minutes * MINUTE_MS)
     kit = rig.kit(clock)
     kit.add_strategy_schema(strategy_name, **rig.strategy)
-    handle = kit.live.background("BTCUSDT", **{**WHERE, "strategy_name": strategy_name}, **options)
+    if exchange != "demo":
+        kit.add_exchange_schema(exchange, source=rig.source, broker=rig.venue, clock=clock)
+    where = {**WHERE, "strategy_name": strategy_name, "exchange_name": exchange}
+    handle = kit.live.background(symbol, **where, **options)
     await clock.over.wait()
     handle.cancel()
     await asyncio.wait({handle.task})

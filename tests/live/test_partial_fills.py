@@ -10,7 +10,7 @@ from tests.live.scenario import prepared
 
 import backtest_kit as bk
 from backtest_kit.broker.base import Fill, Order, OrderReport
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.run.live.orders import judged
 
 

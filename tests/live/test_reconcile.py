@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
+from tests.values import make_entry
 
 from backtest_kit.broker.base import Order, VenuePosition, VenueSignal
 from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.engine.position import open_position
 from backtest_kit.engine.step import Flat, Holding, Resting, State
-from backtest_kit.model.event import Identity
-from backtest_kit.model.position import Direction, RestingEntry
-from backtest_kit.run.live.ledger import PositionState
+from backtest_kit.model.identity import Identity
+from backtest_kit.model.position import RestingEntry
+from backtest_kit.model.signal import Direction
 from backtest_kit.run.live.orders import Intent
+from backtest_kit.run.live.position_state import PositionState
 from backtest_kit.run.live.reconcile import Difference, Known, compare, known_of
 from backtest_kit.settings import Settings
 
@@ -24,11 +26,8 @@ PRICE = 100.0
 
 def entry(signal_id: str, quantity: float, direction: Direction = "long") -> RestingEntry:
     sign = 1 if direction == "long" else -1
-    return RestingEntry(
-        signal_id=signal_id, symbol="BTCUSDT", strategy_name="trend", exchange_name="demo", frame_name="",
-        position=direction, price_open=PRICE, price_take_profit=PRICE + 10 * sign, price_stop_loss=PRICE - 10 * sign,
-        minutes=60, cost=quantity * PRICE, scheduled_at_ms=0,
-    )  # fmt: skip
+    take, stop = PRICE + 10 * sign, PRICE - 10 * sign
+    return make_entry(signal_id, direction, price=PRICE, take=take, stop=stop, cost=quantity * PRICE)
 
 
 def holding(signal_id: str, quantity: float, direction: Direction = "long") -> Holding:

@@ -14,7 +14,8 @@ from tests.live.scenario import prepared
 
 import backtest_kit as bk
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.run.live.ledger import Ledger
+from backtest_kit.run.live.known_records import KnownRecords
+from backtest_kit.run.live.position_store import read_position_state
 
 pytestmark = pytest.mark.crash
 
@@ -29,11 +30,12 @@ async def test_a_refused_exit_is_remembered_by_who_comes_after_a_kill(tmp_path: 
     assert child.returncode == -signal.SIGKILL, child.stderr
     rig = prepared(Rig(tmp_path, bk.FileStore(tmp_path / "store")))
     rig.now_ms = START + 8 * MINUTE_MS
-    book = await Ledger(rig.kit(None).persistence, "live", ("trend", "demo", "BTCUSDT")).load()
-    assert repr(book) == child.stdout
-    assert book.intent is not None
-    assert book.intent.refused
-    refused = written(book.intent.order)
+    records = KnownRecords(rig.kit(None).persistence, "live")
+    found = await read_position_state(records, ("trend", "demo", "BTCUSDT"))
+    assert repr(found) == child.stdout
+    assert found.intent is not None
+    assert found.intent.refused
+    refused = written(found.intent.order)
     await rig.trade(3)
     (again,) = {order_id for _, order_id, _ in rig.venue.sent("close")}
     assert again != refused

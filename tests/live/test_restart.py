@@ -170,7 +170,7 @@ async def test_of_several_positions_each_has_its_own(rig: Rig) -> None:
         assert restored is not None
         assert restored == held[symbol]
         await each.trade(9, symbol=symbol)
-    assert [(trade.symbol, trade.position, trade.close_reason) for trade in rig.trades() + other.trades()] == [
+    assert [(trade.symbol, trade.side, trade.close_reason) for trade in rig.trades() + other.trades()] == [
         ("BTCUSDT", "long", "take_profit"),
         ("ETHUSDT", "short", "stop_loss"),
     ]

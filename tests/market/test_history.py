@@ -97,7 +97,7 @@ async def test_nothing_in_a_window_leads_past_it() -> None:
 
 async def test_a_later_until_is_a_look_ahead() -> None:
     history = await two_days()
-    with pytest.raises(LookAhead, match="candles until 2022-01-02T00:01Z were asked at 2022-01-02T00:00Z"):
+    with pytest.raises(LookAhead, match="candles until 2022-01-02T00:01Z were requested at 2022-01-02T00:00Z"):
         await history.window("1m", 5, START + DAY_MS, until_ms=START + DAY_MS + MINUTE_MS)
     with pytest.raises(LookAhead, match="2022-01-03T00:00Z is the last known"):
         await history.window("1m", 5, START + 2 * DAY_MS + MINUTE_MS)
@@ -270,3 +270,20 @@ async def test_an_end_that_is_filled_is_a_guess_until_the_next_minute(make_candl
     await history.extend(minutes(23), edges="fill")
     assert history.filled == 0
     assert history.candles == whole[5:23]
+
+
+async def test_an_empty_page_on_the_way_back_is_asked_for_again(make_candles: Make, source_of: Any) -> None:
+    whole = make_candles(2000)
+    source = source_of(whole.take(np.r_[0:900, 1400:2000]))
+    history = await History.load(feed_of(source), "BTCUSDT", minutes(1900), minutes(1910), gaps="fill", price_window=5)
+    window = await history.window("1m", 1200, minutes(1910))
+    assert np.count_nonzero(window.volume == 0) == history.filled == 500
+    source.held = whole
+    await history.extend(minutes(1911))
+    assert history.filled == 0
+    assert history.real is None
+    assert history.candles == (seen := whole[1911 - len(history.candles) : 1911])
+    assert np.array_equal(history.prices, vwap(seen, 5), equal_nan=True)
+    source.asked.clear()
+    await history.extend(minutes(1912))
+    assert source.asked == [(minutes(1911), minutes(1912))]

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta, timezone
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from tests.values import IDENTITY, make_entry, make_position, make_trade
 
 from backtest_kit.errors import UserError
 from backtest_kit.model.candle import COLUMNS, CandleSeries
+from backtest_kit.model.event import (
+    EntryCancelled,
+    EntryScheduled,
+    Lasting,
+    PositionChanged,
+    PositionClosed,
+    PositionOpened,
+)
+from backtest_kit.model.inner import Inner
 from backtest_kit.model.interval import DAY_MS, INTERVAL_MS, floor_ms, interval_ms, iso, to_datetime, to_ms
+from backtest_kit.model.position import RestingEntry
 from backtest_kit.model.signal import Signal
+from backtest_kit.records.signals import StoredSignal
+from backtest_kit.run.risk import ActivePosition
 
 ROWS = [(60_000 * i, 1.0 + i, 2.0 + i, 0.5 + i, 1.5 + i, 10.0) for i in range(5)]
 
@@ -102,3 +116,37 @@ def test_a_bracket_puts_both_levels_at_their_distance(position: Any, take: float
 def test_a_bracket_in_no_direction_is_refused() -> None:
     with pytest.raises(UserError, match="position is 'up': use 'long' or 'short'"):
         Signal.bracket("up", price=1, take_profit_pct=1, stop_loss_pct=1)  # type: ignore[arg-type]
+
+
+def of_all_kinds() -> list[Any]:
+    """One of each that reads values of its parts as its own."""
+    position, trade = make_position(), make_trade()
+    events: dict[str, Any] = {"identity": IDENTITY, "when_ms": 1, "price": 1.0}
+    lasting: list[Lasting] = [
+        EntryScheduled(**events, entry=position.entry),
+        EntryCancelled(**events, entry=position.entry, reason="user"),
+        PositionOpened(**events, position=position),
+        PositionChanged(**events, position=position, change="reduced"),
+        PositionClosed(**events, trade=trade),
+    ]
+    parts = [position.entry, position, trade, ActivePosition(entry=position.entry, cost=1.0, opened_at_ms=1)]
+    return [*parts, *lasting, *map(StoredSignal, lasting)]
+
+
+@pytest.mark.parametrize("whole", of_all_kinds(), ids=lambda whole: type(whole).__name__)
+def test_what_is_read_of_a_part_is_there_and_of_the_type_that_is_declared(whole: Any) -> None:
+    kinds = [kind for kind in type(whole).__mro__ if issubclass(kind, msgspec.Struct)]
+    inner = {name: value for kind in kinds for name, value in vars(kind).items() if isinstance(value, Inner)}
+    assert {"symbol", "strategy_name", "exchange_name", "frame_name"} <= set(inner)
+    for name, declared in inner.items():
+        (kind,) = get_args(vars(declared)["__orig_class__"])
+        msgspec.convert(getattr(whole, name), kind)
+        with pytest.raises(AttributeError):
+            setattr(whole, name, None)
+
+
+def test_the_signal_of_an_entry_leaves_nothing_open() -> None:
+    for name in ("id", "price_open", "minutes", "cost"):
+        signal = msgspec.structs.replace(make_entry().signal, **{name: None})
+        with pytest.raises(ValueError, match=f"the signal of an entry has no {name}"):
+            RestingEntry(identity=IDENTITY, signal=signal, scheduled_at_ms=0)

@@ -45,7 +45,7 @@ async def diagnosis(url: str, redis_url: str = "", **changes: Any) -> list[Readi
 
 
 def found(readings: list[Reading], status: Status) -> str:
-    return "\n".join(f"{each.subject}: {each.says} -> {each.remedy}" for each in readings if each.status is status)
+    return "\n".join(f"{each.subject}: {each.detail} -> {each.remedy}" for each in readings if each.status is status)
 
 
 async def fill(url: str, redis_url: str = "") -> None:

@@ -17,7 +17,7 @@ from rich.pretty import pretty_repr
 import backtest_kit as bk
 from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.kit import Kit
-from backtest_kit.model.event import Mode
+from backtest_kit.model.identity import Mode
 from backtest_kit.mongo import PROFILE, MongoSetup
 from backtest_kit.persist.backends.mongo.settings import MongoSettings
 from backtest_kit.persist.backends.mongo.store import MongoStore

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from backtest_kit.errors import Conflict, RetryLater, UserError
-from backtest_kit.model.event import Mode
+from backtest_kit.model.identity import Mode
 from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.backends.sqlite import SqliteStore

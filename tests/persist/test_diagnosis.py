@@ -59,7 +59,7 @@ async def diagnosis(url: str) -> list[Reading]:
 
 
 def found(readings: list[Reading], status: Status) -> str:
-    return "\n".join(f"{each.subject}: {each.says} -> {each.remedy}" for each in readings if each.status is status)
+    return "\n".join(f"{each.subject}: {each.detail} -> {each.remedy}" for each in readings if each.status is status)
 
 
 def tree(place: Path) -> dict[Path, bytes]:
@@ -311,7 +311,7 @@ def test_file_system_is_that_of_the_nearest_mount(
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: [_Mount(*mount) for mount in mounts])
     assert disk_diagnosis.file_system(place) == kind
     (reading,) = [each for each in disk_diagnosis.examine_directory(place, 1, Disk()) if each.subject == "file system"]
-    assert (reading.status, reading.says.partition(",")[0].partition(":")[0]) == (status, kind)
+    assert (reading.status, reading.detail.partition(",")[0].partition(":")[0]) == (status, kind)
 
 
 @pytest.mark.parametrize(("free", "status"), [(1 << 20, Status.FAULT), (500 << 20, Status.WARNING)])

@@ -136,7 +136,7 @@ class TestCandles:
         assert await store.series() == [BTC, LONG]
         (month,) = [path for path in tmp_path.rglob("*.candles") if "BTCUSDT" not in str(path)]
         month.rename(month.with_suffix(".other"))
-        with pytest.raises(Damaged, match="name cannot be told: remove the directory"):
+        with pytest.raises(Damaged, match="whose name is in none of its files: remove the directory"):
             await store.series()
         shutil.rmtree(month.parent)
 

@@ -242,7 +242,7 @@ class TestDamage:
         reading = feeds.examine()
         assert reading is not None
         assert reading.status is Status.FAULT
-        assert "records_by_key" in reading.says
+        assert "records_by_key" in reading.detail
 
 
 WRITER = """

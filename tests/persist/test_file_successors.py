@@ -255,7 +255,7 @@ async def test_what_a_loss_of_power_left_keeps_no_live_start_waiting(store: File
     assert [item.blocks for item in await store.quarantined()] == [False]
     readings = await require_live_grade(store, allow_weak=True)
     (reading,) = [each for each in readings if each.subject == "quarantine"]
-    assert (reading.status, SUCCESSOR in reading.says) == (Status.WARNING, True)
+    assert (reading.status, SUCCESSOR in reading.detail) == (Status.WARNING, True)
 
 
 async def test_a_listing_has_every_new_record_while_they_get_their_names(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def damage(place: Path, text: bytes) -> None:
 async def test_state_and_memory_go_with_signals_that_are_over(store: Store, mode: str) -> None:
     space = store.namespace(mode)
     for name, status in (("open", "opened"), ("rests", "scheduled"), ("closed", "closed"), ("off", "cancelled")):
-        await space.put(Write(STORAGE, (False, name), {"status": status}))
+        await space.put(Write(STORAGE, (False, name), {"action": status}))
     # The last two are no signals: what a strategy keeps while it holds nothing, and where a sink has come to.
     for owner in ("open", "rests", "closed", "off", "trend@binance@BTCUSDT", "notification sinks"):
         await space.put(Write(STATE, (owner, "plan"), 95))
@@ -176,14 +176,14 @@ async def test_state_and_memory_go_with_signals_that_are_over(store: Store, mode
         assert left == [
             owner for owner in ("open", "rests", "trend@binance@BTCUSDT", "notification sinks") for _ in range(most)
         ]
-    await space.put(Write(STORAGE, (False, "open"), {"status": "closed"}))
+    await space.put(Write(STORAGE, (False, "open"), {"action": "closed"}))
     assert len(await compact(store, kept, at_ms=now_ms() + 31 * DAY_MS)) == 2
 
 
 async def test_a_damaged_signal_keeps_its_state_and_holds_up_no_other(tmp_path: Path) -> None:
     store = store_at(f"file:{tmp_path}/dump")
     for name in ("first", "second"):
-        await store.put(Write(STORAGE, (False, name), {"status": "closed", "note": f"the {name} one"}))
+        await store.put(Write(STORAGE, (False, name), {"action": "closed", "note": f"the {name} one"}))
         await store.put(Write(STATE, (name, "plan"), 95))
     await store.close()
     damage(tmp_path, b"the first one")

@@ -13,7 +13,7 @@ from tests.records.receiver import Receiver, receiving
 from tests.records.stores import MONGO, SHARED, STORES, address_on
 
 import backtest_kit as bk
-from backtest_kit.model.event import Mode
+from backtest_kit.model.identity import Mode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.urls import store_at
 from backtest_kit.records import RunRecords, delivery

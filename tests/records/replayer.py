@@ -1,4 +1,4 @@
-"""A program that begins to replay a run, and goes on until it is killed. Run by test_sole."""
+"""A program that begins to replay a run, and goes on until it is killed. Run by test_exclusive."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from tests.records.test_sole import WHERE, count, kit_that_asks
+from tests.records.test_exclusive import WHERE, count, kit_that_asks
 
 import backtest_kit as bk
 

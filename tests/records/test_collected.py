@@ -146,7 +146,7 @@ async def test_a_store_that_refuses_fails_the_backtest_and_not_its_error(
         await kit.backtest.background("BTCUSDT", strategy_name="broken", **where)
     assert "waits for the store" in caplog.text
     await kit.close()
-    assert "cannot be kept" in caplog.text
+    assert "cannot be written" in caplog.text
 
 
 def test_a_loop_that_ends_in_between_loses_nothing(kit: bk.Kit, store: Counted, records: RunRecords) -> None:

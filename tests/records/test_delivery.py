@@ -380,7 +380,7 @@ async def test_any_service_of_apprise_gets_the_text_and_no_log_its_address(
     await receiver.until(lambda: len(receiver.got) == 2)
     await kit.close()
     assert [each["type"] for each in receiver.got] == ["info", "failure"]
-    assert receiver.got[0]["message"].endswith("opened long at 100, take 110, stop 90")
+    assert receiver.got[0]["message"].endswith("opened long 50 from 100, take profit 110, stop loss 90")
     assert "sink json: attempt 1 failed: JSON did not take it" in caplog.text
     assert SECRET not in caplog.text
     logging.getLogger("apprise").warning("of somebody else")

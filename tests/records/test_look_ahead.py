@@ -18,7 +18,7 @@ from tests.records.stores import MONGO, STORES, address_on
 from tests.samples import size
 
 import backtest_kit as bk
-from backtest_kit.model.event import Mode
+from backtest_kit.model.identity import Mode
 
 TIMES = st.integers(0, 20).map(lambda minute: minute * 60_000)
 LATER = 20 * 60_000

@@ -16,7 +16,7 @@ from tests.records.happenings import IDENTITY, closed, observe, opened
 from tests.samples import size
 
 import backtest_kit as bk
-from backtest_kit.model.event import Mode
+from backtest_kit.model.identity import Mode
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Record, Write
@@ -73,11 +73,11 @@ async def test_a_signal_is_found_in_its_latest_state(kit: bk.Kit) -> None:
     await observe(kit, [opened("s-1")])
     found = await storage.get("s-1")
     assert found is not None
-    assert (found.status, found.price_open, found.minutes, found.pnl_pct) == ("opened", 100.0, 60.0, None)
+    assert (found.status, found.price_open, found.entry.minutes, found.pnl_pct) == ("opened", 100.0, 60.0, None)
     await observe(kit, [closed("s-1", 5)])
     found = await storage.get("s-1")
     assert found is not None
-    assert (found.status, found.close_reason, found.pnl_pct, found.closed_at_ms) == (
+    assert (found.status, found.close_reason, found.pnl_pct, found.trade and found.trade.closed_at_ms) == (
         "closed",
         "take_profit",
         9.5,

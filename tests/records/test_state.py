@@ -13,7 +13,7 @@ import pytest
 from tests.records.conftest import MINUTE_MS, NOON_MS, kit_on, run_of
 
 import backtest_kit as bk
-from backtest_kit.model.event import Mode
+from backtest_kit.model.identity import Mode
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.store import ANY, Capability, Key, Record, Write

@@ -6,12 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+from tests import values
+from tests.values import make_entry, make_position
 
 from backtest_kit.model.candle import CandleSeries
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import DAY_MS, MINUTE_MS
-from backtest_kit.model.position import Entry, Trade
+from backtest_kit.model.position import CloseReason, Entry, Reduction, Trade
+from backtest_kit.model.signal import Direction
 from backtest_kit.report import BacktestResult
 
 START = 1_640_995_200_000  # 2022-01-01
@@ -22,34 +27,51 @@ MakeResult = Callable[..., BacktestResult]
 
 @pytest.fixture
 def make_trade() -> MakeTrade:
-    def make(**changes: Any) -> Trade:
-        values: dict[str, Any] = {
-            "signal_id": "s-1",
-            "symbol": "BTCUSDT",
-            "strategy_name": "trend",
-            "exchange_name": "binance",
-            "frame_name": "jan-2022",
-            "position": "long",
-            "scheduled_at_ms": START,
-            "opened_at_ms": START + 60 * MINUTE_MS,
-            "closed_at_ms": START + 150 * MINUTE_MS,
-            "price_open": 100.0,
-            "price_close": 102.0,
-            "price_take_profit": 102.0,
-            "price_stop_loss": 99.0,
-            "original_price_open": 100.0,
-            "original_price_take_profit": 102.0,
-            "original_price_stop_loss": 99.0,
-            "close_reason": "take_profit",
-            "cost": 100.0,
-            "pnl_pct": 1.5,
-            "pnl_cost": 1.5,
-            "fees": 0.2,
-            "peak_pct": 1.8,
-            "fall_pct": -0.4,
-            "entries": (Entry(100.0, 100.0, START + 60 * MINUTE_MS),),
-        }
-        return Trade(**(values | changes))
+    def make(
+        *,
+        symbol: str = "BTCUSDT",
+        strategy_name: str = "trend",
+        signal_id: str = "s-1",
+        position: Direction = "long",
+        price_open: float = 100.0,
+        price_close: float = 102.0,
+        price_take_profit: float | None = None,
+        price_stop_loss: float | None = None,
+        original_price_take_profit: float = 102.0,
+        original_price_stop_loss: float = 99.0,
+        opened_at_ms: int = START + 60 * MINUTE_MS,
+        closed_at_ms: int = START + 150 * MINUTE_MS,
+        close_reason: CloseReason = "take_profit",
+        pnl_pct: float = 1.5,
+        pnl_cost: float = 1.5,
+        peak_pct: float = 1.8,
+        fall_pct: float = -0.4,
+        note: str = "",
+        entries: tuple[Entry, ...] = (),
+        reductions: tuple[Reduction, ...] = (),
+    ) -> Trade:
+        identity = Identity(symbol, strategy_name, "binance", "jan-2022", "backtest")
+        take, stop = original_price_take_profit, original_price_stop_loss
+        entry = make_entry(
+            signal_id, position, identity=identity, price=100.0, take=take, stop=stop, at_ms=START, note=note
+        )
+        held = msgspec.structs.replace(
+            make_position(entry, opened_at_ms, entries),
+            reductions=reductions,
+            moved_take_profit=price_take_profit,
+            moved_stop_loss=price_stop_loss,
+        )
+        trade = values.make_trade(
+            held,
+            closed_at_ms=closed_at_ms,
+            price_close=price_close,
+            reason=close_reason,
+            pnl_pct=pnl_pct,
+            peak_pct=peak_pct,
+            fall_pct=fall_pct,
+            fees=0.2,
+        )
+        return msgspec.structs.replace(trade, price_open=price_open, pnl_cost=pnl_cost)
 
     return make
 
@@ -59,7 +81,7 @@ def make_result(make_trade: MakeTrade) -> MakeResult:
     def make(symbol: str = "BTCUSDT", trades: Sequence[Trade] = (), **changes: Any) -> BacktestResult:
         close = 100 + np.sin(np.arange(720) / 20)
         hours = START + np.arange(720) * 60 * MINUTE_MS
-        values: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "symbol": symbol,
             "strategy_name": "trend",
             "exchange_name": "binance",
@@ -69,7 +91,7 @@ def make_result(make_trade: MakeTrade) -> MakeResult:
             "trades": tuple(trades),
             "chart": CandleSeries(hours, close, close + 1, close - 1, close + 0.1, np.ones(720)),
         }
-        return BacktestResult(**(values | changes))
+        return BacktestResult(**(fields | changes))
 
     return make
 

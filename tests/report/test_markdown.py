@@ -56,7 +56,6 @@ def golden_result(make_trade: MakeTrade, make_result: MakeResult) -> BacktestRes
         price_close=0.05,
         price_take_profit=0.005,
         close_reason="frame_end",
-        cost=200.0,
         pnl_pct=-0.65,
         pnl_cost=-1.3,
         peak_pct=0.1,

@@ -77,9 +77,9 @@ def test_a_month_of_real_trades_is_the_reference_s(tmp_path: Path) -> None:
     result = kit.backtest.run_sync("BTC-PERP", strategy_name="trend", exchange_name="nautilus", frame_name="january")
     expected = reference()
     assert 40 < len(expected) < 400
-    assert [
-        (trade.opened_at_ms, trade.closed_at_ms, trade.position, trade.close_reason) for trade in result.trades
-    ] == [(opened, closed, side, reason) for opened, closed, side, _, _, reason in expected]
+    assert [(trade.opened_at_ms, trade.closed_at_ms, trade.side, trade.close_reason) for trade in result.trades] == [
+        (opened, closed, side, reason) for opened, closed, side, _, _, reason in expected
+    ]
     for trade, (_, _, side, entry, exit_, _) in zip(result.trades, expected, strict=True):
         sign = 1 if side == "long" else -1
         bought, sold = entry * (1 + sign * 0.001), exit_ * (1 - sign * 0.001)

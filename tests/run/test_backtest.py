@@ -146,7 +146,7 @@ def test_a_strategy_may_be_a_plain_function(make_kit: MakeKit) -> None:
             None if ctx.price < 0 else bk.Signal.bracket("short", price=ctx.price, take_profit_pct=1, stop_loss_pct=1)
         )
 
-    assert make_kit(get_signal).backtest.run_sync("BTCUSDT", **WHERE).trades[0].position == "short"
+    assert make_kit(get_signal).backtest.run_sync("BTCUSDT", **WHERE).trades[0].side == "short"
 
 
 async def test_run_sync_works_where_a_loop_is_running(make_kit: MakeKit) -> None:
@@ -274,7 +274,7 @@ def test_a_strategy_cannot_read_its_future(make_kit: MakeKit) -> None:
         assert closed.timestamp[-1] + 300_000 <= ctx.when_ms - 3_600_000
         await ctx.candles("1m", 5, until=ctx.when_ms + MINUTE_MS)
 
-    with pytest.raises(bk.LookAhead, match="2024-06-01T00:01Z were asked at 2024-06-01T00:00Z"):
+    with pytest.raises(bk.LookAhead, match="2024-06-01T00:01Z were requested at 2024-06-01T00:00Z"):
         make_kit(peek).backtest.run_sync("BTCUSDT", **WHERE)
 
 

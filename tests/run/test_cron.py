@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from backtest_kit.errors import UserError
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import INTERVAL_MS, MINUTE_MS
 from backtest_kit.run.cron import Cron, CronTick
 

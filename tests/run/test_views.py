@@ -24,7 +24,7 @@ def test_a_view_tells_what_the_frozen_position_says(make_kit: MakeKit) -> None:
         view = ctx.position
         assert view is not None
         value = view.value
-        assert (view.signal_id, view.position) == (value.signal_id, "long")
+        assert (view.signal_id, view.side) == (value.signal_id, "long")
         assert (view.take_profit, view.stop_loss) == (value.take_profit, value.stop_loss)
         assert (view.entries, view.reductions, view.cost) == (value.entries, value.reductions, value.cost)
         assert (view.peak, view.fall) == (value.peak, value.fall)

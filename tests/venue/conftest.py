@@ -10,7 +10,7 @@ from backtest_kit.broker.base import Broker, Order
 from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.market import sources
 from backtest_kit.market.clock import Clock, SteppedClock
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.venue.client import connect
 from backtest_kit.venue.faults import Faults
 from backtest_kit.venue.http import HttpClient

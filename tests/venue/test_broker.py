@@ -4,13 +4,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from tests.values import make_entry, make_position
 from tests.venue.conftest import START, advance, order_of
 
 from backtest_kit.broker.base import Broker, OrderDeleted, OrderRejected, OrderTransient
 from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.errors import Outcome, RetryLater
 from backtest_kit.market import sources
-from backtest_kit.model.position import Entry, Extreme, Position, RestingEntry
+from backtest_kit.model.position import Position, RestingEntry
 from backtest_kit.venue.exchange import ClientIds, Terms
 from backtest_kit.venue.faults import Fault
 from backtest_kit.venue.http import HttpClient
@@ -22,41 +23,11 @@ BrokerOf = Callable[..., Broker]
 
 
 def position(signal_id: str = "s1", direction: Any = "long", opened_at_ms: int = START) -> Position:
-    extreme = Extreme(50_000.0, START, 0.0, 0.0)
-    return Position(
-        signal_id=signal_id,
-        symbol="BTCUSDT",
-        strategy_name="trend",
-        exchange_name="venue",
-        frame_name="",
-        position=direction,
-        price_open=50_000.0,
-        price_take_profit=90_000.0,
-        price_stop_loss=10_000.0,
-        minutes=60,
-        scheduled_at_ms=START,
-        opened_at_ms=opened_at_ms,
-        entries=(Entry(50_000.0, 1000.0, START),),
-        peak=extreme,
-        fall=extreme,
-    )
+    return make_position(entry(signal_id, direction), opened_at_ms)
 
 
-def entry(signal_id: str = "s1") -> RestingEntry:
-    return RestingEntry(
-        signal_id=signal_id,
-        symbol="BTCUSDT",
-        strategy_name="trend",
-        exchange_name="venue",
-        frame_name="",
-        position="long",
-        price_open=50_000.0,
-        price_take_profit=90_000.0,
-        price_stop_loss=10_000.0,
-        minutes=60,
-        cost=1000.0,
-        scheduled_at_ms=START,
-    )
+def entry(signal_id: str = "s1", direction: Any = "long") -> RestingEntry:
+    return make_entry(signal_id, direction, price=50_000.0, take=90_000.0, stop=10_000.0, cost=1000.0, at_ms=START)
 
 
 async def candles(minutes: int) -> Any:

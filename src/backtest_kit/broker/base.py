@@ -15,8 +15,10 @@ import msgspec
 
 from backtest_kit.broker.order_ids import NO_STORE
 from backtest_kit.errors import BacktestKitError, UserError
-from backtest_kit.model.event import Event, Identity
-from backtest_kit.model.position import Direction, Execution, Position, RestingEntry
+from backtest_kit.model.event import Event
+from backtest_kit.model.identity import Identity
+from backtest_kit.model.position import Execution, Position, RestingEntry
+from backtest_kit.model.signal import Direction
 
 OrderKind = Literal[
     "open", "place", "activate", "cancel", "add", "reduce", "close", "move_stop", "move_take", "breakeven"
@@ -85,6 +87,11 @@ class Fill(Execution, frozen=True, kw_only=True):
     """Of the last partial fill, epoch ms; 0 where the venue did not report it."""
     reason: Literal["", "take_profit", "stop_loss", "closed"] = ""
     """Of what the venue closed by itself: which protective order did it."""
+
+    @property
+    def execution(self) -> Execution:
+        """What of it is kept with the position."""
+        return msgspec.convert(self, Execution, from_attributes=True)
 
 
 class OrderReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,7 +34,8 @@ from backtest_kit.broker.ccxt_venue import CcxtVenue
 from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.broker.rounding import exact
 from backtest_kit.errors import BacktestKitError, UserError
-from backtest_kit.model.position import Direction, Position, RestingEntry
+from backtest_kit.model.position import Position, RestingEntry
+from backtest_kit.model.signal import Direction
 
 _log = logging.getLogger(__name__)
 _CHECKS: Final = 3
@@ -314,7 +315,7 @@ class CcxtBroker(Broker):
             OrderDeleted: nothing is held, and the exchange does not say why.
             OrderTransient: the exchange does not answer, or the position could not be protected.
         """
-        stake = self._stake(position.symbol, self._ids(position.signal_id), position.position)
+        stake = self._stake(position.symbol, self._ids(position.signal_id), position.side)
         _, dealer = self._connected()
         model, stop_loss = model_quantity(position), position.stop_loss
         for _ in range(_CHECKS):
@@ -340,7 +341,7 @@ class CcxtBroker(Broker):
     async def check_entry(self, entry: RestingEntry) -> Fill | None:
         """None while the limit order rests, or its fill. Whatever was filled gets its stop immediately."""
         venue, dealer = self._connected()
-        stake = self._stake(entry.symbol, self._ids(entry.signal_id), entry.position)
+        stake = self._stake(entry.symbol, self._ids(entry.signal_id), entry.side)
         order = await venue.order(stake.market, stake.ids.entry, certain=True)
         if order is None or (not order.open and not order.filled):
             what = "is not known there" if order is None else f"was {status_of([order])} there"

@@ -16,7 +16,7 @@ from backtest_kit.broker.base import VenuePosition, VenueSignal
 from backtest_kit.broker.ccxt_market import Market, VenueOrder, exit_side
 from backtest_kit.broker.ccxt_venue import CcxtVenue, Exposure
 from backtest_kit.broker.order_ids import ADD, ENTRY, STOP, OrderId, parse
-from backtest_kit.model.position import Direction
+from backtest_kit.model.signal import Direction
 
 _LOST_TO_FEES: Final = Decimal("0.02")
 """Of what was bought, at most: fees are taken in base currency, and lists of orders do not tell them."""

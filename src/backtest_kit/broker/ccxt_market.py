@@ -10,7 +10,7 @@ import msgspec
 from backtest_kit.broker.order_ids import SignalIds
 from backtest_kit.broker.rounding import exact, lots, price_above, price_below, significant_tick
 from backtest_kit.errors import UserError
-from backtest_kit.model.position import Direction
+from backtest_kit.model.signal import Direction
 
 Side = Literal["buy", "sell"]
 

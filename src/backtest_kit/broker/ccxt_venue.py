@@ -18,7 +18,7 @@ from backtest_kit.broker.order_ids import parse
 from backtest_kit.broker.rounding import exact
 from backtest_kit.ccxt_client import find_market, library, said
 from backtest_kit.errors import BacktestKitError, Outcome
-from backtest_kit.model.position import Direction
+from backtest_kit.model.signal import Direction
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

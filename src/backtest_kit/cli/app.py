@@ -96,13 +96,11 @@ def backtest(
         options.separated(symbol),
         frame=frame,
         candles=candles,
-        gaps=gaps,
-        dirty=dirty,
-        fill=fill,
         dump=dump,
         strategy_name=strategy,
         exchange_name=exchange,
         trades_shown=trades,
+        rules=options.replay_rules(fill, gaps, dirty),
     )
 
 
@@ -146,11 +144,9 @@ def walk(
         strategies=strategies or [],
         frame=frame,
         candles=candles,
-        gaps=gaps,
-        dirty=dirty,
-        fill=fill,
         dump=dump,
         exchange_name=exchange,
+        rules=options.replay_rules(fill, gaps, dirty),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 from rich import box
 from rich.console import Console
@@ -17,13 +17,10 @@ from backtest_kit import default_kit
 from backtest_kit.cli.choice import choose, pick
 from backtest_kit.cli.interrupt import run_until_interrupted
 from backtest_kit.cli.strategy_file import strategy_failure
-from backtest_kit.engine.step import Fill
-from backtest_kit.market.fetch import GapRule
-from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.price import price_text
 from backtest_kit.report import Results
-from backtest_kit.run.replay.backtest import BacktestHandle
+from backtest_kit.run.replay.backtest import BacktestHandle, ReplayOptions
 
 _REDRAW_S: Final = 0.1
 WIDTH_IN_FILES: Final = 120
@@ -35,13 +32,11 @@ def run_backtest(
     *,
     frame: str | None,
     candles: str | None,
-    gaps: str,
-    dirty: str | None,
-    fill: str,
     dump: Path,
     strategy_name: str | None,
     exchange_name: str | None,
     trades_shown: int,
+    rules: ReplayOptions,
 ) -> None:
     """Load the file, replay every symbol, print the outcome and write the reports."""
     kit = default_kit
@@ -55,9 +50,7 @@ def run_backtest(
                 strategy_name=strategy,
                 exchange_name=choice.exchange,
                 frame_name=choice.frame,
-                fill=cast(Fill, fill),
-                gaps=cast(GapRule, gaps),
-                dirty=cast("DirtyRule | None", dirty),
+                **rules,
             )
             for each in dict.fromkeys(symbols)
         ]
@@ -121,8 +114,8 @@ def _origin(results: Results) -> str:
     used, fetched = sum(each.candles_used for each in results), sum(each.candles_fetched for each in results)
     filled = sum(sum(each.gaps_filled.values()) for each in results)
     parts = {"from the source": fetched, "from the cache": used - fetched - filled, "filled": filled}
-    told = [f"{count:,} {origin}" for origin, count in parts.items() if count]
-    return f"Candles: all {told[0]}." if len(told) == 1 else f"Candles: {used:,}, of them {', '.join(told)}."
+    shares = [f"{count:,} {origin}" for origin, count in parts.items() if count]
+    return f"Candles: all {shares[0]}." if len(shares) == 1 else f"Candles: {used:,}, of them {', '.join(shares)}."
 
 
 def trades_table(results: Results, shown: int) -> Table:
@@ -137,7 +130,7 @@ def trades_table(results: Results, shown: int) -> Table:
         hours, minutes = divmod((trade.closed_at_ms - trade.opened_at_ms) // MINUTE_MS, 60)
         table.add_row(
             Text(trade.symbol),
-            trade.position,
+            trade.side,
             f"{trade.opened_at:%Y-%m-%d %H:%M}",
             f"{hours}h{minutes:02}",
             trade.close_reason,

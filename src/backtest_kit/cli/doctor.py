@@ -49,7 +49,7 @@ def _show(url: str, readings: list[Reading], *, live: bool, failed: bool) -> Non
     rows = table("What", "Status", "Found", "ms")
     for each in readings:
         # Numbers of a server's making may be anything: as they are, never as markup.
-        found = Text(each.says)
+        found = Text(each.detail)
         if each.remedy:
             found.append(f"\n-> {each.remedy}", "bold")
         took = "" if each.median_ms is None else f"{each.median_ms:.2f}"

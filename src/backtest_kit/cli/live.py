@@ -18,7 +18,8 @@ from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.engine.step import Fill
 from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.repair import DirtyRule
-from backtest_kit.model.event import Event, Mode
+from backtest_kit.model.event import Event
+from backtest_kit.model.identity import Mode
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.upkeep import Status
 from backtest_kit.run.live.orphans import OrphanPolicy
@@ -113,7 +114,7 @@ async def _check_stores(output: Output, *, allow_weak: bool) -> None:
     """Refuse to trust live positions to stores that may lose them."""
     for reading in await default_kit.persistence.require_live_grade(allow_weak=allow_weak):
         if reading.status not in (Status.OK, Status.NEW):
-            output.say(f"{reading.subject} is {reading.status.value}: {reading.says} {reading.remedy}".rstrip())
+            output.say(f"{reading.subject} is {reading.status.value}: {reading.detail} {reading.remedy}".rstrip())
 
 
 async def _trade(handles: Sequence[LiveHandle], output: Output) -> int:

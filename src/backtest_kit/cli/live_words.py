@@ -81,7 +81,7 @@ def lost(status: LiveStatus) -> bool:
 
 
 def awaited(status: LiveStatus) -> str:
-    """What a run that is told to stop waits for."""
+    """What a stopping run waits for."""
     if status.under_way:
         return f"for the outcome of order {status.under_way}"
     if status.position is not None:

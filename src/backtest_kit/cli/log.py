@@ -1,4 +1,4 @@
-"""`backtest-kit log`: what runs have said, and what they are saying."""
+"""`backtest-kit log`: the lines that runs have logged, and those they log now."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ _KNOWN: Final = 4096
 _OVERLAP: Final = 512
 _SETTLED: Final = 32
 _SETTLED_MS: Final = 15_000
-"""How far a look goes on behind the newest line that is known: to so many known ones, of which so many are so old.
+"""How far a look reads behind the newest known line: so many known lines, of which so many are so old.
 
-Of two processes that write at once a server may show the later one first, by as long as a store tries a write."""
+When two processes write at the same time a server can show the later line first, by as long as a store retries a
+write."""
 _COLOURS: Final = {"debug": "dim", "info": "cyan", "warning": "yellow", "error": "bold red"}
 
 
@@ -47,7 +48,7 @@ def run_log(
     follow: bool,
     as_json: bool,
 ) -> None:
-    """Show the last lines and, to follow, those that come: with colours on a terminal, else as JSON."""
+    """Show the last lines and, to follow, new ones: with colors on a terminal, otherwise as JSON."""
     wanted_levels, from_ms = at_least(level), since_ms(since)
 
     def wanted(line: LogLine) -> bool:
@@ -62,7 +63,7 @@ def run_log(
         store = store_at(address, existing=True)
         try:
             space = space_of(store, mode, run_id)
-            if run_id is not None and not follow:  # whoever follows may wait for one that begins
+            if run_id is not None and not follow:  # to follow, it waits for one that begins
                 require_run(run_id, await runs_in(store), address)
             shown = await _show(space, wanted, limit, show, follow=follow)
             if limit and not shown and run_id is None:
@@ -80,7 +81,7 @@ def run_log(
 async def _show(
     store: Store, wanted: Callable[[LogLine], bool], limit: int, show: Callable[[LogLine], None], *, follow: bool
 ) -> int:
-    """Show the last lines, and those that come while it follows; how many of the last there were."""
+    """Show the last lines, and new ones while it follows. Returns how many of the last there were."""
     seen: list[str] = []
     last: list[LogLine] = []
     told: set[str] = set()
@@ -107,15 +108,15 @@ async def _show(
 async def news_of(store: Store, known: deque[str], told: set[str]) -> list[Record]:
     """What was written since any of `known`, the oldest first; known from then on.
 
-    The feed itself is asked and not its file, so that it may be rotated, merged or shortened meanwhile. Lines are in
-    order of writing, and their ids begin with the time at which they were said, which another process may write late.
-    `told` is what was said of damage.
+    It reads the feed and not its file, which can begin anew or be shortened meanwhile. Lines are in order of writing.
+    Their ids begin with the time at which they were logged, and another process can write one late. `told` is what was
+    printed about damage.
     """
     oldest, late = min(known, default=""), 0
     names, newest_ms, behind, settled = set(known), 0, 0, 0
     news: list[Record] = []
     maybe: list[Record] = []
-    """News if one that is known comes behind them, else what was there before."""
+    """New lines if a known one comes behind them, otherwise what was there before."""
     async for record in _newest_first(store, told):
         key = str(record.key[0])
         if key in names:
@@ -137,7 +138,7 @@ async def news_of(store: Store, known: deque[str], told: set[str]) -> list[Recor
                 break
     known.extend(str(record.key[0]) for record in reversed(news))
     if not behind:
-        # All that was known is forgotten by now, and what is older than that was written before.
+        # All known lines are deleted by now, and older ones were written before.
         news = [record for record in news if str(record.key[0]) > oldest]
     return news[::-1]
 

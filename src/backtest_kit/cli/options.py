@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
+
+if TYPE_CHECKING:
+    from backtest_kit.run.replay.backtest import ReplayOptions
 
 StrategyFile = Annotated[
     Path, typer.Argument(metavar="STRATEGY.py", help="Your Python file; it calls backtest_kit.add_strategy_schema.")
@@ -98,3 +101,8 @@ QuarantinePath = Annotated[str, typer.Argument(help="The path that `store quaran
 def separated(given: list[str]) -> list[str]:
     """The values of an option that is given several times, or once with commas, or both."""
     return [each.strip() for text in given for each in text.split(",")]
+
+
+def replay_rules(fill: str, gaps: str, dirty: str | None) -> ReplayOptions:
+    """The options of a replay as they were given: the run checks them."""
+    return cast("ReplayOptions", {"fill": fill, "gaps": gaps, "dirty": dirty})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,21 +19,14 @@ from backtest_kit.persist import operations
 from backtest_kit.persist.binding import runs_in
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Kind, contract
 from backtest_kit.persist.store import Record, Store
-from backtest_kit.records.log import LogLine
-from backtest_kit.records.notification import Notification
-from backtest_kit.records.signals import StoredSignal
+from backtest_kit.records.signals import StoredSignal, stored_signal
 
 _SHOWN = tuple(
     row for row in CONTRACTS.values() if row.kind is not Kind.SERIES and row.durability is not Durability.MONEY
 )
 
-_VALUES: Final[dict[str, type[msgspec.Struct]]] = {
-    "storage": StoredSignal,
-    "recent": StoredSignal,
-    "notification": Notification,
-    "log": LogLine,
-}
-"""What a value is, where it is always the same."""
+_OF_RUN: Final = ("storage", "recent", "notification", "log")
+"""Contracts whose values say which run they are of."""
 _OPTIONS: Final = {"symbol": "--symbol", "strategyName": "--strategy"}
 
 
@@ -46,8 +39,7 @@ class Filter(msgspec.Struct, frozen=True):
 
     def lacks(self, row: Contract) -> list[str]:
         """What is asked for by a name that records of this contract do not have."""
-        struct = _VALUES.get(row.name)
-        names = {*row.key_fields, *(() if struct is None else struct.__struct_encode_fields__)}
+        names = {*row.key_fields, *(_OPTIONS if row.name in _OF_RUN else ())}
         asked = {"symbol": self.symbol, "strategyName": self.strategy_name}
         return [_OPTIONS[name] for name, value in asked.items() if value is not None and name not in names]
 
@@ -121,6 +113,8 @@ def run_show(url: str, contract_name: str, key_text: str, mode: str, run_id: str
     if record.when is not None:
         add(rows, "when", iso(record.when))
     value = record.value if isinstance(record.value, dict) else {"value": record.value}
+    if row.name in _OF_RUN:
+        value = dict(_flat(value))
     for name, item in (dict(zip(row.key_fields, record.key, strict=True)) | value).items():
         add(rows, name, _readable(name, item))
     console().print(rows)
@@ -228,9 +222,10 @@ def record_contract(name: str) -> Contract:
 
 
 def fields_of(row: Contract, record: Record) -> dict[str, Any]:
-    """The fields of the value and those of the key."""
-    value = record.value if isinstance(record.value, dict) else {}
-    return {**value, **dict(zip(row.key_fields, record.key, strict=True))}
+    """The fields of the value, those of the run in it, and those of the key."""
+    value: dict[str, Any] = record.value if isinstance(record.value, dict) else {}
+    run = value.get("identity")
+    return {**value, **(run if isinstance(run, dict) else {}), **dict(zip(row.key_fields, record.key, strict=True))}
 
 
 def summary_of(row: Contract, record: Record) -> str:
@@ -242,18 +237,15 @@ def summary_of(row: Contract, record: Record) -> str:
         if row.name == "log":
             return f"{value.get('level', '')} {value.get('message', '')}"
         if row.name in ("storage", "recent"):
-            return _signal(value)
+            return _signal(stored_signal(value))
     return json.dumps(value, ensure_ascii=False)
 
 
-def _signal(value: dict[str, Any]) -> str:
-    opened, ended, pnl = value["priceOpen"], value.get("priceClose"), value.get("pnlPct")
+def _signal(signal: StoredSignal) -> str:
+    opened, ended, pnl = signal.price_open, signal.price_close, signal.pnl_pct
     price = f"at {price_text(opened)}" if ended is None else f"from {price_text(opened)} to {price_text(ended)}"
     earned = "" if pnl is None else f", {pnl:+.2f} %"
-    return (
-        f"{value.get('symbol')} {value.get('strategyName')}: {value.get('status')} {value.get('position')} "
-        f"{price}{earned}"
-    )
+    return f"{signal.symbol} {signal.strategy_name}: {signal.status} {signal.side} {price}{earned}"
 
 
 def since_ms(text: str | None) -> int | None:
@@ -287,6 +279,15 @@ def _as_json(row: Contract, record: Record) -> dict[str, Any]:
 
 def _time(record: Record) -> str:
     return iso(record.written_at if record.when is None else record.when)
+
+
+def _flat(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a value and of what it contains, by their paths: `trade.pnlPct`."""
+    for name, item in value.items():
+        if isinstance(item, dict):
+            yield from _flat(item, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", item
 
 
 def _readable(name: str, item: object) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,11 +14,9 @@ from backtest_kit.cli.choice import choose
 from backtest_kit.cli.interrupt import run_until_interrupted
 from backtest_kit.cli.options import separated
 from backtest_kit.cli.strategy_file import strategy_failure
-from backtest_kit.engine.step import Fill
 from backtest_kit.errors import BacktestKitError, UserError
-from backtest_kit.market.fetch import GapRule
-from backtest_kit.market.repair import DirtyRule
 from backtest_kit.report.comparison import Comparison
+from backtest_kit.run.replay.backtest import ReplayOptions
 from backtest_kit.run.replay.walker import WalkProgress
 
 
@@ -31,11 +28,9 @@ def run_walk(
     strategies: Sequence[str],
     frame: str | None,
     candles: str | None,
-    gaps: str,
-    dirty: str | None,
-    fill: str,
     dump: Path,
     exchange_name: str | None,
+    rules: ReplayOptions,
 ) -> None:
     """Load the file, replay every strategy, print the ranking and write the reports."""
     choice = choose(strategy_file, symbols[0], frame=frame, candles=candles, dump=dump, exchange_name=exchange_name)
@@ -68,10 +63,8 @@ def run_walk(
                     exchange_name=choice.exchange,
                     frame_name=choice.frame,
                     metric=metric,
-                    fill=cast(Fill, fill),
-                    gaps=cast(GapRule, gaps),
-                    dirty=cast("DirtyRule | None", dirty),
                     on_progress=show,
+                    **rules,
                 )
             )
     except BacktestKitError as error:

@@ -168,7 +168,7 @@ def breakeven(position: Position, price: float, settings: Settings) -> Position:
 
 
 def _sign(position: Position) -> float:
-    return 1.0 if position.position == "long" else -1.0
+    return 1.0 if position.side == "long" else -1.0
 
 
 def _is_number(value: object) -> TypeGuard[float]:

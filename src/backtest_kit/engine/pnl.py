@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from backtest_kit.errors import BacktestKitError
-from backtest_kit.model.position import Direction, Entry, Reduction
+from backtest_kit.model.position import Entry, Reduction
+from backtest_kit.model.signal import Direction
 from backtest_kit.settings import Settings
 
 _OVERSOLD_ABSOLUTE: Final = 0.001
@@ -114,7 +115,8 @@ def result(
             gain, ratio = _leg(position, price_open, price_close, slip)
             gains += weight * gain
             paid += _in_percent(fee, total, rate * weight * ratio)
-    paid += math.fsum(_in_percent(_charged(entry), total, rate * entry.cost / total) for entry in entries)
+    bought = [_in_percent(_charged(entry), total, rate * entry.cost / total) for entry in entries]
+    paid += bought[0] if len(bought) == 1 else math.fsum(bought)
     pct = gains - paid
     return pct, pct / 100 * total, paid / 100 * total
 

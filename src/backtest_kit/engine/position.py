@@ -8,18 +8,16 @@ from zlib import crc32
 import msgspec
 
 from backtest_kit.engine.pnl import effective_price, profit, result
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import to_datetime
 from backtest_kit.model.position import (
     CloseReason,
     Entry,
     Execution,
     Extreme,
-    Origin,
     Position,
     RestingEntry,
     Trade,
-    shared,
 )
 from backtest_kit.settings import Settings
 
@@ -47,9 +45,9 @@ def open_position(
 ) -> Position:
     """The position that an entry becomes when it is filled at its price."""
     entries = (Entry(entry.price_open, entry.cost, when_ms, execution),)
-    pct, cost = profit(entry.position, entries, (), entry.price_open, settings)
+    pct, cost = profit(entry.side, entries, (), entry.price_open, settings)
     return Position(
-        **shared(entry, Position),
+        entry=entry,
         opened_at_ms=when_ms,
         entries=entries,
         peak=Extreme(entry.price_open, when_ms, 0.0, 0.0),
@@ -60,7 +58,7 @@ def open_position(
 def watch(position: Position, price: float, when_ms: int, settings: Settings) -> Position:
     """The position after a minute at `price`: its peak, its fall, and the levels it has reached."""
     entry = effective_price(position.entries, position.reductions)
-    sign = 1.0 if position.position == "long" else -1.0
+    sign = 1.0 if position.side == "long" else -1.0
     gain = sign * (price - entry)
     position = _with_extremes(position, entry, price, when_ms, settings)
     if gain > 0:
@@ -87,12 +85,12 @@ def _with_extremes(position: Position, entry: float, price: float, when_ms: int,
     Of a simple position the prices tell that. What was added or taken moves the profit at a price, so
     then profits are compared. The first step to the side of profit takes the place of the opening.
     """
-    sign = 1.0 if position.position == "long" else -1.0
+    sign = 1.0 if position.side == "long" else -1.0
     peak, fall = position.peak, position.fall
     better, worse = sign * price > sign * peak.price, sign * price < sign * fall.price
     if is_simple(position) and not better and not worse:
         return position
-    pct, cost = profit(position.position, position.entries, position.reductions, price, settings)
+    pct, cost = profit(position.side, position.entries, position.reductions, price, settings)
     if not is_simple(position):
         opening = peak.timestamp == position.opened_at_ms and sign * (price - entry) > 0
         better, worse = pct > peak.pnl_pct or opening, pct < fall.pnl_pct
@@ -127,37 +125,26 @@ def close_trade(
     entries, reductions = position.entries, position.reductions
     entry = effective_price(entries, reductions)
     fee = None if execution is None else execution.fee
-    pct, cost, fees = result(position.position, entries, reductions, price, settings, fee)
+    pct, cost, fees = result(position.side, entries, reductions, price, settings, fee)
     position = _with_extremes(position, entry, price, when_ms, settings)
     if reason in ("stop_loss", "trailing_stop"):
         reason = _stop_reason(position, entry)
     return Trade(
-        **shared(position, Origin),
-        opened_at_ms=position.opened_at_ms,
+        position=position,
         closed_at_ms=when_ms,
         price_open=entry,
         price_close=price,
-        price_take_profit=position.take_profit,
-        price_stop_loss=position.stop_loss,
-        original_price_open=position.price_open,
-        original_price_take_profit=position.price_take_profit,
-        original_price_stop_loss=position.price_stop_loss,
         close_reason=reason,
-        cost=position.cost,
         pnl_pct=pct,
         pnl_cost=cost,
         fees=fees,
-        peak_pct=position.peak.pnl_pct,
-        fall_pct=position.fall.pnl_pct,
-        entries=entries,
-        reductions=reductions,
         execution=execution,
         close_note=close_note,
     )
 
 
 def _stop_reason(position: Position, entry: float) -> CloseReason:
-    moved, sign = position.moved_stop_loss, 1.0 if position.position == "long" else -1.0
+    moved, sign = position.moved_stop_loss, 1.0 if position.side == "long" else -1.0
     # A stop at breakeven is at the entry price, which adding up the rest of the position may round anew.
     beyond = moved is not None and sign * (moved - entry) > _ROUNDING * entry
     return "trailing_stop" if beyond else "stop_loss"

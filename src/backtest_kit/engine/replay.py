@@ -89,7 +89,7 @@ def _next_event(state: State, columns: Columns, after: int, stop_ms: int, rules:
             return after
         deadline: float = state.entry.scheduled_at_ms + rules.settings.CC_SCHEDULE_AWAIT_MINUTES * MINUTE_MS
         # The stop lies beyond the entry, so whatever touches it touches the entry too.
-        long = state.entry.position == "long"
+        long = state.entry.side == "long"
         above, below = (math.inf, state.entry.price_open) if long else (state.entry.price_open, -math.inf)
         scans = [(columns.low, columns.high, below, above)]
     else:
@@ -108,7 +108,7 @@ def _scans(
     position: Position, columns: Columns, rules: Rules, wanted: Wanted
 ) -> list[tuple[FloatColumn, FloatColumn, float, float]]:
     """Which columns to scan for a position, below and above which prices."""
-    long = position.position == "long"
+    long = position.side == "long"
     take, stop = position.take_profit, position.stop_loss
     levels = (stop, take) if long else (take, stop)
     reports = _report_prices(position, rules, wanted)
@@ -124,7 +124,7 @@ def _scans(
 def _report_prices(position: Position, rules: Rules, wanted: Wanted) -> tuple[float, float]:
     """Below and above which prices a step has something to report that is wanted."""
     entry = effective_price(position.entries, position.reductions)
-    sign = 1.0 if position.position == "long" else -1.0
+    sign = 1.0 if position.side == "long" else -1.0
     to_take, to_stop = sign * (position.take_profit - entry), sign * (entry - position.stop_loss)
     gains, losses = [math.inf], [math.inf]
     if not is_simple(position) and not wanted.isdisjoint((PeakReached, FallReached)):

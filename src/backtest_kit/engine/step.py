@@ -28,13 +28,14 @@ from backtest_kit.model.event import (
     EntryWaiting,
     Event,
     FallReached,
-    Identity,
     LevelReached,
     PeakReached,
     PositionActive,
     PositionClosed,
     PositionOpened,
 )
+from backtest_kit.model.identity import Identity
+from backtest_kit.model.inner import Inner
 from backtest_kit.model.interval import MINUTE_MS, floor_ms
 from backtest_kit.model.position import CloseReason, Position, RestingEntry
 from backtest_kit.model.signal import Signal
@@ -106,10 +107,12 @@ class Holding(msgspec.Struct, frozen=True, tag="holding", rename="camel"):
     closing: str | None = None
     """The note of a command to close, which the next step carries out; None where there is none."""
 
+    entry = Inner[RestingEntry]("position.entry")
+
 
 State = Flat | Resting | Holding
 Wanted = frozenset[type[Event]]
-"""The events that somebody listens to, of those that are only made when asked for."""
+"""The events that are listened to, of those that are only made when asked for."""
 
 _NOTHING: Final[Wanted] = frozenset()
 
@@ -148,26 +151,27 @@ def admit(state: Flat, signal: Signal | None, tick: Tick, rules: Rules) -> tuple
     slot = floor_ms(tick.when_ms, rules.interval_ms)
     if signal is None or (signal.id is not None and signal.id == state.last_signal_id):
         return Flat(slot, state.last_signal_id), ()
-    identity, settings = rules.identity, rules.settings
-    entry = RestingEntry(
-        signal_id=signal.id or make_signal_id(identity, tick.when_ms),
-        symbol=identity.symbol,
-        strategy_name=identity.strategy_name,
-        exchange_name=identity.exchange_name,
-        frame_name=identity.frame_name,
-        position=signal.position,
-        price_open=float(tick.price if signal.price_open is None else signal.price_open),
-        price_take_profit=float(signal.price_take_profit),
-        price_stop_loss=float(signal.price_stop_loss),
-        minutes=float(settings.CC_MAX_SIGNAL_LIFETIME_MINUTES if signal.minutes is None else signal.minutes),
-        cost=float(settings.CC_POSITION_ENTRY_COST if signal.cost is None else signal.cost),
-        scheduled_at_ms=tick.when_ms,
-        note=signal.note,
-    )
+    identity = rules.identity
+    entry = RestingEntry(identity=identity, signal=_complete(signal, tick, rules), scheduled_at_ms=tick.when_ms)
     if enters_now(signal, tick.price):
         return _open(entry, slot, tick, rules)
     return Resting(entry, slot), (
         EntryScheduled(identity=identity, when_ms=tick.when_ms, price=tick.price, entry=entry),
+    )
+
+
+def _complete(signal: Signal, tick: Tick, rules: Rules) -> Signal:
+    """The signal with all that it leaves to the settings and the market, in plain numbers."""
+    settings = rules.settings
+    return Signal(
+        position=signal.position,
+        price_take_profit=float(signal.price_take_profit),
+        price_stop_loss=float(signal.price_stop_loss),
+        price_open=float(tick.price if signal.price_open is None else signal.price_open),
+        minutes=float(settings.CC_MAX_SIGNAL_LIFETIME_MINUTES if signal.minutes is None else signal.minutes),
+        cost=float(settings.CC_POSITION_ENTRY_COST if signal.cost is None else signal.cost),
+        note=signal.note,
+        id=signal.id or make_signal_id(rules.identity, tick.when_ms),
     )
 
 
@@ -188,8 +192,8 @@ def _step_resting(state: Resting, tick: Tick, rules: Rules, wanted: Wanted) -> t
         return Flat(state.last_slot_ms, entry.signal_id), (cancelled,)
     if _enters(state, tick):
         if state.order == "activate":
-            # Nobody sells below the market: an entry that does not wait for its price takes today's.
-            entry = msgspec.structs.replace(entry, price_open=tick.price)
+            # No one sells below the market: an entry that does not wait for its price takes today's.
+            entry = entry.at(tick.price)
         return _open(entry, state.last_slot_ms, tick, rules)
     if EntryWaiting in wanted:
         return state, (EntryWaiting(identity=identity, when_ms=tick.when_ms, price=tick.price, entry=entry),)
@@ -209,19 +213,19 @@ def _cancel_reason(state: Resting, tick: Tick, rules: Rules) -> CancelReason | N
         return "frame_end" if over else None
     if tick.when_ms - entry.scheduled_at_ms >= rules.settings.CC_SCHEDULE_AWAIT_MINUTES * MINUTE_MS:
         return "timeout"
-    if tick.low <= entry.price_stop_loss if entry.position == "long" else tick.high >= entry.price_stop_loss:
+    if tick.low <= entry.price_stop_loss if entry.side == "long" else tick.high >= entry.price_stop_loss:
         return "price_reject"
     return "frame_end" if over else None
 
 
 def _enters(state: Resting, tick: Tick) -> bool:
     entry = state.entry
-    touched = tick.low <= entry.price_open if entry.position == "long" else tick.high >= entry.price_open
+    touched = tick.low <= entry.price_open if entry.side == "long" else tick.high >= entry.price_open
     return tick.real and (touched or state.order == "activate")
 
 
 def _between_levels(entry: RestingEntry, price: float) -> bool:
-    sign = 1.0 if entry.position == "long" else -1.0
+    sign = 1.0 if entry.side == "long" else -1.0
     return sign * entry.price_stop_loss < sign * price < sign * entry.price_take_profit
 
 
@@ -282,14 +286,14 @@ def _progress(before: Position, position: Position, tick: Tick, identity: Identi
 def _level_fill(position: Position, tick: Tick, fill: Fill) -> tuple[CloseReason, float] | None:
     """Which level this minute touched, and the price that it fills at."""
     take, stop = position.take_profit, position.stop_loss
-    long = position.position == "long"
+    long = position.side == "long"
     if fill == "vwap":
         if tick.price >= take if long else tick.price <= take:
             return "take_profit", take
         if tick.price <= stop if long else tick.price >= stop:
             return "stop_loss", stop
         return None
-    # Inside one candle nobody knows which wick came first: the worse one is taken to have.
+    # Inside one candle it is unknown which wick came first: the worse one is taken to have.
     if tick.low <= stop if long else tick.high >= stop:
         return "stop_loss", min(stop, tick.open) if long else max(stop, tick.open)
     if tick.high >= take if long else tick.low <= take:

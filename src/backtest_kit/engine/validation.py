@@ -10,7 +10,7 @@ from typing import Final, TypeGuard
 import msgspec
 
 from backtest_kit.errors import UserError
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import iso
 from backtest_kit.model.price import price_text
 from backtest_kit.model.signal import Signal

@@ -17,7 +17,7 @@ from backtest_kit.model.interval import CANDLE_INTERVALS, DAY_MS, INTERVAL_MS, M
 _STEPS: Final = {name: INTERVAL_MS[name] for name in CANDLE_INTERVALS}
 _WHOLE: Final = (int, np.integer)
 _LATE: Final = 5
-"""Minutes for which a filled one is asked for again, at each minute that follows."""
+"""For so many minutes a filled one is requested again, at each minute that follows."""
 
 
 class _Minutes(NamedTuple):
@@ -64,7 +64,7 @@ class History:
         self.filled = loaded.filled
         """Minutes that no source had, and that were filled flat."""
         self.fetched = loaded.fetched
-        """Candles that the source was asked for; the others were cached."""
+        """Candles that were requested from the source; the others were cached."""
         self.repairs = loaded.repairs
         """How many rows of the source were repaired, by what was done to them: see `REPAIRS`."""
         self._feed = feed
@@ -73,6 +73,8 @@ class History:
         self._price_window: Final = price_window
         self._moving = asyncio.Lock()
         self._begins = False
+        self._doubted: tuple[int, int, int] | None = None
+        """Older minutes of which some were filled: begin, end, and how often they are still asked for again."""
         self._depth_ms = DAY_MS
         """How far back a strategy is known to look."""
         self._set(_Minutes(loaded.candles, vwap(loaded.candles, price_window), loaded.real))
@@ -172,13 +174,13 @@ class History:
         at_ms = when_ms
         if until_ms is not None:
             if until_ms > when_ms:
-                raise LookAhead(f"{self.symbol}: candles until {iso(until_ms)} were asked at {iso(when_ms)}")
+                raise LookAhead(f"{self.symbol}: candles until {iso(until_ms)} were requested at {iso(when_ms)}")
             at_ms = until_ms
         stop_ms = at_ms - at_ms % step_ms
         start_ms = stop_ms - int(limit) * step_ms
         if stop_ms > self._stop_ms:
             raise LookAhead(
-                f"{self.symbol}: candles until {iso(stop_ms)} were asked, and {iso(self._stop_ms)} is the last known"
+                f"{self.symbol}: candles until {iso(stop_ms)} were requested, {iso(self._stop_ms)} is the last known"
             )
         if start_ms < self._first_ms:
             await self._prepend(start_ms)
@@ -209,6 +211,7 @@ class History:
             known = await self._asked_again(known)
             self.filled -= int(np.count_nonzero(~self._minutes.real_rows())) - int(np.count_nonzero(~known.real_rows()))
             self._join(known, self._taken(newer))
+            await self._ask_again_for_older()
             self._trim()
 
     async def _asked_again(self, known: _Minutes) -> _Minutes:
@@ -224,14 +227,38 @@ class History:
             loaded = await self._load(begin_ms, stop_ms, "fill", settled)
         except RetryLater:
             return known  # another minute may bring them
-        kept, found = open_.real_rows(), np.ones(len(open_.candles), dtype=np.bool_)
+        return self._joined(settled, self._completed(open_, loaded))
+
+    async def _ask_again_for_older(self) -> None:
+        """As `_asked_again` for the minutes that were reached back to: an empty page may have been a bad answer."""
+        if self._doubted is None:
+            return
+        begin_ms, stop_ms, times = self._doubted
+        self._doubted = (begin_ms, stop_ms, times - 1) if times > 1 else None
+        known, begin_ms = self._minutes, max(begin_ms, self._first_ms)
+        first, last = (begin_ms - self._first_ms) // MINUTE_MS, (stop_ms - self._first_ms) // MINUTE_MS
+        part = known.cut(slice(first, last))
+        if part.real is None:
+            return
+        try:
+            loaded = await self._feed.available(self.symbol, begin_ms, stop_ms, gaps=self._gaps, dirty=self._dirty)
+        except RetryLater:
+            return
+        if len(loaded.candles) == len(part.candles):
+            whole = self._completed(part, loaded)
+            self.filled -= int(np.count_nonzero(whole.real_rows() & ~part.real))
+            self._set(self._joined(self._joined(known.cut(slice(0, first)), whole), known.cut(slice(last, None))))
+
+    def _completed(self, part: _Minutes, loaded: Loaded) -> _Minutes:
+        """The same minutes with what was loaded in the place of those that were filled."""
+        kept, found = part.real_rows(), np.ones(len(part.candles), dtype=np.bool_)
         found = found if loaded.real is None else loaded.real
         columns = {
-            name: np.where(kept, getattr(open_.candles, name), column)
+            name: np.where(kept, getattr(part.candles, name), column)
             for name, column in loaded.candles.columns().items()
         }
         candles, real = CandleSeries(**columns), kept | found
-        return self._joined(settled, _Minutes(candles, vwap(candles, self._price_window), None if real.all() else real))
+        return _Minutes(candles, vwap(candles, self._price_window), None if real.all() else real)
 
     async def _load(self, begin_ms: int, stop_ms: int, edges: EdgeRule, known: _Minutes) -> Loaded:
         return await self._feed.load(
@@ -268,6 +295,8 @@ class History:
             older = await self._feed.available(self.symbol, low_ms, self._first_ms, gaps=self._gaps, dirty=self._dirty)
             self._begins = not older.candles or int(older.candles.timestamp[0]) > low_ms
             if older.candles:
+                if older.filled:
+                    self._doubted = int(older.candles.timestamp[0]), self._first_ms, _LATE
                 self._join(self._taken(older), self._minutes)
 
     def _taken(self, loaded: Loaded) -> _Minutes:

@@ -5,28 +5,17 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Literal
 
-import msgspec
-
+from backtest_kit.model.identity import Identity, OfRun
+from backtest_kit.model.inner import Inner
 from backtest_kit.model.interval import to_datetime
 from backtest_kit.model.position import Position, RestingEntry, Trade
 from backtest_kit.model.signal import Signal
 
-Mode = Literal["backtest", "paper", "live"]
 CancelReason = Literal["timeout", "price_reject", "frame_end", "user", "risk"]
 Change = Literal["reduced", "added", "stop_moved", "take_moved", "breakeven"]
 
 
-class Identity(msgspec.Struct, frozen=True, rename="camel"):
-    """Which run something belongs to: one engine, holding at most one position or resting entry."""
-
-    symbol: str
-    strategy_name: str
-    exchange_name: str
-    frame_name: str
-    mode: Mode
-
-
-class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel", tag_field="action"):
+class Event(OfRun, frozen=True, kw_only=True, tag_field="action"):
     """Base of all events. The tag of each kind is written with it, so that a stored event says what it is."""
 
     identity: Identity
@@ -40,10 +29,6 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel", tag_field
     @property
     def when(self) -> datetime:
         return to_datetime(self.when_ms)
-
-    @property
-    def symbol(self) -> str:
-        return self.identity.symbol
 
 
 class MarketEvent(Event, frozen=True, kw_only=True):
@@ -67,9 +52,11 @@ class EntryCancelled(MarketEvent, frozen=True, kw_only=True, tag="cancelled"):
 
 
 class PositionOpened(MarketEvent, frozen=True, kw_only=True, tag="opened"):
-    """A position was opened, at once or by a resting entry that was reached."""
+    """A position was opened, immediately or by a resting entry that was reached."""
 
     position: Position
+
+    entry = Inner[RestingEntry]("position.entry")
 
 
 class PositionClosed(MarketEvent, frozen=True, kw_only=True, tag="closed"):
@@ -77,12 +64,17 @@ class PositionClosed(MarketEvent, frozen=True, kw_only=True, tag="closed"):
 
     trade: Trade
 
+    position = Inner[Position]("trade.position")
+    entry = Inner[RestingEntry]("trade.position.entry")
+
 
 class PositionChanged(MarketEvent, frozen=True, kw_only=True, tag="changed"):
     """A command changed an open position; `position` is how it is now."""
 
     position: Position
     change: Change
+
+    entry = Inner[RestingEntry]("position.entry")
 
 
 Lasting = EntryScheduled | EntryCancelled | PositionOpened | PositionClosed | PositionChanged
@@ -139,7 +131,7 @@ class Progress(Event, frozen=True, kw_only=True, tag="progress"):
 
 
 class RunFailed(Event, frozen=True, kw_only=True, tag="failed"):
-    """A run ended by an error; whoever awaits the run gets the error itself."""
+    """A run ended by an error; the caller that awaits the run gets the error itself."""
 
     error: Exception
 
@@ -149,7 +141,7 @@ class RunDone(Event, frozen=True, kw_only=True, tag="done"):
 
     trades: tuple[Trade, ...]
     cancelled: bool = False
-    """Whether it was ended at once, with what it held left as it was."""
+    """Whether it was cancelled: open positions and orders were left as they were."""
 
 
 class RiskRejected(MarketEvent, frozen=True, kw_only=True, tag="rejected"):
@@ -168,13 +160,13 @@ class Recovered(Event, frozen=True, kw_only=True, tag="recovered"):
     entry: RestingEntry | None = None
     """The resting entry, as it goes on."""
     down_ms: int = 0
-    """How long nobody watched: since the last minute that was written down; 0 at the first start."""
+    """How long no run watched: since the last minute that was written; 0 at the first start."""
     steps: tuple[str, ...] = ()
     """What was done, in plain words; empty where nothing was left to do."""
 
 
 class OrderFailed(Event, frozen=True, kw_only=True, tag="order_failed"):
-    """An order did not go through, or nobody knows whether it did."""
+    """An order failed, or its outcome is unknown."""
 
     kind: str
     """What the order was for: open, place, activate, cancel, add, reduce, close, move_stop, move_take, breakeven;
@@ -240,6 +232,6 @@ class ClockJumped(Event, frozen=True, kw_only=True, tag="clock"):
 
 
 class Paused(Event, frozen=True, kw_only=True, tag="paused"):
-    """The strategy is not asked for signals, or is again. What is open goes on either way."""
+    """The strategy is no longer called for signals, or is called again. Open positions go on either way."""
 
     paused: bool

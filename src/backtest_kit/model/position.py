@@ -1,16 +1,18 @@
-"""What is held and what became of it: entries, reductions, the open position, the closed trade."""
+"""A signal on its way: the entry that rests, the open position, the closed trade. Each contains the one before."""
 
 from __future__ import annotations
 
 import math
 from datetime import datetime
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
+from backtest_kit.model.identity import Identity, OfRun
+from backtest_kit.model.inner import Inner
 from backtest_kit.model.interval import to_datetime
+from backtest_kit.model.signal import Direction, Signal
 
-Direction = Literal["long", "short"]
 CloseReason = Literal["take_profit", "stop_loss", "trailing_stop", "time_expired", "frame_end", "closed"]
 """`trailing_stop` is a stop loss that was moved past the effective entry price, so that it closed in profit before
 costs."""
@@ -64,35 +66,51 @@ class Extreme(msgspec.Struct, frozen=True, rename="camel"):
     pnl_cost: float
 
 
-class Origin(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """What a resting entry, the position that it becomes, and the trade that this becomes have in common."""
+class RestingEntry(OfRun, frozen=True, kw_only=True):
+    """A limit order that waits for its price. `price_stop_loss` reached first cancels it."""
 
-    signal_id: str
-    symbol: str
-    strategy_name: str
-    exchange_name: str
-    frame_name: str
-    position: Direction
+    identity: Identity
+    signal: Signal
+    """What it carries out, with every default filled in."""
     scheduled_at_ms: int
-    note: str = ""
+
+    signal_id = Inner[str]("signal.id")
+    side = Inner[Direction]("signal.position")
+    price_open = Inner[float]("signal.price_open")
+    price_take_profit = Inner[float]("signal.price_take_profit")
+    price_stop_loss = Inner[float]("signal.price_stop_loss")
+    minutes = Inner[float]("signal.minutes")
+    """Lifetime of the position once it is open."""
+    cost = Inner[float]("signal.cost")
+    note = Inner[str]("signal.note")
+
+    def __post_init__(self) -> None:
+        missing = [name for name in ("id", "price_open", "minutes", "cost") if getattr(self.signal, name) is None]
+        if missing:
+            raise ValueError(f"the signal of an entry has no {', '.join(missing)}")
+
+    def at(self, price: float, cost: float = 0.0) -> RestingEntry:
+        """The same entry at another price, and for another cost where one is given."""
+        signal = msgspec.structs.replace(self.signal, price_open=price, cost=cost or self.cost)
+        return msgspec.structs.replace(self, signal=signal)
 
 
-def shared(value: msgspec.Struct, kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """The fields of `value` that `kind` has as well, by name: whoever copies them forgets none."""
-    return {name: getattr(value, name) for name in kind.__struct_fields__ if name in value.__struct_fields__}
+class OfSignal(OfRun, frozen=True, kw_only=True):
+    """Base of what has an `entry`, read as its own."""
+
+    identity = Inner[Identity]("entry.identity")
+    signal_id = Inner[str]("entry.signal.id")
+    side = Inner[Direction]("entry.signal.position")
+    """ "long" or "short"."""
+    note = Inner[str]("entry.signal.note")
+    scheduled_at_ms = Inner[int]("entry.scheduled_at_ms")
 
 
-class Position(Origin, frozen=True, kw_only=True):
-    """An open position. A change makes a new value; nobody's copy moves under him."""
+class Position(OfSignal, frozen=True, kw_only=True):
+    """An open position. A change makes a new value, so a copy never changes."""
 
-    price_open: float
-    """Price of the first entry."""
-    price_take_profit: float
-    """As the signal gave it."""
-    price_stop_loss: float
-    """As the signal gave it."""
-    minutes: float
-    """Lifetime from `opened_at_ms`; `math.inf` for none."""
+    entry: RestingEntry
+    """What it was opened from, at the price and for the cost of the first fill."""
     opened_at_ms: int
     entries: tuple[Entry, ...]
     reductions: tuple[Reduction, ...] = ()
@@ -106,15 +124,26 @@ class Position(Origin, frozen=True, kw_only=True):
     """Tenths of the way to the stop loss that were reached so far: 0, 10, ... 100."""
     breakeven_reached: bool = False
 
+    price_open = Inner[float]("entry.signal.price_open")
+    """Price of the first entry."""
+    price_take_profit = Inner[float]("entry.signal.price_take_profit")
+    """As the signal gave it."""
+    price_stop_loss = Inner[float]("entry.signal.price_stop_loss")
+    """As the signal gave it."""
+    minutes = Inner[float]("entry.signal.minutes")
+    """Lifetime from `opened_at_ms`; `math.inf` for none."""
+
     @property
     def take_profit(self) -> float:
         """The level in force."""
-        return self.price_take_profit if self.moved_take_profit is None else self.moved_take_profit
+        moved = self.moved_take_profit
+        return self.entry.signal.price_take_profit if moved is None else moved
 
     @property
     def stop_loss(self) -> float:
         """The level in force."""
-        return self.price_stop_loss if self.moved_stop_loss is None else self.moved_stop_loss
+        moved = self.moved_stop_loss
+        return self.entry.signal.price_stop_loss if moved is None else moved
 
     @property
     def cost(self) -> float:
@@ -127,40 +156,45 @@ class Position(Origin, frozen=True, kw_only=True):
         return self.opened_at_ms + self.minutes * 60_000
 
 
-class Trade(Origin, frozen=True, kw_only=True):
+class Trade(OfSignal, frozen=True, kw_only=True):
     """A closed position. Profits are after fees and slippage; percentages are in percent."""
 
-    opened_at_ms: int
+    position: Position
+    """As it was at the close."""
     closed_at_ms: int
     price_open: float
     """Effective entry price: the cost-weighted harmonic mean of the entries, without slippage."""
     price_close: float
-    price_take_profit: float
-    """The level in force at the close."""
-    price_stop_loss: float
-    """The level in force at the close."""
-    original_price_open: float
-    original_price_take_profit: float
-    original_price_stop_loss: float
     close_reason: CloseReason
-    cost: float
-    """All that was ever put in, in quote currency."""
     pnl_pct: float
     """Profit in percent of `cost`."""
     pnl_cost: float
     """Profit in quote currency."""
     fees: float
     """All fees in quote currency: those that the exchange reported, and CC_PERCENT_FEE where it did not."""
-    peak_pct: float
-    """Profit in percent at the best price seen on the way."""
-    fall_pct: float
-    """Profit in percent at the worst price seen on the way."""
-    entries: tuple[Entry, ...]
-    reductions: tuple[Reduction, ...] = ()
     execution: Execution | None = None
     """Of the close; None in a backtest, where nothing is sent."""
     close_note: str = ""
     """What was said with the command that closed it."""
+
+    entry = Inner[RestingEntry]("position.entry")
+    """What the position was opened from, at the price and for the cost of the first fill."""
+    opened_at_ms = Inner[int]("position.opened_at_ms")
+    price_take_profit = Inner[float]("position.take_profit")
+    """The level in force at the close."""
+    price_stop_loss = Inner[float]("position.stop_loss")
+    """The level in force at the close."""
+    original_price_open = Inner[float]("position.entry.signal.price_open")
+    original_price_take_profit = Inner[float]("position.entry.signal.price_take_profit")
+    original_price_stop_loss = Inner[float]("position.entry.signal.price_stop_loss")
+    cost = Inner[float]("position.cost")
+    """All that was ever put in, in quote currency."""
+    peak_pct = Inner[float]("position.peak.pnl_pct")
+    """Profit in percent at the best price seen on the way."""
+    fall_pct = Inner[float]("position.fall.pnl_pct")
+    """Profit in percent at the worst price seen on the way."""
+    entries = Inner[tuple[Entry, ...]]("position.entries")
+    reductions = Inner[tuple[Reduction, ...]]("position.reductions")
 
     @property
     def executions(self) -> tuple[Execution, ...]:
@@ -175,14 +209,3 @@ class Trade(Origin, frozen=True, kw_only=True):
     @property
     def closed_at(self) -> datetime:
         return to_datetime(self.closed_at_ms)
-
-
-class RestingEntry(Origin, frozen=True, kw_only=True):
-    """A limit order that waits for its price. `price_stop_loss` reached first cancels it."""
-
-    price_open: float
-    price_take_profit: float
-    price_stop_loss: float
-    minutes: float
-    """Lifetime of the position once it is open."""
-    cost: float

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import msgspec
 
 from backtest_kit.errors import UserError
-from backtest_kit.model.position import Direction
+
+Direction = Literal["long", "short"]
 
 
 class Signal(msgspec.Struct, frozen=True, rename="camel"):

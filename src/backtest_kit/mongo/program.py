@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from backtest_kit.errors import UserError
 from backtest_kit.kit import Kit
-from backtest_kit.model.event import Mode
+from backtest_kit.model.identity import Mode
 from backtest_kit.persist.backends.mongo.settings import LOGGER, MongoSettings, from_environment, with_changes
 from backtest_kit.persist.binding import EVERY, MODES
 from backtest_kit.persist.urls import import_backend

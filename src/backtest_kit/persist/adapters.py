@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 from backtest_kit.errors import Conflict, UserError
 from backtest_kit.model.candle import CandleSeries
-from backtest_kit.model.event import Mode
+from backtest_kit.model.identity import Mode
 from backtest_kit.model.interval import to_ms
 from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import Contract, Delete

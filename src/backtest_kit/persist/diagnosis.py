@@ -45,7 +45,7 @@ async def require_live_grade(store: Store, *, allow_weak: bool = False) -> list[
     stops = {Status.FAULT} if allow_weak else {Status.FAULT, Status.WEAK}
     reasons = [reading for reading in readings if reading.status in stops]
     if reasons:
-        listed = "; ".join(f"{each.subject}: {each.says}{each.remedy and f' - {each.remedy}'}" for each in reasons)
+        listed = "; ".join(f"{each.subject}: {each.detail}{each.remedy and f' - {each.remedy}'}" for each in reasons)
         weak = any(each.status is Status.WEAK for each in reasons)
         raise UserError(
             f"the store is not fit for live trading: {listed}. `backtest-kit doctor --live` shows all of it"

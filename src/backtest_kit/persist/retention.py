@@ -200,7 +200,7 @@ class _Signals:
             except Damaged:
                 found = None
             value = None if found is None else found.value
-            self._over[signal_id] = isinstance(value, dict) and value.get("status") in _OVER
+            self._over[signal_id] = isinstance(value, dict) and value.get("action") in _OVER
         return self._over[signal_id]
 
 

@@ -60,7 +60,7 @@ class Reading(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
 
     subject: str
     status: Status
-    says: str
+    detail: str
     remedy: str = ""
     """What to do about it: a command where there is one."""
     median_ms: float | None = None

@@ -6,14 +6,16 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 from weakref import WeakValueDictionary
 
 from backtest_kit.errors import BacktestKitError, UserError
-from backtest_kit.model.event import Event, Identity, Mode
+from backtest_kit.model.event import Event
+from backtest_kit.model.identity import Identity, Mode
 from backtest_kit.model.interval import to_ms
 from backtest_kit.records import sinks as sinks
 from backtest_kit.records.delivery import Deliveries, Notifications
+from backtest_kit.records.exclusive import exclusive_run
 from backtest_kit.records.housekeeping import Housekeeping
 from backtest_kit.records.interval import Windows
 from backtest_kit.records.log import Log, Logs, LogWriter
@@ -23,7 +25,6 @@ from backtest_kit.records.record_writer import RecordWriter
 from backtest_kit.records.scope import Scope, Turns, Written, check_texts, strategy_owner
 from backtest_kit.records.session import Session
 from backtest_kit.records.signals import Recent, Storage
-from backtest_kit.records.sole import undisturbed
 from backtest_kit.records.state import STATE, State
 from backtest_kit.settings import Settings
 
@@ -31,6 +32,18 @@ if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
 
 When = datetime | str | int
+
+
+class Whose(TypedDict, total=False):
+    """Names a record from outside of its run: `signal_id` alone, or symbol, strategy and exchange; and the run."""
+
+    signal_id: str | None
+    symbol: str | None
+    strategy_name: str | None
+    exchange_name: str | None
+    mode: Mode
+    run_id: str | None
+    when: When | None
 
 
 class Records:
@@ -109,27 +122,21 @@ class Records:
         """The ids of the backtests that have kept something. As `Persistence.runs`."""
         return await self._persistence().runs()
 
-    def state(
-        self,
-        bucket: str,
-        *,
-        signal_id: str | None = None,
-        symbol: str | None = None,
-        strategy_name: str | None = None,
-        exchange_name: str | None = None,
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: When | None = None,
-    ) -> State:
+    def state(self, bucket: str, **whose: Unpack[Whose]) -> State:
         """The state of a signal, or of a strategy on a symbol of an exchange.
 
         Raises:
             UserError: neither of the two is named, or the run is not.
         """
-        owner = _owner(bucket, signal_id, strategy_name, exchange_name, symbol)
-        return State(self.scope(mode, run_id, when), bucket, (owner,))
+        scope, owner = self._of(bucket, **whose)
+        return State(scope, bucket, (owner,))
 
-    def memory(
+    def memory(self, bucket: str, **whose: Unpack[Whose]) -> Memory:
+        """The memory of a signal, or of a strategy on a symbol of an exchange. Raises as `state`."""
+        scope, owner = self._of(bucket, **whose)
+        return Memory(scope, bucket, (owner,), Shelves())
+
+    def _of(
         self,
         bucket: str,
         *,
@@ -140,14 +147,9 @@ class Records:
         mode: Mode = "live",
         run_id: str | None = None,
         when: When | None = None,
-    ) -> Memory:
-        """The memory of a signal, or of a strategy on a symbol of an exchange.
-
-        Raises:
-            UserError: neither of the two is named, or the run is not.
-        """
+    ) -> tuple[Scope, str]:
         owner = _owner(bucket, signal_id, strategy_name, exchange_name, symbol)
-        return Memory(self.scope(mode, run_id, when), bucket, (owner,), Shelves())
+        return self.scope(mode, run_id, when), owner
 
     def session(
         self,
@@ -213,7 +215,7 @@ class RunRecords:
         """
         persistence = self._persistence()
         store = persistence.store_for(STATE, "backtest", history=False)
-        async with undisturbed(store, str(self.run_id), self._identity, persistence.seams) as self._keeper:
+        async with exclusive_run(store, str(self.run_id), self._identity, persistence.seams) as self._keeper:
             yield
 
     def urge(self, events: Sequence[Event]) -> None:

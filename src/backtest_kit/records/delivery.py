@@ -14,13 +14,14 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 import msgspec
 
 from backtest_kit.errors import BacktestKitError, Damaged, UserError
-from backtest_kit.model.event import Mode
+from backtest_kit.model.identity import Mode
 from backtest_kit.persist.codec import decode_as
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.attempt import GRACE_S, Attempts
@@ -57,14 +58,14 @@ class Notifications:
     def sink(self, deliver: Sink | Deliver, *, name: str | None = None, kinds: Sequence[str] = ()) -> None:
         """Hand every notification of live and paper runs to `deliver`, from now on.
 
-        A sink gets them in order, one at a time, beside the trading. What it raises is tried again, for as long as
-        it takes and also after a restart, when a sink of that name goes on where it was. So it gets each of them
-        at least once; `notification_id` tells a repetition.
+        A sink gets them in order, one at a time, while trading goes on. One that raises is called again, as long as
+        it takes, also after a restart. So it gets each notification at least once; `notification_id` shows a
+        repetition. A sink that is added for the first time gets only what is written from then on.
 
         Args:
             deliver: One of `backtest_kit.sinks`, or a function of a `Notification`, which is called in a thread
                 if it is not async.
-            name: What its progress is kept under; by default that of the sink, or of the function.
+            name: The name of its marks in the store; by default that of the sink, or of the function.
             kinds: Only these kinds, such as ["opened", "closed"]; by default all.
 
         Raises:
@@ -83,7 +84,7 @@ class Notifications:
         run_id: str | None = None,
         when: datetime | str | int | None = None,
     ) -> list[Notification]:
-        """The notifications that are all of this, the newest first; no more than `limit`.
+        """The notifications that match all of this, newest first; no more than `limit`.
 
         Raises:
             UserError: a backtest without its run id, or `limit` is below 0.
@@ -98,7 +99,7 @@ class Notifications:
             )
 
         scope = self._scope(mode, run_id, when)
-        return await newest(scope, NOTIFICATION, (mode == "backtest",), Notification, wanted, limit)
+        return await newest(scope, NOTIFICATION, (mode == "backtest",), partial(decode_as, Notification), wanted, limit)
 
 
 class _Route(msgspec.Struct, frozen=True):
@@ -135,7 +136,7 @@ class Deliveries:
         else:
             raise UserError(f"sink is {sink!r}: give one of backtest_kit.sinks, or a function of a notification")
         if not route.name:
-            raise UserError("the sink has no name: give name=, under which its progress is kept")
+            raise UserError("the sink has no name: give name=, the name of its marks in the store")
         if route.name in self._routes:
             raise UserError(f"a sink is called {route.name!r} already: give this one another name=")
         self._routes[route.name] = route

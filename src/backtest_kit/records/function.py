@@ -15,7 +15,7 @@ from urllib.parse import quote
 import msgspec
 
 from backtest_kit.errors import LookAhead, UserError
-from backtest_kit.model.event import Identity, Mode
+from backtest_kit.model.identity import Identity, Mode
 from backtest_kit.model.interval import iso, to_ms
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.store import Plain

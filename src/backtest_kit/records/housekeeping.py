@@ -1,4 +1,4 @@
-"""`Housekeeping`: what is too old is forgotten, at the start of trading and daily from then on."""
+"""`Housekeeping`: deletes what is too old, at the start of trading and daily from then on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Housekeeping:
             self._task = loop.create_task(self._run(), name="retention")
 
     async def close(self) -> None:
-        """End it; what is half forgotten is forgotten the next time."""
+        """End it. What is left is deleted the next time."""
         task, self._task = self._task, None
         if task is not None and self._loop is asyncio.get_running_loop():
             task.cancel()
@@ -45,12 +45,12 @@ class Housekeeping:
         while True:
             try:
                 await self.compact()
-            except Exception as error:  # whatever goes wrong today may be mended tomorrow
+            except Exception as error:  # whatever goes wrong today can work tomorrow
                 _log.exception("what is too old was not forgotten, it is tried again tomorrow", extra={"error": error})
             await asyncio.sleep(PAUSE_S)
 
     async def compact(self) -> None:
-        """Forget what is too old in every store of the program; a store that does not let it is told in the log."""
+        """Delete what is too old in every store of the program. A store that refuses is logged."""
         from backtest_kit.persist.retention import compact, retention_of
 
         retention = retention_of(self._settings())
@@ -65,7 +65,7 @@ class Housekeeping:
                         _log.warning("not all of %s could be looked at for what is too old: %s", what, expired.fault)
             except BacktestKitError as error:
                 _log.warning("not all that is too old was forgotten, it is tried again tomorrow: %s", error)
-            except Exception as error:  # one store's fault must not keep the others from it
+            except Exception as error:  # a fault of one store must not stop the others
                 _log.exception(
                     "not all that is too old was forgotten of a %s, it is tried again tomorrow",
                     type(store).__name__,

@@ -1,4 +1,4 @@
-"""`Log`: structured lines, kept in the order in which they were said and never in the way of who says them."""
+"""`Log`: structured lines, kept in the order in which they were logged, without making the caller wait."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
 
 from backtest_kit.errors import BacktestKitError, UserError
-from backtest_kit.model.event import Identity, Mode
+from backtest_kit.model.identity import Identity, Mode
 from backtest_kit.model.interval import to_datetime
 from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS
@@ -34,13 +35,13 @@ LOG: Final = CONTRACTS["log"]
 LEVELS: Final[tuple[Level, ...]] = get_args(Level)
 """From the least to the most important."""
 SAID: Final = logging.getLogger("backtest_kit.strategy")
-"""Where the standard library hears of the lines of strategies."""
+"""The logger of the standard library that gets the lines of strategies."""
 _ABOVE: Final = 3
-"""From there to who has said it, for a handler that names file and line."""
+"""Frames from there to the caller, for a handler that names file and line."""
 SAID.addHandler(logging.NullHandler())  # else it prints them for a program that has set up no logging
 _GROUP: Final = 500
 _FULL: Final = 10_000
-"""Lines that may wait. Whoever can wait does so at half of it; where nobody can, the oldest are dropped and counted."""
+"""Lines that may wait. A caller that can wait does so at half of it; otherwise the oldest are dropped and counted."""
 _PAUSE_S: Final = 1.0
 
 
@@ -62,7 +63,7 @@ class LogLine(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     said_at_ms: int
     """Wall clock."""
     fields: dict[str, Any] = {}
-    """What was said beside the message."""
+    """What was logged with the message."""
 
     @property
     def when(self) -> datetime | None:
@@ -70,7 +71,7 @@ class LogLine(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 def line_of(record: Record) -> LogLine:
-    """The line in a stored record. Raises `Damaged` if it is none."""
+    """The line in a stored record. Raises `Damaged` if it is not one."""
     return decode_as(LogLine, record.value)
 
 
@@ -110,7 +111,7 @@ class LogWriter:
 
     @property
     def crowded(self) -> bool:
-        """Whether so much waits that whoever can wait should `flush` first."""
+        """Whether so much waits that a caller that can wait should `flush` first."""
         return len(self._waiting) > _FULL // 2
 
     async def flush(self) -> None:
@@ -124,7 +125,7 @@ class LogWriter:
     def _wake(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # said in another thread, or while no loop runs: then with the next line, or by flush
+        except RuntimeError:  # in another thread, or while no loop runs: written with the next line, or by flush
             if self._loop is not None and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._start, self._loop)
         else:
@@ -136,7 +137,7 @@ class LogWriter:
             self._task = loop.create_task(self._write_on(), name="log")
 
     async def _write_on(self) -> None:
-        """Write until nothing waits. A store that does not take lines is asked again, without end."""
+        """Write until nothing waits. A store that does not take lines is tried again permanently."""
         failed = False
         while self._waiting:
             try:
@@ -178,7 +179,7 @@ class LogWriter:
         return results
 
     def _put_back(self, group: list[_Waiting], results: Sequence[object] | None) -> None:
-        """Have those wait again that were refused, or all of a group that was cancelled.
+        """Queue again those that were refused, or all of a group that was cancelled.
 
         A line that was written all the same is not written twice, for its id is taken.
         """
@@ -207,8 +208,8 @@ class LogWriter:
 class Log:
     """The log of a run at one minute: `ctx.log.info("volume is thin", volume=12.5)`.
 
-    Saying a line costs microseconds and does not wait; it is kept within 50 ms, as structured JSON with symbol,
-    strategy, mode and the simulation time of its minute. The standard library's logger `backtest_kit.strategy` is told
+    Logging a line costs microseconds and does not wait. It is written within 50 ms, as structured JSON with symbol,
+    strategy, mode and the simulation time of its minute. The standard library's logger `backtest_kit.strategy` gets it
     as well, with the whole line as `record.line`.
     """
 
@@ -229,7 +230,7 @@ class Log:
         self._say("info", message, fields)
 
     def warning(self, message: object, /, **fields: Any) -> None:
-        """What somebody should look at some day."""
+        """What should be looked at some day."""
         self._say("warning", message, fields)
 
     def error(self, message: object, /, **fields: Any) -> None:
@@ -285,7 +286,7 @@ class Logs:
         """The lines that are all of this and of that level or a higher one, the newest first; at most `limit`.
 
         Raises:
-            UserError: `level` is none, `limit` is below 0, or a backtest has no run id.
+            UserError: unknown `level`, `limit` below 0, or a backtest without its run id.
             Damaged, RetryLater: as `Store.scan`.
         """
         levels = at_least(level)
@@ -296,15 +297,15 @@ class Logs:
             )
 
         await self.flush()
-        return await newest(self._scope(mode, run_id, when), LOG, (), LogLine, wanted, limit)
+        return await newest(self._scope(mode, run_id, when), LOG, (), partial(decode_as, LogLine), wanted, limit)
 
     def bridge(self, logger: str = "", *, level: Level = "info", mode: Mode = "live") -> None:
-        """Keep what a logger of the standard library and those below it are told as well; "" is all of them.
+        """Also keep what goes to a logger of the standard library and those below it; "" is all of them.
 
-        It changes no levels of the standard library: what a logger passes over is not kept.
+        It changes no levels of the standard library: what a logger ignores is not kept.
 
         Raises:
-            UserError: `level` is none, or there is a bridge already.
+            UserError: unknown `level`, or there is a bridge already.
         """
         at_least(level)
         if self._bridge is not None:
@@ -321,7 +322,7 @@ class Logs:
             self._bridge = None
 
     async def flush(self) -> None:
-        """Write what was said so far. Raises as `Store.put`."""
+        """Write what was logged so far. Raises as `Store.put`."""
         await self._writer.flush()
 
 
@@ -335,11 +336,11 @@ class _Bridge(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name in (__name__, SAID.name):
-            return  # that the log cannot be written, the log need not be told; and what it says, it has
+            return  # the log need not contain that it cannot be written, and has its own lines already
         fields = {} if record.exc_info is None else {"traceback": "".join(traceback.format_exception(*record.exc_info))}
         try:
             message = record.getMessage()
-        except Exception:  # whatever arguments that do not fit raise: who says a line must not fail for it
+        except Exception:  # arguments that do not fit the message: logging must not fail
             message = f"{_told(record.msg)} {_told(record.args)}"
         line = LogLine(
             entry_id=self._writer.new_id(),
@@ -357,7 +358,7 @@ def at_least(level: str) -> frozenset[str]:
     """This level and the higher ones.
 
     Raises:
-        UserError: it is none.
+        UserError: unknown level.
     """
     if level not in LEVELS:
         raise UserError(f"level is {level!r}: use one of {', '.join(LEVELS)}")
@@ -373,7 +374,7 @@ def _level_of(number: int) -> Level:
 
 
 def _plain(line: LogLine) -> Plain:
-    """The line as it is stored. What cannot be stored is told as text: a log must not end a strategy."""
+    """The line as it is stored. What cannot be stored becomes text: a log must not end a strategy."""
     try:
         return encode(line)
     except UserError:
@@ -383,7 +384,7 @@ def _plain(line: LogLine) -> Plain:
 
 
 def _told(value: object) -> str:
-    """A value as text, also where it cannot tell it itself."""
+    """A value as text, even if its `repr` fails."""
     try:
         return str(value) if isinstance(value, (str, BaseException)) else repr(value)
     except Exception as error:

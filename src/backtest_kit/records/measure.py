@@ -10,7 +10,7 @@ from types import MethodType
 from typing import Any, Final, Generic
 
 from backtest_kit.errors import UserError
-from backtest_kit.model.event import Mode
+from backtest_kit.model.identity import Mode
 from backtest_kit.model.interval import floor_ms, interval_ms, to_datetime
 from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import CONTRACTS

@@ -17,7 +17,6 @@ from backtest_kit.model.event import (
     Event,
     MarketEvent,
     MinutesMissed,
-    Mode,
     OrderFailed,
     OrphanFound,
     Paused,
@@ -32,6 +31,7 @@ from backtest_kit.model.event import (
     StoreRecovered,
     StrategyFailed,
 )
+from backtest_kit.model.identity import Mode
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
@@ -116,13 +116,13 @@ def _about(
     reason: str = "",
     state: str = "",
 ) -> Notification:
-    """`state` tells apart what may happen several times in one minute."""
+    """`state` separates what can happen several times in one minute."""
     identity, text = event.identity, describe(event)
-    # Whatever is not of one signal is of the run; the minute tells two of them apart.
+    # What does not belong to a signal belongs to the run; the minute separates two of them.
     names = (identity.strategy_name, identity.exchange_name, identity.symbol)
     whose = signal_id or "-".join(names)
     minute = floor_ms(event.when_ms, MINUTE_MS)
-    # With the names in it: those of another run may read the same once they are joined.
+    # With the names in it: those of another run can be the same text once they are joined.
     detail = f"-{crc32(f'{names} {text} {state}'.encode()):08x}" if state or not signal_id else ""
     return Notification(
         notification_id=f"{whose}-{event.action}-{minute}{detail}",

@@ -30,7 +30,6 @@ from backtest_kit.persist.contracts import DELIVERY
 from backtest_kit.persist.holder import Holder, is_gone, this_process
 from backtest_kit.persist.lease import keeps_claims
 from backtest_kit.persist.store import Key, Record, Store, Write
-from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.notification import NOTIFICATION
 from backtest_kit.records.scope import expectation
 from backtest_kit.records.state import STATE
@@ -148,7 +147,7 @@ class Outbox:
         if pending.mark is not None and holder is not None and self._lives(pending.mark, holder):
             return False
         self._claimed = self._key(pending.record)  # before the write, which may take place although it fails
-        me = msgspec.structs.replace(self._me, since=now_ms(), ttl_ms=round(ttl_s * 1000))
+        me = msgspec.structs.replace(self._me, since=self._seams.wall_ms(), ttl_ms=round(ttl_s * 1000))
         try:
             pending.mark = await self._store.put(self._write(pending, Mark(holder=me)))
         except Conflict:

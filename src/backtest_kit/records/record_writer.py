@@ -1,4 +1,4 @@
-"""`RecordWriter`: what the events of runs leave behind: signals, the last of them, and notifications."""
+"""`RecordWriter`: the records that the events of a run make: signals, the last signal, and notifications."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from backtest_kit.errors import BacktestKitError, Conflict
-from backtest_kit.model.event import Event, Mode
+from backtest_kit.model.event import Event
+from backtest_kit.model.identity import Mode
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.store import ANY, Capability, Store, Write
 from backtest_kit.records.notification import NOTIFICATION, notification_of, notification_writes
@@ -26,18 +27,18 @@ if TYPE_CHECKING:
 
 ROWS: Final = (STORAGE, RECENT, NOTIFICATION)
 TOGETHER_S: Final = 0.05
-"""For how long what a backtest leaves behind is collected: a signal that opens and closes meanwhile is written once."""
+"""How long events of a backtest are collected: a signal that opens and closes meanwhile is written once."""
 MOST_HELD: Final = 2_000
 """Events of a backtest that wait for a store; the backtest waits with them then."""
 KEPT_EVENTS: Final = 5_000
-"""Of backtests whose records are in memory and were not asked for yet. Beyond it the oldest runs are let go of."""
+"""Of backtests whose records are in memory and were not read yet. Beyond it the oldest runs are dropped."""
 
 
 _log = logging.getLogger("backtest_kit")
 
 
 class RecordWriter:
-    """Is told of events once they have happened for good, and may be told of them again."""
+    """Gets events once they have happened for good, and can get the same ones again."""
 
     def __init__(self, persistence: Callable[[], Persistence], deliveries: Deliveries) -> None:
         self._persistence = persistence
@@ -49,13 +50,13 @@ class RecordWriter:
         self._held: dict[str, _Held] = {}
 
     async def observe(self, events: Sequence[Event], mode: Mode, run_id: str | None) -> None:
-        """Keep what `events` say, with one write for each record that they change.
+        """Write the records of `events`, with one write for each record that they change.
 
-        Of a backtest, which is faster than any store, they are kept together and a moment later: `settle` waits.
+        A backtest is faster than any store, so its events are written together a moment later: `settle` waits for that.
 
         Raises:
-            Damaged, OutOfSpace, RetryLater: as `Store.put`, of a backtest for what was told before. Told again, it
-                is done as if for the first time.
+            Damaged, OutOfSpace, RetryLater: as `Store.put`; in a backtest for earlier events. The same events can
+                be passed again.
         """
         if run_id in self._put_off_whole:
             # The common case, in the middle of a replay: nothing is looked up.
@@ -78,19 +79,19 @@ class RecordWriter:
             self._deliveries.wake(mode)
 
     async def settle(self, run_id: str) -> None:
-        """Wait until all that a backtest has left behind is kept. Raises as `observe`."""
+        """Wait until all records of a backtest are written. Raises as `observe`."""
         if run_id in self._held:
             await self._held[run_id].settle()
 
     async def close(self) -> None:
-        """Keep what can be kept of what backtests have left behind."""
+        """Write what can be written of the records of backtests."""
         for run_id, held in list(self._held.items()):
             if not held.is_here:
                 continue
             try:
                 await held.settle()
             except BacktestKitError as error:
-                _log.warning("what run %s has left behind cannot be kept: %s", run_id, error)
+                _log.warning("records of run %s cannot be written: %s", run_id, error)
 
     async def _hold(self, events: Sequence[Event], run_id: str) -> None:
         held = self._held.get(run_id)
@@ -120,7 +121,7 @@ class RecordWriter:
         return writes
 
     def urge(self, events: Sequence[Event], mode: Mode) -> None:
-        """Have people hear of `events` that could not be kept. Kept later, they are not told again."""
+        """Notify people of `events` that could not be written. Written later, they are not delivered again."""
         self._deliveries.urge(mode, filter(None, map(notification_of, events)))
 
     async def _put(
@@ -142,7 +143,7 @@ class RecordWriter:
                     refused.append(write)
                 elif isinstance(result, BaseException):
                     raise result
-            # A notification is refused that was told before.
+            # A notification that is refused was written before.
             writes = [msgspec.structs.replace(write, expect=ANY) for write in refused] if compares else []
 
     def _put_off(self, events: Sequence[Event], run_id: str, persistence: Persistence) -> None:
@@ -168,7 +169,7 @@ class RecordWriter:
 
 
 class _Held:
-    """The events of one run that wait to be kept, and the task that keeps them."""
+    """The events of one run that wait to be written, and the task that writes them."""
 
     def __init__(self, keep: Callable[[Sequence[Event]], Awaitable[None]], is_over: Callable[[], object]) -> None:
         self._keep = keep
@@ -179,7 +180,7 @@ class _Held:
 
     @property
     def is_here(self) -> bool:
-        """Whether the running event loop is the one to keep them in: that of another thread does so itself."""
+        """Whether the running event loop is the one that writes them: another thread does so itself."""
         return self._task is None or self._task.done() or self._task.get_loop() is asyncio.get_running_loop()
 
     async def take(self, events: Sequence[Event]) -> None:
@@ -197,7 +198,7 @@ class _Held:
         while (task := self._task) is not None:
             self._hurry.set()
             await asyncio.wait([task])
-            # Somebody else may have waited for it as well, and begun the next one.
+            # Another caller can have waited for it as well, and started the next one.
             if self._task is task:
                 self._end(task)
 
@@ -219,7 +220,7 @@ class _Held:
         self._is_over()
 
     def _end(self, task: asyncio.Task[None]) -> None:
-        """The task is over: raise what it could not keep, which the next one tries again."""
+        """The task is over: raise why it could not write, which the next one tries again."""
         self._task = None
         if not task.cancelled() and (error := task.exception()) is not None:
             raise error

@@ -19,7 +19,7 @@ from backtest_kit.persist.history import NotKept, RevisionStore
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Key, Plain, Record, Store, Write
 
 if TYPE_CHECKING:
-    from backtest_kit.model.event import Identity, Mode
+    from backtest_kit.model.identity import Identity, Mode
     from backtest_kit.persist.binding import Persistence
 
 _HELD: Final[ContextVar[tuple[object, ...]]] = ContextVar("backtest_kit_records_held", default=())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.records.scope import Scope
 from backtest_kit.records.state import Slot

@@ -6,26 +6,26 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Final, Literal, TypeVar
 
-import msgspec
-
+from backtest_kit.errors import Damaged
 from backtest_kit.model.event import (
     EntryCancelled,
     EntryScheduled,
     Event,
-    Identity,
-    Mode,
+    Lasting,
     PositionChanged,
     PositionClosed,
     PositionOpened,
 )
+from backtest_kit.model.identity import Identity, Mode
+from backtest_kit.model.inner import Inner
 from backtest_kit.model.interval import to_datetime
-from backtest_kit.model.position import Entry, Execution, Origin, Position, Reduction, RestingEntry, Trade, shared
+from backtest_kit.model.position import OfSignal, Position, RestingEntry, Trade
 from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.store import Key, Plain, Record, Write, check_limit
 from backtest_kit.records.scope import Scope
 
-S = TypeVar("S", bound=msgspec.Struct)
+S = TypeVar("S")
 Status = Literal["scheduled", "opened", "closed", "cancelled"]
 ScopeOf = Callable[[Mode, str | None, datetime | str | int | None], Scope]
 
@@ -36,63 +36,74 @@ _AHEAD: Final = 4
 """How many records are looked through for each that is asked for, before all are."""
 
 
-class StoredSignal(Origin, frozen=True, kw_only=True):
-    """A signal with all that became of it so far. Prices are those in force; percentages are in percent."""
+class StoredSignal(OfSignal, frozen=True):
+    """A signal as it is now: what happened to it last has all that became of it."""
 
-    status: Status
-    price_open: float
-    """Of the first entry, or what a resting entry waits for; once it is closed, the effective price of all entries."""
-    price_close: float | None = None
-    """None until it is closed."""
-    price_take_profit: float
-    price_stop_loss: float
-    original_price_open: float
-    original_price_take_profit: float
-    original_price_stop_loss: float
-    minutes: float | None = None
-    """Longest life of the position, `math.inf` for none; None once it is closed."""
-    cost: float
-    """All that was ever put in, in quote currency."""
-    entries: tuple[Entry, ...] = ()
-    """What was bought, with fees and order ids where an exchange took part."""
-    reductions: tuple[Reduction, ...] = ()
-    """Partial closes."""
-    execution: Execution | None = None
-    """Fee and order ids of the close; None until then, and in a backtest, where nothing is sent."""
-    opened_at_ms: int | None = None
-    closed_at_ms: int | None = None
-    updated_at_ms: int
-    """Simulation time of the event that this is the state after."""
-    current_price: float
-    pnl_pct: float | None = None
-    """After fees and slippage, once it is closed."""
-    pnl_cost: float | None = None
-    fees: float | None = None
-    """All fees in quote currency, once it is closed."""
-    peak_pct: float | None = None
-    fall_pct: float | None = None
-    close_reason: str | None = None
-    """Why it was closed, or why its entry was cancelled."""
-    close_note: str = ""
+    event: Lasting
+
+    entry = Inner[RestingEntry]("event.entry")
+    """What was to be bought; once the position is open, at the price and for the cost of its first fill."""
+    updated_at_ms = Inner[int]("event.when_ms")
+    """Simulation time of the event."""
+    current_price = Inner[float]("event.price")
+
+    @property
+    def status(self) -> Status:
+        return _STATUS[type(self.event)]
+
+    @property
+    def position(self) -> Position | None:
+        """None while the entry rests, and once it was cancelled."""
+        return None if isinstance(self.event, EntryScheduled | EntryCancelled) else self.event.position
+
+    @property
+    def trade(self) -> Trade | None:
+        """None until it is closed."""
+        return self.event.trade if isinstance(self.event, PositionClosed) else None
+
+    @property
+    def price_open(self) -> float:
+        """Of the first entry, or what a resting entry waits for; of a closed position the effective price of all."""
+        return self.entry.price_open if self.trade is None else self.trade.price_open
+
+    @property
+    def price_close(self) -> float | None:
+        """None until it is closed."""
+        return None if self.trade is None else self.trade.price_close
+
+    @property
+    def pnl_pct(self) -> float | None:
+        """In percent after fees and slippage, once it is closed."""
+        return None if self.trade is None else self.trade.pnl_pct
+
+    @property
+    def close_reason(self) -> str | None:
+        """Why it was closed, or why its entry was cancelled."""
+        if isinstance(self.event, EntryCancelled):
+            return self.event.reason
+        return None if self.trade is None else self.trade.close_reason
 
     @property
     def updated_at(self) -> datetime:
         return to_datetime(self.updated_at_ms)
 
 
-def signal_after(event: Event) -> StoredSignal | None:
-    """The signal as it is after `event`, or None if that is about no signal."""
-    match event:
-        case EntryScheduled():
-            return _resting(event.entry, "scheduled", event.when_ms, event.price)
-        case EntryCancelled():
-            return _resting(event.entry, "cancelled", event.when_ms, event.price, event.reason)
-        case PositionOpened() | PositionChanged():
-            return _open(event.position, event.when_ms, event.price)
-        case PositionClosed():
-            return _closed(event.trade, event.when_ms, event.price)
-        case _:
-            return None
+_STATUS: Final[dict[type[Lasting], Status]] = {
+    EntryScheduled: "scheduled",
+    EntryCancelled: "cancelled",
+    PositionOpened: "opened",
+    PositionChanged: "opened",
+    PositionClosed: "closed",
+}
+
+
+def stored_signal(value: Plain) -> StoredSignal:
+    """The signal that a record of storage or recent holds.
+
+    Raises:
+        Damaged: it is not one.
+    """
+    return decode_as(StoredSignal, {"event": value})
 
 
 def signal_writes(events: Iterable[Event]) -> list[Write]:
@@ -100,13 +111,11 @@ def signal_writes(events: Iterable[Event]) -> list[Write]:
     signals: dict[Key, Write] = {}
     last: dict[Key, Write] = {}
     for event in events:
-        signal = signal_after(event)
-        if signal is None:
-            continue
-        value, when_ms, identity = encode(signal), event.when_ms, event.identity
-        own, place = (identity.mode == "backtest", signal.signal_id), _recent_key(identity)
-        signals[own] = Write(STORAGE, own, value, when=when_ms)
-        last[place] = Write(RECENT, place, value, when=when_ms)
+        if isinstance(event, Lasting):
+            identity, value = event.identity, encode(event)
+            own, place = (identity.mode == "backtest", event.entry.signal_id), _recent_key(identity)
+            signals[own] = Write(STORAGE, own, value, when=event.when_ms)
+            last[place] = Write(RECENT, place, value, when=event.when_ms)
     return [*signals.values(), *last.values()]
 
 
@@ -130,7 +139,8 @@ class Storage:
             UserError: a backtest without its run id.
             Damaged, RetryLater: as `Store.get`.
         """
-        return _signal(await self._scope(mode, run_id, when).read(STORAGE, (mode == "backtest", signal_id)))
+        record = await self._scope(mode, run_id, when).read(STORAGE, (mode == "backtest", signal_id))
+        return None if record is None else stored_signal(record.value)
 
     async def list(
         self,
@@ -158,7 +168,7 @@ class Storage:
             )
 
         scope = self._scope(mode, run_id, when)
-        return await newest(scope, STORAGE, (mode == "backtest",), StoredSignal, wanted, limit)
+        return await newest(scope, STORAGE, (mode == "backtest",), stored_signal, wanted, limit)
 
 
 class Recent:
@@ -185,13 +195,15 @@ class Recent:
             Damaged, RetryLater: as `Store.get`.
         """
         identity = Identity(symbol, strategy_name, exchange_name, frame_name, mode)
-        return _signal(await self._scope(mode, run_id, when).read(RECENT, _recent_key(identity)))
+        record = await self._scope(mode, run_id, when).read(RECENT, _recent_key(identity))
+        return None if record is None else stored_signal(record.value)
 
 
 async def newest(
-    scope: Scope, row: Contract, prefix: Key, kind: type[S], wanted: Callable[[S], bool], limit: int | None
+    scope: Scope, row: Contract, prefix: Key, read: Callable[[Plain], S], wanted: Callable[[S], bool], limit: int | None
 ) -> list[S]:
-    """What this moment sees of a feed as far as it is `wanted`, the newest first; no more than `limit`, of 0 none.
+    """What this moment sees of a feed, as `read` takes it, as far as it is `wanted`: the newest first, no more than
+    `limit`, of 0 none.
 
     Raises:
         UserError: `limit` is below 0.
@@ -206,7 +218,7 @@ async def newest(
         count = 0
         async for record in scope.store(row).scan(row, prefix, limit=most, newest_first=True):
             count += 1
-            if scope.sees(record) and wanted(each := decode_as(kind, record.value)):
+            if scope.sees(record) and wanted(each := read(record.value)):
                 found.append(each)
                 if len(found) == limit:
                     return found
@@ -226,16 +238,13 @@ def follows(write: Write, found: Record) -> bool:
     return not found.later_than(write.when)
 
 
-def _outcome(value: Plain) -> tuple[Plain, bool]:
-    """Of which signal a value is, and whether that is over."""
-    fields = value if isinstance(value, dict) else {}
-    return fields.get("signalId"), fields.get("status") in _OVER
-
-
-def _signal(record: Record | None) -> StoredSignal | None:
-    if record is None:
-        return None
-    return decode_as(StoredSignal, record.value)
+def _outcome(value: Plain) -> tuple[str, bool]:
+    """Of which signal a value is, and whether that is over. What cannot be read says neither."""
+    try:
+        signal = stored_signal(value)
+    except Damaged:
+        return "", False
+    return signal.signal_id, signal.status in _OVER
 
 
 def _recent_key(identity: Identity) -> Key:
@@ -246,39 +255,3 @@ def _recent_key(identity: Identity) -> Key:
         identity.symbol,
         identity.mode == "backtest",
     )
-
-
-def _resting(
-    entry: RestingEntry, status: Status, when_ms: int, price: float, reason: str | None = None
-) -> StoredSignal:
-    return StoredSignal(
-        **shared(entry, StoredSignal),
-        status=status,
-        original_price_open=entry.price_open,
-        original_price_take_profit=entry.price_take_profit,
-        original_price_stop_loss=entry.price_stop_loss,
-        closed_at_ms=when_ms if status == "cancelled" else None,
-        updated_at_ms=when_ms,
-        current_price=price,
-        close_reason=reason,
-    )
-
-
-def _open(position: Position, when_ms: int, price: float) -> StoredSignal:
-    in_force = {"price_take_profit": position.take_profit, "price_stop_loss": position.stop_loss}
-    return StoredSignal(
-        **{**shared(position, StoredSignal), **in_force},
-        status="opened",
-        original_price_open=position.price_open,
-        original_price_take_profit=position.price_take_profit,
-        original_price_stop_loss=position.price_stop_loss,
-        cost=position.cost,
-        updated_at_ms=when_ms,
-        current_price=price,
-        peak_pct=position.peak.pnl_pct,
-        fall_pct=position.fall.pnl_pct,
-    )
-
-
-def _closed(trade: Trade, when_ms: int, price: float) -> StoredSignal:
-    return StoredSignal(**shared(trade, StoredSignal), status="closed", updated_at_ms=when_ms, current_price=price)

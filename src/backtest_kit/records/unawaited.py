@@ -1,4 +1,4 @@
-"""Finds what the user's code has called and never awaited: without `await` a command is silently not carried out."""
+"""Finds calls of the user's code that were never awaited: a command without `await` silently does nothing."""
 
 from __future__ import annotations
 
@@ -63,20 +63,20 @@ def watch(calls: Calls) -> None:
 
 
 def forgotten(calls: Calls) -> str:
-    """Which calls can never be awaited any more, in words; empty if none. Those are taken out.
+    """Which calls can never be awaited any more, as text; empty if none. Those are taken out.
 
-    One that somebody still holds, such as a task that has not had its turn yet, may be awaited later.
+    One that is still referenced, such as by a task that has not run yet, may be awaited later.
     """
     return _taken_out(calls, [made for made, call in calls.items() if call.coroutine() is None])
 
 
 def not_begun(calls: Calls) -> str:
-    """Which calls were not awaited so far, in words; empty if none. They are taken out."""
+    """Which calls were not awaited so far, as text; empty if none. They are taken out."""
     return _taken_out(calls, list(calls))
 
 
 def used_unawaited(error: BaseException) -> str:
-    """Which call made the coroutine that an error in the user's code is about, in words; empty if it is about none.
+    """Which call made the coroutine that an error in the user's code is about, as text; empty if it is about none.
 
     `ctx.candles` is called too often to be noted. `.close` of what it returns is a column, and of a coroutine a method.
     """

@@ -43,7 +43,8 @@ _OF_TRADES: Final = {
     "peak_pct": FLOAT,
     "fall_pct": FLOAT,
 }
-"""The columns in their order; a time is read from the trade's field of the same name with `_ms`."""
+"""The columns in their order; a time is read from the trade's field of the same name with `_ms`, the position from its
+side."""
 
 
 class Frame:
@@ -103,11 +104,9 @@ class Frame:
 
 def trades_frame(trades: Sequence[Trade]) -> Frame:
     """One row per trade."""
+    fields = {name: f"{name}_ms" if kind == TIME else name for name, kind in _OF_TRADES.items()} | {"position": "side"}
     return Frame(
-        {
-            name: (kind, [getattr(trade, f"{name}_ms" if kind == TIME else name) for trade in trades])
-            for name, kind in _OF_TRADES.items()
-        }
+        {name: (kind, [getattr(trade, fields[name]) for trade in trades]) for name, kind in _OF_TRADES.items()}
     )
 
 

@@ -45,7 +45,7 @@ def dump_results(results: Sequence[ResultValues]) -> bytes:
 
 
 def load_results(path: Path, kind: type[R]) -> list[R]:
-    """What `dump_results` wrote to `path`; reports of it are saved beside the file. Blocks on the disk.
+    """What `dump_results` wrote to `path`; reports of it are saved next to the file. Blocks on the disk.
 
     Raises:
         UserError: there is no such file, or it holds something else.

@@ -105,7 +105,7 @@ def reason_table(trades: Sequence[Trade]) -> Table:
 
 
 def remarks(results: ResultSet[ResultValues]) -> list[str]:
-    """What a reader must know before he trusts the figures, a sentence each."""
+    """What to know before trusting the figures, a sentence each."""
     sentences = []
     unfinished = [trade for trade in results.trades if trade.close_reason == "frame_end"]
     if unfinished:
@@ -187,7 +187,7 @@ class TradeColumn(NamedTuple):
 TRADE_COLUMNS: Final = (
     TradeColumn("Signal ID", lambda trade: trade.signal_id, numeric=False),
     TradeColumn("Symbol", lambda trade: trade.symbol, numeric=False),
-    TradeColumn("Position", lambda trade: trade.position, numeric=False),
+    TradeColumn("Position", lambda trade: trade.side, numeric=False),
     TradeColumn("Note", lambda trade: trade.note, numeric=False),
     TradeColumn("Open Price", lambda trade: price(trade.price_open)),
     TradeColumn("Close Price", lambda trade: price(trade.price_close)),

@@ -38,7 +38,7 @@ class ResultValues(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=Tru
     candles_used: int = 0
     """Minutes that were read, history before the frame included."""
     stopped: bool = False
-    """Whether it was told to stop before the frame's end; `stop_ms` is then the minute it came to."""
+    """Whether it was stopped before the frame's end; `stop_ms` is then its last minute."""
     candles_fetched: int = 0
     """Those of them that came from the source; the others were in the cache."""
     report_path: Path = Path("dump/backtest")

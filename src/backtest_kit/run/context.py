@@ -8,7 +8,7 @@ from datetime import datetime
 from backtest_kit.errors import UserError
 from backtest_kit.market.history import History
 from backtest_kit.model.candle import CandleSeries
-from backtest_kit.model.event import Identity, Mode
+from backtest_kit.model.identity import Identity, Mode
 from backtest_kit.model.interval import to_datetime, to_ms
 from backtest_kit.model.price import price_text
 from backtest_kit.records import RunRecords

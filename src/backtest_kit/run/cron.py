@@ -13,7 +13,7 @@ import msgspec
 
 from backtest_kit.errors import UserError
 from backtest_kit.events import Handler, Listener, as_listener
-from backtest_kit.model.event import Identity, Mode
+from backtest_kit.model.identity import Identity, Mode
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, interval_ms, iso, to_datetime
 from backtest_kit.run.schema import check_name
 

@@ -29,7 +29,6 @@ from backtest_kit.model.event import (
     RiskRejected,
 )
 from backtest_kit.model.interval import iso
-from backtest_kit.model.position import RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.records import RunRecords
 from backtest_kit.records.unawaited import Calls, forgotten, not_begun, used_unawaited, watch
@@ -48,11 +47,11 @@ ON_DEMAND: Final = (
     FallReached,
     Progress,
 )
-"""Events that are only made where somebody listens: each of them stops a replay's skip-ahead more often."""
+"""Events that are only made where they are listened to: each of them stops a replay's skip-ahead more often."""
 
 
 class RiskGate(Protocol):
-    """Who answers for the risk profiles of a run."""
+    """The risk profiles of a run."""
 
     async def refusal(self, signal: Signal, price: float, when_ms: int) -> tuple[str, str] | None:
         """(profile, reason) of the first validation that refuses, or None if all profiles allow."""
@@ -60,7 +59,7 @@ class RiskGate(Protocol):
 
 
 class Flags(Protocol):
-    """What the handle of a run has asked for."""
+    """What the handle of a run has set."""
 
     @property
     def stopping(self) -> bool: ...
@@ -70,15 +69,15 @@ class Flags(Protocol):
 
 
 class RunHooks:
-    """What a run does beside telling its listeners. A backtest counts its trades, a live run much more."""
+    """What a run does around its events, and about errors of the user's code."""
 
-    def account(self, event: Event) -> None:
-        """Take note of an event, before anybody hears of it."""
+    def on_event(self, event: Event) -> None:
+        """Before an event is published."""
 
-    def told(self, event: Event) -> None:
-        """Everybody has heard of it."""
+    def on_published(self, event: Event) -> None:
+        """All handlers have had it."""
 
-    async def failed(self, what: str, error: Exception) -> None:
+    async def on_error(self, what: str, error: Exception) -> None:
         """The user's code raised. Raises it again where that ends the run."""
         raise error
 
@@ -92,11 +91,11 @@ class Minute:
         strategy: StrategySchema,
         bus: EventBus,
         cron: Cron,
-        seat: RiskGate | None,
+        risk_gate: RiskGate | None,
         flags: Flags,
         history_of: HistoryOf,
         records: RunRecords,
-        watcher: RunHooks,
+        hooks: RunHooks,
     ) -> None:
         self._run_state = run_state
         self._identity = run_state.rules.identity
@@ -104,18 +103,18 @@ class Minute:
         self._strategy = strategy
         self._bus = bus
         self._cron = cron
-        self._seat = seat
+        self._risk_gate = risk_gate
         self._flags = flags
         self._history_of = history_of
         self._records = records
-        self._watcher = watcher
+        self._hooks = hooks
         self._calls: Calls = {}
         self.decisions = Decisions()
         self._wanted: Wanted = frozenset()
         self._bus_version = -1
 
     def wanted(self) -> Wanted:
-        """The events on demand that somebody listens to now."""
+        """The events on demand that are listened to now."""
         if self._bus_version != self._bus.version:
             self._bus_version = self._bus.version
             identity = self._identity
@@ -133,10 +132,10 @@ class Minute:
         """What the user's code is given at this minute."""
         return Context(self._identity, self._run_state, self._history_of, self._records)
 
-    async def act(self, wanted: Wanted, told: list[Event], *, since_ms: int, settled: bool = False) -> None:
-        """Act, tell who listens, and add to `told` what happened for good.
+    async def act(self, wanted: Wanted, happened: list[Event], *, since_ms: int, settled: bool = False) -> None:
+        """Act, publish the events, and add to `happened` those that are for good.
 
-        The market comes first: nobody's command can undo what this minute's range has touched. Then cron,
+        The market comes first: no command can undo what this minute's range has touched. Then cron,
         whose work a decision of the same minute may build on, and last the strategy.
 
         Args:
@@ -148,39 +147,39 @@ class Minute:
         if not was_flat and not settled:
             rejected = await self._check_activation()
             for event in (*rejected, *await run_state.apply(partial(self._stepped, wanted, bool(rejected)))):
-                await self.tell(event, told)
+                await self.publish(event, happened)
         boundary_ms = self._cron.next_boundary(since_ms, self._identity.symbol)
         if boundary_ms is not None and boundary_ms <= run_state.tick.when_ms:
             fire = partial(self._cron.fire, run_state.tick.when_ms, self._identity, self.context(), since_ms=since_ms)
             await self._call("a cron handler", fire)
-            await self.tell_commands(told)
+            await self.publish_commands(happened)
         if was_flat and not settled and isinstance(run_state.state, Flat) and self._asks(run_state.state):
-            for event in await self._decide(run_state.state):
-                await self.tell(event, told)
+            for event in await self._enter(run_state.state):
+                await self.publish(event, happened)
         if self._strategy.manage is not None and not isinstance(run_state.state, Flat):
             await self._call("manage", partial(self._strategy.manage, self.context()))
         if run_state.events:
-            await self.tell_commands(told)
+            await self.publish_commands(happened)
 
-    async def tell(self, event: Event, told: list[Event]) -> None:
-        """Count an event, hand it to its listeners, and go on with what their commands have caused."""
-        watcher = self._watcher
-        watcher.account(event)
+    async def publish(self, event: Event, happened: list[Event]) -> None:
+        """Hand an event to its listeners, and then what their commands have caused."""
+        hooks = self._hooks
+        hooks.on_event(event)
         if isinstance(event, EntryCancelled):
             self.decisions.count(self.decisions.cancelled, event.reason)
         if not isinstance(event, ON_DEMAND):
-            told.append(event)
+            happened.append(event)
         if self._bus.listened:
-            await self._call("a handler", partial(self._bus.emit, event, self.context(), failed=watcher.failed))
-            watcher.told(event)
-            await self.tell_commands(told)
+            await self._call("a handler", partial(self._bus.emit, event, self.context(), failed=hooks.on_error))
+            hooks.on_published(event)
+            await self.publish_commands(happened)
         else:
-            watcher.told(event)
+            hooks.on_published(event)
 
-    async def tell_commands(self, told: list[Event]) -> None:
-        """Tell what commands, and the books, have caused since the last look."""
+    async def publish_commands(self, happened: list[Event]) -> None:
+        """Publish what commands and orders have caused since the last time."""
         for caused in self._run_state.take_events():
-            await self.tell(caused, told)
+            await self.publish(caused, happened)
 
     def _stepped(self, wanted: Wanted, refused: bool, state: State) -> tuple[State, tuple[Event, ...]]:
         if refused and isinstance(state, Resting):
@@ -188,13 +187,13 @@ class Minute:
         return step(state, self._run_state.tick, self._run_state.rules, wanted)
 
     async def _check_activation(self) -> tuple[Event, ...]:
-        """A resting entry that is reached asks its risk profiles once more: the world has moved on since."""
+        """The risk profiles are asked once more about a resting entry that is reached: they have changed since."""
         run_state = self._run_state
-        if self._seat is None or not isinstance(run_state.state, Resting):
+        if self._risk_gate is None or not isinstance(run_state.state, Resting):
             return ()
         if not activates(run_state.state, run_state.tick, run_state.rules):
             return ()
-        return await self.refusal(as_signal(run_state.state.entry))
+        return await self.refusal(run_state.state.entry.signal)
 
     def _asks(self, state: Flat) -> bool:
         run_state = self._run_state
@@ -204,8 +203,8 @@ class Minute:
             and decision_due(state, run_state.tick.when_ms, run_state.rules)
         )
 
-    async def _decide(self, state: Flat) -> tuple[Event, ...]:
-        """Ask the strategy, check its answer, ask the risk profiles about it, and act on it."""
+    async def _enter(self, state: Flat) -> tuple[Event, ...]:
+        """Call the strategy, check its signal, ask the risk profiles about it, and act on it."""
         run_state, signal, rejected = self._run_state, None, tuple[Event, ...]()
         try:
             self.decisions.called += 1
@@ -218,7 +217,7 @@ class Minute:
                 check_signal(signal, self._identity, run_state.tick.price, run_state.tick.when_ms, self._settings)
                 rejected = await self.refusal(signal)
         except Exception as error:
-            await self._watcher.failed("get_signal", error)
+            await self._hooks.on_error("get_signal", error)
             if isinstance(error, RetryLater):
                 return ()  # what was away may be back at the next minute
             # The slot is used up all the same: what raises would raise again at every minute.
@@ -234,11 +233,11 @@ class Minute:
         return admit(state, signal, self._run_state.tick, self._run_state.rules)
 
     async def refusal(self, signal: Signal) -> tuple[Event, ...]:
-        """What to tell if a risk profile refuses the signal; nothing if all allow it."""
-        if self._seat is None:
+        """The event of a risk profile that refuses the signal; nothing if all allow it."""
+        if self._risk_gate is None:
             return ()
         tick = self._run_state.tick
-        refusal = await self._seat.refusal(signal, tick.price, tick.when_ms)
+        refusal = await self._risk_gate.refusal(signal, tick.price, tick.when_ms)
         if refusal is None:
             return ()
         risk_name, reason = refusal
@@ -275,7 +274,7 @@ class Minute:
         try:
             await self._by_user(what, call)
         except Exception as error:
-            await self._watcher.failed(what, error)
+            await self._hooks.on_error(what, error)
 
     async def _by_user(self, what: str, call: Callable[[], object], deadline: asyncio.Timeout | None = None) -> object:
         """What the user's function returns, awaited if need be.
@@ -308,23 +307,9 @@ class Minute:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            raise UserError(f"{self._place(what)} raised CancelledError, and nobody had cancelled it") from error
+            raise UserError(f"{self._place(what)} raised CancelledError, but nothing had cancelled it") from error
 
     def _place(self, what: str) -> str:
         identity = self._identity
         when = iso(self._run_state.tick.when_ms)
         return f"{what} of strategy {identity.strategy_name!r} for {identity.symbol} at {when}"
-
-
-def as_signal(entry: RestingEntry) -> Signal:
-    """The signal that a resting entry came from."""
-    return Signal(
-        position=entry.position,
-        price_take_profit=entry.price_take_profit,
-        price_stop_loss=entry.price_stop_loss,
-        price_open=entry.price_open,
-        minutes=entry.minutes,
-        cost=entry.cost,
-        note=entry.note,
-        id=entry.signal_id,
-    )

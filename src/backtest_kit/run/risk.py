@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from backtest_kit.errors import UserError
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
+from backtest_kit.model.inner import Inner
 from backtest_kit.model.interval import to_datetime
-from backtest_kit.model.position import Direction, Position, RestingEntry
+from backtest_kit.model.position import OfSignal, Position, RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.run.lockstep import Lockstep
 
@@ -21,21 +22,19 @@ if TYPE_CHECKING:
     from backtest_kit.run.schema import RiskSchema
 
 
-class ActivePosition(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+class ActivePosition(OfSignal, frozen=True, kw_only=True):
     """A position, or a resting entry with its place reserved, that counts under a risk profile."""
 
-    strategy_name: str
-    exchange_name: str
-    frame_name: str
-    symbol: str
-    position: Direction
-    price_open: float
-    price_take_profit: float
-    price_stop_loss: float
-    minutes: float
+    entry: RestingEntry
     cost: float
+    """All that was put in so far, in quote currency."""
     opened_at_ms: int
     """When it was opened, or placed while it rests."""
+
+    price_open = Inner[float]("entry.price_open")
+    price_take_profit = Inner[float]("entry.price_take_profit")
+    price_stop_loss = Inner[float]("entry.price_stop_loss")
+    minutes = Inner[float]("entry.minutes")
 
 
 class RiskRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,16 +193,6 @@ async def judge(
 
 def active(held: Position | RestingEntry) -> ActivePosition:
     """How a position or a resting entry counts under a risk profile."""
-    return ActivePosition(
-        strategy_name=held.strategy_name,
-        exchange_name=held.exchange_name,
-        frame_name=held.frame_name,
-        symbol=held.symbol,
-        position=held.position,
-        price_open=held.price_open,
-        price_take_profit=held.price_take_profit,
-        price_stop_loss=held.price_stop_loss,
-        minutes=held.minutes,
-        cost=held.cost,
-        opened_at_ms=held.opened_at_ms if isinstance(held, Position) else held.scheduled_at_ms,
-    )
+    if isinstance(held, Position):
+        return ActivePosition(entry=held.entry, cost=held.cost, opened_at_ms=held.opened_at_ms)
+    return ActivePosition(entry=held, cost=held.cost, opened_at_ms=held.scheduled_at_ms)

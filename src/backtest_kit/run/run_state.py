@@ -15,8 +15,9 @@ from backtest_kit.engine.step import Flat, Holding, Resting, Rules, State, Tick
 from backtest_kit.errors import UserError
 from backtest_kit.model.event import Change, Event, PositionChanged
 from backtest_kit.model.interval import MINUTE_MS, to_datetime
-from backtest_kit.model.position import Direction, Entry, Extreme, Position, Reduction, RestingEntry
+from backtest_kit.model.position import Entry, Extreme, Position, Reduction, RestingEntry
 from backtest_kit.model.price import price_text
+from backtest_kit.model.signal import Direction
 from backtest_kit.records.unawaited import must_await
 
 FULLY_REDUCED = "full_partial_close"
@@ -42,17 +43,17 @@ Act = Callable[[State], tuple[State, tuple[Event, ...]]]
 Raises `commands.Refused` where the state or the market does not allow it."""
 
 
-class Books(Protocol):
-    """Where a run that may be killed writes down what is done, before it is done."""
+class Executor(Protocol):
+    """Carries out changes of state in a run that may be killed."""
 
-    async def settle(self, act: Act, command: Change | None = None) -> tuple[Event, ...]:
-        """Do `act`: write it down, have the venue do its part, and set the state. Returns what happened.
+    async def execute(self, act: Act, command: Change | None = None) -> tuple[Event, ...]:
+        """Do `act`: write it down, have the exchange do its part, and set the state. Returns what happened.
 
         `command` says which of the commands that change a position it is, if one. Given again after a crash, because
         its minute is gone through again, it is not carried out twice.
 
         Raises:
-            commands.Refused: `act` was not possible, or the venue refused it.
+            commands.Refused: `act` was not possible, or the exchange refused it.
         """
         ...
 
@@ -60,19 +61,19 @@ class Books(Protocol):
 class RunState:
     """The state of one run, the minute it is at, and what commands have caused since the last look."""
 
-    __slots__ = ("books", "events", "rules", "state", "tick")
+    __slots__ = ("events", "executor", "rules", "state", "tick")
 
-    def __init__(self, rules: Rules, books: Books | None = None) -> None:
+    def __init__(self, rules: Rules, executor: Executor | None = None) -> None:
         self.rules = rules
-        self.books = books
+        self.executor = executor
         self.state: State = Flat()
         self.tick = Tick(0, 0.0, 0.0, 0.0, 0.0, 0.0)
         self.events: list[Event] = []
 
     async def apply(self, act: Act, command: Change | None = None) -> tuple[Event, ...]:
-        """Change the state, and return what happened: at once, or as the books have it."""
-        if self.books is not None:
-            return await self.books.settle(act, command)
+        """Change the state, and return what happened."""
+        if self.executor is not None:
+            return await self.executor.execute(act, command)
         self.state, events = act(self.state)
         return events
 
@@ -114,9 +115,9 @@ class PositionView:
         return self._last.signal_id
 
     @property
-    def position(self) -> Direction:
+    def side(self) -> Direction:
         """ "long" or "short"."""
-        return self._last.position
+        return self._last.side
 
     @property
     def price_open(self) -> float:
@@ -291,11 +292,11 @@ class PositionView:
 
     def _profit(self) -> tuple[float, float]:
         value, run_state = self.value, self._run_state
-        return profit(value.position, value.entries, value.reductions, run_state.tick.price, run_state.rules.settings)
+        return profit(value.side, value.entries, value.reductions, run_state.tick.price, run_state.rules.settings)
 
     def __repr__(self) -> str:
         start = price_text(self.price_open)
-        return f"PositionView({self.position} {self._last.symbol} from {start}, {self.pnl_pct:+.2f} %)"
+        return f"PositionView({self.side} {self._last.symbol} from {start}, {self.pnl_pct:+.2f} %)"
 
 
 class EntryView:
@@ -339,8 +340,8 @@ class EntryView:
         if not isinstance(state, Resting) or state.entry.signal_id != self.value.signal_id:
             raise commands.Refused(f"entry {self.value.signal_id} rests no more")
         if state.order:
-            raise commands.Refused(f"entry {self.value.signal_id} is already told to {state.order}")
+            raise commands.Refused(f"entry {self.value.signal_id} already has the command to {state.order}")
         return msgspec.structs.replace(state, order=order), ()
 
     def __repr__(self) -> str:
-        return f"EntryView({self.value.position} {self.value.symbol} at {price_text(self.value.price_open)})"
+        return f"EntryView({self.value.side} {self.value.symbol} at {price_text(self.value.price_open)})"

@@ -63,7 +63,7 @@ class StoreCheck:
         """
         for each in await self._judge():
             if each.status in (Status.WARNING, Status.DEGRADED):
-                _log.warning("%s is %s: %s %s", each.subject, each.status.value, each.says, each.remedy)
+                _log.warning("%s is %s: %s %s", each.subject, each.status.value, each.detail, each.remedy)
 
     async def stop(self) -> None:
         """Nothing to let go of."""

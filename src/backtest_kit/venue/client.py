@@ -211,7 +211,7 @@ class VenueBroker(Broker):
 
     async def check_position(self, position: Position) -> Fill | None:
         wish = self._wish(signal_id=position.signal_id, symbol=position.symbol)
-        wish = msgspec.structs.replace(wish, direction=position.position, since_ms=position.opened_at_ms)
+        wish = msgspec.structs.replace(wish, direction=position.side, since_ms=position.opened_at_ms)
         return await self._ask("check-position", wish, _MAYBE_FILL)
 
     async def check_entry(self, entry: RestingEntry) -> Fill | None:

@@ -14,7 +14,7 @@ import msgspec
 from backtest_kit.broker.base import Fill, Order, OrderReport, VenuePosition
 from backtest_kit.broker.order_ids import NO_STORE, SignalIds
 from backtest_kit.errors import Outcome
-from backtest_kit.model.position import Direction
+from backtest_kit.model.signal import Direction
 from backtest_kit.venue.account import ZERO
 from backtest_kit.venue.exchange import Exchange
 from backtest_kit.venue.faults import Strike

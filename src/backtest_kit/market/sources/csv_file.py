@@ -49,8 +49,8 @@ def csv(path: str | Path) -> CandleSource:
     Columns are found by their header, in any case and order: timestamp (or time, date, open_time ...),
     open, high, low, close, volume, or o, h, l, c, v. Timestamps are open times: ISO 8601, or epochs in
     s, ms, us or ns, each told by its magnitude. Downloads of Binance need no header. With a `symbol`
-    column the rows of the asked symbol are served; with `{symbol}` in the path (`data/{symbol}.csv.gz`)
-    every symbol has a file of its own; otherwise the file is that of whichever symbol is asked for.
+    column the rows of the requested symbol are served; with `{symbol}` in the path (`data/{symbol}.csv.gz`)
+    every symbol has a file of its own; otherwise the file serves any symbol.
 
     The file is read at the first request and kept. A file that cannot serve candles raises UserError.
     """

@@ -17,7 +17,7 @@ from backtest_kit.model.candle import COLUMNS, NO_TIME, CandleSeries
 from backtest_kit.model.interval import MINUTE_MS, interval_ms
 
 SYMBOL: Final = "symbol"
-"""The column that some files have beside those of candles."""
+"""The column that some files have next to those of candles."""
 _ALIASES: Final = {
     "timestamp": ("timestamp", "time", "datetime", "date", "open_time", "opentime", "ts", "unix", "t"),
     "open": ("open", "o", "open_price"),

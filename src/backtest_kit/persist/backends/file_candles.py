@@ -97,7 +97,7 @@ class FileCandleStore(CandleStore):
         for entry in self._disk.entries(directory):
             if entry.name.endswith(SUFFIX):
                 return series_in(self._disk.read(entry.path))
-        raise Damaged(f"{directory} has candles of a series whose name cannot be told: remove the directory")
+        raise Damaged(f"{directory} has candles of a series whose name is in none of its files: remove the directory")
 
     def _directory(self, series: SeriesKey) -> str:
         key = check_key(CONTRACT, (series.exchange_name, series.symbol, series.interval), prefix=True)

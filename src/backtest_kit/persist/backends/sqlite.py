@@ -35,7 +35,7 @@ class SqliteStore(SqlStore):
         inline: bool = False,
     ) -> None:
         self._file = SqliteFile(Path(path).absolute(), busy_timeout, existing=existing, disk=disk)
-        self._files = FileStore(f"{self.path}.candles", existing=existing)
+        self._files = FileStore(f"{self.path}.candles", existing=existing, inline=inline)
         self.candles = self._files.candles
         super().__init__(Threads(f"SQLite store {self.path}", self._file, existing=existing, inline=inline))
 

@@ -143,7 +143,7 @@ def _mark(trade: Trade, chart: CandleSeries, row: int) -> dict[str, Any]:
         "row": row,
         "from": opened,
         "to": closed,
-        "long": trade.position == "long",
+        "long": trade.side == "long",
         "exit": trade.price_close,
         "outcome": "gain" if trade.pnl_pct > 0 else "loss" if trade.pnl_pct < 0 else "even",
         "text": _in_words(trade),
@@ -156,7 +156,7 @@ def _mark(trade: Trade, chart: CandleSeries, row: int) -> dict[str, Any]:
 
 
 def _in_words(trade: Trade) -> str:
-    words = [f"{trade.position} {price(trade.price_open)} to {price(trade.price_close)}"]
+    words = [f"{trade.side} {price(trade.price_open)} to {price(trade.price_close)}"]
     if len(trade.entries) > 1:
         words[0] += f" in {len(trade.entries)} entries"
     words += [f"{percent(each.percent)} out at {price(each.price)}" for each in trade.reductions]

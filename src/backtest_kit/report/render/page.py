@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing but itself: it opens offline and asks nobody for anything."""
+"""One self-contained HTML page: it opens offline and loads nothing."""
 
 from __future__ import annotations
 

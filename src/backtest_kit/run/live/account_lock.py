@@ -30,7 +30,7 @@ from backtest_kit.persist.store_id import place_of
 
 _log = logging.getLogger("backtest_kit")
 _PATIENCE_S: Final = 10.0
-"""How long to wait for the directory of a symbol, which nobody keeps for longer than a few writes."""
+"""How long to wait for the directory of a symbol, which no process keeps for longer than a few writes."""
 _GUARD: Final = "guard"
 _UNREADABLE: Final = b"\n"
 """The byte that is locked: Windows lets no other process read it."""
@@ -62,7 +62,7 @@ class AccountLock:
             strategy_name: for people.
             directory: where the locks of this user are, `lock_directory()` by default.
         """
-        name = hashlib.sha256(f"{account}\0{_plain(symbol)}".encode()).hexdigest()[:32]
+        name = hashlib.sha256(f"{account}\0{plain_symbol(symbol)}".encode()).hexdigest()[:32]
         self._symbol = symbol
         self._place = (lock_directory() if directory is None else directory) / name
         self._note = _Note(store_id, place, this_process(0), strategy_name)
@@ -112,7 +112,7 @@ class AccountLock:
         for file in sorted(self._place.iterdir()):
             if file.name == _GUARD:
                 continue
-            # Whoever gives a lock back does not wait for the guard: its file may go at any moment.
+            # A process that releases a lock does not wait for the guard: its file may go at any moment.
             with suppress(FileNotFoundError):
                 self._refuse_other(file)
 
@@ -204,5 +204,6 @@ def _alone(guard: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _plain(symbol: str) -> str:
+def plain_symbol(symbol: str) -> str:
+    """The same for all spellings of a market."""
     return "".join(letter for letter in symbol.partition(":")[0] if letter.isalnum()).upper()

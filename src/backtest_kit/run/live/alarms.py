@@ -13,18 +13,18 @@ _log = logging.getLogger("backtest_kit")
 
 
 class Alarms:
-    """Tells of what went wrong at the minute of a run, with the next events of that run."""
+    """Reports what went wrong at the minute of a run, with the next events of that run."""
 
     def __init__(self, run_state: RunState) -> None:
         self._run_state = run_state
         self._identity = run_state.rules.identity
         self._settings = run_state.rules.settings
         self._silent = 0
-        """How often in a row the venue did not tell how an order stands."""
+        """How often in a row the exchange did not say how an order stands."""
 
     def order_failed(self, order: Order, reason: str, next_step: str, *, alarm: bool = False) -> None:
-        """An order did not go through, or nobody knows."""
-        self._tell(
+        """An order did not go through, or its outcome is unknown."""
+        self._publish(
             OrderFailed(
                 identity=self._identity,
                 when_ms=self._run_state.tick.when_ms,
@@ -38,9 +38,9 @@ class Alarms:
         )
 
     def venue_silent(self, order_id: str, error: Exception) -> None:
-        """The venue did not tell how an order, a position or an entry stands; too often is an alarm."""
+        """The exchange did not say how an order, a position or an entry stands; too often is an alarm."""
         self._silent += 1
-        self._tell(
+        self._publish(
             OrderFailed(
                 identity=self._identity,
                 when_ms=self._run_state.tick.when_ms,
@@ -48,24 +48,24 @@ class Alarms:
                 client_order_id=order_id,
                 attempt=self._silent - 1,
                 reason=error_text(error),
-                next_step="the venue is asked again at the next minute",
+                next_step="the exchange is asked again at the next minute",
                 alarm=self._silent > self._settings.CC_ORDER_CHECK_RETRY_ATTEMPTS,
             )
         )
 
     def venue_answered(self) -> None:
-        """The venue has told."""
+        """The exchange has answered."""
         self._silent = 0
 
-    def user_failed(self, what: str, error: Exception, *, tell: bool) -> None:
-        """Code of the user raised; without `tell` only the log has it."""
+    def user_failed(self, what: str, error: Exception, *, publish: bool) -> None:
+        """Code of the user raised; without `publish` only the log has it."""
         identity = self._identity
         event = StrategyFailed(identity=identity, when_ms=self._run_state.tick.when_ms, what=what, error=error)
         _log.error(
             "%s of %s: %s", identity.strategy_name, identity.symbol, describe(event), exc_info=error,
-            extra={"event": event} if tell else None,
+            extra={"event": event} if publish else None,
         )  # fmt: skip
-        if tell:
+        if publish:
             self._run_state.events.append(event)
 
     def store_changed(self, degraded: str, *, kept: bool) -> None:
@@ -78,7 +78,7 @@ class Alarms:
         _log.log(level, "%s: %s", identity.symbol, describe(event), extra={"event": event})
         self._run_state.events.append(event)
 
-    def _tell(self, event: OrderFailed) -> None:
+    def _publish(self, event: OrderFailed) -> None:
         level = logging.ERROR if event.alarm else logging.WARNING
         _log.log(level, "%s: %s", event.symbol, describe(event), extra={"event": event})
         self._run_state.events.append(event)

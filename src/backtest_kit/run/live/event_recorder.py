@@ -17,13 +17,13 @@ _MOST: Final = 1000
 """Notes that wait for the store; beyond it the oldest are let go of."""
 
 RecordWriter = Callable[[Sequence[Event]], Awaitable[None]]
-"""Takes events that are written down into records of its own. Told again of what it may have had already."""
+"""Takes events that are written down into records of its own. Gets again what it may have had already."""
 
 _log = logging.getLogger("backtest_kit")
 
 
 class EventRecorder:
-    """Tells the records what happened. What the store does not take keeps nobody from trading, and people hear of
+    """Writes events into the records. What the store does not take stops no trading, and people hear of
     it all the same: the sinks get it at once, and the records with the next minute that they can be written."""
 
     def __init__(self, records: RunRecords, observers: Sequence[RecordWriter]) -> None:
@@ -33,7 +33,7 @@ class EventRecorder:
         self._noting = asyncio.Lock()
 
     async def take_in(self, events: Sequence[Event]) -> bool:
-        """Hand over what the books have in their outbox. False where somebody could not take it, and must be told
+        """Hand over the outbox. False where a writer could not take it, and must get it
         again, before or after a restart."""
         if not await self._observed(events):
             return False
@@ -46,7 +46,7 @@ class EventRecorder:
         return True
 
     async def note(self, *events: Event) -> None:
-        """Hand over what no book keeps: refusals, failures, how a run begins and ends; and what waits of that."""
+        """Hand over what no position state keeps: refusals, failures, begin and end of a run; and what waits."""
         self._waiting += (event for event in events if not isinstance(event, Lasting))
         del self._waiting[:-_MOST]
         async with self._noting:

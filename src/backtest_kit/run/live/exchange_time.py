@@ -1,4 +1,4 @@
-"""What time it is at a venue, and how wrong the clock of this machine is."""
+"""What time it is at an exchange, and how wrong the clock of this machine is."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from backtest_kit.market.clock import Clock, SystemClock
 from backtest_kit.market.sources import CandleSource
 
 _EVERY_S: Final = 600.0
-"""How often the venue is asked."""
+"""How often the exchange is asked."""
 _AT_ONCE_S: Final = 5.0
 """And how often at most, because the clock was set."""
 _PATIENCE_S: Final = 5.0
 _TRIES: Final = 3
 """How often it is asked, where it answers too slowly."""
 _SLOW_S: Final = 1.0
-"""A round trip beyond which the answer is no measurement: nobody knows which half of it took the time."""
+"""A round trip beyond which the answer is no measurement: it is unknown which half of it took the time."""
 DRIFT_MS: Final = 1000
-"""From where on a clock is wrong enough to be told of."""
+"""From where on a clock is wrong enough to be reported."""
 _log = logging.getLogger("backtest_kit")
 
 
@@ -33,14 +33,14 @@ class VenueTime:
         self.source = source
         self.clock = clock
         self.drift_ms: int | None = None
-        """How far the venue's clock is ahead of this machine's; None where it does not tell."""
+        """How far the exchange's clock is ahead of this machine's; None where it does not say."""
         self._exchange_name = exchange_name
         self._asked_s = -_EVERY_S
         self._told_ms = 0
         """The drift that was complained of."""
 
     async def measure(self, *, at_once: bool = False) -> None:
-        """Ask the venue for its time, unless somebody has lately. Its silence changes nothing, and
+        """Ask the exchange for its time, unless another run has lately. Its silence changes nothing, and
         neither does an answer that was under way for more than a second."""
         now_s = time.monotonic()
         if now_s - self._asked_s < (_AT_ONCE_S if at_once else _EVERY_S):
@@ -58,8 +58,8 @@ class VenueTime:
                 else:
                     raise RetryLater(f"it took more than {_SLOW_S:g} s to answer, {_TRIES} times")
         except Exception as error:  # the source may be anybody's code
-            told = f"no answer in {_PATIENCE_S:g} s" if isinstance(error, TimeoutError) else error_text(error)
-            _log.warning("%s does not tell its time: %s", self._exchange_name, told)
+            reason = f"no answer in {_PATIENCE_S:g} s" if isinstance(error, TimeoutError) else error_text(error)
+            _log.warning("%s does not tell its time: %s", self._exchange_name, reason)
             return
         # The answer was under way for half of the time, as far as anybody knows.
         if isinstance(self.clock, SystemClock):

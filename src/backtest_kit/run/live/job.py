@@ -9,7 +9,7 @@ from backtest_kit.engine.step import Rules
 from backtest_kit.market.clock import Clock
 from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.repair import DirtyRule
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.persist.lease import DEFAULT_TTL
 from backtest_kit.run.live.exchange_time import VenueTime
 from backtest_kit.run.live.orphans import OrphanPolicy
@@ -48,5 +48,5 @@ class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def place(self) -> tuple[str, str, str]:
-        """Whose positions on the venue are one: mode, exchange and symbol."""
+        """Whose positions on the exchange are one: mode, exchange and symbol."""
         return self.identity.mode, self.identity.exchange_name, self.identity.symbol

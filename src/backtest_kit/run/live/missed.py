@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from backtest_kit.model.event import Identity, MinutesMissed
+from backtest_kit.model.event import MinutesMissed
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import MINUTE_MS, iso
 
 _log = logging.getLogger("backtest_kit")

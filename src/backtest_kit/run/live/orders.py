@@ -24,14 +24,14 @@ from backtest_kit.model.event import (
     PositionOpened,
 )
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.model.position import CloseReason, Entry, Execution, Position, RestingEntry, Trade, shared
+from backtest_kit.model.position import CloseReason, Entry, Execution, Position, RestingEntry, Trade
 
 ENTRIES: Final = ("open", "place")
 """Orders that put money at risk and that can be let be."""
 OPENING: Final = ("open", "place", "activate", "add")
 """Orders that put more at risk than there was before."""
 COMMANDS: Final = ("add", "reduce", "move_stop", "move_take", "breakeven")
-"""Orders that somebody waits for, who is told what became of them."""
+"""Orders that a strategy waits for, which gets their outcome."""
 EXITS: Final = ("close", "cancel")
 """Orders that are carried out, however long it takes, once they were decided."""
 KIND_OF: Final[dict[Change, OrderKind]] = {
@@ -56,7 +56,7 @@ _SAME_PRICE: Final = 1e-9
 
 
 class Intent(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """An order that is about to be sent, or was sent and nobody knows what became of it."""
+    """An order that is about to be sent, or was sent and has an unknown outcome."""
 
     order: Order
     target: State
@@ -66,8 +66,8 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     earlier: Fill | None = None
     """Of a close: what orders under other ids have filled of it already, before they ended."""
     refused: bool = False
-    """Whether the venue has refused an exit under this id: it goes on under another, once the venue has said what was
-    filled of it."""
+    """Whether the exchange has refused an exit under this id: it goes on under another, once the exchange has said what
+    was filled of it."""
 
 
 def intended(
@@ -81,7 +81,7 @@ def intended(
     store_id: str,
     quantities: bool,
 ) -> Intent | None:
-    """The order that a venue needs for a change of state, or None where the change is ours alone.
+    """The order that an exchange needs for a change of state, or None where the change is ours alone.
 
     `number` counts the orders in the life of the position; `store_id` is part of the order's client id. With
     `quantities` the fills of the position have said how much of the base currency is held.
@@ -100,7 +100,7 @@ def intended(
         signal_id=held.signal_id,
         identity=rules.identity,
         when_ms=tick.when_ms,
-        direction=held.position,
+        direction=held.side,
         price=price,
         cost=cost,
         quantity=quantity,
@@ -113,14 +113,14 @@ def intended(
 
 def numbered_from(state: State) -> int:
     """What the numbers of a position's orders begin at: those of one that was taken over lie beyond all that the store
-    before may have sent under the same ids, which nobody knows any more."""
+    before may have sent under the same ids, which are unknown by now."""
     if not isinstance(state, Holding) or not is_taken_over(state.position.signal_id):
         return 0
     return state.position.opened_at_ms // MINUTE_MS % _NUMBERS
 
 
 def _booked(kind: OrderKind, held: Position | RestingEntry, events: tuple[Event, ...], tick: Tick) -> float:
-    """What the engine books the order at where the venue tells nothing else."""
+    """What the engine books the order at where the exchange says nothing else."""
     if kind == "place":
         return held.price_open
     if kind in ("open", "activate", "add") and isinstance(held, Position):
@@ -174,7 +174,7 @@ def retried(intent: Intent) -> Intent:
 
 
 def renamed(intent: Intent, number: int, fill: Fill | None = None) -> Intent:
-    """The same order under an id of its own: the one before is over at the venue, which has filled `fill` of it."""
+    """The same order under an id of its own: the one before is over at the exchange, which has filled `fill` of it."""
     order = intent.order
     client_order_id = SignalIds(order.signal_id, store_of(order.client_order_id)).order(order.kind, number)
     order = msgspec.structs.replace(order, client_order_id=client_order_id, attempt=0)
@@ -203,7 +203,7 @@ def _together(one: Fill | None, other: Fill | None) -> Fill | None:
 
 
 def _whole_close(intent: Intent, fill: Fill | None, position: Position) -> Fill | None:
-    """The fill of a close with what earlier orders have filled of it; what nobody tells of, as the engine decided."""
+    """The fill of a close with what earlier orders have filled of it; without a price, as the engine decided."""
     if intent.earlier is None:
         return fill
     if fill is None or fill.price <= 0:
@@ -222,9 +222,7 @@ def renewed(intent: Intent, before: State, tick: Tick, rules: Rules) -> Intent:
         order = msgspec.structs.replace(order, price=tick.price)
     target, events = intent.target, tuple(_at(event, tick) for event in intent.events)
     if order.kind == "open" and isinstance(target, Holding):
-        position = open_position(
-            msgspec.structs.replace(entry_of(target.position), price_open=tick.price), tick.when_ms, rules.settings
-        )
+        position = open_position(target.position.entry.at(tick.price), tick.when_ms, rules.settings)
         target, events = _with_position(target, position, events)
     elif order.kind == "close" and isinstance(before, Holding):
         events = tuple(_closed_by(event, before.position, tick.price, tick.when_ms, rules, None) for event in events)
@@ -233,12 +231,6 @@ def renewed(intent: Intent, before: State, tick: Tick, rules: Rules) -> Intent:
 
 def _at(event: Lasting, tick: Tick) -> Lasting:
     return msgspec.structs.replace(event, when_ms=tick.when_ms, price=tick.price)
-
-
-def entry_of(position: Position) -> RestingEntry:
-    """The entry that a position with one entry came from."""
-    first = position.entries[0]
-    return RestingEntry(**{**shared(position, RestingEntry), "price_open": first.price, "cost": first.cost})
 
 
 def judged(order: Order, report: OrderReport) -> Literal["done", "undone", "open"]:
@@ -260,7 +252,7 @@ def judged(order: Order, report: OrderReport) -> Literal["done", "undone", "open
 
 
 def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tuple[State, tuple[Event, ...]]:
-    """The state and the events of an order that was carried out, as the venue filled it."""
+    """The state and the events of an order that was carried out, as the exchange filled it."""
     order, target, events = intent.order, intent.target, intent.events
     closing = before.position if order.kind == "close" and isinstance(before, Holding) else None
     if closing is not None:
@@ -284,7 +276,7 @@ def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tu
 def _execution(order: Order, fill: Fill | None, known: Execution | None = None) -> Execution:
     """How an order went; without a fill as it was `known`, and at least under which id."""
     if fill is not None:
-        known = Execution(**shared(fill, Execution))
+        known = fill.execution
     known = known or Execution()
     client_order_ids = known.client_order_ids or (order.client_order_id,)
     return msgspec.structs.replace(known, client_order_ids=client_order_ids)
@@ -301,14 +293,14 @@ def _as_decided(order: Order, fill: Fill) -> Fill:
 
 def _too_late(order: Order, before: Resting, fill: Fill, rules: Rules) -> tuple[State, tuple[Event, ...]]:
     """An entry that was to be cancelled and was filled instead: the position is open."""
-    entry = msgspec.structs.replace(before.entry, price_open=fill.price, cost=fill.cost or before.entry.cost)
+    entry = before.entry.at(fill.price, fill.cost)
     position = open_position(entry, order.when_ms, rules.settings, _execution(order, fill))
     opened = PositionOpened(identity=order.identity, when_ms=order.when_ms, price=order.price, position=position)
     return Holding(position, before.last_slot_ms), (opened,)
 
 
 def _filled(order: Order, position: Position, fill: Fill | None, rules: Rules) -> Position:
-    """The position with the venue's price and amount in the place of those decided."""
+    """The position with the exchange's price and amount in the place of those decided."""
     name = _PART_OF.get(order.kind)
     if name is None:
         return position
@@ -318,8 +310,7 @@ def _filled(order: Order, position: Position, fill: Fill | None, rules: Rules) -
         part = msgspec.structs.replace(last, execution=execution)
         return msgspec.structs.replace(position, **{name: (*earlier, part)})
     if order.kind in ("open", "activate"):
-        entry = msgspec.structs.replace(entry_of(position), price_open=fill.price, cost=fill.cost or last.cost)
-        return open_position(entry, position.opened_at_ms, rules.settings, execution)
+        return open_position(position.entry.at(fill.price, fill.cost), position.opened_at_ms, rules.settings, execution)
     if order.kind == "add":
         bought = Entry(fill.price, fill.cost or last.cost, last.timestamp, execution)
         return msgspec.structs.replace(position, entries=(*earlier, bought))
@@ -366,8 +357,8 @@ def _as_sent(event: Lasting, order: Order) -> Lasting:
 def closed(
     state: Holding, reason: CloseReason, price: float, tick: Tick, rules: Rules, fill: Fill | None = None
 ) -> tuple[Flat, tuple[Event, ...]]:
-    """A position that the venue has closed by itself."""
-    execution = None if fill is None else Execution(**shared(fill, Execution))
+    """A position that the exchange has closed by itself."""
+    execution = None if fill is None else fill.execution
     note = state.closing or ""
     trade: Trade = close_trade(state.position, reason, price, tick.when_ms, rules.settings, note, execution)
     event = PositionClosed(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, trade=trade)
@@ -375,7 +366,7 @@ def closed(
 
 
 def cancelled(state: Resting, tick: Tick, rules: Rules) -> tuple[Flat, tuple[Event, ...]]:
-    """An entry that somebody has cancelled on the venue."""
+    """An entry that was cancelled on the exchange."""
     event = EntryCancelled(
         identity=rules.identity, when_ms=tick.when_ms, price=tick.price, entry=state.entry, reason="user"
     )
@@ -383,9 +374,8 @@ def cancelled(state: Resting, tick: Tick, rules: Rules) -> tuple[Flat, tuple[Eve
 
 
 def activated(state: Resting, fill: Fill, tick: Tick, rules: Rules) -> tuple[Holding, tuple[Event, ...]]:
-    """An entry that the venue has filled."""
-    entry = msgspec.structs.replace(state.entry, price_open=fill.price, cost=fill.cost or state.entry.cost)
-    position = open_position(entry, tick.when_ms, rules.settings, Execution(**shared(fill, Execution)))
+    """An entry that the exchange has filled."""
+    position = open_position(state.entry.at(fill.price, fill.cost), tick.when_ms, rules.settings, fill.execution)
     event = PositionOpened(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, position=position)
     return Holding(position, state.last_slot_ms), (event,)
 
@@ -402,7 +392,7 @@ def signal_id_of(state: State) -> str:
     return state.entry.signal_id if isinstance(state, Resting) else state.last_signal_id
 
 
-def told_of(intent: Intent, state: State) -> tuple[Lasting, ...]:
+def events_of(intent: Intent, state: State) -> tuple[Lasting, ...]:
     """What has happened, where the outcome of an intent was written down already."""
     if isinstance(state, Holding):
         return _with_position(state, state.position, intent.events)[1]

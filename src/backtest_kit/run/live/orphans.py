@@ -17,20 +17,22 @@ from backtest_kit.errors import Conflict
 from backtest_kit.format import error_text
 from backtest_kit.model.event import Event, OrphanFound, PositionOpened
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.model.position import Direction, RestingEntry
+from backtest_kit.model.position import RestingEntry
 from backtest_kit.model.price import price_text
+from backtest_kit.model.signal import Direction, Signal
 from backtest_kit.persist.store import Key
-from backtest_kit.run.live.ledger import PositionState
-from backtest_kit.run.live.other_positions import OtherBooks, claim_of
+from backtest_kit.run.live.account_lock import plain_symbol
+from backtest_kit.run.live.other_positions import OtherPositions, claim_of
+from backtest_kit.run.live.position_state import PositionState
 from backtest_kit.run.live.reconcile import Difference, Known, What, compare, known_of
 from backtest_kit.run.run_state import RunState
 from backtest_kit.settings import Settings
 
 OrphanPolicy = Literal["alarm", "adopt", "protect"]
-BooksOf = Callable[[], Mapping[Key, PositionState]]
+PositionStatesOf = Callable[[], Mapping[Key, PositionState]]
 
 
-class Books(Protocol):
+class GuardedRun(Protocol):
     """What a run does for its guard."""
 
     @property
@@ -53,7 +55,7 @@ _LONGEST_WAIT: Final = 60
 _NUMBERS: Final = 1_000_000
 """Orders that a client order id can count."""
 _LISTED_AFTER_MS: Final = 2 * MINUTE_MS
-"""Exchanges list orders and positions with a delay: what a book changed this recently raises no alarm yet."""
+"""Exchanges list orders and positions with a delay: what was ordered this recently raises no alarm yet."""
 _log = logging.getLogger("backtest_kit")
 
 
@@ -64,7 +66,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     held: VenuePosition | None = None
     difference: Difference | None = None
     settled: bool = True
-    """Whether the exchange has had the time to list what the books did last."""
+    """Whether the exchange has had the time to list the last orders."""
     claim: str = ""
     """Which other strategy of the store has something on the symbol, or trades it now."""
 
@@ -84,11 +86,11 @@ class Orphan(msgspec.Struct, frozen=True, kw_only=True):
     price_open: float | None
     stop_loss: float | None
     signal_id: str
-    """Whoever takes it over under this id finds its orders again; empty where it has none."""
+    """Taken over under this id, its orders are found again; empty where it has none."""
 
 
 class OrphanGuard:
-    """Compares the books of the store with what the exchange holds of one symbol.
+    """Compares what the store has with what the exchange holds of one symbol.
 
     While the exchange holds what the store does not know, nothing is opened there, whatever the policy. Each finding is
     reported once, until it is gone, and each stop that is placed. One that vanishes again is placed again, after 1,
@@ -107,7 +109,7 @@ class OrphanGuard:
     """
 
     def __init__(
-        self, run_state: RunState, broker: Broker, policy: OrphanPolicy, run: Books, others: OtherBooks
+        self, run_state: RunState, broker: Broker, policy: OrphanPolicy, run: GuardedRun, others: OtherPositions
     ) -> None:
         self._run_state = run_state
         self._symbol = run_state.rules.identity.symbol
@@ -126,30 +128,33 @@ class OrphanGuard:
         self._again_ms = 0
         """When the next one may be."""
 
-    async def compare_once(self, when_ms: int, books: BooksOf) -> Comparison:
+    async def compare_once(self, when_ms: int, position_states: PositionStatesOf) -> Comparison:
         """The comparison of a minute: one for all runs that trade the symbol side by side. As `compare`."""
         async with self._lock:
+            # It serves the runs that act later in the minute as well: their own orders since are in the store, and what
+            # anybody else orders after a comparison is found by the next one, whichever run has made this one. A run
+            # that began since was not in memory then, so that its position was read from the store.
             if self._last is None or self._last.when_ms != when_ms:
-                self._last = await self.compare(when_ms, books)
+                self._last = await self.compare(when_ms, position_states)
             return self._last
 
-    async def compare(self, when_ms: int, books: BooksOf) -> Comparison:
+    async def compare(self, when_ms: int, position_states: PositionStatesOf) -> Comparison:
         """Ask the exchange what it holds.
 
         Args:
             when_ms: the minute.
-            books: returns the books that this process has in memory; all others are read from the store.
+            position_states: returns those that this process has in memory; all others are read from the store.
 
         Raises:
             Whatever the broker raises.
-            Damaged, RetryLater: a book of another strategy cannot be read.
+            Damaged, RetryLater: the position state of another strategy cannot be read.
         """
         store_id = self._broker.store_id
-        before = books()
+        before = position_states()
         holdings = await self._broker.holdings([self._symbol])
         if holdings is None:
             return Comparison(when_ms=when_ms)
-        after = books()
+        after = position_states()
         held = next((each for each in holdings if each.symbol == self._symbol), None)
         # Orders may have been sent and filled while the exchange answered: what holds at either moment is known.
         known = Known()
@@ -169,19 +174,16 @@ class OrphanGuard:
         return Comparison(when_ms=when_ms, held=held, difference=difference, settled=settled, claim=claim)
 
     def _with(self, others: Mapping[Key, PositionState], known: Known, held: VenuePosition | None) -> tuple[Known, str]:
-        """What is known with the books of other strategies, and what one of them has there, in words."""
-        claim, identity = "", self._run_state.rules.identity
+        """What is known together with other strategies, and what one of them has there, in words."""
+        claim, identity, symbol = "", self._run_state.rules.identity, plain_symbol(self._symbol)
         signals = {(each.store_id, each.digest) for each in held.signals} if held is not None else set()
-        for key, book in others.items():
-            known_there = known_of(book, self._broker.store_id)
-            if key[1:] == (identity.exchange_name, identity.symbol):
+        for key, other in others.items():
+            known_there = known_of(other, self._broker.store_id)
+            same_name = key[1] == identity.exchange_name and plain_symbol(str(key[2])) == symbol
+            # Of an account that is traded under two exchange names, the orders tell.
+            if same_name or known_there.signals & signals:
                 known += known_there
-            elif known_there.signals & signals:
-                # The same market, written in another way.
-                known = msgspec.structs.replace(known, signals=known.signals | known_there.signals)
-            else:
-                continue
-            claim = claim or claim_of(key, book)
+                claim = claim or claim_of(key, other)
         return known, claim
 
     async def report(self, found: Comparison, beside: Sequence[RunState]) -> OrphanFound | None:
@@ -223,7 +225,7 @@ class OrphanGuard:
         return self._news(found, difference, done)
 
     def _waits(self, found: Comparison, difference: Difference, seen: What | None, crowded: bool) -> bool:
-        """Whether the next minute has to confirm it: exchanges list late what the books did just now, and the position
+        """Whether the next minute has to confirm it: exchanges list late what was ordered just now, and the position
         may have been closed there, or another run at work, between two requests of this minute."""
         if difference.what == "unprotected_position" and not crowded:
             return False
@@ -306,7 +308,7 @@ class OrphanGuard:
         events = await self._run.adopt(*adopted(orphan, signal_id, stop, take, state.last_slot_ms, self._run_state))
         self._run_state.events += events
         if not events:
-            return f"its stop is at {price_text(stop)}, and it is adopted once the order under way is done"
+            return f"its stop is at {price_text(stop)}, and it is adopted once the pending order is done"
         return f"it is the strategy's own now, stop at {price_text(stop)}, take profit at {price_text(take)}"
 
     async def _protect(self, order: Order) -> None:
@@ -361,19 +363,18 @@ def adopted(
     identity, tick, settings = run_state.rules.identity, run_state.tick, run_state.rules.settings
     price = orphan.price_open or tick.price
     entry = RestingEntry(
-        signal_id=signal_id,
-        symbol=identity.symbol,
-        strategy_name=identity.strategy_name,
-        exchange_name=identity.exchange_name,
-        frame_name=identity.frame_name,
-        position=orphan.direction,
-        price_open=price,
-        price_take_profit=take,
-        price_stop_loss=stop,
-        minutes=float(settings.CC_MAX_SIGNAL_LIFETIME_MINUTES),
-        cost=orphan.quantity * price,
+        identity=identity,
+        signal=Signal(
+            orphan.direction,
+            take,
+            stop,
+            price_open=price,
+            minutes=float(settings.CC_MAX_SIGNAL_LIFETIME_MINUTES),
+            cost=orphan.quantity * price,
+            note="found on the exchange",
+            id=signal_id,
+        ),
         scheduled_at_ms=tick.when_ms,
-        note="found on the exchange",
     )
     position = open_position(entry, tick.when_ms, settings)
     event = PositionOpened(identity=identity, when_ms=tick.when_ms, price=tick.price, position=position)

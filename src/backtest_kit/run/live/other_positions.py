@@ -6,19 +6,21 @@ from collections.abc import Collection
 from typing import Protocol
 
 from backtest_kit.engine.step import Flat, Holding
-from backtest_kit.model.event import Mode
+from backtest_kit.model.identity import Mode
 from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.contracts import CONTRACTS, LEASE
 from backtest_kit.persist.lease import Sightings
 from backtest_kit.persist.store import Key
-from backtest_kit.run.live.ledger import Ledger, PositionState
+from backtest_kit.run.live.known_records import KnownRecords
+from backtest_kit.run.live.position_state import PositionState
+from backtest_kit.run.live.position_store import read_position_state
 
 
-class OtherBooks(Protocol):
-    """The books of other strategies, and which of them are traded now."""
+class OtherPositions(Protocol):
+    """The position states of other strategies, and which of them are traded now."""
 
     async def read(self, but: Collection[Key]) -> dict[Key, PositionState]:
-        """The books of the same exchange by their keys, without those of `but`."""
+        """All of them by their keys, without those of `but`."""
         ...
 
     async def trader(self, but: Collection[Key]) -> str:
@@ -26,7 +28,7 @@ class OtherBooks(Protocol):
         ...
 
 
-class StoredBooks:
+class StoredPositions:
     """Reads them from the store."""
 
     def __init__(self, persistence: Persistence, mode: Mode, scope: Key) -> None:
@@ -39,10 +41,10 @@ class StoredBooks:
             Damaged: one of them cannot be trusted.
             RetryLater: the store does not answer.
         """
-        row, exchange = CONTRACTS["strategy"], self._scope[1]
+        row = CONTRACTS["strategy"]
         found = [each.key async for each in self._persistence.store_for(row, self._mode).scan(row)]
-        keys = [key for key in found if key[1] == exchange and key not in but]
-        return {key: await Ledger(self._persistence, self._mode, key).load() for key in keys}
+        keys = [key for key in found if key not in but]
+        return {key: await read_position_state(KnownRecords(self._persistence, self._mode), key) for key in keys}
 
     async def trader(self, but: Collection[Key]) -> str:
         """
@@ -58,12 +60,12 @@ class StoredBooks:
         return ""
 
 
-def claim_of(key: Key, book: PositionState) -> str:
-    """What a book has on the exchange, in words; empty where it has nothing."""
-    if book.intent is not None:
-        has = "has an order under way"
-    elif isinstance(book.state, Flat):
+def claim_of(key: Key, found: PositionState) -> str:
+    """What a strategy has on the exchange, in words; empty where it has nothing."""
+    if found.intent is not None:
+        has = "has a pending order"
+    elif isinstance(found.state, Flat):
         return ""
     else:
-        has = "holds a position" if isinstance(book.state, Holding) else "has a resting entry"
+        has = "holds a position" if isinstance(found.state, Holding) else "has a resting entry"
     return f"strategy {key[0]} {has} of {key[2]} on {key[1]}"

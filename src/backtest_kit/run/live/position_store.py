@@ -1,7 +1,15 @@
-"""Keeps the book of one position: in the store, in the risk profiles, and where nothing else is left, aside.
+"""`PositionStore`: keeps the state of one position: in the store, in its risk profiles, and in the emergency file.
 
 The store comes first. What it does not take, because the disk is full or a server is away, goes to the
 emergency file, and to the store once that takes it. Until then the run is degraded: nothing new is opened.
+
+One change is one batch, in an order from which a start recovers where a store without atomic batches was killed
+half-way: see `write_order`. Every write expects the revision that was read or written last. A process that takes the
+position over moves all of them on, so the store rejects what the old owner still writes.
+
+A risk profile is one record of the `risk` contract, shared by every process on the store: its positions by name. A
+check and the reservation that follows it are one step: the reservation expects the revision that the check has seen,
+and is written in the same batch as the intent of the order, in all profiles or in none.
 """
 
 from __future__ import annotations
@@ -9,28 +17,46 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
-from backtest_kit.engine.step import Holding, Resting, State
+from backtest_kit.engine.step import Holding
 from backtest_kit.errors import BacktestKitError, Conflict, Damaged, OutOfSpace, RetryLater
-from backtest_kit.model.position import Position, RestingEntry
+from backtest_kit.model.identity import Identity
+from backtest_kit.model.interval import MINUTE_MS
+from backtest_kit.model.signal import Signal
+from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.codec import decode_as, dump_value, encode, parse
+from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.lease import Lapsed, Lease
+from backtest_kit.persist.store import Key, Plain, Write
 from backtest_kit.run.live.alarms import Alarms
 from backtest_kit.run.live.emergency import ROOM, EmergencyFile
-from backtest_kit.run.live.ledger import Ledger, PositionState, RiskMoved
-from backtest_kit.run.live.orders import ENTRIES
-from backtest_kit.run.live.risk import LiveRisk
+from backtest_kit.run.live.known_records import KnownRecords
+from backtest_kit.run.live.orders import ENTRIES, signal_id_of
+from backtest_kit.run.live.position_state import (
+    PositionState,
+    marks_of,
+    position_state_of,
+    records_of,
+    write_order,
+)
+from backtest_kit.run.risk import ActivePosition, active, judge
+from backtest_kit.run.schema import RiskSchema
 
 T = TypeVar("T")
 Need = Literal["store", "disk", "try"]
-"""What must have a book before the run goes on: the store; the store or the emergency file; or neither, because
-what the book says has happened already."""
+"""What must have a position state before the run goes on: the store; the store or the emergency file; or neither,
+because what it says has happened already."""
 
+_ROWS: Final = (CONTRACTS["signal"], CONTRACTS["schedule"], CONTRACTS["strategy"])
+_MARKS: Final = (CONTRACTS["partial"], CONTRACTS["breakeven"])
+_RISK: Final = CONTRACTS["risk"]
+_Slots = dict[str, ActivePosition]
 _log = logging.getLogger("backtest_kit")
 
 
@@ -38,33 +64,66 @@ class _Aside(msgspec.Struct, frozen=True):
     """What the emergency file has."""
 
     after: tuple[str, int]
-    """Owner and number of the book that the store had then."""
-    book: PositionState
+    """Owner and number of the position state that the store had then."""
+    position_state: PositionState
 
 
 class Unsaved(Exception):
-    """Nothing that was needed has taken the book; the run goes on with the one before."""
+    """Nothing that was needed has taken the position state; the run goes on with the one before."""
 
 
 class RiskRefused(Exception):
     """A risk profile has changed since it allowed a position, and refuses it now: (profile, reason)."""
 
 
-class PositionStore:
-    """The book as it is, and how it is kept. Not for two tasks at once."""
+async def read_position_state(records: KnownRecords, scope: Key) -> PositionState:
+    """The position state as it was written last; an empty one where there is none.
 
-    def __init__(self, ledger: Ledger, risk: LiveRisk, emergency: EmergencyFile, alarms: Alarms) -> None:
-        self._ledger = ledger
-        self._risk = risk
+    Raises:
+        Damaged: a record is not one of a position, or cannot be trusted; nothing was changed.
+        RetryLater: a store does not answer.
+    """
+    found = {row.name: await records.read(row, scope) for row in _ROWS}
+    try:
+        return position_state_of(found)
+    except (msgspec.ValidationError, AttributeError, KeyError, TypeError) as error:
+        name = "/".join(map(str, scope))
+        raise Damaged(
+            f"what is stored of {name} is no position of this program ({error}): look at it with "
+            f"backtest-kit store get signal {name}, and put it right before trading goes on"
+        ) from error
+
+
+class PositionStore:
+    """The position state as it is, and how it is kept. Not for two tasks at once."""
+
+    def __init__(
+        self,
+        persistence: Persistence,
+        identity: Identity,
+        scope: Key,
+        risks: Sequence[RiskSchema],
+        patience_minutes: float,
+        emergency: EmergencyFile,
+        alarms: Alarms,
+    ) -> None:
+        """`patience_minutes` is how long a reservation outlives its position: an entry may rest before."""
+        self._records = KnownRecords(persistence, identity.mode)
+        self._identity = identity
+        self._scope = scope
+        self._risks = risks
+        self._patience_ms = patience_minutes * MINUTE_MS
         self._emergency = emergency
         self._alarms = alarms
+        self._judged: tuple[Signal, float, int] | None = None
+        """What the risk profiles were asked last."""
         self._stale = True
         """Whether the risk profiles must be read before the next write."""
         self._stored = ("", 0)
-        """Owner and number of the book that the store has."""
-        self.book = PositionState()
+        """Owner and number of the position state that the store has."""
+        self.position_state = PositionState()
         self.degraded = ""
-        """Why the store does not take the book; empty while it does."""
+        """Why the store does not take the position state; empty while it does."""
         self.written_ms = -1
         """The last minute that the store has."""
         self.aside = False
@@ -73,49 +132,49 @@ class PositionStore:
         """What this process has the position by, once it has."""
 
     async def load(self, owner: str) -> tuple[str, ...]:
-        """Take in what the run before has left, and tell what was put right.
+        """Take in what the run before has left, and return what was put right.
 
         Raises:
             Damaged, RetryLater: it cannot be read; nothing was changed.
         """
         steps = []
-        book = await self._ledger.load()
-        self._stored = book.owner, book.seq
+        found = await read_position_state(self._records, self._scope)
+        self._stored = found.owner, found.seq
         try:
             kept = await asyncio.to_thread(self._open_emergency)
         except (OutOfSpace, RetryLater) as error:
             _log.warning("no emergency file: %s; exits will need the store", error)
             kept = None
         if kept is not None and (newer := self._newer(kept)) is not None:
-            book = newer
+            found = newer
             steps.append("took what the store lacked from the emergency file")
-        if book.intent is not None:
-            # Attempts that a crash cut off say nothing about the venue: of all of them one counts.
-            order = msgspec.structs.replace(book.intent.order, attempt=min(book.intent.order.attempt, 1))
-            book = msgspec.structs.replace(book, intent=msgspec.structs.replace(book.intent, order=order))
-        self.book = msgspec.structs.replace(book, owner=owner)
+        if found.intent is not None:
+            # Attempts that a crash cut off say nothing about the exchange: of all of them one counts.
+            order = msgspec.structs.replace(found.intent.order, attempt=min(found.intent.order.attempt, 1))
+            found = msgspec.structs.replace(found, intent=msgspec.structs.replace(found.intent, order=order))
+        self.position_state = msgspec.structs.replace(found, owner=owner)
         return tuple(steps)
 
     def close(self) -> None:
         """Let go of the emergency file."""
         self._emergency.close()
 
-    async def keep(self, book: PositionState, need: Need) -> None:
-        """Make `book` the book, once what is needed has it. A cancellation waits until that is decided.
+    async def keep(self, position_state: PositionState, need: Need) -> None:
+        """Go on with `position_state`, once what is needed has it. A cancellation waits until that is decided.
 
         Raises:
             Unsaved: what is needed did not take it.
-            RiskRefused: a profile refuses what the book is about to open.
+            RiskRefused: a profile refuses what it is about to open.
             Conflict: another process has the position; stop.
         """
-        await uninterrupted(self._keep(book, need))
+        await uninterrupted(self._keep(position_state, need))
 
     async def confirm(self) -> None:
-        """Make sure that nobody else has the position: the last thing before an order is sent.
+        """Make sure that no other process has the position: the last thing before an order is sent.
 
         Raises:
             Conflict: another process has it; stop.
-            RetryLater: nobody knows, because the store has been away for too long; send nothing now.
+            RetryLater: unknown, because the store has been away for too long; send nothing now.
         """
         if self.lease is None:
             return
@@ -135,52 +194,61 @@ class PositionStore:
         """
         if self.degraded:
             with suppress(Unsaved):
-                await self.keep(self.book, "store")
+                await self.keep(self.position_state, "store")
 
-    async def _keep(self, book: PositionState, need: Need) -> None:
-        book = msgspec.structs.replace(book, seq=self.book.seq + 1)
+    async def _keep(self, position_state: PositionState, need: Need) -> None:
+        position_state = msgspec.structs.replace(position_state, seq=self.position_state.seq + 1)
         try:
-            await self._store(book)
+            await self._write(position_state)
         except (Damaged, OutOfSpace, RetryLater) as error:
             self._stale = True
-            # Whatever became of the write, no later book has its number.
-            self.book = msgspec.structs.replace(self.book, seq=book.seq)
-            await self._put_aside(book, error, need)
+            # Whatever became of the write, no later position state has its number.
+            self.position_state = msgspec.structs.replace(self.position_state, seq=position_state.seq)
+            await self._put_aside(position_state, error, need)
         else:
-            self._stored = book.owner, book.seq
-            self.written_ms = book.seen_ms
+            self._stored = position_state.owner, position_state.seq
+            self.written_ms = position_state.seen_ms
             if self.degraded:
                 self.degraded, self.aside = "", False
                 self._alarms.store_changed(self.degraded, kept=self.aside)
-        self.book = book
+        self.position_state = position_state
 
-    async def _store(self, book: PositionState) -> None:
+    async def _write(self, position_state: PositionState) -> None:
         if self._stale:
-            await self._ask_again(book)
+            await self._read_profiles(position_state)
             self._stale = False
-        while True:
-            writes = self._risk.writes(_counted(book), book.seen_ms)
-            try:
-                await self._ledger.commit(book, writes)
-            except RiskMoved:
-                await self._ask_again(book)
-                continue
-            self._risk.written(writes)
-            return
+        changes = await self._changes(position_state)
+        while not await self._records.commit(changes, self._reservations(position_state)):
+            await self._read_profiles(position_state)
+        if not isinstance(position_state.state, Holding):
+            # What is written of the levels of a position that is over is never written again.
+            self._records.forget([(row.name, self._mark_key(position_state)) for row in _MARKS])
 
-    async def _ask_again(self, book: PositionState) -> None:
-        """Read the profiles anew; what is about to be opened must be allowed by exactly what was read."""
-        if book.intent is None or book.intent.order.kind not in ENTRIES:
-            await self._risk.read()
-        elif refusal := await self._risk.ask_again():
-            raise RiskRefused(*refusal)
+    async def _changes(self, position_state: PositionState) -> list[Write]:
+        """What makes the records hold the position state, in the order from which a torn batch recovers."""
+        when_ms, writes = position_state.seen_ms, list[Write]()
+        marks, key = marks_of(position_state.state), self._mark_key(position_state)
+        for row in _MARKS:
+            if marks and (row.name, key) not in self._records:
+                await self._records.read(row, key)
+            if (row.name, key) in self._records:
+                writes += self._records.change(row, key, marks.get(row.name, {}), when_ms)
+        records = records_of(position_state)
+        for name in write_order(self._records.value(CONTRACTS["strategy"], self._scope), records):
+            writes += self._records.change(CONTRACTS[name], self._scope, records[name], when_ms)
+        return writes
 
-    async def _put_aside(self, book: PositionState, error: BacktestKitError, need: Need) -> None:
+    def _mark_key(self, position_state: PositionState) -> Key:
+        return (*self._scope, signal_id_of(position_state.state))
+
+    # The emergency file
+
+    async def _put_aside(self, position_state: PositionState, error: BacktestKitError, need: Need) -> None:
         before = self.degraded, self.aside
         self.degraded = str(error)
         if need != "store":
             try:
-                await asyncio.to_thread(self._emergency.write, self._sealed(book))
+                await asyncio.to_thread(self._emergency.write, self._sealed(position_state))
                 self.aside = True
             except (OutOfSpace, RetryLater) as failure:
                 self.aside = False
@@ -194,39 +262,102 @@ class PositionStore:
         self._emergency.open()
         return self._emergency.read()
 
-    def _sealed(self, book: PositionState) -> bytes:
-        """The book as the emergency file takes it: small, because the events of hours may wait in the outbox.
+    def _sealed(self, position_state: PositionState) -> bytes:
+        """As the emergency file takes it: small, because the events of hours may wait in the outbox.
 
-        Where they are too many even so, the older ones stay in the memory alone: what is held comes first.
+        Where they are too many even so, the older ones stay in memory alone: the position comes first.
         """
         while True:
-            sealed = zlib.compress(dump_value(encode(_Aside(self._stored, book))))
-            if len(sealed) <= ROOM or not book.outbox:
+            sealed = zlib.compress(dump_value(encode(_Aside(self._stored, position_state))))
+            if len(sealed) <= ROOM or not position_state.outbox:
                 return sealed
-            book = msgspec.structs.replace(book, outbox=book.outbox[len(book.outbox) // 2 + 1 :])
+            newer_half = position_state.outbox[len(position_state.outbox) // 2 + 1 :]
+            position_state = msgspec.structs.replace(position_state, outbox=newer_half)
 
     def _newer(self, kept: bytes) -> PositionState | None:
-        """What was put aside, if nobody has written to the store since."""
+        """What was put aside, if no process has written to the store since."""
         try:
             aside = decode_as(_Aside, parse(zlib.decompress(kept)))
         except Damaged as error:
             _log.error("what is in the emergency file is left there: %s", error)
             return None
         owner, seq = self._stored
-        same_writer = owner == aside.book.owner and seq < aside.book.seq
-        return aside.book if same_writer or aside.after == self._stored else None
+        same_writer = owner == aside.position_state.owner and seq < aside.position_state.seq
+        return aside.position_state if same_writer or aside.after == self._stored else None
 
+    # Risk profiles
 
-def held_by(state: State) -> Position | RestingEntry | None:
-    """The position or the resting entry of a state."""
-    if isinstance(state, Holding):
-        return state.position
-    return state.entry if isinstance(state, Resting) else None
+    async def refusal(self, signal: Signal, price: float, when_ms: int) -> tuple[str, str] | None:
+        """(profile, reason) of the first validation that refuses, or None if all profiles allow.
 
+        Raises:
+            UserError: a validation returned something else than a text or None.
+            Damaged, RetryLater: a profile could not be read.
+        """
+        self._judged = signal, price, when_ms
+        for risk in self._risks:
+            await self._records.read(_RISK, self._profile(risk))
+            others = tuple(self._others(self._slots(risk), when_ms).values())
+            reason = await judge(risk, self._identity, signal, price, when_ms, others)
+            if reason:
+                return risk.name, reason
+        return None
 
-def _counted(book: PositionState) -> Position | RestingEntry | None:
-    """What a risk profile counts: what is held, and what an order is about to open."""
-    return held_by(book.state) or (None if book.intent is None else held_by(book.intent.target))
+    async def _read_profiles(self, position_state: PositionState) -> None:
+        """Read the profiles anew; what is about to be opened must be allowed by exactly what was read.
+
+        Raises:
+            RiskRefused: it is not.
+        """
+        opens = position_state.intent is not None and position_state.intent.order.kind in ENTRIES
+        if opens and self._judged is not None:
+            if refusal := await self.refusal(*self._judged):
+                raise RiskRefused(*refusal)
+            return
+        for risk in self._risks:
+            await self._records.read(_RISK, self._profile(risk))
+
+    def _reservations(self, position_state: PositionState) -> list[Write]:
+        """What makes the profiles count this position as it is now. Slots whose time is over are taken out with it;
+        nothing is written where nothing changes for this position."""
+        writes, exposure, when_ms = list[Write](), position_state.exposure, position_state.seen_ms
+        own = None if exposure is None else active(exposure)
+        for risk in self._risks:
+            slots = self._slots(risk)
+            if slots.get(self._slot) != own:
+                left = self._others(slots, when_ms) | ({} if own is None else {self._slot: own})
+                writes += self._records.change(_RISK, self._profile(risk), encode(left), when_ms)
+        return writes
+
+    @property
+    def _slot(self) -> str:
+        """The name of this position in a profile."""
+        return "/".join(path_of(CONTRACTS["signal"], self._scope))
+
+    def _profile(self, risk: RiskSchema) -> Key:
+        return (self._identity.exchange_name, risk.name)
+
+    def _slots(self, risk: RiskSchema) -> _Slots:
+        """What a profile counted when it was read last.
+
+        Raises:
+            Damaged: it is something else.
+        """
+        key = self._profile(risk)
+        value: Plain = self._records.value(_RISK, key)
+        try:
+            return decode_as(_Slots, value or {})
+        except Damaged as error:
+            raise Damaged(f"risk {'/'.join(map(str, key))} is not one of this program: {error}") from error
+
+    def _others(self, slots: _Slots, when_ms: int) -> _Slots:
+        """All slots but our own, and but those whose time is over: their owner is gone."""
+        since_ms = when_ms - self._patience_ms
+        return {
+            name: slot
+            for name, slot in slots.items()
+            if name != self._slot and since_ms < slot.opened_at_ms + slot.minutes * MINUTE_MS
+        }
 
 
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:

@@ -1,7 +1,7 @@
-"""Compares what the exchange holds of a symbol with what the books of the store say. Everything here is pure.
+"""Compares what the exchange holds of a symbol with what the store says. Everything here is pure.
 
-An order whose outcome is not known yet is known all the same: it counts both as sent and as not sent. So the books
-do not say one quantity but a range, and only what lies outside of it is unknown.
+An order whose outcome is not known yet is known all the same: it counts both as sent and as not sent. So the store
+does not say one quantity but a range, and only what lies outside of it is unknown.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import msgspec
 from backtest_kit.broker.base import VenuePosition, VenueSignal
 from backtest_kit.broker.order_ids import ADD, ENTRY, OrderId, SignalIds, parse
 from backtest_kit.engine.pnl import effective_price, remaining_cost
-from backtest_kit.engine.step import Holding, Resting, State
-from backtest_kit.model.position import Position, RestingEntry
-from backtest_kit.run.live.ledger import PositionState
+from backtest_kit.engine.step import State
+from backtest_kit.model.position import RestingEntry
+from backtest_kit.run.live.position_state import PositionState, held_by
 
 What = Literal["foreign_position", "foreign_order", "left_stop", "missing_position", "unprotected_position"]
 
 _SLACK: Final = 0.02
-"""Of what the books hold: fees that are taken in base currency, lots and slippage change it by less."""
+"""Of what the store knows: fees that are taken in base currency, lots and slippage change it by less."""
 _WAYS_OUT: Final[dict[What, str]] = {
     "foreign_position": "adopt it (--orphans adopt), close it by hand, or start with the store that opened it",
     "foreign_order": "cancel it by hand, or start with the store that sent it",
@@ -31,7 +31,7 @@ _WAYS_OUT: Final[dict[What, str]] = {
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
-    """What books say of one symbol: the range of its signed quantity in base currency, below 0 of a short."""
+    """What position states say of one symbol: the range of its signed quantity in base currency, below 0 of a short."""
 
     low: float = 0.0
     high: float = 0.0
@@ -58,7 +58,7 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def __or__(self, other: Known) -> Known:
-        """What one or the other holds: the same book at two moments."""
+        """What one or the other holds: the same position at two moments."""
         return Known(
             low=min(self.low, other.low),
             high=max(self.high, other.high),
@@ -69,12 +69,12 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """What the exchange holds and the books do not, or the other way round."""
+    """What the exchange holds and the store does not, or the other way round."""
 
     what: What
     held: VenuePosition | None
     foreign: tuple[VenueSignal, ...] = ()
-    """Signals that the books do not know."""
+    """Signals that the store does not know."""
     no_entry: bool = False
     """Whether the exchange holds something unknown, so that nothing may be opened."""
     reason: str
@@ -82,48 +82,43 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def way_out(self) -> str:
-        """What whoever operates the run can do."""
+        """What the operator can do."""
         return _WAYS_OUT[self.what]
 
 
-def known_of(book: PositionState, store_id: str) -> Known:
-    """What a book says; before and after the order under way, if there is one."""
-    states = [book.state] if book.intent is None else [book.state, book.intent.target]
+def known_of(position_state: PositionState, store_id: str) -> Known:
+    """What a position state says; before and after the order under way, if there is one."""
+    state, intent = position_state.state, position_state.intent
+    states = [state] if intent is None else [state, intent.target]
     quantities = [quantity for state in states for quantity in _quantities(state)]
-    ids = [SignalIds(held.signal_id, store_id) for state in states if (held := _held(state)) is not None]
+    ids = [SignalIds(held.signal_id, store_id) for state in states if (held := held_by(state)) is not None]
     return Known(
         low=min(quantities),
         high=max(quantities),
         gross=max(map(abs, quantities)),
         signals=frozenset((each.store_id, each.digest) for each in ids),
-        changed_ms=max(book.when_ms, book.command_ms),
+        changed_ms=max(position_state.when_ms, position_state.command_ms),
     )
-
-
-def _held(state: State) -> Position | RestingEntry | None:
-    if isinstance(state, Holding):
-        return state.position
-    return state.entry if isinstance(state, Resting) else None
 
 
 def _quantities(state: State) -> tuple[float, ...]:
     """The signed quantities between which a state holds: of a resting entry any part may be filled by now."""
-    held = _held(state)
+    held = held_by(state)
     if held is None:
         return (0.0,)
-    sign = 1.0 if held.position == "long" else -1.0
+    sign = 1.0 if held.side == "long" else -1.0
     if isinstance(held, RestingEntry):
         return 0.0, sign * held.cost / held.price_open
     return (sign * remaining_cost(held.entries, held.reductions) / effective_price(held.entries, held.reductions),)
 
 
 def compare(symbol: str, held: VenuePosition | None, known: Known, store_id: str) -> Difference | None:
-    """What is wrong, the worst of it first; None where exchange and books agree.
+    """What is wrong, the worst of it first; None where exchange and store agree.
 
     Args:
         symbol: for the words.
         held: what the exchange holds of it.
-        known: what all books of the store say of it together.
+        known: what all position states of the store say of it together.
         store_id: that of the store, for the words.
     """
     net = 0.0 if held is None else held.quantity if held.direction == "long" else -held.quantity

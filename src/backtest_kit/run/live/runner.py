@@ -1,20 +1,20 @@
 """Live: trade a strategy on a market as it goes on, with real orders or on paper.
 
 **A start.** The stores are opened. The position is taken: one process trades one (strategy, exchange, symbol), and a
-second one is told who has it. The clock is started and the broker connects. What the run before has left is read,
-from the store and, if that lacked something, from the emergency file. The venue is asked what became of an order
-that was under way, and the order is concluded, sent again or dropped. Only then comes the first minute, with the
-`Recovered` event. Where there are no candles yet it waits for them, and the venue is watched without. A first start
+second one is refused. The clock is started and the broker connects. What the run before has left is read,
+from the store and, if that lacked something, from the emergency file. The exchange is asked what became of an order
+that was pending, and the order is completed, sent again or dropped. Only then comes the first minute, with the
+`Recovered` event. Where there are no candles yet it waits for them, and the exchange is watched without. A first start
 does all of this too, and finds nothing: there is no other way to recover.
 
 **A minute.** It begins when the minute before has closed and its candle is there; a minute whose candle does not
-come in time is counted and passed over. First an order is concluded that is still under way, and the venue is
+come in time is counted and passed over. First a pending order is completed, and the exchange is
 asked whether it has closed or filled something by itself. Then the same `Minute` as in a backtest acts: time and
-prices, cron, the strategy. The `OrderManager` settles what it changes: the intent is written down, the order is sent,
-the outcome is written down, and only then is anything published.
+prices, cron, the strategy. The `OrderManager` carries out what it changes: the intent is written down, the order is
+sent, the outcome is written down, and only then is anything published.
 
-**An end.** `stop()` opens nothing more, cancels a resting entry and carries an open position to its end. `cancel()`
-ends at once and leaves everything as it is; so does a kill. Both leave a state from which the next start goes on.
+**An end.** `stop()` opens nothing more, cancels a resting entry and waits for the open position to close. `cancel()`
+ends immediately and leaves everything as it is; so does a kill. Both leave a state from which the next start goes on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from backtest_kit.events import EventBus
 from backtest_kit.market.clock import SystemClock
 from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.repair import DirtyRule
-from backtest_kit.model.event import Event, Identity, Mode
+from backtest_kit.model.event import Event
+from backtest_kit.model.identity import Identity, Mode
 from backtest_kit.model.interval import interval_ms
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.binding import Persistence
@@ -87,7 +88,7 @@ class LiveOptions(TypedDict, total=False):
     the run go on trading while its store does not answer at all; then it sends nothing until the store does."""
     allow_weak: bool
     """Default False: with a broker that sends orders, a store that `Persistence.require_live_grade` calls weak or at
-    fault is refused. True: nobody looks, because the program has looked itself."""
+    fault is refused. True: nothing is checked, because the program has done so."""
 
 
 class LiveHandle:
@@ -118,8 +119,8 @@ class LiveHandle:
         self._run.stop()
 
     def cancel(self) -> None:
-        """End it at once and leave everything as it is, on the venue and on the disk; the next start goes on from
-        there. Whoever awaits it gets `asyncio.CancelledError`."""
+        """End it at once and leave everything as it is, on the exchange and on the disk; the next start goes on from
+        there. Awaiting it raises `asyncio.CancelledError`."""
         self.task.cancel()
 
     async def pause(self) -> None:
@@ -256,10 +257,10 @@ class LiveRunner:
             except asyncio.CancelledError:
                 if not handle.task.cancelled():
                     raise
-                return tuple(handle._run.order_manager.trades)
+                return tuple(handle._run.hooks.trades)
 
         async def leave() -> None:
-            with suppress(BacktestKitError):  # the end of the run has told of it
+            with suppress(BacktestKitError):  # the end of the run has reported it
                 await self._records.leave()
 
         return run_blocking(main, leave)
@@ -356,7 +357,7 @@ class LiveRunner:
 
         async def main() -> tuple[Trade, ...]:
             await run.live()
-            return tuple(run.order_manager.trades)
+            return tuple(run.hooks.trades)
 
         running[run] = None
         task = loop.create_task(main(), name=f"{identity.mode} {identity.strategy_name} {identity.symbol}")
@@ -368,13 +369,13 @@ class LiveRunner:
 class signals_stop:  # noqa: N801  # used as a function
     """While the block runs, the first SIGINT or SIGTERM stops the runs, and the second cancels them.
 
-    `told` is called after each with the number of signals so far. Where signals cannot be caught (another thread
+    `on_signal` is called after each with the number of signals so far. Where signals cannot be caught (another thread
     than the main one) it does nothing.
     """
 
-    def __init__(self, handles: Sequence[LiveHandle], told: Callable[[int], object] = lambda count: None) -> None:
+    def __init__(self, handles: Sequence[LiveHandle], on_signal: Callable[[int], object] = lambda count: None) -> None:
         self._handles = handles
-        self._told = told
+        self._on_signal = on_signal
         self._caught: list[signal.Signals] = []
         self._count = 0
 
@@ -396,4 +397,4 @@ class signals_stop:  # noqa: N801  # used as a function
                 handle.stop()
             else:
                 handle.cancel()
-        self._told(self._count)
+        self._on_signal(self._count)

@@ -1,4 +1,4 @@
-"""How a live run stands, as a value: what the terminal shows and a handle tells."""
+"""How a live run stands, as a value: what the terminal and a handle show."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import msgspec
 
 from backtest_kit.engine.pnl import effective_price, profit
 from backtest_kit.engine.step import Flat, Holding
-from backtest_kit.model.event import Identity
-from backtest_kit.model.position import Direction, Position, RestingEntry
+from backtest_kit.model.identity import Identity
+from backtest_kit.model.position import Position, RestingEntry
+from backtest_kit.model.signal import Direction
 from backtest_kit.run.live.run import LiveRun
 
 
@@ -53,7 +54,7 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     ended: bool = False
     """Whether the run is over."""
     clock_drift_ms: int | None = None
-    """How far the exchange's clock is ahead of this machine's, where it tells. Beyond a second the run goes by the
+    """How far the exchange's clock is ahead of this machine's, where it says so. Beyond a second the run goes by the
     exchange's, and says so in the log."""
     waiting: str = ""
     """Why nothing is decided at the moment, such as a missing candle; empty while minutes are acted at."""
@@ -70,7 +71,7 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
-    book, state, tick = run.order_manager.book, run.run_state.state, run.run_state.tick
+    now, state, tick = run.position_store.position_state, run.run_state.state, run.run_state.tick
     job, lease = run.job, run.lease
     held: dict[str, Any] = {}
     if isinstance(state, Flat):
@@ -78,33 +79,33 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         held = {"next_decision_ms": max(run.next_ms, slot_ends)}
     elif isinstance(state, Holding):
         position = state.position
-        pct, cost = profit(position.position, position.entries, position.reductions, tick.price, job.settings)
+        pct, cost = profit(position.side, position.entries, position.reductions, tick.price, job.settings)
         held = {
             "position": position,
-            "direction": position.position,
+            "direction": position.side,
             "price_open": effective_price(position.entries, position.reductions),
             "pnl_pct": pct,
             "pnl_cost": cost,
-            **_distances(position.position, tick.price, position.take_profit, position.stop_loss),
+            **_distances(position.side, tick.price, position.take_profit, position.stop_loss),
         }
     else:
         entry = state.entry
         held = {
             "entry": entry,
-            "direction": entry.position,
+            "direction": entry.side,
             "price_open": entry.price_open,
-            **_distances(entry.position, tick.price, entry.price_take_profit, entry.price_stop_loss),
+            **_distances(entry.side, tick.price, entry.price_take_profit, entry.price_stop_loss),
         }
     return LiveStatus(
         identity=job.identity,
         when_ms=run.when_ms,
         next_ms=run.next_ms,
         price=tick.price,
-        under_way="" if book.intent is None else book.intent.order.client_order_id,
-        paused=book.paused,
-        stopping=run.order_manager.stopping,
+        under_way="" if now.intent is None else now.intent.order.client_order_id,
+        paused=now.paused,
+        stopping=run.flags.stopping,
         degraded=run.position_store.degraded,
-        no_entry=run.order_manager.no_entry if run.began.is_set() else "",
+        no_entry=run.flags.no_entry if run.began.is_set() else "",
         written_ms=run.position_store.written_ms,
         holder="" if lease is None else str(lease.holder),
         held=lease is not None and lease.held,
@@ -115,7 +116,7 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         missed=run.missed.total,
         gaps_filled=run.candles.filled,
         repairs=run.candles.repairs,
-        trades=len(run.order_manager.trades),
+        trades=len(run.hooks.trades),
         **held,
     )
 

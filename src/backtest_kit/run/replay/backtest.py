@@ -8,7 +8,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import aclosing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 import msgspec
 
@@ -19,7 +19,8 @@ from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.price import resample
 from backtest_kit.market.repair import DirtyRule, dirty_rule
 from backtest_kit.model.candle import CandleSeries
-from backtest_kit.model.event import Event, Identity, RunDone, RunFailed
+from backtest_kit.model.event import Event, RunDone, RunFailed
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import (
     CANDLE_INTERVALS,
     DAY_MS,
@@ -31,7 +32,7 @@ from backtest_kit.model.interval import (
     to_datetime,
 )
 from backtest_kit.records import Records, RunRecords
-from backtest_kit.records.sole import owned_by
+from backtest_kit.records.exclusive import owned_by
 from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
@@ -73,6 +74,28 @@ class _Announced:
             self._under_way.remove(self._run)
         if self.seat is not None:
             self.seat.leave()
+
+
+class ReplayOptions(TypedDict, total=False):
+    """How candles are replayed: what `Backtest` and `Walker` have in common."""
+
+    fill: Fill
+    """"vwap" (default) touches levels by the current price; "ohlc" by the wicks, stop before take."""
+    gaps: GapRule
+    """"error" (default) refuses candles with missing minutes; "fill" puts flat candles there."""
+    dirty: DirtyRule | None
+    """What becomes of rows of the source that are no candle of a minute: "refuse" names the first one, "repair" goes on
+    with what is sure, and counts and logs what was done. Off the whole minute they move up to the next one, rows for
+    one minute count once (the first stays), all are sorted, and the minute of any other bad row is missing. Default:
+    "repair" with gaps="fill", else "refuse"."""
+
+
+class BacktestOptions(ReplayOptions, total=False):
+    """What may be said of a backtest beside its names."""
+
+    run_id: str | None
+    """Whose state, session, memory and interval records it uses. By default a run has a new id and begins without any;
+    with that of an earlier run it goes on with what that one kept."""
 
 
 class BacktestHandle:
@@ -117,7 +140,7 @@ class BacktestHandle:
         self._control.stopping = True
 
     def cancel(self) -> None:
-        """End it at once and leave what is open as it is; whoever awaits it gets `asyncio.CancelledError`."""
+        """End it immediately and leave open positions as they are; awaiting it raises `asyncio.CancelledError`."""
         self.task.cancel()
 
     def pause(self) -> None:
@@ -164,22 +187,11 @@ class BacktestRunner:
         strategy_name: str,
         exchange_name: str,
         frame_name: str,
-        fill: Fill = "vwap",
-        gaps: GapRule = "error",
-        dirty: DirtyRule | None = None,
-        run_id: str | None = None,
+        **options: Unpack[BacktestOptions],
     ) -> AsyncIterator[Event]:
         """Replay, yielding each event as it happens: opened, closed, scheduled, cancelled, rejected.
 
-        Args:
-            fill: "vwap" touches levels by the current price; "ohlc" by the wicks, stop before take.
-            gaps: "error" refuses candles with missing minutes; "fill" puts flat candles there.
-            dirty: What becomes of rows of the source that are no candle of a minute: "refuse" names the first one,
-                "repair" goes on with what is sure, and counts and logs what was done. Off the whole minute they move
-                up to the next one, rows for one minute count once (the first stays), all are sorted, and the minute
-                of any other bad row is missing. Default: "repair" with gaps="fill", else "refuse".
-            run_id: Whose state, session, memory and interval records it uses. By default a run has a new id and
-                begins without any; with that of an earlier run it goes on with what that one kept.
+        The options are those of `BacktestOptions`.
 
         Raises:
             UserError: bad names, options, candles or signals.
@@ -189,7 +201,7 @@ class BacktestRunner:
         Runs that share a risk profile or a cron job wait for each other: loop over each of them in a task
         of its own, and to its end, or close it (`contextlib.aclosing`).
         """
-        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, dirty, run_id)
+        job = self.job(symbol, strategy_name, exchange_name, frame_name, **options)
         async with aclosing(self._replay(job, Control(job.frame.start_ms), self._announce(job))) as events:
             async for event in events:
                 yield event
@@ -201,17 +213,14 @@ class BacktestRunner:
         strategy_name: str,
         exchange_name: str,
         frame_name: str,
-        fill: Fill = "vwap",
-        gaps: GapRule = "error",
-        dirty: DirtyRule | None = None,
-        run_id: str | None = None,
+        **options: Unpack[BacktestOptions],
     ) -> BacktestHandle:
         """Start a backtest on the running event loop and return its handle. Arguments as for `run`.
 
         Raises:
             UserError: bad names or options, no event loop runs in this thread, or the run is under way already.
         """
-        return self.start(self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, dirty, run_id))
+        return self.start(self.job(symbol, strategy_name, exchange_name, frame_name, **options))
 
     def start(self, job: Job) -> BacktestHandle:
         """Start a resolved backtest on the running event loop, as `background` does."""
@@ -235,13 +244,10 @@ class BacktestRunner:
         strategy_name: str,
         exchange_name: str,
         frame_name: str,
-        fill: Fill = "vwap",
-        gaps: GapRule = "error",
-        dirty: DirtyRule | None = None,
-        run_id: str | None = None,
+        **options: Unpack[BacktestOptions],
     ) -> BacktestResult:
         """Run a backtest to its end and return its result. Arguments and errors as for `run`."""
-        job = self.job(symbol, strategy_name, exchange_name, frame_name, fill, gaps, dirty, run_id)
+        job = self.job(symbol, strategy_name, exchange_name, frame_name, **options)
 
         return run_blocking(lambda: self.start(job), self.leave_loop)
 
@@ -381,7 +387,7 @@ def _run_of(job: Job) -> tuple[str, ...]:
 
 
 async def _end(records: RunRecords, *events: Event) -> None:
-    """Have records and log written. What cannot be kept costs nobody the result, or the error that ended the run."""
+    """Have records and log written. What cannot be kept does not cost the result, or the error that ended the run."""
     try:
         await records.observe(events)
         await records.end()

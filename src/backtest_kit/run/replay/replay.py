@@ -1,4 +1,4 @@
-"""One replay: walk through a frame from event to event, ask the strategy, tell who listens."""
+"""One replay: walk through a frame from event to event, call the strategy, publish the events."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from backtest_kit.model.event import (
     EntryCancelled,
     EntryScheduled,
     Event,
-    Identity,
     PositionClosed,
     PositionOpened,
     Progress,
 )
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Trade
 from backtest_kit.records import RunRecords
@@ -54,11 +54,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     run_id: str
     """Whose records it reads and writes."""
     is_named: bool
-    """Somebody has chosen the id, so that another process may have the same."""
+    """The caller has chosen the id, so that another process may have the same."""
 
 
 class Control:
-    """What a running backtest and its handle tell each other."""
+    """What a running backtest and its handle share."""
 
     __slots__ = ("decisions", "histories", "paused", "stopping", "trades", "when_ms")
 
@@ -99,7 +99,7 @@ class Replay(RunHooks):
         self._loading = asyncio.Lock()
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Every event of a position's life, as it happens; handlers have been told before it is yielded."""
+        """Every event of a position's life, as it happens; handlers have run before it is yielded."""
         frame, rules, symbol = self._job.frame, self._job.rules, self._job.identity.symbol
         run_state, control, cron, minute = self._run_state, self._control, self._cron, self._minute
         history = await self._history_of(symbol)
@@ -122,19 +122,19 @@ class Replay(RunHooks):
             when_ms = until_ms
             if self._seat is not None:
                 await self._seat.turn(when_ms)
-            told: list[Event] = []
-            await minute.act(wanted, told, since_ms=since_ms)
+            happened: list[Event] = []
+            await minute.act(wanted, happened, since_ms=since_ms)
             if Progress in wanted:
-                await self._tell_progress()
-            if told:
-                await self._records.observe(told)
-            for event in told:
+                await self._publish_progress()
+            if happened:
+                await self._records.observe(happened)
+            for event in happened:
                 yield event
             if time.perf_counter() >= turn_ends:
                 await self._records.take_breath()
                 turn_ends = time.perf_counter() + _LONGEST_TURN_S
 
-    def account(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         if isinstance(event, PositionClosed):
             self._control.trades.append(event.trade)
         if self._seat is None:
@@ -146,7 +146,7 @@ class Replay(RunHooks):
         elif isinstance(event, PositionClosed | EntryCancelled):
             self._seat.release()
 
-    async def _tell_progress(self) -> None:
+    async def _publish_progress(self) -> None:
         frame, when_ms = self._job.frame, self._run_state.tick.when_ms
         fraction = (when_ms - frame.start_ms) / (frame.stop_ms - frame.start_ms)
         if int(fraction * 100) > self._percent:
@@ -155,7 +155,7 @@ class Replay(RunHooks):
             await self._bus.emit(progress, self._minute.context())
 
     def _wind_up(self) -> bool:
-        """Told to stop: true if nothing is held; a resting entry is given up, a position goes on to its end."""
+        """After a stop: true if no position is open; a resting entry is cancelled, a position goes on to its end."""
         run_state = self._run_state
         if isinstance(run_state.state, Resting):
             run_state.state = msgspec.structs.replace(run_state.state, order="cancel")

@@ -6,20 +6,18 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product, takewhile
 from pathlib import Path
-from typing import Final
+from typing import Final, Unpack
 
 import msgspec
 
-from backtest_kit.engine.step import Fill
 from backtest_kit.errors import BacktestKitError, LookAhead, UserError
-from backtest_kit.market.fetch import CandleFeed, GapRule
-from backtest_kit.market.repair import DirtyRule
+from backtest_kit.market.fetch import CandleFeed
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.report.comparison import Comparison
 from backtest_kit.report.ranking import Contender, Failure, metric_line
 from backtest_kit.report.result import BacktestResult, Results
 from backtest_kit.run.blocking import run_blocking
-from backtest_kit.run.replay.backtest import BacktestHandle, BacktestRunner
+from backtest_kit.run.replay.backtest import BacktestHandle, BacktestRunner, ReplayOptions
 from backtest_kit.run.replay.replay import Job
 from backtest_kit.run.schema import GetSignal, Manage, StrategySchema, strategy_schema
 
@@ -107,10 +105,8 @@ class Walker:
         exchange_name: str,
         frame_name: str,
         metric: str = "sharpe_ratio",
-        fill: Fill = "vwap",
-        gaps: GapRule = "error",
-        dirty: DirtyRule | None = None,
         on_progress: Callable[[WalkProgress], None] | None = None,
+        **options: Unpack[ReplayOptions],
     ) -> Comparison:
         """Replay each strategy over the frame and rank them by a statistic of all their trades together.
 
@@ -121,8 +117,8 @@ class Walker:
             strategies: Names of registered strategies, parameter sets of `grid`, or both.
             metric: The field of `Statistics` to rank by. More is better, but for std_dev, max_drawdown,
                 loss_count and max_loss_streak.
-            fill, gaps, dirty: As for `Backtest.run`.
             on_progress: Called about ten times a second, and once for every strategy that has ended.
+            options: Those of `ReplayOptions`.
 
         Raises:
             UserError: bad names, options or candles: nothing has been replayed then.
@@ -137,7 +133,7 @@ class Walker:
         backtest = self._backtest
         # Every name and option is checked before the first candle is read.
         rounds = [
-            [backtest.job(symbol, each, exchange_name, frame_name, fill, gaps, dirty) for symbol in wanted]
+            [backtest.job(symbol, each, exchange_name, frame_name, **options) for symbol in wanted]
             for each in strategies
         ]
         contenders: list[Contender] = []
@@ -166,10 +162,8 @@ class Walker:
         exchange_name: str,
         frame_name: str,
         metric: str = "sharpe_ratio",
-        fill: Fill = "vwap",
-        gaps: GapRule = "error",
-        dirty: DirtyRule | None = None,
         on_progress: Callable[[WalkProgress], None] | None = None,
+        **options: Unpack[ReplayOptions],
     ) -> Comparison:
         """Compare strategies and return when all have ended. Arguments and errors as for `run`."""
         return run_blocking(
@@ -179,10 +173,8 @@ class Walker:
                 exchange_name=exchange_name,
                 frame_name=frame_name,
                 metric=metric,
-                fill=fill,
-                gaps=gaps,
-                dirty=dirty,
                 on_progress=on_progress,
+                **options,
             ),
             self._backtest.leave_loop,
         )

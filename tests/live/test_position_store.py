@@ -11,17 +11,18 @@ import msgspec
 import pytest
 from tests.live.rig import START, Rig
 from tests.live.scenario import MINUTES, facts, prepared, without_orders
+from tests.values import make_entry
 
 import backtest_kit as bk
 from backtest_kit.engine.step import Resting
 from backtest_kit.errors import OutOfSpace, RetryLater
-from backtest_kit.model.event import EntryCancelled, Identity
-from backtest_kit.model.position import RestingEntry
+from backtest_kit.model.event import EntryCancelled
+from backtest_kit.model.identity import Identity
 from backtest_kit.persist import crashpoints
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.wrapper import AdapterStore
 from backtest_kit.run.live.emergency import SIZE, EmergencyFile
-from backtest_kit.run.live.ledger import Ledger, PositionState
+from backtest_kit.run.live.position_state import PositionState
 from backtest_kit.run.live.position_store import PositionStore
 
 MONEY = ("signal", "schedule", "strategy", "partial", "breakeven", "risk")
@@ -98,17 +99,17 @@ async def test_the_records_are_what_the_contracts_say(rig: Rig) -> None:
     kit = rig.kit(None)
     where: dict[str, Any] = {"strategy_name": "trend", "exchange_name": "demo", "symbol": "BTCUSDT"}
     signal = await kit.persistence.signal.read(**where)
-    assert signal["priceOpen"] == pytest.approx(99.8)
+    assert signal["entry"]["signal"]["priceOpen"] == pytest.approx(99.8)
     assert len(signal["entries"]) == 2
-    reached = await kit.persistence.breakeven.read(**where, signal_id=signal["signalId"])
-    assert reached == {signal["signalId"]: {"reached": True}}
+    reached = await kit.persistence.breakeven.read(**where, signal_id=signal["entry"]["signal"]["id"])
+    assert reached == {signal["entry"]["signal"]["id"]: {"reached": True}}
     await rig.trade(5)
     assert await rig.kit(None).persistence.signal.read(**where) is None
     schedule = await rig.kit(None).persistence.schedule.read(**where)
-    assert schedule["priceOpen"] < 101
+    assert schedule["signal"]["priceOpen"] < 101
     strategy = await rig.kit(None).persistence.strategy.read(**where)
     assert strategy["state"] == {
-        "type": "resting", "entry": schedule["signalId"], "lastSlotMs": START + 10 * 60_000, "order": ""
+        "type": "resting", "entry": schedule["signal"]["id"], "lastSlotMs": START + 10 * 60_000, "order": ""
     }  # fmt: skip
     assert strategy["intent"] is None
 
@@ -178,28 +179,27 @@ def test_an_emergency_file_takes_a_write_on_a_full_disk(tmp_path: Path) -> None:
 def test_the_emergency_file_keeps_what_is_held_however_much_waits_for_the_records(tmp_path: Path) -> None:
     texts = [secrets.token_hex(600) for _ in range(100)]
     identity = Identity("BTCUSDT", "trend", "demo", "", "live")
-    entry = RestingEntry(
-        signal_id="one", symbol="BTCUSDT", strategy_name="trend", exchange_name="demo", frame_name="",
-        position="long", price_open=1.0, price_take_profit=2.0, price_stop_loss=0.5, minutes=60.0, cost=10.0,
-        scheduled_at_ms=START, note="",
-    )  # fmt: skip
+    entry = make_entry("one", identity=identity, price=1.0, take=2.0, stop=0.5, cost=10.0, at_ms=START)
     outbox = tuple(
         EntryCancelled(
-            identity=identity, when_ms=START, price=1.0, entry=msgspec.structs.replace(entry, note=text), reason="user"
+            identity=identity,
+            when_ms=START,
+            price=1.0,
+            entry=msgspec.structs.replace(entry, signal=msgspec.structs.replace(entry.signal, note=text)),
+            reason="user",
         )
         for text in texts
     )
     file = EmergencyFile(tmp_path / "reserve")
-    ledger: Any = Ledger(None, "live", SCOPE)  # type: ignore[arg-type]
-    nobody: Any = None
-    position_store = PositionStore(ledger, nobody, file, nobody)
+    unused: Any = None
+    position_store = PositionStore(unused, identity, SCOPE, (), 0, file, unused)
     file.open()
     file.write(position_store._sealed(PositionState(state=Resting(entry, START), outbox=outbox, owner="me", seq=1)))
     kept = file.read()
     file.close()
     assert kept is not None
-    book = position_store._newer(kept)
-    assert book is not None
-    assert book.state == Resting(entry, START)
-    assert book.outbox == outbox[-len(book.outbox) :]
-    assert book.outbox
+    found = position_store._newer(kept)
+    assert found is not None
+    assert found.state == Resting(entry, START)
+    assert found.outbox == outbox[-len(found.outbox) :]
+    assert found.outbox

@@ -18,7 +18,7 @@ from tests.records.stores import SHARED
 import backtest_kit as bk
 from backtest_kit.persist.contracts import CLAIM, CONTRACTS
 from backtest_kit.persist.store import Store, Write
-from backtest_kit.records import sole
+from backtest_kit.records import exclusive
 
 PROGRAM = Path(__file__).with_name("replayer.py")
 WHERE: Any = {"strategy_name": "counting", "exchange_name": "demo"}
@@ -51,7 +51,7 @@ async def counted(kit: bk.Kit) -> Any:
 async def test_a_run_of_another_process_is_refused_until_it_has_ended(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sole, "TTL_S", 0.3)
+    monkeypatch.setattr(exclusive, "TTL_S", 0.3)
     asked, gate = asyncio.Event(), asyncio.Event()
 
     async def wait(ctx: bk.Context) -> None:
@@ -113,7 +113,7 @@ async def test_a_run_whose_process_was_killed_is_free_at_once(store: str, tmp_pa
 
 
 async def test_a_run_that_is_lost_to_another_process_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sole, "TTL_S", 0.06)
+    monkeypatch.setattr(exclusive, "TTL_S", 0.06)
     taken = asyncio.Event()
 
     async def be_overtaken(ctx: bk.Context) -> None:

@@ -1,4 +1,4 @@
-"""`undisturbed`: a run that somebody has named is replayed by one process at a time."""
+"""`exclusive_run`: a run with an id of the user's own is replayed by one process at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
-from backtest_kit.model.event import Identity
+from backtest_kit.model.identity import Identity
 from backtest_kit.persist.holder import is_neighbour
 from backtest_kit.persist.lease import claim, keeps_claims
 from backtest_kit.persist.possession import release_quietly, renew_forever
@@ -15,17 +15,17 @@ from backtest_kit.persist.store import Store
 from backtest_kit.seams import SYSTEM, Seams
 
 TTL_S: Final = 60.0
-"""A thousand runs at once would have much to renew if it were shorter."""
+"""Long, because a thousand runs at once have much to renew."""
 
 
 @asynccontextmanager
-async def undisturbed(
+async def exclusive_run(
     store: Store, run_id: str, identity: Identity, seams: Seams = SYSTEM
 ) -> AsyncIterator[asyncio.Task[None] | None]:
-    """Have the run of a strategy on a symbol to oneself: two would overwrite each other's records.
+    """Own the run of a strategy on a symbol: two processes would overwrite each other's records.
 
-    What it yields raises `Conflict` when that is over. It is None where no other process could have the run, because
-    the store ends with this one.
+    The task that it yields raises `Conflict` when the run is lost. It is None where no other process can have the run,
+    because the store ends with this one.
 
     Raises:
         Conflict: another process replays it; the message names it.
@@ -43,7 +43,7 @@ async def undisturbed(
             doing="is under way in",
             ttl=TTL_S,
             seams=seams,
-            watches=lambda holder: not is_neighbour(holder),  # who lives beside us does not end in the next moment
+            watches=lambda holder: not is_neighbour(holder),  # one on this machine does not end in the next moment
             remedy="two at once would overwrite each other's records; wait for it, or choose another run_id",
         )
         stack.push_async_callback(release_quietly, lease)
@@ -53,7 +53,7 @@ async def undisturbed(
 
 
 def owned_by(identity: Identity) -> tuple[str, str, str]:
-    """Who state and memory of a run belong to, whatever its frame is."""
+    """The owner of state and memory of a run, whatever its frame is."""
     return identity.strategy_name, identity.exchange_name, identity.symbol
 
 
@@ -61,4 +61,4 @@ async def _ended(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait({task})
     if not task.cancelled():
-        task.exception()  # seen, if the run came to its end before it could be told
+        task.exception()  # retrieved, if the run ended before it could be raised
