@@ -143,7 +143,7 @@ async def test_thousands_of_records_move_with_the_settings_of_the_command(addres
 async def test_large_lists_of_small_numbers_move_to_a_server_without_transactions(
     address: Addresses, standalone_url: str
 ) -> None:
-    """Together, as JSON they are small enough for one batch, and as BSON too large for one document."""
+    """It has no batches: the records are written one by one. Together they are larger than a document can be."""
     source, target = store_at(address("sqlite", "bot.db")), MongoStore(standalone_url, patient=True)
     for number in range(8):
         await source.put(Write(CONTRACTS["memory"], ("s-1", "plan", str(number)), [number] * 200_000))

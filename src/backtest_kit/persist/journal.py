@@ -199,7 +199,7 @@ class Journal:
             path = f"{self._directory}/{time.time_ns():020d}-{os.getpid()}-{self._serial}{SUFFIX}"
             fd = self._disk.open_for_append(path)
             try:
-                # Until it is locked it looks like that of a dead process: whoever opens the root just then takes it
+                # Until it is locked it looks like that of a dead process: another opening of the root takes it
                 # away, and entries in it would be lost. Once it is locked and still there, it is safe.
                 safe = try_lock(fd) and self._disk.is_at(fd, path)
                 if safe:

@@ -77,6 +77,7 @@ class Root:
         self._recovered = False
         self._pid = os.getpid()
         self._last_tick = 0
+        self._sweeper: threading.Thread | None = None
         self.syncer = self._make_syncer()
 
     # -- life ----------------------------------------------------------------------------------------
@@ -199,15 +200,12 @@ class Root:
 
     def _start_sweep(self) -> None:
         if self._inline:
-            self._sweeper = None
             self._sweep(time.time())
             return
         self._sweeper = threading.Thread(
             target=self._sweep, args=(time.time(),), name="backtest-kit-sweep", daemon=True
         )
         self._sweeper.start()
-
-    _sweeper: threading.Thread | None = None
 
     def _sweep(self, opened_at: float) -> None:
         try:
