@@ -1,20 +1,33 @@
 """How much a test tries: `make test` draws samples by a seed, `make prove` tries everything.
 
-`SEED=N` draws the samples of another run again. Both are read once, from the environment, which the workers of a run
-and the programs that tests start inherit.
+Without `SEED=N` the seed is the commit: every commit draws other samples, and every machine draws the same ones for it.
+Both are read once, from the environment, which the workers of a run and the programs that tests start inherit.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Final, TypeVar
 
 T = TypeVar("T")
 
+
+def _of_commit() -> int:
+    """The seed of the commit; a random one where there is no commit to ask for."""
+    asked = ("git", "rev-parse", "HEAD")
+    try:
+        head = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, check=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return random.SystemRandom().randrange(1 << 30)
+    return int(head.stdout[:7], 16)
+
+
 PROVING: Final = os.environ.get("PROVE", "0") != "0"
-SEED: Final = int(os.environ.setdefault("SEED", str(random.SystemRandom().randrange(1 << 30))))
+SEED: Final = int(os.environ.setdefault("SEED", str(_of_commit())))
 
 
 def size(sampled: int, whole: int) -> int:

@@ -200,7 +200,7 @@ from .run.replay.walker import (
     ParameterSet as ParameterSet,
     WalkProgress as WalkProgress,
 )
-from .run.risk import (
+from .run.risk_request import (
     ActivePosition as ActivePosition,
     RiskRequest as RiskRequest,
 )

@@ -22,7 +22,7 @@ from backtest_kit.run.cron import Cron, CronTick
 from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.replay.backtest import BacktestRunner
 from backtest_kit.run.replay.walker import Walker
-from backtest_kit.run.risk import RiskValidation
+from backtest_kit.run.risk_request import RiskValidation
 from backtest_kit.run.schema import (
     ExchangeSchema,
     FrameSchema,

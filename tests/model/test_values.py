@@ -26,7 +26,7 @@ from backtest_kit.model.interval import DAY_MS, INTERVAL_MS, floor_ms, interval_
 from backtest_kit.model.position import RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.records.signals import StoredSignal
-from backtest_kit.run.risk import ActivePosition
+from backtest_kit.run.risk_request import ActivePosition
 
 ROWS = [(60_000 * i, 1.0 + i, 2.0 + i, 0.5 + i, 1.5 + i, 10.0) for i in range(5)]
 

@@ -4,62 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING
-
-import msgspec
+from collections.abc import Iterable, Sequence
 
 from backtest_kit.errors import UserError
 from backtest_kit.model.identity import Identity
-from backtest_kit.model.inner import Inner
-from backtest_kit.model.interval import to_datetime
-from backtest_kit.model.position import OfSignal, Position, RestingEntry
+from backtest_kit.model.position import Position, RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.run.lockstep import Lockstep
-
-if TYPE_CHECKING:
-    from backtest_kit.run.schema import RiskSchema
-
-
-class ActivePosition(OfSignal, frozen=True, kw_only=True):
-    """A position, or a resting entry with its place reserved, that counts under a risk profile."""
-
-    entry: RestingEntry
-    cost: float
-    """All that was put in so far, in quote currency."""
-    opened_at_ms: int
-    """When it was opened, or placed while it rests."""
-
-    price_open = Inner[float]("entry.price_open")
-    price_take_profit = Inner[float]("entry.price_take_profit")
-    price_stop_loss = Inner[float]("entry.price_stop_loss")
-    minutes = Inner[float]("entry.minutes")
-
-
-class RiskRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a validation judges: one signal, and all that is held beside it under the same profile."""
-
-    identity: Identity
-    signal: Signal
-    price: float
-    """The current price."""
-    when_ms: int
-    positions: tuple[ActivePosition, ...]
-    """Of all strategies and symbols that share the profile on this exchange and frame; never its own."""
-
-    @property
-    def when(self) -> datetime:
-        return to_datetime(self.when_ms)
-
-    @property
-    def price_open(self) -> float:
-        """Where the position would be entered."""
-        return self.price if self.signal.price_open is None else self.signal.price_open
-
-
-RiskValidation = Callable[[RiskRequest], Awaitable[str | None] | str | None]
-"""Returns why the signal is refused, or None (or an empty text) to allow it; may be async."""
+from backtest_kit.run.risk_request import ActivePosition, RiskRequest
+from backtest_kit.run.schema import RiskSchema
 
 _Scope = tuple[asyncio.AbstractEventLoop, str, str]
 _Profile = tuple[str, str]

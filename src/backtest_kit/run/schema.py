@@ -16,7 +16,7 @@ from backtest_kit.market.sources import CandleSource
 from backtest_kit.model.interval import FRAME_INTERVALS, MINUTE_MS, STRATEGY_INTERVALS, floor_ms, interval_ms, to_ms
 from backtest_kit.model.signal import Signal
 from backtest_kit.run.context import Context
-from backtest_kit.run.risk import RiskValidation
+from backtest_kit.run.risk_request import RiskValidation
 
 # Numbers outside of 1973 .. 9999 are seconds, years or slips rather than dates of candles.
 _FIRST_MS: Final = 10**11

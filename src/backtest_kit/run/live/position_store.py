@@ -45,7 +45,8 @@ from backtest_kit.run.live.position_state import (
     records_of,
     write_order,
 )
-from backtest_kit.run.risk import ActivePosition, active, judge
+from backtest_kit.run.risk import active, judge
+from backtest_kit.run.risk_request import ActivePosition
 from backtest_kit.run.schema import RiskSchema
 
 T = TypeVar("T")
