@@ -21,8 +21,8 @@ hypothesis.settings.load_profile("untimed")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-DISK = tempfile.gettempdir()
-"""Where temporary files lie on this machine."""
+DISK = os.environ.setdefault("TESTS_DISK", tempfile.gettempdir())
+"""Where temporary files lie on this machine; the workers of a run inherit it, with a TMPDIR that may be in memory."""
 MEMORY = Path("/dev/shm")  # noqa: S108
 LEAST_FREE = 4 << 30
 

@@ -19,7 +19,7 @@ import pymongo
 import pytest
 from tests.live.scripts import START, STORY_MINUTES
 from tests.live.stage import Forks, differences, forking, stage
-from tests.samples import sample
+from tests.samples import sample, size
 from tests.servers import address_of
 
 from backtest_kit.model.interval import MINUTE_MS
@@ -184,7 +184,7 @@ async def test_killed_at_every_point_on_files(tmp_path: Path, fate: str) -> None
     chosen = sample([cell for cell in cells() if cell[2] == fate], SAMPLE, f"killed {fate}")
     theatre = await play(chosen, tmp_path)
     assert theatre.hit == {point for point, *_ in chosen}
-    assert theatre.kills >= len(chosen) * 1.5
+    assert theatre.kills >= size(len(chosen), int(len(chosen) * 1.5))  # some cells have several, and few may be drawn
 
 
 @pytest.mark.sampled
