@@ -125,5 +125,5 @@ def test_the_reference_s_adapter_works_for_every_contract_of_the_default_kit(tmp
 def test_the_dump_stays_where_files_are_in_use(tmp_path: Path) -> None:
     kit = bk.Kit(tmp_path / "a")
     kit.persistence.file_store()
-    with pytest.raises(bk.UserError, match="files are already kept in"):
+    with pytest.raises(bk.UserError, match="files are already in use in"):
         kit.dump = tmp_path / "b"

@@ -50,12 +50,12 @@ class Kit:
     """Schemas, settings and storage of one program.
 
     The functions of the package (`backtest_kit.add_strategy_schema`, ...) and `backtest_kit.Backtest`
-    act on a default kit; a library or a test makes one of its own.
+    act on a default kit; a library or a test creates its own.
 
     Args:
-        dump: Where files are kept: candles, records, reports.
+        dump: The directory of files: candles, records, reports.
         now_ms: The clock of the market, in epoch milliseconds.
-        seams: Time and chance of the machine, by which one process owns a position: a simulation hands in its own.
+        seams: The machine's time and randomness, used by leases: a simulation passes its own.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Kit:
 
     @property
     def live(self) -> LiveRunner:
-        """Runs strategies on a market as it goes on, with real orders or on paper."""
+        """Runs strategies on a live market, with real orders or on paper."""
         if self._live is None:
             from backtest_kit.run.live.runner import LiveRunner
 
@@ -110,18 +110,18 @@ class Kit:
 
     @property
     def dump(self) -> Path:
-        """Where files are kept. Set it before anything is bound or run to move it."""
+        """The directory of files. To move it, set it before the first run or binding."""
         return self._dump
 
     @dump.setter
     def dump(self, path: str | os.PathLike[str]) -> None:
         if self._files_in_use:
-            raise UserError(f"files are already kept in {self._dump}: set dump to {path} before the first run")
+            raise UserError(f"files are already in use in {self._dump}: set dump to {path} before the first run")
         self._dump = Path(path)
 
     @property
     def persistence(self) -> Persistence:
-        """Which store keeps what: `kit.persistence.bind("*", store)`, and a front door for each contract.
+        """The store of each contract: `kit.persistence.bind("*", store)`, and a front door per contract.
 
         Without a binding it is the store at the address in the environment variable CC_STORE, such as
         `sqlite:bot.db`, or else the files under `dump`.
@@ -136,7 +136,7 @@ class Kit:
         return self._persistence
 
     async def close(self) -> None:
-        """Deliver and write down what waits, then flush and close every store that was used."""
+        """Deliver notifications, write pending records, then flush and close every store in use."""
         try:
             await self.records.close()
         finally:
@@ -153,14 +153,14 @@ class Kit:
         note: str = "",
         replace: bool = False,
     ) -> None:
-        """Register an exchange and where its candles come from: one of `backtest_kit.sources`.
+        """Register an exchange and the source of its candles: one of `backtest_kit.sources`.
 
-        Candles of a source that is not a local file are kept under the exchange's name, so one name
+        Candles of a source that is not a local file are cached under the exchange's name, so one name
         stands for one market. `replace=True` overwrites an exchange of that name.
 
         Args:
-            broker: What carries the orders of live runs to the venue; paper runs and backtests need none.
-            clock: What time it is there; the wall clock of this machine if left out.
+            broker: Sends the orders of live runs to the exchange; paper runs and backtests need none.
+            clock: The time of the exchange; by default the wall clock of this machine.
 
         Raises:
             UserError: the name is taken or empty, or another argument has the wrong type.
@@ -179,7 +179,7 @@ class Kit:
     ) -> None:
         """Register a stretch of time to replay, from `start_date` to `end_date`, both included.
 
-        Dates are aware datetimes, ISO texts (UTC where they name no zone) or epoch milliseconds.
+        Dates are aware datetimes, ISO texts (UTC if they name no zone) or epoch milliseconds.
         `interval` is the grid on which decisions may fall; positions are watched every minute anyway.
 
         Raises:
@@ -220,7 +220,7 @@ class Kit:
     def add_risk_schema(
         self, risk_name: str, *, validations: Sequence[RiskValidation], note: str = "", replace: bool = False
     ) -> None:
-        """Register a risk profile: functions that are given a `RiskRequest` and return why they refuse, or None.
+        """Register a risk profile: functions that take a `RiskRequest` and return the reason to reject it, or None.
 
         Raises:
             UserError: the name is taken or empty, or a validation is not a function.
@@ -257,7 +257,7 @@ class Kit:
         """Change settings by name, such as `set_config(CC_PERCENT_FEE=0.05)`. Running backtests keep theirs.
 
         Raises:
-            UserError: unknown names, bad values or contradictions, all in one message; nothing changes then.
+            UserError: unknown names, bad values or contradictions, all in one message; nothing is changed.
         """
         self._settings = with_settings(self.get_config(), changes)
 
@@ -270,17 +270,17 @@ class Kit:
         strategy_name: str | None = None,
         once: bool = False,
     ) -> Callable[[], None]:
-        """Call `handler` for every event of a kind, and return a function that ends it. See `EventBus.on`.
+        """Call `handler` for every event of a kind, and return a function that unsubscribes it. See `EventBus.on`.
 
-        The handler takes the event, or the event and the context of its minute; it may be async. Commands
-        that it gives (`await ctx.position.close()`) take effect before the run goes on.
+        The handler takes the event, or the event and the context of its minute; it may be async. Its commands
+        (`await ctx.position.close()`) take effect before the run continues.
         """
         return self._bus.on(kind, handler, symbol=symbol, strategy_name=strategy_name, once=once)
 
     def events(
         self, *kinds: type[E], symbol: str | None = None, strategy_name: str | None = None, limit: int = 1000
     ) -> EventStream[E]:
-        """Events as an async iterator; it begins at this call. See `EventBus.events`."""
+        """Events as an async iterator, from this call on. See `EventBus.events`."""
         return self._bus.events(*kinds, symbol=symbol, strategy_name=strategy_name, limit=limit)
 
     def cron(
@@ -290,7 +290,7 @@ class Kit:
         self._cron.add(name, interval=interval, handler=handler, symbols=symbols)
 
     def remove_cron(self, name: str) -> None:
-        """Forget a cron job. See `Cron.remove`."""
+        """Remove a cron job. See `Cron.remove`."""
         self._cron.remove(name)
 
     def _file_store(self) -> Store:

@@ -40,7 +40,7 @@ def test_it_ranks_all_strategies_of_a_file_and_writes_both_reports(tmp_path: Pat
     ranks = [line.split()[0] for line in lines if "always" in line]
     assert ranks == ["1", "2"]
     assert "broken failed on A: KeyError: 'nothing'" in done.stdout
-    assert "The best of 2 was picked on the candles it is judged by" in done.stdout
+    assert "The best of 2 was chosen on the same candles" in done.stdout
     assert "Report: out/walker/day total_pnl.md" in done.stdout
     assert "Charts: out/walker/day total_pnl.html" in done.stdout
     assert (tmp_path / "out/walker/day total_pnl.md").read_text().startswith("# Strategies by Total PnL")
@@ -102,5 +102,5 @@ def test_a_saved_backtest_is_shown_again_without_replaying(tmp_path: Path) -> No
     saved.write_bytes(saved.read_bytes()[:-100])
     damaged = run("report", saved, cwd=tmp_path)
     assert damaged.returncode == 1
-    assert "is cut or changed" in damaged.stderr
+    assert "is truncated or changed" in damaged.stderr
     assert run("report", "nowhere.json", cwd=tmp_path).returncode == 2

@@ -64,7 +64,7 @@ async def test_a_run_of_another_process_is_refused_until_it_has_ended(
     await asked.wait()
     with pytest.raises(
         bk.Conflict,
-        match=rf"run 'mine' of strategy 'counting' for BTCUSDT is under way in process {os.getpid()} on .*"
+        match=rf"run 'mine' of strategy 'counting' for BTCUSDT is already running in process {os.getpid()} on .*"
         "wait for it, or choose another run_id",
     ):
         # Whatever its days are: the state is the same.
@@ -84,7 +84,7 @@ async def test_a_run_of_another_process_is_refused_until_it_has_ended(
 async def test_frames_of_one_run_do_not_go_on_at_once_in_one_process(tmp_path: Path) -> None:
     kit = kit_that_asks("memory:", tmp_path)
     first = kit.backtest.background("BTCUSDT", **WHERE, frame_name="one", run_id="mine")
-    with pytest.raises(bk.UserError, match="run 'mine' of strategy 'counting' for BTCUSDT is under way"):
+    with pytest.raises(bk.UserError, match="run 'mine' of strategy 'counting' for BTCUSDT is already running"):
         kit.backtest.background("BTCUSDT", **WHERE, frame_name="two", run_id="mine")
     await first
     await kit.close()
@@ -102,7 +102,7 @@ async def test_a_run_whose_process_was_killed_is_free_at_once(store: str, tmp_pa
             assert child.stdout is not None
             assert await asyncio.to_thread(child.stdout.readline) == b"asked\n"
             kit = kit_that_asks(SHARED[store], tmp_path)
-            with pytest.raises(bk.Conflict, match=f"is under way in process {child.pid} on "):
+            with pytest.raises(bk.Conflict, match=f"is already running in process {child.pid} on "):
                 await kit.backtest.background("BTCUSDT", **WHERE, frame_name="one", run_id="mine")
         finally:
             child.kill()
@@ -128,7 +128,7 @@ async def test_a_run_that_is_lost_to_another_process_ends(tmp_path: Path, monkey
     kit = kit_that_asks(SHARED["sqlite"], tmp_path, be_overtaken, interval="1m")
     failed: list[bk.RunFailed] = []
     kit.on(bk.RunFailed, failed.append)
-    with pytest.raises(bk.Conflict, match="is under way in process 4000000 on far"):
+    with pytest.raises(bk.Conflict, match="is already running in process 4000000 on far"):
         await kit.backtest.background("BTCUSDT", **WHERE, frame_name="one", run_id="mine")
     assert len(failed) == 1
     await kit.close()

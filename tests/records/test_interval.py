@@ -255,7 +255,7 @@ async def test_functions_of_one_name_in_two_files_do_not_share_windows_unasked(k
     one, two = (file_of(tmp_path / f"{each}.py", REPORT.format(result=each)) for each in ("one", "two"))
     assert await one(once)(minute(0)) == "one"
     for options in ({}, {"name": "define.<locals>.report"}):
-        with pytest.raises(bk.UserError, match=r"one\.py:\d+\) and .*two\.py:\d+\) are two functions of one name"):
+        with pytest.raises(bk.UserError, match=r"one\.py:\d+\) and .*two\.py:\d+\) are two functions with the name"):
             two(once, **options)
     assert await two(once, name="report of two")(minute(0)) == "two"
     assert await one(once, name="shared")(minute(0)) == "one"
@@ -274,7 +274,7 @@ async def test_two_functions_of_one_name_in_one_file_need_names(kit: bk.Kit, tmp
     assert await defined("BTC")(minute(0)) == "BTC"
     assert await defined("BTC")(minute(0)) is None, "it is the same function"
     for other in ("ETH", 1, object()):
-        with pytest.raises(bk.UserError, match="two functions of one name"):
+        with pytest.raises(bk.UserError, match="two functions with the name"):
             defined(other)
     source = REPORT.format(result="first") + "\n\nfirst = define\n" + REPORT.format(result="second")
     define = file_of(tmp_path / "twice.py", source)
@@ -371,7 +371,7 @@ async def test_a_record_that_is_no_window_is_named(kit: bk.Kit) -> None:
     store = kit.persistence.store_for(CONTRACTS["interval"], "live")
     (record,) = [each async for each in store.scan(CONTRACTS["interval"])]
     await store.put(Write(CONTRACTS["interval"], record.key, "noon"))
-    with pytest.raises(bk.UserError, match="holds 'noon', which is no window"):
+    with pytest.raises(bk.UserError, match="holds 'noon', which is not a window"):
         await once(minute(60))
 
 

@@ -199,7 +199,7 @@ async def test_a_run_that_is_under_way_cannot_be_started_again(kit: bk.Kit, back
     await backtest(count, run_id="mine")
     where: Any = {"strategy_name": "trend", "exchange_name": "demo", "frame_name": "day"}
     first = kit.backtest.background("BTCUSDT", **where, run_id="mine")
-    with pytest.raises(bk.UserError, match="run 'mine' of strategy 'trend' for BTCUSDT is under way"):
+    with pytest.raises(bk.UserError, match="run 'mine' of strategy 'trend' for BTCUSDT is already running"):
         kit.backtest.background("BTCUSDT", **where, run_id="mine")
     beside = kit.backtest.background("ETHUSDT", **where, run_id="mine")
     await asyncio.gather(first, beside)

@@ -100,7 +100,7 @@ def test_the_table_shows_the_metric_once_and_why_one_failed(contend: Contend) ->
 def test_the_best_of_several_is_not_sold_as_found(contend: Contend) -> None:
     assert compare(contend("a", [1]), FAILED).remarks() == []
     (remark,) = compare(contend("a", [1]), contend("b", [1]), FAILED).remarks()
-    assert remark.startswith("The best of 2 was picked on the candles it is judged by")
+    assert remark.startswith("The best of 2 was chosen on the same candles")
 
 
 def test_frames_have_a_row_per_contender(contend: Contend) -> None:

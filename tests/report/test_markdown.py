@@ -105,7 +105,7 @@ def test_open_positions_and_gaps_are_counted_apart(make_trade: MakeTrade, make_r
     assert "2 positions were still open at the end of the frame (close reason frame_end): +0.31 %." in text
     assert "7 missing minutes of BTCUSDT were filled with flat candles of no volume (10 % of all)." in text
     assert "of ETHUSDT" not in text
-    assert "The drawdown of the total takes each trade with the whole account" in text
+    assert "The drawdown of the total assumes that each trade uses the whole account" in text
 
 
 def test_repaired_rows_are_told_by_kind(make_result: MakeResult) -> None:
@@ -124,7 +124,7 @@ def test_what_else_a_reader_must_know(make_result: MakeResult) -> None:
     text = Results([one, other]).to_markdown()
     assert "1,200 missing minutes of ETHUSDT, read by BTCUSDT, were filled with flat candles" in text
     assert "BTCUSDT was stopped at 2022-01-31T00:00Z" in text
-    assert "BTCUSDT and ETHUSDT traded the very same candles" in text
+    assert "BTCUSDT and ETHUSDT traded the same candles" in text
 
 
 def test_no_common_price_of_two_markets(make_trade: MakeTrade, make_result: MakeResult) -> None:

@@ -92,9 +92,9 @@ def test_every_cut_and_every_change_is_noticed_and_the_file_kept(tmp_path: Path,
 @pytest.mark.parametrize(
     ("content", "error", "words"),
     [
-        (b"", UserError, "holds no results"),
-        (b"[1, 2]", UserError, "holds no results"),
-        (b"\xff\xfe", UserError, "holds no results"),
+        (b"", UserError, "does not hold results"),
+        (b"[1, 2]", UserError, "does not hold results"),
+        (b"\xff\xfe", UserError, "does not hold results"),
         (b'{"format":"x","version":1,"crc32":"0","results":[]}', UserError, "holds 'x'"),
         (
             b'{"format":"backtest-kit results","version":2,"crc32":"0","results":{}}',
@@ -119,7 +119,7 @@ def test_what_is_no_result_file_is_refused_by_name(
 
 def test_a_missing_file_is_a_mistake_of_the_user(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.json", tmp_path):
-        with pytest.raises(UserError, match=r"is no file: give one that Results\.save"):
+        with pytest.raises(UserError, match=r"is not a file: give one that Results\.save"):
             Results.load(path)
 
 

@@ -231,7 +231,7 @@ def test_a_grid_is_every_combination_that_makes_sense(kit: bk.Kit, walker: Walke
         ({"width": []}, r"parameter 'width' of 'box' is \[\]: give a list"),
         ({"width": "12"}, "parameter 'width' of 'box' is '12'"),
         ({"width": 5}, "parameter 'width' of 'box' is 5"),
-        ({"width": [1, 1]}, r"two combinations of the grid are called 'box\(width=1\)'"),
+        ({"width": [1, 1]}, r"two combinations of the grid have the name 'box\(width=1\)'"),
         ({"width": [0]}, "the grid of 'box' is empty"),
     ],
 )

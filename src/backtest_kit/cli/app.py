@@ -32,7 +32,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line. Bad input ends with code 2 and a sentence, never with a traceback of ours."""
+    """Run the command line. Bad input ends with code 2 and a message, never with a traceback of ours."""
     from backtest_kit.cli.strategy_file import StrategyFileFailed
 
     try:
@@ -84,7 +84,7 @@ def backtest(
     exchange: options.Exchange = None,
     trades: options.Trades = 20,
 ) -> None:
-    """Replay a strategy over candles and report what it would have earned.
+    """Replay a strategy over candles and report its results.
 
     Prints a table, writes DIR/backtest/{strategy}.md, a self-contained .html with charts, and the results as
     .json, which `backtest-kit report` shows again.
@@ -120,7 +120,7 @@ def walk(
         typer.Option(
             "--strategies",
             metavar="NAMES",
-            help="Only these; several by commas, or give the option again. Default: all of the file.",
+            help="Only these; separate several by commas, or repeat the option. Default: all in the file.",
         ),
     ] = None,
     frame: options.Frame = None,
@@ -156,7 +156,9 @@ def walk(
     "  backtest-kit report 2023.json 2024.json --html both-years.html --trades 0"
 )
 def report(
-    files: Annotated[list[Path], typer.Argument(metavar="RESULTS.json...", help="What `backtest-kit backtest` wrote.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="RESULTS.json...", help="Files that `backtest-kit backtest` wrote.")
+    ],
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a self-contained page with charts.")
     ] = None,
@@ -191,7 +193,7 @@ def paper(
     dirty: options.DirtyRule = "repair",
     as_json: options.AsJson = False,
 ) -> None:
-    """Trade on paper: real candles in real time, and every order is filled at the price that the engine decided.
+    """Trade on paper: real candles in real time; every order fills at the price that the engine decided.
 
     A terminal shows the state of every symbol; otherwise each event is one line. Ctrl-C or SIGTERM stops opening
     trades and waits for open positions to close. A second one exits immediately; positions stay open and are resumed
@@ -234,11 +236,11 @@ def live(
     dirty: options.DirtyRule = "repair",
     orphans: options.Orphans = "alarm",
     allow_weak: Annotated[
-        bool, typer.Option("--allow-weak", help="Trust positions to a store that `doctor --live` calls weak.")
+        bool, typer.Option("--allow-weak", help="Accept a store that `doctor --live` reports as weak.")
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Trade with real orders, through the broker of the file's exchange. Output and signals as of `paper`.
+    """Trade with real orders, through the broker of the file's exchange. Output and Ctrl-C work as in `paper`.
 
     Exit codes: 3 if another process trades a position, 2 for bad input, 130 after a second Ctrl-C.
     """
@@ -269,22 +271,22 @@ def live(
     "  backtest-kit log --run 20240601-101500-1a2b3c4d -n 1000 > run.jsonl"
 )
 def log(
-    follow: Annotated[bool, typer.Option("--follow", help="Go on with what is said from now on.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Keep running and print new lines.")] = False,
     symbol: options.OnlySymbol = None,
     strategy: options.OnlyStrategy = None,
     level: Annotated[
-        str, typer.Option("--level", metavar="debug|info|warning|error", help="Of this level or a higher one.")
+        str, typer.Option("--level", metavar="debug|info|warning|error", help="Only this level or higher.")
     ] = "info",
     since: options.Since = None,
     mode: options.RecordMode = "live",
     run: options.RunId = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="How many of the last lines.")] = 50,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="How many of the newest lines.")] = 50,
     as_json: options.AsJson = False,
     store: Annotated[
-        str | None, typer.Option("--store", metavar="URL", help="Where the log is; by default in the files of ./dump.")
+        str | None, typer.Option("--store", metavar="URL", help="The store of the log; by default the files in ./dump.")
     ] = None,
 ) -> None:
-    """Show the log: readable on a terminal, otherwise a line of JSON for each line."""
+    """Show the log: readable on a terminal, otherwise one JSON document per line."""
     from backtest_kit.cli.log import run_log
 
     run_log(
@@ -302,16 +304,18 @@ def log(
 
 
 records_app = typer.Typer(
-    help="Look at what runs remember: signals, notifications, state, memory, the log.",
+    help="Show the records of runs: signals, notifications, state, memory, the log.",
     no_args_is_help=True,
-    epilog="Every verb takes --store file:DIR or --store sqlite:FILE; without it, $CC_STORE, or else file:./dump.",
+    epilog="Every command takes --store file:DIR or --store sqlite:FILE; the default is $CC_STORE or file:./dump.",
 )
 app.add_typer(records_app, name="records")
 
 
 @records_app.command("ls", epilog="Example: backtest-kit records ls storage --symbol BTCUSDT --since 2024-06-01")
 def records_ls(
-    contract: Annotated[str | None, typer.Argument(help="Such as storage; without it, how many of each.")] = None,
+    contract: Annotated[
+        str | None, typer.Argument(help="Such as storage; without it, the number of records of each.")
+    ] = None,
     symbol: options.OnlySymbol = None,
     strategy: options.OnlyStrategy = None,
     mode: options.RecordMode = "live",
@@ -350,49 +354,56 @@ def records_show(
     "--fault 'lose_response,endpoint=POST */order,chance=0.1,count=0'"
 )
 def venue(
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Where on 127.0.0.1; 0 for any.")] = 8899,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1; 0 for any.")] = 8899,
     symbols: Annotated[
         list[str] | None,
-        typer.Option("--symbols", "-s", help="What is traded; several by commas. Default: BTCUSDT,ETHUSDT."),
+        typer.Option("--symbols", "-s", help="Symbols to trade; separate several by commas. Default: BTCUSDT,ETHUSDT."),
     ] = None,
     candles: options.Candles = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of made-up candles, and of faults by chance.")] = 7,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of generated candles and of random faults.")] = 7,
     speed: Annotated[
-        float, typer.Option("--speed", min=0, help="How many times as fast as real time; 0: only when all bots wait.")
+        float,
+        typer.Option("--speed", min=0, help="Speed relative to real time; 0: time moves only while all bots wait."),
     ] = 1.0,
     start: Annotated[
         str | None,
         typer.Option(
             "--start",
             metavar="DATE",
-            help="When it is. Default: now, at --speed 1 and with candles of today; else a day after the first candle.",
+            help="Start time. Default: now, at --speed 1 and with candles of today; else a day after the first candle.",
         ),
     ] = None,
-    fee: Annotated[float, typer.Option("--fee", min=0, metavar="PCT", help="Of what is traded.")] = 0.1,
-    slippage: Annotated[float, typer.Option("--slippage", min=0, metavar="PCT", help="Of market orders.")] = 0.01,
-    balance: Annotated[float, typer.Option("--balance", min=0, help="Of a new account, in USDT.")] = 100_000.0,
+    fee: Annotated[
+        float, typer.Option("--fee", min=0, metavar="PCT", help="Fee, in percent of the traded value.")
+    ] = 0.1,
+    slippage: Annotated[
+        float, typer.Option("--slippage", min=0, metavar="PCT", help="Slippage of market orders, in percent.")
+    ] = 0.01,
+    balance: Annotated[float, typer.Option("--balance", min=0, help="Balance of a new account, in USDT.")] = 100_000.0,
     client_ids: Annotated[
         Literal["open", "ever"],
         typer.Option(
             "--client-ids",
-            help="How long a client order id is taken: while its order is open, as on Binance, or permanently.",
+            help="How long a client order id stays in use: while its order is open, as on Binance, or permanently.",
         ),
     ] = "open",
     fault: Annotated[
         list[str] | None,
-        typer.Option("--fault", metavar="KIND,FIELD=VALUE...", help="What goes wrong; may be given several times."),
+        typer.Option(
+            "--fault", metavar="KIND,FIELD=VALUE...", help="A fault to inject; repeat the option for several."
+        ),
     ] = None,
     publishing: Annotated[
         str | None,
-        typer.Option("--publishing", metavar="FIELD=VALUE,...", help="What goes wrong with candles: missing=0.02,..."),
+        typer.Option("--publishing", metavar="FIELD=VALUE,...", help="Faults of candles: missing=0.02,..."),
     ] = None,
     state: Annotated[
-        Path | None, typer.Option("--state", metavar="FILE", help="Keep orders here, and go on from there.")
+        Path | None, typer.Option("--state", metavar="FILE", help="Store orders in this file, and continue from it.")
     ] = None,
 ) -> None:
     """Serve a simulated exchange on this machine, to paper-trade against without a network.
 
-    It speaks Binance's interface for spot and USDT futures, so that ccxt trades on it, and one of its own.
+    It serves Binance's API for spot and USDT futures, so ccxt trades on it, and an API of its own.
     """
     from backtest_kit.cli.venue import run_venue
 
@@ -421,16 +432,16 @@ def venue(
 )
 def doctor(
     store: options.StoreUrl = options.DEFAULT_STORE,
-    live: Annotated[
-        bool, typer.Option("--live", help="Judge it as a place for live positions: what is weak fails too.")
-    ] = False,
-    allow_weak: Annotated[bool, typer.Option("--allow-weak", help="With --live: let pass what is only weak.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="Check it for live trading: weak points fail too.")] = False,
+    allow_weak: Annotated[bool, typer.Option("--allow-weak", help="With --live: accept weak points.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="How often each time is measured.")] = 15,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=1, help="How many times to measure each latency.")
+    ] = 15,
 ) -> None:
-    """Look at the store, its servers or its disk, and say what is wrong and what to do about it. Changes nothing.
+    """Check the store, its servers or its disk, and report what is wrong and how to fix it. Changes nothing.
 
-    Ends with code 1 if something has to be done.
+    Ends with code 1 if something must be fixed.
     """
     from backtest_kit.cli.doctor import run_doctor
 

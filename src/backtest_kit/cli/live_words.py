@@ -19,18 +19,18 @@ SHOWN: Final = tuple(kind for kind in DESCRIBED if kind is not RunFailed)
 
 
 def words(event: Event) -> str:
-    """What happened, and where in the strategy file."""
+    """The event as text, with the place in the strategy file if it failed."""
     return describe(event) + (where(event.error) if isinstance(event, StrategyFailed) else "")
 
 
 def document(event: Event) -> dict[str, Any]:
-    """All of an event for a line of JSON."""
+    """All fields of an event, for a line of JSON."""
     fields = msgspec.to_builtins(event, enc_hook=error_text)
     return {"action": event.action, "symbol": event.symbol, "when": iso(event.when_ms), **fields}
 
 
 def standing(status: LiveStatus) -> str:
-    """How a run stands, in one line."""
+    """The status of a run in one line."""
     parts = [f"at {price(status.price)}", side(status)]
     if status.position is not None:
         parts.append(f"{status.pnl_pct:+.2f} %")
@@ -41,7 +41,7 @@ def standing(status: LiveStatus) -> str:
 
 
 def side(status: LiveStatus) -> str:
-    """What is held."""
+    """The open position or resting entry."""
     if status.position is not None:
         return f"{status.direction} from {price(status.price_open)}"
     if status.entry is not None:
@@ -50,7 +50,7 @@ def side(status: LiveStatus) -> str:
 
 
 def troubles(status: LiveStatus) -> list[str]:
-    """What is out of the ordinary."""
+    """Everything unusual."""
     said = []
     if status.degraded:
         said.append("DEGRADED")
@@ -95,5 +95,5 @@ def awaited(status: LiveStatus) -> str:
 
 
 def price(value: float | None) -> str:
-    """A price as people read it."""
+    """A price as text."""
     return "-" if value is None else price_text(value)

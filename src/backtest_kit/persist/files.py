@@ -1,4 +1,4 @@
-"""The one place that touches the disk: how bytes get there so that they stay.
+"""The one module that touches the disk: how bytes get there durably.
 
 A durable replacement is: a temporary file in the same directory, written whole, fsync, rename, fsync of
 the directory. A failed fsync is never tried again on the same file, because the kernel may have dropped
@@ -25,9 +25,9 @@ from backtest_kit.persist.crashpoints import crashpoint
 
 TEMP_PREFIX: Final = ".tmp-"
 TEMP_NAME: Final = re.compile(rf"{re.escape(TEMP_PREFIX)}\d+-[0-9a-f]{{12}}-\d+")
-"""What `Disk.write_temp` calls its files, in full: a file that only begins like that belongs to another program."""
+"""The full name of a file of `Disk.write_temp`: a file that only begins like it belongs to another program."""
 STALE_TEMP_SECONDS: Final = 120
-"""A temporary file older than this is not a write in flight."""
+"""A temporary file older than this has no writer."""
 
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _READ: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -38,16 +38,16 @@ _UNABLE: Final = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL))
 
 
 _REMOVALS: Final = 5
-"""How often a directory is emptied: a file that is renamed meanwhile can be missed once."""
+"""How often to empty a directory: a file that is renamed in the meantime can be missed once."""
 _SECTOR: Final = 512
 _ZEROS: Final = re.compile(rb"\0+")
 
 
 def has_lost_blocks(data: bytes, offset: int = 0) -> bool:
-    """Whether text that lies at `offset` of a file has zeros of the kind that a loss of power leaves.
+    """Whether text at `offset` of a file has zeros of the kind that a power loss leaves.
 
-    What was not synced reads as zeros from the beginning of the write, or of a block, to the end of a block or of
-    the write. Any other zero is damage of another kind.
+    Bytes that were not synced read as zeros from the start of the write, or of a block, to the end of a block or of the
+    write. Any other zero is another kind of damage.
     """
     runs = [run.span() for run in _ZEROS.finditer(data)]
     return bool(runs) and all(
@@ -78,12 +78,10 @@ class OsCalls(Protocol):
 
 
 def disk_error(error: OSError, doing: str, path: object, outcome: Outcome = Outcome.NOT_DONE) -> BacktestKitError:
-    """The error of the house for a failed call, to be raised from it."""
+    """The `BacktestKitError` for a failed call, to be raised from it."""
     full = error.errno in _SPACE
     if outcome is Outcome.UNKNOWN:
-        advice = (
-            f"it may have been written all the same: {'free some space, then ' * full}read it before you write again"
-        )
+        advice = f"it may have been written anyway: {'free some space, then ' * full}read it before you write again"
     else:
         advice = "free some space, then write again" if full else "nothing was changed, try again"
     message = f"cannot {doing} {path}: {error.strerror or error}; {advice}"
@@ -93,15 +91,15 @@ def disk_error(error: OSError, doing: str, path: object, outcome: Outcome = Outc
 class Disk:
     """Reading and durable writing over a set of OS calls. Methods block and raise `OSError`.
 
-    What a `private` one makes is closed to other users whatever the umask: files are 0600, directories 0700.
-    Without it the umask decides, as for any document.
+    With `private`, other users have no access whatever the umask: files are 0600, directories 0700. Without it the
+    umask decides, as for any document.
     """
 
     def __init__(self, calls: OsCalls = os, *, private: bool = True) -> None:
         self._os = calls
         self._file_mode, self._directory_mode = (0o600, 0o700) if private else (0o666, 0o777)
         self._serial = itertools.count()
-        self._token = f"{random.randrange(1 << 48):012x}"  # noqa: S311  # a process id comes again
+        self._token = f"{random.randrange(1 << 48):012x}"  # noqa: S311  # a process id can be reused
 
     def read(self, path: str) -> bytes:
         fd = self._open(path, _READ)
@@ -111,9 +109,9 @@ class Disk:
             self._os.close(fd)
 
     def read_and_keep(self, path: str, kept: deque[int]) -> bytes:
-        """As `read`, and leave the descriptor open, in `kept`.
+        """As `read`, but leave the descriptor open, in `kept`.
 
-        The last close of a file that was replaced frees it, which costs more than the rename and can wait.
+        The last close of a replaced file frees its blocks, which takes longer than the rename and can wait.
         """
         fd = self._open(path, _READ)
         try:
@@ -121,7 +119,7 @@ class Disk:
         except BaseException:
             self._os.close(fd)
             raise
-        if sys.platform == "win32":  # where nothing can be replaced that is open
+        if sys.platform == "win32":  # systems that cannot replace an open file
             self._os.close(fd)
         else:
             kept.append(fd)
@@ -141,7 +139,7 @@ class Disk:
         return self._open(path, _UPDATE)
 
     def make_file(self, path: str) -> None:
-        """Make an empty file, for a library that would make it with other permissions; one that is there stays."""
+        """Create an empty file, for a library that would create it with other permissions; an existing file stays."""
         with contextlib.suppress(FileExistsError):
             self._os.close(self._open(path, _CREATE))
 
@@ -149,7 +147,7 @@ class Disk:
         self._os.close(fd)
 
     def let_go(self, files: deque[int]) -> None:
-        """Close files that were only read, where nothing can go wrong that matters, and forget them."""
+        """Close files that were only read, so errors do not matter, and forget them."""
         while files:
             with contextlib.suppress(OSError):
                 self._os.close(files.popleft())
@@ -175,7 +173,7 @@ class Disk:
                 pieces = (data,) if isinstance(data, bytes) else data
                 if preallocate and isinstance(data, bytes) and data and hasattr(self._os, "posix_fallocate"):
                     # Without this ext4 flushes a file that is renamed over another one. Only for data that a journal
-                    # makes durable, or that replaces nothing durable: elsewhere that flush is a welcome second belt.
+                    # makes durable, or that replaces nothing durable: elsewhere that flush is extra safety.
                     self._preallocate(fd, len(data))
                 for piece in pieces:
                     self.write_all(fd, piece)
@@ -196,11 +194,11 @@ class Disk:
         try:
             self._os.posix_fallocate(fd, 0, size)
         except OSError as error:
-            if error.errno not in _UNABLE:  # the C library of some systems does not stand in for the file system
+            if error.errno not in _UNABLE:  # some C libraries do not emulate the call where the file system lacks it
                 raise
 
     def rename(self, temp: str, path: str) -> None:
-        """Put a temporary file in its place; it is gone if that fails."""
+        """Rename a temporary file into place; if that fails, it is removed."""
         try:
             self._os.replace(temp, path)
         except BaseException:
@@ -209,7 +207,7 @@ class Disk:
         crashpoint("file.after_rename")
 
     def move(self, source: str, target: str) -> None:
-        """Give a file, whose bytes the caller has synced, another name; it stays where it is if that fails."""
+        """Rename a file whose bytes the caller has synced; if that fails, it stays where it is."""
         self._os.replace(source, target)
 
     def write_all(self, fd: int, data: bytes) -> None:
@@ -228,7 +226,7 @@ class Disk:
         self._os.ftruncate(fd, size)
 
     def discard(self, path: str) -> None:
-        """Remove a file that holds nothing of value, if it can be done."""
+        """Remove a file of no value, if possible."""
         with contextlib.suppress(OSError):
             self._os.unlink(path)
 
@@ -241,7 +239,7 @@ class Disk:
             self._os.rmdir(path)
 
     def remove_tree(self, path: str) -> None:
-        """Remove a directory and all that is in it, also what gets another name meanwhile. It may not exist."""
+        """Remove a directory and all files in it, including those renamed in the meantime. It may not exist."""
         for left in reversed(range(_REMOVALS)):
             try:
                 with self._os.scandir(path) as found:
@@ -265,7 +263,7 @@ class Disk:
                 return
 
     def sync_file(self, path: str) -> None:
-        """Make durable what was written to `path` under any descriptor; a file that is gone needs nothing."""
+        """Make all writes to `path` durable, through any descriptor; a removed file needs nothing."""
         with contextlib.suppress(FileNotFoundError):
             fd = self._open(path, _READ)
             try:
@@ -279,7 +277,7 @@ class Disk:
             crashpoint("file.after_directory_fsync")
 
     def make_directories(self, path: str, *, sync: bool) -> None:
-        """Make `path` and what is missing above it, each level durable in its parent if `sync`."""
+        """Create `path` and its missing parents, each level durable in its parent if `sync`."""
         try:
             self._os.mkdir(path, self._directory_mode)
         except FileExistsError:
@@ -305,7 +303,7 @@ class Disk:
         self._os.utime(path, ns=(mtime_ns, mtime_ns))
 
     def is_at(self, fd: int, path: str) -> bool:
-        """Whether `path` is the name of an open file still, and not of another one or of none."""
+        """Whether `path` still names the open file, and not another one or none."""
         try:
             return os.path.samestat(self.stat(path), self.fstat(fd))
         except FileNotFoundError:
@@ -319,7 +317,7 @@ class Disk:
         return True
 
     def entries(self, directory: str) -> list[os.DirEntry[str]]:
-        """What lies in a directory, none if it does not exist; temporary files are never listed."""
+        """The names in a directory, without temporary files; empty if it does not exist."""
         try:
             with self._os.scandir(directory) as found:
                 return [entry for entry in found if not entry.name.startswith(TEMP_PREFIX)]
@@ -328,7 +326,7 @@ class Disk:
 
     @contextlib.contextmanager
     def listing(self, directory: str) -> Iterator[Iterator[os.DirEntry[str]]]:
-        """Everything that lies in a directory, temporary files too."""
+        """All names in a directory, temporary files included."""
         with self._os.scandir(directory) as found:
             yield found
 
@@ -336,9 +334,9 @@ class Disk:
         return os.access(path, os.W_OK)
 
     def sweep(self, directories: Iterable[str], now: float, *, find: str) -> list[str]:
-        """Remove the temporary files under `directories` that no writer can still be at work on at the time `now`.
+        """Remove the temporary files under `directories` that are too old at `now` to have a writer.
 
-        Returns the files whose names end in `find` and that were written before.
+        Returns the files whose names end in `find` and that were written before that age.
         """
         pending = list(directories)
         others: list[str] = []
@@ -379,7 +377,7 @@ class Disk:
 
 
 def absolute_root(root: str | os.PathLike[str]) -> str:
-    """The absolute path of a store's root, which a later change of the working directory does not move."""
+    """The absolute path of a store's root, so a later change of the working directory does not move it."""
     return str(Path(root).expanduser().absolute())
 
 

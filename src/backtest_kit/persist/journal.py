@@ -1,13 +1,12 @@
-"""A write-ahead journal: what makes several changes of files one change.
+"""A write-ahead journal: it makes several changes of files one change.
 
-An entry is one line with a checksum: everything that one atomic request is about to change, with the
-revisions that the records will have. Once it is on the disk the request has happened, whatever becomes
-of the process: the next opening of the root does again what was not finished. Doing an entry twice changes
-nothing, because a record that is as new as the entry or newer stays.
+An entry is one line with a checksum: all changes of one atomic request, with the revisions that the records will have.
+Once the entry is on the disk the request has happened, whatever happens to the process: the next opening of the root
+finishes it. Replaying an entry twice changes nothing, because a record as new as the entry or newer stays.
 
-Every process has a journal file of its own, locked for as long as it lives; a file whose lock is free
-belongs to no process and is replayed by the first one to open the root. A process that could not carry out an
-entry of its own lets go of its files and opens the root again.
+Every process has its own journal file, locked while the process lives. A file whose lock is free has no process, and
+the first process to open the root replays it. A process that fails to carry out an entry of its own closes its files
+and opens the root again.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class _File:
-    """One journal file of this process, and what must be on the disk before it can go."""
+    """One journal file of this process, and the files to sync before it can be removed."""
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
@@ -42,7 +41,7 @@ class _File:
 
 
 class Journal:
-    """The journal of one store of one process. Methods block; failures of the disk are the errors of the house."""
+    """The journal of one store of one process. Methods block; disk failures raise `BacktestKitError`s."""
 
     def __init__(self, directory: str, disk: Disk) -> None:
         self._directory = directory
@@ -51,7 +50,7 @@ class Journal:
         self._current: _File | None = None
         self._retired: list[_File] = []
         self._spoiled = False
-        """A file may still have an entry whose caller got an error."""
+        """True if a file may still have an entry whose caller got an error."""
         self._serial = 0
         in_children(self._let_go)
 
@@ -59,10 +58,10 @@ class Journal:
     def request(self, entries: Sequence[bytes], changed: Iterable[str]) -> Iterator[None]:
         """Make `entries` durable, then let the caller carry them out in the body.
 
-        If the body fails this object lets go of all its files: the next opening of the root replays them.
+        If the body fails, all journal files of this object are closed: the next opening of the root replays them.
         `changed` are the files and directories that the body writes without syncing them.
         """
-        # Held until all is carried out: a checkpoint in between would remove what is not in the files yet.
+        # Held until all is carried out: a checkpoint in between would remove changes not in the files yet.
         with self._guard:
             file = self._write(entries)
             file.changed.update(dict.fromkeys(changed))
@@ -73,10 +72,10 @@ class Journal:
                 raise
 
     def drop_refused(self) -> None:
-        """Remove entries whose callers got an error: replayed, they would undo what is written next.
+        """Remove entries whose callers got an error: replayed, they would undo the next writes.
 
         Raises:
-            RetryLater, OutOfSpace: the disk does not let it; nothing may be acknowledged before it does.
+            RetryLater, OutOfSpace: the disk failed; nothing may be acknowledged until this succeeds.
         """
         with self._guard:
             if self._spoiled:
@@ -84,7 +83,7 @@ class Journal:
                 self._spoiled = False
 
     def changed_by_others(self) -> dict[str, str]:
-        """What the journals of other processes have changes of, each with the journal file that has it."""
+        """The records changed in the journals of other processes, each with its journal file."""
         with self._guard:
             own = {file.path for file in self._files}
         changed: dict[str, str] = {}
@@ -114,22 +113,22 @@ class Journal:
                 if self._spoiled:
                     self._disk.sync_directory(self._directory)
             except OSError as error:
-                # The entries stay, and are done again from the start when the root is opened next.
+                # The entries stay, and are replayed from the start when the root is opened next.
                 with self._guard:
                     self._retired[:0] = files[number:]
-                raise disk_error(error, "carry over and remove the journal", file.path, Outcome.UNKNOWN) from error
+                raise disk_error(error, "apply and remove the journal", file.path, Outcome.UNKNOWN) from error
             self._disk.close(file.fd)
             crashpoint("journal.after_checkpoint")
 
     def close(self) -> None:
-        """Let go of the files; those that a failed checkpoint left are replayed by the next one to open the root."""
+        """Close the files; the next process to open the root replays those that a failed checkpoint left."""
         with self._guard:
             for file in self._files:
                 self._disk.close(file.fd)
             self._retired, self._current = [], None
 
     def replay(self, redo: Callable[[dict[str, Any]], bool]) -> int:
-        """Hand every change in the files of dead processes to `redo`, which makes it durable; return their number.
+        """Pass every change in the files of dead processes to `redo`, which makes it durable; return their number.
 
         A file with a damaged line, or with a change for which `redo` returned False, is kept as evidence.
         """
@@ -141,9 +140,9 @@ class Journal:
             try:
                 fd = self._disk.open_for_update(entry.path)
             except FileNotFoundError:
-                continue  # its owner has emptied it meanwhile
+                continue  # its owner has emptied it in the meantime
             try:
-                # Locked and still there: an owner removes its file first and then lets go of the lock.
+                # Locked and still there: an owner removes its file first and releases the lock afterwards.
                 if not try_lock(fd) or not self._disk.is_at(fd, entry.path):
                     continue
                 data = self._disk.read(entry.path)
@@ -153,13 +152,13 @@ class Journal:
                     kept = f"{entry.path}.damaged"
                     self._disk.fsync(fd)
                     self._disk.move(entry.path, kept)
-                    _log.error("not all of a journal could be carried out: what was left of it is in %s", kept)
+                    _log.error("part of a journal could not be replayed: the rest is in %s", kept)
                 else:
                     self._disk.remove(entry.path)
                     removed = True
             finally:
                 self._disk.close(fd)
-        if removed:  # an entry that came back after a loss of power could undo what is written next
+        if removed:  # an entry that reappears after a power loss could undo later writes
             self._disk.sync_directory(self._directory)
         return done
 
@@ -177,7 +176,7 @@ class Journal:
             self._disk.fsync(file.fd)
             crashpoint("journal.after_fsync")
         except OSError as error:
-            # Never written to again: what a failed sync left of it is for the disk to know.
+            # Never written to again: after a failed sync the bytes on the disk are unknown.
             try:
                 self._disk.truncate(file.fd, file.size)
             except OSError:
@@ -199,8 +198,8 @@ class Journal:
             path = f"{self._directory}/{time.time_ns():020d}-{os.getpid()}-{self._serial}{SUFFIX}"
             fd = self._disk.open_for_append(path)
             try:
-                # Until it is locked it looks like that of a dead process: another opening of the root takes it
-                # away, and entries in it would be lost. Once it is locked and still there, it is safe.
+                # Until it is locked it looks like that of a dead process: another process that opens the root
+                # removes it, and entries in it would be lost. Once it is locked and still there, it is safe.
                 safe = try_lock(fd) and self._disk.is_at(fd, path)
                 if safe:
                     self._disk.sync_directory(self._directory)
@@ -215,7 +214,7 @@ class Journal:
         return self._current
 
     def _let_go(self) -> None:
-        """Close the files of the parent: their locks must end with it."""
+        """Close the parent's files after a fork: their locks must end with the parent."""
         for file in self._files:
             with contextlib.suppress(OSError):
                 self._disk.close(file.fd)
@@ -223,9 +222,9 @@ class Journal:
 
 
 def written_lines(data: bytes) -> Iterator[bytes]:
-    """The lines of a journal, without what a loss of power cut short: it was never synced, so never acknowledged.
+    """The lines of a journal, without those cut short by a power loss: they were never synced, so never acknowledged.
 
-    That is whatever is behind the last newline, and lines with zeros where blocks of them were lost.
+    Cut short are bytes after the last newline, and lines with zeros where blocks were lost.
     """
     offset = 0
     for line in data.splitlines(keepends=True):
@@ -235,14 +234,14 @@ def written_lines(data: bytes) -> Iterator[bytes]:
 
 
 def _changes(data: bytes) -> Iterator[dict[str, Any]]:
-    """The changes of all whole entries."""
+    """The changes of all complete entries."""
     for line in written_lines(data):
         with contextlib.suppress(Damaged):
             yield from parse(unseal_line(line))["changes"]
 
 
 def _is_damaged(data: bytes) -> bool:
-    """True if a line that was written is not whole."""
+    """True if a written line is damaged."""
     for line in written_lines(data):
         try:
             unseal_line(line)

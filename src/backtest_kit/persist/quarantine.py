@@ -1,7 +1,7 @@
-"""Where bytes that cannot be trusted are kept, untouched, until an operator decides.
+"""Damaged bytes are kept here, unchanged, until an operator decides.
 
-A damaged file `signal/a/b/C.json` is moved to `quarantine/signal/a/b/C.json` with the reason beside it in
-`C.json.reason`. As long as it lies there its key is blocked, for every process and after every restart.
+A damaged file `signal/a/b/C.json` is moved to `quarantine/signal/a/b/C.json`, with the reason next to it in
+`C.json.reason`. While it is there its key is blocked, for every process and after every restart.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Quarantine:
         """Do nothing if `path` is free.
 
         Raises:
-            Damaged: what lay there is in quarantine.
+            Damaged: its file is in quarantine.
         """
         place = self.place(path)
         try:
@@ -47,16 +47,16 @@ class Quarantine:
                 raise self._blocked(path, "its bytes are in quarantine" if found is None else found.reason)
 
     def take(self, contract: Contract, key: Sequence[object], path: str, reason: str) -> Damaged:
-        """Move what lies at `path` into quarantine and return the error to raise.
+        """Move the file at `path` into quarantine and return the error to raise.
 
-        It stays where it is, which blocks the key as well, if something of that name is in quarantine already.
+        If quarantine already has a file of that name, it stays where it is, which blocks the key as well.
         """
         place = self.place(path)
         try:
             if self._disk.exists(place):
                 return Damaged(
                     f"{self._root}/{path}: {reason}. It stays where it is, because an earlier one is in {place}: "
-                    f"decide about that one first, with `backtest-kit store quarantine drop {path}`, or move it away"
+                    f"deal with that one first, with `backtest-kit store quarantine drop {path}`, or move it away"
                 )
             self._keep_reason(Quarantined(path, contract.name, list(key), reason, now_ms()))
             self._disk.sync_file(f"{self._root}/{path}")
@@ -65,7 +65,7 @@ class Quarantine:
             self._disk.sync_directory(place.rpartition("/")[0])
             self._disk.sync_directory(f"{self._root}/{path}".rpartition("/")[0])
         except OSError as error:
-            # It stays where it is: it is refused at each read, which blocks the key as well.
+            # It stays where it is: every read refuses it, which blocks the key as well.
             return Damaged(f"{self._root}/{path}: {reason}; it could not be moved to {place}: {error.strerror}")
         return self._blocked(path, reason)
 
@@ -81,13 +81,13 @@ class Quarantine:
     ) -> tuple[str, Damaged]:
         """Keep `data`, a part of a file that is about to be replaced; return its name there and the error.
 
-        The name is `path`, with a number behind it where other bytes have that name already.
+        The name is `path`, followed by a number if other bytes already have that name.
         """
         name = path
         for number in itertools.count(2):
             if not self._disk.exists(self.place(name)):
                 break
-            if self.read(name) == data:  # from a process that was killed before it came to the replacing
+            if self.read(name) == data:  # from a process that was killed before it replaced the file
                 return name, self._blocked(name, reason)
             name = f"{path}.{number}"
         place = self.place(name)
@@ -115,35 +115,35 @@ class Quarantine:
         return sorted(found, key=lambda item: item.path)
 
     def names(self, directory: str) -> set[str]:
-        """What lies in quarantine for the directory `directory` of the root, by file name."""
+        """The files in quarantine for the directory `directory` of the root, by name."""
         entries = self._disk.entries(self.place(directory))
         return {entry.name for entry in entries if not entry.name.endswith(REASON_SUFFIX)}
 
     def find(self, path: str) -> Quarantined:
-        """What is known of the thing called `path`.
+        """The entry in quarantine for `path`.
 
         Raises:
-            UserError: nothing in quarantine is called so.
+            UserError: nothing in quarantine has this path.
         """
         for item in self.list():
             if item.path == path:
                 return item
-        raise UserError(f"nothing in quarantine is called {path!r}: see `backtest-kit store quarantine list`")
+        raise UserError(f"nothing in quarantine has the path {path!r}: see `backtest-kit store quarantine list`")
 
     def read(self, path: str) -> bytes:
         return self._disk.read(self.place(path))
 
     def release(self, path: str) -> None:
-        """Forget what lies at `path`: the key is free again."""
+        """Delete the file at `path` from quarantine: the key is free again."""
         place = self.place(path)
         self._disk.remove(place)
         self._disk.discard(place + REASON_SUFFIX)
         self._disk.sync_directory(place.rpartition("/")[0])
 
     def put_back(self, path: str) -> None:
-        """Move what lies at `path` back to where it was found."""
+        """Move the file at `path` back to where it was found."""
         place, target = self.place(path), f"{self._root}/{path}"
-        self._disk.sync_file(place)  # the operator may have mended it just now
+        self._disk.sync_file(place)  # the operator may just have repaired it
         self._disk.move(place, target)
         self._disk.sync_directory(target.rpartition("/")[0])
         self._disk.discard(place + REASON_SUFFIX)
@@ -156,7 +156,7 @@ class Quarantine:
         try:
             return msgspec.json.decode(self._disk.read(self.place(path) + REASON_SUFFIX), type=Quarantined)
         except (OSError, msgspec.MsgspecError, ValueError):
-            return None  # only the bytes beside it decide whether the key is blocked
+            return None  # only the bytes next to it decide whether the key is blocked
 
     def _keep_reason(self, item: Quarantined) -> None:
         place = self.place(item.path)
@@ -168,6 +168,6 @@ class Quarantine:
 
     def _blocked(self, path: str, reason: str) -> Damaged:
         return Damaged(
-            f"{self._root}/{path}: {reason}. The bytes are in {self.place(path)} and the key is blocked: mend the file "
-            f"there and run `backtest-kit store quarantine restore {path}`, or give it up with `... drop {path}`"
+            f"{self._root}/{path}: {reason}. The bytes are in {self.place(path)} and the key is blocked: repair "
+            f"it there and run `backtest-kit store quarantine restore {path}`, or delete it with `... drop {path}`"
         )

@@ -40,7 +40,7 @@ async def exclusive_run(
             "run",
             (run_id, *owned_by(identity)),
             what=f"run {run_id!r} of strategy {identity.strategy_name!r} for {identity.symbol}",
-            doing="is under way in",
+            doing="is already running in",
             ttl=TTL_S,
             seams=seams,
             watches=lambda holder: not is_neighbour(holder),  # one on this machine does not end in the next moment

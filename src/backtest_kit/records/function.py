@@ -1,4 +1,4 @@
-"""A user's async function behind a decorator: the name it is known by, and what and when it is called for."""
+"""A user's async function behind a decorator: the name it is stored under, and the arguments and time of its calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _READABLE: Final = 150
 
 @runtime_checkable
 class RunContext(Protocol):
-    """A minute of a run: what a context is to the functions that it is given to."""
+    """A minute of a run: the part of a context that decorated functions use."""
 
     when_ms: int
 
@@ -53,16 +53,16 @@ class Call(msgspec.Struct, frozen=True):
     kwargs: dict[str, Any]
     moment: RunContext | None
     when_ms: int | None
-    """The time it is made for: that of `when`, else that of the context."""
+    """The time that the call is about: that of `when`, else that of the context."""
 
     @property
     def now_ms(self) -> int | None:
-        """The time it is made at: what it knows, and what comes of it, is of this moment."""
+        """The time of the caller: records are read and written as of this moment."""
         return self.when_ms if self.moment is None else self.moment.when_ms
 
 
 class Function(Generic[R]):
-    """An async function under a name that stays the same from start to start, whatever else is defined."""
+    """An async function under a name that stays the same across restarts, whatever else is defined."""
 
     def __init__(
         self,
@@ -76,11 +76,11 @@ class Function(Generic[R]):
         """`what` names the decorator in messages; if `hashed`, the source is the version where none is given.
 
         Raises:
-            UserError: it is no async function, or its name or version is missing or wrong.
+            UserError: it is not an async function, or its name or version is missing or wrong.
         """
         given: object = function
         if not inspect.iscoroutinefunction(given):
-            raise UserError(f"{what} is given {given!r}: put it on an `async def` function")
+            raise UserError(f"{what} got {given!r}: put it on an `async def` function")
         self.function = function
         self.what = what
         self.title = given.__qualname__
@@ -100,14 +100,14 @@ class Function(Generic[R]):
 
     @property
     def whereabouts(self) -> str:
-        """For messages: where it is defined."""
+        """Where it is defined, for messages."""
         code = inspect.unwrap(self.function).__code__
         return f"{self.title} ({code.co_filename}:{code.co_firstlineno})"
 
     def is_same(self, other: Function[Any], *, whatever_defaults: bool) -> bool:
-        """Whether this is `other`, defined once more: another function where it is, or was before an edit.
+        """Whether this is `other`, defined again at the same place, or moved by an edit.
 
-        Two that were given the same name are the same: it was said so.
+        Two functions that were given the same name count as the same.
         """
         if self.is_named and other.is_named:
             return True
@@ -122,8 +122,7 @@ class Function(Generic[R]):
         """A call as it was written; `ctx=` and `when=` are taken out where the function has no such parameter.
 
         Raises:
-            UserError: the function takes other arguments, `ctx` or `when` is none, or there are two contexts that
-                differ.
+            UserError: the function takes other arguments, `ctx` or `when` has the wrong type, or two contexts differ.
             LookAhead: `when` is later than the context.
         """
         names = self._signature.parameters
@@ -132,7 +131,7 @@ class Function(Generic[R]):
         try:
             bound = self._signature.bind(*args, **passed)
         except TypeError as error:
-            raise UserError(f"{self.title} is called with other arguments than it takes: {error}") from None
+            raise UserError(f"{self.title} was called with arguments that it does not take: {error}") from None
         if context is not None and not isinstance(context, RunContext):
             raise UserError(f"ctx of {self.title} is {context!r}: give the context of the strategy")
         moment = self._moment(([] if context is None else [context]) + list(_contexts(bound)))
@@ -148,23 +147,23 @@ class Function(Generic[R]):
         """The arguments by name, defaults included and contexts left out.
 
         Raises:
-            UserError: one of them cannot be written down.
+            UserError: one of them cannot be stored.
         """
         bound = self._signature.bind(*call.args, **call.kwargs)
         bound.apply_defaults()
         try:
             return encode(dict(_without_contexts(bound)), f"{self.title}()")
         except UserError as error:
-            raise UserError(f"{error}; or say by key=... what tells one call from another") from None
+            raise UserError(f"{error}; or give key=... to distinguish calls") from None
 
     def _moment(self, contexts: Iterable[RunContext]) -> RunContext | None:
-        """The context of a call: its time, its run and its symbol, of which there can be one only."""
+        """The one context of a call: its time, run and symbol."""
         places = {_place(each): each for each in contexts}
         if len(places) > 1:
             told = ", ".join(f"{place[-1]} at {iso(each.when_ms)}" for place, each in places.items())
             raise UserError(
-                f"{self.title} is called with {len(places)} contexts ({told}), and its answer belongs to one: "
-                "pass one, and of the others the values that it needs"
+                f"{self.title} is called with {len(places)} contexts ({told}), and its result belongs to one: "
+                "pass one context, and only values of the others"
             )
         return next(iter(places.values()), None)
 
@@ -202,31 +201,31 @@ def _place(moment: RunContext) -> tuple[object, ...]:
 
 
 class Names:
-    """The functions of a program that are kept under a name: one under each, or two would share what is kept."""
+    """The functions of a program by name: one per name, because functions of one name share their records."""
 
     def __init__(self) -> None:
         self._functions: dict[str, Function[Any]] = {}
 
     def claim(self, function: Function[Any], *, whatever_defaults: bool = False) -> None:
-        """Say that `function` is kept under its name. One that is defined again takes the place of its former self.
+        """Register `function` under its name. A function that is defined again replaces itself.
 
         With `whatever_defaults`, the same code with other defaults is the same function.
 
         Raises:
-            UserError: another function is; both places are named.
+            UserError: another function has this name; the message names both places.
         """
         known = self._functions.get(function.bucket)
         if known is not None and not function.is_same(known, whatever_defaults=whatever_defaults):
             raise UserError(
-                f"{function.what}: {known.whereabouts} and {function.whereabouts} are two functions of one name, "
-                f"{function.bucket}, under which both would share what is kept: give each a name of its own "
-                "(name=...), or both the same one if they are to share it"
+                f"{function.what}: {known.whereabouts} and {function.whereabouts} are two functions with the name "
+                f"{function.bucket} and would share their records: give each its own name "
+                "(name=...), or give both the same name to share them"
             )
         self._functions[function.bucket] = function
 
 
 def scope_of(scopes: Scopes, call: Call) -> Scope:
-    """The records of the run that the call is made in, at its moment; outside of a run those of live."""
+    """The records of the run that makes the call, at its moment; outside of a run those of live."""
     if call.moment is None:
         return scopes("live", None, call.now_ms)
     run = call.moment
@@ -235,19 +234,19 @@ def scope_of(scopes: Scopes, call: Call) -> Scope:
 
 
 def key_text(value: Plain) -> str:
-    """A value as one readable text, or where it is long as a hash. Two that differ have two: so do "1" and 1."""
+    """A value as readable text, or as a hash if it is long. Different values have different texts, "1" and 1 too."""
     is_clear = isinstance(value, str) and not _is_json(value)
     text = str(value) if is_clear else json.dumps(value, ensure_ascii=False, sort_keys=True)
     return text if len(text) <= _READABLE else hashlib.sha256(text.encode()).hexdigest()
 
 
 class _Source(msgspec.Struct, frozen=True):
-    """Where a function comes from."""
+    """Where a function is defined."""
 
     place: str
-    """Its file; its module where there is none, as in a notebook."""
+    """Its file, or its module if there is no file, as in a notebook."""
     text: int | None
-    """Which text of the file: when that was changed last. None where there is none."""
+    """When the file was last changed; None if there is no file."""
     code: CodeType
     defaults: tuple[object, object]
 
@@ -262,7 +261,7 @@ def _source_of(function: Any) -> _Source:
 
 
 def _is_equal(one: object, two: object) -> bool:
-    """Whether two defaults are the same as far as anyone can tell: `==` may raise, and 1 == True."""
+    """Whether two defaults are the same, as far as that can be determined: `==` may raise, and 1 == True."""
     try:
         return one is two or json.dumps(encode(one)) == json.dumps(encode(two))
     except UserError:
@@ -270,7 +269,7 @@ def _is_equal(one: object, two: object) -> bool:
 
 
 def _is_json(text: str) -> bool:
-    """Whether a text could be taken for a value that was written down."""
+    """Whether a text could be mistaken for a value in its stored form."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -283,7 +282,7 @@ def _source_version(what: str, function: Callable[..., object]) -> str:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
         raise UserError(
-            f"{what}: the source of {function.__qualname__} is not to be found, so a change of it would not be "
-            "noticed: give a version (version='1') and count it up with every change"
+            f"{what}: the source of {function.__qualname__} was not found, so a change of it would not be "
+            "noticed: give a version (version='1') and raise it with every change"
         ) from None
     return hashlib.sha256(source.encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""`Housekeeping`: deletes what is too old, at the start of trading and daily from then on."""
+"""`Housekeeping`: deletes records past their retention, at the start of trading and then daily."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class Housekeeping:
-    """One task, in the event loop that trades."""
+    """One task in the event loop of the live runs."""
 
     def __init__(self, persistence: Callable[[], Persistence], settings: Callable[[], Settings]) -> None:
         self._persistence = persistence
@@ -28,14 +28,14 @@ class Housekeeping:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Begin, if that has not been done in this loop."""
+        """Start the task, unless it runs in this loop."""
         loop = asyncio.get_running_loop()
         if self._task is None or self._task.done() or self._loop is not loop:
             self._loop = loop
             self._task = loop.create_task(self._run(), name="retention")
 
     async def close(self) -> None:
-        """End it. What is left is deleted the next time."""
+        """Stop the task. The next one deletes what is left."""
         task, self._task = self._task, None
         if task is not None and self._loop is asyncio.get_running_loop():
             task.cancel()
@@ -45,12 +45,12 @@ class Housekeeping:
         while True:
             try:
                 await self.compact()
-            except Exception as error:  # whatever goes wrong today can work tomorrow
-                _log.exception("what is too old was not forgotten, it is tried again tomorrow", extra={"error": error})
+            except Exception as error:  # what fails today may work tomorrow
+                _log.exception("old records could not be deleted, trying again tomorrow", extra={"error": error})
             await asyncio.sleep(PAUSE_S)
 
     async def compact(self) -> None:
-        """Delete what is too old in every store of the program. A store that refuses is logged."""
+        """Delete records past their retention in every store of the program. A store that fails is logged."""
         from backtest_kit.persist.retention import compact, retention_of
 
         retention = retention_of(self._settings())
@@ -58,16 +58,14 @@ class Housekeeping:
             try:
                 for expired in await compact(store, retention):
                     what = "/".join(filter(None, (*expired.namespace, expired.contract)))
-                    _log.info(
-                        "forgot of %s what was too old: %d records, %d bytes", what, expired.records, expired.size
-                    )
+                    _log.info("deleted old records of %s: %d records, %d bytes", what, expired.records, expired.size)
                     if expired.fault:
-                        _log.warning("not all of %s could be looked at for what is too old: %s", what, expired.fault)
+                        _log.warning("some records of %s could not be checked for their age: %s", what, expired.fault)
             except BacktestKitError as error:
-                _log.warning("not all that is too old was forgotten, it is tried again tomorrow: %s", error)
+                _log.warning("some old records could not be deleted, trying again tomorrow: %s", error)
             except Exception as error:  # a fault of one store must not stop the others
                 _log.exception(
-                    "not all that is too old was forgotten of a %s, it is tried again tomorrow",
+                    "some old records of a %s could not be deleted, trying again tomorrow",
                     type(store).__name__,
                     extra={"error": error},
                 )

@@ -1,4 +1,4 @@
-"""`interval.once`: work that is due once in each window of time, however often it is asked for."""
+"""`interval.once`: work that runs once in each window of time, however often it is called."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INTERVAL: Final = CONTRACTS["interval"]
 
 
 class Windows:
-    """Windows of time that are used up, in each run and over restarts."""
+    """Windows of time that are used up, per run and across restarts."""
 
     def __init__(self, scopes: Scopes) -> None:
         self._scopes = scopes
@@ -38,19 +38,19 @@ class Windows:
 
         Args:
             interval: 1m to 1d; windows are aligned to UTC, in the time of the run.
-            key: A function of the same arguments that says what has windows of its own. By default each strategy
-                has them on each symbol of each exchange, whatever the other arguments are.
-            name, version: What the windows are kept under. By default the function's qualified name, so that a
-                corrected function does not run again in a window that is used up; another version would, and so
-                would a renamed function. Functions that are given the same name share windows.
+            key: A function of the same arguments that returns what has its own windows. By default each strategy has
+                its own on each symbol of each exchange, whatever the other arguments are.
+            name, version: The name that windows are stored under. By default the function's qualified name, so a
+                corrected function does not run again in a used window; a new version does, and so does a renamed
+                function. Functions that are given the same name share windows.
 
-        At most once: the window is taken in the store before the function runs, across processes, so a process that
-        is killed in between has used it up. If the function raises, or is cancelled, the window is free again. A
-        window is used up also if a later one was taken. Every backtest has windows of its own.
+        At most once, across processes: the window is taken in the store before the function runs, so a process that is
+        killed in between has used it up. If the function raises or is cancelled, the window is free again. Taking a
+        window uses up all earlier ones. Every backtest has its own windows.
 
         Raises:
-            UserError: the interval is unknown, or the function is not async; or it was given no name, and uses
-                variables of a function around it, or another function is called so.
+            UserError: the interval is unknown, or the function is not async; or it has no name of its own (name=...)
+                and uses variables of an enclosing function, or another function has its name.
         """
         step_ms = interval_ms(interval)
 
@@ -76,14 +76,14 @@ class Once(Generic[R]):
 
     @property
     def bucket(self) -> str:
-        """What the windows are kept under: name and version."""
+        """The key that windows are stored under: name and version."""
         return self._function.bucket
 
     async def __call__(self, *args: Any, **kwargs: Any) -> R | None:
         """What the function returns, or None if its window is used up.
 
         Raises:
-            UserError: no context is given.
+            UserError: the call has no context.
             LookAhead: `when` is later than the context.
             Damaged, OutOfSpace, RetryLater: the window cannot be taken; the function has not run.
             Exception: what the function raises; the window is free again.
@@ -92,19 +92,19 @@ class Once(Generic[R]):
         moment = call.moment
         if moment is None:
             raise UserError(
-                f"{self._function.title} is called without a context, and its windows belong to a run: "
-                "pass the context of the strategy, as an argument or as ctx=..."
+                f"{self._function.title} was called without a context, but its windows belong to a run: "
+                "pass the strategy's context, as an argument or as ctx=..."
             )
         start_ms = floor_ms(moment.when_ms if call.when_ms is None else call.when_ms, self._step_ms)
         scope, key, caller = scope_of(self._scopes, call), self._key_of(call, moment), _Caller()
         take = asyncio.create_task(self._take(scope, key, start_ms, caller), name=f"{self._function.title} takes")
         try:
-            # To its end also if the caller is cancelled: a window that nobody knows to be taken would be lost.
+            # Finish even if the caller is cancelled: otherwise a window would stay taken that no caller used.
             taking = await asyncio.shield(take)
             return None if taking is None else await self._function(call)
         except BaseException as error:
             caller.is_gone = True
-            # Nor does it end with the caller who is cancelled once more.
+            # A second cancellation of the caller does not stop it either.
             free = asyncio.create_task(self._give_back(take, error), name=f"{self._function.title} gives back")
             self._ending.add(free)
             free.add_done_callback(self._ending.discard)
@@ -115,7 +115,7 @@ class Once(Generic[R]):
         return self if instance is None else MethodType(self, instance)
 
     async def _give_back(self, take: asyncio.Future[_Taking | None], error: BaseException) -> None:
-        """Free the window, if it was taken; that it cannot be freed is said in a note, as `error` comes first."""
+        """Free the window, if it was taken. A failure is added to `error` as a note."""
         try:
             taking = await take
             if taking is not None:
@@ -123,17 +123,17 @@ class Once(Generic[R]):
                     await taking.give_back()
         except BacktestKitError as failure:
             if failure is not error:
-                error.add_note(f"the window that {self._function.title} has taken could not be freed: {failure}")
+                error.add_note(f"the window of {self._function.title} could not be freed: {failure}")
 
     async def _take(self, scope: Scope, key: Key, start_ms: int, caller: _Caller) -> _Taking | None:
-        """Take a window, unless it or a later one is taken; it is free again before anyone else has a turn if the
-        caller is gone by then.
+        """Take a window, unless it or a later one is taken. If the caller is gone by then, the window is freed before
+        another caller has its turn.
         """
         store = scope.store(_INTERVAL)
         async with scope.turn(_INTERVAL, key):
             while True:
                 found = await store.get(_INTERVAL, key)
-                # Of a repeated backtest only what an earlier repetition left for later is as if it had not been.
+                # A repeated backtest ignores only the later windows that an earlier repetition left.
                 used = await scope.seen(_INTERVAL, found) if found and scope.is_left(_INTERVAL, found) else found
                 if used is not None and not used.removed and start_ms <= _window(used):
                     return None
@@ -155,7 +155,7 @@ class Once(Generic[R]):
 
 
 class _Caller:
-    """Whoever a window is taken for."""
+    """The caller that a window is taken for."""
 
     __slots__ = ("is_gone",)
 
@@ -164,7 +164,7 @@ class _Caller:
 
 
 class _Taking:
-    """A window that was taken, and what was there before."""
+    """A window that was taken, and the value before it."""
 
     def __init__(self, scope: Scope, before: Record | None, taken: Record) -> None:
         self._scope = scope
@@ -172,11 +172,11 @@ class _Taking:
         self._taken = taken
 
     def turn(self) -> AbstractAsyncContextManager[None]:
-        """Be the only one of this process who takes or frees the window."""
+        """Hold the turn of this process to take or free the window."""
         return self._scope.turn(_INTERVAL, self._taken.key)
 
     async def give_back(self) -> None:
-        """Make it as if it had never been taken, unless a later one was."""
+        """Undo the taking, unless a later window was taken."""
         store, before, key = self._scope.store(_INTERVAL), self._before, self._taken.key
         write = Write(
             _INTERVAL,
@@ -196,5 +196,5 @@ def _window(record: Record) -> int:
     value = record.value
     window_ms = value.get("windowMs") if isinstance(value, dict) else None
     if not isinstance(window_ms, int):
-        raise UserError(f"interval {'/'.join(map(str, record.key))} holds {value!r}, which is no window: remove it")
+        raise UserError(f"interval {'/'.join(map(str, record.key))} holds {value!r}, which is not a window: remove it")
     return window_ms

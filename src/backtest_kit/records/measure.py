@@ -1,4 +1,4 @@
-"""`measure.cached`: answers that cost time or money, such as those of a model or an API, are asked for once."""
+"""`measure.cached`: expensive answers, such as those of a model or an API, are fetched once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class Measure:
-    """Caches of function calls, kept over restarts and the same in backtest, paper and live."""
+    """Caches of function calls that survive restarts and are shared by backtest, paper and live."""
 
     def __init__(self, scopes: Scopes) -> None:
         self._scopes = scopes
@@ -39,26 +39,26 @@ class Measure:
         name: str | None = None,
         version: str | None = None,
     ) -> Callable[[Callable[..., Awaitable[R]]], Cached[R]]:
-        """Decorate an async function: calls that ask for the same are answered from the store.
+        """Decorate an async function: repeated calls are answered from the store.
 
         Args:
-            interval: 1m to 1d. An answer holds to the end of its aligned window, in the time of the call: that of
-                a context among its arguments, of `ctx=` or of `when=`, the last two of which the function need not
-                take. Without an interval an answer holds for ever.
-            key: A function of the same arguments that says what tells one call from another. By default all
-                arguments do, and of a context its exchange and symbol.
-            name, version: What the answers are kept under. By default the function's qualified name, and a hash of
-                its source: answers of an older source are not found. What the function calls is not in the hash,
-                so count `version` up where that changes the answers. Functions that are given the same name and
-                version share answers.
+            interval: 1m to 1d. An answer is valid to the end of its aligned window, in the time of the call: that of a
+                context among its arguments, of `ctx=` or of `when=`; the function need not take the last two. Without
+                an interval an answer is valid permanently.
+            key: A function of the same arguments that returns what distinguishes calls. By default all arguments do,
+                and of a context its exchange and symbol.
+            name, version: The name that answers are stored under. By default the function's qualified name and a hash
+                of its source: answers of an older source are not found. Functions that it calls are not in the hash, so
+                raise `version` when they change the answers. Functions that are given the same name and version share
+                answers.
 
-        An answer of a later time than that of the call is not used. Callers that ask for the same at the same time
-        share one call; it is cancelled only with the last of them. What the function raises is not kept.
+        Answers later than the time of the call are not used. Concurrent callers with the same key share one call; it is
+        cancelled only when all of them are. Errors are not cached.
 
         Raises:
-            UserError: the interval is unknown, or the function is not async, or has no source to be hashed; or it
-                was given no name, and uses variables of a function around it, or another one of this name and
-                source is cached, which may find other things around it.
+            UserError: the interval is unknown, or the function is not async or has no source to hash; or it has no name
+                of its own (name=...) and uses variables of an enclosing function, or a cached function elsewhere has
+                the same name and source.
         """
         step_ms = None if interval is None else interval_ms(interval)
 
@@ -71,7 +71,7 @@ class Measure:
 
 
 class _Flight:
-    """A call under way, and how many wait for it."""
+    """A running call, and the number of its callers."""
 
     __slots__ = ("call", "task", "waiting")
 
@@ -81,12 +81,12 @@ class _Flight:
         self.waiting = 0
 
     def serves(self, call: Call) -> bool:
-        """Whether what it will answer is no news of the future to `call`."""
+        """Whether its answer is not later than the time of `call`."""
         return call.now_ms is None or self.call.now_ms is None or self.call.now_ms <= call.now_ms
 
 
 class Cached(Generic[R]):
-    """A function whose answers are kept. Called like the function; what it returns is the caller's own copy."""
+    """A function whose answers are cached. Call it like the function; each caller gets its own copy of the answer."""
 
     def __init__(
         self,
@@ -107,17 +107,17 @@ class Cached(Generic[R]):
 
     @property
     def bucket(self) -> str:
-        """What the answers are kept under: name and version."""
+        """The key that answers are stored under: name and version."""
         return self._function.bucket
 
     async def __call__(self, *args: Any, **kwargs: Any) -> R:
-        """The kept answer, or that of the function. What is returned has been through the store's codec: tuples are
-        lists, structs are dicts.
+        """The cached answer, or that of the function. Answers have passed through the store's codec: tuples become
+        lists, structs become dicts.
 
         Raises:
-            UserError: the call has no time and the function an interval, or something cannot be stored.
+            UserError: the function has an interval and the call no time, or a value cannot be stored.
             LookAhead: `when` is later than the context.
-            Damaged, RetryLater: the store cannot be asked.
+            Damaged, RetryLater: the store cannot be read.
             Exception: what the function raises.
         """
         call = self._function.call(args, kwargs)
@@ -135,7 +135,7 @@ class Cached(Generic[R]):
         finally:
             flight.waiting -= 1
             if not flight.waiting and not flight.task.done():
-                # Whoever asks from now on must not wait for an answer that will not come.
+                # Later callers must not wait for an answer that will not come.
                 self._land(name, flight)
                 flight.task.cancel()
         return answer
@@ -144,7 +144,7 @@ class Cached(Generic[R]):
         return self if instance is None else MethodType(self, instance)
 
     async def list(self, *, mode: Mode = "live") -> dict[str, Any]:
-        """The kept answers by their keys, newest first.
+        """The cached answers by key, newest first.
 
         Raises:
             Damaged, RetryLater: as `Store.scan`.
@@ -154,7 +154,7 @@ class Cached(Generic[R]):
         return {str(record.key[-1]): decode(record.value) async for record in records}
 
     async def remove(self, *args: Any, **kwargs: Any) -> bool:
-        """Forget the answer to a call, given as it would be called, and say whether there was one.
+        """Forget the answer to a call with these arguments, and return whether there was one.
 
         Raises:
             As a call.
@@ -163,7 +163,7 @@ class Cached(Generic[R]):
         return await scope_of(self._scopes, call).remove(_MEASURE, self._key_of(call))
 
     async def clear(self, *, mode: Mode = "live") -> int:
-        """Forget every answer, and say how many there were. The store keeps them, marked as removed.
+        """Forget every answer, and return how many there were. The store keeps them, marked as removed.
 
         Raises:
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
@@ -173,7 +173,7 @@ class Cached(Generic[R]):
         return sum([await scope.remove(_MEASURE, key) for key in keys])
 
     async def _answer(self, call: Call, scope: Scope, key: Key) -> Plain:
-        """What is kept, else what the function returns, which is then kept."""
+        """The cached answer, else what the function returns, which is then cached."""
         record = await scope.read(_MEASURE, key)
         if record is not None:
             return record.value
@@ -181,19 +181,19 @@ class Cached(Generic[R]):
         try:
             await scope.write(_MEASURE, key, answer)
         except Exception as error:
-            # The answer is in hand; a cache that cannot keep it costs the next caller another one.
-            _log.warning("an answer of %s could not be kept: %s", self.bucket, error, extra={"error": error})
+            # The answer is there; if it cannot be cached, the next caller computes it again.
+            _log.warning("an answer of %s could not be cached: %s", self.bucket, error, extra={"error": error})
         return answer
 
     def _land(self, name: tuple[object, ...], flight: _Flight, ended: asyncio.Task[Plain] | None = None) -> None:
-        """Nobody joins this flight any more. Idempotent."""
+        """Let no more callers join this call. Idempotent."""
         flights = self._flights.get(name, [])
         if flight in flights:
             flights.remove(flight)
             if not flights:
                 del self._flights[name]
         if ended is not None and not ended.cancelled():
-            ended.exception()  # seen, also where everyone who waited for it is gone
+            ended.exception()  # mark the error as retrieved, even if all callers are gone
 
     def _key_of(self, call: Call) -> Key:
         function, moment = self._function, call.moment
@@ -206,7 +206,7 @@ class Cached(Generic[R]):
             return (self.bucket, text)
         if call.when_ms is None:
             raise UserError(
-                f"{function.title} is called without a time, and its answers hold for {self._interval}: "
-                "pass the context of the strategy (as an argument, or as ctx=...), or when=..."
+                f"{function.title} was called without a time, but its answers are valid for {self._interval}: "
+                "pass the strategy's context (as an argument, or as ctx=...), or when=..."
             )
         return (self.bucket, f"{to_datetime(floor_ms(call.when_ms, self._step_ms)):{_WINDOW}} {self._interval} {text}")

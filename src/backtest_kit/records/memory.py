@@ -1,4 +1,4 @@
-"""`Memory`: what a model has noted and may look up again: by name, by time or by what it says."""
+"""`Memory`: notes of a model, found again by name, by time or by text."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _KEPT: Final = 32
 
 
 class MemoryEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that was noted."""
+    """One note."""
 
     memory_id: str
     value: Any
     role: Role
     when_ms: int | None
-    """Simulation time of the note, None where it was written without one."""
+    """Simulation time of the note, None if it was written without one."""
     owner: str
     """The id of the signal that it belongs to, or of the strategy on the symbol."""
     removed: bool = False
@@ -56,9 +56,9 @@ class MemoryEntry(msgspec.Struct, frozen=True, kw_only=True):
 class Memory:
     """Notes under a bucket name. They belong to a signal, or to a strategy on a symbol.
 
-    In a position the notes of the strategy are there too: what was reasoned before the signal is found after it.
-    What is written in the position stays with it, and so does what is removed there. Notes later than the moment
-    of the context are not there.
+    While a position is open, the notes of the strategy are visible too, so the reasoning before a signal is found after
+    it. Notes written or removed during the position belong to the position. Notes later than the moment of the context
+    are not visible.
     """
 
     def __init__(self, scope: Scope, bucket: str, owners: tuple[str, ...], shelves: Shelves) -> None:
@@ -69,15 +69,15 @@ class Memory:
 
     @must_await
     async def write(self, memory_id: str, value: Any, *, text: str | None = None, role: Role = "user") -> None:
-        """Note `value` under a name; an earlier note of that name is replaced.
+        """Write `value` under a name; an earlier note of that name is replaced.
 
         Args:
             value: Text, or anything else that can be stored.
-            text: What `search` finds it by; by default its name, and every text and number in `value`.
-            role: Who says it in `as_messages`: "system", "user" or "assistant".
+            text: The text that `search` matches; by default the name, and every text and number in `value`.
+            role: The role of the note in `as_messages`: "system", "user" or "assistant".
 
         Raises:
-            UserError: an argument is wrong, or something in `value` cannot be stored; the message names it.
+            UserError: an argument is wrong, or part of `value` cannot be stored; the message names it.
             LookAhead: what is there is of a later moment than this context, as one that was kept.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
@@ -91,7 +91,7 @@ class Memory:
 
     @must_await
     async def read(self, memory_id: str) -> Any:
-        """The value under a name, or None if there is none, it was removed, or it is of a later moment.
+        """The value under a name, or None if there is none, it was removed, or it is later than the moment.
 
         Raises:
             Damaged, RetryLater: as `Store.get`.
@@ -101,9 +101,9 @@ class Memory:
 
     @must_await
     async def remove(self, memory_id: str) -> bool:
-        """Take a note out of all that `read`, `list` and `search` return, and say whether there was one.
+        """Hide a note from `read`, `list` and `search`, and return whether there was one.
 
-        The store keeps it, marked as removed. In a position the strategy's note is hidden, and stays the strategy's.
+        The store keeps it, marked as removed. During a position a note of the strategy is hidden for the position only.
 
         Raises:
             LookAhead: what is there is of a later moment than this context, as one that was kept.
@@ -116,10 +116,10 @@ class Memory:
     async def search(self, query: str, k: int = 5) -> list[MemoryEntry]:
         """The `k` notes that match a query best, best first: BM25 over their texts, English words by their stem.
 
-        A note matches if it has any word of the query. Only what is there at this moment is counted.
+        A note matches if it has any word of the query. Only notes visible at this moment count.
 
         Raises:
-            UserError: as `list`, the query is no text, or `k` is below 0.
+            UserError: as `list`, the query is not a text, or `k` is below 0.
             Damaged, RetryLater: as `Store.scan`.
         """
         given: object = query
@@ -134,7 +134,7 @@ class Memory:
 
     @must_await
     async def as_messages(self, *, limit: int | None = None) -> list[dict[str, str]]:
-        """The newest notes in the order in which they were made, as `{"role": ..., "content": ...}` of chat APIs.
+        """The newest notes, oldest first, as the `{"role": ..., "content": ...}` of chat APIs.
 
         Raises:
             As `list`.
@@ -143,7 +143,7 @@ class Memory:
         return [{"role": entry.role, "content": entry.content} for entry in reversed(entries)]
 
     async def _find(self, owners: tuple[str, ...], memory_id: str) -> Record | None:
-        """The note of this moment under a name, of the first of `owners` who has one; it may be a removed one."""
+        """The note under a name at this moment, of the first of `owners` that has one; it may be a removed one."""
         store = self._scope.store(_MEMORY)
         for owner in owners:
             found = await store.get(_MEMORY, self._key(owner, memory_id))
@@ -153,15 +153,15 @@ class Memory:
         return None
 
     async def _visible(self, *, removed: bool) -> list[Record]:
-        """What is there at this moment, oldest first.
+        """The notes visible at this moment, oldest first.
 
-        A note of the position hides the strategy's of the same name, also one that was removed.
+        A note of the position, removed or not, hides the strategy's note of the same name.
         """
         store, now_ms = self._scope.store(_MEMORY), self._scope.when_ms
         found: dict[KeyPart | Key, Record] = {}
         for owner in reversed(self._owners):
             for newest in await self._shelves.shelf(store, (owner, self._bucket)).read():
-                # One that is later now may have been another one at this moment.
+                # A record that is later now may have had another revision at this moment.
                 record = await self._scope.as_it_was(_MEMORY, newest) if newest.later_than(now_ms) else newest
                 if record is not None and not record.removed:
                     found[record.key[-1]] = record
@@ -181,7 +181,7 @@ class Memory:
 
     @must_await
     async def list(self, *, limit: int | None = None, removed: bool = False) -> list[MemoryEntry]:
-        """The notes, newest first; with `removed` those too that were removed, marked as such.
+        """The notes, newest first; with `removed` also the removed ones, marked as such.
 
         Raises:
             UserError: the store cannot list, or `limit` is below 0.
@@ -195,11 +195,11 @@ class Memory:
 class _Seen(NamedTuple):
     record: Record
     scan: int
-    """The number of the scan that was first to come across this revision."""
+    """The number of the scan that first saw this revision."""
 
 
 class _Shelf:
-    """The notes of one owner in one bucket, as far as they have been read, removed ones included."""
+    """The notes of one owner in one bucket that have been read so far, removed ones included."""
 
     def __init__(self, store: Store, prefix: Key) -> None:
         self._store = store
@@ -211,9 +211,8 @@ class _Shelf:
     async def read(self) -> list[Record]:
         """The records as they are now, in order of writing.
 
-        Only what was written since the last time is fetched: the scan goes back from the newest one to the first
-        that is known. One that moved while the last scan went on may have slipped through it, so known is what
-        the scan before that had seen.
+        Only new records are fetched: the scan goes back from the newest one to the first known one. A record that moved
+        during the last scan may have been missed, so known are the records that the scan before that saw.
         """
         async with self._reading:
             number, fresh = self._scans + 1, list[Record]()
@@ -231,7 +230,7 @@ class _Shelf:
 
 
 class Shelves:
-    """What has been read of memories, for those who read them again: the shelves and indexes used last."""
+    """A cache of memories that have been read: the shelves and indexes used last."""
 
     def __init__(self) -> None:
         self._shelves: dict[tuple[Store, Key], _Shelf] = {}
@@ -257,7 +256,7 @@ def _keep(kept: dict[Any, Any], name: object, value: object) -> None:
 
 
 def _note(record: Record) -> dict[str, Any]:
-    """What a record holds; one that was written past this module is a note whose value is all of it."""
+    """The note in a record; a record not written by this module is a note whose value is the whole record."""
     note = record.value
     if isinstance(note, dict) and note.keys() == _FIELDS and note["role"] in _ROLES:
         return note
@@ -272,7 +271,7 @@ def _text(record: Record) -> str:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text and number in a value, and the names under which they stand."""
+    """Every text and number in a value, and their field names."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield name

@@ -1,4 +1,4 @@
-"""`Scope`: what a record belongs to, which is a mode, a run of it and a moment of that run."""
+"""`Scope`: what a record belongs to: a mode, a run, and a moment of that run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HELD: Final[ContextVar[tuple[object, ...]]] = ContextVar("backtest_kit_records_
 class Written:
     """What one repetition of a backtest has written so far, and for which moment.
 
-    Whatever else is there of a later moment was left by an earlier repetition under the same run id.
+    Any other record of a later moment was left by an earlier repetition with the same run id.
     """
 
     __slots__ = ("__weakref__", "_when_ms")
@@ -41,22 +41,22 @@ class Written:
         self._when_ms[name] = max(when_ms, self._when_ms.get(name, when_ms))
 
     def later(self, row: Contract, key: Key, when_ms: int) -> int | None:
-        """The moment of the latest write under a key, if that is later than a moment."""
+        """The moment of the latest write under a key, if it is later than a given moment."""
         latest_ms = self._when_ms.get((row.name, key), when_ms)
         return latest_ms if latest_ms > when_ms else None
 
 
 class Scope:
-    """The records of one run as they are at one moment: what was written for a later one is not there.
+    """The records of one run at one moment: records written for a later moment are not visible.
 
-    Nor does a write replace it, with one exception: a backtest that is repeated under its run id replaces what an
-    earlier repetition has left, as far as this one is known by what it has `written`.
+    A write does not replace them either, with one exception: a backtest that is repeated under its run id replaces what
+    an earlier repetition left, that is, what is not in `written`.
 
-    Where history is kept, what was there at the moment is seen. A run that finds it not kept any more goes on as
-    without history; whoever looks from outside (`is_outside`) gets an error, for None would be taken for an answer.
+    Where history is kept, the revision of the moment is read. If it is no longer kept, a run goes on as without
+    history; a reader outside of a run (`is_outside`) gets an error, because None would look like an answer.
 
-    `run_id` is that of a backtest, None live and on paper. Without `when_ms` there is no moment: everything is
-    seen, and what is written is seen at any time.
+    `run_id` is that of a backtest, None live and on paper. Without `when_ms` there is no moment: everything is visible,
+    and writes are visible at any time.
     """
 
     __slots__ = ("_is_outside", "_persistence", "_turns", "_written", "mode", "run_id", "when_ms")
@@ -74,7 +74,7 @@ class Scope:
     ) -> None:
         if (mode == "backtest") != bool(run_id):
             raise UserError(
-                f"run_id is {run_id!r} in mode {mode!r}: every backtest has records of its own, so name its run "
+                f"run_id is {run_id!r} in mode {mode!r}: every backtest has its own records, so name its run "
                 "(`result.run_id`); live and paper have one each, and no run id"
             )
         self._persistence = persistence
@@ -98,29 +98,29 @@ class Scope:
         )
 
     def store(self, row: Contract) -> Store:
-        """The store that keeps `row` for this run. It is chosen, and made, at this call and no earlier."""
+        """The store of `row` for this run, chosen and created only at this call."""
         return self._persistence().store_for(row, self.mode, self.run_id)
 
     def sees(self, record: Record | None) -> bool:
-        """Whether there is a record at this moment: one that was neither removed nor written for a later one."""
+        """Whether a record is visible at this moment: neither removed nor written for a later one."""
         return record is not None and not record.removed and not record.later_than(self.when_ms)
 
     async def read(self, row: Contract, key: Key) -> Record | None:
-        """The record under `key` as far as this moment sees it. Raises as `seen`."""
+        """The record under `key` at this moment. Raises as `seen`."""
         return await self.seen(row, await self.store(row).get(row, key))
 
     async def seen(self, row: Contract, record: Record | None) -> Record | None:
-        """What this moment sees of a record that was found: where history is kept of it, what it was then.
+        """A record that was found, as of this moment: with history, the revision of that moment.
 
         Raises:
-            NotKept: that is not known any more, and somebody looks from outside of a run.
+            NotKept: that revision is no longer kept, and the reader is outside of a run.
             Others: as `Store.get`.
         """
         was = await self.as_it_was(row, record)
         return was if self.sees(was) else None
 
     async def as_it_was(self, row: Contract, record: Record | None) -> Record | None:
-        """The same, also if it was removed then."""
+        """The same, including a removed record."""
         store = self.store(row)
         if self.when_ms is not None and isinstance(store, RevisionStore):
             try:
@@ -132,7 +132,7 @@ class Scope:
         return None if record is None or record.later_than(self.when_ms) else record
 
     def is_left(self, row: Contract, record: Record) -> bool:
-        """Whether an earlier repetition of this run has left a record for a moment that this one has not come to."""
+        """Whether an earlier repetition of this run left a record for a moment that this one has not reached."""
         if self.when_ms is None or self._written is None or not record.later_than(self.when_ms):
             return False
         return self._written.later(row, record.key, self.when_ms) is None
@@ -153,13 +153,13 @@ class Scope:
                 return await store.put(msgspec.structs.replace(write, expect=expectation(store, found)))
             except Conflict:
                 continue
-        self._check(row, key)  # what is known without a look at the store, which sets the pace of a backtest
+        self._check(row, key)  # known without reading the store, whose speed limits a backtest
         return await self.put(store, write)
 
     async def remove(self, row: Contract, key: Key, beneath: Record | None = None) -> bool:
-        """Mark the record under `key` as removed, and return whether this moment saw one.
+        """Mark the record under `key` as removed, and return whether one was visible.
 
-        `beneath` shows where there is none under `key`: the mark hides it then. Raises as `write`.
+        `beneath` is the record that is visible if there is none under `key`: the mark hides it. Raises as `write`.
         """
         store = self.store(row)
         while True:
@@ -177,17 +177,17 @@ class Scope:
             return True
 
     def turn(self, row: Contract, key: Key) -> AbstractAsyncContextManager[None]:
-        """Be the only one of this process who changes the record under `key`. Raises as `update`."""
+        """Hold the turn of this process to change the record under `key`. Raises as `update`."""
         return self._turns.take(self.store(row), row, key)
 
     async def update(self, row: Contract, key: Key, change: Callable[[Record | None], Awaitable[Plain]]) -> Record:
-        """Replace the record under `key` by what `change` makes of it; no other writer comes between the two.
+        """Replace the record under `key` by the result of `change`; no other write comes in between.
 
         Updates of one key take turns in this process. If another process was faster, `change` is called again.
 
         Raises:
             LookAhead: what is there is later than this moment.
-            UserError: `change` updates the key that it is called for.
+            UserError: `change` updates the same key.
             Others: as `Store.get` and `Store.put`, and what `change` raises.
         """
         store = self.store(row)
@@ -203,15 +203,15 @@ class Scope:
                     continue
 
     async def put(self, store: Store, write: Write) -> Record:
-        """Do a write of this run, which has made sure what it replaces. Raises as `Store.put`."""
+        """Do a write of this run, after checking the record that it replaces. Raises as `Store.put`."""
         if self._written is not None and write.when is not None:
             self._written.note(write.contract, write.key, write.when)
         return await store.put(write)
 
     def _check(self, row: Contract, key: Key, found: Record | None = None) -> None:
-        """Raise `LookAhead` if what is under `key` is later than this moment, and of this run."""
+        """Raise `LookAhead` if the record under `key` is of this run and later than this moment."""
         if self.when_ms is None or row.durability is Durability.CACHE:
-            return  # what is cached again is as good as what was
+            return  # a newly cached answer is as good as the old one
         if self._written is not None:
             later_ms = self._written.later(row, key, self.when_ms)
         else:
@@ -219,13 +219,13 @@ class Scope:
         if later_ms is not None:
             raise LookAhead(
                 f"{row.name} {'/'.join(map(str, key))} is of {iso(later_ms)}, later than {iso(self.when_ms)}, the time "
-                "of the context that is to replace it: write with the context of the newest minute "
+                "of the context of this write: use the context of the newest minute "
                 "(through kit.records: without when=)"
             )
 
 
 class Scopes(Protocol):
-    """Makes the scope of a mode, of a run of it and of a moment of that run; `identity` says whose the run is."""
+    """Makes the scope of a mode, a run, and a moment of that run; `identity` is the strategy and market of the run."""
 
     def __call__(
         self, mode: Mode, run_id: str | None = None, when: int | None = None, identity: Identity | None = None, /
@@ -233,7 +233,7 @@ class Scopes(Protocol):
 
 
 class _Turn:
-    """Whose turn it is at one key."""
+    """The turn at one key."""
 
     __slots__ = ("__weakref__", "holder", "lock")
 
@@ -246,7 +246,7 @@ class Turns:
     """Updates of one key in one event loop, one after the other."""
 
     def __init__(self) -> None:
-        # Weak: a turn lives while someone holds or awaits it, so none outlives its event loop.
+        # Weak: a turn exists while a task holds or awaits it, so none outlives its event loop.
         self._turns: WeakValueDictionary[tuple[object, ...], _Turn] = WeakValueDictionary()
 
     @asynccontextmanager
@@ -255,7 +255,7 @@ class Turns:
         turn = self._turns.setdefault(name, _Turn())
         if turn.holder is not None and turn.holder in _HELD.get():
             raise UserError(
-                f"an update of {row.name} {'/'.join(map(str, key))} waits for itself: the function it was given "
+                f"an update of {row.name} {'/'.join(map(str, key))} waits for itself: the change function "
                 "updates the same record; let it return the new value instead"
             )
         async with turn.lock:
@@ -269,19 +269,19 @@ class Turns:
 
 
 def expectation(store: Store, found: Record | None) -> Expect:
-    """What a write that replaces `found` expects, where the store can check it."""
+    """The revision that a write replacing `found` expects, where the store can check it."""
     if Capability.COMPARE_AND_SET not in store.capabilities:
         return ANY
     return ABSENT if found is None else found.rev
 
 
 def strategy_owner(strategy_name: str, exchange_name: str, symbol: str) -> str:
-    """Who owns what a strategy keeps on a symbol while it holds nothing: an id beside those of its signals."""
+    """The owner of a strategy's records on a symbol while no position is open: an id next to those of its signals."""
     return "@".join(quote(part, safe="") for part in (strategy_name, exchange_name, symbol))
 
 
 def check_texts(texts: Iterable[tuple[str, object]]) -> None:
-    """Raise `UserError` for the first (name, value) whose value is no text, or an empty one."""
+    """Raise `UserError` for the first (name, value) whose value is not a text, or is empty."""
     for name, value in texts:
         if not isinstance(value, str) or not value:
             raise UserError(f"{name} is {value!r}: give a text that is not empty")

@@ -1,4 +1,4 @@
-"""What a finished backtest shows: statistics, data frames, Markdown and one HTML page."""
+"""Reports of finished backtests: statistics, data frames, Markdown and one HTML page."""
 
 from backtest_kit.report.result import BacktestResult, Results
 from backtest_kit.report.statistics import Statistics, compute_statistics, equity_curve

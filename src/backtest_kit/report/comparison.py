@@ -1,4 +1,4 @@
-"""`Comparison`: what several strategies made of the same candles, and the ways to show it."""
+"""`Comparison`: several strategies on the same candles, ranked, and the ways to show them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class Comparison(Ranking):
-    """Contenders, the best first; those without a value come after them, and those that failed last."""
+    """Contenders, the best first; then those without a value, then those that failed."""
 
     def to_pandas(self) -> PandasFrame:
         """A pandas frame with a row per contender, in order of rank.
 
-        Columns: rank (from 1; null without a value), strategy_name, error (null where it did not fail),
+        Columns: rank (from 1; null without a value), strategy_name, error (null if it did not fail),
         `param_` and the name of each parameter, then the fields of `Statistics`; N/A is null.
 
         Raises:
@@ -40,22 +40,22 @@ class Comparison(Ranking):
         return self._frame().to_polars()
 
     def to_markdown(self) -> str:
-        """The ranked table, why any strategy failed, and all statistics of each, as Markdown."""
+        """The ranked table, the errors of failed strategies, and all statistics of each, as Markdown."""
         return render_comparison(self)
 
     def save_markdown(self, path: str | Path | None = None) -> Path:
-        """Write the Markdown report and return where. Blocks on the disk.
+        """Write the Markdown report and return its path. Blocks on the disk.
 
         Without a path it is `{report_path}/{frame_name} {metric}.md`.
 
         Raises:
             UserError: the path is a directory.
-            OutOfSpace, RetryLater: it could not be written; what was there before is untouched.
+            OutOfSpace, RetryLater: it could not be written; an existing file is unchanged.
         """
         return self._save(self.to_markdown(), path, ".md")
 
     def save_html(self, path: str | Path | None = None) -> Path:
-        """Write one self-contained page with charts and return where. Blocks on the disk.
+        """Write one self-contained page with charts and return its path. Blocks on the disk.
 
         Without a path it is `{report_path}/{frame_name} {metric}.html`.
 

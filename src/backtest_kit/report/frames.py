@@ -1,4 +1,4 @@
-"""Reports as data frames: the only file that knows pandas and polars."""
+"""Reports as data frames: the only module that uses pandas and polars."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXT: Final = "text"
 TIME: Final = "time"
 FLOAT: Final = "float"
 ANY: Final = "any"
-"""What a user put there: the type is that of the values."""
+"""Set by the user: the type is that of the values."""
 
 _OF_TRADES: Final = {
     "signal_id": TEXT,
@@ -111,7 +111,7 @@ def trades_frame(trades: Sequence[Trade]) -> Frame:
 
 
 def statistics_columns(rows: Sequence[Statistics | None]) -> dict[str, tuple[str, Sequence[Any]]]:
-    """A column per statistic, under the name of its field; N/A is null, and so is all of a row that is None."""
+    """A column per statistic, named as its field; N/A is null, and a row that is None is all null."""
     return {
         name: (TEXT if name == "trend" else FLOAT, [getattr(stats, name, None) for stats in rows])
         for name in (field.name for field in msgspec.structs.fields(Statistics))

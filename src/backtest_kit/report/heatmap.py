@@ -1,4 +1,4 @@
-"""A heat map: names down, statistics across, each cell tinted by how good it is among its column."""
+"""A heat map: names down, statistics across, each cell tinted by how good it is within its column."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ HEAT_FIELDS: Final = (
 
 
 class HeatMap(NamedTuple):
-    """A table and, for each cell of its rows, how good it is: -1 to 1, None where nothing can be said."""
+    """A table and a score for each cell of its rows: -1 to 1, None if unknown."""
 
     table: Table
     tones: list[list[float | None]]
 
 
 def heat_map(corner: str, rows: Sequence[tuple[str, Statistics]], total: tuple[str, Statistics] | None) -> HeatMap:
-    """`rows` in their order, under `corner` as the heading of their names."""
+    """Score `rows` in their order; `corner` is the heading of the names."""
     lines = [STATISTICS[field] for field in HEAT_FIELDS]
     columns = [_tones(line, [getattr(stats, line.field) for _, stats in rows]) for line in lines]
     table = Table(
@@ -68,7 +68,7 @@ def _row(name: str, stats: Statistics, lines: Sequence[Line]) -> tuple[str, ...]
 
 
 def _tones(line: Line, values: Sequence[Any]) -> list[float | None]:
-    """The distance from the neutral value, in proportion to the largest one of the column."""
+    """The distance from the neutral value, relative to the largest one of the column."""
     if line.neutral is None:
         return [None] * len(values)
     sign = -1 if line.lower_is_better else 1

@@ -1,4 +1,4 @@
-"""What the closing prices of one market's trades say of the market."""
+"""Figures of a market from the closing prices of its trades."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NO_PROFILE: Final = {
 
 
 def price_profile(closed_at_ms: FloatColumn, close_price: FloatColumn) -> dict[str, Any]:
-    """The fields of `Statistics` that are about prices; a price that is no positive number is left out."""
+    """The fields of `Statistics` about prices; a price that is not a positive number is left out."""
     usable = np.isfinite(close_price) & (close_price > 0)
     if np.count_nonzero(usable) < MIN_PRICES:
         return _NO_PROFILE
@@ -76,5 +76,5 @@ def _trend(days: FloatColumn, log_price: FloatColumn, median_step: float | None)
 
 
 def finite(value: Any) -> float | None:
-    """`value`, or None where it is no finite number."""
+    """`value`, or None if it is not a finite number."""
     return float(value) if value is not None and math.isfinite(value) else None

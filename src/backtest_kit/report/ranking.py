@@ -16,7 +16,7 @@ from backtest_kit.report.tables import Table, gap_remarks
 from backtest_kit.report.wording import STATISTICS, Line
 
 METRICS: Final = tuple(field for field in STATISTICS if field != "trend")
-"""What strategies can be ranked by: every statistic that is a number."""
+"""The statistics that strategies can be ranked by: every one that is a number."""
 
 _COLUMNS: Final = (
     "total_count",
@@ -33,7 +33,7 @@ def metric_line(metric: str) -> Line:
     """The statistic of that name.
 
     Raises:
-        UserError: there is none, or it is no number.
+        UserError: it does not exist, or is not a number.
     """
     if metric not in METRICS:
         raise UserError(f"metric is {metric!r}: use one of {', '.join(METRICS)}")
@@ -41,7 +41,7 @@ def metric_line(metric: str) -> Line:
 
 
 class Failure(NamedTuple):
-    """Why a strategy has no results: what it raised, and on which symbol."""
+    """Why a strategy has no results: its error, and the symbol."""
 
     symbol: str
     error: Exception
@@ -58,14 +58,14 @@ class Contender(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     results: Results
     """One result per symbol; empty if it failed."""
     parameters: Mapping[str, object] = {}
-    """What `grid` made it from."""
+    """The parameters that `grid` used."""
     failure: Failure | None = None
     value: float | None = None
-    """The metric; None if it failed, did not trade, or traded too little to say."""
+    """The metric; None if it failed, did not trade, or traded too little."""
 
 
 class Ranking(Sequence[Contender]):
-    """Contenders, the best first; those without a value come after them, and those that failed last.
+    """Contenders, the best first; then those without a value, then those that failed.
 
     Equal values keep the order in which the strategies were given.
     """
@@ -80,7 +80,7 @@ class Ranking(Sequence[Contender]):
         frame_name: str,
         report_path: Path = Path("dump/walker"),
     ) -> None:
-        """Rank `contenders` by `metric`, whatever value they brought.
+        """Rank `contenders` by `metric`, ignoring the value they have.
 
         Raises:
             UserError: the metric is unknown.
@@ -99,7 +99,7 @@ class Ranking(Sequence[Contender]):
 
     @property
     def best(self) -> Contender | None:
-        """The first, if it has a value."""
+        """The best contender, if it has a value."""
         return self._contenders[0] if self._contenders and self._contenders[0].value is not None else None
 
     def heading(self) -> tuple[str, str]:
@@ -110,7 +110,7 @@ class Ranking(Sequence[Contender]):
         )
 
     def ranked_table(self) -> Table:
-        """One row per contender; `failures` says of those that failed why."""
+        """One row per contender; `failures` has the errors of those that failed."""
         first = metric_line(self.metric)
         lines = [first, *(STATISTICS[field] for field in _COLUMNS if field != self.metric)]
         header = ("Rank", "Strategy", *(line.short for line in lines))
@@ -125,22 +125,22 @@ class Ranking(Sequence[Contender]):
         return Table(header, rows)
 
     def failures(self) -> list[str]:
-        """Why each of those that failed did, a line each."""
+        """The error of each failed contender, a line each."""
         return [f"{each.strategy_name} failed on {each.failure}" for each in self if each.failure]
 
     def heat_map(self) -> HeatMap:
-        """All that can be compared of the contenders that did not fail."""
+        """All statistics of the contenders that did not fail."""
         rows = [(each.strategy_name, each.results.stats) for each in self if not each.failure]
         return heat_map("Strategy", rows, None)
 
     def remarks(self) -> list[str]:
-        """What to know before the ranking is trusted, a sentence each."""
+        """Warnings about the ranking, a sentence each."""
         ran = [each for each in self if not each.failure]
         sentences = []
         if len(ran) > 1:
             sentences.append(
-                f"The best of {len(ran)} was picked on the candles it is judged by, so its figures are too good: "
-                "replay it over another frame before you believe them"
+                f"The best of {len(ran)} was chosen on the same candles, so its figures are too good: "
+                "replay it over another frame before you trust them"
             )
         return sentences + (gap_remarks(ran[0].results) if ran else [])
 

@@ -1,4 +1,4 @@
-"""`BacktestResult` and `Results`: what a finished backtest hands back."""
+"""`BacktestResult` and `Results`: what a finished backtest returns."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Results(ResultSet[BacktestResult]):
     def save_trades(self, path: str | Path) -> Path:
         """Write the rows and columns of `to_pandas` to a file and return its path. Blocks on the disk.
 
-        The suffix says how: `.csv`, or with the extra `arrow` `.parquet`, `.feather` or `.arrow`.
+        The suffix selects the format: `.csv`, or with the extra `arrow` `.parquet`, `.feather` or `.arrow`.
 
         Raises:
             UserError: another suffix, or pyarrow is not installed.
@@ -101,7 +101,7 @@ class Results(ResultSet[BacktestResult]):
         return render_markdown(self)
 
     def save_markdown(self, path: str | Path | None = None) -> Path:
-        """Write the Markdown report and return where. Blocks on the disk.
+        """Write the Markdown report and return its path. Blocks on the disk.
 
         Without a path it is `{report_path}/{strategy_name}.md`.
 
@@ -112,7 +112,7 @@ class Results(ResultSet[BacktestResult]):
         return self._save(self.to_markdown(), path, ".md")
 
     def save_html(self, path: str | Path | None = None) -> Path:
-        """Write one self-contained page with charts and return where. Blocks on the disk.
+        """Write one self-contained page with charts and return its path. Blocks on the disk.
 
         Without a path it is `{report_path}/{strategy_name}.html`.
 
@@ -120,12 +120,12 @@ class Results(ResultSet[BacktestResult]):
             UserError: as `save_markdown`.
             OutOfSpace, RetryLater: as `save_markdown`.
         """
-        from backtest_kit.report.render.html import render_html  # pages are seldom wanted, and slow to import
+        from backtest_kit.report.render.html import render_html  # pages are rarely needed, and slow to import
 
         return self._save(render_html(self), path, ".html")
 
     def save(self, path: str | Path | None = None) -> Path:
-        """Write the results themselves as one JSON file, for `load`, and return where. Blocks on the disk.
+        """Write the results as one JSON file, for `load`, and return its path. Blocks on the disk.
 
         Without a path it is `{report_path}/{strategy_name}.json`.
 
@@ -140,7 +140,7 @@ class Results(ResultSet[BacktestResult]):
         """The results that `save` wrote. Blocks on the disk.
 
         Raises:
-            UserError: there is no such file, or it holds something else.
+            UserError: there is no such file, or it does not hold results.
             Damaged: the file was cut, changed, or is of a newer version. It stays as it is.
             RetryLater: it could not be read.
         """
@@ -161,7 +161,7 @@ class Results(ResultSet[BacktestResult]):
         )
 
     def remarks(self) -> list[str]:
-        """What to know before the figures are trusted, a sentence each: positions cut off, minutes filled."""
+        """Warnings about the figures, a sentence each: positions cut off, minutes filled."""
         return remarks(self)
 
     def table(self) -> Table:
@@ -188,7 +188,7 @@ class Results(ResultSet[BacktestResult]):
 
 
 def write_report(path: Path, content: str | bytes, suffix: str) -> Path:
-    """Write a report and return where.
+    """Write a report and return its path.
 
     Raises:
         UserError: the path is a directory.
@@ -205,7 +205,7 @@ def _in_short(stats: Statistics) -> str:
 
 
 def file_name(name: str) -> str:
-    """A file name for any text: it never leaves its directory, and two texts never share one."""
+    """A file name for any text: it never leaves its directory, and no two texts share one."""
     escaped = quote(name, safe=" ", errors="surrogatepass")
     if len(escaped) > _LONGEST_NAME:
         return f"{escaped[:_LONGEST_NAME]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:12]}"

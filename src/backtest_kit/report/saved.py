@@ -1,4 +1,4 @@
-"""Results as one JSON file that says what it is and can be checked: shown again without replaying."""
+"""Results as one JSON file with its format and a checksum, to be shown again without replaying."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class _File(msgspec.Struct, rename="camel"):
 def dump_results(results: Sequence[ResultValues]) -> bytes:
     """`{"format", "version", "crc32", "results"}` on one line; the checksum is of the text of `results`.
 
-    Names are camelCase, times epoch milliseconds, charts columns. Where a report would be saved is left out:
-    it is a matter of the place, not of the result.
+    Names are camelCase, times epoch milliseconds, charts columns. The path of reports is left out: it belongs to the
+    machine, not to the result.
 
     Raises:
-        UserError: a name or a note is no valid text.
+        UserError: a name or a note is not valid text.
     """
     plain = msgspec.to_builtins(list(results), enc_hook=_to_builtins)
     for result in plain:
@@ -45,10 +45,10 @@ def dump_results(results: Sequence[ResultValues]) -> bytes:
 
 
 def load_results(path: Path, kind: type[R]) -> list[R]:
-    """What `dump_results` wrote to `path`; reports of it are saved next to the file. Blocks on the disk.
+    """Read what `dump_results` wrote to `path`; reports of it are saved next to the file. Blocks on the disk.
 
     Raises:
-        UserError: there is no such file, or it holds something else.
+        UserError: there is no such file, or it does not hold results.
         Damaged: the file was cut, changed, or is of a newer version. It stays as it is.
         RetryLater: it could not be read.
     """
@@ -56,7 +56,7 @@ def load_results(path: Path, kind: type[R]) -> list[R]:
         data = path.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(
-            f"{path} is no file: give one that Results.save or `backtest-kit backtest` wrote, such as trend.json"
+            f"{path} is not a file: give one that Results.save or `backtest-kit backtest` wrote, such as trend.json"
         ) from None
     except OSError as error:
         raise RetryLater(f"{path} could not be read: {error.strerror or error}") from error
@@ -64,8 +64,8 @@ def load_results(path: Path, kind: type[R]) -> list[R]:
         file = msgspec.json.decode(data, type=_File)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         if FORMAT.encode() in data[:100]:
-            raise Damaged(f"{path} is cut or changed: {error}. Run the backtest again") from None
-        raise UserError(f"{path} holds no results of a backtest: {error}") from None
+            raise Damaged(f"{path} is truncated or changed: {error}. Run the backtest again") from None
+        raise UserError(f"{path} does not hold results of a backtest: {error}") from None
     if file.format != FORMAT:
         raise UserError(f"{path} holds {file.format!r:.60}, not {FORMAT!r}")
     if file.version != VERSION:

@@ -1,4 +1,4 @@
-"""What a list of closed trades is worth: one pure function over columns, and the equity curve under it."""
+"""Statistics of closed trades: one pure function over columns, and the equity curve."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from backtest_kit.model.position import Trade
 from backtest_kit.report.price_profile import Trend, finite, price_profile
 
 MIN_TRADES: Final = 10
-"""Fewer trades say nothing of spread: every ratio is N/A."""
+"""With fewer trades every ratio is N/A: their spread means nothing."""
 MIN_SPAN_DAYS: Final = 14.0
-"""A shorter span is not stretched to a year."""
+"""A shorter span is not annualized."""
 MAX_TRADES_PER_YEAR: Final = 365.0
 MAX_YEARLY_PCT: Final = 100.0
 RATIO_CAP: Final = 1000.0
 EPSILON: Final = 1e-9
-"""A denominator up to this is no denominator."""
+"""A denominator up to this counts as zero."""
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +40,7 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     loss_count: int
     """Trades with r < 0; a break-even trade is neither."""
     win_rate: float
-    """wins / (wins + losses) x 100; 0 where there is neither."""
+    """wins / (wins + losses) x 100; 0 if there are neither."""
     avg_pnl: float | None
     """Mean of r."""
     total_pnl: float | None
@@ -74,9 +74,9 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     recovery_factor: float | None
     """(equity_final - 1) x 100 / max_drawdown, within +-1000 (10); N/A if blown or without a drawdown."""
     avg_peak_pnl: float | None
-    """Mean of the best profit seen, over the trades that know it."""
+    """Mean of the best profit seen, over the trades that have it."""
     avg_fall_pnl: float | None
-    """Mean of the worst profit seen, over the trades that know it."""
+    """Mean of the worst profit seen, over the trades that have it."""
     avg_duration: float | None
     """Mean of close - opening."""
     avg_win_duration: float | None
@@ -175,9 +175,9 @@ def compute_statistics(
 
 
 def equity_curve(*, pnl_pct: Any, opened_at_ms: Any, closed_at_ms: Any, fall_pct: Any = None) -> EquityCurve:
-    """One account that puts all it has into each trade, one after the other in order of close.
+    """The equity of one account that invests everything in each trade, one after the other in order of close.
 
-    A trade multiplies the equity by 1 + r / 100. On its way it visits equity x (1 + fall / 100) where
+    A trade multiplies the equity by 1 + r / 100. During the trade it reaches equity x (1 + fall / 100) where
     its worst profit `fall` is negative. An account that reaches 0 or less is blown and stays at 0.
     Trades that overlapped are counted as if each had had the whole account, so their drawdown is
     overstated. Columns are those of `compute_statistics`.

@@ -1,4 +1,4 @@
-"""What every report shows, as text: the columns of each table, written down once."""
+"""The tables of every report, as text: each table's columns are defined here once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from backtest_kit.report.wording import PROFILE_LINES, STATISTIC_LINES, STATISTI
 
 
 def statistic_lines(results: ResultSet[ResultValues]) -> list[tuple[str, str]]:
-    """(label, text) of every statistic of all trades together; the price profile where there is one market."""
+    """(label, text) of every statistic of all trades together; the price profile only for a single market."""
     one_market = len({(result.exchange_name, result.symbol) for result in results}) == 1
     lines = (*STATISTIC_LINES, *PROFILE_LINES) if one_market else STATISTIC_LINES
     return [(line.label, line.of(results.stats)) for line in lines]
@@ -62,7 +62,7 @@ def _cells(fields: Sequence[str], stats: Statistics) -> list[str]:
 
 
 def result_names(results: Sequence[ResultValues]) -> dict[int, str]:
-    """What to call each result, by its id(): its symbol, and more only where two share it."""
+    """The name of each result, by its id(): its symbol, and more only if two share it."""
     symbols = [result.symbol for result in results]
     return {
         id(result): result.symbol
@@ -105,7 +105,7 @@ def reason_table(trades: Sequence[Trade]) -> Table:
 
 
 def remarks(results: ResultSet[ResultValues]) -> list[str]:
-    """What to know before trusting the figures, a sentence each."""
+    """Warnings about the figures, a sentence each."""
     sentences = []
     unfinished = [trade for trade in results.trades if trade.close_reason == "frame_end"]
     if unfinished:
@@ -118,16 +118,17 @@ def remarks(results: ResultSet[ResultValues]) -> list[str]:
     sentences += [f"{names[id(result)]} was stopped at {iso(result.stop_ms)}" for result in results if result.stopped]
     for first, second in combinations(results, 2):
         if first.symbol != second.symbol and len(first.chart) and first.chart == second.chart:
-            sentences.append(f"{names[id(first)]} and {names[id(second)]} traded the very same candles")
+            sentences.append(f"{names[id(first)]} and {names[id(second)]} traded the same candles")
     if len(results) > 1:
         sentences.append(
-            "The drawdown of the total takes each trade with the whole account, one after the other in order of close"
+            "The drawdown of the total assumes that each trade uses the whole account, "
+            "one after the other in order of close"
         )
     return [*sentences, *dict.fromkeys(_costs(result.setup) for result in results if result.setup.fill)]
 
 
 def _never_entered(name: str, decisions: Decisions) -> str:
-    """Why no position was closed, as far as the calls of the strategy say it."""
+    """Why no position was closed, as far as the calls of the strategy show it."""
     if not decisions.called:
         return f"{name}: get_signal was never called, because no decision slot of the strategy begins inside the frame"
     parts = [f"get_signal was called {_times(decisions.called)}"]
@@ -213,19 +214,19 @@ TRADE_COLUMNS: Final = (
 
 
 def trade_columns(results: ResultSet[ResultValues]) -> list[TradeColumn]:
-    """The columns to show: the note only where a result asks for it."""
+    """The columns to show: the note only if a result asks for it."""
     show_note = any(result.show_note for result in results)
     return [column for column in TRADE_COLUMNS if show_note or column.label != "Note"]
 
 
 def _executed_pct(trade: Trade) -> float:
-    """How much of all that was put in had been closed before the end, in percent."""
+    """How much of the total invested was closed before the end, in percent."""
     closed = math.fsum(reduction.percent / 100 * reduction.cost_basis for reduction in trade.reductions)
     return closed / trade.cost * 100 if trade.cost else 0.0
 
 
 def _entries(trade: Trade) -> str:
-    """Every entry where there are several: a single one is the open price."""
+    """Every entry if there are several: a single one is the open price."""
     if len(trade.entries) < 2:
         return ""
     return "; ".join(f"{entry.cost:.2f} @ {price(entry.price)}" for entry in trade.entries)

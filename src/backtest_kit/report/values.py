@@ -1,4 +1,4 @@
-"""What a finished backtest hands back, as values: `BacktestResult` and `Results` add the ways to show them."""
+"""What a finished backtest returns, as values: `BacktestResult` and `Results` add the ways to show them."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ class ResultValues(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=Tru
     gaps_filled: Mapping[str, int] = msgspec.field(default_factory=dict)
     """Missing minutes that were filled with flat candles, by symbol; other symbols that were read included."""
     repairs: Mapping[str, Mapping[str, int]] = msgspec.field(default_factory=dict)
-    """Rows of the source that were repaired, by symbol and by what was done to them: see `model.repairs.REPAIRS`."""
+    """Rows of the source that were repaired, by symbol and kind of repair: see `model.repairs.REPAIRS`."""
     candles_used: int = 0
     """Minutes that were read, history before the frame included."""
     stopped: bool = False
     """Whether it was stopped before the frame's end; `stop_ms` is then its last minute."""
     candles_fetched: int = 0
-    """Those of them that came from the source; the others were in the cache."""
+    """The minutes that came from the source; the others were in the cache."""
     report_path: Path = Path("dump/backtest")
-    """Where reports go that are saved without a path."""
+    """The directory of reports saved without a path."""
     run_id: str = ""
-    """Whose records it used: `Backtest.run(..., run_id=...)` with it goes on with them."""
+    """The run id of its records: `Backtest.run(..., run_id=...)` with it continues with them."""
     show_note: bool = False
     """Whether reports show the note of each position."""
     decisions: Decisions = msgspec.field(default_factory=Decisions)
-    """What became of the calls of `get_signal`."""
+    """The outcomes of the calls of `get_signal`."""
     setup: Setup = msgspec.field(default_factory=Setup)
-    """What it was computed with and from."""
+    """The settings, code and candles that it was computed from."""
 
     @cached_property
     def stats(self) -> Statistics:
@@ -75,7 +75,7 @@ class ResultSet(Sequence[R]):
 
     @cached_property
     def stats(self) -> Statistics:
-        """Statistics of all trades as one series in order of close, no mean of means."""
+        """Statistics of all trades as one series in order of close, not a mean of means."""
         return statistics_of(self.trades)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What each statistic is called and how it is written, decided once."""
+"""The label and format of each statistic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Line(NamedTuple):
     short: str
     """Heading of its column in a table; it carries the unit, the cells do not."""
     neutral: float | None = None
-    """What is neither good nor bad, where the statistic knows such a value."""
+    """The value that is neither good nor bad, if there is one."""
     lower_is_better: bool = False
 
     def of(self, stats: Statistics) -> str:
@@ -66,7 +66,7 @@ STATISTIC_LINES: Final = (
     Line("Average win duration (min)", "avg_win_duration", minutes, "Avg win min"),
     Line("Average loss duration (min)", "avg_loss_duration", minutes, "Avg loss min"),
 )
-"""Every statistic but the price profile, which only one market has."""
+"""Every statistic except the price profile, which needs a single market."""
 
 PROFILE_LINES: Final = (
     Line("Trend", "trend", plain, "Trend"),
@@ -81,4 +81,4 @@ PROFILE_LINES: Final = (
 )
 
 STATISTICS: Final = {line.field: line for line in (*STATISTIC_LINES, *PROFILE_LINES)}
-"""Every statistic by the name of its field."""
+"""Every statistic by its field name."""

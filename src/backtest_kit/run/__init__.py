@@ -1,1 +1,1 @@
-"""Runners: they bring the engine, the market and the records together, and do what the engine decides."""
+"""Runners: they connect the engine, the market and the records, and carry out what the engine decides."""

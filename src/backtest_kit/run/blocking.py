@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def run_blocking(main: Callable[[], Awaitable[T]], leave: Callable[[], Awaitable[None]]) -> T:
-    """Run `main` to its end on an event loop of its own, and then `leave`, which closes what is open for that loop.
+    """Run `main` on an event loop of its own, and then `leave`, which closes what belongs to that loop.
 
     Where a loop already runs in this thread (a notebook), the new one gets a thread of its own. Ctrl-C cancels
     `main` and raises `KeyboardInterrupt` once it has ended.
@@ -37,19 +37,19 @@ def run_blocking(main: Callable[[], Awaitable[T]], leave: Callable[[], Awaitable
             try:
                 return outcome.result()
             except KeyboardInterrupt:
-                # The signal reached this thread; the loop in the other one would go on to its end.
+                # The signal reached this thread only; the loop in the other thread would run on.
                 for loop, task in running:
                     if task is not None:
                         loop.call_soon_threadsafe(task.cancel)
                 raise
     except KeyboardInterrupt:
-        # Where the loop stood when it was cancelled says nothing to the user.
+        # Where the loop was when it was cancelled is of no use to the user.
         raise KeyboardInterrupt from None
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C raise here: the handler of a loop that is blocked by this call would only take note of it."""
+    """Let Ctrl-C raise here: this call blocks the running loop, whose own handler would only record the signal."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""`Context`: all that a strategy may know at the minute it is asked."""
+"""`Context`: all that a strategy may know at the minute of a call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HistoryOf = Callable[[str], Awaitable[History]]
 
 
 class Context:
-    """The world at one minute. A context that is kept still sees its own minute, never a later one."""
+    """The world at one minute. A stored context still shows its own minute, never a later one."""
 
     __slots__ = ("_history_of", "_identity", "_records", "entry", "position", "price", "when_ms")
 
@@ -71,7 +71,7 @@ class Context:
 
     @property
     def run_id(self) -> str | None:
-        """Whose records these are in a backtest; None live and on paper, which go on by themselves."""
+        """The run id of a backtest; None live and on paper, where records continue without one."""
         return self._records.run_id
 
     @property
@@ -85,8 +85,8 @@ class Context:
         """The last `limit` closed candles of an interval, as numpy columns, oldest first.
 
         Their window is aligned: `[A - limit * interval, A)` with A the start of the interval that
-        contains now, so the candle that is still forming is never among them. `until` moves the end of
-        the window back in time; `symbol` reads another market of the same exchange.
+        contains now, so the candle that is still forming is never included. `until` moves the end of the
+        window back in time; `symbol` reads another market of the same exchange.
 
         Raises:
             LookAhead: `until` is later than now.
@@ -99,9 +99,9 @@ class Context:
     def state(self, bucket: str, *, signal_id: str | None = None, shared: bool = False) -> State:
         """A value of any kind under a bucket name: `await ctx.state("plan").get(default)`, `.set(...)`, `.update(...)`.
 
-        In a position, or while an entry rests, it belongs to the signal, and begins as the strategy left it while
-        it held nothing. Otherwise it belongs to the strategy on this symbol. `shared` takes the strategy's in any
-        case, `signal_id` that of another signal.
+        While a position is open or an entry rests, it belongs to the signal, and starts with the value that the
+        strategy set before. Otherwise it belongs to the strategy on this symbol. `shared` always selects the
+        strategy's value, `signal_id` that of another signal.
 
         Raises:
             UserError: `bucket` or `signal_id` is no text, or both `signal_id` and `shared` are given.
@@ -111,9 +111,9 @@ class Context:
     def memory(self, bucket: str, *, signal_id: str | None = None, shared: bool = False) -> Memory:
         """Notes of a model under a bucket name: `write`, `read`, `list`, `search`, `as_messages`, `remove`.
 
-        In a position, or while an entry rests, what is written belongs to the signal, and what the strategy noted
-        while it held nothing is there as well. Otherwise all of it belongs to the strategy on this symbol.
-        `shared` takes the strategy's alone in any case, `signal_id` that of another signal.
+        While a position is open or an entry rests, new notes belong to the signal, and the strategy's earlier notes are
+        visible too. Otherwise notes belong to the strategy on this symbol. `shared` always selects the strategy's
+        notes alone, `signal_id` those of another signal.
 
         Raises:
             UserError: `bucket` or `signal_id` is no text, or both `signal_id` and `shared` are given.
@@ -122,7 +122,7 @@ class Context:
 
     @property
     def session(self) -> Session:
-        """What the strategy has computed for this symbol and keeps over a restart, such as indicators."""
+        """Values that the strategy computed for this symbol and keeps across restarts, such as indicators."""
         return self._records.session(self.when_ms)
 
     @property

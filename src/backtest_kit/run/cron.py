@@ -21,7 +21,7 @@ _ScopeKey = tuple[asyncio.AbstractEventLoop, str, Mode]
 
 
 class CronTick(msgspec.Struct, frozen=True, kw_only=True):
-    """A boundary that was reached."""
+    """A boundary that a run has reached."""
 
     name: str
     when_ms: int
@@ -51,7 +51,7 @@ class _Job(msgspec.Struct, frozen=True, eq=False, kw_only=True):
 
 
 class _Round:
-    """One job at one boundary, under way."""
+    """One running job at one boundary."""
 
     __slots__ = ("done", "error", "when_ms")
 
@@ -62,7 +62,7 @@ class _Round:
 
 
 class _Progress:
-    """How far one job has come, for one scope and, if it is a job by symbol, one symbol."""
+    """The last boundary of one job, for one scope and, if it runs per symbol, one symbol."""
 
     __slots__ = ("last_ms", "under_way")
 
@@ -72,7 +72,7 @@ class _Progress:
 
 
 class _Scope:
-    """The runs that replay one frame at the same time, or all that trade live."""
+    """The runs that replay one frame at the same time, or all live runs."""
 
     __slots__ = ("progress", "runs")
 
@@ -85,11 +85,11 @@ _FIRING: Final[ContextVar[tuple[_Round, ...]]] = ContextVar("backtest_kit_cron_f
 
 
 class Cron:
-    """Jobs that runs perform at aligned boundaries of their own time.
+    """Jobs that run at aligned boundaries of a run's own time.
 
-    Runs of the same frame and mode on one event loop share a scope. In it, a job is performed once for each boundary
-    by the run that is first to reach it, and boundaries only grow: a run that is behind passes them by. A job with
-    `symbols` does so for each of these symbols apart. When the last run of a scope has ended, the next one starts anew.
+    Runs of the same frame and mode on one event loop share a scope. Within it a job runs once per boundary, in the run
+    that reaches the boundary first, and boundaries only grow: a slower run skips them. A job with `symbols` runs once
+    per boundary for each of these symbols. When the last run of a scope has ended, the next one starts over.
     """
 
     def __init__(self) -> None:
@@ -99,13 +99,13 @@ class Cron:
     def add(
         self, name: str, *, interval: str, handler: Handler[CronTick], symbols: Iterable[str] | None = None
     ) -> None:
-        """Register a job, before the runs that it concerns: those that begin without any job wait for no other.
+        """Register a job. Do so before the runs start: runs that start without any job do not wait for each other.
 
         Args:
             interval: 1m to 1d; boundaries are aligned to UTC.
-            handler: A function of `(tick)` or `(tick, ctx)`, sync or async. Its error is raised to the runs that
-                reached the boundary and stops a backtest; the boundary counts as not performed.
-            symbols: Perform it for each of these symbols, instead of once for all symbols together.
+            handler: A function of `(tick)` or `(tick, ctx)`, sync or async. Its error is raised in the runs that
+                reached the boundary and stops a backtest; the boundary does not count as done.
+            symbols: Run it for each of these symbols, instead of once for all symbols together.
 
         Raises:
             UserError: the name is taken or empty, the interval is unknown, or an argument is wrong.
@@ -127,10 +127,10 @@ class Cron:
         )
 
     def remove(self, name: str) -> None:
-        """Forget a job. Added again, it starts anew.
+        """Remove a job. Added again, it starts over.
 
         Raises:
-            UserError: there is no such job.
+            UserError: the job is not registered.
         """
         if self._jobs.pop(name, None) is None:
             known = ", ".join(repr(each) for each in self._jobs) or "none"
@@ -141,11 +141,11 @@ class Cron:
         return bool(self._jobs)
 
     def begin(self, identity: Identity) -> None:
-        """A run of this identity begins. Each call is paired with one of `end`."""
+        """Register a run of this identity. Each call is paired with one of `end`."""
         self._scopes.setdefault(_scope_of(identity), _Scope()).runs += 1
 
     def end(self, identity: Identity) -> None:
-        """A run of this identity has ended, in whatever way."""
+        """Unregister a run of this identity, however it ended."""
         key = _scope_of(identity)
         self._scopes[key].runs -= 1
         if not self._scopes[key].runs:
@@ -159,16 +159,16 @@ class Cron:
         return min((floor_ms(when_ms, step_ms) + step_ms for step_ms in steps), default=None)
 
     async def fire(self, when_ms: int, identity: Identity, ctx: object = None, *, since_ms: int | None = None) -> None:
-        """Perform the jobs that have a boundary at `when_ms` and that no run of the scope has performed yet, in order.
+        """Run, in order, the jobs that have a boundary at `when_ms` and that no run of the scope has run yet.
 
-        `since_ms` is the minute that the run acted at before, by default one minute earlier. Where it is earlier than
-        that, because minutes are missing, a job whose boundary was among them is performed now, for the last of them.
+        `since_ms` is the previous minute of the run, by default one minute earlier. Where it is earlier than that,
+        because minutes are missing, a job with a boundary among them runs now, for the last of them.
 
-        Of several runs at one boundary, the first performs the job and the others wait for it and share its error.
+        Of several runs at one boundary, the first runs the job; the others wait for it and share its error.
 
         Raises:
-            UserError: the run was started by the very job that it would wait for.
-            Exception: what a handler raises; the jobs after it are not performed by this run.
+            UserError: the run was started by the job that it would wait for.
+            Exception: what a handler raises; this run does not run the jobs after it.
         """
         since_ms = when_ms - MINUTE_MS if since_ms is None else since_ms
         for job in tuple(self._jobs.values()):
@@ -185,7 +185,7 @@ def _scope_of(identity: Identity) -> _ScopeKey:
 
 
 async def _perform(job: _Job, progress: _Progress, when_ms: int, identity: Identity, ctx: object) -> None:
-    """Perform the job at this boundary unless it was, after what is under way of it."""
+    """Run the job at this boundary, unless it has run; wait first for a run of it that has started."""
     while (current := progress.under_way) is not None and current.when_ms <= when_ms:
         if current in _FIRING.get():
             raise UserError(
@@ -209,6 +209,6 @@ async def _perform(job: _Job, progress: _Progress, when_ms: int, identity: Ident
         current.error = error
         raise
     finally:
-        # Also when cancelled: the boundary is then free, and one of those who wait performs it.
+        # Also when cancelled: the boundary is free again, and one of the waiting runs takes it.
         progress.under_way = None
         current.done.set()

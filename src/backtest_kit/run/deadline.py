@@ -1,4 +1,4 @@
-"""Await a user's answer for a limited time, at no cost where it does not wait."""
+"""Await a user's function for a limited time, at no cost if it does not suspend."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 async def within(deadline: asyncio.Timeout, answer: Awaitable[object]) -> object:
-    """The answer, or `TimeoutError` once the deadline has expired, counted from the first time it waits.
+    """The answer, or `TimeoutError` once the deadline has expired, counted from the first suspension.
 
-    Most strategies answer without waiting; arming and disarming a timer would cost more than they do.
+    Most strategies return without suspending; arming a timer would cost more than the call.
     """
     if not isinstance(answer, CoroutineType):
         async with deadline:
@@ -31,7 +31,7 @@ def _go_on(started: CoroutineType[Any, Any, object], waiting_for: Any) -> Genera
         while True:
             try:
                 arrived = yield waiting_for
-            except BaseException as error:  # cancelled, or timed out: the coroutine's own affair
+            except BaseException as error:  # cancelled, or timed out: the coroutine decides what to do
                 waiting_for = started.throw(error)
             else:
                 waiting_for = started.send(arrived)

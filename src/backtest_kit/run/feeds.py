@@ -1,4 +1,4 @@
-"""The candle feeds of a kit, open as long as any run needs them."""
+"""The candle feeds of a kit, open while any run needs them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from backtest_kit.settings import Settings
 class Feeds:
     """One feed per exchange and event loop, shared by the runs on it so that no minute is fetched twice.
 
-    The last run to leave a loop closes what the sources have opened there: a connection belongs to the
-    event loop it was opened on.
+    The last run of a loop closes what the sources opened there: a connection belongs to one event loop.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class Feeds:
     async def use(
         self, exchange_name: str, settings: Settings, now_ms: Callable[[], int] | None = None
     ) -> AsyncIterator[CandleFeed]:
-        """The feed of an exchange, for as long as the block runs; `now_ms` tells the time there to a live run."""
+        """The feed of an exchange while the block runs; `now_ms` is the exchange's time for a live run."""
         live = now_ms is not None
         now_ms = now_ms or self._now_ms
         loop = asyncio.get_running_loop()
@@ -70,7 +69,7 @@ class _OnLoop:
 
 
 def columns_of(history: History) -> Columns:
-    """What a replay scans of a history."""
+    """The columns of a history that a replay scans."""
     candles = history.candles
     return Columns(
         history.first_ms, history.prices, candles.open, candles.high, candles.low, candles.close, history.real

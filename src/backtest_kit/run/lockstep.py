@@ -1,4 +1,4 @@
-"""Runs that share something take turns in the order of their own, virtual, time."""
+"""Runs that share something take turns in the order of their own virtual time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _AROUND: Final[ContextVar[tuple[tuple[Lockstep, int], ...]]] = ContextVar("backt
 
 
 class Lockstep:
-    """Members act at a minute only when no other member is still to act at an earlier one.
+    """A member acts at a minute only when no other member still has to act at an earlier one.
 
-    Among members at the same minute the one that joined first acts first, so that what they share
-    looks the same in every run, however fast each of them is.
+    At the same minute the member that joined first acts first, so shared state develops the same way every time,
+    however fast each member is.
     """
 
     def __init__(self) -> None:
@@ -34,10 +34,10 @@ class Lockstep:
         return member
 
     async def turn(self, member: int, when_ms: int) -> None:
-        """Wait until it is the member's turn to act at `when_ms`; it stays so until the next call.
+        """Wait for the member's turn at `when_ms`; the turn lasts until the next call.
 
         Raises:
-            UserError: it would have to wait for a run that cannot go on before this one has ended.
+            UserError: it would wait for a run that cannot go on before this one has ended.
         """
         self._set(member, when_ms)
         self._wake_first()
@@ -55,11 +55,11 @@ class Lockstep:
                 self._waiting.pop(member, None)
 
     def enter(self, member: int) -> None:
-        """What is started from here on, in this task or by it, is started inside of the member's run."""
+        """Mark this task, and the tasks it starts, as part of the member's run."""
         _AROUND.set((*_AROUND.get(), (self, member)))
 
     def leave(self, member: int) -> None:
-        """Act no more. Idempotent."""
+        """Leave. Idempotent."""
         if self._floor.pop(member, None) is not None:
             self._wake_first()
 

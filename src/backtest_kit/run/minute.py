@@ -47,19 +47,19 @@ ON_DEMAND: Final = (
     FallReached,
     Progress,
 )
-"""Events that are only made where they are listened to: each of them stops a replay's skip-ahead more often."""
+"""Events that are made only if a handler listens: each of them makes a replay stop more often."""
 
 
 class RiskGate(Protocol):
     """The risk profiles of a run."""
 
     async def refusal(self, signal: Signal, price: float, when_ms: int) -> tuple[str, str] | None:
-        """(profile, reason) of the first validation that refuses, or None if all profiles allow."""
+        """(profile, reason) of the first validation that rejects the signal, or None if all profiles allow it."""
         ...
 
 
 class Flags(Protocol):
-    """What the handle of a run has set."""
+    """The flags that the handle of a run sets."""
 
     @property
     def stopping(self) -> bool: ...
@@ -69,21 +69,21 @@ class Flags(Protocol):
 
 
 class RunHooks:
-    """What a run does around its events, and about errors of the user's code."""
+    """What a run does around its events, and on errors in the user's code."""
 
     def on_event(self, event: Event) -> None:
-        """Before an event is published."""
+        """Called before an event is published."""
 
     def on_published(self, event: Event) -> None:
-        """All handlers have had it."""
+        """Called after all handlers of an event have run."""
 
     async def on_error(self, what: str, error: Exception) -> None:
-        """The user's code raised. Raises it again where that ends the run."""
+        """Called when the user's code raised. Raises the error again if it ends the run."""
         raise error
 
 
 class Minute:
-    """Acts at the minute that the run state shows."""
+    """Runs the minute that the run state is at."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Minute:
         self._bus_version = -1
 
     def wanted(self) -> Wanted:
-        """The events on demand that are listened to now."""
+        """The events on demand that have a listener now."""
         if self._bus_version != self._bus.version:
             self._bus_version = self._bus.version
             identity = self._identity
@@ -129,18 +129,18 @@ class Minute:
         return self._wanted
 
     def context(self) -> Context:
-        """What the user's code is given at this minute."""
+        """The context that the user's code gets at this minute."""
         return Context(self._identity, self._run_state, self._history_of, self._records)
 
     async def act(self, wanted: Wanted, happened: list[Event], *, since_ms: int, settled: bool = False) -> None:
-        """Act, publish the events, and add to `happened` those that are for good.
+        """Run the minute, publish its events, and add the lasting ones to `happened`.
 
-        The market comes first: no command can undo what this minute's range has touched. Then cron,
-        whose work a decision of the same minute may build on, and last the strategy.
+        The market comes first: no command can undo what this minute's range has touched. Then cron, because a decision
+        of the same minute may use its result. The strategy comes last.
 
         Args:
-            since_ms: The minute that was acted at before.
-            settled: This minute's one transition was made already: nothing opens or closes any more.
+            since_ms: The previous minute of the run.
+            settled: This minute's one transition has been made: nothing else opens or closes.
         """
         run_state = self._run_state
         was_flat = isinstance(run_state.state, Flat)
@@ -162,7 +162,7 @@ class Minute:
             await self.publish_commands(happened)
 
     async def publish(self, event: Event, happened: list[Event]) -> None:
-        """Hand an event to its listeners, and then what their commands have caused."""
+        """Publish an event, and then the events that its handlers' commands caused."""
         hooks = self._hooks
         hooks.on_event(event)
         if isinstance(event, EntryCancelled):
@@ -177,7 +177,7 @@ class Minute:
             hooks.on_published(event)
 
     async def publish_commands(self, happened: list[Event]) -> None:
-        """Publish what commands and orders have caused since the last time."""
+        """Publish the events that commands and orders have caused since the last call."""
         for caused in self._run_state.take_events():
             await self.publish(caused, happened)
 
@@ -187,7 +187,7 @@ class Minute:
         return step(state, self._run_state.tick, self._run_state.rules, wanted)
 
     async def _check_activation(self) -> tuple[Event, ...]:
-        """The risk profiles are asked once more about a resting entry that is reached: they have changed since."""
+        """Check the risk profiles again when a resting entry is reached: they may have changed since."""
         run_state = self._run_state
         if self._risk_gate is None or not isinstance(run_state.state, Resting):
             return ()
@@ -204,7 +204,7 @@ class Minute:
         )
 
     async def _enter(self, state: Flat) -> tuple[Event, ...]:
-        """Call the strategy, check its signal, ask the risk profiles about it, and act on it."""
+        """Call the strategy, check its signal and the risk profiles, and act on it."""
         run_state, signal, rejected = self._run_state, None, tuple[Event, ...]()
         try:
             self.decisions.called += 1
@@ -219,8 +219,8 @@ class Minute:
         except Exception as error:
             await self._hooks.on_error("get_signal", error)
             if isinstance(error, RetryLater):
-                return ()  # what was away may be back at the next minute
-            # The slot is used up all the same: what raises would raise again at every minute.
+                return ()  # the store or exchange may answer again at the next minute
+            # The slot is used up all the same: the strategy would raise again at every minute.
             signal = None
         admitted = await run_state.apply(partial(self._admitted, None if rejected else signal))
         if signal is not None and not rejected and not admitted and signal.id == state.last_signal_id:
@@ -233,7 +233,7 @@ class Minute:
         return admit(state, signal, self._run_state.tick, self._run_state.rules)
 
     async def refusal(self, signal: Signal) -> tuple[Event, ...]:
-        """The event of a risk profile that refuses the signal; nothing if all allow it."""
+        """The event of a risk profile that rejects the signal; none if all allow it."""
         if self._risk_gate is None:
             return ()
         tick = self._run_state.tick
@@ -277,11 +277,11 @@ class Minute:
             await self._hooks.on_error(what, error)
 
     async def _by_user(self, what: str, call: Callable[[], object], deadline: asyncio.Timeout | None = None) -> object:
-        """What the user's function returns, awaited if need be.
+        """What the user's function returns, awaited if it is a coroutine.
 
         Raises:
-            UserError: it raised what would end a loop or a process that is not its own, or forgot an `await`.
-            Exception: what else it raised.
+            UserError: it raised an exception that would end the event loop or the process, or forgot an `await`.
+            Exception: any other error that it raised.
         """
         watch(self._calls)
         try:

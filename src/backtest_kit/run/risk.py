@@ -1,4 +1,4 @@
-"""Risk profiles: who holds what under each of them, and whether one more position is allowed."""
+"""Risk profiles: the positions under each of them, and whether another one is allowed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from backtest_kit.run.schema import RiskSchema
 
 _Scope = tuple[asyncio.AbstractEventLoop, str, str]
 _Profile = tuple[str, str]
-"""Exchange and risk profile."""
+"""Exchange and risk profile names."""
 
 
 class RiskGroup:
-    """The runs of one frame that share a clock, and what each of them holds under its risk profiles."""
+    """The runs of one frame that share a clock, and their positions under each risk profile."""
 
     def __init__(self) -> None:
         self.lockstep = Lockstep()
@@ -39,13 +39,13 @@ class RiskGroup:
 
 
 class RiskBook:
-    """The risk groups of a kit. A group lives as long as a run is in it."""
+    """The risk groups of a kit. A group exists while it has a run."""
 
     def __init__(self) -> None:
         self._groups: dict[_Scope, RiskGroup] = {}
 
     def join(self, identity: Identity, risks: Sequence[RiskSchema], start_ms: int) -> RiskSeat:
-        """Take a seat before the first minute, so that no other run goes ahead of this one."""
+        """Join before the first minute, so that no other run gets ahead of this one."""
         # Runs of two loops cannot wait for each other: each loop is a market of its own.
         scope = (asyncio.get_running_loop(), identity.frame_name, identity.mode)
         group = self._groups.setdefault(scope, RiskGroup())
@@ -81,7 +81,7 @@ class RiskSeat:
         self._member = member
 
     def enter(self) -> None:
-        """The run begins: what is started from here on is started inside of it."""
+        """Mark this task, and the tasks it starts, as part of the run."""
         self._group.lockstep.enter(self._member)
 
     async def turn(self, when_ms: int) -> None:
@@ -89,7 +89,7 @@ class RiskSeat:
         await self._group.lockstep.turn(self._member, when_ms)
 
     async def refusal(self, signal: Signal, price: float, when_ms: int) -> tuple[str, str] | None:
-        """(profile, reason) of the first validation that refuses, or None if all profiles allow.
+        """(profile, reason) of the first validation that rejects the signal, or None if all profiles allow it.
 
         Raises:
             UserError: a validation returned something else than a text or None.
@@ -107,11 +107,11 @@ class RiskSeat:
         self._group.hold(self._profiles, self._member, position)
 
     def release(self) -> None:
-        """Count nothing of this run any more."""
+        """Stop counting this run under its profiles."""
         self._group.release(self._profiles, self._member)
 
     def leave(self) -> None:
-        """Give the seat up. Idempotent."""
+        """Leave the group. Idempotent."""
         self.release()
         self._group.lockstep.leave(self._member)
         self._book.close_group(self._scope, self._group)
@@ -125,7 +125,7 @@ async def judge(
     when_ms: int,
     positions: tuple[ActivePosition, ...],
 ) -> str:
-    """Why the first validation of a profile that refuses does so; empty where all allow.
+    """The reason of the first validation that rejects the signal; empty if all allow it.
 
     Raises:
         UserError: a validation returned something else than a text or None.
@@ -137,7 +137,7 @@ async def judge(
             answer = await answer
         if answer is not None and not isinstance(answer, str):
             raise UserError(
-                f"a validation of risk {risk.name!r} returned {answer!r}: return the reason of a refusal, or None"
+                f"a validation of risk {risk.name!r} returned {answer!r}: return the reason for a rejection, or None"
             )
         if answer:
             return answer

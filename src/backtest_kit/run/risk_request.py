@@ -1,4 +1,4 @@
-"""What a validation of a risk profile sees, and what it answers."""
+"""What a validation of a risk profile gets and returns."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class ActivePosition(OfSignal, frozen=True, kw_only=True):
 
     entry: RestingEntry
     cost: float
-    """All that was put in so far, in quote currency."""
+    """The total invested so far, in quote currency."""
     opened_at_ms: int
-    """When it was opened, or placed while it rests."""
+    """When it was opened, or placed if it still rests."""
 
     price_open = Inner[float]("entry.price_open")
     price_take_profit = Inner[float]("entry.price_take_profit")
@@ -30,7 +30,7 @@ class ActivePosition(OfSignal, frozen=True, kw_only=True):
 
 
 class RiskRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a validation judges: one signal, and all other positions under the same profile."""
+    """What a validation checks: one signal, and all other positions under the same profile."""
 
     identity: Identity
     signal: Signal
@@ -38,7 +38,7 @@ class RiskRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The current price."""
     when_ms: int
     positions: tuple[ActivePosition, ...]
-    """Of all strategies and symbols that share the profile on this exchange and frame; never its own."""
+    """The positions of all strategies and symbols that share the profile on this exchange and frame, except its own."""
 
     @property
     def when(self) -> datetime:
@@ -46,9 +46,9 @@ class RiskRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def price_open(self) -> float:
-        """Where the position would be entered."""
+        """The price at which the position would be entered."""
         return self.price if self.signal.price_open is None else self.signal.price_open
 
 
 RiskValidation = Callable[[RiskRequest], Awaitable[str | None] | str | None]
-"""Returns why the signal is refused, or None (or an empty text) to allow it; may be async."""
+"""Returns the reason to reject the signal, or None (or an empty text) to allow it; may be async."""

@@ -1,4 +1,4 @@
-"""Where commands meet the state of a run: views of what is held, read-only but for their commands."""
+"""Where commands meet the state of a run: views of the position and the entry, read-only except for commands."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ FULLY_REDUCED = "full_partial_close"
 
 
 class CommandOutcome(msgspec.Struct, frozen=True):
-    """What became of a command. True where it was accepted."""
+    """The outcome of a command. True if it was accepted."""
 
     accepted: bool
     reason: str = ""
-    """Why it was not accepted."""
+    """Why it was not accepted, if so."""
 
     def __bool__(self) -> bool:
         return self.accepted
@@ -38,19 +38,19 @@ _ACCEPTED = CommandOutcome(True)
 
 
 Act = Callable[[State], tuple[State, tuple[Event, ...]]]
-"""What is done to the state: computes how it is afterwards and what happened, and changes nothing itself.
+"""A change of state: computes the new state and the events, and changes nothing itself.
 
 Raises `commands.Refused` where the state or the market does not allow it."""
 
 
 class Executor(Protocol):
-    """Carries out changes of state in a run that may be killed."""
+    """Carries out changes of state in a run that can be killed at any moment."""
 
     async def execute(self, act: Act, command: Change | None = None) -> tuple[Event, ...]:
-        """Do `act`: write it down, have the exchange do its part, and set the state. Returns what happened.
+        """Do `act`: write the intent, send the order, and set the state. Returns the events.
 
-        `command` says which of the commands that change a position it is, if one. Given again after a crash, because
-        its minute is gone through again, it is not carried out twice.
+        `command` names the command that changes the position, if it is one. When its minute is repeated after a crash,
+        the command is not carried out twice.
 
         Raises:
             commands.Refused: `act` was not possible, or the exchange refused it.
@@ -59,7 +59,7 @@ class Executor(Protocol):
 
 
 class RunState:
-    """The state of one run, the minute it is at, and what commands have caused since the last look."""
+    """The state of one run, its current minute, and the events that commands have caused since the last call."""
 
     __slots__ = ("events", "executor", "rules", "state", "tick")
 
@@ -71,7 +71,7 @@ class RunState:
         self.events: list[Event] = []
 
     async def apply(self, act: Act, command: Change | None = None) -> tuple[Event, ...]:
-        """Change the state, and return what happened."""
+        """Change the state, and return the events."""
         if self.executor is not None:
             return await self.executor.execute(act, command)
         self.state, events = act(self.state)
@@ -89,11 +89,10 @@ class RunState:
 
 
 class PositionView:
-    """An open position as it is now. It follows the changes of its position, and no other position's.
+    """An open position as it is now. The view follows the changes of this position only.
 
     Profits are at the current price, after fees and slippage. Commands are carried out at the current
-    price; they return an outcome that says whether they were accepted, and raise only for arguments
-    that make no sense at any time.
+    price; they return an outcome that says whether they were accepted, and raise only for invalid arguments.
     """
 
     __slots__ = ("_last", "_run_state")
@@ -104,7 +103,7 @@ class PositionView:
 
     @property
     def value(self) -> Position:
-        """The whole position as a frozen value; the last one there was, once it is closed."""
+        """The whole position as a frozen value; once it is closed, its last value."""
         state = self._run_state.state
         if isinstance(state, Holding) and state.position.signal_id == self._last.signal_id:
             self._last = state.position
@@ -144,22 +143,22 @@ class PositionView:
 
     @property
     def cost(self) -> float:
-        """All that was ever put in, in quote currency."""
+        """The total invested, in quote currency."""
         return self.value.cost
 
     @property
     def remaining_cost(self) -> float:
-        """What is still held of it."""
+        """The part of it that is still open."""
         return remaining_cost(self.value.entries, self.value.reductions)
 
     @property
     def closed_pct(self) -> float:
-        """What has been taken out of it, in percent."""
+        """The part of it that has been closed, in percent."""
         return closed_pct(self.value.entries, self.value.reductions)
 
     @property
     def pnl_pct(self) -> float:
-        """Profit in percent of all that was put in, if the rest were closed now."""
+        """Profit in percent of the total invested, if the rest were closed now."""
         return self._profit()[0]
 
     @property
@@ -188,7 +187,7 @@ class PositionView:
 
     @property
     def minutes_left(self) -> float:
-        """Minutes until it expires; `math.inf` where it never does."""
+        """Minutes until it expires; `math.inf` if it never does."""
         return max(0.0, self._last.minutes - self.minutes_open)
 
     @property
@@ -202,10 +201,10 @@ class PositionView:
 
     @must_await
     async def reduce(self, *, percent: float | None = None, cost: float | None = None) -> CommandOutcome:
-        """Close a part: `percent` of what is still held, or `cost` of it. All of it closes the position.
+        """Close a part: `percent` of what is still open, or `cost` of it. Reducing all of it closes the position.
 
         Raises:
-            UserError: not exactly one of the two, or no amount in range.
+            UserError: not exactly one of the two is given, or it is out of range.
         """
         when_ms = self._run_state.tick.when_ms
         return await self._change(
@@ -217,7 +216,7 @@ class PositionView:
         """Buy more for `cost` (default CC_POSITION_ENTRY_COST), at a better price than ever before.
 
         Raises:
-            UserError: `cost` is no amount above 0.
+            UserError: `cost` is not a number above 0.
         """
         settings, when_ms = self._run_state.rules.settings, self._run_state.tick.when_ms
         amount = settings.CC_POSITION_ENTRY_COST if cost is None else cost
@@ -245,13 +244,13 @@ class PositionView:
 
     @must_await
     async def breakeven(self) -> CommandOutcome:
-        """Move the stop loss to the effective entry price, once the price has earned the costs."""
+        """Move the stop loss to the effective entry price, once the profit covers the costs."""
         settings = self._run_state.rules.settings
         return await self._change("breakeven", lambda held, now: commands.breakeven(held, now, settings))
 
     @must_await
     async def close(self, note: str = "") -> CommandOutcome:
-        """Close it at the next minute, at the price of then, with the reason "closed"."""
+        """Close it at the next minute, at that minute's price, with the reason "closed"."""
         given: object = note
         if not isinstance(given, str):
             raise UserError(f"note is {given!r}: give a text")
@@ -300,7 +299,7 @@ class PositionView:
 
 
 class EntryView:
-    """A resting entry, and what can be done to it."""
+    """A resting entry and its commands."""
 
     __slots__ = ("_run_state", "value")
 
@@ -318,12 +317,12 @@ class EntryView:
 
     @must_await
     async def cancel(self) -> CommandOutcome:
-        """Give it up at the next minute, with the reason "user"."""
+        """Cancel it at the next minute, with the reason "user"."""
         return await self._order("cancel")
 
     @must_await
     async def activate(self) -> CommandOutcome:
-        """Enter at the next minute without waiting for the price, at the price of then.
+        """Enter at the next minute without waiting for the price, at that minute's price.
 
         It is cancelled with the reason "price_reject" if that price is not between its levels.
         """
@@ -338,7 +337,7 @@ class EntryView:
 
     def _ordered(self, order: Literal["cancel", "activate"], state: State) -> tuple[State, tuple[Event, ...]]:
         if not isinstance(state, Resting) or state.entry.signal_id != self.value.signal_id:
-            raise commands.Refused(f"entry {self.value.signal_id} rests no more")
+            raise commands.Refused(f"entry {self.value.signal_id} no longer rests")
         if state.order:
             raise commands.Refused(f"entry {self.value.signal_id} already has the command to {state.order}")
         return msgspec.structs.replace(state, order=order), ()

@@ -18,7 +18,7 @@ from backtest_kit.model.signal import Signal
 from backtest_kit.run.context import Context
 from backtest_kit.run.risk_request import RiskValidation
 
-# Numbers outside of 1973 .. 9999 are seconds, years or slips rather than dates of candles.
+# Numbers outside 1973 .. 9999 are seconds, years or typing errors, not dates of candles.
 _FIRST_MS: Final = 10**11
 _LAST_MS: Final = 253_402_300_800_000
 
@@ -29,7 +29,7 @@ Manage = Callable[[Context], Awaitable[None] | None]
 
 
 class ExchangeSchema(msgspec.Struct, frozen=True, kw_only=True):
-    """A market to trade on, and where its candles come from."""
+    """A market to trade on, and the source of its candles."""
 
     name: str
     source: CandleSource
@@ -49,7 +49,7 @@ class FrameSchema(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StrategySchema(msgspec.Struct, frozen=True, kw_only=True):
-    """A strategy: who is asked for signals, how often, and which risk profiles must agree."""
+    """A strategy: the function that returns signals, how often it is called, and the risk profiles that must agree."""
 
     name: str
     interval: str
@@ -60,7 +60,7 @@ class StrategySchema(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RiskSchema(msgspec.Struct, frozen=True, kw_only=True):
-    """A risk profile: validations that are asked in order; the first refusal decides."""
+    """A risk profile: validations called in order; the first rejection decides."""
 
     name: str
     validations: tuple[RiskValidation, ...]
@@ -99,7 +99,7 @@ class Schemas(Generic[T]):
 
 
 class Registry:
-    """All that is registered in one kit."""
+    """All schemas of one kit."""
 
     def __init__(self) -> None:
         self.exchanges: Schemas[ExchangeSchema] = Schemas("exchange")
@@ -188,7 +188,7 @@ def _check_takes_context(what: str, function: object) -> None:
     except TypeError as error:
         raise UserError(f"{what} cannot be called with one argument, the context: {error}") from None
     except ValueError:
-        return  # a builtin without a signature: only calling it will tell
+        return  # a builtin without a signature: only a call can show it
 
 
 def check_name(what: str, value: object) -> str:

@@ -1,4 +1,4 @@
-"""Clocks and brokers of a kit, started as long as any run needs them."""
+"""Clocks and brokers of a kit, running while any run needs them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _log = logging.getLogger("backtest_kit")
 
 
 class Service(Protocol):
-    """What is connected before it is used, and let go of afterwards."""
+    """What is connected before use and disconnected afterwards."""
 
     async def start(self) -> None: ...
 
@@ -22,14 +22,15 @@ class Service(Protocol):
 
 
 class Services:
-    """The first run of an event loop to use a service starts it, the last one stops it: no end breaks another run."""
+    """The first run of an event loop that uses a service starts it; the last one stops it."""
 
     def __init__(self) -> None:
         self._uses: dict[tuple[asyncio.AbstractEventLoop, int], _Use] = {}
 
     @asynccontextmanager
     async def use(self, service: Service) -> AsyncIterator[None]:
-        """Have `service` started for as long as the block runs. Raises as its `start`, and may be tried again."""
+        """Keep `service` started while the block runs. Raises the errors of its `start`; a failed start can be
+        retried."""
         key = asyncio.get_running_loop(), id(service)
         use = self._uses.setdefault(key, _Use(service))
         use.users += 1
@@ -50,13 +51,13 @@ class Services:
 
 
 class StoreCheck:
-    """Whether live positions may be trusted to the stores: asked by the first run, and valid for those beside it."""
+    """Whether the stores are fit for live positions: checked by the first run, and valid for the runs next to it."""
 
     def __init__(self, judge: Callable[[], Awaitable[Sequence[Reading]]]) -> None:
         self._judge = judge
 
     async def start(self) -> None:
-        """Look at the stores.
+        """Check the stores.
 
         Raises:
             UserError: they are not fit for live trading.
@@ -66,7 +67,7 @@ class StoreCheck:
                 _log.warning("%s is %s: %s %s", each.subject, each.status.value, each.detail, each.remedy)
 
     async def stop(self) -> None:
-        """Nothing to let go of."""
+        """Does nothing."""
 
 
 class _Use:

@@ -13,7 +13,7 @@ from backtest_kit.report.render.page import heat_content, render_page, table_con
 _POINTS: Final = 1000
 _FEWER_POINTS: Final = 250
 _MANY: Final = 20
-"""More curves than these are drawn with fewer points: no eye follows one of them."""
+"""With more curves than this, each has fewer points: the chart shows no more detail."""
 
 
 def render_comparison(comparison: Ranking) -> str:

@@ -1,4 +1,4 @@
-"""Figures as a chart takes them: evenly spaced in time, and no number that the chart library refuses."""
+"""Figures in the form of the chart library: evenly spaced in time, and only numbers that it accepts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from backtest_kit.report.statistics import equity_of
 from backtest_kit.report.values import ResultValues
 
 LARGEST_DRAWN: Final = 9e13
-"""The chart library refuses a larger number."""
+"""The chart library refuses larger numbers."""
 
 
 class Grid(NamedTuple):
-    """Even times from `start_ms`. The chart spaces its points evenly whatever their times are."""
+    """Evenly spaced times from `start_ms`: the chart spaces its points evenly whatever their times are."""
 
     start_ms: int
     step_ms: int
@@ -64,7 +64,7 @@ def drawable_number(value: float) -> float | None:
 
 
 def drawable_candles(chart: CandleSeries) -> CandleSeries:
-    """Without what the chart library refuses: numbers that are none, and two candles of one second."""
+    """Without what the chart library refuses: NaN, and two candles of the same second."""
     prices = np.stack((chart.open, chart.high, chart.low, chart.close))
     chart = chart.take((np.abs(prices) < LARGEST_DRAWN).all(axis=0))
     return chart.take(np.unique(chart.timestamp // 1000, return_index=True)[1])

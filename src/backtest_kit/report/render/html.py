@@ -54,7 +54,7 @@ _FIRST_COLUMNS: Final = (
     "PNL (USD)",
     "Close Reason",
 )
-"""A wide table is read from the left; the other columns follow in their own order."""
+"""The columns that come first in a wide table; the others follow in their own order."""
 
 
 def render_html(results: ResultSet[ResultValues]) -> str:
@@ -120,7 +120,7 @@ def _market(name: str, result: ResultValues, rows: dict[int, int]) -> dict[str, 
 
 
 def _prices(trade: Trade) -> list[float]:
-    """Every price that is drawn: the levels at the close and as they were set, then all fills."""
+    """Every price in the chart: the levels at the close and as they were set, then all fills."""
     return [
         trade.price_take_profit,
         trade.price_stop_loss,

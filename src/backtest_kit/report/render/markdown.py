@@ -18,7 +18,7 @@ from backtest_kit.report.tables import (
 from backtest_kit.report.values import ResultSet, ResultValues
 
 MAX_PRINTED_TRADES: Final = 250
-"""The newest trades that are printed; the statistics are of all of them."""
+"""How many of the newest trades are printed; the statistics count all."""
 
 
 def render_markdown(results: ResultSet[ResultValues]) -> str:

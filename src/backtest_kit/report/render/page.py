@@ -24,7 +24,7 @@ def render_page(name: str, title: str, content: Mapping[str, Any]) -> str:
     library = library.replace("</script", "<\\/script").replace("<!--", "<\\!--")
     own = "\n" + _asset("common.js") + _asset(f"{name}.js")
     scripts = " ".join(f"'sha256-{_digest(script)}'" for script in (library, own))
-    # The page's only scripts are these two, known by their digest: no text of a strategy can become another.
+    # Only these two scripts may run, by their digest: no text of a strategy can become a script.
     policy = f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     parts = {
         "policy": policy,
@@ -51,7 +51,7 @@ def _asset(name: str) -> str:
 
 
 def _json(content: Mapping[str, Any]) -> str:
-    """JSON that no HTML parser can take for markup."""
+    """JSON that an HTML parser cannot mistake for markup."""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

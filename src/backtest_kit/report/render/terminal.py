@@ -40,7 +40,7 @@ def rich_table(content: Table, title: Sequence[str], *, texts: int = 1, below: S
 
 
 def plain_text(table: RichTable) -> str:
-    """The table in ASCII lines: a terminal or a redirected file may know no box-drawing characters."""
+    """The table in ASCII lines: a terminal or a redirected file may not support box-drawing characters."""
     from rich import box
     from rich.console import Console
 

@@ -1,3 +1,3 @@
-"""Runs over what has happened: a backtest, and walks over several."""
+"""Runs over past candles: backtests, and walks that compare several."""
 
 from __future__ import annotations

@@ -52,9 +52,9 @@ _CHART_BARS: Final = 1500
 
 
 class _Announced:
-    """A run that is known to those it shares something with, before its first minute and until it ends.
+    """Registers a run with its cron scope and risk group, from before its first minute until it ends.
 
-    Runs that are started together see each other from the start, however fast the first of them is.
+    Runs that start together see each other from the start, however fast the first of them is.
     """
 
     def __init__(self, job: Job, cron: Cron, seat: RiskSeat | None, under_way: set[tuple[str, ...]]) -> None:
@@ -67,7 +67,7 @@ class _Announced:
         under_way.add(self._run)
 
     def take_back(self) -> None:
-        """The run has ended, in whatever way. Idempotent."""
+        """Unregister the run. Idempotent."""
         cron, self._cron = self._cron, None
         if cron is not None:
             cron.end(self._identity)
@@ -77,25 +77,25 @@ class _Announced:
 
 
 class ReplayOptions(TypedDict, total=False):
-    """How candles are replayed: what `Backtest` and `Walker` have in common."""
+    """How candles are replayed: the options shared by `Backtest` and `Walker`."""
 
     fill: Fill
     """"vwap" (default) touches levels by the current price; "ohlc" by the wicks, stop before take."""
     gaps: GapRule
     """"error" (default) refuses candles with missing minutes; "fill" puts flat candles there."""
     dirty: DirtyRule | None
-    """What becomes of rows of the source that are no candle of a minute: "refuse" names the first one, "repair" goes on
-    with what is sure, and counts and logs what was done. Off the whole minute they move up to the next one, rows for
-    one minute count once (the first stays), all are sorted, and the minute of any other bad row is missing. Default:
+    """What to do with bad rows of the source: "refuse" raises an error that names the first one, "repair" fixes what is
+    certain, and counts and logs it. A row off the whole minute moves up to the next one, the first of several rows for
+    one minute counts, rows are sorted, and the minute of any other bad row is missing. Default:
     "repair" with gaps="fill", else "refuse"."""
 
 
 class BacktestOptions(ReplayOptions, total=False):
-    """What may be said of a backtest beside its names."""
+    """Options of a backtest, besides its names."""
 
     run_id: str | None
-    """Whose state, session, memory and interval records it uses. By default a run has a new id and begins without any;
-    with that of an earlier run it goes on with what that one kept."""
+    """The run whose state, session, memory and interval records are used. By default a run has a new id and starts
+    empty; with the id of an earlier run it continues with the records of that run."""
 
 
 class BacktestHandle:
@@ -120,35 +120,35 @@ class BacktestHandle:
 
     @property
     def run_id(self) -> str:
-        """Whose records it reads and writes."""
+        """The run id of the records that it reads and writes."""
         return self._job.run_id
 
     @property
     def progress(self) -> float:
-        """How much of the frame is behind it, 0 to 1."""
+        """How much of the frame has been replayed, 0 to 1."""
         if self.task.done():
             return 1.0
         frame = self._job.frame
         return (self._control.when_ms - frame.start_ms) / (frame.stop_ms - frame.start_ms)
 
     def done(self) -> bool:
-        """Whether it has ended: by itself, stopped, or by an error."""
+        """Whether it has ended: finished, stopped or failed."""
         return self.task.done()
 
     def stop(self) -> None:
-        """Open nothing more: a resting entry is cancelled, an open position is carried to its end."""
+        """Stop opening positions: cancel a resting entry, and wait for an open position to close."""
         self._control.stopping = True
 
     def cancel(self) -> None:
-        """End it immediately and leave open positions as they are; awaiting it raises `asyncio.CancelledError`."""
+        """End it immediately, with positions still open; awaiting it raises `asyncio.CancelledError`."""
         self.task.cancel()
 
     def pause(self) -> None:
-        """Ask the strategy for nothing until `resume`; what is open or resting goes on."""
+        """Do not call `get_signal` until `resume`; open positions and resting entries go on."""
         self._control.paused = True
 
     def resume(self) -> None:
-        """Ask the strategy again."""
+        """Call `get_signal` again."""
         self._control.paused = False
 
     def __repr__(self) -> str:
@@ -215,10 +215,10 @@ class BacktestRunner:
         frame_name: str,
         **options: Unpack[BacktestOptions],
     ) -> BacktestHandle:
-        """Start a backtest on the running event loop and return its handle. Arguments as for `run`.
+        """Start a backtest on the running event loop and return its handle. Takes the arguments of `run`.
 
         Raises:
-            UserError: bad names or options, no event loop runs in this thread, or the run is under way already.
+            UserError: bad names or options, no event loop runs in this thread, or the run is already running.
         """
         return self.start(self.job(symbol, strategy_name, exchange_name, frame_name, **options))
 
@@ -233,7 +233,7 @@ class BacktestRunner:
         control, announced = Control(job.frame.start_ms), self._announce(job)
         name = f"backtest {job.identity.strategy_name} {job.identity.symbol}"
         task = loop.create_task(self._collect(job, control, announced), name=name)
-        # A task that is cancelled before its first step never reaches its own clean-up.
+        # A task cancelled before its first step never runs its own clean-up.
         task.add_done_callback(lambda _: announced.take_back())
         return BacktestHandle(job, control, task)
 
@@ -246,17 +246,17 @@ class BacktestRunner:
         frame_name: str,
         **options: Unpack[BacktestOptions],
     ) -> BacktestResult:
-        """Run a backtest to its end and return its result. Arguments and errors as for `run`."""
+        """Run a backtest to its end and return its result. Takes the arguments and raises the errors of `run`."""
         job = self.job(symbol, strategy_name, exchange_name, frame_name, **options)
 
         return run_blocking(lambda: self.start(job), self.leave_loop)
 
     async def leave_loop(self) -> None:
-        """The event loop of a blocking call ends: close what is open for it alone."""
+        """Close what belongs to the event loop of a blocking call, which ends."""
         await self._records.leave_loop()
 
     async def _replay(self, job: Job, control: Control, announced: _Announced) -> AsyncGenerator[Event, None]:
-        """The events of a run, and to its listeners also how it ended."""
+        """Yield the events of a run, and publish how it ended."""
         records = self._records.of_run(job.identity, job.run_id)
         if announced.seat is not None:
             announced.seat.enter()
@@ -287,10 +287,10 @@ class BacktestRunner:
         identity = job.identity
         if _run_of(job) in self._under_way:
             raise UserError(
-                f"run {job.run_id!r} of strategy {identity.strategy_name!r} for {identity.symbol} is under way, "
-                "and two at once would overwrite each other's records: wait for it, or choose another run_id"
+                f"run {job.run_id!r} of strategy {identity.strategy_name!r} for {identity.symbol} is already running, "
+                "and a second run would overwrite its records: wait for it, or choose another run_id"
             )
-        # Cron works for all runs of a frame, so none of them may be ahead of a boundary that it performs.
+        # A cron job runs once for all runs of a frame, so no run may be past the boundary at which it runs.
         shares = bool(job.risks) or bool(self._cron)
         seat = self._risks.join(identity, job.risks, job.frame.start_ms) if shares else None
         return _Announced(job, self._cron, seat, self._under_way)
@@ -335,7 +335,7 @@ class BacktestRunner:
         dirty: DirtyRule | None = None,
         run_id: str | None = None,
     ) -> Job:
-        """One backtest, resolved: of a registered strategy, or of a schema that is registered nowhere.
+        """Resolve one backtest, of a registered strategy or of an unregistered schema.
 
         Raises:
             UserError: bad names or options.
@@ -352,7 +352,7 @@ class BacktestRunner:
         frame = self._registry.frames.get(frame_name)
         newest = floor_ms(self._now_ms(), MINUTE_MS)
         if frame.start_ms >= newest:
-            raise UserError(f"frame {frame.name!r} starts at {iso(frame.start_ms)}, which is yet to come")
+            raise UserError(f"frame {frame.name!r} starts at {iso(frame.start_ms)}, which is in the future")
         frame = msgspec.structs.replace(frame, stop_ms=min(frame.stop_ms, newest))
         identity = Identity(symbol, strategy.name, exchange_name, frame_name, "backtest")
         return Job(
@@ -377,22 +377,22 @@ class BacktestRunner:
         )
 
     def _new_run_id(self) -> str:
-        """An id that no other run has, and that sorts by when it was started."""
+        """A unique id that sorts by the start time of the run."""
         return f"{to_datetime(self._now_ms()):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
 def _run_of(job: Job) -> tuple[str, ...]:
-    """What two runs at once must not have in common."""
+    """What identifies a run: no two concurrent runs may have the same."""
     return job.run_id, *owned_by(job.identity)
 
 
 async def _end(records: RunRecords, *events: Event) -> None:
-    """Have records and log written. What cannot be kept does not cost the result, or the error that ended the run."""
+    """Write records and log. If that fails, log it: the result, or the error that ended the run, comes first."""
     try:
         await records.observe(events)
         await records.end()
     except BacktestKitError as error:
-        _log.warning("what the run has left behind waits for the store: %s", error)
+        _log.warning("records of this run are not written yet: %s", error)
 
 
 def _done(job: Job, control: Control, *, cancelled: bool = False) -> RunDone:

@@ -1,4 +1,4 @@
-"""One replay: walk through a frame from event to event, call the strategy, publish the events."""
+"""One replay: go through a frame from event to event, call the strategy, publish the events."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from backtest_kit.run.run_state import RunState
 from backtest_kit.run.schema import FrameSchema, RiskSchema, StrategySchema
 from backtest_kit.settings import Settings
 
-# A replay rarely waits for anything: without a pause of its own it would starve every other task.
+# A replay rarely awaits anything: without a pause of its own it would starve every other task.
 _LONGEST_TURN_S: Final = 0.01
 
 
@@ -52,9 +52,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     gaps: GapRule
     dirty: DirtyRule
     run_id: str
-    """Whose records it reads and writes."""
+    """The run id of the records that it reads and writes."""
     is_named: bool
-    """The caller has chosen the id, so that another process may have the same."""
+    """The caller chose the id, so another process may use the same one."""
 
 
 class Control:
@@ -99,7 +99,7 @@ class Replay(RunHooks):
         self._loading = asyncio.Lock()
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Every event of a position's life, as it happens; handlers have run before it is yielded."""
+        """Yield every event of a position's life as it happens, after its handlers have run."""
         frame, rules, symbol = self._job.frame, self._job.rules, self._job.identity.symbol
         run_state, control, cron, minute = self._run_state, self._control, self._cron, self._minute
         history = await self._history_of(symbol)
@@ -155,7 +155,7 @@ class Replay(RunHooks):
             await self._bus.emit(progress, self._minute.context())
 
     def _wind_up(self) -> bool:
-        """After a stop: true if no position is open; a resting entry is cancelled, a position goes on to its end."""
+        """After a stop: cancel a resting entry, and return True once no position is open."""
         run_state = self._run_state
         if isinstance(run_state.state, Resting):
             run_state.state = msgspec.structs.replace(run_state.state, order="cancel")

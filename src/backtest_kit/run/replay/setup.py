@@ -1,4 +1,4 @@
-"""What a backtest was computed with and from, for its result."""
+"""The settings, code and candles of a backtest, recorded in its result."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _code_text(code: CodeType) -> str:
 
 
 def _candles_digest(candles: CandleSeries) -> str:
-    # Checksums tell candles apart as well as a digest of all their bytes would, in a third of the time.
+    # Checksums distinguish candles as well as a digest of all bytes, in a third of the time.
     columns = [getattr(candles, name) for name in COLUMNS]
     sums = [zlib.crc32(np.ascontiguousarray(column, column.dtype.newbyteorder("<")).data) for column in columns]
     return hashlib.sha256(f"{len(candles)} {sums}".encode()).hexdigest()[:_DIGITS]

@@ -28,31 +28,31 @@ _Report = Callable[..., None]
 
 
 class ParameterSet(StrategySchema, frozen=True, kw_only=True):
-    """A strategy made by `Walker.grid`; it is registered nowhere."""
+    """A strategy made by `Walker.grid`; it is not registered."""
 
     parameters: Mapping[str, object]
 
 
 class WalkProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a walk stands."""
+    """The progress of a walk."""
 
     strategy_name: str
-    """The strategy that runs, or has just ended."""
+    """The strategy that is running, or has just ended."""
     number: int
-    """Which one it is, from 1."""
+    """Its number, from 1."""
     count: int
-    """How many there are."""
+    """The number of strategies."""
     fraction: float
-    """How much of its frame is behind it, 0 to 1, as a mean over the symbols."""
+    """How much of the frame has been replayed, 0 to 1, as a mean over the symbols."""
     finished: Contender | None = None
-    """What came of it, once it has ended; its `value` is set only by the ranking."""
+    """Its outcome, once it has ended; its `value` is set only by the ranking."""
 
 
 class Walker:
     """Compares strategies. `backtest_kit.Walker` is the one of the default kit."""
 
     def __init__(self, backtest: BacktestRunner, report_path: Callable[[], Path]) -> None:
-        """Run everything with `backtest`; `report_path` is where reports go that are saved without a path."""
+        """Run everything with `backtest`; reports saved without a path go to `report_path`."""
         self._backtest = backtest
         self._report_path = report_path
 
@@ -71,11 +71,11 @@ class Walker:
         """One strategy per combination of `parameters`, for `strategies=` of `run`.
 
         `make(fast=5, slow=21)` returns the `get_signal` of the strategy `name(fast=5, slow=21)`, or None
-        for a combination that makes no sense. Nothing is registered. The last parameter varies first.
+        to skip a combination. Nothing is registered. The last parameter varies first.
 
         Raises:
-            UserError: a parameter has no values, two combinations have one name, none is left, or `make`
-                returns no function.
+            UserError: a parameter has no values, two combinations have the same name, none is left, or `make` does not
+                return a function.
             Exception: whatever `make` raises.
         """
         for name, values in parameters.items():
@@ -90,7 +90,7 @@ class Walker:
             if get_signal is None:
                 continue
             if name in made:
-                raise UserError(f"two combinations of the grid are called {name!r}: give each value once")
+                raise UserError(f"two combinations of the grid have the name {name!r}: give each value once")
             schema = strategy_schema(name, interval, get_signal, manage, risk_name, risk_names, note)
             made[name] = ParameterSet(**msgspec.structs.asdict(schema), parameters=chosen)
         if not made:
@@ -115,13 +115,13 @@ class Walker:
 
         Args:
             strategies: Names of registered strategies, parameter sets of `grid`, or both.
-            metric: The field of `Statistics` to rank by. More is better, but for std_dev, max_drawdown,
+            metric: The field of `Statistics` to rank by. Higher is better, except for std_dev, max_drawdown,
                 loss_count and max_loss_streak.
             on_progress: Called about ten times a second, and once for every strategy that has ended.
             options: Those of `ReplayOptions`.
 
         Raises:
-            UserError: bad names, options or candles: nothing has been replayed then.
+            UserError: bad names, options or candles; nothing has been replayed.
             RetryLater: candles could not be fetched.
             Exception: whatever `on_progress` raises.
         """
@@ -137,7 +137,7 @@ class Walker:
             for each in strategies
         ]
         contenders: list[Contender] = []
-        # The feed stays open to the end: no strategy waits for a connection that the one before has closed.
+        # The feed stays open to the end, so no strategy has to connect again.
         async with backtest.feeds.use(exchange_name, rounds[0][0].settings) as feed:
             await _load(feed, rounds[0])
             for number, jobs in enumerate(rounds, 1):
@@ -165,7 +165,7 @@ class Walker:
         on_progress: Callable[[WalkProgress], None] | None = None,
         **options: Unpack[ReplayOptions],
     ) -> Comparison:
-        """Compare strategies and return when all have ended. Arguments and errors as for `run`."""
+        """Compare strategies and return when all have ended. Takes the arguments and raises the errors of `run`."""
         return run_blocking(
             lambda: self.run(
                 symbols,
@@ -190,7 +190,7 @@ def _check_strategies(strategies: Sequence[str | StrategySchema]) -> None:
 
 
 async def _load(feed: CandleFeed, jobs: Sequence[Job]) -> None:
-    """Bring in the candles of the frame: what they lack is the frame's fault, and no strategy's."""
+    """Load the candles of the frame first: a fault of theirs is an error of the walk, not of a strategy."""
     for job in jobs:
         lead_ms = job.settings.CC_AVG_PRICE_CANDLES_COUNT * MINUTE_MS
         frame = job.frame
@@ -210,9 +210,9 @@ def _reporter(on_progress: Callable[[WalkProgress], None] | None, name: str, num
 
 
 async def _contend(schema: StrategySchema, handles: Sequence[BacktestHandle], report: _Report) -> Contender:
-    """Wait for one strategy on all its symbols; one that fails ends those that are named after it.
+    """Wait for one strategy on all its symbols; a failure ends the symbols named after the failed one.
 
-    Those named before it go on, for one of them may fail too: which failure is told does not depend on whose
+    Symbols named before it go on, because one of them may fail too: the failure reported does not depend on whose
     candles came first.
     """
     runs = {handle.task: handle.symbol for handle in handles}
@@ -234,7 +234,7 @@ async def _contend(schema: StrategySchema, handles: Sequence[BacktestHandle], re
 
 
 def _undecided(runs: Iterable[asyncio.Task[BacktestResult]]) -> list[asyncio.Task[BacktestResult]]:
-    """The runs that must end before it is known which of all fails first."""
+    """The runs that must end before the first failure is known."""
     before = list(takewhile(lambda run: not run.done() or _error_of(run) is None, runs))
     return [run for run in before if not run.done()]
 
@@ -244,7 +244,7 @@ def _error_of(run: asyncio.Task[BacktestResult]) -> BaseException | None:
 
 
 def _failure(raised: Mapping[str, BaseException | None]) -> Failure | None:
-    """What a strategy raised, if it did. What is none of its doing, such as a full disk, is raised again."""
+    """The error that a strategy raised, if any. Errors it did not cause, such as a full disk, are raised again."""
     failure = None
     for symbol, error in raised.items():
         if isinstance(error, BacktestKitError) and not isinstance(error, UserError | LookAhead):
