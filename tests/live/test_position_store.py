@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -19,11 +21,13 @@ from backtest_kit.errors import OutOfSpace, RetryLater
 from backtest_kit.model.event import EntryCancelled
 from backtest_kit.model.identity import Identity
 from backtest_kit.persist import crashpoints
-from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.contracts import CONTRACTS, Contract
+from backtest_kit.persist.store import Key, Record, Write
 from backtest_kit.persist.wrapper import AdapterStore
 from backtest_kit.run.live.emergency import SIZE, EmergencyFile
+from backtest_kit.run.live.known_records import KnownRecords
 from backtest_kit.run.live.position_state import PositionState
-from backtest_kit.run.live.position_store import PositionStore
+from backtest_kit.run.live.position_store import PositionStore, read_position_state
 
 MONEY = ("signal", "schedule", "strategy", "partial", "breakeven", "risk")
 SCOPE = ("trend", "demo", "BTCUSDT")
@@ -87,6 +91,48 @@ async def test_a_change_that_got_half_way_into_stores_of_ones_own_heals(tmp_path
     assert status.position is None
     assert status.entry is None
     assert not status.under_way
+
+
+class Answerless(bk.MemoryStore):
+    """A server that is away right after it has done a batch: neither the answer comes, nor that to a question."""
+
+    away = False
+    answers = True
+
+    async def get(self, contract: Contract, key: Key) -> Record | None:
+        if self.away:
+            raise RetryLater("the server is away")
+        return await super().get(contract, key)
+
+    async def batch(self, writes: Sequence[Write]) -> None:
+        if self.away:
+            raise RetryLater("the server is away")
+        await super().batch(writes)
+        if not self.answers:
+            self.away = True
+            raise RetryLater("the answer did not come")
+
+
+async def test_a_write_that_was_done_unseen_is_no_other_process(tmp_path: Path) -> None:
+    store, kit, file = Answerless(), bk.Kit(), EmergencyFile(tmp_path / "reserve")
+    kit.persistence.bind("*", store)
+    identity = Identity("BTCUSDT", "trend", "demo", "", "live")
+    alarms: Any = SimpleNamespace(store_changed=lambda reason, *, kept: None)
+    position_store = PositionStore(kit.persistence, identity, SCOPE, (), 0, file, alarms)
+    try:
+        await position_store.load("me")
+        await position_store.keep(PositionState(owner="me", seen_ms=1), "store")
+        store.answers = False
+        await position_store.keep(PositionState(owner="me", seen_ms=2), "try")
+        assert position_store.degraded
+        await position_store.keep(PositionState(owner="me", seen_ms=3), "try")
+        store.away, store.answers = False, True
+        await position_store.keep(PositionState(owner="me", seen_ms=4), "store")
+        assert not position_store.degraded
+        assert (await read_position_state(KnownRecords(kit.persistence, "live"), SCOPE)).seen_ms == 4
+    finally:
+        file.close()
+        await kit.close()
 
 
 def _no_file(self: EmergencyFile, data: bytes) -> None:

@@ -218,6 +218,8 @@ class PositionStore:
         if self._stale:
             await self._read_profiles(position_state)
             self._stale = False
+        # What a write before has done although it failed decides which revisions this one expects.
+        await self._records.find_out()
         changes = await self._changes(position_state)
         while not await self._records.commit(changes, self._reservations(position_state)):
             await self._read_profiles(position_state)
