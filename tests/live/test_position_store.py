@@ -13,10 +13,12 @@ import msgspec
 import pytest
 from tests.live.rig import START, Rig
 from tests.live.scenario import MINUTES, facts, prepared, without_orders
-from tests.values import make_entry
+from tests.values import make_entry, make_position
 
 import backtest_kit as bk
-from backtest_kit.engine.step import Resting
+from backtest_kit.broker.base import Order
+from backtest_kit.broker.order_ids import SignalIds
+from backtest_kit.engine.step import Holding, Resting
 from backtest_kit.errors import OutOfSpace, RetryLater
 from backtest_kit.model.event import EntryCancelled
 from backtest_kit.model.identity import Identity
@@ -26,8 +28,10 @@ from backtest_kit.persist.store import Key, Record, Write
 from backtest_kit.persist.wrapper import AdapterStore
 from backtest_kit.run.live.emergency import SIZE, EmergencyFile
 from backtest_kit.run.live.known_records import KnownRecords
+from backtest_kit.run.live.orders import Intent
 from backtest_kit.run.live.position_state import PositionState
-from backtest_kit.run.live.position_store import PositionStore, read_position_state
+from backtest_kit.run.live.position_store import PositionStore, Unsaved, read_position_state
+from backtest_kit.run.schema import RiskSchema
 
 MONEY = ("signal", "schedule", "strategy", "partial", "breakeven", "risk")
 SCOPE = ("trend", "demo", "BTCUSDT")
@@ -130,6 +134,41 @@ async def test_a_write_that_was_done_unseen_is_no_other_process(tmp_path: Path) 
         await position_store.keep(PositionState(owner="me", seen_ms=4), "store")
         assert not position_store.degraded
         assert (await read_position_state(KnownRecords(kit.persistence, "live"), SCOPE)).seen_ms == 4
+    finally:
+        file.close()
+        await kit.close()
+
+
+async def test_a_profile_is_not_asked_again_about_an_order_that_was_written_down(tmp_path: Path) -> None:
+    """The store was away while an order to open was pending, and the profile would refuse it by now."""
+    store, kit, file = Answerless(), bk.Kit(), EmergencyFile(tmp_path / "reserve")
+    kit.persistence.bind("*", store)
+    refusals: list[str] = []
+    risk = RiskSchema(name="hours", validations=(lambda request: refusals[0] if refusals else None,))
+    identity = Identity("BTCUSDT", "trend", "demo", "", "live")
+    alarms: Any = SimpleNamespace(store_changed=lambda reason, *, kept: None)
+    position_store = PositionStore(kit.persistence, identity, SCOPE, [risk], 120, file, alarms)
+    position = make_position(make_entry("one", identity=identity, at_ms=START))
+    signal_ids = SignalIds("one", "a1b2c3")
+    order = Order(
+        kind="open", client_order_id=signal_ids.order("open", 0), signal_id="one", identity=identity, when_ms=START,
+        direction="long", price=100.0, cost=100.0, take_profit=110.0, stop_loss=90.0
+    )  # fmt: skip
+    pending = PositionState(intent=Intent(order=order, target=Holding(position, START), events=()), seen_ms=START)
+    try:
+        await position_store.load("me")
+        await position_store.keep(PositionState(), "store")
+        assert await position_store.refusal(position.entry.signal, 100.0, START) is None
+        await position_store.keep(pending, "store")
+        store.away = True
+        with pytest.raises(Unsaved):
+            await position_store.keep(msgspec.structs.replace(pending, paused=True), "store")
+        store.away = False
+        refusals.append("it is late")
+        await position_store.flush()
+        assert not position_store.degraded
+        found = await read_position_state(KnownRecords(kit.persistence, "live"), SCOPE)
+        assert found.intent == pending.intent
     finally:
         file.close()
         await kit.close()

@@ -312,7 +312,9 @@ class PositionStore:
         Raises:
             RiskRefused: it is not.
         """
-        opens = position_state.intent is not None and position_state.intent.order.kind in ENTRIES
+        intent = position_state.intent
+        # One that was written down before has its reservation, and may have been filled: it is past being refused.
+        opens = intent is not None and intent.order.kind in ENTRIES and intent != self.position_state.intent
         if opens and self._judged is not None:
             if refusal := await self.refusal(*self._judged):
                 raise RiskRefused(*refusal)
