@@ -144,7 +144,7 @@ async def test_a_store_that_refuses_fails_the_backtest_and_not_its_error(
         await kit.backtest.background("BTCUSDT", strategy_name="always", **where)
     with pytest.raises(KeyError, match="nothing"):
         await kit.backtest.background("BTCUSDT", strategy_name="broken", **where)
-    assert "waits for the store" in caplog.text
+    assert "are not written yet" in caplog.text
     await kit.close()
     assert "cannot be written" in caplog.text
 

@@ -234,7 +234,7 @@ def test_a_frame_stops_at_now(make_kit: MakeKit) -> None:
     now.add_frame_schema("later", start_date="2024-06-04", end_date="2024-06-08")
     now.add_strategy_schema("trend", interval="15m", get_signal=lambda ctx: None)
     assert now.backtest.run_sync("BTCUSDT", **WHERE).stop_ms == to_ms("2024-06-03T12:00")
-    with pytest.raises(bk.UserError, match="yet to come"):
+    with pytest.raises(bk.UserError, match="in the future"):
         now.backtest.run_sync("BTCUSDT", **{**WHERE, "frame_name": "later"})
 
 
