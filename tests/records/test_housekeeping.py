@@ -65,7 +65,7 @@ async def test_a_store_that_fails_is_told_and_tried_again(
     await kit.records.begin("live")
     async with asyncio.timeout(20):
         await store.intact.wait()
-    told = [record for record in caplog.records if "tried again tomorrow" in record.getMessage()]
+    told = [record for record in caplog.records if "trying again tomorrow" in record.getMessage()]
     assert len(told) == 2
     assert all(record.levelno >= logging.WARNING for record in told)
     assert "away" in caplog.text if isinstance(error, bk.RetryLater) else type(error).__name__ in caplog.text
