@@ -6,6 +6,7 @@ import json
 import re
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import backtest_kit as bk
 from backtest_kit.persist.backends import columns
@@ -27,10 +28,8 @@ def fields(text: str) -> list[str]:
 
 async def test_a_record_and_a_line_are_as_shown(tmp_path: Path) -> None:
     kit = bk.Kit(tmp_path)
-    await kit.persistence.signal.write(
-        {"price": 1.5, "limit": float("inf")},
-        **dict(zip(("strategy_name", "exchange_name", "symbol"), SIGNAL, strict=True)),
-    )
+    names: dict[str, Any] = dict(zip(("strategy_name", "exchange_name", "symbol"), SIGNAL, strict=True))
+    await kit.persistence.signal.write({"price": 1.5, "limit": float("inf")}, **names)
     await kit.persistence.log.write({"level": "info", "message": "hi"}, entry_id="1-a-0")
     await kit.close()
     record, line = shown("json")

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 from tests.live.rig import START, Rig
 from tests.live.scenario import MINUTES, facts, prepared, without_orders
-from tests.values import make_entry
+from tests.values import make_entry, make_position
 
 import backtest_kit as bk
-from backtest_kit.engine.step import Resting
+from backtest_kit.broker.base import Order
+from backtest_kit.broker.order_ids import SignalIds
+from backtest_kit.engine.step import Holding, Resting
 from backtest_kit.errors import OutOfSpace, RetryLater
 from backtest_kit.model.event import EntryCancelled
 from backtest_kit.model.identity import Identity
 from backtest_kit.persist import crashpoints
-from backtest_kit.persist.contracts import CONTRACTS
+from backtest_kit.persist.contracts import CONTRACTS, Contract
+from backtest_kit.persist.store import Key, Record, Write
 from backtest_kit.persist.wrapper import AdapterStore
 from backtest_kit.run.live.emergency import SIZE, EmergencyFile
+from backtest_kit.run.live.known_records import KnownRecords
+from backtest_kit.run.live.orders import Intent
 from backtest_kit.run.live.position_state import PositionState
-from backtest_kit.run.live.position_store import PositionStore
+from backtest_kit.run.live.position_store import PositionStore, Unsaved, read_position_state
+from backtest_kit.run.schema import RiskSchema
 
 MONEY = ("signal", "schedule", "strategy", "partial", "breakeven", "risk")
 SCOPE = ("trend", "demo", "BTCUSDT")
@@ -87,6 +95,83 @@ async def test_a_change_that_got_half_way_into_stores_of_ones_own_heals(tmp_path
     assert status.position is None
     assert status.entry is None
     assert not status.under_way
+
+
+class Answerless(bk.MemoryStore):
+    """A server that is away right after it has done a batch: neither the answer comes, nor that to a question."""
+
+    away = False
+    answers = True
+
+    async def get(self, contract: Contract, key: Key) -> Record | None:
+        if self.away:
+            raise RetryLater("the server is away")
+        return await super().get(contract, key)
+
+    async def batch(self, writes: Sequence[Write]) -> None:
+        if self.away:
+            raise RetryLater("the server is away")
+        await super().batch(writes)
+        if not self.answers:
+            self.away = True
+            raise RetryLater("the answer did not come")
+
+
+async def test_a_write_that_was_done_unseen_is_no_other_process(tmp_path: Path) -> None:
+    store, kit, file = Answerless(), bk.Kit(), EmergencyFile(tmp_path / "reserve")
+    kit.persistence.bind("*", store)
+    identity = Identity("BTCUSDT", "trend", "demo", "", "live")
+    alarms: Any = SimpleNamespace(store_changed=lambda reason, *, kept: None)
+    position_store = PositionStore(kit.persistence, identity, SCOPE, (), 0, file, alarms)
+    try:
+        await position_store.load("me")
+        await position_store.keep(PositionState(owner="me", seen_ms=1), "store")
+        store.answers = False
+        await position_store.keep(PositionState(owner="me", seen_ms=2), "try")
+        assert position_store.degraded
+        await position_store.keep(PositionState(owner="me", seen_ms=3), "try")
+        store.away, store.answers = False, True
+        await position_store.keep(PositionState(owner="me", seen_ms=4), "store")
+        assert not position_store.degraded
+        assert (await read_position_state(KnownRecords(kit.persistence, "live"), SCOPE)).seen_ms == 4
+    finally:
+        file.close()
+        await kit.close()
+
+
+async def test_a_profile_is_not_asked_again_about_an_order_that_was_written_down(tmp_path: Path) -> None:
+    """The store was away while an order to open was pending, and the profile would refuse it by now."""
+    store, kit, file = Answerless(), bk.Kit(), EmergencyFile(tmp_path / "reserve")
+    kit.persistence.bind("*", store)
+    refusals: list[str] = []
+    risk = RiskSchema(name="hours", validations=(lambda request: refusals[0] if refusals else None,))
+    identity = Identity("BTCUSDT", "trend", "demo", "", "live")
+    alarms: Any = SimpleNamespace(store_changed=lambda reason, *, kept: None)
+    position_store = PositionStore(kit.persistence, identity, SCOPE, [risk], 120, file, alarms)
+    position = make_position(make_entry("one", identity=identity, at_ms=START))
+    signal_ids = SignalIds("one", "a1b2c3")
+    order = Order(
+        kind="open", client_order_id=signal_ids.order("open", 0), signal_id="one", identity=identity, when_ms=START,
+        direction="long", price=100.0, cost=100.0, take_profit=110.0, stop_loss=90.0
+    )  # fmt: skip
+    pending = PositionState(intent=Intent(order=order, target=Holding(position, START), events=()), seen_ms=START)
+    try:
+        await position_store.load("me")
+        await position_store.keep(PositionState(), "store")
+        assert await position_store.refusal(position.entry.signal, 100.0, START) is None
+        await position_store.keep(pending, "store")
+        store.away = True
+        with pytest.raises(Unsaved):
+            await position_store.keep(msgspec.structs.replace(pending, paused=True), "store")
+        store.away = False
+        refusals.append("it is late")
+        await position_store.flush()
+        assert not position_store.degraded
+        found = await read_position_state(KnownRecords(kit.persistence, "live"), SCOPE)
+        assert found.intent == pending.intent
+    finally:
+        file.close()
+        await kit.close()
 
 
 def _no_file(self: EmergencyFile, data: bytes) -> None:

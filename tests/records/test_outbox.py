@@ -24,7 +24,7 @@ from backtest_kit.persist.store import Capability, Key, Record, Store, Write
 from backtest_kit.persist.urls import store_at
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.notification import NOTIFICATION, notification_writes
-from backtest_kit.records.outbox import CHUNK, LOOKBACK, Mark, Outbox, Pending
+from backtest_kit.records.outbox import CHUNK, LOOKBACK, SETTLE_S, Mark, Outbox, Pending
 from backtest_kit.seams import Seams
 from backtest_kit.settings import Settings
 
@@ -48,6 +48,8 @@ class SharedMemory(MemoryStore):
         super().__init__()
         self.records_read = 0
         self.before_scan: Callable[[], Any] | None = None
+        self.hidden: set[str] = set()
+        """Signals whose notifications are written and not shown yet."""
         self.capabilities |= {Capability.SHARED}
 
     async def get(self, contract: Contract, key: Key) -> Record | None:
@@ -60,7 +62,8 @@ class SharedMemory(MemoryStore):
             await before()
         async for record in super().scan(contract, prefix, **options):
             self.records_read += 1
-            yield record
+            if not self.hidden or signals_of([Pending(record, None)])[0] not in self.hidden:
+                yield record
 
 
 async def write(store: Store, *numbers: int) -> None:
@@ -213,6 +216,39 @@ async def test_a_start_reads_the_newest_notifications_only() -> None:
     store.records_read = 0
     assert await (await added(store)).pending() == []
     assert store.records_read <= 2 * (2 * LOOKBACK + 1)
+
+
+async def test_what_shows_up_late_while_a_sink_is_slow_is_delivered() -> None:
+    store, clock = SharedMemory(), Elapsed()
+    box = await added(store, clock)
+    assert await box.pending() == []
+    store.hidden = {"s-1"}
+    await write(store, 0, 1, 2)
+    for each in await box.pending():
+        assert await box.claim(each, TTL_S)
+        store.hidden.clear()
+        clock.seconds += SETTLE_S
+        await box.delivered(each)
+    assert await take(box) == ["s-1"]
+
+
+async def test_a_process_that_waits_for_another_one_does_not_look_for_the_oldest_again_and_again() -> None:
+    store, clock = SharedMemory(), Elapsed()
+    one, other = await added(store, clock), await added(store, clock)
+    await write(store, *range(2 * CHUNK))
+    assert len(await other.pending()) == CHUNK
+    got = 0
+    for each in await one.pending():
+        assert await one.claim(each, TTL_S)
+        store.records_read = 0
+        pending = await other.pending()
+        assert not await other.claim(pending[0], TTL_S)
+        assert store.records_read <= 2
+        await one.delivered(each)
+        got += 1
+    assert got == CHUNK
+    assert await take(other) == [f"s-{number}" for number in range(CHUNK, 2 * CHUNK)]
+    assert await one.pending() == []
 
 
 async def test_a_long_backlog_is_delivered_in_order_with_a_bounded_part_in_memory() -> None:

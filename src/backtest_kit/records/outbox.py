@@ -77,8 +77,12 @@ class Outbox:
         """A claim of another process, its revision, and since when this process has seen it so."""
         self._known: dict[Key, int] = {}
         """What of the newest has a mark, and which revision of it was delivered."""
+        self._found: list[Pending] = []
+        """What was found to wait, and has no mark of this process."""
         self._settled_at = math.inf
-        """From when on a look at the newest notification tells whether there is anything to hand over."""
+        """From when on everything that was found last shows in its place."""
+        self._is_settled = False
+        """Whether a look since then has found nothing, so that the newest notification tells if there is any news."""
         self.is_shared: Final = keeps_claims(notifications)
         """Whether other processes can write notifications for this sink, and hand them over."""
 
@@ -107,15 +111,30 @@ class Outbox:
 
     async def pending(self) -> list[Pending]:
         """The oldest notifications that the sink has not got, oldest first. Raises as `Store.scan`."""
-        now = self._seams.elapsed()
-        if now > self._settled_at and await self._walk(1, limit=1) == []:
+        # A long backlog is expensive to list: once for each part of it, not while another process hands that over.
+        if still_pending := await self._without_mark():
+            return still_pending
+        if self._is_settled and await self._walk(1, limit=1) == []:
             return []
+        now = self._seams.elapsed()
         found = await self._walk(LOOKBACK, limit=2 * LOOKBACK)
-        if found is None:  # a long backlog: listing everything is expensive, so it comes last
-            found = await self._walk(LOOKBACK, limit=None)
+        if found is None:
+            found = await self._walk(LOOKBACK, limit=None) or []
+        self._is_settled = not found and now > self._settled_at
         if found or self._settled_at == math.inf:
             self._settled_at = now + SETTLE_S
-        return found or []
+        self._found = found
+        return list(found)
+
+    async def _without_mark(self) -> list[Pending]:
+        """What was found before, from the first on that the sink has not got by now."""
+        for index, first in enumerate(self._found):
+            first.mark = await self._store.get(DELIVERY, self._key(first.record))
+            if not _mark(first.mark).delivered_rev:
+                self._found = self._found[index:]
+                return list(self._found)
+        self._found = []
+        return []
 
     async def _walk(self, lookback: int, *, limit: int | None) -> list[Pending] | None:
         """What has no mark among the newest `limit`, oldest first; None if there may be more behind them."""

@@ -56,27 +56,26 @@ class KnownRecords:
 
     async def commit(self, own: Sequence[Write], shared: Sequence[Write] = ()) -> bool:
         """Write all of it in one batch, first the `shared` records, which others write as well. Not to be cancelled
-        half-way.
+        half-way. After `find_out`, on which `change` relies.
 
         False where another process has changed a shared record since it was read: nothing was written.
 
         Raises:
             Conflict: another process has changed one of our own; it has taken the position over.
-            OutOfSpace, RetryLater: as `Store.put`. A later `commit` first finds out what became of this one.
+            OutOfSpace, RetryLater: as `Store.put`. The next `find_out` learns what became of it.
         """
-        await self._find_out()
         wanted = {(write.contract.name, write.key): write.value for write in own}
         self._unsure = dict(wanted)
         try:
             await self._persistence.batch([*shared, *own], mode=self._mode)
         except Conflict:
-            await self._find_out()
+            await self.find_out()
             if not shared:
                 raise
             return False
         except (OutOfSpace, RetryLater):
             with suppress(OutOfSpace, RetryLater):
-                await self._find_out()
+                await self.find_out()
             if self._unsure or any(self._known[name][1] != value for name, value in wanted.items()):
                 raise
         else:
@@ -90,8 +89,8 @@ class KnownRecords:
             name = write.contract.name, write.key
             self._known[name] = self._known[name][0] + 1, write.value
 
-    async def _find_out(self) -> None:
-        """Learn what became of writes whose outcome is unknown.
+    async def find_out(self) -> None:
+        """Learn what became of writes whose outcome is unknown: before `change`, which expects the revisions they left.
 
         Raises:
             Conflict: another process wrote.

@@ -218,6 +218,8 @@ class PositionStore:
         if self._stale:
             await self._read_profiles(position_state)
             self._stale = False
+        # What a write before has done although it failed decides which revisions this one expects.
+        await self._records.find_out()
         changes = await self._changes(position_state)
         while not await self._records.commit(changes, self._reservations(position_state)):
             await self._read_profiles(position_state)
@@ -310,7 +312,9 @@ class PositionStore:
         Raises:
             RiskRefused: it is not.
         """
-        opens = position_state.intent is not None and position_state.intent.order.kind in ENTRIES
+        intent = position_state.intent
+        # One that was written down before has its reservation, and may have been filled: it is past being refused.
+        opens = intent is not None and intent.order.kind in ENTRIES and intent != self.position_state.intent
         if opens and self._judged is not None:
             if refusal := await self.refusal(*self._judged):
                 raise RiskRefused(*refusal)
