@@ -263,10 +263,12 @@ class Committer:
                 if busy is not None and FEEDS in request.locks:
                     request.error = busy
                     continue
-                with _failing(request):
+                try:
                     self._commit([request])
-                if FEEDS in request.locks and isinstance(request.error, RetryLater):
-                    busy = request.error  # the others would wait for the database as long, one after the other
+                except (BacktestKitError, OSError) as single:
+                    request.error = _error_of(request, single)
+                    if FEEDS in request.locks and isinstance(request.error, RetryLater):
+                        busy = request.error  # the others would wait for the database as long, one after the other
         else:
             if unfinished:
                 # Not under the locks, which it needs. What it brings is older than this group.
@@ -432,10 +434,14 @@ def _failing(request: Request) -> Iterator[None]:
     """What fails in the body fails this request, and no other."""
     try:
         yield
-    except BacktestKitError as error:
-        request.error = error
-    except OSError as error:
-        request.error = disk_error(error, "write", ", ".join(change.path for change in request.changes))
+    except (BacktestKitError, OSError) as error:
+        request.error = _error_of(request, error)
+
+
+def _error_of(request: Request, error: BacktestKitError | OSError) -> BacktestKitError:
+    if isinstance(error, BacktestKitError):
+        return error
+    return disk_error(error, "write", ", ".join(change.path for change in request.changes))
 
 
 def _answer(group: list[Request]) -> None:
