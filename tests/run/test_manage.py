@@ -156,7 +156,7 @@ def test_commands_to_a_resting_entry(make_kit: MakeKit, command: str, reason: st
     kit.on((bk.EntryCancelled, bk.PositionOpened), events.append)
     kit.backtest.run_sync("BTCUSDT", **WHERE)
     assert [outcome.accepted for outcome in told] == [True, False]
-    assert "already told" in told[1].reason
+    assert "already has the command" in told[1].reason
     first = events[0]
     assert first.when_ms == START + 4 * MINUTE_MS
     if isinstance(first, bk.EntryCancelled):
