@@ -233,6 +233,15 @@ async def test_what_shows_up_late_while_a_sink_is_slow_is_delivered() -> None:
     assert await take(box) == ["s-1"]
 
 
+async def test_what_is_forgotten_while_it_waits_is_not_delivered() -> None:
+    store = SharedMemory()
+    box = await added(store)
+    await write(store, 0, 1)
+    first = (await box.pending())[0].record
+    assert await store.prune(NOTIFICATION, {first.key: first.rev}) == 1
+    assert signals_of(await box.pending()) == ["s-1"]
+
+
 async def test_a_process_that_waits_for_another_one_does_not_look_for_the_oldest_again_and_again() -> None:
     store, clock = SharedMemory(), Elapsed()
     one, other = await added(store, clock), await added(store, clock)

@@ -138,10 +138,13 @@ class Outbox:
         return list(found)
 
     async def _without_mark(self) -> list[Pending]:
-        """What was found before, from the first on that the sink has not got by now."""
+        """What was found before, from the first on that the sink has not got by now and that was not forgotten."""
         for index, first in enumerate(self._found):
             first.mark = await self._marks.get(DELIVERY, self._key(first.record))
-            if not _mark(first.mark).delivered_rev:
+            if (
+                not _mark(first.mark).delivered_rev
+                and await self._store.get(NOTIFICATION, first.record.key) is not None
+            ):
                 self._found = self._found[index:]
                 return list(self._found)
         self._found = []
