@@ -253,7 +253,9 @@ async def test_a_process_that_waits_for_another_one_does_not_look_for_the_oldest
         store.records_read = 0
         pending = await other.pending()
         assert not await other.claim(pending[0], TTL_S)
-        assert store.records_read <= 2
+        assert (
+            store.records_read <= 3
+        )  # the mark of the one before, the mark of this one, and whether it is still there
         await one.delivered(each)
         got += 1
     assert got == CHUNK
