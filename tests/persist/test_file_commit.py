@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ import pytest
 from backtest_kit.errors import RetryLater
 from backtest_kit.persist.backends import file_commit
 from backtest_kit.persist.backends.file import FileStore
+from backtest_kit.persist.backends.file_feeds import Feeds
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.locks import try_lock
 from backtest_kit.persist.store import Write
 from backtest_kit.persist.testing.faults import FaultFS
 
-SIGNAL, SCHEDULE = CONTRACTS["signal"], CONTRACTS["schedule"]
+SIGNAL, SCHEDULE, STORAGE = CONTRACTS["signal"], CONTRACTS["schedule"], CONTRACTS["storage"]
 STUCK, FREE = ("s", "e", "A"), ("s", "e", "B")
 
 
@@ -112,4 +114,28 @@ async def test_who_lingers_for_company_does_not_wait_for_ever(tmp_path: Path, mo
         for number in range(500):
             await asyncio.gather(*(store.put(Write(SIGNAL, ("s", "e", name), number)) for name in "ab"))
             await store.put(Write(SIGNAL, ("s", "e", "a"), number))
+    await store.close()
+
+
+@pytest.mark.parametrize("with_slot", [False, True], ids=["feeds", "batches"])
+async def test_a_database_that_is_kept_is_waited_for_once(tmp_path: Path, with_slot: bool) -> None:
+    """By all that want it, not by each of them: other keys have the same thread."""
+    store = FileStore(tmp_path)
+    store.root.feeds = Feeds(str(tmp_path), store.root.disk, busy_timeout=0.3)
+    await store.put(Write(STORAGE, (False, "a"), 0))
+    with closing(sqlite3.connect(tmp_path / "feeds.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        waiting = []
+        for number in range(10):
+            writes = [Write(STORAGE, (False, f"{number}"), 1)]
+            if with_slot:
+                writes.append(Write(SIGNAL, ("s", "e", f"{number}"), 1))
+            waiting.append(store.batch(writes))
+        money = store.put(Write(SIGNAL, FREE, 1))
+        *refused, done = await asyncio.gather(*waiting, money, return_exceptions=True)
+        assert time.monotonic() - began < 2
+        assert {type(each) for each in refused} == {RetryLater}
+        assert not isinstance(done, BaseException)
+    await store.put(Write(STORAGE, (False, "1"), 1))
     await store.close()

@@ -137,22 +137,38 @@ async def test_a_batch_that_failed_does_not_come_back_over_a_later_write(tmp_pat
     assert faults.opened == {}
 
 
-async def test_an_entry_gives_way_to_another_record_of_its_revision(tmp_path: Path) -> None:
-    """Which another process wrote while a failing disk kept this one from carrying its entry out."""
+async def test_a_batch_that_a_failing_disk_stopped_is_whole_before_another_process_writes(tmp_path: Path) -> None:
     faults = FaultFS()
     one, other = FileStore(tmp_path, disk=Disk(faults)), FileStore(tmp_path)
     await one.batch([Write(SIGNAL, KEY, "old"), Write(SCHEDULE, KEY, "old")])
-    await other.open()  # later it would carry out the entry itself
+    await other.open()
     faults.inject("replace", lasting=True)
     with pytest.raises(RetryLater) as raised:
         await one.batch(BATCH)
     assert raised.value.outcome is Outcome.UNKNOWN
-    assert (await other.put(Write(SIGNAL, KEY, "acknowledged"))).rev == 2
+    assert (await other.put(Write(SIGNAL, KEY, "acknowledged"))).rev == 3
+    assert await values(other) == ["acknowledged", "batch"]
     faults.heal()
     await one.put(Write(SIGNAL, ("s", "e", "B"), 1))
     assert await values(one) == ["acknowledged", "batch"]
     await one.close()
     await other.close()
+
+
+async def test_an_entry_gives_way_to_another_record_of_its_revision(tmp_path: Path) -> None:
+    """Which was acknowledged after the entry had been given up."""
+    store, elsewhere = FileStore(tmp_path / "dump"), FileStore(tmp_path / "elsewhere")
+    for value in ("old", "batch"):
+        await store.batch([Write(SIGNAL, KEY, value), Write(SCHEDULE, KEY, value)])
+        await elsewhere.put(Write(SIGNAL, KEY, "acknowledged"))
+    (journal,) = (tmp_path / "dump/.backtest-kit/journal").iterdir()
+    left = journal.read_bytes()
+    await store.close()
+    journal.write_bytes(left)
+    (tmp_path / "elsewhere/signal/s/e/A.json").rename(tmp_path / "dump/signal/s/e/A.json")
+    assert await values(store) == ["acknowledged", "batch"]
+    await store.close()
+    await elsewhere.close()
 
 
 async def test_what_was_dropped_does_not_come_back_from_the_journal_of_another_process(tmp_path: Path) -> None:
@@ -259,3 +275,82 @@ async def test_a_journal_with_a_change_for_a_blocked_key_is_kept(tmp_path: Path)
     await store.close()
     kept = journal.with_name(f"{journal.name}.damaged")
     assert kept.read_bytes() == promised
+
+
+KILLED = """
+async def main():
+    store = FileStore(sys.argv[1])
+    feed, log = CONTRACTS["storage"], CONTRACTS["log"]
+    await store.batch([*batch("new"), Write(feed, (False, "x"), "new"), Write(log, ("x",), "new")])
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    "point", ["journal.after_fsync", "journal.between_renames", "log.after_append", "sqlite.after_work"]
+)
+async def test_a_batch_of_a_killed_process_is_whole_before_another_one_writes(tmp_path: Path, point: str) -> None:
+    survivor = FileStore(tmp_path)
+    old = [Write(SIGNAL, KEY, "old"), Write(SCHEDULE, KEY, "old"), Write(STORAGE, (False, "x"), "old")]
+    await survivor.batch(old)
+    environment = {**os.environ, "BACKTEST_KIT_CRASH": point}
+    killed = await asyncio.create_subprocess_exec(sys.executable, "-c", HEAD + KILLED, str(tmp_path), env=environment)
+    assert await killed.wait() == -signal.SIGKILL
+    await survivor.put(Write(CONTRACTS["risk"], ("e", "r"), "taken over"))
+    found = [await survivor.get(write.contract, write.key) for write in old]
+    assert [(record.value, record.rev) for record in found if record is not None] == [("new", 2)] * 3
+    assert [record.key async for record in survivor.scan(CONTRACTS["log"])] == [("x",)]
+    await survivor.close()
+
+
+async def test_what_could_not_be_synced_is_written_anew_before_its_entry_goes(tmp_path: Path) -> None:
+    faults = FaultFS()
+    store = FileStore(tmp_path, disk=Disk(faults))
+    await store.batch(BATCH)
+    record = tmp_path / "signal/s/e/A.json"
+    dropped = record.stat().st_ino
+    faults.inject("fsync", path=str(record))
+    with pytest.raises(RetryLater):
+        await asyncio.to_thread(store.root.checkpoint)
+    await asyncio.to_thread(store.root.checkpoint)
+    journals = list((tmp_path / ".backtest-kit/journal").iterdir())
+    assert [b"batch" in path.read_bytes() for path in journals] == [True]
+    found = await store.get(SIGNAL, KEY)
+    assert found is not None
+    await store.put(Write(CONTRACTS["risk"], ("e", "r"), "next"))
+    assert list((tmp_path / ".backtest-kit/journal").iterdir()) == []
+    assert await store.get(SIGNAL, KEY) == found
+    assert record.stat().st_ino != dropped
+    await store.close()
+
+
+async def test_a_line_of_a_journal_is_synced_although_it_is_there(tmp_path: Path) -> None:
+    killed = FileStore(tmp_path)
+    await killed.batch([*BATCH, Write(CONTRACTS["log"], ("x",), "line")])
+    (journal,) = (tmp_path / ".backtest-kit/journal").iterdir()
+    left = journal.read_bytes()
+    await killed.close()
+    journal.write_bytes(left)
+    faults = FaultFS()
+    store = FileStore(tmp_path, disk=Disk(faults))
+    await store.open()
+    (file,) = (tmp_path / "log").iterdir()
+    assert faults.history.index(("fsync", str(file))) < faults.history.index(("unlink", str(journal)))
+    assert [record.key async for record in store.scan(CONTRACTS["log"])] == [("x",)]
+    await store.close()
+
+
+async def test_the_journal_stays_away_once_a_key_begins_anew(tmp_path: Path) -> None:
+    faults = FaultFS()
+    store = FileStore(tmp_path, disk=Disk(faults))
+    await store.batch(BATCH)
+    (tmp_path / "signal/s/e/A.json").write_text("damaged")
+    with pytest.raises(Damaged):
+        await store.get(SIGNAL, KEY)
+    (journal,) = (tmp_path / ".backtest-kit/journal").iterdir()
+    await store.drop("signal/s/e/A.json")
+    gone = faults.history.index(("unlink", str(journal)))
+    synced = faults.history.index(("fsync", str(journal.parent)), gone)
+    assert synced < faults.history.index(("unlink", str(tmp_path / "quarantine/signal/s/e/A.json")))
+    await store.close()

@@ -84,20 +84,40 @@ class Journal:
 
     def changed_by_others(self) -> dict[str, str]:
         """The records changed in the journals of other processes, each with its journal file."""
+        changed: dict[str, str] = {}
+        for path in self._others():
+            with contextlib.suppress(FileNotFoundError):
+                changed |= {change["path"]: path for change in _changes(self._disk.read(path))}
+        return changed
+
+    def has_others(self) -> bool:
+        """Whether there are journal files that are not of this object."""
+        return bool(self._others())
+
+    def has_orphan(self) -> bool:
+        """Whether there is a journal file whose process is gone, or has let go of it."""
+        for path in self._others():
+            with contextlib.suppress(FileNotFoundError):  # its owner has emptied it meanwhile
+                fd = self._disk.open_for_update(path)
+                try:
+                    if try_lock(fd) and self._disk.is_at(fd, path):
+                        return True
+                finally:
+                    self._disk.close(fd)
+        return False
+
+    def _others(self) -> list[str]:
         with self._guard:
             own = {file.path for file in self._files}
-        changed: dict[str, str] = {}
-        for entry in self._disk.entries(self._directory):
-            if entry.name.endswith(SUFFIX) and f"{self._directory}/{entry.name}" not in own:
-                with contextlib.suppress(FileNotFoundError):
-                    changed |= {change["path"]: entry.path for change in _changes(self._disk.read(entry.path))}
-        return changed
+        paths = (entry.path for entry in self._disk.entries(self._directory) if entry.name.endswith(SUFFIX))
+        return [path for path in paths if path not in own]
 
     def checkpoint(self) -> None:
         """Sync what the entries changed, then forget the entries.
 
         Raises:
-            RetryLater, OutOfSpace: a file could not be synced or removed; its entries stay.
+            RetryLater, OutOfSpace: a file could not be synced or removed; its entries stay. Those that could not be
+                synced are carried out anew before the next write.
         """
         with self._guard:
             files, self._retired = self._retired, []
@@ -105,17 +125,23 @@ class Journal:
                 files.append(self._current)
                 self._current = None
         for number, file in enumerate(files):
+            synced = False
             try:
                 for path in file.changed:
                     self._disk.sync_file(path)
+                synced = True
                 with contextlib.suppress(FileNotFoundError):
                     self._disk.remove(file.path)
                 if self._spoiled:
                     self._disk.sync_directory(self._directory)
             except OSError as error:
-                # The entries stay, and are replayed from the start when the root is opened next.
                 with self._guard:
-                    self._retired[:0] = files[number:]
+                    self._retired[:0] = files[number:] if synced else files[number + 1 :]
+                if not synced:
+                    # Let go of, so that a replay writes all of it to new files: a sync of the same ones that is tried
+                    # again reports success for what the kernel has dropped.
+                    with contextlib.suppress(OSError):
+                        self._disk.close(file.fd)
                 raise disk_error(error, "apply and remove the journal", file.path, Outcome.UNKNOWN) from error
             self._disk.close(file.fd)
             crashpoint("journal.after_checkpoint")

@@ -23,6 +23,7 @@ import msgspec
 from backtest_kit.errors import BacktestKitError, Damaged, UserError
 from backtest_kit.model.identity import Mode
 from backtest_kit.persist.codec import decode_as
+from backtest_kit.persist.contracts import DELIVERY
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.attempt import GRACE_S, Attempts
 from backtest_kit.records.notification import NOTIFICATION, Notification
@@ -150,12 +151,16 @@ class Deliveries:
         for route in self._routes.values():
             if (route.name, mode) not in workers:
                 persistence = self._persistence()
+                notifications = persistence.store_for(NOTIFICATION, mode, history=False)
+                # A user's object keeps the notifications and nothing else.
+                elsewhere = not notifications.keeps(DELIVERY)
                 outbox = Outbox(
-                    persistence.store_for(NOTIFICATION, mode, history=False),
+                    notifications,
                     persistence.store_for(STATE, mode, history=False),
                     route.key,
                     route.added_ms,
                     persistence.seams,
+                    marks=persistence.store_for(DELIVERY, mode, history=False) if elsewhere else None,
                 )
                 try:
                     await outbox.add()

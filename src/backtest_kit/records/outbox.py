@@ -64,8 +64,19 @@ class Pending(msgspec.Struct):
 class Outbox:
     """What waits for one sink in one mode."""
 
-    def __init__(self, notifications: Store, states: Store, sink: str, added_ms: int, seams: Seams = SYSTEM) -> None:
+    def __init__(
+        self,
+        notifications: Store,
+        states: Store,
+        sink: str,
+        added_ms: int,
+        seams: Seams = SYSTEM,
+        *,
+        marks: Store | None = None,
+    ) -> None:
+        """`marks` is where the marks lie, if not with the notifications."""
         self._store = notifications
+        self._marks = marks or notifications
         self._states = states
         self._sink = sink
         self._added_ms = added_ms
@@ -83,7 +94,7 @@ class Outbox:
         """From when on everything that was found last shows in its place."""
         self._is_settled = False
         """Whether a look since then has found nothing, so that the newest notification tells if there is any news."""
-        self.is_shared: Final = keeps_claims(notifications)
+        self.is_shared: Final = keeps_claims(notifications) and keeps_claims(self._marks)
         """Whether other processes can write notifications for this sink, and hand them over."""
 
     async def add(self) -> None:
@@ -104,7 +115,7 @@ class Outbox:
             marks = [self._write(Pending(record, None), Mark(record.rev)) for record in older]
             added = Write(STATE, name, {"addedMs": self._added_ms}, expect=expectation(self._states, None))
             # The marks first: a sink counts as added once nothing older than it can be taken for undelivered.
-            for result in [*await self._store.put_each(marks), *await self._states.put_each([added])]:
+            for result in [*await self._marks.put_each(marks), *await self._states.put_each([added])]:
                 if isinstance(result, BaseException) and not isinstance(result, Conflict):
                     raise result
         self._is_added = True
@@ -127,10 +138,13 @@ class Outbox:
         return list(found)
 
     async def _without_mark(self) -> list[Pending]:
-        """What was found before, from the first on that the sink has not got by now."""
+        """What was found before, from the first on that the sink has not got by now and that was not forgotten."""
         for index, first in enumerate(self._found):
-            first.mark = await self._store.get(DELIVERY, self._key(first.record))
-            if not _mark(first.mark).delivered_rev:
+            first.mark = await self._marks.get(DELIVERY, self._key(first.record))
+            if (
+                not _mark(first.mark).delivered_rev
+                and await self._store.get(NOTIFICATION, first.record.key) is not None
+            ):
                 self._found = self._found[index:]
                 return list(self._found)
         self._found = []
@@ -143,7 +157,7 @@ class Outbox:
         async for record in self._store.scan(NOTIFICATION, newest_first=True, limit=limit):
             seen += 1
             key = self._key(record)
-            mark = None if key in self._known else await self._store.get(DELIVERY, key)
+            mark = None if key in self._known else await self._marks.get(DELIVERY, key)
             delivered_rev = self._known.get(key) or _mark(mark).delivered_rev
             if not delivered_rev:
                 delivered = 0
@@ -168,7 +182,7 @@ class Outbox:
         self._claimed = self._key(pending.record)  # before the write, which may take place although it fails
         me = msgspec.structs.replace(self._me, since=self._seams.wall_ms(), ttl_ms=round(ttl_s * 1000))
         try:
-            pending.mark = await self._store.put(self._write(pending, Mark(holder=me)))
+            pending.mark = await self._marks.put(self._write(pending, Mark(holder=me)))
         except Conflict:
             self._claimed = None
             return False
@@ -177,7 +191,7 @@ class Outbox:
     async def delivered(self, pending: Pending) -> None:
         """The sink took it, or does not want it. Raises as `Store.put`."""
         try:
-            await self._store.put(self._write(pending, Mark(pending.record.rev)))
+            await self._marks.put(self._write(pending, Mark(pending.record.rev)))
         except Conflict:
             return  # another process took the claim over meanwhile: the next look shows how far it is
         self._claimed = None
@@ -188,11 +202,11 @@ class Outbox:
         if self._claimed is None:
             return
         # Read anew: the outcome of the last write may be unknown.
-        found = await self._store.get(DELIVERY, self._claimed)
+        found = await self._marks.get(DELIVERY, self._claimed)
         holder = _mark(found).holder
         if found is not None and holder is not None and holder.owner == self._me.owner:
-            expect = expectation(self._store, found)
-            await self._store.put(Write(DELIVERY, found.key, encode(Mark()), expect=expect))
+            expect = expectation(self._marks, found)
+            await self._marks.put(Write(DELIVERY, found.key, encode(Mark()), expect=expect))
         self._claimed = None
 
     def _lives(self, mark: Record, holder: Holder) -> bool:
@@ -215,7 +229,7 @@ class Outbox:
         return self._sink, str(record.key[1])
 
     def _write(self, pending: Pending, mark: Mark) -> Write:
-        expect = expectation(self._store, pending.mark)
+        expect = expectation(self._marks, pending.mark)
         return Write(DELIVERY, self._key(pending.record), encode(mark), expect=expect)
 
 

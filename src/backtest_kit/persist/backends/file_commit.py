@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, NamedTuple
 
-from backtest_kit.errors import BacktestKitError, Outcome
+from backtest_kit.errors import BacktestKitError, Outcome, RetryLater
 from backtest_kit.persist.backends.file_feeds import FILE as FEEDS, FeedTransaction
 from backtest_kit.persist.backends.file_paths import is_feed, is_log, namespace_of
 from backtest_kit.persist.backends.file_root import Root
@@ -248,17 +248,32 @@ class Committer:
             return
         try:
             with self._root.locked({lock for request in group for lock in request.locks}, patient=False) as ticks:
-                self._commit_locked(group, ticks)
+                unfinished = self._root.is_left_unfinished()
+                if not unfinished:
+                    self._commit_locked(group, ticks)
         except Locked as error:
             self._commit(self._free_to_go(group, error))
         except (BacktestKitError, OSError) as error:
             outcome = error.outcome if isinstance(error, BacktestKitError) else Outcome.NOT_DONE
             if len(group) == 1 or outcome is Outcome.UNKNOWN:
                 raise
+            busy: BaseException | None = None
             for request in group:  # it fails only those whom it concerns
                 request.error, request.records = None, []
-                with _failing(request):
+                if busy is not None and FEEDS in request.locks:
+                    request.error = busy
+                    continue
+                try:
                     self._commit([request])
+                except (BacktestKitError, OSError) as single:
+                    request.error = _error_of(request, single)
+                    if FEEDS in request.locks and isinstance(request.error, RetryLater):
+                        busy = request.error  # the others would wait for the database as long, one after the other
+        else:
+            if unfinished:
+                # Not under the locks, which it needs. What it brings is older than this group.
+                self._root.recover()
+                self._commit(group)
 
     def _commit_locked(self, group: list[Request], ticks: Iterator[int]) -> None:
         whole = [request for request in group if len(request.changes) > 1 and not request.only_feeds]
@@ -325,7 +340,9 @@ class Committer:
             # Not raised: what else was in the group is stored, and is not to be done again.
             for request in group:
                 request.error, request.records = error, []
-                if len(group) > 1 and error.outcome is Outcome.NOT_DONE:
+                # Where another process keeps the database, each would wait for it as long as all of them have.
+                alone = len(group) > 1 and error.outcome is Outcome.NOT_DONE and not isinstance(error, RetryLater)
+                if alone:
                     request.error = None
                     self._commit_feeds([request], ticks)
 
@@ -417,10 +434,14 @@ def _failing(request: Request) -> Iterator[None]:
     """What fails in the body fails this request, and no other."""
     try:
         yield
-    except BacktestKitError as error:
-        request.error = error
-    except OSError as error:
-        request.error = disk_error(error, "write", ", ".join(change.path for change in request.changes))
+    except (BacktestKitError, OSError) as error:
+        request.error = _error_of(request, error)
+
+
+def _error_of(request: Request, error: BacktestKitError | OSError) -> BacktestKitError:
+    if isinstance(error, BacktestKitError):
+        return error
+    return disk_error(error, "write", ", ".join(change.path for change in request.changes))
 
 
 def _answer(group: list[Request]) -> None:

@@ -96,15 +96,20 @@ class Log:
         Raises:
             Damaged: there is none, and a line is in quarantine, which may be the one.
         """
+        found = self._find(row, path, key, locked=locked)
+        if found is None and not locked:
+            self._refuse_damage(path)
+        return found and found[1]
+
+    def _find(self, row: Contract, path: str, key: Key, *, locked: bool) -> tuple[str, Record] | None:
+        """The last line of that key, with its file."""
         mark = b'"key":' + msgspec.json.encode(dict(zip(row.key_fields, key, strict=True)))
         for line in self._lines(path, newest_first=True):
             # Every line is verified: among those that are damaged there may be the one of this key.
             if mark in line.data or not _is_whole(line):
                 record = self._read(row, line, locked=locked)
                 if record is not None and record.key == key:
-                    return record
-        if not locked:
-            self._refuse_damage(path)
+                    return line.path, record
         return None
 
     def count(self, path: str) -> int:
@@ -233,10 +238,11 @@ class Log:
 
     def redo(self, row: Contract, path: str, record: Record, dumped: bytes) -> None:
         """Carry out a change of the journal, durably, unless the line is there. The caller holds the lock."""
-        if self.find(row, path, record.key, locked=True) is not None:
-            return
-        file = self.file_of_today(path)
-        self.append(row, file, [(record, dumped)])
+        found = self._find(row, path, record.key, locked=True)
+        file = found[0] if found else self.file_of_today(path)
+        if not found:
+            self.append(row, file, [(record, dumped)])
+        # Also if it was there: the process that was killed may not have come to syncing it.
         self._disk.sync_file(f"{self._root}/{file}")
         self._disk.sync_directory(f"{self._root}/{path}")
 

@@ -31,13 +31,14 @@ from backtest_kit.persist.codec import SCHEMA_VERSION, NewerSchema, dump_value, 
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract
 from backtest_kit.persist.files import Disk, absolute_root, disk_error, require_directory
 from backtest_kit.persist.journal import Journal
-from backtest_kit.persist.locks import LockSet
+from backtest_kit.persist.locks import Locked, LockSet
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE, Quarantine
 from backtest_kit.persist.store import Key, Record
 
 _CLOCK_STEP_NS: Final = 100_000_000
 _GROUP_PATIENCE: Final = 0.05
 _RECOVERY_PATIENCE: Final = 60.0
+_LOOK_PATIENCE: Final = 0.02
 
 _log = logging.getLogger(__name__)
 
@@ -253,6 +254,26 @@ class Root:
 
     # -- for writers ---------------------------------------------------------------------------------
 
+    def is_left_unfinished(self) -> bool:
+        """Whether a journal waits to be carried out: of a process that was killed, or of a failed disk.
+
+        What is written before `recover` is called would come in between. The caller may hold locks of records, and
+        lets go of them before it calls that.
+        """
+        if not self._journal.has_others():
+            return False
+        try:
+            # Under this lock, because a file that is looked at here seems to have an owner to who replays it.
+            with self._recovery_lock.hold(("",), _LOOK_PATIENCE):
+                return self._journal.has_orphan()
+        except Locked:
+            return True  # one is being replayed, which may wait for the locks that the caller holds
+
+    def recover(self) -> None:
+        """Carry out the journals that no process has any more. Raises as `open`."""
+        with self._guard:
+            self._recover()
+
     @contextlib.contextmanager
     def locked(self, names: Iterable[str], *, patient: bool) -> Iterator[Iterator[int]]:
         """Hold the locks of `names`; the ticks it yields are later than that of every earlier write under one of them.
@@ -299,8 +320,13 @@ class Root:
             self.syncer.note_journal()
 
     def checkpoint(self) -> None:
-        """Empty the journal of this process."""
+        """Empty the journal of this process, for a caller after whom revisions may begin anew."""
         self._journal.checkpoint()
+        try:
+            # Else an entry may come back after a loss of power, over what was written since.
+            self.disk.sync_directory(f"{self.path}/{OWN_DIRECTORY}/journal")
+        except OSError as error:
+            raise disk_error(error, "empty the journal of", self.path) from error
 
     def require_unjournalled(self, path: str) -> None:
         """Do nothing if no other process has a change of `path` in its journal. The caller holds its lock.
