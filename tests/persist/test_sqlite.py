@@ -19,6 +19,7 @@ import pytest
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, OutOfSpace, RetryLater, UserError
 from backtest_kit.persist import crashpoints
 from backtest_kit.persist.backends.sqlite import SqliteStore
+from backtest_kit.persist.backends.sqlite_file import SqliteFile
 from backtest_kit.persist.codec import seal
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.files import Disk
@@ -103,6 +104,40 @@ class TestBadFile:
         with pytest.raises(UserError, match="another program"):
             await SqliteStore(path).open()
         assert path.read_bytes() == before
+
+    def test_a_file_that_another_process_is_just_making_is_not_another_programs(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file, maker = SqliteFile(tmp_path / "bot.db", 5), SqliteFile(tmp_path / "bot.db", 5)
+        (tmp_path / "bot.db").touch()
+        edited = sqlite3.connect(tmp_path / "bot.db")
+        edited.execute("PRAGMA journal_mode = WAL")  # as far as the other process has come
+        edited.close()
+
+        def make() -> None:
+            with maker.transaction():
+                pass
+
+        making = threading.Thread(target=make)
+        connect = sqlite3.connect
+
+        def look(*arguments: Any, **options: Any) -> sqlite3.Connection:
+            connection = connect(*arguments, **options)
+            if options.get("uri"):
+                connection.set_trace_callback(make_the_rest)
+            return connection
+
+        def make_the_rest(statement: str) -> None:
+            if statement == "PRAGMA user_version":  # after the look at whose file it is
+                making.start()
+                making.join()
+
+        monkeypatch.setattr(sqlite3, "connect", look)
+        assert not file.is_made()
+        assert not making.is_alive()
+        monkeypatch.undo()
+        assert file.is_made()
+        maker.close_writer()
 
     async def test_newer_schema_is_left_alone(self, tmp_path: Path) -> None:
         store = SqliteStore(tmp_path / "bot.db")
@@ -258,6 +293,7 @@ import asyncio, sys
 from backtest_kit.errors import Conflict
 from backtest_kit.persist import crashpoints
 from backtest_kit.persist.backends.sqlite import SqliteStore
+from backtest_kit.persist.backends.sqlite_file import SqliteFile
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import ABSENT, Write
 

@@ -240,9 +240,7 @@ class SqliteFile:
                 return
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        connection.execute("BEGIN")
         is_empty = self._check_owner(connection)
-        connection.execute("COMMIT")
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise UserError(f"{self.path} is on a file system without shared memory for WAL: use a local disk")
@@ -263,10 +261,11 @@ class SqliteFile:
         connection.execute("COMMIT")
 
     def _check_owner(self, connection: sqlite3.Connection) -> bool:
-        """True if the file is empty and the schema must be made. Call it inside a transaction."""
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        schema = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master")}
+        """True if the file is empty and the schema must be made."""
+        with _one_moment(connection):
+            (application,) = connection.execute("PRAGMA application_id").fetchone()
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            schema = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master")}
         if not application and not schema:
             return True
         if application != APPLICATION_ID:
@@ -343,6 +342,19 @@ class SqliteFile:
         if isinstance(error, sqlite3.OperationalError):
             return RetryLater(f"{self.path} could not be used ({error}): check the disk and try again", outcome=outcome)
         return error
+
+
+@contextlib.contextmanager
+def _one_moment(connection: sqlite3.Connection) -> Iterator[None]:
+    """What is read in the body is of one moment, though another process is making the file."""
+    if connection.in_transaction:
+        yield
+        return
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        _roll_back(connection)
 
 
 def _head(connection: sqlite3.Connection) -> Head | None:
