@@ -13,6 +13,7 @@ import pymongo
 import pytest
 from tests.commands import run_command
 from tests.persist.test_migration import BTC, RECORDS, fill, require_equal, run_child, spread
+from tests.samples import sample
 
 from backtest_kit.persist.backends.mongo.store import MongoStore
 from backtest_kit.persist.contracts import CONTRACTS
@@ -58,7 +59,8 @@ def address(mongo_address: str, tmp_path: Path) -> Iterator[Addresses]:
             client.drop_database(database)
 
 
-@pytest.mark.parametrize(("source_kind", "target_kind"), WAYS)
+@pytest.mark.sampled
+@pytest.mark.parametrize(("source_kind", "target_kind"), sample(WAYS, 2, "moved"))
 async def test_everything_moves_and_is_proven(source_kind: str, target_kind: str, address: Addresses) -> None:
     source_url, target_url = address(source_kind, "source"), address(target_kind, "target")
     written = store_at(source_url)
@@ -74,7 +76,7 @@ async def test_everything_moves_and_is_proven(source_kind: str, target_kind: str
 
 
 @pytest.mark.crash
-@pytest.mark.slow
+@pytest.mark.sampled
 @pytest.mark.parametrize(("source_kind", "target_kind"), [("file", "mongodb"), ("mongodb", "sqlite")])
 async def test_kill_at_any_point_and_resume(
     source_kind: str, target_kind: str, address: Addresses, tmp_path: Path
@@ -88,7 +90,7 @@ async def test_kill_at_any_point_and_resume(
     points = spread(whole.stdout, 3)[1:]
     assert len(points) == 2
     gone_on = 0
-    for point in points:
+    for point in sample(points, 1, f"killed migrations to {target_kind}"):
         target_url = address(target_kind, point)
         killed = run_child(source_url, target_url, point)
         assert killed.returncode == -9, (point, killed.stdout, killed.stderr)
@@ -129,13 +131,13 @@ async def test_database_under_another_spelling_of_its_host_is_the_same(address: 
 async def test_thousands_of_records_move_with_the_settings_of_the_command(address: Addresses) -> None:
     """Those of one bucket, and those of which each is in a bucket of its own."""
     source, target = store_at(address("sqlite", "bot.db")), MongoStore(address("mongodb", "target"), patient=True)
-    for start in range(0, 2_500, 500):
+    for start in range(0, 1_500, 500):
         keys = [f"{number:05}" for number in range(start, start + 500)]
         await source.batch([Write(CONTRACTS["memory"], ("s-1", "plan", key), [0] * 20, when=1) for key in keys])
-    await source.batch([Write(CONTRACTS["state"], (f"s-{number}", "plan"), number) for number in range(200)])
+    await source.batch([Write(CONTRACTS["state"], (f"s-{number}", "plan"), number) for number in range(60)])
     moved = await migrate_store(source, target)
-    assert {each.contract: each.copied for each in moved.contracts} == {"memory": 2_500, "state": 200}
-    assert [await target.count(CONTRACTS[name]) for name in ("memory", "state")] == [2_500, 200]
+    assert {each.contract: each.copied for each in moved.contracts} == {"memory": 1_500, "state": 60}
+    assert [await target.count(CONTRACTS[name]) for name in ("memory", "state")] == [1_500, 60]
     await source.close()
     await target.close()
 

@@ -1,4 +1,7 @@
-"""The conformance suite over MongoDB: with Redis, with one that dies, and with neither Redis nor transactions."""
+"""The conformance suite over MongoDB: with Redis, with one that dies, and with neither Redis nor transactions.
+
+`make test` runs each case in one of these surroundings, `make prove` in all of them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 
 import pymongo
 import pytest
+from tests.samples import sample
 from tests.servers import Server, redis_server
 
 from backtest_kit.persist.backends.mongo.connection import Connection, database_of
@@ -18,16 +22,48 @@ from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.store import Store
 from backtest_kit.persist.testing import StoreConformance
 
+REDIS = {"with Redis": "redis_address", "with a Redis that dies": "dying_redis", "standalone without Redis": ""}
+"""Each of the surroundings, and the fixture with the address of its Redis."""
 
-class MongoConformance(StoreConformance):
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize("surroundings", sample(REDIS, 1, metafunc.function.__name__))
+
+
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[Server]:
+    server = redis_server()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def dying_redis(mortal: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Ended by SIGKILL after the first three operations of a case, which then goes on without it."""
+    mortal.kill()
+    mortal.start()
+    opened, calls = MongoStore._opened, 0
+
+    async def counted(store: MongoStore, connection: Connection | None = None) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            mortal.kill()
+        return await opened(store, connection)
+
+    monkeypatch.setattr(MongoStore, "_opened", counted)
+    return f"redis://127.0.0.1:{mortal.port}"
+
+
+@pytest.mark.sampled
+class TestMongo(StoreConformance):
     """Every place is a database of its own."""
 
-    url = ""
-    redis_url = ""
-
     @pytest.fixture(autouse=True)
-    def _address(self, mongo_url: str) -> None:
-        self.url = mongo_url
+    def _surroundings(self, surroundings: str, request: pytest.FixtureRequest) -> None:
+        redis = REDIS[surroundings]
+        self.redis_url: str = request.getfixturevalue(redis) if redis else ""
+        self.url: str = request.getfixturevalue("mongo_url" if redis else "standalone_url")
 
     def make_store(self, place: Path) -> Store:
         # Time enough for a server that tests start on a busy machine to sort forty days of minutes.
@@ -55,42 +91,3 @@ class MongoConformance(StoreConformance):
         with pymongo.MongoClient[dict[str, Any]](self.url) as client:
             documents = client[database_of(self.url)][contract.collection]
             return documents.update_one({"payload": text}, {"$set": {"rev": "?"}}).modified_count == 1
-
-
-class TestMongoWithRedis(MongoConformance):
-    @pytest.fixture(autouse=True)
-    def _redis(self, redis_address: str) -> None:
-        self.redis_url = redis_address
-
-
-class TestMongoStandaloneWithoutRedis(MongoConformance):
-    @pytest.fixture(autouse=True)
-    def _address(self, standalone_url: str) -> None:
-        self.url = standalone_url
-
-
-@pytest.fixture(scope="module")
-def mortal() -> Iterator[Server]:
-    server = redis_server()
-    yield server
-    server.remove()
-
-
-class TestMongoWithRedisThatDies(MongoConformance):
-    """Redis is ended by SIGKILL after the first three operations of each case, which then goes on without it."""
-
-    @pytest.fixture(autouse=True)
-    def _redis(self, mortal: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-        mortal.kill()
-        mortal.start()
-        self.redis_url = f"redis://127.0.0.1:{mortal.port}"
-        opened, calls = MongoStore._opened, 0
-
-        async def counted(store: MongoStore, connection: Connection | None = None) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 4:
-                mortal.kill()
-            return await opened(store, connection)
-
-        monkeypatch.setattr(MongoStore, "_opened", counted)

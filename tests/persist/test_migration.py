@@ -39,6 +39,9 @@ RECORDS = tuple(row for row in CONTRACTS.values() if row.kind is not Kind.SERIES
 KEY = ("trend", "binance", "BTC/USDT")
 BTC = SeriesKey("binance", "BTCUSDT", "1m")
 MINUTE = 60_000
+START = 1_672_531_200_000 - 100 * MINUTE
+MINUTES = 300
+"""Of candles, across the end of a year."""
 URLS = ["file:{}/dump", "sqlite:{}/bot.db", "memory:"]
 
 
@@ -65,7 +68,7 @@ async def fill(store: Store, each: int = 3) -> None:
     await store.put(Write(SIGNAL, KEY, None))
     await store.namespace("paper").put(Write(SIGNAL, KEY, "paper"))
     await store.namespace("backtest-1").namespace("Deeper/é").put(Write(SIGNAL, KEY, "deeper"))
-    await store.candles.write(BTC, candles(3_000, start=1_672_500_000_000))
+    await store.candles.write(BTC, candles(MINUTES, start=START))
     await store.candles.write(SeriesKey("okx", "BTC/USDT", "1d"), candles(40))
     await store.namespace("candles only").candles.write(BTC, candles(4, start=-5 * MINUTE))
 
@@ -129,7 +132,7 @@ async def test_everything_moves_between_any_two_stores(source_url: str, target_u
     target = make(target_url, tmp_path / "target")
     moved = await migrate_store(source, target)
     assert {item.contract: item.copied for item in moved.contracts} == {
-        **{row.name: 3 for row in RECORDS}, "signal": 6, "candle": 3_044,
+        **{row.name: 3 for row in RECORDS}, "signal": 6, "candle": MINUTES + 44,
     }  # fmt: skip
     assert sum(item.present for item in moved.contracts) == 0
     assert list(moved.contracts) == sorted(moved.contracts, key=lambda item: list(CONTRACTS).index(item.contract))
@@ -229,7 +232,7 @@ async def test_batches_are_bounded_in_records_and_bytes(source: MemoryStore, mon
 async def test_progress_is_told(source: MemoryStore, target: Store) -> None:
     told: list[Progress] = []
     await migrate_store(source, target, on_progress=told.append)
-    assert (told[-1].records, told[-1].candles) == (48, 3_044)
+    assert (told[-1].records, told[-1].candles) == (48, MINUTES + 44)
     assert told[-1].number <= told[-1].parts
     assert all((a.number, a.records, a.candles) <= (b.number, b.records, b.candles) for a, b in pairwise(told))
 
@@ -262,7 +265,7 @@ async def test_comparison_names_the_first_difference(
 async def test_comparison_names_missing_records_and_other_candles(source: MemoryStore, target: Store) -> None:
     await migrate_store(source, target)
     await source.namespace("paper").put(Write(SIGNAL, ("a", "b", "C"), 1))
-    await source.candles.write(BTC, candles(1, start=1_672_500_000_000 + 3_000 * MINUTE))
+    await source.candles.write(BTC, candles(1, start=START + MINUTES * MINUTE))
     await target.candles.write(SeriesKey("kraken", "X", "1m"), candles(1))
     differences = {
         (item.namespace, item.contract): item.difference
@@ -301,7 +304,7 @@ async def test_target_with_something_else_is_refused(
 
 async def test_target_with_other_candles_or_namespaces_is_refused(source: MemoryStore) -> None:
     cases = (
-        ("candles of", "", SeriesKey("binance", "BTCUSDT", "1m"), candles(5, start=1_672_500_000_000, price=7)),
+        ("candles of", "", SeriesKey("binance", "BTCUSDT", "1m"), candles(5, start=START, price=7)),
         ("candles of", "", SeriesKey("kraken", "BTCUSDT", "1m"), candles(5)),
         ("@elsewhere", "elsewhere", None, None),
     )
@@ -318,7 +321,7 @@ async def test_target_with_other_candles_or_namespaces_is_refused(source: Memory
 
 async def test_target_with_the_beginning_is_completed(source: MemoryStore, target: Store) -> None:
     await target.put(Write(LOG, key_of(LOG, 0), {"number": 0, "float": 0.0, "text": "é\U0001f680"}))
-    await target.candles.write(BTC, candles(10, start=1_672_500_000_000))
+    await target.candles.write(BTC, candles(10, start=START))
     moved = {item.contract: (item.copied, item.present) for item in (await migrate_store(source, target)).contracts}
     assert (moved["log"], moved["candle"], moved["state"]) == ((2, 1), (3_034, 10), (3, 0))
     await require_equal(source, target)
