@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import random
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -22,7 +21,7 @@ from pymongo.errors import OperationFailure
 from pymongo.helpers_shared import _RETRYABLE_ERROR_CODES
 from tests.mongo.relay import Relay, Side
 from tests.mongo.samples import candles
-from tests.samples import size
+from tests.samples import dice, size
 from tests.servers import Server, mongo_server, running
 
 from backtest_kit.errors import BacktestKitError, Outcome, RetryLater
@@ -36,10 +35,10 @@ from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Record, SeriesKey, Write
 
 SIGNAL, SCHEDULE = CONTRACTS["signal"], CONTRACTS["schedule"]
-TIMES = size(1, 4)
+TIMES = size(1, 8)
 LANES = 8
 """Stores that are tried at the same time, each behind a relay of its own."""
-BULK = candles(0, 250)
+BULK = candles(0, 100)
 
 
 def key_of(name: str) -> tuple[str, str, str]:
@@ -93,13 +92,13 @@ async def bulk(store: MongoStore, name: str) -> None:
 
 
 CASES = {
-    "put": (Case(0, put), 32),
-    "put new records in one go": (Case(0, put_new), 32),
-    "put over a record": (Case(1, put_over), 32),
-    "put over a record without transactions": (Case(1, put_over), 32),
-    "compare and set": (Case(1, compare_and_set), 32),
-    "batch": (Case(1, batch), 48),
-    "candles": (Case(0, bulk), 24),
+    "put": (Case(0, put), 16),
+    "put new records in one go": (Case(0, put_new), 16),
+    "put over a record": (Case(1, put_over), 16),
+    "put over a record without transactions": (Case(1, put_over), 16),
+    "compare and set": (Case(1, compare_and_set), 16),
+    "batch": (Case(1, batch), 24),
+    "candles": (Case(0, bulk), 16),
 }
 """Each with the number of places at which its connection is cut."""
 
@@ -143,7 +142,7 @@ async def test_connection_is_cut_at_any_byte(name: str, request: pytest.FixtureR
 
     async def lane(number: int) -> None:
         nonlocal failed, hung_up
-        chance = random.Random(number)  # noqa: S311
+        chance = dice(f"cuts of {name} in lane {number}")
         async with Relay(port) as relay:
             store = store_behind(relay, database)
             await prepare(f"warm-{number}")

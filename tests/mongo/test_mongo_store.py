@@ -18,6 +18,7 @@ from bson.int64 import Int64
 from bson.objectid import ObjectId
 from pymongo import UpdateOne
 from pymongo.asynchronous.collection import AsyncCollection
+from tests.commands import run_command
 from tests.mongo.samples import ALWAYS, BTC, KEY, NAME, Database, candles, store_over
 from tests.servers import mongo_server, running
 
@@ -68,16 +69,7 @@ class TestDocuments:
     async def test_commands_of_the_store_work_on_an_address(self, mongo_url: str, store: MongoStore) -> None:
         await store.put(Write(SIGNAL, KEY, "here"))
         for verb in (["ls", "signal"], ["get", "signal", "trend/binance/BTCUSDT"], ["du"], ["check", "--deep"]):
-            command = [
-                sys.executable,
-                "-c",
-                "from backtest_kit.cli import main; main()",
-                "store",
-                *verb,
-                "--store",
-                mongo_url,
-            ]
-            done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
+            done = await asyncio.to_thread(run_command, "store", *verb, "--store", mongo_url)
             assert done.returncode == 0, done.stderr + done.stdout
 
 

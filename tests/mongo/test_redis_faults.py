@@ -35,7 +35,8 @@ from backtest_kit.persist.store import Write
 
 __all__ = ["cache", "store"]
 
-FLUSHES, PER_TASK = size(10, 50), size(20, 100)
+FLUSHES, PER_TASK = size(4, 50), size(20, 100)
+UNTOLD = size(200, 1_000)
 SLACK_SECONDS = 0.5
 """For a machine that has other things to do."""
 
@@ -146,10 +147,11 @@ async def test_flushes_in_the_middle_of_many_operations_change_no_answer(mongo_u
         await store.close()
 
 
+@pytest.mark.sampled
 async def test_writer_that_dies_before_it_tells_redis_leaves_nobody_with_old_answers(
     store: MongoStore, mongo_url: str, redis_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thousand writes of which Redis is never told, also over keys that were removed from the database by hand."""
+    """Writes of which Redis is never told, also over keys that were removed from the database by hand."""
     reader = store_over(mongo_url, redis_address)
     await require_right_answers(reader)
 
@@ -160,7 +162,7 @@ async def test_writer_that_dies_before_it_tells_redis_leaves_nobody_with_old_ans
     assert ids is not None
     monkeypatch.setattr(ids, "set", not_told)
     documents = store.connection().database["state-items"]
-    for number in range(1_000):
+    for number in range(UNTOLD):
         key = KEYS[number % len(KEYS)]
         if number % 5 == 0:
             await documents.delete_one({"signalId": key[0]})

@@ -24,7 +24,7 @@ from backtest_kit.persist.store import Expect, Write
 pytestmark = [pytest.mark.crash, pytest.mark.sampled, pytest.mark.slow]
 
 SIGNAL, SCHEDULE, RISK = (CONTRACTS[name] for name in ("signal", "schedule", "risk"))
-KILLS = size(6, 100)
+KILLS = size(3, 100)
 """Of each of three servers."""
 AWAY_SECONDS = (0.0, 0.0, 0.0, 0.3, 1.0, 2.0)
 BACK_SECONDS = 2.0
