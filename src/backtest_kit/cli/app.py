@@ -209,13 +209,9 @@ def paper(
             exchange_name=exchange,
             strategy_name=strategy,
             dump=dump,
-            fill=fill,
-            gaps=gaps,
-            dirty=dirty,
-            orphans="alarm",
             venue=venue,
-            allow_weak=True,
             as_json=as_json,
+            rules=options.live_rules(fill, gaps, dirty),
         )
     )
 
@@ -254,13 +250,9 @@ def live(
             exchange_name=exchange,
             strategy_name=strategy,
             dump=dump,
-            fill=fill,
-            gaps=gaps,
-            dirty=dirty,
-            orphans=orphans,
-            venue=None,
             allow_weak=allow_weak,
             as_json=as_json,
+            rules=options.live_rules(fill, gaps, dirty, orphans),
         )
     )
 

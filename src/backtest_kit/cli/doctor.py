@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 from rich.text import Text
 
-from backtest_kit.cli.store import add, console, say, table
+from backtest_kit.cli.printing import add, console, say, table
 from backtest_kit.persist.diagnosis import examine, fails
 from backtest_kit.persist.upkeep import Reading, Status
 from backtest_kit.persist.urls import shown, store_at

@@ -10,7 +10,8 @@ from typing import Final
 
 from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
 
-from backtest_kit.cli.store import add, console, require_existing, say, table
+from backtest_kit.cli.printing import add, console, say, table
+from backtest_kit.cli.store import require_existing
 from backtest_kit.errors import UserError
 from backtest_kit.persist.comparison import Comparison, Sum, compare_stores
 from backtest_kit.persist.migration import Migration, Progress, migrate_store

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 if TYPE_CHECKING:
+    from backtest_kit.run.live.runner import LiveOptions
     from backtest_kit.run.replay.backtest import ReplayOptions
 
 StrategyFile = Annotated[
@@ -106,3 +107,8 @@ def separated(given: list[str]) -> list[str]:
 def replay_rules(fill: str, gaps: str, dirty: str | None) -> ReplayOptions:
     """The options of a replay as they were given: the run checks them."""
     return cast("ReplayOptions", {"fill": fill, "gaps": gaps, "dirty": dirty})
+
+
+def live_rules(fill: str, gaps: str, dirty: str | None, orphans: str = "alarm") -> LiveOptions:
+    """The same of a live run."""
+    return cast("LiveOptions", {"fill": fill, "gaps": gaps, "dirty": dirty, "orphans": orphans})

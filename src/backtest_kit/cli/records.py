@@ -11,7 +11,8 @@ from typing import Any, Final
 import msgspec
 
 from backtest_kit.cli import options
-from backtest_kit.cli.store import add, console, require_existing, table, with_store
+from backtest_kit.cli.printing import add, console, table
+from backtest_kit.cli.store import require_existing, with_store
 from backtest_kit.errors import UserError
 from backtest_kit.model.interval import iso, to_ms
 from backtest_kit.model.price import price_text

@@ -9,11 +9,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from backtest_kit.cli.printing import add, console, say, table
 from backtest_kit.errors import UserError
 from backtest_kit.model.interval import iso
 from backtest_kit.persist import operations
@@ -159,24 +157,3 @@ def require_existing(url: str) -> None:
     """Raise `UserError` if `url` is the address of a file or directory that is not there."""
     if url.startswith(("file:", "sqlite:")) and not Path(url.partition(":")[2]).exists():
         raise UserError(f"the store {url} does not exist: name one with --store file:DIR or --store sqlite:FILE")
-
-
-def table(*headings: str) -> Table:
-    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        rows.add_column(heading, overflow="fold")
-    return rows
-
-
-def add(rows: Table, *cells: str | Text) -> None:
-    """Add a row as it is: a key may look like the markup of the console, and is none."""
-    rows.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
-
-
-def say(line: str) -> None:
-    console().print(Text(line), soft_wrap=True)
-
-
-def console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=160)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from datetime import datetime
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Unpack
 from weakref import WeakValueDictionary
 
 from backtest_kit.errors import BacktestKitError, UserError
@@ -22,7 +21,7 @@ from backtest_kit.records.log import Log, Logs, LogWriter
 from backtest_kit.records.measure import Measure
 from backtest_kit.records.memory import Memory, Shelves
 from backtest_kit.records.record_writer import RecordWriter
-from backtest_kit.records.scope import Scope, Turns, Written, check_texts, strategy_owner
+from backtest_kit.records.scope import Scope, Turns, View, When, Written, check_texts, strategy_owner
 from backtest_kit.records.session import Session
 from backtest_kit.records.signals import Recent, Storage
 from backtest_kit.records.state import STATE, State
@@ -31,19 +30,14 @@ from backtest_kit.settings import Settings
 if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
 
-When = datetime | str | int
 
-
-class Whose(TypedDict, total=False):
-    """Names a record from outside of its run: `signal_id` alone, or symbol, strategy and exchange; and the run."""
+class Whose(View, total=False):
+    """Names a record from outside of its run: `signal_id` alone, or symbol, strategy and exchange."""
 
     signal_id: str | None
     symbol: str | None
     strategy_name: str | None
     exchange_name: str | None
-    mode: Mode
-    run_id: str | None
-    when: When | None
 
 
 class Records:
@@ -97,7 +91,11 @@ class Records:
             steps.push_async_callback(self._upkeep.close)
 
     def scope(
-        self, mode: Mode, run_id: str | None = None, when: When | None = None, identity: Identity | None = None
+        self,
+        mode: Mode = "live",
+        run_id: str | None = None,
+        when: When | None = None,
+        identity: Identity | None = None,
     ) -> Scope:
         """The records of one mode, or of one run of a backtest; with `identity` as that run itself goes on with them.
 
@@ -144,12 +142,10 @@ class Records:
         symbol: str | None = None,
         strategy_name: str | None = None,
         exchange_name: str | None = None,
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: When | None = None,
+        **view: Unpack[View],
     ) -> tuple[Scope, str]:
         owner = _owner(bucket, signal_id, strategy_name, exchange_name, symbol)
-        return self.scope(mode, run_id, when), owner
+        return self.scope(**view), owner
 
     def session(
         self,
@@ -158,17 +154,15 @@ class Records:
         strategy_name: str,
         exchange_name: str,
         frame_name: str = "",
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: When | None = None,
+        **view: Unpack[View],
     ) -> Session:
         """The session of a strategy on a symbol.
 
         Raises:
             UserError: the run is not named.
         """
-        identity = Identity(symbol, strategy_name, exchange_name, frame_name, mode)
-        return Session(self.scope(mode, run_id, when), identity)
+        scope = self.scope(**view)
+        return Session(scope, Identity(symbol, strategy_name, exchange_name, frame_name, scope.mode))
 
 
 class RunRecords:

@@ -13,9 +13,8 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Unpack
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -28,7 +27,8 @@ from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.attempt import GRACE_S, Attempts
 from backtest_kit.records.notification import NOTIFICATION, Notification
 from backtest_kit.records.outbox import Outbox, Pending
-from backtest_kit.records.signals import ScopeOf, newest
+from backtest_kit.records.scope import Scopes, View
+from backtest_kit.records.signals import newest
 from backtest_kit.records.sinks import Deliver, Refused, Sink
 from backtest_kit.records.state import STATE
 from backtest_kit.settings import Settings
@@ -52,7 +52,7 @@ _log = logging.getLogger(__name__)
 class Notifications:
     """The notifications of a program and the sinks that get them: `kit.records.notification`."""
 
-    def __init__(self, scope: ScopeOf, deliveries: Deliveries) -> None:
+    def __init__(self, scope: Scopes, deliveries: Deliveries) -> None:
         self._scope = scope
         self._deliveries = deliveries
 
@@ -81,9 +81,7 @@ class Notifications:
         symbol: str | None = None,
         strategy_name: str | None = None,
         limit: int | None = None,
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: datetime | str | int | None = None,
+        **view: Unpack[View],
     ) -> list[Notification]:
         """The notifications that match all of this, newest first; no more than `limit`.
 
@@ -99,8 +97,10 @@ class Notifications:
                 and strategy_name in (None, each.strategy_name)
             )
 
-        scope = self._scope(mode, run_id, when)
-        return await newest(scope, NOTIFICATION, (mode == "backtest",), partial(decode_as, Notification), wanted, limit)
+        scope = self._scope(**view)
+        return await newest(
+            scope, NOTIFICATION, (scope.mode == "backtest",), partial(decode_as, Notification), wanted, limit
+        )
 
 
 class _Route(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Unpack, get_args
 
 import msgspec
 
@@ -24,7 +24,8 @@ from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Plain, Record, Write
 from backtest_kit.persist.writing import now_ms
-from backtest_kit.records.signals import ScopeOf, newest
+from backtest_kit.records.scope import Scopes, View
+from backtest_kit.records.signals import newest
 
 if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
@@ -267,7 +268,7 @@ def _readable(line: LogLine) -> str:
 class Logs:
     """The logs of a program, from outside of its runs: `kit.records.log`."""
 
-    def __init__(self, scope: ScopeOf, writer: LogWriter) -> None:
+    def __init__(self, scope: Scopes, writer: LogWriter) -> None:
         self._scope = scope
         self._writer = writer
         self._bridge: tuple[logging.Logger, _Bridge] | None = None
@@ -279,9 +280,7 @@ class Logs:
         symbol: str | None = None,
         strategy_name: str | None = None,
         limit: int | None = 1000,
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: datetime | str | int | None = None,
+        **view: Unpack[View],
     ) -> list[LogLine]:
         """The lines that are all of this and of that level or a higher one, the newest first; at most `limit`.
 
@@ -297,7 +296,7 @@ class Logs:
             )
 
         await self.flush()
-        return await newest(self._scope(mode, run_id, when), LOG, (), partial(decode_as, LogLine), wanted, limit)
+        return await newest(self._scope(**view), LOG, (), partial(decode_as, LogLine), wanted, limit)
 
     def bridge(self, logger: str = "", *, level: Level = "info", mode: Mode = "live") -> None:
         """Also keep what goes to a logger of the standard library and those below it; "" is all of them.

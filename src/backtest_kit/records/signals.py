@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal, TypeVar, Unpack
 
 from backtest_kit.errors import Damaged
 from backtest_kit.model.event import (
@@ -16,18 +16,17 @@ from backtest_kit.model.event import (
     PositionClosed,
     PositionOpened,
 )
-from backtest_kit.model.identity import Identity, Mode
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.inner import Inner
 from backtest_kit.model.interval import to_datetime
 from backtest_kit.model.position import OfSignal, Position, RestingEntry, Trade
 from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.store import Key, Plain, Record, Write, check_limit
-from backtest_kit.records.scope import Scope
+from backtest_kit.records.scope import Scope, Scopes, View
 
 S = TypeVar("S")
 Status = Literal["scheduled", "opened", "closed", "cancelled"]
-ScopeOf = Callable[[Mode, str | None, datetime | str | int | None], Scope]
 
 _OVER: Final = ("closed", "cancelled")
 STORAGE: Final = CONTRACTS["storage"]
@@ -122,24 +121,18 @@ def signal_writes(events: Iterable[Event]) -> list[Write]:
 class Storage:
     """Every signal with its latest state: `kit.records.storage`."""
 
-    def __init__(self, scope: ScopeOf) -> None:
+    def __init__(self, scope: Scopes) -> None:
         self._scope = scope
 
-    async def get(
-        self,
-        signal_id: str,
-        *,
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: datetime | str | int | None = None,
-    ) -> StoredSignal | None:
+    async def get(self, signal_id: str, **view: Unpack[View]) -> StoredSignal | None:
         """The signal of that id, or None. With `when`, one that has changed since is not there.
 
         Raises:
             UserError: a backtest without its run id.
             Damaged, RetryLater: as `Store.get`.
         """
-        record = await self._scope(mode, run_id, when).read(STORAGE, (mode == "backtest", signal_id))
+        scope = self._scope(**view)
+        record = await scope.read(STORAGE, (scope.mode == "backtest", signal_id))
         return None if record is None else stored_signal(record.value)
 
     async def list(
@@ -149,9 +142,7 @@ class Storage:
         strategy_name: str | None = None,
         status: Status | None = None,
         limit: int | None = None,
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: datetime | str | int | None = None,
+        **view: Unpack[View],
     ) -> list[StoredSignal]:
         """The signals that are all of this, the one that changed last first; no more than `limit`.
 
@@ -167,14 +158,14 @@ class Storage:
                 and status in (None, signal.status)
             )
 
-        scope = self._scope(mode, run_id, when)
-        return await newest(scope, STORAGE, (mode == "backtest",), stored_signal, wanted, limit)
+        scope = self._scope(**view)
+        return await newest(scope, STORAGE, (scope.mode == "backtest",), stored_signal, wanted, limit)
 
 
 class Recent:
     """The last signal of a strategy on a symbol: `kit.records.recent`."""
 
-    def __init__(self, scope: ScopeOf) -> None:
+    def __init__(self, scope: Scopes) -> None:
         self._scope = scope
 
     async def get(
@@ -184,9 +175,7 @@ class Recent:
         strategy_name: str,
         exchange_name: str,
         frame_name: str = "",
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: datetime | str | int | None = None,
+        **view: Unpack[View],
     ) -> StoredSignal | None:
         """The last signal there, as it is now, or None. With `when`, one that came or changed later is not there.
 
@@ -194,8 +183,9 @@ class Recent:
             UserError: a backtest without its run id.
             Damaged, RetryLater: as `Store.get`.
         """
-        identity = Identity(symbol, strategy_name, exchange_name, frame_name, mode)
-        record = await self._scope(mode, run_id, when).read(RECENT, _recent_key(identity))
+        scope = self._scope(**view)
+        identity = Identity(symbol, strategy_name, exchange_name, frame_name, scope.mode)
+        record = await scope.read(RECENT, _recent_key(identity))
         return None if record is None else stored_signal(record.value)
 
 

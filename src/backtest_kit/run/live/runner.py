@@ -24,7 +24,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, TypedDict, Unpack, get_args
+from typing import Any, Final, TypedDict, Unpack
 
 import msgspec
 
@@ -32,7 +32,6 @@ from backtest_kit.broker.base import check_broker, sends
 from backtest_kit.broker.paper import PaperBroker
 from backtest_kit.engine.step import Fill, Rules
 from backtest_kit.errors import BacktestKitError, UserError
-from backtest_kit.events import EventBus
 from backtest_kit.market.clock import SystemClock
 from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.repair import DirtyRule
@@ -42,28 +41,19 @@ from backtest_kit.model.interval import interval_ms
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.lease import DEFAULT_TTL
-from backtest_kit.records import Records
 from backtest_kit.run.blocking import run_blocking
-from backtest_kit.run.cron import Cron
-from backtest_kit.run.feeds import Feeds
 from backtest_kit.run.live.event_recorder import RecordWriter
 from backtest_kit.run.live.exchange_time import VenueTime
 from backtest_kit.run.live.job import LiveJob
 from backtest_kit.run.live.orphans import OrphanPolicy
 from backtest_kit.run.live.run import LiveRun
 from backtest_kit.run.live.status import LiveStatus, status_of
-from backtest_kit.run.schema import ExchangeSchema, Registry, StrategySchema, check_name
+from backtest_kit.run.program import Program
+from backtest_kit.run.schema import ExchangeSchema, StrategySchema, check_choice, check_name
 from backtest_kit.run.services import Services, StoreCheck
-from backtest_kit.settings import Settings
 
 _TTL_S: Final = (1, 3600)
 """The shortest and the longest lease, in seconds: renewed every third of it, and waited for by another machine."""
-_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
-    "fill": get_args(Fill),
-    "gaps": get_args(GapRule),
-    "dirty": get_args(DirtyRule),
-    "orphans": get_args(OrphanPolicy),
-}
 
 
 class LiveOptions(TypedDict, total=False):
@@ -175,24 +165,9 @@ class LiveHandle:
 class LiveRunner:
     """Runs strategies live and on paper. `backtest_kit.Live` is the one of the default kit."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        feeds: Feeds,
-        bus: EventBus,
-        cron: Cron,
-        records: Records,
-        persistence: Callable[[], Persistence],
-        settings: Callable[[], Settings],
-        dump: Callable[[], Path],
-    ) -> None:
-        self._registry = registry
-        self._feeds = feeds
-        self._bus = bus
-        self._cron = cron
-        self._records = records
+    def __init__(self, program: Program, persistence: Callable[[], Persistence], dump: Callable[[], Path]) -> None:
+        self._program = program
         self._persistence = persistence
-        self._settings = settings
         self._dump = dump
         self._services = Services()
         self._fitness = StoreCheck(lambda: self._persistence().require_live_grade())
@@ -261,7 +236,7 @@ class LiveRunner:
 
         async def leave() -> None:
             with suppress(BacktestKitError):  # the end of the run has reported it
-                await self._records.leave()
+                await self._program.records.leave()
 
         return run_blocking(main, leave)
 
@@ -284,16 +259,16 @@ class LiveRunner:
             UserError: bad names or options, or a live run has no broker.
         """
         check_name("symbol", symbol)
-        for name, value in (("fill", fill), ("gaps", gaps), ("dirty", dirty), ("orphans", orphans)):
-            if value not in _OPTIONS[name]:
-                raise UserError(f"{name} is {value!r}: use one of {', '.join(_OPTIONS[name])}")
+        check_choice("fill", fill, Fill)
+        check_choice("gaps", gaps, GapRule)
+        check_choice("dirty", dirty, DirtyRule)
+        check_choice("orphans", orphans, OrphanPolicy)
         ttl: object = lease_ttl_s
         shortest, longest = _TTL_S
         if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not shortest <= ttl <= longest:
             raise UserError(f"lease_ttl_s is {lease_ttl_s!r}: give {shortest} to {longest} seconds")
-        exchange = self._registry.exchanges.get(exchange_name)
-        if isinstance(strategy, str):
-            strategy = self._registry.strategies.get(strategy)
+        registry = self._program.registry
+        exchange, strategy = registry.exchanges.get(exchange_name), registry.strategy(strategy)
         broker = PaperBroker() if paper else exchange.broker
         if broker is None:
             raise UserError(
@@ -301,7 +276,7 @@ class LiveRunner:
                 "give add_exchange_schema a broker=, or trade with paper=True"
             )
         check_broker(broker)
-        settings = self._settings()
+        settings = self._program.settings()
         if broker.reports_fills:
             # Its prices are what was paid: slippage would be charged twice.
             settings = msgspec.structs.replace(settings, CC_PERCENT_SLIPPAGE=0.0)
@@ -310,7 +285,7 @@ class LiveRunner:
         return LiveJob(
             identity=identity,
             strategy=strategy,
-            risks=tuple(self._registry.risks.get(name) for name in strategy.risk_names),
+            risks=registry.risks_of(strategy),
             settings=settings,
             rules=Rules(identity=identity, settings=settings, fill=fill, interval_ms=interval_ms(strategy.interval)),
             broker=broker,
@@ -343,11 +318,11 @@ class LiveRunner:
 
         run = LiveRun(
             job,
-            self._feeds,
+            self._program.feeds,
             self._services,
-            self._bus,
-            self._cron,
-            self._records.of_run(identity, None),
+            self._program.bus,
+            self._program.cron,
+            self._program.records.of_run(identity, None),
             self._persistence(),
             self._dump(),
             self.observers,
