@@ -287,7 +287,7 @@ async def test_an_entry_under_way_is_not_sent_again_while_something_is_unknown(m
     memory_rig.venue.held = [as_large]
     sent = len(memory_rig.venue.sent("open"))
     status = (await memory_rig.trade(2)).status
-    assert status.under_way
+    assert status.pending_order
     assert len(memory_rig.venue.sent("open")) == sent
     memory_rig.venue.held = []
     assert (await memory_rig.trade(1)).status.position is not None

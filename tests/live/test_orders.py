@@ -94,7 +94,7 @@ async def test_an_order_to_open_is_given_up_in_the_end(story: Rig, hook: str) ->
     last = [failed for failed in story.of(bk.OrderFailed) if failed.alarm]
     assert [failed.next_step for failed in last] == ["it was given up"]
     status = (await story.trade(1)).status
-    assert not status.under_way
+    assert not status.pending_order
 
 
 @pytest.mark.parametrize("restart", [False, True])

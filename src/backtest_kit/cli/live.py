@@ -23,7 +23,7 @@ from backtest_kit.run.live.runner import LiveHandle, LiveOptions, signals_stop
 from backtest_kit.venue.client import connect
 
 _LOOK_S: Final = 0.5
-"""How often it is looked how the runs stand."""
+"""How often the state of the runs is shown."""
 CANCELLED: Final = 130
 """Exit code after a second Ctrl-C."""
 
@@ -108,7 +108,7 @@ async def _check_stores(output: Output, *, allow_weak: bool) -> None:
 
 
 async def _trade(handles: Sequence[LiveHandle], output: Output) -> int:
-    """Wait for the end of all runs. One that fails ends the others, which leaves everything as it is."""
+    """Wait for all runs. One that fails cancels the others: positions and orders stay as they are."""
 
     def stopping(count: int) -> None:
         if count > 1:

@@ -11,7 +11,7 @@ from backtest_kit.report import Results
 
 
 def run_report(files: Sequence[Path], *, html: Path | None, markdown: Path | None, trades_shown: int) -> None:
-    """Load the results, print them as `backtest-kit backtest` did, and write the reports that are asked for."""
+    """Load the results, print them as `backtest-kit backtest` did, and write the given reports."""
     twice = next((file for file in files if list(files).count(file) > 1), None)
     if twice is not None:
         raise UserError(f"{twice} is named twice: its trades would count twice")

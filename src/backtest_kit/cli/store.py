@@ -1,4 +1,4 @@
-"""`backtest-kit store`: look at what is kept, check it, move it."""
+"""`backtest-kit store`: shows, checks and moves what is stored."""
 
 from __future__ import annotations
 
@@ -87,17 +87,17 @@ def run_du(url: str) -> None:
         )
     console().print(rows)
     if any(each.records for each in expired):
-        say(f"`backtest-kit store compact` would forget {_sum(expired)}, by CC_RETENTION_*.")
+        say(f"`backtest-kit store compact` would delete {_sum(expired)}, by CC_RETENTION_*.")
 
 
 def run_compact(url: str) -> None:
-    """Forget what is too old by the settings of the environment."""
+    """Delete what is too old by the settings of the environment."""
     retention = retention_of(from_environment(os.environ))
     expired = with_store(url, lambda store: compact(store, retention), existing=False)
     for each in expired:
         what = "/".join(filter(None, (*each.namespace, each.contract))) or "(live)"
         say(f"{what}: {each.fault}" if each.fault else f"{what}: {each.records:,} records, {each.size:,} bytes")
-    say(f"{shown(url)}: {_sum(expired)} forgotten." if expired else f"{shown(url)}: nothing is too old.")
+    say(f"{shown(url)}: {_sum(expired)} deleted." if expired else f"{shown(url)}: nothing is too old.")
 
 
 def _sum(expired: list[Expired]) -> str:
@@ -114,7 +114,7 @@ def run_check(url: str, deep: bool, accept_loss: bool = False) -> int:
         say(f"{finding.path}: {finding.problem}")
     many = "1 problem" if len(findings) == 1 else f"{len(findings):,} problems"
     where = shown(url)
-    say(f"{where}: {many} found." if findings else f"{where}: every record is sound.")
+    say(f"{where}: {many} found." if findings else f"{where}: every record is intact.")
     return 1 if findings else 0
 
 
@@ -128,12 +128,12 @@ def run_quarantine_list(url: str) -> None:
 
 def run_quarantine_restore(url: str, path: str) -> None:
     with_store(url, lambda store: store.restore(path), existing=False)
-    say(f"{path} is back in its place.")
+    say(f"{path} was put back.")
 
 
 def run_quarantine_drop(url: str, path: str) -> None:
     with_store(url, lambda store: store.drop(path), existing=False)
-    say(f"{path} is given up, and its key is free.")
+    say(f"{path} was discarded; its key is free.")
 
 
 def run_reclaim(url: str) -> None:

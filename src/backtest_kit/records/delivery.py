@@ -1,4 +1,4 @@
-"""`Notifications`: what people hear of runs, and the sinks that get it, next to the trading and across restarts.
+"""`Notifications`: messages to people about runs, and the sinks that get them, next to trading and across restarts.
 
 Each sink has a task that hands over what waits in the store (`records.outbox`). A sink that fails is tried again with
 growing pauses; its notifications wait in the store, in order, and no other sink waits for it. The exception is what
@@ -42,7 +42,7 @@ DRAIN_S: Final = 5.0
 RELEASE_S: Final = 5.0
 """How long a store may take to release a claim, and how much longer than the sink a claim lasts."""
 LOOK_S: Final = 1.0
-"""How often the store is asked for notifications of other processes."""
+"""How often the store is polled for notifications of other processes."""
 URGENT: Final = 1000
 """How many notifications that the store does not take wait for a sink. Beyond it the oldest are dropped."""
 
@@ -145,7 +145,7 @@ class Deliveries:
     async def begin(self, mode: Mode) -> None:
         """Start every sink in this event loop: it gets what it has missed.
 
-        A store that does not answer is asked again in the background.
+        A store that does not answer is retried in the background.
         """
         workers = self._workers.setdefault(asyncio.get_running_loop(), {})
         for route in self._routes.values():
@@ -251,7 +251,7 @@ class _Worker:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_S if self._outbox.is_shared else None):
                         await self.news.wait()
-            except Exception as error:  # whatever a sink or its store raises, it may work later
+            except Exception as error:  # a sink or its store may raise anything, and may work later
                 await self._release()  # what this process cannot reach, another one may
                 await self._pause(error)
 
@@ -272,7 +272,7 @@ class _Worker:
             self._urgent.pop(name, None)
 
     async def _deliver_pending(self) -> bool:
-        """Deliver the oldest that wait. False if none do, or another process is handing over the oldest."""
+        """Deliver the oldest that wait. False if none do, or another process is delivering the oldest."""
         pending = await self._outbox.pending()
         for each in pending:
             if not await self._deliver(each):
@@ -324,7 +324,7 @@ async def _close(route: _Route) -> None:
     try:
         async with asyncio.timeout(GRACE_S):
             await route.close()
-    except Exception as error:  # whatever a sink raises, it is over
+    except Exception as error:  # a sink may raise anything
         _log.warning("sink %s: it could not be closed: %s", route.name, _describe(error))
 
 

@@ -231,7 +231,7 @@ class Log:
         self._say("info", message, fields)
 
     def warning(self, message: object, /, **fields: Any) -> None:
-        """What should be looked at some day."""
+        """What should be looked at eventually."""
         self._say("warning", message, fields)
 
     def error(self, message: object, /, **fields: Any) -> None:
@@ -243,7 +243,7 @@ class Log:
         line = LogLine(
             entry_id=self._writer.new_id(),
             level=level,
-            message=message if isinstance(message, str) else _told(message),
+            message=message if isinstance(message, str) else _text(message),
             mode=identity.mode,
             symbol=identity.symbol,
             strategy_name=identity.strategy_name,
@@ -261,8 +261,8 @@ class Log:
 
 def _readable(line: LogLine) -> str:
     """`BTCUSDT trend: volume is thin volume=12.5`."""
-    told = (f"{name}={_told(value)}" for name, value in line.fields.items())
-    return _utf8(" ".join((f"{line.symbol} {line.strategy_name}: {line.message}", *told)))
+    fields = (f"{name}={_text(value)}" for name, value in line.fields.items())
+    return _utf8(" ".join((f"{line.symbol} {line.strategy_name}: {line.message}", *fields)))
 
 
 class Logs:
@@ -282,7 +282,7 @@ class Logs:
         limit: int | None = 1000,
         **view: Unpack[View],
     ) -> list[LogLine]:
-        """The lines that are all of this and of that level or a higher one, the newest first; at most `limit`.
+        """The lines that match all of this, of that level or a higher one, newest first; at most `limit`.
 
         Raises:
             UserError: unknown `level`, `limit` below 0, or a backtest without its run id.
@@ -335,12 +335,12 @@ class _Bridge(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name in (__name__, SAID.name):
-            return  # the log need not contain that it cannot be written, and has its own lines already
+            return  # the log cannot contain that it cannot be written, and has its own lines already
         fields = {} if record.exc_info is None else {"traceback": "".join(traceback.format_exception(*record.exc_info))}
         try:
             message = record.getMessage()
         except Exception:  # arguments that do not fit the message: logging must not fail
-            message = f"{_told(record.msg)} {_told(record.args)}"
+            message = f"{_text(record.msg)} {_text(record.args)}"
         line = LogLine(
             entry_id=self._writer.new_id(),
             level=_level_of(record.levelno),
@@ -377,12 +377,12 @@ def _plain(line: LogLine) -> Plain:
     try:
         return encode(line)
     except UserError:
-        fields = {_utf8(name): _utf8(_told(value)) for name, value in line.fields.items()}
+        fields = {_utf8(name): _utf8(_text(value)) for name, value in line.fields.items()}
         message = _utf8(line.message)
         return encode(msgspec.structs.replace(line, message=message, fields=fields))
 
 
-def _told(value: object) -> str:
+def _text(value: object) -> str:
     """A value as text, even if its `repr` fails."""
     try:
         return str(value) if isinstance(value, (str, BaseException)) else repr(value)

@@ -32,16 +32,16 @@ _OVER: Final = ("closed", "cancelled")
 STORAGE: Final = CONTRACTS["storage"]
 RECENT: Final = CONTRACTS["recent"]
 _AHEAD: Final = 4
-"""How many records are looked through for each that is asked for, before all are."""
+"""How many records are read for each one that is wanted, before all are."""
 
 
 class StoredSignal(OfSignal, frozen=True):
-    """A signal as it is now: what happened to it last has all that became of it."""
+    """A signal as it is now: its last event contains everything that happened to it."""
 
     event: Lasting
 
     entry = Inner[RestingEntry]("event.entry")
-    """What was to be bought; once the position is open, at the price and for the cost of its first fill."""
+    """The entry; once the position is open, at the price and cost of its first fill."""
     updated_at_ms = Inner[int]("event.when_ms")
     """Simulation time of the event."""
     current_price = Inner[float]("event.price")
@@ -62,7 +62,7 @@ class StoredSignal(OfSignal, frozen=True):
 
     @property
     def price_open(self) -> float:
-        """Of the first entry, or what a resting entry waits for; of a closed position the effective price of all."""
+        """Of the first entry, or the limit price of a resting one; of a closed position the effective entry price."""
         return self.entry.price_open if self.trade is None else self.trade.price_open
 
     @property
@@ -97,16 +97,16 @@ _STATUS: Final[dict[type[Lasting], Status]] = {
 
 
 def stored_signal(value: Plain) -> StoredSignal:
-    """The signal that a record of storage or recent holds.
+    """The signal in a record of storage or recent.
 
     Raises:
-        Damaged: it is not one.
+        Damaged: it is not a signal.
     """
     return decode_as(StoredSignal, {"event": value})
 
 
 def signal_writes(events: Iterable[Event]) -> list[Write]:
-    """One write for each signal that `events` are about, and one for the last of each strategy on a symbol."""
+    """A write for each signal of `events`, and one for the last signal of each strategy on a symbol."""
     signals: dict[Key, Write] = {}
     last: dict[Key, Write] = {}
     for event in events:
@@ -125,7 +125,7 @@ class Storage:
         self._scope = scope
 
     async def get(self, signal_id: str, **view: Unpack[View]) -> StoredSignal | None:
-        """The signal of that id, or None. With `when`, one that has changed since is not there.
+        """The signal with that id, or None. With `when`, one that has changed since is not visible.
 
         Raises:
             UserError: a backtest without its run id.
@@ -144,7 +144,7 @@ class Storage:
         limit: int | None = None,
         **view: Unpack[View],
     ) -> list[StoredSignal]:
-        """The signals that are all of this, the one that changed last first; no more than `limit`.
+        """The signals that match all of this, the last changed first; no more than `limit`.
 
         Raises:
             UserError: a backtest without its run id, or `limit` is below 0.
@@ -177,7 +177,7 @@ class Recent:
         frame_name: str = "",
         **view: Unpack[View],
     ) -> StoredSignal | None:
-        """The last signal there, as it is now, or None. With `when`, one that came or changed later is not there.
+        """The last signal there, as it is now, or None. With `when`, later signals and changes are not visible.
 
         Raises:
             UserError: a backtest without its run id.
@@ -192,8 +192,7 @@ class Recent:
 async def newest(
     scope: Scope, row: Contract, prefix: Key, read: Callable[[Plain], S], wanted: Callable[[S], bool], limit: int | None
 ) -> list[S]:
-    """What this moment sees of a feed, as `read` takes it, as far as it is `wanted`: the newest first, no more than
-    `limit`, of 0 none.
+    """The visible records of a feed, decoded by `read` and filtered by `wanted`: newest first, no more than `limit`.
 
     Raises:
         UserError: `limit` is below 0.
@@ -202,7 +201,7 @@ async def newest(
     check_limit(limit)
     if limit == 0:
         return []
-    # Where the end is not told, some stores look at the name of every record first: a second for a million.
+    # Without a limit, some stores list every key first: a second for a million.
     for most in (None,) if limit is None else (_AHEAD * limit, None):
         found: list[S] = []
         count = 0
@@ -218,9 +217,9 @@ async def newest(
 
 
 def follows(write: Write, found: Record) -> bool:
-    """Whether a write says what came after what is there: by its time.
+    """Whether a write is newer than the record it would replace: by its time.
 
-    But a signal that is over stays over, and is so from then on, although the clock was set back meanwhile.
+    But a signal that has ended stays ended, even if the clock was set back.
     """
     (signal_id, is_over), (found_id, was_over) = _outcome(write.value), _outcome(found.value)
     if signal_id == found_id and is_over != was_over:
@@ -229,7 +228,7 @@ def follows(write: Write, found: Record) -> bool:
 
 
 def _outcome(value: Plain) -> tuple[str, bool]:
-    """Of which signal a value is, and whether that is over. What cannot be read says neither."""
+    """The signal id of a value, and whether the signal has ended; ("", False) if it cannot be read."""
     try:
         signal = stored_signal(value)
     except Damaged:

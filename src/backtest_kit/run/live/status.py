@@ -37,7 +37,7 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     to_take_profit_pct: float | None = None
     """How far the price is from the take profit in force; below 0 it is beyond."""
     to_stop_loss_pct: float | None = None
-    under_way: str = ""
+    pending_order: str = ""
     """Client order id of an order whose outcome is not known yet."""
     paused: bool = False
     stopping: bool = False
@@ -101,7 +101,7 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         when_ms=run.when_ms,
         next_ms=run.next_ms,
         price=tick.price,
-        under_way="" if now.intent is None else now.intent.order.client_order_id,
+        pending_order="" if now.intent is None else now.intent.order.client_order_id,
         paused=now.paused,
         stopping=run.flags.stopping,
         degraded=run.position_store.degraded,
