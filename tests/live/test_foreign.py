@@ -198,7 +198,7 @@ async def test_a_position_is_not_taken_for_closed_where_the_id_of_its_store_is_l
     before, stops = bench.held(), bench.stops()
     lost = tmp_path / "store" / "identity"
     lost.rename(tmp_path / "lost")
-    with pytest.raises(bk.UserError, match="the orders of BTCUSDT on venue by trend are those of store"):
+    with pytest.raises(bk.UserError, match="the orders of BTCUSDT on venue by trend belong to store"):
         await life.trade(3)
     assert not life.of(bk.PositionClosed)
     assert (bench.held(), bench.stops()) == (before, stops)
