@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from backtest_kit.persist.backends.dummy import DummyStore
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.contracts import CONTRACTS, Contract
-from backtest_kit.persist.store import Capability, Key, Record, Store, Write
+from backtest_kit.persist.store import Capability, Key, Record, Selection, Store, Write
 from backtest_kit.persist.testing import StoreConformance
 from backtest_kit.persist.wrapper import AdapterStore
 
@@ -88,8 +88,8 @@ class OneAdapterEach(Store):
         for name in {write.contract.name for write in writes}:
             await self._stores[name].batch([write for write in writes if write.contract.name == name])
 
-    def scan(self, contract: Contract, prefix: Key = (), **options: Any) -> AsyncIterator[Record]:
-        return self._stores[contract.name].scan(contract, prefix, **options)
+    def select(self, wanted: Selection) -> AsyncGenerator[Record, None]:
+        return self._stores[wanted.contract.name].select(wanted)
 
     def namespace(self, name: str) -> Store:
         if not name:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from backtest_kit.market.clock import Jump, SteppedClock
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.contracts import CONTRACTS, LEASE, Contract
 from backtest_kit.persist.lease import acquire
-from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, Record, Store, Write
+from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, Record, Selection, Store, Write
 from backtest_kit.seams import Seams
 
 SCOPE = ("trend", "demo", "BTCUSDT")
@@ -73,8 +73,8 @@ class FailingStore(Store):
     def capabilities(self) -> frozenset[Capability]:
         return self._inner.capabilities
 
-    def scan(self, contract: Contract, prefix: Key = (), **options: Any) -> AsyncIterator[Record]:
-        return self._inner.scan(contract, prefix, **options)
+    def select(self, wanted: Selection) -> AsyncGenerator[Record, None]:
+        return self._inner.select(wanted)
 
     async def namespaces(self) -> list[tuple[str, ...]]:
         return await self._inner.namespaces()

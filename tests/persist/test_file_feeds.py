@@ -20,7 +20,7 @@ from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.codec import dump_record
 from backtest_kit.persist.contracts import ALL_CONTRACTS
 from backtest_kit.persist.files import Disk
-from backtest_kit.persist.store import Key, Plain, Record
+from backtest_kit.persist.store import Key, Plain, Record, Selection
 from backtest_kit.persist.upkeep import Status
 
 STORAGE, NOTIFICATION = ALL_CONTRACTS["storage"], ALL_CONTRACTS["notification"]
@@ -45,8 +45,8 @@ def put(feeds: Feeds, *records: Record, namespace: str = "") -> None:
 
 
 def listed(feeds: Feeds, namespace: str = "", *, newest_first: bool = False) -> list[Record | Damaged]:
-    numbers = feeds.numbers(STORAGE, namespace, (), limit=None, newest_first=newest_first, include_removed=True)
-    return feeds.read(STORAGE, namespace, numbers)
+    wanted = Selection(STORAGE, (), limit=None, newest_first=newest_first, include_removed=True)
+    return feeds.read(STORAGE, namespace, feeds.numbers(wanted, namespace))
 
 
 def edit(root: Path, statement: str) -> None:

@@ -7,7 +7,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from backtest_kit.persist.files import Disk
 from backtest_kit.persist.holder import Holder
 from backtest_kit.persist.lease import acquire
 from backtest_kit.persist.migration import Moved, Progress, migrate_store
-from backtest_kit.persist.store import CandleStore, Capability, Key, Plain, Record, SeriesKey, Store, Write
+from backtest_kit.persist.store import CandleStore, Capability, Key, Plain, Record, Selection, SeriesKey, Store, Write
 from backtest_kit.persist.testing.faults import FaultFS
 from backtest_kit.persist.urls import store_at
 
@@ -393,8 +393,8 @@ class Unlisted(Store):
     async def batch(self, writes: Sequence[Write]) -> None:
         await self._inner.batch(writes)
 
-    def scan(self, contract: Contract, prefix: Key = (), **options: Any) -> AsyncIterator[Record]:
-        return self._inner.scan(contract, prefix, **options)
+    def select(self, wanted: Selection) -> AsyncGenerator[Record, None]:
+        return self._inner.select(wanted)
 
     def namespace(self, name: str) -> Unlisted:
         return Unlisted(self._inner.namespace(name)) if name else self

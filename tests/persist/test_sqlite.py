@@ -122,7 +122,7 @@ class TestBadFile:
         connect = sqlite3.connect
 
         def look(*arguments: Any, **options: Any) -> sqlite3.Connection:
-            connection = connect(*arguments, **options)
+            connection: sqlite3.Connection = connect(*arguments, **options)
             if options.get("uri"):
                 connection.set_trace_callback(make_the_rest)
             return connection

@@ -7,7 +7,7 @@ write of a key, for nothing is replaced there.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -16,7 +16,7 @@ from backtest_kit.errors import Conflict, Damaged, UserError
 from backtest_kit.model.interval import iso
 from backtest_kit.persist.contracts import HISTORY, Contract, Durability, Kind, WriteRule
 from backtest_kit.persist.keys import path_of
-from backtest_kit.persist.store import ABSENT, ANY, Capability, Key, Record, Store, Write
+from backtest_kit.persist.store import ABSENT, ANY, Capability, Key, Record, Selection, Store, Write
 
 _CORE: Final = frozenset(
     (
@@ -97,18 +97,8 @@ class RevisionStore(Store):
             else:
                 return
 
-    def scan(
-        self,
-        contract: Contract,
-        prefix: Key = (),
-        *,
-        limit: int | None = None,
-        newest_first: bool = False,
-        include_removed: bool = False,
-    ) -> AsyncIterator[Record]:
-        return self._store.scan(
-            contract, prefix, limit=limit, newest_first=newest_first, include_removed=include_removed
-        )
+    def select(self, wanted: Selection) -> AsyncGenerator[Record, None]:
+        return self._store.select(wanted)
 
     def namespace(self, name: str) -> Store:
         return RevisionStore(self._store.namespace(name), self._row)

@@ -24,7 +24,10 @@ from urllib.parse import unquote_to_bytes
 
 from backtest_kit.errors import UserError
 from backtest_kit.persist.contracts import Contract
-from backtest_kit.persist.store import Key, KeyPart
+
+KeyPart = str | int | bool
+Key = tuple[KeyPart, ...]
+"""The components of a record's name, in the order of `Contract.key_fields`."""
 
 MAX_NAME: Final = 180
 """Longest file name that a component may have, in bytes. Leaves room for a suffix below the usual 255."""

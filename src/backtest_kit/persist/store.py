@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from enum import Enum
 from typing import Final, Literal, NoReturn
 
@@ -22,11 +23,8 @@ import msgspec
 from backtest_kit.errors import Damaged, UserError
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.persist.contracts import Contract, record_contracts
+from backtest_kit.persist.keys import Key as Key, KeyPart as KeyPart, check_key
 from backtest_kit.persist.upkeep import SAMPLES, Finding, Quarantined, Reading
-
-KeyPart = str | int | bool
-Key = tuple[KeyPart, ...]
-"""The components of a record's name, in the order of `Contract.key_fields`."""
 
 Plain = dict[str, "Plain"] | list["Plain"] | str | int | float | bool | None
 """A value that JSON can write down without loss."""
@@ -101,6 +99,18 @@ class Write(msgspec.Struct, frozen=True):
     """`ANY`, `ABSENT`, or the revision that the key must have now; otherwise `Conflict`."""
     removed: bool = False
     """Soft removal: the record stays, with `removed` set, and listings pass it over."""
+
+
+class Selection(msgspec.Struct, frozen=True):
+    """What a scan is to find."""
+
+    contract: Contract
+    prefix: Key
+    """With this the key begins."""
+    limit: int | None
+    """More than so many are not read, removed ones only counted if they are included."""
+    newest_first: bool
+    include_removed: bool
 
 
 class SeriesKey(msgspec.Struct, frozen=True):
@@ -201,8 +211,7 @@ class Store(ABC):
         for write in writes:
             await self.put(write)
 
-    @abstractmethod
-    def scan(
+    async def scan(
         self,
         contract: Contract,
         prefix: Key = (),
@@ -219,6 +228,25 @@ class Store(ABC):
 
         Raises:
             UserError: no key begins so, or `limit` is below 0.
+        """
+        wanted = Selection(contract, check_key(contract, prefix, prefix=True), limit, newest_first, include_removed)
+        check_limit(limit)
+        left = limit
+        if left == 0:
+            return
+        async with aclosing(self.select(wanted)) as found:
+            async for record in found:
+                if include_removed or not record.removed:
+                    yield record
+                    left = None if left is None else left - 1
+                    if left == 0:
+                        return
+
+    @abstractmethod
+    def select(self, wanted: Selection) -> AsyncGenerator[Record, None]:
+        """What `scan` reads: every record that is wanted, in order, and perhaps more behind the limit, or removed ones.
+
+        Of what is not wanted only the prefix and the order have to be right: `scan` passes over the rest.
         """
 
     @abstractmethod

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -39,10 +39,10 @@ from backtest_kit.persist.store import (
     Capability,
     Key,
     Record,
+    Selection,
     SeriesKey,
     Store,
     Write,
-    check_limit,
     copy_plain,
 )
 from backtest_kit.persist.writing import decide, now_ms
@@ -190,29 +190,18 @@ class AdapterStore(Store):
                 await self._shared.write(entity_id, write.contract, self._namespace, record)
         return record
 
-    async def scan(
-        self,
-        contract: Contract,
-        prefix: Key = (),
-        *,
-        limit: int | None = None,
-        newest_first: bool = False,
-        include_removed: bool = False,
-    ) -> AsyncIterator[Record]:
-        self._check_contract(contract)
-        prefix = check_key(contract, prefix, prefix=True)
-        check_limit(limit)
+    async def select(self, wanted: Selection) -> AsyncGenerator[Record, None]:
+        self._check_contract(wanted.contract)
         if Capability.ORDERED_SCAN not in self.capabilities:
             raise UserError(f"{self._shared.name} cannot be listed: give it list_values()")
-        width = len(prefix)
+        width = len(wanted.prefix)
         entities = [
             entity
             for entity in map(self._shared.checked, await self._shared.entities())
-            if entity.namespace == self._namespace and tuple(entity.key[:width]) == prefix
-            if include_removed or not entity.removed
+            if entity.namespace == self._namespace and tuple(entity.key[:width]) == wanted.prefix
         ]
-        entities.sort(key=lambda entity: entity.order, reverse=newest_first)
-        for entity in entities[:limit]:
+        entities.sort(key=lambda entity: entity.order, reverse=wanted.newest_first)
+        for entity in entities:
             yield _record(entity)
 
     def namespace(self, name: str) -> AdapterStore:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Final
 
 from backtest_kit.errors import UserError
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.keys import check_key
-from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, Record, SeriesKey, Store, Write, check_limit
+from backtest_kit.persist.store import ANY, CandleStore, Capability, Key, Record, Selection, SeriesKey, Store, Write
 from backtest_kit.persist.writing import decide
 
 
@@ -41,17 +41,7 @@ class DummyStore(Store):
             raise UserError(f"a dummy store does not support compare-and-set: {write.contract.name} needs another one")
         return decide(write, None)[0]
 
-    async def scan(
-        self,
-        contract: Contract,
-        prefix: Key = (),
-        *,
-        limit: int | None = None,
-        newest_first: bool = False,
-        include_removed: bool = False,
-    ) -> AsyncIterator[Record]:
-        check_key(contract, prefix, prefix=True)
-        check_limit(limit)
+    async def select(self, wanted: Selection) -> AsyncGenerator[Record, None]:
         nothing: tuple[Record, ...] = ()
         for record in nothing:
             yield record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from backtest_kit.errors import BacktestKitError
@@ -19,7 +19,7 @@ from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.files import Disk, disk_error
 from backtest_kit.persist.keys import check_key, escape
-from backtest_kit.persist.store import Capability, Key, Record, Store, Write, check_limit
+from backtest_kit.persist.store import Capability, Key, Record, Selection, Store, Write
 from backtest_kit.persist.upkeep import (
     SAMPLES,
     Finding,
@@ -124,46 +124,19 @@ class FileStore(Store):
         path = record_path(self._prefix, write.contract, check_key(write.contract, write.key))
         return Change(write, path, dump_value(write.value))
 
-    async def scan(
-        self,
-        contract: Contract,
-        prefix: Key = (),
-        *,
-        limit: int | None = None,
-        newest_first: bool = False,
-        include_removed: bool = False,
-    ) -> AsyncIterator[Record]:
-        prefix = check_key(contract, prefix, prefix=True)
-        check_limit(limit)
-        if len(prefix) == len(contract.key_fields):
-            only = await self.get(contract, prefix) if limit != 0 else None
-            if only is not None and (include_removed or not only.removed):
+    async def select(self, wanted: Selection) -> AsyncGenerator[Record, None]:
+        if len(wanted.prefix) == len(wanted.contract.key_fields):
+            only = await self.get(wanted.contract, wanted.prefix)
+            if only is not None:
                 yield only
             return
-        found = list_records(
-            self.root,
-            self._prefix,
-            contract,
-            prefix,
-            limit=limit,
-            newest_first=newest_first,
-            include_removed=include_removed,
-        )
-        left, size = limit, _FIRST_CHUNK
-        while left != 0 and (chunk := await self._read_next(found, size)):
+        found, size = list_records(self.root, self._prefix, wanted), _FIRST_CHUNK
+        while chunk := await self._call(_next, found, size):
             for record in chunk:
-                if left == 0:
-                    return
                 if isinstance(record, BacktestKitError):
                     raise record
-                if include_removed or not record.removed:
-                    yield record
-                    left = None if left is None else left - 1
+                yield record
             size = min(2 * size, _LARGEST_CHUNK)
-
-    async def _read_next(self, found: Found, size: int) -> list[Record | BacktestKitError]:
-        """The next `size` of what a scan finds, nothing behind its end."""
-        return await self._call(lambda: list(itertools.islice(found, size)))
 
     # -- upkeep --------------------------------------------------------------------------------------
 
@@ -213,3 +186,8 @@ class FileStore(Store):
 
     async def accept_loss(self) -> str | None:
         return await self._call(self.root.feeds.accept_loss)
+
+
+def _next(found: Found, size: int) -> list[Record | BacktestKitError]:
+    """The next `size` of what a scan finds, nothing behind its end."""
+    return list(itertools.islice(found, size))

@@ -21,7 +21,7 @@ from backtest_kit.persist.backends.sqlite_diagnosis import examine_contents
 from backtest_kit.persist.backends.sqlite_file import SqliteFile
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.files import Disk
-from backtest_kit.persist.store import Key, Record
+from backtest_kit.persist.store import Key, Record, Selection
 from backtest_kit.persist.upkeep import Finding, Quarantined, Reading
 
 T = TypeVar("T")
@@ -100,19 +100,9 @@ class Feeds:
         except Suspect as suspect:
             raise self._quarantine(suspect) from None
 
-    def numbers(
-        self,
-        contract: Contract,
-        namespace: str,
-        prefix: Key,
-        *,
-        limit: int | None,
-        newest_first: bool,
-        include_removed: bool,
-    ) -> array[int]:
-        """The numbers of the rows below `prefix`, in order of writing. Without a limit, removed ones are among them."""
-        wanted = (contract, namespace, prefix, limit, newest_first, include_removed)
-        return self._read(partial(self._rows.list_numbers, *wanted)) or array("q")
+    def numbers(self, wanted: Selection, namespace: str) -> array[int]:
+        """The numbers of the rows that are wanted, in order of writing; without a limit, removed ones too."""
+        return self._read(partial(self._rows.list_numbers, wanted, namespace)) or array("q")
 
     def read(self, contract: Contract, namespace: str, numbers: Sequence[int]) -> list[Record | Damaged]:
         """The records in rows that were listed, or why one cannot be trusted. What was pruned since is left out."""

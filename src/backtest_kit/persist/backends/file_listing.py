@@ -14,7 +14,7 @@ from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.files import disk_error
 from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE
-from backtest_kit.persist.store import Key, Record
+from backtest_kit.persist.store import Record, Selection
 
 _ROWS: Final = 256
 """Rows that are read in one go."""
@@ -22,20 +22,14 @@ _ROWS: Final = 256
 Found = Iterator[Record | BacktestKitError]
 
 
-def list_records(
-    root: Root,
-    namespace: str,
-    contract: Contract,
-    prefix: Key,
-    *,
-    limit: int | None,
-    newest_first: bool,
-    include_removed: bool,
-) -> Found:
-    """The records below `prefix`, or what is to be raised in their place. Removed ones may be among them."""
+def list_records(root: Root, namespace: str, wanted: Selection) -> Found:
+    """The records that are wanted, or what is to be raised in their place. Removed ones may be among them."""
     root.open()
+    contract, prefix, newest_first = wanted.contract, wanted.prefix, wanted.newest_first
     if is_feed(contract):
-        yield from _rows(root, namespace, contract, prefix, limit, newest_first, include_removed)
+        numbers = root.feeds.numbers(wanted, namespace)
+        for low in range(0, len(numbers), _ROWS):
+            yield from root.feeds.read(contract, namespace, numbers[low : low + _ROWS])
         return
     directory = namespace + "/".join((contract.name, *path_of(contract, prefix)))
     try:
@@ -50,22 +44,6 @@ def list_records(
         yield error
     except OSError as error:
         raise disk_error(error, "list", f"{root.path}/{directory}") from error
-
-
-def _rows(
-    root: Root,
-    namespace: str,
-    contract: Contract,
-    prefix: Key,
-    limit: int | None,
-    newest_first: bool,
-    include_removed: bool,
-) -> Found:
-    numbers = root.feeds.numbers(
-        contract, namespace, prefix, limit=limit, newest_first=newest_first, include_removed=include_removed
-    )
-    for low in range(0, len(numbers), _ROWS):
-        yield from root.feeds.read(contract, namespace, numbers[low : low + _ROWS])
 
 
 def _slots(root: Root, contract: Contract, directory: str, levels: int, newest_first: bool) -> Found:

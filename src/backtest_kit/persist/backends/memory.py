@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from itertools import islice
 
 from backtest_kit.model.candle import CandleSeries, merge
@@ -14,10 +14,10 @@ from backtest_kit.persist.store import (
     Key,
     KeyPart,
     Record,
+    Selection,
     SeriesKey,
     Store,
     Write,
-    check_limit,
     copy_plain,
 )
 from backtest_kit.persist.upkeep import require_namespace, require_prunable
@@ -103,21 +103,12 @@ class MemoryStore(Store):
             if changed:
                 self._table(write.contract).set(_copy_record(record))
 
-    async def scan(
-        self,
-        contract: Contract,
-        prefix: Key = (),
-        *,
-        limit: int | None = None,
-        newest_first: bool = False,
-        include_removed: bool = False,
-    ) -> AsyncIterator[Record]:
-        table = self._table(contract)
-        prefix = check_key(contract, prefix, prefix=True)
-        check_limit(limit)
-        records = (table.records[key] for key in table.keys(prefix, newest_first))
-        wanted = (record for record in records if include_removed or not record.removed)
-        for record in list(islice(wanted, limit)):
+    async def select(self, wanted: Selection) -> AsyncGenerator[Record, None]:
+        table = self._table(wanted.contract)
+        records = (table.records[key] for key in table.keys(wanted.prefix, wanted.newest_first))
+        present = (record for record in records if wanted.include_removed or not record.removed)
+        # All of them now: what is written while the caller reads would change the order of the table.
+        for record in list(islice(present, wanted.limit)):
             yield _copy_record(record)
 
     def namespace(self, name: str) -> MemoryStore:

@@ -29,7 +29,7 @@ from backtest_kit.persist.codec import (
 )
 from backtest_kit.persist.contracts import ALL_CONTRACTS, Contract, Durability, WriteRule
 from backtest_kit.persist.keys import check_key
-from backtest_kit.persist.store import Key, Record, Write
+from backtest_kit.persist.store import Key, Record, Selection, Write
 from backtest_kit.persist.upkeep import Finding, Quarantined
 from backtest_kit.persist.writing import decide, now_ms
 
@@ -139,22 +139,14 @@ class Rows:
                 found.append(suspect)
         return found
 
-    def list_numbers(
-        self,
-        contract: Contract,
-        namespace: str,
-        prefix: Key,
-        limit: int | None,
-        newest_first: bool,
-        include_removed: bool,
-        connection: Connection,
-    ) -> array[int]:
-        """The numbers of the rows of a contract whose key begins with `prefix`, in the order of writing.
+    def list_numbers(self, wanted: Selection, namespace: str, connection: Connection) -> array[int]:
+        """The numbers of the rows that are wanted, in the order of writing; without a limit, removed ones too.
 
         Raises:
-            Damaged: two indexes disagree about which rows there are. Where `limit` ends the listing, only those of
+            Damaged: two indexes disagree about which rows there are. Where a limit ends the listing, only those of
                 money class are compared: it reads all of them.
         """
+        contract, prefix, limit = wanted.contract, wanted.prefix, wanted.limit
         *values, start = name_of(namespace, contract, prefix)
         where, indexes = "namespace = ? AND contract = ?", ("records_in_order", "records_by_name")
         if start:
@@ -164,12 +156,12 @@ class Rows:
         if limit is None or contract.durability is Durability.MONEY:
             self._compare(indexes, where, values, f"records of {contract.name}", connection)
         # What was removed is passed over when it is read, and here only where it would count.
-        present = "" if include_removed or limit is None else "AND removed = 0"
+        present = "" if wanted.include_removed or limit is None else "AND removed = 0"
         bound = "" if limit is None else f"LIMIT {limit:d}"
         rows = connection.execute(
             self._sql(
                 f"SELECT id FROM records {self._dialect.index.format(indexes[0])} WHERE {where} {present} "
-                f"ORDER BY seq {'DESC' if newest_first else ''} {bound}"
+                f"ORDER BY seq {'DESC' if wanted.newest_first else ''} {bound}"
             ),
             values,
         )

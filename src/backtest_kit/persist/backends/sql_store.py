@@ -10,7 +10,7 @@ import asyncio
 import copy
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
@@ -21,7 +21,7 @@ from backtest_kit.persist.backends.sql import CHUNK, Change, Rows, Suspect, chan
 from backtest_kit.persist.backends.sql_dialect import name_of
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.keys import check_key, escape, unescape
-from backtest_kit.persist.store import Capability, Key, Record, Store, Write, check_limit
+from backtest_kit.persist.store import Capability, Key, Record, Selection, Store, Write
 from backtest_kit.persist.upkeep import Finding, Quarantined, require_namespace, require_prunable
 from backtest_kit.persist.writing import check_batch
 
@@ -289,29 +289,16 @@ class SqlStore(Store):
         if writes:
             await self._write(writes)
 
-    async def scan(
-        self,
-        contract: Contract,
-        prefix: Key = (),
-        *,
-        limit: int | None = None,
-        newest_first: bool = False,
-        include_removed: bool = False,
-    ) -> AsyncIterator[Record]:
-        check_limit(limit)
-        prefix = check_key(contract, prefix, prefix=True)
-        numbers = await self._threads.read(
-            partial(self._rows.list_numbers, contract, self._namespace, prefix, limit, newest_first, include_removed)
-        )
+    async def select(self, wanted: Selection) -> AsyncGenerator[Record, None]:
+        numbers = await self._threads.read(partial(self._rows.list_numbers, wanted, self._namespace))
         # Numbers of rows first, 8 bytes each, and records by them, instead of one long select: that would keep an
         # old state of the whole database alive for as long as the caller reads, and miss what moves meanwhile.
         for start in range(0, len(numbers), CHUNK):
-            part = partial(self._rows.read_all, contract, self._namespace, numbers[start : start + CHUNK])
+            part = partial(self._rows.read_all, wanted.contract, self._namespace, numbers[start : start + CHUNK])
             for found in await self._threads.read(part):
                 if isinstance(found, Suspect):
                     raise await self._quarantine(found)
-                if include_removed or not found.removed:
-                    yield found
+                yield found
 
     def namespace(self, name: str) -> Self:
         if not name:

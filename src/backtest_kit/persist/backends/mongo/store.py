@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -34,7 +34,7 @@ from backtest_kit.persist.candle_cache import CandleCache
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import check_key, escape, unescape
-from backtest_kit.persist.store import Capability, Key, Record, Store, Write, check_limit
+from backtest_kit.persist.store import Capability, Key, Record, Selection, Store, Write
 from backtest_kit.persist.upkeep import SAMPLES, Finding, Quarantined, Reading, require_namespace, require_prunable
 from backtest_kit.persist.urls import import_backend
 from backtest_kit.persist.writing import check_batch
@@ -157,23 +157,16 @@ class MongoStore(Store):
         elif changes:
             await connection.finish(self._transact(connection, changes))
 
-    async def scan(
-        self,
-        contract: Contract,
-        prefix: Key = (),
-        *,
-        limit: int | None = None,
-        newest_first: bool = False,
-        include_removed: bool = False,
-    ) -> AsyncIterator[Record]:
-        name = name_of(self._namespace, contract, check_key(contract, prefix, prefix=True))
-        check_limit(limit)
-        wanted = name if include_removed else {**name, "removed": {"$ne": True}}
-        sort = [(ORDER, -1 if newest_first else 1)]
+    async def select(self, wanted: Selection) -> AsyncGenerator[Record, None]:
+        contract, limit = wanted.contract, wanted.limit
+        query = name_of(self._namespace, contract, wanted.prefix)
+        if not wanted.include_removed:
+            query = {**query, "removed": {"$ne": True}}
+        sort = [(ORDER, -1 if wanted.newest_first else 1)]
         connection = await self._opened()
         is_short = limit is not None and limit <= _CHUNK
         fields = None if is_short else ["_id"]
-        found = await find_all(connection, contract, wanted, sort=sort, limit=limit, fields=fields)
+        found = await find_all(connection, contract, query, sort=sort, limit=limit, fields=fields)
         # Unless one answer has everything, the ids are read first and the documents by id: a document that is written
         # meanwhile is neither missed nor seen twice, and no cursor stays open on the server while the caller works.
         for start in range(0, len(found), _CHUNK):
@@ -185,7 +178,7 @@ class MongoStore(Store):
                 documents = [by_id[each] for each in ids if each in by_id]
             for document in documents:
                 record = await record_in(connection, contract, document)
-                if record is not None and (include_removed or not record.removed):
+                if record is not None:
                     yield record
 
     def namespace(self, name: str) -> MongoStore:
