@@ -316,7 +316,7 @@ async def test_a_position_the_other_way_round_is_told_once_and_gets_no_stop_of_o
     await memory_rig.trade(4, orphans="protect")
     (found,) = memory_rig.of(bk.OrphanFound)
     assert (found.what, found.next_step) == ("missing_position", "nothing is done")
-    assert "is not the position that the store has" in found.reason
+    assert "is not the position in the store" in found.reason
     assert not memory_rig.venue.sent("move_stop")
 
 

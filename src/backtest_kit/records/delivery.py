@@ -30,7 +30,6 @@ from backtest_kit.records.outbox import Outbox, Pending
 from backtest_kit.records.scope import Scopes, View
 from backtest_kit.records.signals import newest
 from backtest_kit.records.sinks import Deliver, Refused, Sink
-from backtest_kit.records.state import STATE
 from backtest_kit.settings import Settings
 
 if TYPE_CHECKING:
@@ -152,16 +151,9 @@ class Deliveries:
             if (route.name, mode) not in workers:
                 persistence = self._persistence()
                 notifications = persistence.store_for(NOTIFICATION, mode, history=False)
-                # A user's object keeps the notifications and nothing else.
-                elsewhere = not notifications.keeps(DELIVERY)
-                outbox = Outbox(
-                    notifications,
-                    persistence.store_for(STATE, mode, history=False),
-                    route.key,
-                    route.added_ms,
-                    persistence.seams,
-                    marks=persistence.store_for(DELIVERY, mode, history=False) if elsewhere else None,
-                )
+                # A user's object that keeps the notifications keeps nothing else.
+                elsewhere = None if notifications.keeps(DELIVERY) else persistence.store_for(DELIVERY, mode)
+                outbox = Outbox(notifications, route.key, route.added_ms, persistence.seams, marks=elsewhere)
                 try:
                     await outbox.add()
                 except BacktestKitError as error:
