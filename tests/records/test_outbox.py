@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -319,8 +320,9 @@ async def test_of_processes_that_add_a_sink_at_the_same_time_the_first_decides_s
 @pytest.mark.usefixtures("short_drain")
 async def test_that_a_sink_was_added_is_kept_with_its_notifications(tmp_path: Path, receiver: Receiver) -> None:
     """It was lost with a state in memory: what had waited for the sink was taken for older than the sink."""
-    for life, status in enumerate((500, 200)):
-        receiver.status = lambda body, status=status: status
+    answers = iter((500, 200))
+    for life in range(2):
+        receiver.status = partial(lambda status, _: status, next(answers))
         kit = kit_on("sqlite:{place}/bot.db", tmp_path)
         kit.persistence.bind("state", MemoryStore())
         kit.records.notification.sink(hook(receiver))
