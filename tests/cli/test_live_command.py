@@ -307,7 +307,7 @@ async def test_a_terminal_shows_how_it_stands(stage: Stage) -> None:
     [
         (["paper", "nothing.py", "-s", "A"], 2, "strategy file nothing.py does not exist"),
         (["paper", "mine.py", "-s", "A"], 2, "registers no exchange"),
-        (["paper", "mine.py", "-s", "A", "--venue", "localhost"], 2, "give the address that the venue shows"),
+        (["paper", "mine.py", "-s", "A", "--venue", "localhost"], 2, "give the address that the venue prints"),
         (["paper", "mine.py", "-s", "A", "--venue", "http://127.0.0.1:9"], 1, "no venue answers at http://127.0.0.1:9"),
         (["paper", "mine.py", "-s", "A,", "--venue", "{url}"], 2, "symbol is ''"),
         (["paper", "mine.py", "-s", "DOGE", "--venue", "{url}"], 2, "DOGE"),

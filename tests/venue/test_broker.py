@@ -212,7 +212,7 @@ async def test_a_lost_request_was_never_there(serve: Serve, broker_of: BrokerOf)
     assert lost.value.outcome is Outcome.UNKNOWN
     assert (await broker.find(order_of("open", attempt=1))).status == "absent"
     assert await broker.open_position(order_of("open", attempt=1)) is not None
-    assert [each["outcome"] for each in server.requests] == ["lost before it was done", 200, 200]
+    assert [each["outcome"] for each in server.requests] == ["lost before it was carried out", 200, 200]
 
 
 @pytest.mark.parametrize(("rule", "fills"), [("ever", 1), ("open", 2)])

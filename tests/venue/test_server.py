@@ -315,11 +315,11 @@ async def test_a_restarted_venue_is_the_same(
     await second.stop()
     with pytest.raises(UserError, match="the kept state is that of BTCUSDT, ETHUSDT on synthetic-7"):
         await serve(state=state, terms=terms, source=sources.synthetic(8))
-    with pytest.raises(UserError, match="or of other terms"):
+    with pytest.raises(UserError, match="or for other terms"):
         await serve(state=state, terms=Terms(taker_fee_pct=Decimal("0.2")))
     lines = state.read_bytes().splitlines()
     state.write_bytes(b"\n".join([*lines[:-1], b"{}", b""]))
-    with pytest.raises(Damaged, match="is no state of a venue"):
+    with pytest.raises(Damaged, match="is not the state of a venue"):
         await serve(state=state)
 
 
