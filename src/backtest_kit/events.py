@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from backtest_kit.errors import UserError
@@ -43,14 +43,19 @@ def as_listener(handler: Handler[T], *, given: str = "event") -> Listener[T]:
     try:
         signature = inspect.signature(handler)
     except (TypeError, ValueError):  # some builtins have no signature; those that can be handlers take one argument
-        return lambda value, _: handler(value)  # type: ignore[call-arg]
+        return _without_context(handler)
     places = [each for each in signature.parameters.values() if each.kind < inspect.Parameter.VAR_POSITIONAL]
     takes_context = len(places) > 1 and (places[1].default is inspect.Parameter.empty or places[1].name == "ctx")
     try:
         signature.bind(*(None, None)[: 1 + takes_context])
     except TypeError:
         raise UserError(f"handler {name} takes {signature}: give a function of {shapes}") from None
-    return handler if takes_context else lambda value, _: handler(value)  # type: ignore[call-arg, return-value]
+    return cast("Listener[T]", handler) if takes_context else _without_context(handler)
+
+
+def _without_context(handler: Handler[T]) -> Listener[T]:
+    call = cast("Callable[[T], object]", handler)
+    return lambda value, _: call(value)
 
 
 def handler_name(handler: object) -> str:

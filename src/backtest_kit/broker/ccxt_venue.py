@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from decimal import Decimal
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -117,10 +118,7 @@ class CcxtVenue:
         price = None if limit is None else float(limit)
         amount = float(quantity / market.contract_size)
         doing = f"send {client_id}, {kind} {side} of {quantity:f} {market.base}"
-
-        def request() -> Awaitable[dict[str, Any]]:
-            return self._client.create_order(market.symbol, kind, side, amount, price, params)  # type: ignore[no-any-return]
-
+        request = partial(self._client.create_order, market.symbol, kind, side, amount, price, params)
         # Set before the request: a task that is cancelled while it waits does not know what arrived.
         self._arriving[client_id] = asyncio.get_running_loop().time() + self._arrival_s
         try:
@@ -183,10 +181,8 @@ class CcxtVenue:
     async def open_orders(self, market: Market) -> list[VenueOrder]:
         found: dict[str, VenueOrder] = {}
         for params in self._rules.books("fetchOpenOrders"):
-            raws = await self.call(
-                f"list the open orders of {market.symbol}",
-                lambda params=params: self._client.fetch_open_orders(market.symbol, None, None, params),  # type: ignore[misc]
-            )
+            request = partial(self._client.fetch_open_orders, market.symbol, None, None, params)
+            raws = await self.call(f"list the open orders of {market.symbol}", request)
             orders = (read_order(raw, market, conditional=bool(params)) for raw in raws)
             # An exchange that ignores the parameters returns the same orders twice.
             found = {order.id: order for order in orders if order.open} | found
@@ -207,7 +203,7 @@ class CcxtVenue:
         """The latest orders of a market, open ones and others: as many as the exchange lists in one answer."""
         doing, found = f"list the latest orders of {market.symbol}", list[VenueOrder]()
         for listing in [getattr(self._client, _LISTINGS[method]) for method in self._lists()]:
-            raws = await self.call(doing, lambda listing=listing: listing(market.symbol))  # type: ignore[misc]
+            raws = await self.call(doing, partial(listing, market.symbol))
             found += [read_order(raw, market) for raw in raws]
         return found
 
@@ -237,7 +233,7 @@ class CcxtVenue:
             window = params if until_ms > now_ms else {**params, "until": until_ms - 1}
             page_ms = since_ms
             while True:
-                raws = await self.call(doing, lambda: listing(market.symbol, page_ms, None, window))  # noqa: B023
+                raws = await self.call(doing, partial(listing, market.symbol, page_ms, None, window))
                 fresh = [raw for raw in raws if str(raw["id"]) not in found]
                 if not fresh:
                     break
@@ -261,17 +257,13 @@ class CcxtVenue:
         try:
             raw = await self.call(doing, lambda: self._client.cancel_order(order.id, market.symbol, params))
         except OrderMissing:
-            return await self.final(market, order)
+            return await self.order_by_id(market, order.id, conditional=order.conditional)
         # A conditional order that could be cancelled was never triggered; some exchanges return only its id.
         return (
             read_order(raw, market, conditional=order.conditional)
             if order.conditional or raw.get("filled") is not None
-            else await self.final(market, order)
+            else await self.order_by_id(market, order.id)
         )
-
-    async def final(self, market: Market, order: VenueOrder) -> VenueOrder:
-        """`order` as it is now."""
-        return await self.order_by_id(market, order.id, conditional=order.conditional)
 
     async def order_by_id(self, market: Market, order_id: str, *, conditional: bool = False) -> VenueOrder:
         """An order by the exchange's own id; a triggered stop has the fill of its order.

@@ -339,7 +339,7 @@ class _Bridge(logging.Handler):
         fields = {} if record.exc_info is None else {"traceback": "".join(traceback.format_exception(*record.exc_info))}
         try:
             message = record.getMessage()
-        except Exception:  # arguments that do not fit the message: logging must not fail
+        except Exception:  # arguments that do not fit, or whose text raises: logging must not fail
             message = f"{_text(record.msg)} {_text(record.args)}"
         line = LogLine(
             entry_id=self._writer.new_id(),
@@ -386,7 +386,7 @@ def _text(value: object) -> str:
     """A value as text, even if its `repr` fails."""
     try:
         return str(value) if isinstance(value, (str, BaseException)) else repr(value)
-    except Exception as error:
+    except Exception as error:  # a `repr` of the user's may raise anything
         return f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"
 
 

@@ -198,7 +198,7 @@ def _alone(guard: Path) -> Iterator[None]:
                     f"another process has held {guard} for {_PATIENCE_S:g} s: find it (lsof) and see whether it is "
                     "suspended, then try again"
                 )
-            time.sleep(0.01)
+            time.sleep(0.01)  # the kernel's locks have no time limit to wait with
         yield
     finally:
         os.close(fd)
