@@ -313,7 +313,7 @@ async def test_a_restarted_venue_is_the_same(
     with pytest.raises(OrderTransient, match=f"{entry_of('s1')} is taken by order 1"):
         await broker_of(second).open_position(order_of("open"))
     await second.stop()
-    with pytest.raises(UserError, match="the kept state is that of BTCUSDT, ETHUSDT on synthetic-7"):
+    with pytest.raises(UserError, match="the stored state is for BTCUSDT, ETHUSDT on synthetic-7"):
         await serve(state=state, terms=terms, source=sources.synthetic(8))
     with pytest.raises(UserError, match="or for other terms"):
         await serve(state=state, terms=Terms(taker_fee_pct=Decimal("0.2")))
