@@ -123,8 +123,6 @@ class Committer:
 
     def close(self) -> None:
         """Carry out what was submitted, close the root and end the thread; what is submitted later opens it again."""
-        if self._root.is_inherited:
-            return  # the thread, the files and what they owe the disk are those of the parent
         closing: Future[None] = Future()
         self._enqueue(closing)
         closing.result()
@@ -318,7 +316,9 @@ class Committer:
             if not staged:
                 continue
             try:
-                self._append(self._root.log.file_of_today(path), staged)
+                file = self._root.log.file_of_today(path)
+                self._append(file, staged)
+                self._root.syncer.note([f"{self._root.path}/{file}"])
             except OSError as error:
                 for request in requests:
                     request.error = request.error or disk_error(error, "append to", path)
@@ -326,7 +326,7 @@ class Committer:
     def _append(self, file: str, lines: Sequence[_Staged]) -> None:
         row = lines[0].change.write.contract
         self._root.log.append(row, file, [(item.record, item.dumped) for item in lines])
-        self._root.syncer.note([f"{self._root.path}/{file}", *self._root.slots.unsynced(file)])
+        self._root.syncer.note(self._root.slots.unsynced(file))
 
     def _commit_feeds(self, group: list[Request], ticks: Iterator[int]) -> None:
         """Carry out requests that touch nothing but feeds, in one transaction."""

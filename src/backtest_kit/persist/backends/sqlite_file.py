@@ -143,6 +143,11 @@ class SqliteFile:
         with self._brief(self._connect_to_look()) as connection:
             return not self._check_owner(connection)
 
+    def require_made(self) -> None:
+        """Raise `UserError` if nothing has been made here."""
+        if not self.is_made():
+            raise UserError(f"{self.path} is not a store of this program, it is empty: name another one")
+
     # -- the high-water mark -------------------------------------------------------------------------
 
     def loss(self) -> str | None:
