@@ -36,7 +36,7 @@ from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE, Quarantine
 from backtest_kit.persist.store import Key, Record
 
 _CLOCK_STEP_NS: Final = 100_000_000
-_GROUP_PATIENCE: Final = 0.05
+GROUP_PATIENCE: Final = 0.05
 _RECOVERY_PATIENCE: Final = 60.0
 _LOOK_PATIENCE: Final = 0.02
 _LOOK_SECONDS: Final = 1.0
@@ -314,7 +314,7 @@ class Root:
         The tick of a record file is its time of modification: listings are in their order.
         """
         self._journal.drop_refused()
-        with self.locks.hold(names, PATIENCE if patient else _GROUP_PATIENCE):
+        with self.locks.hold(names, PATIENCE if patient else GROUP_PATIENCE):
             noted = self.disk.stat(self._clock).st_mtime_ns
             self._last_tick = max(self._last_tick, noted)
             try:
