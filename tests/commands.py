@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.servers import FORKS
+from tests.forks import FORKS, command
 
 TIMEOUT_S = 120
 
@@ -26,7 +25,7 @@ def run_command(
     with tempfile.TemporaryDirectory(prefix="backtest-kit-") as place:
         outputs = (f"{place}/stdout", f"{place}/stderr")
         process = FORKS.Process(
-            target=_run, args=(words, str(cwd or Path.cwd()), {**clean, **(environment or {})}, *outputs)
+            target=command, args=(words, str(cwd or Path.cwd()), {**clean, **(environment or {})}, *outputs)
         )
         process.start()
         try:
@@ -39,17 +38,3 @@ def run_command(
         stdout, stderr = (Path(output).read_text() for output in outputs)
     assert process.exitcode is not None
     return subprocess.CompletedProcess(words, process.exitcode, stdout, stderr)
-
-
-def _run(arguments: list[str], cwd: str, environment: dict[str, str], stdout: str, stderr: str) -> None:
-    from backtest_kit.cli import main
-
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(environment)
-    for number, path in enumerate((os.devnull, stdout, stderr)):
-        file = os.open(path, os.O_RDWR | os.O_CREAT)
-        os.dup2(file, number)
-        os.close(file)
-    sys.argv = ["backtest-kit", *arguments]
-    main()

@@ -7,12 +7,10 @@ everything they write is then in databases and under prefixes of their own, whic
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -25,12 +23,10 @@ import pymongo
 import pytest
 import redis
 from pymongo.errors import OperationFailure, PyMongoError
+from tests.forks import FORKS, serve
 
 _START_SECONDS = 120.0
 _LOG: Final = "server.log"
-FORKS: Final = multiprocessing.get_context("forkserver")
-"""Where programs written in Python start in a fraction of the time: their modules are there already."""
-FORKS.set_forkserver_preload(["pytest", "secantus.cli", "secantus.server", "tests.preloaded"])
 
 
 class Program(Protocol):
@@ -52,7 +48,7 @@ class Fork:
     """A process of its own that begins in a Python which has imported the server."""
 
     def __init__(self, arguments: Sequence[str], directory: Path) -> None:
-        self._process = FORKS.Process(target=_serve, args=(list(arguments), directory), daemon=True)
+        self._process = FORKS.Process(target=serve, args=(list(arguments), directory / _LOG), daemon=True)
         self._process.start()
 
     @property
@@ -214,18 +210,6 @@ def database_at(address: str) -> Iterator[str]:
     yield address_of(address, name)
     with pymongo.MongoClient[dict[str, object]](address) as client:
         client.drop_database(name)
-
-
-def _serve(arguments: list[str], directory: Path) -> None:
-    """Run MongoDB in this process, to the end of either."""
-    from secantus.cli import main
-
-    os.chdir(directory)
-    with (directory / _LOG).open("ab") as log:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(log.fileno(), stream.fileno())
-    sys.argv = ["secantusd-py", *arguments]
-    sys.exit(main())
 
 
 def _listens(port: int) -> bool:
