@@ -145,6 +145,14 @@ def test_a_loss_is_found_and_accepted(tmp_path: Path, url: str, contract: str, f
     assert '"rev": 1' in run("get", contract, text, "--store", url, cwd=tmp_path)
 
 
+@pytest.mark.parametrize("url", ["sqlite:bot.db", "file:."])
+def test_no_loss_is_accepted_of_what_is_not_a_store(tmp_path: Path, url: str) -> None:
+    (tmp_path / "bot.db").touch()
+    refused = run("check", "--accept-loss", "--store", url, cwd=tmp_path, code=2)
+    assert "is not a store of this program" in refused
+    assert "no acknowledged write is missing" not in refused
+
+
 def test_damage_is_found_kept_and_decided_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
