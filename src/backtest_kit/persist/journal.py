@@ -107,8 +107,7 @@ class Journal:
         return False
 
     def _others(self) -> list[str]:
-        with self._guard:
-            own = {file.path for file in self._files}
+        own = {file.path for file in self._files}
         paths = (entry.path for entry in self._disk.entries(self._directory) if entry.name.endswith(SUFFIX))
         return [path for path in paths if path not in own]
 
@@ -153,12 +152,11 @@ class Journal:
                 self._disk.close(file.fd)
             self._retired, self._current = [], None
 
-    def replay(self, redo: Callable[[dict[str, Any]], bool]) -> int:
-        """Pass every change in the files of dead processes to `redo`, which makes it durable; return their number.
+    def replay(self, redo: Callable[[list[dict[str, Any]]], bool]) -> None:
+        """Pass the changes in each file of a dead process to `redo`, which makes them durable.
 
-        A file with a damaged line, or with a change for which `redo` returned False, is kept as evidence.
+        A file with a damaged line, or for which `redo` returned False, is kept as evidence.
         """
-        done = 0
         removed = False
         for entry in sorted(self._disk.entries(self._directory), key=lambda entry: entry.name):
             if not entry.name.endswith(SUFFIX):
@@ -172,9 +170,7 @@ class Journal:
                 if not try_lock(fd) or not self._disk.is_at(fd, entry.path):
                     continue
                 data = self._disk.read(entry.path)
-                outcomes = [redo(change) for change in _changes(data)]
-                done += len(outcomes)
-                if _is_damaged(data) or not all(outcomes):
+                if not redo([*_changes(data)]) or _is_damaged(data):
                     kept = f"{entry.path}.damaged"
                     self._disk.fsync(fd)
                     self._disk.move(entry.path, kept)
@@ -186,7 +182,6 @@ class Journal:
                 self._disk.close(fd)
         if removed:  # an entry that reappears after a power loss could undo later writes
             self._disk.sync_directory(self._directory)
-        return done
 
     def _write(self, entries: Sequence[bytes]) -> _File:
         data = b"".join(map(seal_line, entries))

@@ -78,13 +78,14 @@ class FileStore(Store):
         )
 
     async def _call(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        self.root.check_process()
         return work(*arguments) if self._inline else await asyncio.to_thread(work, *arguments)
 
     async def open(self) -> None:
         await self._call(self.root.open)
 
     async def close(self) -> None:
-        if self._parent is None:
+        if self._parent is None and not self.root.is_inherited:
             await self._call(self._committer.close)
 
     # -- records -------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ class FileStore(Store):
         return await self._call(self._get, contract, key, path)
 
     def _get(self, contract: Contract, key: Key, path: str) -> Record | None:
-        self.root.open()
+        self.root.open_to_read(path)
         return self.root.load(contract, key, path)
 
     async def put(self, write: Write) -> Record:
@@ -141,7 +142,7 @@ class FileStore(Store):
     # -- upkeep --------------------------------------------------------------------------------------
 
     async def identity(self) -> str:
-        return f"file:{await self._call(os.path.realpath, self.root.path)}/{self._prefix}"
+        return f"file:{await asyncio.to_thread(os.path.realpath, self.root.path)}/{self._prefix}"
 
     async def namespaces(self) -> list[tuple[str, ...]]:
         return await self._call(file_operations.namespaces, self.root, self._prefix)
@@ -185,7 +186,11 @@ class FileStore(Store):
             raise disk_error(error, "change", self.root.quarantine.place(path)) from error
 
     async def accept_loss(self) -> str | None:
-        return await self._call(self.root.feeds.accept_loss)
+        return await self._call(self._accept_loss)
+
+    def _accept_loss(self) -> str | None:
+        self.root.require_store()
+        return self.root.feeds.accept_loss()
 
 
 def _next(found: Found, size: int) -> list[Record | BacktestKitError]:
