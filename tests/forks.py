@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 FORKS: Final = multiprocessing.get_context("forkserver")
@@ -32,12 +33,31 @@ def command(arguments: Sequence[str], cwd: str, environment: Mapping[str, str], 
     """Run `backtest-kit` in this process, with what it writes in files."""
     from backtest_kit.cli import main
 
+    _become("backtest-kit", arguments, cwd, environment, stdout, stderr)
+    main()
+
+
+def program(
+    code: str, arguments: Sequence[str], cwd: str, environment: Mapping[str, str], stdout: str, stderr: str
+) -> None:
+    """Run `code` in this process as Python would, with what it writes in files."""
+    _become("-c", arguments, cwd, environment, stdout, stderr)
+    sys.path.insert(0, "")
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    exec(compile(code, "<string>", "exec"), main.__dict__)  # noqa: S102
+
+
+def _become(
+    name: str, arguments: Sequence[str], cwd: str, environment: Mapping[str, str], stdout: str, stderr: str
+) -> None:
+    from backtest_kit.persist import crashpoints
+
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    crashpoints.arm(os.environ.get(crashpoints.VARIABLE, ""))  # it has read the environment of its parent
     for number, path in enumerate((os.devnull, stdout, stderr)):
         file = os.open(path, os.O_RDWR | os.O_CREAT)
         os.dup2(file, number)
         os.close(file)
-    sys.argv = ["backtest-kit", *arguments]
-    main()
+    sys.argv = [name, *arguments]

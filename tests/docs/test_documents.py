@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.commands import run_command, run_program
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,7 +33,7 @@ PROGRAMS = [
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_python_of_a_page_runs(program: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_program(program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -64,8 +63,7 @@ def test_every_example_says_how_to_run_it() -> None:
     ],
 )
 def test_the_command_line_of_an_example_runs(arguments: str, tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).with_name("backtest-kit")), *arguments.split(), "--dump", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_command(*arguments.split(), "--dump", tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "Charts: " in done.stdout
 
@@ -75,6 +73,6 @@ def test_the_package_s_docstring_runs(tmp_path: Path) -> None:
 
     block = re.search(r"```python\n(.*?)```", backtest_kit.__doc__ or "", re.DOTALL)
     assert block
-    done = subprocess.run([sys.executable, "-c", block[1]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_program(block[1], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "BTCUSDT" in done.stdout

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from tests.commands import run_command
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "records.md"
@@ -30,22 +34,26 @@ def renamed(text: str, names: dict[str, str]) -> str:
     return RUN_ID.sub(lambda found: names.get(found[0], found[0]), text)
 
 
-def test_the_page_shows_what_its_commands_print(tmp_path: Path) -> None:
+def typed(command: str, place: Path) -> subprocess.CompletedProcess[str]:
+    """What a command prints; a shell is started for those that need one."""
+    words = shlex.split(command)
+    if words[0] == "backtest-kit" and "|" not in words:
+        return run_command(*words[1:], cwd=place)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("CC_")} | {"PATH": path}
+    return subprocess.run(  # noqa: S602  # the page is typed into a shell
+        command, shell=True, cwd=place, env=clean, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_page_shows_what_its_commands_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("MODEL_")]:
+        monkeypatch.delenv(name)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("CC_", "MODEL_"))}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     assert len(session()) > 5
     real: dict[str, str] = {}
     for command, expected in session():
-        done = subprocess.run(  # noqa: S602  # the page is typed into a shell
-            renamed(command, real),
-            shell=True,
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = typed(renamed(command, real), tmp_path)
         assert done.returncode == 0, done.stderr
         real |= dict(zip(RUN_ID.findall(expected), RUN_ID.findall(done.stdout), strict=False))
         assert plain(renamed(done.stdout, {ours: shown for shown, ours in real.items()})) == plain(expected), command

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import os
 import subprocess
-import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from tests.commands import run_program
 from tests.samples import sample, size
 
 from backtest_kit.errors import Conflict, Damaged, OutOfSpace, UserError
@@ -273,7 +273,7 @@ async def test_comparison_names_missing_records_and_other_candles(source: Memory
         if item.difference
     }
     assert differences == {
-        ((), "candle"): "candle/binance/BTCUSDT/1m from 2023-01-02T17:20Z on",
+        ((), "candle"): "candle/binance/BTCUSDT/1m from 2023-01-01T03:20Z on",
         (("paper",), "signal"): "a/b/C is missing from the target",
     }
 
@@ -323,7 +323,7 @@ async def test_target_with_the_beginning_is_completed(source: MemoryStore, targe
     await target.put(Write(LOG, key_of(LOG, 0), {"number": 0, "float": 0.0, "text": "é\U0001f680"}))
     await target.candles.write(BTC, candles(10, start=START))
     moved = {item.contract: (item.copied, item.present) for item in (await migrate_store(source, target)).contracts}
-    assert (moved["log"], moved["candle"], moved["state"]) == ((2, 1), (3_034, 10), (3, 0))
+    assert (moved["log"], moved["candle"], moved["state"]) == ((2, 1), (MINUTES + 34, 10), (3, 0))
     await require_equal(source, target)
 
 
@@ -657,9 +657,7 @@ asyncio.run(main())
 
 
 def run_child(source: str, target: str, order: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "BACKTEST_KIT_CRASH": order}
-    command = [sys.executable, "-c", CHILD, source, target]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return run_program(CHILD, source, target, environment={"BACKTEST_KIT_CRASH": order})
 
 
 def spread(passed: str, count: int) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from tests.samples import size
 
 from backtest_kit.errors import BacktestKitError, Damaged, Outcome, OutOfSpace, RetryLater, UserError
 from backtest_kit.persist import crashpoints
@@ -272,8 +273,10 @@ class TestSharing:
         assert len(await listed(stores[0])) == 8
         await asyncio.gather(*(store.close() for store in stores))
 
+    @pytest.mark.sampled
     def test_eight_processes_lose_no_increment(self, tmp_path: Path) -> None:
-        command = [sys.executable, "-c", INCREMENT, str(tmp_path / "bot.db"), "1000"]
+        each = size(250, 1_000)
+        command = [sys.executable, "-c", INCREMENT, str(tmp_path / "bot.db"), str(each)]
         children = [subprocess.Popen(command) for _ in range(8)]
         assert [child.wait(300) for child in children] == [0] * 8
 
@@ -285,7 +288,7 @@ class TestSharing:
 
         found = asyncio.run(read())
         assert found is not None
-        assert (found.value, found.rev) == (8_000, 8_000)
+        assert (found.value, found.rev) == (8 * each, 8 * each)
 
 
 INCREMENT = """

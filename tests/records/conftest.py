@@ -36,10 +36,10 @@ class Minute(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def kit_on(address: str, place: Path) -> bk.Kit:
-    """A kit that keeps every record at `address`, in every mode."""
+    """A kit that keeps every record at `address`, in every mode. Candles are no record: they stay in its files."""
     kit = bk.Kit(place / "files")
     store = store_at(address.format(place=place))
-    for name in CONTRACTS:
+    for name in CONTRACTS.keys() - {"candle"}:
         kit.persistence.bind(name, store)
     return kit
 
@@ -76,9 +76,15 @@ def backtest(kit: bk.Kit) -> Callable[..., Any]:
     kit.add_frame_schema("week", start_date="2024-06-01", end_date="2024-06-08")
 
     async def run(
-        get_signal: Any, *, manage: Any = None, symbol: str = "BTCUSDT", frame: str = "day", run_id: str | None = None
+        get_signal: Any,
+        *,
+        manage: Any = None,
+        interval: str = "15m",
+        symbol: str = "BTCUSDT",
+        frame: str = "day",
+        run_id: str | None = None,
     ) -> Any:
-        kit.add_strategy_schema("trend", interval="15m", get_signal=get_signal, manage=manage, replace=True)
+        kit.add_strategy_schema("trend", interval=interval, get_signal=get_signal, manage=manage, replace=True)
         where: Any = {"strategy_name": "trend", "exchange_name": "demo", "frame_name": frame}
         return await kit.backtest.background(symbol, **where, run_id=run_id)
 

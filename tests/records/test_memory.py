@@ -201,7 +201,7 @@ async def test_a_list_is_right_while_others_write(kit: bk.Kit) -> None:
 async def test_only_what_is_new_is_read_again(kit: bk.Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(kit)
     memory = run.memory("analysis", NOON_MS, None, None, False)
-    for number in range(300):
+    for number in range(60):
         await memory.write(f"n{number}", f"word {number}")
     for _ in range(2):
         await memory.list()
@@ -215,8 +215,8 @@ async def test_only_what_is_new_is_read_again(kit: bk.Kit, monkeypatch: pytest.M
 
     monkeypatch.setattr(store, "scan", counting)
     await memory.write("new", "word")
-    assert len(await memory.list()) == 301
-    assert read == ["new", "n299"]
+    assert len(await memory.list()) == 61
+    assert read == ["new", "n59"]
     text_of, texts = memory_module._text, list[str]()
 
     def counting_text(record: Record) -> str:
@@ -224,14 +224,14 @@ async def test_only_what_is_new_is_read_again(kit: bk.Kit, monkeypatch: pytest.M
         return text_of(record)
 
     monkeypatch.setattr(memory_module, "_text", counting_text)
-    assert len(await memory.search("word", k=1_000)) == 301
-    assert len(texts) == 301
+    assert len(await memory.search("word", k=1_000)) == 61
+    assert len(texts) == 61
     texts.clear()
     await memory.write("newer", "word")
     await memory.remove("n0")
-    assert len(await memory.search("word", k=1_000)) == 301
+    assert len(await memory.search("word", k=1_000)) == 61
     assert texts == ["newer"], "the index takes in what is new, and nothing else"
-    assert len(await run.memory("analysis", NOON_MS, "s-1", None, False).search("word", k=1_000)) == 301
+    assert len(await run.memory("analysis", NOON_MS, "s-1", None, False).search("word", k=1_000)) == 61
     assert texts == ["newer"], "the index of the strategy serves its positions"
     assert len(read) < 20
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ def asked(kit: bk.Kit, run_id: str, symbol: str = "BTCUSDT") -> Any:
 
 
 async def test_a_run_begins_without_records(kit: bk.Kit, backtest: Backtest) -> None:
-    first, second = await backtest(count), await backtest(count)
+    first, second = await backtest(count, interval="1h"), await backtest(count, interval="1h")
     assert first.run_id != second.run_id
-    assert [await asked(kit, each.run_id).get() for each in (first, second)] == [96, 96]
+    assert [await asked(kit, each.run_id).get() for each in (first, second)] == [24, 24]
     assert await asked(kit, "another").get() is None
 
 
@@ -104,11 +105,12 @@ async def test_a_context_that_was_kept_takes_no_minute_back(kit: bk.Kit, backtes
 
 
 async def test_runs_at_the_same_time_see_nothing_of_each_other(kit: bk.Kit, backtest: Backtest) -> None:
-    results = await asyncio.gather(*(backtest(count, symbol=f"S{n}USDT") for n in range(3)), backtest(count))
+    hourly = functools.partial(backtest, count, interval="1h")
+    results = await asyncio.gather(*(hourly(symbol=f"S{n}USDT") for n in range(3)), hourly())
     found = [await asked(kit, each.run_id, each.symbol).get() for each in results]
-    assert found == [96] * 4
-    together = await asyncio.gather(*(backtest(count, symbol=f"S{n}USDT", run_id="mine") for n in range(3)))
-    assert [await asked(kit, "mine", each.symbol).get() for each in together] == [96] * 3
+    assert found == [24] * 4
+    together = await asyncio.gather(*(hourly(symbol=f"S{n}USDT", run_id="mine") for n in range(3)))
+    assert [await asked(kit, "mine", each.symbol).get() for each in together] == [24] * 3
 
 
 async def test_a_handle_and_a_context_name_their_run(kit: bk.Kit, backtest: Backtest) -> None:
