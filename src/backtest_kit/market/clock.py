@@ -46,6 +46,16 @@ class Clock(Protocol):
         ...
 
 
+class _Local:
+    """A clock of this process: nothing to connect to."""
+
+    async def start(self) -> None:
+        """Does nothing."""
+
+    async def stop(self) -> None:
+        """Does nothing."""
+
+
 class Jump(msgspec.Struct, frozen=True):
     """The wall clock was set, or the machine slept."""
 
@@ -55,7 +65,7 @@ class Jump(msgspec.Struct, frozen=True):
     """How far the wall clock moved against the elapsed time; below 0 it was set back."""
 
 
-class SystemClock:
+class SystemClock(_Local):
     """The wall clock of this machine, corrected by the elapsed time and by the known time of the market.
 
     A wall clock that is set forward by more than a second is followed immediately. After one that is set back, the time
@@ -122,14 +132,8 @@ class SystemClock:
     async def sleep_until(self, when_ms: int) -> None:
         await _nap_until(self.now_ms, when_ms, speed=1.0)
 
-    async def start(self) -> None:
-        """Nothing to connect to."""
 
-    async def stop(self) -> None:
-        """Nothing to disconnect."""
-
-
-class AcceleratedClock:
+class AcceleratedClock(_Local):
     """A time that begins at `start_ms` and runs `speed` times as fast as the real one.
 
     Raises:
@@ -150,14 +154,8 @@ class AcceleratedClock:
     async def sleep_until(self, when_ms: int) -> None:
         await _nap_until(self.now_ms, when_ms, self.speed)
 
-    async def start(self) -> None:
-        """Nothing to connect to."""
 
-    async def stop(self) -> None:
-        """Nothing to disconnect."""
-
-
-class SteppedClock:
+class SteppedClock(_Local):
     """A time that stands still until every participant waits, and then jumps to the earliest moment waited for.
 
     A participant joins by name, with the number of its tasks that sleep at the same time. None is left behind: one
@@ -219,12 +217,6 @@ class SteppedClock:
         finally:
             if sleeper in self._asleep:
                 self._asleep.remove(sleeper)
-
-    async def start(self) -> None:
-        """Nothing to connect to."""
-
-    async def stop(self) -> None:
-        """Nothing to disconnect."""
 
     def _jump(self) -> None:
         waiting = self.waiting()
