@@ -89,8 +89,7 @@ class LiveRun:
         self._sender.minute = self._minute = Minute(
             self.run_state,
             job.strategy,
-            program.bus,
-            program.cron,
+            program,
             self.position_store if job.risks else None,
             self.order_manager,
             self._history_of,
