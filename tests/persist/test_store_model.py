@@ -75,6 +75,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.place = Path(tempfile.mkdtemp())
         self.store = self.make()
         self.model = Model()
+        self.taken: set[tuple[str, Key]] = set()
+        """Ids that were appended before the store was opened anew: it does not look for them, nor gives them again."""
 
     def make(self) -> Store:
         raise NotImplementedError
@@ -106,6 +108,8 @@ class StoreMachine(RuleBasedStateMachine):
         when=st.none() | st.integers(0, 10),
     )
     def put(self, name: tuple[Contract, Key], value: Any, how: str, removed: bool, when: int | None) -> None:
+        if (name[0].name, name[1]) in self.taken:
+            return
         write = self.write(name, value, how, removed, when)
         if self.model.judge(write):
             self.model.apply(write)
@@ -123,7 +127,7 @@ class StoreMachine(RuleBasedStateMachine):
         if Capability.ATOMIC_BATCH not in self.store.capabilities:
             return
         unique = {(name[0].name, name[1]): self.write(name, value, how, False, None) for name, value, how in chosen}
-        writes = list(unique.values())
+        writes = [write for name, write in unique.items() if name not in self.taken]
         if all(self.model.judge(write) for write in writes):
             self.run(self.store.batch(writes))
             for write in writes:
@@ -158,6 +162,8 @@ class StoreMachine(RuleBasedStateMachine):
         if Capability.DURABLE in self.store.capabilities:
             self.run(self.store.close())
             self.store = self.make()
+            entries = self.model.entries
+            self.taken |= {name for name in entries if CONTRACTS[name[0]].write_rule is WriteRule.APPEND}
 
     @invariant()
     def same_as_the_model(self) -> None:
