@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from backtest_kit.errors import BacktestKitError
 from backtest_kit.persist.backends import file_diagnosis, file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
-from backtest_kit.persist.backends.file_commit import Change, Committer, Request, Waiter
+from backtest_kit.persist.backends.file_commit import Change, Committer, Request
 from backtest_kit.persist.backends.file_listing import Found, list_records
 from backtest_kit.persist.backends.file_paths import is_feed, is_log, record_path
 from backtest_kit.persist.backends.file_root import Root
@@ -114,11 +114,12 @@ class FileStore(Store):
 
     async def _submit(self, requests: Sequence[Sequence[Write]]) -> list[Request]:
         """Carry out each of `requests`, which stand and fall alone."""
-        waiter = Waiter(len(requests))
-        waiting = [Request([self._change(write) for write in writes], waiter) for writes in requests]
+        self.root.check_process()
+        waiting = [Request([self._change(write) for write in writes]) for writes in requests]
         if waiting:
             self._committer.submit(waiting)
-            await waiter.future
+        for request in waiting:
+            await request.answered
         return waiting
 
     def _change(self, write: Write) -> Change:
