@@ -93,7 +93,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     CC_RETENTION_HISTORY_DAYS: float = 30.0
     """How long what a record was before is kept after it was replaced, in days, where history is kept at all."""
     CC_RETENTION_REMOVED_DAYS: float = 90.0
-    """How long a removed record is kept for those who ask what was removed, in days."""
+    """How many days a removed record is kept."""
     CC_RETENTION_RUN_DAYS: float = 30.0
     """How long the records of a backtest's run are kept after its last write, in days: one day at least."""
     CC_RETENTION_RUN_COUNT: float = 100.0
@@ -152,7 +152,7 @@ def with_settings(base: Settings, changes: Mapping[str, object]) -> Settings:
     known = {field.name: field.type for field in msgspec.structs.fields(Settings)}
     for name, value in changes.items():
         if name not in known:
-            problems.append(f"{name} is no setting; the settings are {', '.join(known)}")
+            problems.append(f"{name} is not a setting; the settings are {', '.join(known)}")
             continue
         try:
             values[name] = _convert(value, known[name])

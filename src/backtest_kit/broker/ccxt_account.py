@@ -1,7 +1,7 @@
-"""What is really held of a position on an exchange, and what closed it: read there, from its own orders.
+"""The actual size of a position on an exchange, and the fill that closed it: read from its own orders.
 
-An order belongs to a position by its client id and by nothing else, so that coins and orders of other
-strategies, or of the owner of the account, are left alone.
+Only its client id assigns an order to a position: coins and orders of other strategies, or of the owner of the
+account, are left alone.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from backtest_kit.broker.rounding import exact
 from backtest_kit.model.position import Position
 
 _CLOSE_ENOUGH: Final = Decimal("0.02")
-"""Fees that are taken in base currency, and lots, keep what is held below what the model says by less than this."""
+"""Fees in base currency and lots keep the actual quantity below the model by less than this share."""
 _CLOSES: Final = (STOP, CLOSE, EXIT)
 _ENTERS: Final = (ENTRY, ADD)
 _LISTED_AFTER_MS: Final = 60_000
-"""Lists of orders come from a database that lags behind the book; trades older than this have theirs listed."""
+"""Lists of orders lag behind the book; the orders of trades older than this are listed."""
 
 
 def model_quantity(position: Position) -> Decimal:
-    """What the fills that the engine knows of leave in base currency."""
+    """The quantity in base currency after all fills that the engine knows."""
     quantity = Decimal(0)
     taken = 0
     for reduction in position.reductions:
@@ -43,7 +43,7 @@ def _bought(position: Position, first: int, stop: int) -> Decimal:
 
 
 def agrees(market: Market, held: Decimal, model: Decimal) -> bool:
-    """Whether `held` is what the model says, give or take fees and lots."""
+    """Whether `held` equals the model, but for fees and lots."""
     return abs(model - held) <= max(model * _CLOSE_ENOUGH, market.lot)
 
 
@@ -59,12 +59,12 @@ class Account:
         model: Decimal | None = None,
         recent: Sequence[VenueOrder] = (),
     ) -> Decimal:
-        """What is held in base currency: of a future the position, on a spot market what the position's own
-        orders have bought and not sold, as far as the balance still has it.
+        """The size of the position in base currency: of a future as reported, on a spot market what its own orders
+        bought and did not sell, at most the balance.
 
         Args:
-            live: its live stops. What they agree with `model` on is the answer: the balance is locked for them.
-            recent: orders that were sent just now, which the exchange may not list yet.
+            live: its live stops. If they agree with `model`, their quantity is the answer: they lock the balance.
+            recent: new orders, which the exchange may not list yet.
         """
         market = stake.market
         if market.contract:
@@ -82,12 +82,11 @@ class Account:
     async def closing_fill(
         self, stake: Stake, *, recent: Sequence[VenueOrder] = (), position: Position | None = None
     ) -> Fill:
-        """The fill that closed a position which is no longer held.
+        """The fill that closed a position.
 
         Args:
-            recent: orders that were sent just now, which the exchange may not list yet.
-            position: the position. Says since when and for how much to look for fills; an adopted position has no
-                entry of its own.
+            recent: new orders, which the exchange may not list yet.
+            position: the position, for the time and quantity of the fills; an adopted position has no own entry.
 
         Raises:
             OrderDeleted: no order and no trade explains it.
@@ -102,15 +101,15 @@ class Account:
         by_hand = await self._closed_by_hand(stake, orders, listed, position)
         if by_hand is None:
             raise OrderDeleted(
-                f"{stake.market.symbol} is not held any more, and neither an order nor a trade after the entry of "
-                f"{stake.ids.signal_id} says why: it was closed or withdrawn outside of this program"
+                f"{stake.market.symbol}: the position is gone, and neither an order nor a trade after the entry of "
+                f"{stake.ids.signal_id} explains it: it was closed or withdrawn outside of this program"
             )
         return by_hand
 
     async def _listed(
         self, stake: Stake, recent: Sequence[VenueOrder] = (), position: Position | None = None
     ) -> list[VenueOrder]:
-        """All orders on the market since the position's entry; none where neither that nor `position` is known."""
+        """All orders on the market since the position's entry; none if neither that nor `position` is known."""
         market = stake.market
         entry = await self._venue.order(market, stake.ids.entry)
         if entry is not None:
@@ -127,7 +126,7 @@ class Account:
         return list(listed.values())
 
     async def _unlisted(self, stake: Stake, listed: dict[str, VenueOrder], since_ms: int) -> set[str]:
-        """Orders that have just traded and are not in the list yet."""
+        """Orders that have just traded and are not listed yet."""
         recent_ms = max(since_ms, self._venue.now_ms() - _LISTED_AFTER_MS)
         trades = await self._venue.trades_since(stake.market, recent_ms)
         return {str(trade["order"]) for trade in trades if trade.get("order")} - set(listed)
@@ -170,7 +169,7 @@ def _of(stake: Stake, listed: Iterable[VenueOrder]) -> list[tuple[VenueOrder, st
 
 
 def status_of(orders: Iterable[VenueOrder]) -> Literal["resting", "partly_filled", "filled", "cancelled", "rejected"]:
-    """What became of the orders that carry out one order of the engine."""
+    """The status of the orders that carry out one order of the engine."""
     orders = list(orders)
     filled = any(order.filled for order in orders)
     if any(order.open for order in orders):

@@ -1,4 +1,4 @@
-"""The steps that the hooks of `CcxtBroker` are made of: entering, leaving, and protecting what is held."""
+"""The steps of the hooks of `CcxtBroker`: entering, leaving, and protecting positions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 OPENS: Final = ("open", "place", "activate")
 EXITS: Final = ("reduce", "close")
 MOST_PARTS: Final = 20
-"""Orders that carry out one order of the engine, at most."""
+"""The most orders that carry out one order of the engine."""
 _NAKED: Final = "held WITHOUT A STOP"
 
 
@@ -35,15 +35,15 @@ class Dealer:
         self._leverage_set: set[str] = set()
 
     async def known(self, stake: Stake, client_id: str, order: Order) -> VenueOrder | None:
-        """What an attempt before this one has left on the exchange."""
+        """The order that an earlier attempt left on the exchange."""
         return await self._venue.order(stake.market, client_id, certain=True) if order.attempt else None
 
     async def parts(self, stake: Stake, order: Order, *, certain: bool) -> list[VenueOrder]:
-        """The orders on the exchange that carry out one order: several where an exit was too large for one."""
+        """The orders on the exchange that carry out one order: several if an exit was too large for one."""
         found: list[VenueOrder] = []
         while len(found) < (MOST_PARTS if order.kind in EXITS else 1):
             client_id = stake.ids.of(order.client_order_id, len(found))
-            # The last one as well may still be under way.
+            # The last one may still arrive as well.
             part = await self._venue.order(stake.market, client_id, certain=certain)
             if part is None:
                 break
@@ -51,7 +51,7 @@ class Dealer:
         return found
 
     async def enter(self, stake: Stake, client_id: str, order: Order) -> VenueOrder:
-        """Buy for `order.cost`, or find that it was bought already."""
+        """Buy for `order.cost`, unless it was bought already."""
         found = await self.known(stake, client_id, order)
         if found is None:
             quantity = await self.affordable(stake, order)
@@ -137,8 +137,7 @@ class Dealer:
             )
 
     async def send(self, market: Market, client_id: str, side: Side, quantity: Decimal, **how: Any) -> VenueOrder:
-        """Send, or find what was sent: an order whose answer was lost is looked up immediately. An order that does
-        not rest is done afterwards."""
+        """Send an order, or find it if its answer was lost. An order that does not rest is done afterwards."""
         rests = how.get("limit") is not None and not how.get("immediate")
         try:
             return await self._venue.send(market, client_id, side, quantity, **how)
@@ -160,7 +159,7 @@ class Dealer:
             raise
 
     def filled(self, stake: Stake, order: VenueOrder) -> VenueOrder:
-        """`order`, of which something was filled.
+        """`order`, if something of it was filled.
 
         Raises:
             OrderRejected: nothing was.
@@ -183,9 +182,9 @@ class Dealer:
         return self.filled(stake, entry)
 
     async def left_to_reduce(self, stake: Stake, order: Order, held: Decimal, sold: list[VenueOrder]) -> Decimal:
-        """What a reduction still has to take out of `held`, in whole lots; 0 where it is done.
+        """What a reduction still has to take out of `held`, in whole lots; 0 if it is done.
 
-        What the market did not take of a part is not sold again: the reduction ends there.
+        A part that the market did not fill completely ends the reduction.
         """
         market = stake.market
         if any(part.remaining for part in sold) or len(sold) == MOST_PARTS:
@@ -207,10 +206,10 @@ class Dealer:
         market = stake.market
         small = market.unsellable(quantity, order.price)
         if small:
-            raise OrderRejected(f"{market.symbol}: too little to take out: {small}")
+            raise OrderRejected(f"{market.symbol}: too small a reduction: {small}")
         small = market.unsellable(held - quantity, min(order.price, order.stop_loss))
         if small:
-            message = f"{market.symbol}: too little would be left to protect: {small}; close the position instead"
+            message = f"{market.symbol}: the rest would be too small to protect: {small}; close the position instead"
             raise OrderRejected(message)
 
     async def reduce(
@@ -225,7 +224,8 @@ class Dealer:
                 return
 
     async def sell_out(self, stake: Stake, order: Order, held: Decimal, sold: list[VenueOrder]) -> Decimal:
-        """Sell all of `held`, in as many orders as the market needs, added to `sold`; what cannot be sold is left.
+        """Sell all of `held`, in as many orders as the market needs, added to `sold`; returns the rest that cannot be
+        sold.
 
         Raises:
             OrderRejected: it takes more orders than one may.
@@ -243,8 +243,7 @@ class Dealer:
         return held
 
     async def sell(self, stake: Stake, order: Order, quantity: Decimal, *, held: Decimal, part: int = 0) -> VenueOrder:
-        """Take `quantity` of `held` out at the market. Where that has failed, a stop that had to make room for it is
-        put back."""
+        """Sell `quantity` of `held` at the market. If that fails, restore the stop that was cancelled for it."""
         market, client_id = stake.market, stake.ids.of(order.client_order_id, part)
         try:
             sold = await self._send_exit(stake, client_id, quantity)
@@ -264,7 +263,7 @@ class Dealer:
         except OrderTransient as error:
             if market.contract or error.outcome is Outcome.NOT_DONE:
                 raise
-            # What is held has no stop now, and gets none while the sale may still arrive.
+            # The position has no stop now, and gets none while the sale may still arrive.
             with order_is_there():
                 found = await self._venue.order(market, client_id, certain=True)
                 if found is not None:
@@ -272,7 +271,7 @@ class Dealer:
             raise OrderTransient(str(error), outcome=Outcome.NOT_DONE) from None
 
     async def make_room(self, stake: Stake, order: Order, held: Decimal, live: list[VenueOrder]) -> None:
-        """Cancel the stops that lock what is to be sold.
+        """Cancel the stops that lock the balance to sell.
 
         Raises:
             StopFilled: one of them has sold something.
@@ -286,7 +285,7 @@ class Dealer:
             raise
 
     async def _put_back(self, stake: Stake, order: Order, held: Decimal) -> None:
-        """See to the stop of what could not be sold."""
+        """Restore the stop after a sale that failed."""
         try:
             await self.protect(stake, held, order.stop_loss)
         except BacktestKitError as failed:
@@ -295,11 +294,11 @@ class Dealer:
     async def protect(
         self, stake: Stake, held: Decimal, stop_loss: float, live: list[VenueOrder] | None = None
     ) -> bool:
-        """Leave stops for all that is held. Where the market is beyond them already, do what they would have done,
-        and answer False: nothing is held any more.
+        """Place stops for the whole position. If the market is already beyond them, sell instead, and return False: the
+        position is closed.
 
         Raises:
-            StopFilled: the stop before it has sold what is held, or a part of it.
+            StopFilled: the previous stop has sold the position, or a part of it.
             OrderTransient: there may be no stop now.
         """
         try:
@@ -316,7 +315,7 @@ class Dealer:
         return True
 
     async def protect_what_is_held(self, stake: Stake, order: Order, *recent: VenueOrder) -> bool:
-        """The same for what the exchange says is held; False where that is nothing, or no more than dust.
+        """The same for the position on the exchange; False if there is none, or only dust.
 
         Raises:
             OrderTransient: there is no stop now.
@@ -331,10 +330,10 @@ class Dealer:
             return False
 
     async def leave(self, stake: Stake, entry: VenueOrder, stop_loss: float, why: BacktestKitError) -> None:
-        """Close again what was entered and cannot be protected. The next check reports that it is closed.
+        """Close an entry that cannot be protected. The next check reports the close.
 
         Raises:
-            OrderTransient: that cannot be done either.
+            OrderTransient: that failed as well.
         """
         symbol = stake.market.symbol
         message = "%s: no stop can be placed for %s, so the position is closed again: %s"
@@ -346,13 +345,13 @@ class Dealer:
             raise OrderTransient(message, outcome=Outcome.UNKNOWN) from None
 
     async def clear(self, stake: Stake) -> None:
-        """Cancel all that is still open of a position that is not held any more."""
+        """Cancel all open orders of a closed position."""
         for order in await self._venue.open_orders(stake.market):
             if stake.ids.kind(order.client_id) is not None:
                 await self._venue.cancel(stake.market, order)
 
     async def _leave(self, stake: Stake, id_of: Callable[[int], str], price: float, *recent: VenueOrder) -> None:
-        """Sell at the market what is held now, in as many orders as that takes, and cancel all that is still open."""
+        """Sell the whole position at the market, in as many orders as needed, and cancel all open orders."""
         market, sold = stake.market, list[VenueOrder]()
         if not market.contract:
             try:
@@ -362,7 +361,7 @@ class Dealer:
         held = await self.account.held(stake, recent=recent)
         while not market.unsellable(held, price):
             if len(sold) == MOST_PARTS:
-                raise OrderRejected(f"{market.symbol}: {MOST_PARTS} orders have not sold all, {held:f} are left")
+                raise OrderRejected(f"{market.symbol}: {MOST_PARTS} orders did not sell everything, {held:f} are left")
             amount = market.parts(held, price, at_market=True)[0]
             part = await self._send_exit(stake, id_of(self._venue.fresh_number()), amount)
             sold.append(self.filled(stake, part))

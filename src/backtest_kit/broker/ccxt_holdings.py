@@ -1,7 +1,7 @@
-"""What an account holds of a market as far as it counts, assigned to signals by the client ids of the orders.
+"""The holdings of an account on a market, assigned to signals by the client ids of the orders.
 
-A future has one position of all orders, and all of it counts. On a spot market a balance may be anybody's savings: what
-counts is what orders of this program bought and did not sell again, and their open orders.
+A future has one position for all orders, and all of it counts. On a spot market a balance may be the owner's savings:
+only what orders of this program bought and did not sell again counts, and their open orders.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from backtest_kit.broker.order_ids import ADD, ENTRY, STOP, OrderId, parse
 from backtest_kit.model.signal import Direction
 
 _LOST_TO_FEES: Final = Decimal("0.02")
-"""Of what was bought, at most: fees are taken in base currency, and lists of orders do not tell them."""
+"""The largest share that fees take: they are taken in base currency, and lists of orders do not show them."""
 _NOTHING: Final = Decimal(0)
 
 
@@ -30,11 +30,11 @@ class Bought(msgspec.Struct, kw_only=True):
     cost: Decimal = _NOTHING
     left: Decimal = _NOTHING
     last_ms: int = 0
-    """When they bought last."""
+    """The time of the last purchase."""
 
     @property
     def price(self) -> float | None:
-        """Average price of what was bought."""
+        """Average purchase price."""
         return float(self.cost / self.total) if self.total and self.cost else None
 
 
@@ -48,10 +48,9 @@ def _key(order: VenueOrder) -> Key | None:
 
 
 def bought(market: Market, orders: Iterable[VenueOrder]) -> dict[Key, Bought]:
-    """What is left of what each signal bought, by its store id and digest, without what could not be sold any more.
+    """What is left of the purchases of each signal, by store id and digest, without dust.
 
-    A sale made by hand after a purchase takes away from what is left, the oldest purchase first: closing by hand is one
-    of the ways out.
+    A manual sale after a purchase reduces it, the oldest purchase first: closing by hand is one of the ways out.
     """
     orders = sorted(orders, key=lambda order: order.timestamp)
     found: dict[Key, Bought] = {}
@@ -81,22 +80,22 @@ def bought(market: Market, orders: Iterable[VenueOrder]) -> dict[Key, Bought]:
 
 
 def _counts(market: Market, signal: Bought) -> bool:
-    """Whether what is left could be sold, also if fees have taken the most that they take."""
+    """Whether the rest could be sold, even after the highest fees."""
     sure = signal.left - signal.total * _LOST_TO_FEES
     return not market.unsellable(sure, signal.price or float("inf"))
 
 
 class Holdings:
-    """Reads them from an account."""
+    """Reads the holdings of an account."""
 
     def __init__(self, venue: CcxtVenue) -> None:
         self._venue = venue
 
     async def of(self, symbol: str, market: Market) -> VenuePosition | None:
-        """What counts of one market; None where nothing does.
+        """The holdings on one market; None if there are none.
 
-        It takes two requests on a spot market, a third one while coins are held that no live stop locks, and three
-        on a future: the position and both books of open orders.
+        Takes two requests on a spot market, a third one for coins that no live stop locks, and three on a future: the
+        position and both books of open orders.
 
         Raises:
             OrderTransient: the exchange does not answer.
@@ -104,7 +103,7 @@ class Holdings:
         if market.contract:
             exposure = (await self._venue.exposures([market.symbol])).get(market.symbol)
             return _position(symbol, exposure, await self._venue.open_orders(market), {})
-        # Open orders first: what is filled between the two requests is then in the second list, or in both.
+        # Open orders first: an order that is filled between the two requests is then in the second list, or in both.
         orders = await self._venue.open_orders(market)
         latest = await self._venue.latest_orders(market)
         held = bought(market, {order.id: order for order in [*orders, *latest]}.values())
@@ -113,8 +112,8 @@ class Holdings:
         return _position(symbol, exposure, orders, held)
 
     async def _really(self, market: Market, held: dict[Key, Bought], orders: Sequence[VenueOrder]) -> dict[Key, Bought]:
-        """`held` as the balance has it. What a stop locks is there, even if its purchase is not listed any more; what
-        none locks may have been withdrawn."""
+        """`held`, limited by the balance. Coins that a stop locks are there, even if their purchase is not listed any
+        more; others may have been withdrawn."""
         locked: dict[Key, Decimal] = {}
         for order in orders:
             if order.side == "sell" and (key := _key(order)) is not None:
@@ -122,7 +121,7 @@ class Holdings:
         loose = []
         for key in {**held, **locked}:
             each, sure = held.setdefault(key, Bought()), locked.get(key, _NOTHING)
-            # A stop that differs by no more than fees is for all of it, and shows what the fees have left.
+            # A stop that differs by fees alone covers all of it, and shows what is left after fees.
             if each.left - sure > each.total * _LOST_TO_FEES:
                 loose.append(each)
             else:

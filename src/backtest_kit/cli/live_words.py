@@ -1,4 +1,4 @@
-"""A live run in words: its state in one line, its events with the place in the strategy that raised."""
+"""A live run as text: its state in one line, its events with the line of the strategy that raised."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def side(status: LiveStatus) -> str:
         return f"{status.direction} from {price(status.price_open)}"
     if status.entry is not None:
         return f"{status.direction} waits for {price(status.price_open)}"
-    return "nothing held"
+    return "no position"
 
 
 def troubles(status: LiveStatus) -> list[str]:
-    """Everything unusual."""
+    """What is unusual about a run."""
     said = []
     if status.degraded:
         said.append("DEGRADED")
@@ -58,8 +58,8 @@ def troubles(status: LiveStatus) -> list[str]:
         said.append("NO ENTRIES")
     if lost(status):
         said.append("LEASE LOST")
-    if status.under_way:
-        said.append(f"order {status.under_way} under way")
+    if status.pending_order:
+        said.append(f"order {status.pending_order} pending")
     if status.ended:
         said.append("ended")
     elif status.stopping:
@@ -82,16 +82,16 @@ def lost(status: LiveStatus) -> bool:
 
 def awaited(status: LiveStatus) -> str:
     """What a stopping run waits for."""
-    if status.under_way:
-        return f"for the outcome of order {status.under_way}"
+    if status.pending_order:
+        return f"for the outcome of order {status.pending_order}"
     if status.position is not None:
         ends = status.position.expires_at_ms
         until = "" if math.isinf(ends) else f", or {iso(int(ends))}"
         levels = f"{price(status.position.take_profit)} or {price(status.position.stop_loss)}"
-        return f"until its {status.direction} position ends by itself: at {levels}{until}"
+        return f"until its {status.direction} position closes: at {levels}{until}"
     if status.entry is not None:
         return "for the next minute, to cancel its resting entry"
-    return "for its start to be over" if not status.when_ms else "for nothing"
+    return "for its start to finish" if not status.when_ms else "for nothing"
 
 
 def price(value: float | None) -> str:

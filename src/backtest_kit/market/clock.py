@@ -1,7 +1,7 @@
 """Clocks: what time it is on a market, and how to wait for it.
 
 `SystemClock` is the real one. `AcceleratedClock` runs a made-up time some times faster. `SteppedClock` stands
-still until all who use it wait, and then jumps: an hour takes no time, and who works slowly misses nothing.
+still until all its users wait, and then jumps: an hour takes no time, and a slow user misses nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from backtest_kit.errors import Conflict, UserError
 _JUMP_MS: Final = 1000
 """From this distance between wall clock and elapsed time on, the clock counts as having been set."""
 _LONGEST_NAP_S: Final = 1.0
-"""How late a wall clock that was set, or a machine that slept, is noticed by who waits."""
+"""How late a wall clock that was set, or a machine that slept, is noticed by waiting tasks."""
 
 
 class Clock(Protocol):
@@ -195,7 +195,7 @@ class SteppedClock:
         self._jump()
 
     def advance_to(self, when_ms: int) -> None:
-        """Set the time forward, whatever waits; an earlier time changes nothing."""
+        """Set the time forward, even while tasks work; an earlier time changes nothing."""
         self._now_ms = max(self._now_ms, when_ms)
         for each in self._asleep:
             if each.until_ms <= self._now_ms and not each.woken.done():

@@ -39,9 +39,9 @@ class History:
     """The minutes of one symbol inside one run, and what may be known of them at each of its steps.
 
     At step time t exactly the candles that closed by t are known. The last of them has index
-    `step_index(t)` = (t - 1 min - first_ms) / 1 min in `candles` and in `prices`: `prices[i]` is the
-    volume-weighted average over candles i - price_window + 1 .. i, the price at the step that follows
-    candle i. So the steps t, t + 1 min, ... read consecutive elements, and a run of steps is a slice.
+    (t - 1 min - first_ms) / 1 min in `candles` and in `prices`: `prices[i]` is the volume-weighted
+    average over candles i - price_window + 1 .. i, the price at the step that follows candle i. So the
+    steps t, t + 1 min, ... read consecutive elements, and a run of steps is a slice.
 
     A minute that no source had is a flat candle of volume 0, and False in `real`.
 
@@ -125,38 +125,6 @@ class History:
     def stop_ms(self) -> int:
         """End of the last candle: the last step that can be made."""
         return self._stop_ms
-
-    def step_index(self, when_ms: int) -> int:
-        """Index of the last candle that has closed at `when_ms`.
-
-        Raises:
-            LookAhead: `when_ms` is after `stop_ms`.
-            UserError: no candle has closed by then.
-        """
-        if when_ms > self._stop_ms:
-            raise LookAhead(
-                f"{self.symbol}: {iso(when_ms)} is past the last loaded candle, which closed at {iso(self._stop_ms)}"
-            )
-        index = (when_ms - MINUTE_MS - self._first_ms) // MINUTE_MS
-        if index < 0:
-            raise UserError(
-                f"{self.symbol}: no candle has closed by {iso(when_ms)}: the first opens at {iso(self._first_ms)}"
-            )
-        return index
-
-    def price_at(self, when_ms: int) -> float:
-        """The price known at `when_ms`: the average over the `price_window` minutes that closed by then.
-
-        Raises:
-            LookAhead, UserError: as `step_index`, and where fewer than `price_window` minutes have closed.
-        """
-        index = self.step_index(when_ms)
-        if index < self._price_window - 1:
-            raise UserError(
-                f"{self.symbol}: the price at {iso(when_ms)} takes {self._price_window} closed minutes, "
-                f"and candles begin at {iso(self._first_ms)}"
-            )
-        return float(self._minutes.prices[index])
 
     async def window(self, interval: str, limit: int, when_ms: int, *, until_ms: int | None = None) -> CandleSeries:
         """The last `limit` candles of `interval` that have closed by `when_ms`, or by an earlier `until_ms`.

@@ -26,8 +26,8 @@ class CandleSeries:
     """Candles of one market and interval, a numpy column per field, oldest first.
 
     `timestamp` is the open time in epoch milliseconds (int64); `open`, `high`, `low`, `close` and
-    `volume` are float64. The columns are read-only views: nobody who holds a series can change what
-    another one sees. A series says nothing of gaps or of order; `market.integrity` checks both.
+    `volume` are float64. The columns are read-only views: a series can be shared. It may have gaps and be
+    unordered; `market.integrity` checks both.
     """
 
     __slots__ = ("close", "high", "low", "open", "timestamp", "volume")

@@ -58,7 +58,7 @@ def to_ms(value: datetime | str | int, *, what: str = "date") -> int:
     A date without a zone is taken as UTC, the zone of every candle.
 
     Raises:
-        UserError: the value is no date; `what` names the field.
+        UserError: the value is not a date; `what` names the field.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return value

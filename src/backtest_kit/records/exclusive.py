@@ -53,7 +53,7 @@ async def exclusive_run(
 
 
 def owned_by(identity: Identity) -> tuple[str, str, str]:
-    """The owner of state and memory of a run, whatever its frame is."""
+    """The owner of state and memory of a run, in any frame."""
     return identity.strategy_name, identity.exchange_name, identity.symbol
 
 

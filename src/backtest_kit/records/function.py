@@ -62,7 +62,7 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Function(Generic[R]):
-    """An async function under a name that stays the same across restarts, whatever else is defined."""
+    """An async function under a name that stays the same across restarts, regardless of what else is defined."""
 
     def __init__(
         self,
@@ -160,9 +160,9 @@ class Function(Generic[R]):
         """The one context of a call: its time, run and symbol."""
         places = {_place(each): each for each in contexts}
         if len(places) > 1:
-            told = ", ".join(f"{place[-1]} at {iso(each.when_ms)}" for place, each in places.items())
+            listed = ", ".join(f"{place[-1]} at {iso(each.when_ms)}" for place, each in places.items())
             raise UserError(
-                f"{self.title} is called with {len(places)} contexts ({told}), and its result belongs to one: "
+                f"{self.title} is called with {len(places)} contexts ({listed}), and its result belongs to one: "
                 "pass one context, and only values of the others"
             )
         return next(iter(places.values()), None)

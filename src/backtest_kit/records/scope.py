@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Final, Protocol
+from datetime import datetime
+from typing import TYPE_CHECKING, Final, Protocol, TypedDict
 from urllib.parse import quote
 from weakref import WeakValueDictionary
 
@@ -21,6 +22,8 @@ from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Key, Pla
 if TYPE_CHECKING:
     from backtest_kit.model.identity import Identity, Mode
     from backtest_kit.persist.binding import Persistence
+
+When = datetime | str | int
 
 _HELD: Final[ContextVar[tuple[object, ...]]] = ContextVar("backtest_kit_records_held", default=())
 
@@ -224,11 +227,26 @@ class Scope:
             )
 
 
+class View(TypedDict, total=False):
+    """What a reader outside of a run chooses: the records of a mode, those of which backtest, and as of when."""
+
+    mode: Mode
+    """"live" (default), "paper" or "backtest"."""
+    run_id: str | None
+    """Which backtest: `result.run_id`."""
+    when: When | None
+    """Records of later moments are not visible. Without it, everything is."""
+
+
 class Scopes(Protocol):
-    """Makes the scope of a mode, a run, and a moment of that run; `identity` is the strategy and market of the run."""
+    """Makes the scope of a view; `identity` is the strategy and market of the run that looks at itself."""
 
     def __call__(
-        self, mode: Mode, run_id: str | None = None, when: int | None = None, identity: Identity | None = None, /
+        self,
+        mode: Mode = "live",
+        run_id: str | None = None,
+        when: When | None = None,
+        identity: Identity | None = None,
     ) -> Scope: ...
 
 

@@ -42,7 +42,7 @@ class CcxtSource(CandleSource):
         self._options = options or {}
         self._given = client
         self._told: tuple[int, float] | None = None
-        """The time that the exchange has told last, and the elapsed time at which its answer was there: it is that late
+        """The last time that the exchange reported, and the elapsed time at its answer: it is that late
         at least, and a candle that is open is never taken for closed."""
         self._own: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
 

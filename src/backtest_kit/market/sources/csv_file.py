@@ -48,7 +48,7 @@ def csv(path: str | Path) -> CandleSource:
 
     Columns are found by their header, in any case and order: timestamp (or time, date, open_time ...),
     open, high, low, close, volume, or o, h, l, c, v. Timestamps are open times: ISO 8601, or epochs in
-    s, ms, us or ns, each told by its magnitude. Downloads of Binance need no header. With a `symbol`
+    s, ms, us or ns, recognized by its magnitude. Downloads of Binance need no header. With a `symbol`
     column the rows of the requested symbol are served; with `{symbol}` in the path (`data/{symbol}.csv.gz`)
     every symbol has a file of its own; otherwise the file serves any symbol.
 

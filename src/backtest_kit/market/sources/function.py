@@ -55,7 +55,7 @@ class FunctionSource(CandleSource):
         try:
             return series_of([self._row(row) for row in rows])
         except UserError as error:
-            raise BadCandles(f"{self._name}() returned rows that are no candles: {error}") from None
+            raise BadCandles(f"{self._name}() returned rows that are not candles: {error}") from None
 
     def _row(self, row: Any) -> Sequence[Any]:
         if isinstance(row, Mapping):

@@ -1,4 +1,4 @@
-"""Times as they stand in files, in whatever unit or notation, as epoch milliseconds."""
+"""Times of files, in any unit or notation, as epoch milliseconds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def time_of(text: Any) -> int:
 
 
 def _epochs(values: Any) -> TimeColumn:
-    """Epochs in ms, the unit of each told by its size: files of one market are joined that count in different ones."""
+    """Epochs in ms. The magnitude of each shows its unit: joined files of one market may use different ones."""
     times = np.full(len(values), NO_TIME, dtype=np.int64)
     for unit, least, most in _EPOCH_UNITS:
         rows = (values >= least) & (values < most)

@@ -1,4 +1,4 @@
-"""What the other strategies of the store have on the exchange, whether their processes run or not."""
+"""The positions of the other strategies in the store, whether their processes run or not."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class OtherPositions(Protocol):
     """The position states of other strategies, and which of them are traded now."""
 
     async def read(self, but: Collection[Key]) -> dict[Key, PositionState]:
-        """All of them by their keys, without those of `but`."""
+        """All by their keys, without those in `but`."""
         ...
 
     async def trader(self, but: Collection[Key]) -> str:
-        """Which strategy a process trades on the same exchange and symbol now, in words; empty where none does."""
+        """Which strategy a process trades on the same exchange and symbol now, in words; empty if none."""
         ...
 
 
@@ -61,7 +61,7 @@ class StoredPositions:
 
 
 def claim_of(key: Key, found: PositionState) -> str:
-    """What a strategy has on the exchange, in words; empty where it has nothing."""
+    """What a strategy has on the exchange, in words; empty if nothing."""
     if found.intent is not None:
         has = "has a pending order"
     elif isinstance(found.state, Flat):
