@@ -172,8 +172,8 @@ def _recovered(event: Recovered) -> str:
         state = f"{_position(event.position)}, opened {iso(event.position.opened_at_ms)}"
     elif event.entry is not None:
         state = f"a resting order, {_entry(event.entry)}"
-    down = f" {count(event.down_ms // MINUTE_MS, 'minute')} after the last write" if event.down_ms else ""
-    return "; ".join((f"starts{down}, with {state}", *event.steps))
+    down = f" {count(event.down_ms // MINUTE_MS, 'minute')} after the last write," if event.down_ms else ""
+    return "; ".join((f"starts{down} with {state}", *event.steps))
 
 
 def _position(position: Position) -> str:

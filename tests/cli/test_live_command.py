@@ -168,7 +168,7 @@ async def test_one_signal_carries_what_is_open_to_its_end(stage: Stage) -> None:
     text = "\n".join(bot.lines)
     assert bot.lines[0] == f"paper  long on venue: BTCUSDT, ETHUSDT, at {stage.server.url}"
     for symbol in ("BTCUSDT", "ETHUSDT"):
-        assert f"2024-06-01 10:00  {symbol}  starts, with no position" in text
+        assert f"2024-06-01 10:00  {symbol}  starts with no position" in text
         assert text.count(f"{symbol}  opened long 100 from") == 1
         assert f"2024-06-01 10:20  {symbol}  closed long at" in text
         assert f"2024-06-01 10:20  {symbol}  ended, 1 position closed in this run" in text

@@ -33,7 +33,7 @@ ORDER: dict[str, Any] = {"client_order_id": "s-1-2", "attempt": 1, "reason": "no
 SIGNAL = bk.Signal.bracket("long", price=50_000.0, take_profit_pct=2, stop_loss_pct=1)
 
 SAID: list[tuple[type[bk.Event], dict[str, Any], str, bool]] = [
-    (bk.Recovered, {}, "starts, with no position", False),
+    (bk.Recovered, {}, "starts with no position", False),
     (
         bk.Recovered,
         {"position": POSITION, "down_ms": 720_000, "steps": ("asked the venue",)},
@@ -41,7 +41,7 @@ SAID: list[tuple[type[bk.Event], dict[str, Any], str, bool]] = [
         "opened 2024-06-01T12:00Z; asked the venue",
         False,
     ),
-    (bk.Recovered, {"entry": ENTRY}, "starts, with a resting order, long 100 at 48000, take profit 51000, stop", False),
+    (bk.Recovered, {"entry": ENTRY}, "starts with a resting order, long 100 at 48000, take profit 51000, stop", False),
     (
         bk.EntryScheduled,
         {"price": 1.0, "entry": ENTRY},

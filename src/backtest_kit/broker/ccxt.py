@@ -27,7 +27,7 @@ from backtest_kit.broker.ccxt_connection import Connection
 from backtest_kit.broker.ccxt_dealer import MOST_PARTS, Dealer
 from backtest_kit.broker.ccxt_errors import order_is_there
 from backtest_kit.broker.ccxt_holdings import Holdings
-from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder
+from backtest_kit.broker.ccxt_market import ExchangeOrder, Market, Stake
 from backtest_kit.broker.ccxt_rules import MarketKind
 from backtest_kit.broker.ccxt_stops import StopFilled
 from backtest_kit.broker.ccxt_venue import CcxtVenue
@@ -256,7 +256,7 @@ class CcxtBroker(Broker):
             _log.warning("%s", error)
             return None
 
-    async def _closed(self, stake: Stake, order: Order, parts: list[VenueOrder]) -> Fill:
+    async def _closed(self, stake: Stake, order: Order, parts: list[ExchangeOrder]) -> Fill:
         """The fill that closed the position: of `parts`, and of what its stop or another id of the close sold."""
         venue, dealer = self._connected()
         sold = sum((part.filled for part in parts), Decimal(0))

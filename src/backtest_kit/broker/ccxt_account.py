@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from backtest_kit.broker.base import Fill, OrderDeleted
-from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder
+from backtest_kit.broker.ccxt_market import ExchangeOrder, Market, Stake
 from backtest_kit.broker.ccxt_venue import CcxtVenue
 from backtest_kit.broker.order_ids import ADD, CLOSE, ENTRY, EXIT, STOP, parse
 from backtest_kit.broker.rounding import exact
@@ -54,10 +54,10 @@ class Account:
     async def held(
         self,
         stake: Stake,
-        live: Sequence[VenueOrder] = (),
+        live: Sequence[ExchangeOrder] = (),
         *,
         model: Decimal | None = None,
-        recent: Sequence[VenueOrder] = (),
+        recent: Sequence[ExchangeOrder] = (),
     ) -> Decimal:
         """The size of the position in base currency: of a future as reported, on a spot market what its own orders
         bought and did not sell, at most the balance.
@@ -80,7 +80,7 @@ class Account:
         return min(left, (await self._venue.balance(market.base))[1]) if left > 0 else Decimal(0)
 
     async def closing_fill(
-        self, stake: Stake, *, recent: Sequence[VenueOrder] = (), position: Position | None = None
+        self, stake: Stake, *, recent: Sequence[ExchangeOrder] = (), position: Position | None = None
     ) -> Fill:
         """The fill that closed a position.
 
@@ -107,8 +107,8 @@ class Account:
         return by_hand
 
     async def _listed(
-        self, stake: Stake, recent: Sequence[VenueOrder] = (), position: Position | None = None
-    ) -> list[VenueOrder]:
+        self, stake: Stake, recent: Sequence[ExchangeOrder] = (), position: Position | None = None
+    ) -> list[ExchangeOrder]:
         """All orders on the market since the position's entry; none if neither that nor `position` is known."""
         market = stake.market
         entry = await self._venue.order(market, stake.ids.entry)
@@ -125,7 +125,7 @@ class Account:
             listed[order.id] = order
         return list(listed.values())
 
-    async def _unlisted(self, stake: Stake, listed: dict[str, VenueOrder], since_ms: int) -> set[str]:
+    async def _unlisted(self, stake: Stake, listed: dict[str, ExchangeOrder], since_ms: int) -> set[str]:
         """Orders that have just traded and are not listed yet."""
         recent_ms = max(since_ms, self._venue.now_ms() - _LISTED_AFTER_MS)
         trades = await self._venue.trades_since(stake.market, recent_ms)
@@ -134,8 +134,8 @@ class Account:
     async def _closed_by_hand(
         self,
         stake: Stake,
-        orders: Sequence[tuple[VenueOrder, str]],
-        listed: Sequence[VenueOrder],
+        orders: Sequence[tuple[ExchangeOrder, str]],
+        listed: Sequence[ExchangeOrder],
         position: Position | None,
     ) -> Fill | None:
         ours = {order.id for order in listed if parse(order.client_id) is not None}
@@ -162,13 +162,15 @@ class Account:
         return Fill(price=price, cost=float(cost), quantity=float(quantity), timestamp=timestamp, reason="closed")
 
 
-def _of(stake: Stake, listed: Iterable[VenueOrder]) -> list[tuple[VenueOrder, str]]:
+def _of(stake: Stake, listed: Iterable[ExchangeOrder]) -> list[tuple[ExchangeOrder, str]]:
     """The orders of the position with their kinds, oldest first."""
     ours = [(order, kind) for order in listed if (kind := stake.ids.kind(order.client_id)) is not None]
     return sorted(ours, key=lambda each: each[0].timestamp)
 
 
-def status_of(orders: Iterable[VenueOrder]) -> Literal["resting", "partly_filled", "filled", "cancelled", "rejected"]:
+def status_of(
+    orders: Iterable[ExchangeOrder],
+) -> Literal["resting", "partly_filled", "filled", "cancelled", "rejected"]:
     """The status of the orders that carry out one order of the engine."""
     orders = list(orders)
     filled = any(order.filled for order in orders)

@@ -10,7 +10,7 @@ from typing import Any, Final
 from backtest_kit.broker.base import Order, OrderRejected, OrderTransient
 from backtest_kit.broker.ccxt_account import Account, status_of
 from backtest_kit.broker.ccxt_errors import AlreadyThere, StopReached, order_is_there
-from backtest_kit.broker.ccxt_market import Market, Side, Stake, VenueOrder
+from backtest_kit.broker.ccxt_market import ExchangeOrder, Market, Side, Stake
 from backtest_kit.broker.ccxt_stops import StopFilled, Stops
 from backtest_kit.broker.ccxt_venue import CcxtVenue
 from backtest_kit.broker.rounding import exact
@@ -34,13 +34,13 @@ class Dealer:
         self._max_slippage = None if max_slippage_pct is None else exact(max_slippage_pct) / 100
         self._leverage_set: set[str] = set()
 
-    async def known(self, stake: Stake, client_id: str, order: Order) -> VenueOrder | None:
+    async def known(self, stake: Stake, client_id: str, order: Order) -> ExchangeOrder | None:
         """The order that an earlier attempt left on the exchange."""
         return await self._venue.order(stake.market, client_id, certain=True) if order.attempt else None
 
-    async def parts(self, stake: Stake, order: Order, *, certain: bool) -> list[VenueOrder]:
+    async def parts(self, stake: Stake, order: Order, *, certain: bool) -> list[ExchangeOrder]:
         """The orders on the exchange that carry out one order: several if an exit was too large for one."""
-        found: list[VenueOrder] = []
+        found: list[ExchangeOrder] = []
         while len(found) < (MOST_PARTS if order.kind in EXITS else 1):
             client_id = stake.ids.of(order.client_order_id, len(found))
             # The last one may still arrive as well.
@@ -50,7 +50,7 @@ class Dealer:
             found.append(part)
         return found
 
-    async def enter(self, stake: Stake, client_id: str, order: Order) -> VenueOrder:
+    async def enter(self, stake: Stake, client_id: str, order: Order) -> ExchangeOrder:
         """Buy for `order.cost`, unless it was bought already."""
         found = await self.known(stake, client_id, order)
         if found is None:
@@ -136,7 +136,7 @@ class Dealer:
                 "of one future would be one on the exchange; use one strategy for each future of an account"
             )
 
-    async def send(self, market: Market, client_id: str, side: Side, quantity: Decimal, **how: Any) -> VenueOrder:
+    async def send(self, market: Market, client_id: str, side: Side, quantity: Decimal, **how: Any) -> ExchangeOrder:
         """Send an order, or find it if its answer was lost. An order that does not rest is done afterwards."""
         rests = how.get("limit") is not None and not how.get("immediate")
         try:
@@ -158,7 +158,7 @@ class Dealer:
                 raise error from None
             raise
 
-    def filled(self, stake: Stake, order: VenueOrder) -> VenueOrder:
+    def filled(self, stake: Stake, order: ExchangeOrder) -> ExchangeOrder:
         """`order`, if something of it was filled.
 
         Raises:
@@ -170,7 +170,7 @@ class Dealer:
             raise OrderRejected(message)
         return order
 
-    async def activated(self, stake: Stake, order: Order) -> VenueOrder:
+    async def activated(self, stake: Stake, order: Order) -> ExchangeOrder:
         """The limit order that has become a position."""
         symbol, client_id = stake.market.symbol, stake.ids.entry
         entry = await self._venue.order(stake.market, client_id, certain=order.attempt > 0)
@@ -181,7 +181,7 @@ class Dealer:
             raise OrderRejected(f"{symbol}: the exchange does not know the limit order {client_id}")
         return self.filled(stake, entry)
 
-    async def left_to_reduce(self, stake: Stake, order: Order, held: Decimal, sold: list[VenueOrder]) -> Decimal:
+    async def left_to_reduce(self, stake: Stake, order: Order, held: Decimal, sold: list[ExchangeOrder]) -> Decimal:
         """What a reduction still has to take out of `held`, in whole lots; 0 if it is done.
 
         A part that the market did not fill completely ends the reduction.
@@ -213,7 +213,7 @@ class Dealer:
             raise OrderRejected(message)
 
     async def reduce(
-        self, stake: Stake, order: Order, held: Decimal, quantity: Decimal, sold: list[VenueOrder]
+        self, stake: Stake, order: Order, held: Decimal, quantity: Decimal, sold: list[ExchangeOrder]
     ) -> None:
         """Sell `quantity` of `held`, in as many orders as the market needs, added to `sold`."""
         for amount in stake.market.parts(quantity, order.price, at_market=True):
@@ -223,7 +223,7 @@ class Dealer:
             if part.remaining:
                 return
 
-    async def sell_out(self, stake: Stake, order: Order, held: Decimal, sold: list[VenueOrder]) -> Decimal:
+    async def sell_out(self, stake: Stake, order: Order, held: Decimal, sold: list[ExchangeOrder]) -> Decimal:
         """Sell all of `held`, in as many orders as the market needs, added to `sold`; returns the rest that cannot be
         sold.
 
@@ -242,7 +242,9 @@ class Dealer:
             held -= part.filled
         return held
 
-    async def sell(self, stake: Stake, order: Order, quantity: Decimal, *, held: Decimal, part: int = 0) -> VenueOrder:
+    async def sell(
+        self, stake: Stake, order: Order, quantity: Decimal, *, held: Decimal, part: int = 0
+    ) -> ExchangeOrder:
         """Sell `quantity` of `held` at the market. If that fails, restore the stop that was cancelled for it."""
         market, client_id = stake.market, stake.ids.of(order.client_order_id, part)
         try:
@@ -256,7 +258,7 @@ class Dealer:
                 _log.error(message, market.symbol, f"{held:f}", _NAKED, client_id, error)
             raise
 
-    async def _send_exit(self, stake: Stake, client_id: str, quantity: Decimal) -> VenueOrder:
+    async def _send_exit(self, stake: Stake, client_id: str, quantity: Decimal) -> ExchangeOrder:
         market = stake.market
         try:
             return await self.send(market, client_id, stake.exit_side, quantity, reduce_only=True)
@@ -270,7 +272,7 @@ class Dealer:
                     return await self._venue.settled(market, found, client_id)
             raise OrderTransient(str(error), outcome=Outcome.NOT_DONE) from None
 
-    async def make_room(self, stake: Stake, order: Order, held: Decimal, live: list[VenueOrder]) -> None:
+    async def make_room(self, stake: Stake, order: Order, held: Decimal, live: list[ExchangeOrder]) -> None:
         """Cancel the stops that lock the balance to sell.
 
         Raises:
@@ -292,7 +294,7 @@ class Dealer:
             _log.error("%s", failed)
 
     async def protect(
-        self, stake: Stake, held: Decimal, stop_loss: float, live: list[VenueOrder] | None = None
+        self, stake: Stake, held: Decimal, stop_loss: float, live: list[ExchangeOrder] | None = None
     ) -> bool:
         """Place stops for the whole position. If the market is already beyond them, sell instead, and return False: the
         position is closed.
@@ -314,7 +316,7 @@ class Dealer:
             raise OrderTransient(message, outcome=Outcome.UNKNOWN) from None
         return True
 
-    async def protect_what_is_held(self, stake: Stake, order: Order, *recent: VenueOrder) -> bool:
+    async def protect_what_is_held(self, stake: Stake, order: Order, *recent: ExchangeOrder) -> bool:
         """The same for the position on the exchange; False if there is none, or only dust.
 
         Raises:
@@ -329,7 +331,7 @@ class Dealer:
         except StopFilled:
             return False
 
-    async def leave(self, stake: Stake, entry: VenueOrder, stop_loss: float, why: BacktestKitError) -> None:
+    async def leave(self, stake: Stake, entry: ExchangeOrder, stop_loss: float, why: BacktestKitError) -> None:
         """Close an entry that cannot be protected. The next check reports the close.
 
         Raises:
@@ -350,9 +352,9 @@ class Dealer:
             if stake.ids.kind(order.client_id) is not None:
                 await self._venue.cancel(stake.market, order)
 
-    async def _leave(self, stake: Stake, id_of: Callable[[int], str], price: float, *recent: VenueOrder) -> None:
+    async def _leave(self, stake: Stake, id_of: Callable[[int], str], price: float, *recent: ExchangeOrder) -> None:
         """Sell the whole position at the market, in as many orders as needed, and cancel all open orders."""
-        market, sold = stake.market, list[VenueOrder]()
+        market, sold = stake.market, list[ExchangeOrder]()
         if not market.contract:
             try:
                 await self.stops.cancel(market, await self.stops.live(stake))

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from backtest_kit.broker.base import VenuePosition, VenueSignal
-from backtest_kit.broker.ccxt_market import Market, VenueOrder, exit_side
+from backtest_kit.broker.ccxt_market import ExchangeOrder, Market, exit_side
 from backtest_kit.broker.ccxt_venue import CcxtVenue, Exposure
 from backtest_kit.broker.order_ids import ADD, ENTRY, STOP, OrderId, parse
 from backtest_kit.model.signal import Direction
@@ -38,23 +38,23 @@ class Bought(msgspec.Struct, kw_only=True):
         return float(self.cost / self.total) if self.total and self.cost else None
 
 
-Key = tuple[str, str]
+SignalKey = tuple[str, str]
 """Store id and digest of a signal."""
 
 
-def _key(order: VenueOrder) -> Key | None:
+def _key(order: ExchangeOrder) -> SignalKey | None:
     order_id = parse(order.client_id)
     return None if order_id is None else (order_id.store_id, order_id.digest)
 
 
-def bought(market: Market, orders: Iterable[VenueOrder]) -> dict[Key, Bought]:
+def bought(market: Market, orders: Iterable[ExchangeOrder]) -> dict[SignalKey, Bought]:
     """What is left of the purchases of each signal, by store id and digest, without dust.
 
     A manual sale after a purchase reduces it, the oldest purchase first: closing by hand is one of the ways out.
     """
     orders = sorted(orders, key=lambda order: order.timestamp)
-    found: dict[Key, Bought] = {}
-    by_hand: list[VenueOrder] = []
+    found: dict[SignalKey, Bought] = {}
+    by_hand: list[ExchangeOrder] = []
     for order in orders:
         order_id = parse(order.client_id)
         if not order.filled:
@@ -111,10 +111,12 @@ class Holdings:
         exposure = Exposure("long", sum((each.left for each in held.values()), _NOTHING), None)
         return _position(symbol, exposure, orders, held)
 
-    async def _really(self, market: Market, held: dict[Key, Bought], orders: Sequence[VenueOrder]) -> dict[Key, Bought]:
+    async def _really(
+        self, market: Market, held: dict[SignalKey, Bought], orders: Sequence[ExchangeOrder]
+    ) -> dict[SignalKey, Bought]:
         """`held`, limited by the balance. Coins that a stop locks are there, even if their purchase is not listed any
         more; others may have been withdrawn."""
-        locked: dict[Key, Decimal] = {}
+        locked: dict[SignalKey, Decimal] = {}
         for order in orders:
             if order.side == "sell" and (key := _key(order)) is not None:
                 locked[key] = locked.get(key, _NOTHING) + order.remaining
@@ -135,7 +137,7 @@ class Holdings:
 
 
 def _position(
-    symbol: str, exposure: Exposure | None, orders: Sequence[VenueOrder], held: dict[Key, Bought]
+    symbol: str, exposure: Exposure | None, orders: Sequence[ExchangeOrder], held: dict[SignalKey, Bought]
 ) -> VenuePosition | None:
     ours = [(order, order_id) for order in orders if (order_id := parse(order.client_id)) is not None]
     stops = [(order, order_id) for order, order_id in ours if order_id.kind == STOP and order.trigger is not None]
@@ -165,10 +167,10 @@ def _position(
 
 
 def _signal(
-    key: Key,
+    key: SignalKey,
     held: Bought | None,
-    ours: Sequence[tuple[VenueOrder, OrderId]],
-    guards: Sequence[tuple[VenueOrder, OrderId]],
+    ours: Sequence[tuple[ExchangeOrder, OrderId]],
+    guards: Sequence[tuple[ExchangeOrder, OrderId]],
     direction: Direction,
 ) -> VenueSignal:
     mine = [order for order, order_id in ours if (order_id.store_id, order_id.digest) == key]
@@ -182,7 +184,7 @@ def _signal(
     )
 
 
-def _nearest(guards: Sequence[tuple[VenueOrder, OrderId]], direction: Direction) -> float | None:
+def _nearest(guards: Sequence[tuple[ExchangeOrder, OrderId]], direction: Direction) -> float | None:
     """The trigger that is reached first."""
     triggers = [float(order.trigger or 0) for order, _ in guards]
     return (max if direction == "long" else min)(triggers) if triggers else None

@@ -114,7 +114,7 @@ class Market(msgspec.Struct, frozen=True, kw_only=True):
         return self.too_small(self.lots(quantity), float("inf") if self.contract else price)
 
 
-class VenueOrder(msgspec.Struct, frozen=True, kw_only=True):
+class ExchangeOrder(msgspec.Struct, frozen=True, kw_only=True):
     """An order on the exchange. Quantities are in base currency."""
 
     id: str
@@ -242,7 +242,7 @@ def _count(filters: dict[str, dict[str, Any]], *paths: str) -> int | None:
     return None if value is None else int(value)
 
 
-def read_order(raw: dict[str, Any], market: Market, *, conditional: bool = False) -> VenueOrder:
+def read_order(raw: dict[str, Any], market: Market, *, conditional: bool = False) -> ExchangeOrder:
     """An order out of ccxt's report."""
     info = raw.get("info") or {}
     filled = exact(raw.get("filled") or 0) * market.contract_size
@@ -251,7 +251,7 @@ def read_order(raw: dict[str, Any], market: Market, *, conditional: bool = False
     fees = [fee for fee in (raw.get("fees") or []) if fee and fee.get("currency") and fee.get("cost") is not None]
     spawned = info.get("actualOrderId")
     status = raw.get("status")
-    return VenueOrder(
+    return ExchangeOrder(
         id=str(raw["id"]),
         # Binance answers a cancellation with the id of the cancellation and the order's own.
         client_id=info.get("origClientOrderId") or raw.get("clientOrderId"),

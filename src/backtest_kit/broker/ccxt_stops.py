@@ -14,7 +14,7 @@ from typing import Final
 
 from backtest_kit.broker.base import OrderRejected, OrderTransient
 from backtest_kit.broker.ccxt_errors import AlreadyThere, NoFunds, TooManyStops
-from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder
+from backtest_kit.broker.ccxt_market import ExchangeOrder, Market, Stake
 from backtest_kit.broker.ccxt_venue import CcxtVenue
 from backtest_kit.broker.rounding import exact
 from backtest_kit.errors import BacktestKitError
@@ -32,7 +32,7 @@ class Stops:
         """`beyond_pct`: how far the limit of a stop is beyond its trigger, in percent."""
         self._venue, self._beyond = venue, exact(beyond_pct) / 100
 
-    async def live(self, stake: Stake) -> list[VenueOrder]:
+    async def live(self, stake: Stake) -> list[ExchangeOrder]:
         orders = await self._venue.open_orders(stake.market)
         return [order for order in orders if stake.ids.stop_number(order.client_id) is not None]
 
@@ -41,7 +41,7 @@ class Stops:
         stake: Stake,
         quantity: Decimal,
         price: float,
-        live: list[VenueOrder] | None = None,
+        live: list[ExchangeOrder] | None = None,
     ) -> None:
         """Have live stops for `quantity` at `price`, and no others.
 
@@ -74,11 +74,11 @@ class Stops:
         await self.cancel(market, wrong)
 
     def difference(
-        self, stake: Stake, quantity: Decimal, price: float, live: list[VenueOrder]
-    ) -> tuple[list[Decimal], list[VenueOrder]]:
+        self, stake: Stake, quantity: Decimal, price: float, live: list[ExchangeOrder]
+    ) -> tuple[list[Decimal], list[ExchangeOrder]]:
         """The sizes of missing stops, and the live stops to cancel."""
         trigger = stake.market.stop_trigger(stake.direction, price)
-        lacking, wrong = self.sizes(stake, quantity, price), list[VenueOrder]()
+        lacking, wrong = self.sizes(stake, quantity, price), list[ExchangeOrder]()
         for stop in live:
             if stop.trigger == trigger and not stop.filled and stop.quantity in lacking:
                 lacking.remove(stop.quantity)
@@ -86,7 +86,7 @@ class Stops:
                 wrong.append(stop)
         return lacking, wrong
 
-    async def cancel(self, market: Market, stops: list[VenueOrder]) -> None:
+    async def cancel(self, market: Market, stops: list[ExchangeOrder]) -> None:
         """Cancel stops. Raises `StopFilled` if one of them has sold something."""
         filled = []
         for stop in stops:

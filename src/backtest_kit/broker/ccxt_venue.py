@@ -13,7 +13,7 @@ import msgspec
 
 from backtest_kit.broker.base import Fill, OrderTransient
 from backtest_kit.broker.ccxt_errors import OrderMissing, is_clock_skew, order_error, order_is_there
-from backtest_kit.broker.ccxt_market import Market, Side, VenueOrder, read_market, read_order
+from backtest_kit.broker.ccxt_market import ExchangeOrder, Market, Side, read_market, read_order
 from backtest_kit.broker.ccxt_rules import LISTED_DAYS, VenueRules
 from backtest_kit.broker.order_ids import parse
 from backtest_kit.broker.rounding import exact
@@ -105,7 +105,7 @@ class CcxtVenue:
         immediate: bool = False,
         trigger: Decimal | None = None,
         reduce_only: bool = False,
-    ) -> VenueOrder:
+    ) -> ExchangeOrder:
         """Send one order. Afterwards it rests, or, for a market order, it is done."""
         params: dict[str, Any] = {"clientOrderId": client_id}
         if trigger is not None:
@@ -134,7 +134,7 @@ class CcxtVenue:
         with order_is_there():
             return await self.settled(market, sent, client_id)
 
-    async def settled(self, market: Market, order: VenueOrder, client_id: str) -> VenueOrder:
+    async def settled(self, market: Market, order: ExchangeOrder, client_id: str) -> ExchangeOrder:
         """A market order once it is done: some exchanges only confirm its receipt."""
         loop = asyncio.get_running_loop()
         until, pause = loop.time() + _SETTLING_S, 0.05
@@ -147,7 +147,7 @@ class CcxtVenue:
             order = await self.order(market, client_id) or order
         return order
 
-    async def order(self, market: Market, client_id: str, *, certain: bool = False) -> VenueOrder | None:
+    async def order(self, market: Market, client_id: str, *, certain: bool = False) -> ExchangeOrder | None:
         """The order of a client id, None if the exchange has none.
 
         With `certain`, it then waits until no order that was sent under that id can still arrive, and looks again.
@@ -161,7 +161,7 @@ class CcxtVenue:
             self._arriving.pop(client_id, None)
         return found
 
-    async def _look(self, market: Market, client_id: str) -> VenueOrder | None:
+    async def _look(self, market: Market, client_id: str) -> ExchangeOrder | None:
         further = self._rules.lookup
         if further is not None:
             params = {"clientOrderId": client_id, **further}
@@ -178,8 +178,8 @@ class CcxtVenue:
         sought = parse(client_id)
         return next((order for order in listed if sought is not None and parse(order.client_id) == sought), None)
 
-    async def open_orders(self, market: Market) -> list[VenueOrder]:
-        found: dict[str, VenueOrder] = {}
+    async def open_orders(self, market: Market) -> list[ExchangeOrder]:
+        found: dict[str, ExchangeOrder] = {}
         for params in self._rules.books("fetchOpenOrders"):
             request = partial(self._client.fetch_open_orders, market.symbol, None, None, params)
             raws = await self.call(f"list the open orders of {market.symbol}", request)
@@ -188,9 +188,9 @@ class CcxtVenue:
             found = {order.id: order for order in orders if order.open} | found
         return list(found.values())
 
-    async def orders_since(self, market: Market, since_ms: int) -> list[VenueOrder]:
+    async def orders_since(self, market: Market, since_ms: int) -> list[ExchangeOrder]:
         """All orders of a market from `since_ms` on, oldest first. Triggered stops have the fill of their order."""
-        found: dict[str, VenueOrder] = {}
+        found: dict[str, ExchangeOrder] = {}
         for method in self._lists():
             for params in self._rules.books(method):
                 doing = f"list the orders of {market.symbol}"
@@ -199,9 +199,9 @@ class CcxtVenue:
                     found.setdefault(order.id, await self._follow(market, order))
         return sorted(found.values(), key=lambda order: order.timestamp)
 
-    async def latest_orders(self, market: Market) -> list[VenueOrder]:
+    async def latest_orders(self, market: Market) -> list[ExchangeOrder]:
         """The latest orders of a market, open ones and others: as many as the exchange lists in one answer."""
-        doing, found = f"list the latest orders of {market.symbol}", list[VenueOrder]()
+        doing, found = f"list the latest orders of {market.symbol}", list[ExchangeOrder]()
         for listing in [getattr(self._client, _LISTINGS[method]) for method in self._lists()]:
             raws = await self.call(doing, partial(listing, market.symbol))
             found += [read_order(raw, market) for raw in raws]
@@ -243,14 +243,14 @@ class CcxtVenue:
                 return list(found.values())
             since_ms = until_ms
 
-    async def _follow(self, market: Market, order: VenueOrder) -> VenueOrder:
+    async def _follow(self, market: Market, order: ExchangeOrder) -> ExchangeOrder:
         """A triggered stop with the fill of the order that it became."""
         if order.filled or order.spawned is None:
             return order
         done = await self.order_by_id(market, order.spawned)
         return msgspec.structs.replace(done, client_id=order.client_id, trigger=order.trigger)
 
-    async def cancel(self, market: Market, order: VenueOrder) -> VenueOrder:
+    async def cancel(self, market: Market, order: ExchangeOrder) -> ExchangeOrder:
         """Cancel an order; returns its final state."""
         params = (self._rules.trigger("cancelOrder") or {}) if order.conditional else {}
         doing = f"cancel {order.client_id or order.id}"
@@ -265,7 +265,7 @@ class CcxtVenue:
             else await self.order_by_id(market, order.id)
         )
 
-    async def order_by_id(self, market: Market, order_id: str, *, conditional: bool = False) -> VenueOrder:
+    async def order_by_id(self, market: Market, order_id: str, *, conditional: bool = False) -> ExchangeOrder:
         """An order by the exchange's own id; a triggered stop has the fill of its order.
 
         Raises:
@@ -294,7 +294,7 @@ class CcxtVenue:
                 found[str(raw["symbol"])] = Exposure(direction, quantity, float(price) if price else None)
         return found
 
-    async def executed(self, market: Market, orders: Iterable[VenueOrder]) -> Fill:
+    async def executed(self, market: Market, orders: Iterable[ExchangeOrder]) -> Fill:
         """The fills of `orders`, added up, with their fees."""
         orders = [order for order in orders if order.filled]
         quantity = cost = Decimal(0)
@@ -322,14 +322,14 @@ class CcxtVenue:
             timestamp=timestamp,
         )
 
-    async def received(self, market: Market, order: VenueOrder) -> Decimal:
+    async def received(self, market: Market, order: ExchangeOrder) -> Decimal:
         """The base currency that a purchase received: without a fee that was taken in base currency."""
         if market.contract or not order.filled:
             return order.filled
         fees, _ = await self._fees(market, order)
         return order.filled - _taken(market, fees)
 
-    async def _fees(self, market: Market, order: VenueOrder) -> tuple[list[tuple[str, Decimal]] | None, int]:
+    async def _fees(self, market: Market, order: ExchangeOrder) -> tuple[list[tuple[str, Decimal]] | None, int]:
         """The fees of an order, and the time of its last fill. None if the exchange does not report all fees yet."""
         if order.fees is not None:
             return list(order.fees), order.timestamp

@@ -41,7 +41,7 @@ from backtest_kit.model.position import CloseReason, Position, RestingEntry
 from backtest_kit.model.signal import Signal
 from backtest_kit.settings import Settings
 
-Fill = Literal["vwap", "ohlc"]
+FillModel = Literal["vwap", "ohlc"]
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +49,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 
     identity: Identity
     settings: Settings
-    fill: Fill = "vwap"
+    fill: FillModel = "vwap"
     """How levels are touched. "vwap": by the current price, filled at the level. "ohlc": by the wicks of
     the last minute, stop before take, a gap through the level filled at the open."""
     interval_ms: int
@@ -283,7 +283,7 @@ def _progress(before: Position, position: Position, tick: Tick, identity: Identi
                 )
 
 
-def _level_fill(position: Position, tick: Tick, fill: Fill) -> tuple[CloseReason, float] | None:
+def _level_fill(position: Position, tick: Tick, fill: FillModel) -> tuple[CloseReason, float] | None:
     """Which level this minute touched, and the price that it fills at."""
     take, stop = position.take_profit, position.stop_loss
     long = position.side == "long"

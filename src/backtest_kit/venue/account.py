@@ -10,7 +10,7 @@ from backtest_kit.venue.orders import Market, Refused, Side, VenueOrder
 ZERO = Decimal(0)
 
 
-class Position:
+class FuturesPosition:
     """A one-way futures position."""
 
     __slots__ = ("leverage", "price_open", "quantity")
@@ -101,10 +101,10 @@ class FuturesAccount:
         self.wallet = margin
         """Deposits and realized profits, less fees."""
         self.reserved = ZERO
-        self.positions: dict[str, Position] = {}
+        self.positions: dict[str, FuturesPosition] = {}
 
-    def position(self, symbol: str) -> Position:
-        return self.positions.setdefault(symbol, Position())
+    def position(self, symbol: str) -> FuturesPosition:
+        return self.positions.setdefault(symbol, FuturesPosition())
 
     def held(self, market: Market) -> Decimal:
         """Signed quantity of the position."""

@@ -58,7 +58,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """The limits of each market; None takes usual ones for its price."""
 
 
-class Minute(msgspec.Struct, frozen=True):
+class ClosedMinute(msgspec.Struct, frozen=True):
     """A minute that has closed."""
 
     open_ms: int
@@ -211,7 +211,7 @@ class Exchange:
             raise Refused("invalid", f"leverage of {symbol} on {self.kind} is {leverage}: futures take 1 to 125")
         purse.position(self.market(symbol).symbol).leverage = leverage
 
-    def close_minute(self, symbol: str, minute: Minute) -> None:
+    def close_minute(self, symbol: str, minute: ClosedMinute) -> None:
         """Match all orders of a symbol against a minute, and set the price to its close."""
         self.prices[symbol] = self.markets[symbol].round_price(minute.close)
         waiting = sorted(self._open[symbol].values(), key=lambda order: (_RANK.get(order.type, 2), order.id))
@@ -323,7 +323,7 @@ class Exchange:
         elif order.type in TRIGGERED and self._hit(order, price) and self._reducible(order):
             self._trigger(order, market, price)
 
-    def _meet_minute(self, order: VenueOrder, market: Market, minute: Minute) -> None:
+    def _meet_minute(self, order: VenueOrder, market: Market, minute: ClosedMinute) -> None:
         if order.type in TRIGGERED and not order.triggered:
             if order.protects and not self._reducible(order):
                 return

@@ -60,7 +60,7 @@ class Done(msgspec.Struct, frozen=True):
     action: Action
 
 
-class Entry(msgspec.Struct, frozen=True):
+class JournalEntry(msgspec.Struct, frozen=True):
     """The actions of one moment, all or nothing."""
 
     at_ms: int
@@ -88,7 +88,7 @@ class Journal:
         # Between threads: a write may outlive the task that requested it, and the next one must come after it.
         self._writing = threading.Lock()
 
-    def read(self) -> tuple[Head, list[Entry]] | None:
+    def read(self) -> tuple[Head, list[JournalEntry]] | None:
         """The content of the file, None without a file. An unfinished last line was never answered.
 
         Raises:
@@ -102,7 +102,7 @@ class Journal:
             return None
         try:
             head = msgspec.json.decode(lines[0], type=Head)
-            entries = [msgspec.json.decode(line, type=Entry) for line in lines[1:]]
+            entries = [msgspec.json.decode(line, type=JournalEntry) for line in lines[1:]]
         except msgspec.MsgspecError as error:
             raise Damaged(
                 f"{self._path} is not the state of a venue ({error}): move it away, or give another file"
@@ -133,7 +133,7 @@ class Journal:
             self._waiting.append(msgspec.json.encode(head))
             self._flush(durable=True)
 
-    async def write(self, entries: Sequence[Entry], *, durable: bool) -> None:
+    async def write(self, entries: Sequence[JournalEntry], *, durable: bool) -> None:
         """Append entries; with `durable` they are on the disk when this returns.
 
         Raises:

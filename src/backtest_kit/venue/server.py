@@ -39,7 +39,7 @@ _KEPT_REQUESTS: Final = 10_000
 _SECRET_PARAMS: Final = frozenset({"signature", "timestamp", "recvWindow"})
 
 
-class Trade(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+class ManualTrade(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """A manual trade, outside of any bot."""
 
     symbol: str
@@ -49,7 +49,7 @@ class Trade(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=T
     account: str = API_KEY
 
 
-class Cancellation(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+class ManualCancellation(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
     """A manual cancellation, outside of any bot."""
 
     client_order_id: str
@@ -286,7 +286,7 @@ class VenueServer:
         return self.faults.listed()
 
     async def _trade_by_hand(self, request: Request) -> Any:
-        trade = msgspec.json.decode(request.body, type=Trade)
+        trade = msgspec.json.decode(request.body, type=ManualTrade)
         async with self.venue.at_now():
             exchange = self.venue.exchanges[trade.kind]
             new = NewOrder(
@@ -299,7 +299,7 @@ class VenueServer:
             return self.venue.do(trade.kind, trade.account, Place(new))
 
     async def _cancel_by_hand(self, request: Request) -> Any:
-        wanted = msgspec.json.decode(request.body, type=Cancellation)
+        wanted = msgspec.json.decode(request.body, type=ManualCancellation)
         async with self.venue.at_now():
             order = self.venue.exchanges[wanted.kind].find(wanted.account, client_order_id=wanted.client_order_id)
             return self.venue.do(wanted.kind, wanted.account, Cancel(order.symbol, order_id=order.id))

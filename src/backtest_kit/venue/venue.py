@@ -16,8 +16,8 @@ from backtest_kit.market.clock import Clock
 from backtest_kit.market.sources import ANY_RANGE, CandleSource
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import DAY_MS, MINUTE_MS, floor_ms, interval_ms, iso
-from backtest_kit.venue.exchange import Exchange, Minute, Terms
-from backtest_kit.venue.journal import Action, Cancel, Done, Entry, FillReference, Head, Journal, Place
+from backtest_kit.venue.exchange import ClosedMinute, Exchange, Terms
+from backtest_kit.venue.journal import Action, Cancel, Done, FillReference, Head, Journal, JournalEntry, Place
 from backtest_kit.venue.orders import Kind, Market, VenueFill, VenueOrder
 from backtest_kit.venue.publishing import Publishing, Row, plain_rows
 
@@ -176,7 +176,7 @@ class Venue:
         """Match all minutes that have closed by `now_ms`."""
         stop_ms = floor_ms(now_ms, MINUTE_MS)
         if stop_ms > self._settled_ms:
-            rows: list[tuple[int, str, Minute]] = []
+            rows: list[tuple[int, str, ClosedMinute]] = []
             upcoming = {symbol: await self._next_candles(symbol, stop_ms) for symbol in self.symbols}
             if not self._knows_all:
                 # An exchange shows a minute some time after its close: until then it counts as open.
@@ -221,7 +221,7 @@ class Venue:
         done, self._done = tuple(self._done), []
         if self._journal and (done or now_ms >= self._noted_ms + MINUTE_MS):
             self._noted_ms = floor_ms(now_ms, MINUTE_MS)
-            await self._journal.write([Entry(now_ms, done)], durable=bool(done))
+            await self._journal.write([JournalEntry(now_ms, done)], durable=bool(done))
 
     def _report_fills(self) -> None:
         for kind, exchange in self.exchanges.items():
@@ -232,10 +232,10 @@ class Venue:
                 self._on_fill(kind, fill)
 
 
-def _minutes(candles: CandleSeries) -> list[Minute]:
+def _minutes(candles: CandleSeries) -> list[ClosedMinute]:
     columns = (candles.timestamp, candles.open, candles.high, candles.low, candles.close)
     return [
-        Minute(open_ms, *map(_decimal, prices))
+        ClosedMinute(open_ms, *map(_decimal, prices))
         for open_ms, *prices in zip(*(column.tolist() for column in columns), strict=True)
     ]
 

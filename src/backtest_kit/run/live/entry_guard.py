@@ -14,7 +14,7 @@ from backtest_kit.persist.store import Key
 from backtest_kit.run.live.flags import RunFlags
 from backtest_kit.run.live.job import LiveJob
 from backtest_kit.run.live.order_manager import OrderManager
-from backtest_kit.run.live.orphans import Comparison, OrphanGuard
+from backtest_kit.run.live.orphans import Findings, OrphanGuard
 from backtest_kit.run.live.position_state import PositionState
 from backtest_kit.run.live.position_store import PositionStore
 from backtest_kit.run.run_state import RunState
@@ -50,7 +50,7 @@ class EntryGuard:
         self._job = job
         self._neighbours = neighbours
 
-    async def compare(self, when_ms: int, *, resending: bool = False) -> Comparison | None:
+    async def compare(self, when_ms: int, *, resending: bool = False) -> Findings | None:
         """Compare the store with the exchange. Entries wait until that has succeeded and nothing unknown is found.
 
         `resending`: a pending entry may be sent again. That happens only if the exchange has nothing of it, so it

@@ -16,7 +16,7 @@ PATIENCE_S: Final = 5.0
 _MOST: Final = 1000
 """Events that wait for the store at most; beyond it the oldest are dropped."""
 
-RecordWriter = Callable[[Sequence[Event]], Awaitable[None]]
+EventObserver = Callable[[Sequence[Event]], Awaitable[None]]
 """Writes events into records of its own. May get the same events again."""
 
 _log = logging.getLogger("backtest_kit")
@@ -26,7 +26,7 @@ class EventRecorder:
     """Writes events into the records. A store that rejects them does not stop trading: the sinks get them immediately,
     the records at the next minute at which the store works."""
 
-    def __init__(self, records: RunRecords, observers: Sequence[RecordWriter]) -> None:
+    def __init__(self, records: RunRecords, observers: Sequence[EventObserver]) -> None:
         self._records = records
         self._observers = observers
         self._waiting: list[Event] = []

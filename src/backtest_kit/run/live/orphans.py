@@ -59,7 +59,7 @@ _LISTED_AFTER_MS: Final = 2 * MINUTE_MS
 _log = logging.getLogger("backtest_kit")
 
 
-class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+class Findings(msgspec.Struct, frozen=True, kw_only=True):
     """The result of one minute."""
 
     when_ms: int
@@ -118,7 +118,7 @@ class OrphanGuard:
         self._run = run
         self._others = others
         self._lock = asyncio.Lock()
-        self._last: Comparison | None = None
+        self._last: Findings | None = None
         self._seen: What | None = None
         """The finding of the previous minute."""
         self._reported: tuple[object, str] | None = None
@@ -128,7 +128,7 @@ class OrphanGuard:
         self._again_ms = 0
         """When the next one may be."""
 
-    async def compare_once(self, when_ms: int, position_states: PositionStatesOf) -> Comparison:
+    async def compare_once(self, when_ms: int, position_states: PositionStatesOf) -> Findings:
         """The comparison of a minute: one for all runs that trade the symbol side by side. As `compare`."""
         async with self._lock:
             # It also serves the runs that act later in this minute: their orders since then are in the store, and other
@@ -137,7 +137,7 @@ class OrphanGuard:
                 self._last = await self.compare(when_ms, position_states)
             return self._last
 
-    async def compare(self, when_ms: int, position_states: PositionStatesOf) -> Comparison:
+    async def compare(self, when_ms: int, position_states: PositionStatesOf) -> Findings:
         """Read the position on the exchange and compare.
 
         Args:
@@ -152,7 +152,7 @@ class OrphanGuard:
         before = position_states()
         holdings = await self._broker.holdings([self._symbol])
         if holdings is None:
-            return Comparison(when_ms=when_ms)
+            return Findings(when_ms=when_ms)
         after = position_states()
         held = next((each for each in holdings if each.symbol == self._symbol), None)
         # Orders may have been sent and filled during the request: what holds before or after it is known.
@@ -170,7 +170,7 @@ class OrphanGuard:
             if difference is not None and not claim and self._policy != "alarm":
                 claim = await self._others.trader({**before, **after})
         settled = known.changed_ms < 0 or when_ms - known.changed_ms >= _LISTED_AFTER_MS
-        return Comparison(when_ms=when_ms, held=held, difference=difference, settled=settled, claim=claim)
+        return Findings(when_ms=when_ms, held=held, difference=difference, settled=settled, claim=claim)
 
     def _with(self, others: Mapping[Key, PositionState], known: Known, held: VenuePosition | None) -> tuple[Known, str]:
         """What is known including other strategies, and what one of them has there, in words."""
@@ -185,7 +185,7 @@ class OrphanGuard:
                 claim = claim or claim_of(key, other)
         return known, claim
 
-    async def report(self, found: Comparison, others: Sequence[RunState]) -> OrphanFound | None:
+    async def report(self, found: Findings, others: Sequence[RunState]) -> OrphanFound | None:
         """Act on a finding by the policy; returns the event if it is new.
 
         Args:
@@ -223,7 +223,7 @@ class OrphanGuard:
         self._reported = finding, done
         return self._news(found, difference, done)
 
-    def _waits(self, found: Comparison, difference: Difference, seen: What | None, crowded: bool) -> bool:
+    def _waits(self, found: Findings, difference: Difference, seen: What | None, crowded: bool) -> bool:
         """Whether the next minute has to confirm it: exchanges list new orders late, and between two requests of this
         minute the position may have been closed, or another run may have acted."""
         if difference.what == "unprotected_position" and not crowded:
@@ -232,7 +232,7 @@ class OrphanGuard:
             return True
         return (crowded or difference.what == "missing_position") and seen != difference.what
 
-    def _news(self, found: Comparison, difference: Difference, done: str) -> OrphanFound:
+    def _news(self, found: Findings, difference: Difference, done: str) -> OrphanFound:
         identity = self._run_state.rules.identity
         if isinstance(self._run_state.state, Flat) and difference.no_entry:
             done = f"{done}; nothing is opened on {self._symbol} until then: {difference.way_out}"

@@ -31,7 +31,7 @@ from backtest_kit.run.live.alarms import Alarms
 from backtest_kit.run.live.candles import POLL_MS, LiveCandles
 from backtest_kit.run.live.emergency import EmergencyFile
 from backtest_kit.run.live.entry_guard import EntryGuard
-from backtest_kit.run.live.event_recorder import EventRecorder, RecordWriter
+from backtest_kit.run.live.event_recorder import EventObserver, EventRecorder
 from backtest_kit.run.live.flags import RunFlags
 from backtest_kit.run.live.hooks import LiveHooks
 from backtest_kit.run.live.job import LiveJob
@@ -65,7 +65,7 @@ class LiveRun:
         services: Services,
         persistence: Persistence,
         dump: Path,
-        observers: Sequence[RecordWriter],
+        observers: Sequence[EventObserver],
         neighbours: Callable[[], Sequence[LiveRun]],
         yielded: Callable[[Event], None],
     ) -> None:

@@ -29,7 +29,7 @@ import msgspec
 
 from backtest_kit.broker.base import check_broker, sends
 from backtest_kit.broker.paper import PaperBroker
-from backtest_kit.engine.step import Fill, Rules
+from backtest_kit.engine.step import FillModel, Rules
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.market.clock import SystemClock
 from backtest_kit.market.fetch import GapRule
@@ -41,7 +41,7 @@ from backtest_kit.model.position import Trade
 from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.lease import DEFAULT_TTL
 from backtest_kit.run.blocking import run_blocking
-from backtest_kit.run.live.event_recorder import RecordWriter
+from backtest_kit.run.live.event_recorder import EventObserver
 from backtest_kit.run.live.exchange_time import VenueTime
 from backtest_kit.run.live.job import LiveJob
 from backtest_kit.run.live.orphans import OrphanPolicy
@@ -60,7 +60,7 @@ class LiveOptions(TypedDict, total=False):
 
     paper: bool
     """Orders fill at the engine's price, and the state is separate from live. Default False."""
-    fill: Fill
+    fill: FillModel
     """"vwap" (default) touches levels by the current price; "ohlc" by the wicks, stop before take."""
     gaps: GapRule
     """"fill" (default) takes minutes without a candle as flat, and counts them; with "error" the minutes after one are
@@ -173,7 +173,7 @@ class LiveRunner:
         self._running: dict[LiveRun, None] = {}
         """The runs that have not ended, in the order of their start."""
         self._times: dict[str, VenueTime] = {}
-        self.observers: list[RecordWriter] = []
+        self.observers: list[EventObserver] = []
         """Further writers of records. Each gets the events of a change once it is stored, and again, at a start or at
         the next minute, those that it may have missed."""
 
@@ -245,7 +245,7 @@ class LiveRunner:
         strategy: str | StrategySchema,
         exchange_name: str,
         paper: bool = False,
-        fill: Fill = "vwap",
+        fill: FillModel = "vwap",
         gaps: GapRule = "fill",
         dirty: DirtyRule = "repair",
         orphans: OrphanPolicy = "alarm",
@@ -258,7 +258,7 @@ class LiveRunner:
             UserError: bad names or options, or a live run has no broker.
         """
         check_name("symbol", symbol)
-        check_choice("fill", fill, Fill)
+        check_choice("fill", fill, FillModel)
         check_choice("gaps", gaps, GapRule)
         check_choice("dirty", dirty, DirtyRule)
         check_choice("orphans", orphans, OrphanPolicy)

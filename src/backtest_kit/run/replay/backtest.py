@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 import msgspec
 
-from backtest_kit.engine.step import Fill, Rules
+from backtest_kit.engine.step import FillModel, Rules
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.price import resample
@@ -75,7 +75,7 @@ class _Announced:
 class ReplayOptions(TypedDict, total=False):
     """How candles are replayed: the options shared by `Backtest` and `Walker`."""
 
-    fill: Fill
+    fill: FillModel
     """"vwap" (default) touches levels by the current price; "ohlc" by the wicks, stop before take."""
     gaps: GapRule
     """"error" (default) refuses candles with missing minutes; "fill" puts flat candles there."""
@@ -311,7 +311,7 @@ class BacktestRunner:
         strategy: str | StrategySchema,
         exchange_name: str,
         frame_name: str,
-        fill: Fill = "vwap",
+        fill: FillModel = "vwap",
         gaps: GapRule = "error",
         dirty: DirtyRule | None = None,
         run_id: str | None = None,
@@ -322,7 +322,7 @@ class BacktestRunner:
             UserError: bad names or options.
         """
         check_name("symbol", symbol)
-        check_choice("fill", fill, Fill)
+        check_choice("fill", fill, FillModel)
         check_choice("gaps", gaps, GapRule)
         registry, settings = self.program.registry, self.program.settings()
         registry.exchanges.get(exchange_name)
