@@ -85,18 +85,14 @@ class Journal:
     def changed_by_others(self) -> dict[str, str]:
         """The records changed in the journals of other processes, each with its journal file."""
         changed: dict[str, str] = {}
-        for path in self._others():
+        for path in self.others():
             with contextlib.suppress(FileNotFoundError):
                 changed |= {change["path"]: path for change in _changes(self._disk.read(path))}
         return changed
 
-    def has_others(self) -> bool:
-        """Whether there are journal files that are not of this object."""
-        return bool(self._others())
-
     def has_orphan(self) -> bool:
         """Whether there is a journal file whose process is gone, or has let go of it."""
-        for path in self._others():
+        for path in self.others():
             with contextlib.suppress(FileNotFoundError):  # its owner has emptied it meanwhile
                 fd = self._disk.open_for_update(path)
                 try:
@@ -106,7 +102,8 @@ class Journal:
                     self._disk.close(fd)
         return False
 
-    def _others(self) -> list[str]:
+    def others(self) -> list[str]:
+        """The journal files that are not of this object."""
         own = {file.path for file in self._files}
         paths = (entry.path for entry in self._disk.entries(self._directory) if entry.name.endswith(SUFFIX))
         return [path for path in paths if path not in own]

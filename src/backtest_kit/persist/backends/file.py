@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Final, TypeVar
 from backtest_kit.errors import BacktestKitError
 from backtest_kit.persist.backends import file_diagnosis, file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
-from backtest_kit.persist.backends.file_commit import Change, Committer, Request, Waiter
+from backtest_kit.persist.backends.file_commit import Change, Committer, Request
 from backtest_kit.persist.backends.file_listing import Found, list_records
 from backtest_kit.persist.backends.file_paths import is_feed, is_log, record_path
 from backtest_kit.persist.backends.file_root import Root
@@ -57,15 +58,13 @@ class FileStore(Store):
         self.root = Root(root, disk or Disk(), existing=existing, inline=inline)
         self._committer = Committer(self.root, inline=inline)
         self._inline = inline
-        self._parent: FileStore | None = None
         self._prefix = ""
         self.candles = self._make_candles()
 
     def namespace(self, name: str) -> FileStore:
         if not name:
             return self
-        store = FileStore.__new__(FileStore)
-        store.root, store._committer, store._inline, store._parent = self.root, self._committer, self._inline, self
+        store = copy.copy(self)
         # No contract begins with @, so no record of a namespace lies where one of its parent would.
         store._prefix = f"{self._prefix}@{escape(name, 'namespace')}/"
         store.candles = store._make_candles()
@@ -85,7 +84,7 @@ class FileStore(Store):
         await self._call(self.root.open)
 
     async def close(self) -> None:
-        if self._parent is None and not self.root.is_inherited:
+        if not self._prefix and not self.root.is_inherited:
             await self._call(self._committer.close)
 
     # -- records -------------------------------------------------------------------------------------
@@ -114,11 +113,12 @@ class FileStore(Store):
 
     async def _submit(self, requests: Sequence[Sequence[Write]]) -> list[Request]:
         """Carry out each of `requests`, which stand and fall alone."""
-        waiter = Waiter(len(requests))
-        waiting = [Request([self._change(write) for write in writes], waiter) for writes in requests]
+        self.root.check_process()
+        waiting = [Request([self._change(write) for write in writes]) for writes in requests]
         if waiting:
             self._committer.submit(waiting)
-            await waiter.future
+        for request in waiting:
+            await request.answered
         return waiting
 
     def _change(self, write: Write) -> Change:

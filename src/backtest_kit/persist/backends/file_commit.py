@@ -55,28 +55,13 @@ class Change:
         self.target: Target = (path, write.key)
 
 
-class Waiter:
-    """A caller that waits for some requests. `future` is done when each of them has its outcome."""
-
-    def __init__(self, count: int) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[None] = self.loop.create_future()
-        self._count = count
-
-    def answer(self) -> None:
-        """One more of them has its outcome."""
-        self._count -= 1
-        # A caller that was cancelled meanwhile does not wait any more: the write took place all the same.
-        if not self._count and not self.future.done():
-            self.future.set_result(None)
-
-
 class Request:
-    """What stands and falls together: all of `changes` or none."""
+    """What stands and falls together: all of `changes` or none. `answered` is done when it has its outcome."""
 
-    def __init__(self, changes: Sequence[Change], waiter: Waiter) -> None:
+    def __init__(self, changes: Sequence[Change]) -> None:
         self.changes = changes
-        self.waiter = waiter
+        self.loop = asyncio.get_running_loop()
+        self.answered: asyncio.Future[None] = self.loop.create_future()
         self.records: list[Record] = []
         self.error: BaseException | None = None
         self.locks = {change.lock for change in changes}
@@ -117,17 +102,14 @@ class Committer:
         self._last_size = 1
         self._parked: list[Request] = []
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        self._root.check_process()
-        self._enqueue(requests)
-
     def close(self) -> None:
         """Carry out what was submitted, close the root and end the thread; what is submitted later opens it again."""
         closing: Future[None] = Future()
-        self._enqueue(closing)
+        self.submit(closing)
         closing.result()
 
-    def _enqueue(self, item: Sequence[Request] | Future[None]) -> None:
+    def submit(self, item: Sequence[Request] | Future[None]) -> None:
+        """Take requests of one caller, or a future that is done once the root is closed."""
         with self._arrival:
             self._queue.append(item)
             if self._thread is None and not self._inline:
@@ -185,7 +167,7 @@ class Committer:
             if isinstance(item, Future):
                 closing = item
                 break
-            if not item[0].waiter.future.cancelled():
+            if not item[0].answered.cancelled():
                 group += item
                 size += 1
         self._last_size = size
@@ -445,7 +427,7 @@ def _answer(group: list[Request]) -> None:
     """Wake the callers: one call for all that wait in one loop."""
     waiting: dict[Any, list[Request]] = {}
     for request in group:
-        waiting.setdefault(request.waiter.loop, []).append(request)
+        waiting.setdefault(request.loop, []).append(request)
     for loop, requests in waiting.items():
         with contextlib.suppress(RuntimeError):  # the loop is closed, no caller waits
             loop.call_soon_threadsafe(_wake, requests)
@@ -453,4 +435,6 @@ def _answer(group: list[Request]) -> None:
 
 def _wake(requests: list[Request]) -> None:
     for request in requests:
-        request.waiter.answer()
+        # A caller that was cancelled meanwhile does not wait any more: the write took place all the same.
+        if not request.answered.done():
+            request.answered.set_result(None)

@@ -293,7 +293,7 @@ class Root:
         What is written before `recover` is called would come in between. The caller may hold locks of records, and
         lets go of them before it calls that.
         """
-        if not self._journal.has_others():
+        if not self._journal.others():
             return False
         try:
             # Under this lock, because a file that is looked at here seems to have an owner to who replays it.

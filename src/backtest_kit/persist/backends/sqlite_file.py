@@ -150,7 +150,7 @@ class SqliteFile:
     def require_made(self) -> None:
         """Raise `UserError` if nothing has been made here."""
         if not self.is_made():
-            raise UserError(f"{self.path} is not a store of this program, it is empty: name another one")
+            raise self._empty()
 
     # -- the high-water mark -------------------------------------------------------------------------
 
@@ -161,16 +161,14 @@ class SqliteFile:
             Damaged, RetryLater, UserError: it cannot be opened.
         """
         known = self._mark.read()
-        if not self.path.is_file():
+        if not self.is_made():
             return None
         if not self.path.stat().st_size:
             return lost_commits(str(self.path), known, None)
         # Not a connection that writes: when it is closed, it throws away what it could not read of the log.
         with self._brief(self._connect_to_look()) as connection:
-            if self._check_owner(connection):
-                return None
             head = _head(connection)
-            return unknown_commits(str(self.path)) if head is None else lost_commits(str(self.path), known, head)
+        return unknown_commits(str(self.path)) if head is None else lost_commits(str(self.path), known, head)
 
     def accept_loss(self) -> str | None:
         """As `Store.accept_loss`: the database gets a new identity, of which no mark knows anything."""
@@ -296,7 +294,7 @@ class SqliteFile:
         try:
             connection.execute("PRAGMA query_only = ON")
             if self._check_owner(connection):
-                raise UserError(f"{self.path} is not a store of this program, it is empty: name another one")
+                raise self._empty()
         except BaseException as error:
             connection.close()
             if isinstance(error, FAILURES):
@@ -334,6 +332,9 @@ class SqliteFile:
             raise self._explain(error) from error
         finally:
             connection.close()
+
+    def _empty(self) -> UserError:
+        return UserError(f"{self.path} is not a store of this program, it is empty: name another one")
 
     def _explain(self, error: Exception, outcome: Outcome | None = None) -> Exception:
         code = _code(error)
