@@ -201,6 +201,18 @@ async def test_request_that_arrives_late_does_not_undo_a_later_write(mongo_url: 
         await store.close()
 
 
+async def test_nothing_connects_in_the_background_once_the_store_is_open(mongo_url: str) -> None:
+    """The driver leaks the socket of what connects while the store is closed."""
+    port = pymongo.uri_parser.parse_uri(mongo_url)["nodelist"][0][1]
+    async with Relay(port) as relay:
+        store = store_behind(relay, database_of(mongo_url), CC_MONGO_POOL_SIZE=1)
+        await store.open()
+        for _ in range(10):
+            assert await store.get(SIGNAL, key_of("nothing")) is None
+        assert relay.connections == 2, "one that looks after the server, and one for requests"
+        await store.close()
+
+
 def test_whatever_the_driver_would_have_retried_heals() -> None:
     assert len(_RETRYABLE_ERROR_CODES) > 10
     for code in _RETRYABLE_ERROR_CODES:

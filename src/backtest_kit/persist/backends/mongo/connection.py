@@ -347,6 +347,9 @@ def _client(settings: MongoSettings) -> AsyncMongoClient[Document]:
         "socketTimeoutMS": min(settings.CC_MONGO_SOCKET_TIMEOUT_MS, settings.CC_MONGO_OPERATION_TIMEOUT_MS),
         "maxPoolSize": settings.CC_MONGO_POOL_SIZE,
         "appname": "backtest-kit",
+        # Otherwise the driver makes one more connection in the background, to measure round trips. If the store is
+        # closed at that moment, the driver cancels the task that connects and leaks its socket.
+        "serverMonitoringMode": "poll",
         # `_try` and `Upsert` repeat what got no answer, within their deadline; the driver would do it once more unseen.
         "retryReads": False,
         "retryWrites": False,
