@@ -55,6 +55,8 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         client.logger.setLevel(logging.WARNING)
         if self.urls:
             client.urls["api"] = {**client.urls["api"], **self.urls}
+            if not any(str(url).startswith("https:") for url in self.urls.values()):
+                client.timeout_on_exit = 0  # it waits at its end for TLS to close; a simulated exchange has none
         rules = VenueRules(client, self.kind)
         try:
             venue = CcxtVenue(
