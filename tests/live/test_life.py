@@ -698,7 +698,7 @@ async def test_without_a_store_a_position_is_closed_all_the_same(
     assert found.value is None
 
 
-async def test_a_position_closes_after_hours_in_which_its_stop_was_moved_without_a_store(
+async def test_a_position_closes_after_an_hour_in_which_its_stop_was_moved_without_a_store(
     failing: tuple[Rig, FailingStore],
 ) -> None:
     """Whose records wait for the store does not fill what is kept for the exit."""
@@ -708,7 +708,7 @@ async def test_a_position_closes_after_hours_in_which_its_stop_was_moved_without
 
     async def trail(ctx: bk.Context) -> None:
         assert ctx.position is not None
-        if len(moved) < 120:
+        if len(moved) < 60:
             moved.append(bool(await ctx.position.move_stop(ctx.position.stop_loss * 1.0001)))
         else:
             await ctx.position.close()
@@ -722,8 +722,8 @@ async def test_a_position_closes_after_hours_in_which_its_stop_was_moved_without
     await rig.trade(1)
     rig.strategy["manage"] = trail
     store.error = bk.OutOfSpace("the disk is full")
-    end = await rig.trade(124)
-    assert moved == [True] * 120
+    end = await rig.trade(64)
+    assert moved == [True] * 60
     assert end.status.position is None
     assert len(rig.venue.sent("close")) == 1
     assert rig.of(bk.StoreDegraded)[-1].kept
