@@ -25,6 +25,8 @@ DISK = os.environ.setdefault("TESTS_DISK", tempfile.gettempdir())
 """Where temporary files lie on this machine; the workers of a run inherit it, with a TMPDIR that may be in memory."""
 MEMORY = Path("/dev/shm")  # noqa: S108
 LEAST_FREE = 4 << 30
+TESTS = Path(__file__).parent
+MEASURED = frozenset(("conformance", "crash", "engine", "mongo", "persist"))
 
 # Temporary files lie in memory where there is room: a SIGKILL leaves the page cache alone, so a disk would make its
 # tests only slower. What is about the disk itself asks for the fixture `disk`.
@@ -41,6 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before Hypothesis reads its own option."""
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = SEED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Measure the coverage of `persist` and `engine` by their own tests: measuring takes a test twice its time."""
+    for item in items:
+        if item.path.relative_to(TESTS).parts[0] not in MEASURED:
+            item.add_marker("no_cover")
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_all_errors_come_together_and_nothing_changes() -> None:
     for part in (
         "CC_PERCENT_FEE is -1: it must be at least 0",
         "CC_GET_CANDLES_RETRY_COUNT is 0: it must be at least 1",
-        "CC_NONSENSE is no setting",
+        "CC_NONSENSE is not a setting",
         "CC_PERCENT_SLIPPAGE is 'much': give a number",
         "CC_ENABLE_LONG_SIGNAL is 3: give true or false",
         "CC_POSITION_ENTRY_COST is 0: it must be above 0",

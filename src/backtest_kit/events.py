@@ -1,4 +1,4 @@
-"""Typed events: who hears of what, in which order, and who waits for whom."""
+"""Typed events: which handlers and streams get what, in which order, and who waits for whom."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from backtest_kit.errors import UserError
@@ -32,25 +32,30 @@ def as_listener(handler: Handler[T], *, given: str = "event") -> Listener[T]:
     `lambda event, symbol=symbol: ...`, keeps it. `given` names the first argument in the message.
 
     Raises:
-        UserError: it is no function, is a generator, or takes other arguments than these.
+        UserError: it is not a function, is a generator, or takes other arguments than these.
     """
     shapes = f"({given}) or ({given}, ctx)"
     if not callable(handler):
-        raise UserError(f"handler {handler!r} is no function: give a function of {shapes}")
+        raise UserError(f"handler {handler!r} is not a function: give a function of {shapes}")
     name = handler_name(handler)
     if inspect.isgeneratorfunction(handler) or inspect.isasyncgenfunction(handler):
         raise UserError(f"handler {name} has a yield, so that calling it does nothing: return instead")
     try:
         signature = inspect.signature(handler)
-    except (TypeError, ValueError):  # some builtins do not tell; those that can be handlers take one argument
-        return lambda value, _: handler(value)  # type: ignore[call-arg]
+    except (TypeError, ValueError):  # some builtins have no signature; those that can be handlers take one argument
+        return _without_context(handler)
     places = [each for each in signature.parameters.values() if each.kind < inspect.Parameter.VAR_POSITIONAL]
     takes_context = len(places) > 1 and (places[1].default is inspect.Parameter.empty or places[1].name == "ctx")
     try:
         signature.bind(*(None, None)[: 1 + takes_context])
     except TypeError:
         raise UserError(f"handler {name} takes {signature}: give a function of {shapes}") from None
-    return handler if takes_context else lambda value, _: handler(value)  # type: ignore[call-arg, return-value]
+    return cast("Listener[T]", handler) if takes_context else _without_context(handler)
+
+
+def _without_context(handler: Handler[T]) -> Listener[T]:
+    call = cast("Callable[[T], object]", handler)
+    return lambda value, _: call(value)
 
 
 def handler_name(handler: object) -> str:
@@ -207,12 +212,13 @@ class EventBus:
 
         Args:
             kind: A type of event or several; the base `Event` stands for all.
-            handler: A function of `(event)` or `(event, ctx)`, sync or async.
+            handler: A function of `(event)` or `(event, ctx)`, sync or async. Its commands
+                (`await ctx.position.close()`) take effect before the run continues.
             symbol, strategy_name: Only events of these; None is any.
             once: Only the first such event, even of several runs at once.
 
         Raises:
-            UserError: an argument is none of these.
+            UserError: an argument is wrong.
         """
         kinds = kind if isinstance(kind, tuple) else (kind,)
         listener, name = as_listener(handler), handler_name(handler)
@@ -250,7 +256,7 @@ class EventBus:
         *,
         failed: Callable[[str, Exception], Awaitable[None]] | None = None,
     ) -> None:
-        """Hand an event to all who want it, one after the other in the order of their registration.
+        """Hand an event to all subscribers, one after the other in the order of their registration.
 
         `failed` is called with a handler's name and its error; unless it raises, the other handlers go on.
 
@@ -332,7 +338,7 @@ class _Queue(Generic[E]):
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.add(waiter)
             try:
-                if not ready():  # asked again: another thread may have ended it before there was anyone to wake
+                if not ready():  # again: another thread may have ended it before there was a waiter to wake
                     await waiter
             finally:
                 self._waiters.discard(waiter)

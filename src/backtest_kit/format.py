@@ -1,4 +1,4 @@
-"""Figures, errors and events in words, once for all who show them: terminal, log, notifications, pages."""
+"""Numbers, errors and events as text, for the terminal, the log, notifications and pages."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _with_unit(text: str) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """An error in one line; of those that are not ours also the type."""
+    """An error in one line, with its type unless it is one of ours."""
     return str(error) if isinstance(error, BacktestKitError) else f"{type(error).__name__}: {error}"
 
 
@@ -98,7 +98,7 @@ def count(number: int, noun: str) -> str:
 
 
 def severity(event: Event) -> Severity:
-    """An alarm: somebody should look now. A warning: something was refused or went wrong, and was dealt with."""
+    """ "alarm": look now. "warning": something was refused or went wrong, and was dealt with."""
     match event:
         case OrderFailed(alarm=alarm):
             return "alarm" if alarm else "warning"
@@ -111,7 +111,7 @@ def severity(event: Event) -> Severity:
 
 
 def describe(event: Event) -> str:
-    """What happened in one line, without its time and its symbol; of other kinds than `DESCRIBED` only the action."""
+    """What happened, in one line without time and symbol; only the action for kinds outside of `DESCRIBED`."""
     match event:
         case Recovered():
             return _recovered(event)
@@ -139,7 +139,7 @@ def describe(event: Event) -> str:
 def _describe_run(event: Event) -> str:
     match event:
         case OrderFailed(kind="check", reason=reason, next_step=next_step):
-            return f"the exchange does not report the order: {reason}; {next_step}"
+            return f"the exchange did not report the order: {reason}; {next_step}"
         case OrderFailed(kind=kind, client_order_id=order_id, reason=reason, next_step=next_step):
             return f"order {order_id} to {_spaced(kind)} failed: {reason}; {next_step}"
         case OrphanFound(what=what, reason=reason, next_step=next_step):
@@ -167,13 +167,13 @@ def _describe_run(event: Event) -> str:
 
 
 def _recovered(event: Recovered) -> str:
-    held = "nothing held"
+    state = "no position"
     if event.position is not None:
-        held = f"{_position(event.position)}, opened {iso(event.position.opened_at_ms)}"
+        state = f"{_position(event.position)}, opened {iso(event.position.opened_at_ms)}"
     elif event.entry is not None:
-        held = f"a resting order, {_entry(event.entry)}"
-    down = f" {count(event.down_ms // MINUTE_MS, 'minute')} after the last write" if event.down_ms else ""
-    return "; ".join((f"starts{down}, with {held}", *event.steps))
+        state = f"a resting order, {_entry(event.entry)}"
+    down = f" {count(event.down_ms // MINUTE_MS, 'minute')} after the last write," if event.down_ms else ""
+    return "; ".join((f"starts{down} with {state}", *event.steps))
 
 
 def _position(position: Position) -> str:

@@ -6,20 +6,20 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from backtest_kit.broker.base import Broker
 from backtest_kit.errors import UserError
-from backtest_kit.events import EventBus, EventStream, Handler
+from backtest_kit.events import EventBus
 from backtest_kit.market.clock import Clock
 from backtest_kit.market.sources import CandleSource
-from backtest_kit.model.event import Event
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import CandleStore, Store
 from backtest_kit.persist.urls import store_at
 from backtest_kit.records import Records
-from backtest_kit.run.cron import Cron, CronTick
+from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import Feeds
+from backtest_kit.run.program import Program
 from backtest_kit.run.replay.backtest import BacktestRunner
 from backtest_kit.run.replay.walker import Walker
 from backtest_kit.run.risk_request import RiskValidation
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
     from backtest_kit.run.live.runner import LiveRunner
 
-E = TypeVar("E", bound=Event)
-
 
 class Kit:
     """Schemas, settings and storage of one program.
@@ -67,27 +65,20 @@ class Kit:
     ) -> None:
         self._dump = Path(dump)
         self._registry = Registry()
-        self._bus = EventBus()
-        self._cron = Cron()
         self._seams = seams
-        self._now_ms = now_ms or seams.wall_ms
         self._settings: Settings | None = None
         self._persistence: Persistence | None = None
         self._files_in_use = False
+        bus, cron = EventBus(), Cron()
+        self.on = bus.on
+        self.events = bus.events
+        self.cron = cron.add
+        self.remove_cron = cron.remove
         self.records = Records(lambda: self.persistence, self.get_config)
         self._live: LiveRunner | None = None
-        self._feeds = Feeds(self._registry, self._candle_store, self._now_ms)
-        self.backtest = BacktestRunner(
-            self._registry,
-            self._feeds,
-            self._bus,
-            self._cron,
-            self.records,
-            self.get_config,
-            self._now_ms,
-            lambda: self._dump / "backtest",
-        )
-
+        feeds = Feeds(self._registry, self._candle_store, now_ms or seams.wall_ms)
+        self._program = Program(self._registry, feeds, bus, cron, self.records, self.get_config)
+        self.backtest = BacktestRunner(self._program, now_ms or seams.wall_ms, lambda: self._dump / "backtest")
         self.walker = Walker(self.backtest, lambda: self._dump / "walker")
 
     @property
@@ -96,16 +87,7 @@ class Kit:
         if self._live is None:
             from backtest_kit.run.live.runner import LiveRunner
 
-            self._live = LiveRunner(
-                self._registry,
-                self._feeds,
-                self._bus,
-                self._cron,
-                self.records,
-                lambda: self.persistence,
-                self.get_config,
-                lambda: self._dump,
-            )
+            self._live = LiveRunner(self._program, lambda: self.persistence, lambda: self._dump)
         return self._live
 
     @property
@@ -260,38 +242,6 @@ class Kit:
             UserError: unknown names, bad values or contradictions, all in one message; nothing is changed.
         """
         self._settings = with_settings(self.get_config(), changes)
-
-    def on(
-        self,
-        kind: type[E] | tuple[type[E], ...],
-        handler: Handler[E],
-        *,
-        symbol: str | None = None,
-        strategy_name: str | None = None,
-        once: bool = False,
-    ) -> Callable[[], None]:
-        """Call `handler` for every event of a kind, and return a function that unsubscribes it. See `EventBus.on`.
-
-        The handler takes the event, or the event and the context of its minute; it may be async. Its commands
-        (`await ctx.position.close()`) take effect before the run continues.
-        """
-        return self._bus.on(kind, handler, symbol=symbol, strategy_name=strategy_name, once=once)
-
-    def events(
-        self, *kinds: type[E], symbol: str | None = None, strategy_name: str | None = None, limit: int = 1000
-    ) -> EventStream[E]:
-        """Events as an async iterator, from this call on. See `EventBus.events`."""
-        return self._bus.events(*kinds, symbol=symbol, strategy_name=strategy_name, limit=limit)
-
-    def cron(
-        self, name: str, *, interval: str, handler: Handler[CronTick], symbols: Iterable[str] | None = None
-    ) -> None:
-        """Call `handler` at every boundary of an interval, in the time of the runs. See `Cron.add`."""
-        self._cron.add(name, interval=interval, handler=handler, symbols=symbols)
-
-    def remove_cron(self, name: str) -> None:
-        """Remove a cron job. See `Cron.remove`."""
-        self._cron.remove(name)
 
     def _file_store(self) -> Store:
         self._files_in_use = True

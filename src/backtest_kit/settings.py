@@ -63,7 +63,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How often an order to close or to cancel is sent again before each further failure is an alarm; it is
     never given up. At least 0."""
     CC_ORDER_CHECK_RETRY_ATTEMPTS: int = 5
-    """How often in a row the venue may fail to tell how an order stands before that is an alarm. At least 0."""
+    """How many checks of an order in a row may fail before that is an alarm. At least 0."""
     CC_MAX_NOTIFICATION_DELIVERY_SECONDS: float = 15.0
     """How long a sink may take for one notification before that has failed and is tried again. Above 0."""
     CC_RETENTION_LOG_DAYS: float = 30.0
@@ -93,7 +93,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     CC_RETENTION_HISTORY_DAYS: float = 30.0
     """How long what a record was before is kept after it was replaced, in days, where history is kept at all."""
     CC_RETENTION_REMOVED_DAYS: float = 90.0
-    """How long a removed record is kept for those who ask what was removed, in days."""
+    """How many days a removed record is kept."""
     CC_RETENTION_RUN_DAYS: float = 30.0
     """How long the records of a backtest's run are kept after its last write, in days: one day at least."""
     CC_RETENTION_RUN_COUNT: float = 100.0
@@ -152,7 +152,7 @@ def with_settings(base: Settings, changes: Mapping[str, object]) -> Settings:
     known = {field.name: field.type for field in msgspec.structs.fields(Settings)}
     for name, value in changes.items():
         if name not in known:
-            problems.append(f"{name} is no setting; the settings are {', '.join(known)}")
+            problems.append(f"{name} is not a setting; the settings are {', '.join(known)}")
             continue
         try:
             values[name] = _convert(value, known[name])

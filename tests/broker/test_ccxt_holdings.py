@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, strategies as st
 
 from backtest_kit.broker.ccxt_holdings import bought
-from backtest_kit.broker.ccxt_market import Market, VenueOrder
+from backtest_kit.broker.ccxt_market import ExchangeOrder, Market
 from backtest_kit.broker.order_ids import SignalIds
 
 LOT = Decimal("0.001")
@@ -32,13 +32,13 @@ class Account:
     """Orders of an account, one a second."""
 
     def __init__(self) -> None:
-        self.orders: list[VenueOrder] = []
+        self.orders: list[ExchangeOrder] = []
         self.coins: dict[SignalIds, Decimal] = {}
 
     def order(self, side: str, filled: Decimal, client_id: str | None) -> None:
         number = len(self.orders)
         self.orders.append(
-            VenueOrder(
+            ExchangeOrder(
                 id=str(number), client_id=client_id, side=side, open=False, rejected=False, quantity=filled,
                 filled=filled, average=PRICE if filled else None, trigger=None, timestamp=1000 * number,
                 conditional=False,
@@ -55,7 +55,7 @@ class Account:
         self.order("sell", quantity, client_id)
         self.coins[ids] -= quantity
 
-    def counts(self, orders: list[VenueOrder] | None = None) -> dict[tuple[str, str], float]:
+    def counts(self, orders: list[ExchangeOrder] | None = None) -> dict[tuple[str, str], float]:
         found = bought(MARKET, self.orders if orders is None else orders)
         return {key: float(each.left) for key, each in found.items()}
 

@@ -161,7 +161,7 @@ async def test_moving_a_stop_beyond_the_market_leaves_at_the_market(bench: MakeB
     venue = await bench(kind)
     broker = await venue.broker()
     opened = await broker.open_position(order())
-    with pytest.raises(OrderRejected, match=r"nothing of BTCUSDT-\S+ is held any more"):
+    with pytest.raises(OrderRejected, match=r"BTCUSDT-\S+ has no position any more"):
         await broker.move_stop(order("move_stop", 1, stop_loss=PRICE * 1.01))
     fill = await broker.check_position(position(order(), opened))
     assert fill is not None

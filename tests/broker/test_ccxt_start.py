@@ -90,7 +90,7 @@ async def test_an_account_that_may_not_trade_is_refused(bench: MakeBench, monkey
 
 async def test_a_clock_that_is_off_is_told(bench: MakeBench, caplog: pytest.LogCaptureFixture) -> None:
     await (await bench("spot")).broker()
-    assert [record.levelno for record in caplog.records if "clock is +" in record.message] == [logging.WARNING]
+    assert [record.levelno for record in caplog.records if "this machine is +" in record.message] == [logging.WARNING]
 
 
 async def test_symbols_are_written_either_way(bench: MakeBench) -> None:

@@ -161,14 +161,14 @@ async def test_one_signal_carries_what_is_open_to_its_end(stage: Stage) -> None:
     await bot.hear("a second Ctrl-C or SIGTERM exits immediately")
     said = [line for line in bot.lines if line.startswith("stopping: ")]
     assert [line.split()[1] for line in said] == ["BTCUSDT", "ETHUSDT"]
-    assert all("until its long position ends by itself" in line and "2024-06-01T10:20Z" in line for line in said)
+    assert all("until its long position closes" in line and "2024-06-01T10:20Z" in line for line in said)
     await stage.go_to(60)
     code, errors = await bot.end()
     assert (code, errors) == (0, "")
     text = "\n".join(bot.lines)
     assert bot.lines[0] == f"paper  long on venue: BTCUSDT, ETHUSDT, at {stage.server.url}"
     for symbol in ("BTCUSDT", "ETHUSDT"):
-        assert f"2024-06-01 10:00  {symbol}  starts, with nothing held" in text
+        assert f"2024-06-01 10:00  {symbol}  starts with no position" in text
         assert text.count(f"{symbol}  opened long 100 from") == 1
         assert f"2024-06-01 10:20  {symbol}  closed long at" in text
         assert f"2024-06-01 10:20  {symbol}  ended, 1 position closed in this run" in text
@@ -307,7 +307,7 @@ async def test_a_terminal_shows_how_it_stands(stage: Stage) -> None:
     [
         (["paper", "nothing.py", "-s", "A"], 2, "strategy file nothing.py does not exist"),
         (["paper", "mine.py", "-s", "A"], 2, "registers no exchange"),
-        (["paper", "mine.py", "-s", "A", "--venue", "localhost"], 2, "give the address that the venue shows"),
+        (["paper", "mine.py", "-s", "A", "--venue", "localhost"], 2, "give the address that the venue prints"),
         (["paper", "mine.py", "-s", "A", "--venue", "http://127.0.0.1:9"], 1, "no venue answers at http://127.0.0.1:9"),
         (["paper", "mine.py", "-s", "A,", "--venue", "{url}"], 2, "symbol is ''"),
         (["paper", "mine.py", "-s", "DOGE", "--venue", "{url}"], 2, "DOGE"),

@@ -33,7 +33,7 @@ ORDER: dict[str, Any] = {"client_order_id": "s-1-2", "attempt": 1, "reason": "no
 SIGNAL = bk.Signal.bracket("long", price=50_000.0, take_profit_pct=2, stop_loss_pct=1)
 
 SAID: list[tuple[type[bk.Event], dict[str, Any], str, bool]] = [
-    (bk.Recovered, {}, "starts, with nothing held", False),
+    (bk.Recovered, {}, "starts with no position", False),
     (
         bk.Recovered,
         {"position": POSITION, "down_ms": 720_000, "steps": ("asked the venue",)},
@@ -41,7 +41,7 @@ SAID: list[tuple[type[bk.Event], dict[str, Any], str, bool]] = [
         "opened 2024-06-01T12:00Z; asked the venue",
         False,
     ),
-    (bk.Recovered, {"entry": ENTRY}, "starts, with a resting order, long 100 at 48000, take profit 51000, stop", False),
+    (bk.Recovered, {"entry": ENTRY}, "starts with a resting order, long 100 at 48000, take profit 51000, stop", False),
     (
         bk.EntryScheduled,
         {"price": 1.0, "entry": ENTRY},
@@ -73,7 +73,7 @@ SAID: list[tuple[type[bk.Event], dict[str, Any], str, bool]] = [
     (
         bk.OrderFailed,
         {**ORDER, "kind": "check", "alarm": True},
-        "the exchange does not report the order: no",
+        "the exchange did not report the order: no",
         True,
     ),
     (
@@ -162,14 +162,14 @@ def test_every_kind_that_is_told_is_tried() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({}, "at 50100, nothing held"),
+        ({}, "at 50100, no position"),
         (HELD, "long from 50000, +0.20 %, 1.80 % to its take profit, 2.20 % to its stop loss"),
         (WAITING, "long waits for 48000"),
         ({"degraded": "disk full"}, "DEGRADED"),
         ({"no_entry": "the exchange holds 0.5"}, "NO ENTRIES"),
         ({"held": False}, "LEASE LOST"),
-        ({"held": False, "ended": True, "stopping": True}, "nothing held, ended"),
-        ({"under_way": "s-1"}, "order s-1 under way"),
+        ({"held": False, "ended": True, "stopping": True}, "no position, ended"),
+        ({"pending_order": "s-1"}, "order s-1 pending"),
         ({"paused": True, "missed": 4}, "paused, 4 minutes missed"),
         ({"written_ms": NOON + 60_000}, "the clock is behind the last write, of 2024-06-01T12:01Z"),
     ],
@@ -181,10 +181,10 @@ def test_how_a_run_stands(fields: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        (HELD, "until its long position ends by itself: at 51000 or 49000"),
+        (HELD, "until its long position closes: at 51000 or 49000"),
         (WAITING, "for the next minute, to cancel its resting entry"),
-        ({"under_way": "s-1"}, "for the outcome of order s-1"),
-        ({"when_ms": 0}, "for its start to be over"),
+        ({"pending_order": "s-1"}, "for the outcome of order s-1"),
+        ({"when_ms": 0}, "for its start to finish"),
     ],
 )
 def test_what_a_stop_waits_for(fields: dict[str, Any], said: str) -> None:
@@ -212,7 +212,9 @@ def test_a_thousand_symbols_fit_and_what_matters_is_shown(height: int) -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_no_line_is_wider_than_the_terminal(width: int) -> None:
-    troubled = status_of(**HELD, degraded="the disk is full " * 20, missed=7, under_way="s-1-2", clock_drift_ms=5000)
+    troubled = status_of(
+        **HELD, degraded="the disk is full " * 20, missed=7, pending_order="s-1-2", clock_drift_ms=5000
+    )
     lines = drawn([troubled, status_of(**WAITING), status_of(when_ms=0, held=False, holder="")], width=width)
     assert all(len(line) <= width for line in lines)
     assert sum("DEGRADED, nothing new is opened: the disk is full" in line for line in lines) == 1

@@ -111,8 +111,8 @@ def test_bad_names_are_explained(url: str, tmp_path: Path) -> None:
 
 
 def test_check_finds_nothing_in_a_sound_store(url: str, tmp_path: Path) -> None:
-    assert "every record is sound" in run("check", "--store", url, cwd=tmp_path)
-    assert "every record is sound" in run("check", "--deep", "--store", url, cwd=tmp_path)
+    assert "every record is intact" in run("check", "--store", url, cwd=tmp_path)
+    assert "every record is intact" in run("check", "--deep", "--store", url, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,17 @@ def test_a_loss_is_found_and_accepted(tmp_path: Path, url: str, contract: str, f
     assert "has lost commit 2" in run("get", contract, text, "--store", url, cwd=tmp_path, code=1)
     told = run("check", "--accept-loss", "--store", url, cwd=tmp_path)
     assert "accepted: " in told
-    assert "every record is sound" in told
+    assert "every record is intact" in told
     assert "no acknowledged write is missing" in run("check", "--accept-loss", "--store", url, cwd=tmp_path)
     assert '"rev": 1' in run("get", contract, text, "--store", url, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("url", ["sqlite:bot.db", "file:."])
+def test_no_loss_is_accepted_of_what_is_not_a_store(tmp_path: Path, url: str) -> None:
+    (tmp_path / "bot.db").touch()
+    refused = run("check", "--accept-loss", "--store", url, cwd=tmp_path, code=2)
+    assert "is not a store of this program" in refused
+    assert "no acknowledged write is missing" not in refused
 
 
 def test_damage_is_found_kept_and_decided_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +206,7 @@ def test_looking_at_what_is_no_store_changes_nothing(tmp_path: Path, verb: tuple
 def test_migrate_moves_everything_and_proves_it(url: str, tmp_path: Path) -> None:
     other = "sqlite:other.db" if url.startswith("file") else "file:./other"
     told = run("migrate", url, other, "--verify", cwd=tmp_path)
-    assert "Both stores have the same, in the same order." in told
+    assert "Both stores have the same records, in the same order." in told
     assert [line.split() for line in told.splitlines() if line.strip().startswith("memory")] == [["memory", "3", "0"]]
     assert "paper" in told
     again = run("migrate", url, other, cwd=tmp_path)
@@ -245,7 +253,7 @@ def test_migrate_names_what_differs_and_what_to_do(url: str, tmp_path: Path) -> 
     for source, target, expected in (
         (url, url, "the same store"),
         (url, f"{url.partition(':')[0]}:{tmp_path}/{Path(url.partition(':')[2])}", "the same store"),
-        (url, "memory:", "outlives this command"),
+        (url, "memory:", "does not outlive this command"),
         ("file:./nowhere", other, "does not exist"),
     ):
         assert expected in run("migrate", source, target, cwd=tmp_path, code=2)

@@ -14,7 +14,7 @@ from tests.samples import size
 
 from backtest_kit.engine import commands
 from backtest_kit.engine.replay import Columns, coast, next_minute
-from backtest_kit.engine.step import Fill, Flat, Holding, Resting, Rules, State, Wanted, admit, decision_due, step
+from backtest_kit.engine.step import FillModel, Flat, Holding, Resting, Rules, State, Wanted, admit, decision_due, step
 from backtest_kit.model.event import (
     BreakevenReached,
     EntryWaiting,
@@ -134,7 +134,7 @@ def run(
     ),
 )
 def test_skipping_changes_nothing(
-    seed: int, minutes: int, sigma: float, fill: Fill, interval: int, grid: int, missing: float, wanted: Wanted
+    seed: int, minutes: int, sigma: float, fill: FillModel, interval: int, grid: int, missing: float, wanted: Wanted
 ) -> None:
     """Whatever is listened to, whatever the listeners then command, and whichever candles are missing."""
     columns = market(seed, minutes, sigma, missing)
@@ -163,7 +163,7 @@ LIFE = re.compile(r"(opened closed |scheduled (cancelled |opened closed ))*(open
 @pytest.mark.sampled
 @settings(max_examples=size(20, 60), deadline=None)
 @given(seed=st.integers(0, 2**32), fill=st.sampled_from(["vwap", "ohlc"]), wanted=st.frozensets(st.sampled_from(KINDS)))
-def test_who_listens_changes_neither_what_happens_nor_its_order(seed: int, fill: Fill, wanted: Wanted) -> None:
+def test_who_listens_changes_neither_what_happens_nor_its_order(seed: int, fill: FillModel, wanted: Wanted) -> None:
     columns = market(seed, 1500, 0.001)
     rules = Rules(
         identity=IDENTITY, settings=SETTINGS, fill=fill, interval_ms=5 * M, start_ms=START, stop_ms=START + 1490 * M
@@ -176,7 +176,7 @@ def test_who_listens_changes_neither_what_happens_nor_its_order(seed: int, fill:
 @pytest.mark.sampled
 @settings(max_examples=size(20, 60), deadline=None)
 @given(seed=st.integers(0, 2**32), fill=st.sampled_from(["vwap", "ohlc"]))
-def test_no_transition_leaves_the_state_machine(seed: int, fill: Fill) -> None:
+def test_no_transition_leaves_the_state_machine(seed: int, fill: FillModel) -> None:
     """Whatever is commanded: scheduled, opened, closed and cancelled follow each other as they may, a minute apart."""
     columns = market(seed, 2000, 0.002)
     rules = Rules(

@@ -103,7 +103,7 @@ def by_keyword(event: Event, *, more: object) -> None: ...
 @pytest.mark.parametrize(
     ("handler", "message"),
     [
-        ("print", r"'print' is no function: give a function of \(event\) or \(event, ctx\)"),
+        ("print", r"'print' is not a function: give a function of \(event\) or \(event, ctx\)"),
         (generator, "generator has a yield"),
         (no_arguments, r"no_arguments takes \(\)"),
         (too_many, "too_many takes .*more"),

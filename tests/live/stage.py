@@ -245,7 +245,7 @@ class Stage:
             if order_id in done:
                 again.append(f"sent again: {order_id} at {request['atMs']}")
             # A close of what reductions have closed already is no order at the venue.
-            if request.get("outcome") in (200, "done, and the answer lost") and order_id[1] in known:
+            if request.get("outcome") in (200, "carried out, and the answer lost") and order_id[1] in known:
                 done.add(order_id)
         return again
 

@@ -155,7 +155,7 @@ def test_a_lock_that_does_not_say_whose_it_is_refuses_everybody(tmp_path: Path) 
     (place,) = tmp_path.iterdir()
     fd = os.open(place / "0", os.O_RDWR | os.O_CREAT)
     assert try_lock(fd)
-    with pytest.raises(Conflict, match="a process that does not say which store it trades from"):
+    with pytest.raises(Conflict, match="another process, from an unknown store"):
         lock(tmp_path).acquire()
     os.close(fd)
     lock(tmp_path).acquire()
@@ -182,7 +182,7 @@ async def test_without_an_account_or_a_place_for_it_nothing_is_refused(
     monkeypatch.setattr(account_lock, "lock_directory", lambda: tmp_path / "file" / "below")
     async with account_locked("key", "BTCUSDT", store=store, store_id="0a1b2c", strategy_name="trend"):
         pass
-    assert "another store on this machine could trade BTCUSDT" in caplog.text
+    assert "another store on this machine could also trade BTCUSDT" in caplog.text
 
 
 class Account(bk.Broker):

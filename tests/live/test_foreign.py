@@ -198,7 +198,7 @@ async def test_a_position_is_not_taken_for_closed_where_the_id_of_its_store_is_l
     before, stops = bench.held(), bench.stops()
     lost = tmp_path / "store" / "identity"
     lost.rename(tmp_path / "lost")
-    with pytest.raises(bk.UserError, match="the orders of BTCUSDT on venue by trend are those of store"):
+    with pytest.raises(bk.UserError, match="the orders of BTCUSDT on venue by trend belong to store"):
         await life.trade(3)
     assert not life.of(bk.PositionClosed)
     assert (bench.held(), bench.stops()) == (before, stops)
@@ -287,7 +287,7 @@ async def test_an_entry_under_way_is_not_sent_again_while_something_is_unknown(m
     memory_rig.venue.held = [as_large]
     sent = len(memory_rig.venue.sent("open"))
     status = (await memory_rig.trade(2)).status
-    assert status.under_way
+    assert status.pending_order
     assert len(memory_rig.venue.sent("open")) == sent
     memory_rig.venue.held = []
     assert (await memory_rig.trade(1)).status.position is not None

@@ -79,7 +79,7 @@ async def test_an_open_that_makes_no_sense_any_more_is_given_up(story: Rig) -> N
     await story.trade(5)
     assert not story.of(bk.PositionOpened)
     assert story.of(bk.OrderFailed)[-1].next_step == "it was given up"
-    assert "moved on" in story.of(bk.OrderFailed)[-1].reason
+    assert "the market has moved" in story.of(bk.OrderFailed)[-1].reason
     assert len(story.venue.sent("open")) == 1
 
 
@@ -94,7 +94,7 @@ async def test_an_order_to_open_is_given_up_in_the_end(story: Rig, hook: str) ->
     last = [failed for failed in story.of(bk.OrderFailed) if failed.alarm]
     assert [failed.next_step for failed in last] == ["it was given up"]
     status = (await story.trade(1)).status
-    assert not status.under_way
+    assert not status.pending_order
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -164,7 +164,7 @@ async def test_a_command_that_is_refused_says_why_and_changes_nothing(story: Rig
     await story.trade(4)
     assert [bool(each) for each in told] == [False, False, False]
     assert told[0].reason == "insufficient funds"
-    assert "it is unknown" in told[1].reason
+    assert "its outcome is unknown" in told[1].reason
     assert "still pending" in told[2].reason
     assert [event.change for event in story.of(bk.PositionChanged)] == ["stop_moved"]
 

@@ -51,7 +51,7 @@ async def test_a_position_that_nobody_watches_is_an_alarm_and_told_once(idle: Ri
     assert (found.what, found.quantity) == ("foreign_position", 0.5)
     assert found.reason == "the exchange holds long 0.5 of BTCUSDT, and this store knows nothing of it"
     assert found.next_step == (
-        "nothing is done; nothing is opened on BTCUSDT until it is settled: adopt it (--orphans adopt), "
+        "nothing is done; nothing is opened on BTCUSDT until then: adopt it (--orphans adopt), "
         "close it by hand, or start with the store that opened it"
     )
     assert not idle.venue.calls
@@ -186,7 +186,7 @@ async def test_a_stop_that_cannot_be_placed_is_told_and_tried_again(idle: Rig) -
     idle.venue.script["move_stop", 1] = "rejected"
     await idle.trade(3, orphans="protect")
     steps = [event.next_step for event in idle.of(bk.OrphanFound)]
-    assert steps[0].startswith("no stop could be placed, which is tried again: insufficient funds; nothing is opened")
+    assert steps[0].startswith("no stop could be placed, it is tried again: insufficient funds; nothing is opened")
     assert "its stop is at" in steps[1]
 
 
@@ -316,7 +316,7 @@ async def test_a_position_the_other_way_round_is_told_once_and_gets_no_stop_of_o
     await memory_rig.trade(4, orphans="protect")
     (found,) = memory_rig.of(bk.OrphanFound)
     assert (found.what, found.next_step) == ("missing_position", "nothing is done")
-    assert "is not the position that the store has" in found.reason
+    assert "is not the position in the store" in found.reason
     assert not memory_rig.venue.sent("move_stop")
 
 

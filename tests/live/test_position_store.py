@@ -94,7 +94,7 @@ async def test_a_change_that_got_half_way_into_stores_of_ones_own_heals(tmp_path
     status = (await rig.trade(1)).status
     assert status.position is None
     assert status.entry is None
-    assert not status.under_way
+    assert not status.pending_order
 
 
 class Answerless(bk.MemoryStore):

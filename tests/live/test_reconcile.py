@@ -147,12 +147,13 @@ def test_an_order_of_another_store_is_named_as_that() -> None:
     difference = found(on_exchange(2, signal("a", THEIRS, quantity=2)), FLAT)
     assert difference is not None
     assert (
-        f"order {SignalIds('a', THEIRS).stop(0)} is of store {THEIRS}, not of this store, {OURS}" in difference.reason
+        f"order {SignalIds('a', THEIRS).stop(0)} is from store {THEIRS}, not from this store, {OURS}"
+        in difference.reason
     )
     assert "--orphans adopt" in difference.way_out
     lost = found(on_exchange(2, signal("a", quantity=2, order="")), FLAT)
     assert lost is not None
-    assert f"order {SignalIds('a', OURS).entry} is of this store, {OURS}, which has no note of it" in lost.reason
+    assert f"order {SignalIds('a', OURS).entry} is from this store, {OURS}, which has no record of it" in lost.reason
 
 
 QUANTITY = st.floats(0.5, 50)

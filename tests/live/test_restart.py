@@ -180,7 +180,7 @@ async def test_of_several_positions_each_has_its_own(rig: Rig) -> None:
 async def test_a_stop_voids_what_was_not_opened_yet_also_after_a_restart(rig: Rig, attempt: str) -> None:
     priced(rig, lambda minute: 100.0, bracket("long"))
     rig.venue.script["open", 0] = attempt
-    under_way = (await rig.trade(0)).status.under_way
+    under_way = (await rig.trade(0)).status.pending_order
     assert under_way
     sent = len(rig.venue.sent("open"))
     rig.now_ms += MINUTE_MS
@@ -190,7 +190,7 @@ async def test_a_stop_voids_what_was_not_opened_yet_also_after_a_restart(rig: Ri
     assert len(rig.venue.sent("open")) == sent
     assert rig.venue.sent("find")
     assert not rig.of(bk.PositionOpened)
-    assert not (await rig.trade(3)).status.under_way
+    assert not (await rig.trade(3)).status.pending_order
     assert len(rig.venue.sent("open")) == sent, "it is not taken up again by a run that goes on"
 
 

@@ -62,6 +62,7 @@ class Relay:
         writer.write(self._kept)
         answer = await _message(reader)
         writer.close()
+        await writer.wait_closed()
         return answer
 
     def _passing(self, side: Side, data: bytes) -> tuple[bytes, bool]:

@@ -509,7 +509,7 @@ def test_command_shows_a_table_and_no_secret(guarded: Server, own_redis: str) ->
     secret = {"CC_REDIS_URL": own_redis.replace("://", "://:riservato@")}
     code, shown = diagnosed(url, as_json=False, environment=secret)
     assert code == 0, shown
-    for word in ("write concern", "topology", "clock of Redis", "indexes", "weak", "--live would refuse"):
+    for word in ("write concern", "topology", "clock of Redis", "indexes", "weak", "--live would fail"):
         assert word in shown
     for secret_word in ("geheim", "riservato"):
         assert secret_word not in shown

@@ -66,7 +66,7 @@ async def test_everything_moves_and_is_proven(source_kind: str, target_kind: str
     await written.close()
     done = run_command("store", "migrate", source_url, target_url, "--verify")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Both stores have the same, in the same order." in done.stdout
+    assert "Both stores have the same records, in the same order." in done.stdout
     source, target = store_at(source_url, existing=True), store_at(target_url, existing=True)
     assert await contents(target) == await contents(source)
     await source.close()

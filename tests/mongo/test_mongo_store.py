@@ -378,7 +378,12 @@ class Proxy:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        except ConnectionError:  # the server was killed: so is who asks for it
+            writer.close()
+            self._tasks.discard(task)
+            return
         is_cut = False
 
         async def ask() -> None:

@@ -20,6 +20,7 @@ from backtest_kit.persist.adapters import ContractAdapter, adapter_name, snake
 from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.persist.binding import MODES, Persistence
 from backtest_kit.persist.contracts import CONTRACTS, Delete
+from backtest_kit.persist.store import Write
 
 KEY: dict[str, Any] = {"symbol": "BTCUSDT", "strategy_name": "trend", "exchange_name": "binance"}
 
@@ -159,6 +160,23 @@ async def test_adapter_can_be_listed_if_it_says_how(persistence: Persistence) ->
     for number in range(3):
         await persistence.memory.write(number, signal_id="s", bucket_name="b", memory_id=str(number))
     assert [value async for _, value in persistence.memory.list(signal_id="s")] == [2, 1, 0]
+
+
+async def test_an_adapter_gets_many_writes_one_after_the_other(persistence: Persistence) -> None:
+    class OneAtATime(MemorySignalAdapter):
+        is_busy = False
+
+        async def write_value(self, entity_id: str, entity: Any) -> None:
+            assert not self.is_busy
+            self.is_busy = True
+            await asyncio.sleep(0)
+            self.is_busy = False
+
+    row = CONTRACTS["state"]
+    persistence.state.use_adapter(OneAtATime)
+    writes = [Write(row, ("s", str(number)), number) for number in range(3)]
+    done = await persistence.store_for(row, "live").put_each(writes)
+    assert [each for each in done if isinstance(each, BaseException)] == []
 
 
 async def test_candles_over_an_adapter_are_months(persistence: Persistence) -> None:

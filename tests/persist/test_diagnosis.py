@@ -144,7 +144,7 @@ def test_command_ends_with_a_code(tmp_path: Path) -> None:
 
     assert run("--store", "file:dump")[0] == 0
     code, shown = run("--store", "memory:")
-    assert (code, "--live would refuse what is weak" in shown) == (0, True)
+    assert (code, "--live would fail on weak points" in shown) == (0, True)
     assert run("--store", "memory:", "--live")[0] == 1
     assert run("--store", "memory:", "--live", "--allow-weak")[0] == 0
     code, shown = run("--store", "sqlite:/dev/null/bot.db", "--json")

@@ -16,7 +16,6 @@ import pytest
 from backtest_kit.errors import RetryLater
 from backtest_kit.persist.backends import file_commit
 from backtest_kit.persist.backends.file import FileStore
-from backtest_kit.persist.backends.file_feeds import Feeds
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.files import Disk
 from backtest_kit.persist.locks import try_lock
@@ -73,9 +72,9 @@ async def test_a_lock_that_is_kept_stops_nobody_else(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         for number in range(3):
             await store.put(Write(SIGNAL, FREE, number))
-        assert time.monotonic() - began < 1.0, "writes of another key waited for the lock"
+        assert time.monotonic() - began < 1.9, "writes of another key waited for the lock"
         results = await asyncio.gather(*waiting, return_exceptions=True)
-        assert 1.9 < time.monotonic() - began < 4, "those who wait for one lock give up together"
+        assert 1.9 < time.monotonic() - began < 8, "those who wait for one lock give up together"
     assert all(isinstance(result, RetryLater) and "for 2 s" in str(result) for result in results), results
     found = await store.get(SIGNAL, STUCK)
     assert found is not None
@@ -118,24 +117,31 @@ async def test_who_lingers_for_company_does_not_wait_for_ever(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("with_slot", [False, True], ids=["feeds", "batches"])
-async def test_a_database_that_is_kept_is_waited_for_once(tmp_path: Path, with_slot: bool) -> None:
-    """By all that want it, not by each of them: other keys have the same thread."""
+async def test_a_database_that_is_kept_stops_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_slot: bool
+) -> None:
+    """Those that want it give up together, or go on once it is free; money goes on in the same thread."""
     store = FileStore(tmp_path)
-    store.root.feeds = Feeds(str(tmp_path), store.root.disk, busy_timeout=0.3)
     await store.put(Write(STORAGE, (False, "a"), 0))
     with closing(sqlite3.connect(tmp_path / "feeds.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        began = time.monotonic()
-        waiting = []
-        for number in range(10):
-            writes = [Write(STORAGE, (False, f"{number}"), 1)]
-            if with_slot:
-                writes.append(Write(SIGNAL, ("s", "e", f"{number}"), 1))
-            waiting.append(store.batch(writes))
-        money = store.put(Write(SIGNAL, FREE, 1))
-        *refused, done = await asyncio.gather(*waiting, money, return_exceptions=True)
-        assert time.monotonic() - began < 2
-        assert {type(each) for each in refused} == {RetryLater}
-        assert not isinstance(done, BaseException)
+        for patience in (600, 0.1):
+            monkeypatch.setattr(file_commit, "PATIENCE_SECONDS", patience)
+            other.execute("BEGIN IMMEDIATE")
+            waiting = []
+            for number in range(10):
+                writes = [Write(STORAGE, (False, f"{number}"), 1)]
+                if with_slot:
+                    writes.append(Write(SIGNAL, ("s", "e", f"{number}"), 1))
+                waiting.append(asyncio.create_task(store.batch(writes)))
+            await asyncio.sleep(0)
+            await store.put(Write(SIGNAL, FREE, 1))
+            if patience == 600:
+                assert not any(task.done() for task in waiting), "money waited for the database"
+                other.execute("ROLLBACK")
+                await asyncio.gather(*waiting)
+            else:
+                refused = await asyncio.gather(*waiting, return_exceptions=True)
+                assert all(isinstance(each, RetryLater) and "feeds.db for 0.1 s" in str(each) for each in refused)
+                other.execute("ROLLBACK")
     await store.put(Write(STORAGE, (False, "1"), 1))
     await store.close()

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from backtest_kit.errors import Damaged, RetryLater, UserError
+from backtest_kit.errors import Damaged, UserError
 from backtest_kit.persist import crashpoints
 from backtest_kit.persist.backends.file_feeds import FILE, NAMES, Feeds
 from backtest_kit.persist.backends.sqlite import SqliteStore
 from backtest_kit.persist.codec import dump_record
 from backtest_kit.persist.contracts import ALL_CONTRACTS
 from backtest_kit.persist.files import Disk
+from backtest_kit.persist.locks import Locked
 from backtest_kit.persist.store import Key, Plain, Record, Selection
 from backtest_kit.persist.upkeep import Status
 
@@ -29,7 +30,7 @@ KEY: Key = (False, "signal-1")
 
 @pytest.fixture
 def feeds(tmp_path: Path) -> Iterator[Feeds]:
-    feeds = Feeds(str(tmp_path), Disk(), busy_timeout=0.2)
+    feeds = Feeds(str(tmp_path), Disk())
     yield feeds
     feeds.close()
 
@@ -141,8 +142,8 @@ def test_another_process_that_keeps_it_locked_is_retry_later(tmp_path: Path, fee
     put(feeds, record_of("first"))
     other = sqlite3.connect(tmp_path / FILE, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(RetryLater, match=r"feeds\.db was locked by another process"):
-        put(feeds, record_of("second", 2))
+    with pytest.raises(Locked, match=r"another process has held .*feeds\.db"), feeds.transaction(0.1):
+        pytest.fail("it was not locked")
     assert feeds.get(STORAGE, "", KEY) == record_of("first")
     other.execute("ROLLBACK")
     other.close()

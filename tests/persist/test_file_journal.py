@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from backtest_kit.errors import Damaged, Outcome, RetryLater
+from backtest_kit.errors import Damaged, Outcome, OutOfSpace, RetryLater
 from backtest_kit.persist.backends.file import FileStore
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.files import Disk
@@ -335,8 +336,10 @@ async def test_a_line_of_a_journal_is_synced_although_it_is_there(tmp_path: Path
     faults = FaultFS()
     store = FileStore(tmp_path, disk=Disk(faults))
     await store.open()
-    (file,) = (tmp_path / "log").iterdir()
-    assert faults.history.index(("fsync", str(file))) < faults.history.index(("unlink", str(journal)))
+    before = faults.history[: faults.history.index(("unlink", str(journal)))]
+    log = str(tmp_path / "log")
+    calls = [call for call, path in before if path.startswith(log) and call in ("fsync", "replace")]
+    assert calls == ["fsync", "replace", "fsync"], "the file, its name, its directory"
     assert [record.key async for record in store.scan(CONTRACTS["log"])] == [("x",)]
     await store.close()
 
@@ -354,3 +357,67 @@ async def test_the_journal_stays_away_once_a_key_begins_anew(tmp_path: Path) -> 
     synced = faults.history.index(("fsync", str(journal.parent)), gone)
     assert synced < faults.history.index(("unlink", str(tmp_path / "quarantine/signal/s/e/A.json")))
     await store.close()
+
+
+async def test_a_line_whose_sync_failed_is_written_to_a_new_file(tmp_path: Path) -> None:
+    """To try the sync again on the old one would report success for what the kernel has dropped."""
+    faults = FaultFS()
+    store = FileStore(tmp_path, disk=Disk(faults))
+    lines = [Write(CONTRACTS["log"], (name,), name) for name in ("x", "y")]
+    await store.batch([*BATCH, *lines])
+    (file,) = (tmp_path / "log").iterdir()
+    dropped = file.stat().st_ino
+    faults.inject("fsync", path=str(file))
+    with pytest.raises(RetryLater):
+        await asyncio.to_thread(store.root.checkpoint)
+    await store.put(Write(CONTRACTS["risk"], ("e", "r"), "next"))
+    assert file.stat().st_ino != dropped
+    assert [record.value async for record in store.scan(CONTRACTS["log"])] == ["x", "y"]
+    assert list((tmp_path / ".backtest-kit/journal").iterdir()) == []
+    await store.close()
+
+
+async def test_a_reader_does_not_take_a_batch_for_whole_whose_journal_is_not_closed_yet(tmp_path: Path) -> None:
+    faults = FaultFS()
+    store = FileStore(tmp_path, disk=Disk(faults))
+    await store.batch([Write(SIGNAL, KEY, "old"), Write(SCHEDULE, KEY, "old")])
+    faults.inject("replace", nth=2)
+    faults.observer = lambda call, path: store.root.open() if (call, path[-8:]) == ("close", ".journal") else None
+    with pytest.raises(RetryLater):
+        await store.batch(BATCH)
+    faults.observer = lambda call, path: None
+    assert await values(store) == ["batch", "batch"]
+    await store.close()
+
+
+async def test_reads_go_on_while_the_disk_is_too_full_to_finish_a_batch(tmp_path: Path) -> None:
+    faults = FaultFS()
+    store = FileStore(tmp_path, disk=Disk(faults))
+    other = Write(SIGNAL, ("s", "e", "B"), "other")
+    await store.put(other)
+    await store.batch([Write(SIGNAL, KEY, "old"), Write(SCHEDULE, KEY, "old")])
+    faults.inject("replace", errno.ENOSPC, nth=2, lasting=True)
+    with pytest.raises(OutOfSpace):
+        await store.batch(BATCH)
+    found = await store.get(SIGNAL, other.key)
+    assert found is not None
+    assert found.value == "other"
+    assert [record.key async for record in store.scan(CONTRACTS["risk"])] == []
+    for half in (values(store), anext(store.scan(SIGNAL)), store.put(other)):
+        with pytest.raises(OutOfSpace):
+            await half
+    faults.heal()
+    assert await values(store) == ["batch", "batch"]
+    await store.close()
+
+
+async def test_what_a_killed_process_left_is_finished_for_who_only_reads(tmp_path: Path) -> None:
+    reader = FileStore(tmp_path)
+    await reader.batch([Write(SIGNAL, KEY, "old"), Write(SCHEDULE, KEY, "old")])
+    environment = {**os.environ, "BACKTEST_KIT_CRASH": "journal.between_renames"}
+    killed = await asyncio.create_subprocess_exec(sys.executable, "-c", HEAD + KILLED, str(tmp_path), env=environment)
+    assert await killed.wait() == -signal.SIGKILL
+    async with asyncio.timeout(30):
+        while await values(reader) != ["new", "new"]:
+            await asyncio.sleep(0.05)
+    await reader.close()

@@ -186,7 +186,15 @@ async def test_child_of_a_fork_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     await store.put(Write(SIGNAL, KEY, 1))
     parent = os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: parent + 1)
-    for operation in (store.get(SIGNAL, KEY), store.put(Write(SIGNAL, KEY, 2))):
+    for operation in (
+        store.get(SIGNAL, KEY),
+        store.put(Write(SIGNAL, KEY, 2)),
+        store.check(),
+        store.quarantined(),
+        store.restore("signal/s/e/A.json"),
+        store.drop("signal/s/e/A.json"),
+        store.accept_loss(),
+    ):
         with pytest.raises(UserError, match="forked"):
             await operation
     monkeypatch.undo()

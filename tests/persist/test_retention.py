@@ -160,8 +160,8 @@ async def test_state_and_memory_go_with_signals_that_are_over(store: Store, mode
     space = store.namespace(mode)
     for name, status in (("open", "opened"), ("rests", "scheduled"), ("closed", "closed"), ("off", "cancelled")):
         await space.put(Write(STORAGE, (False, name), {"action": status}))
-    # The last two are no signals: what a strategy keeps while it holds nothing, and where a sink has come to.
-    for owner in ("open", "rests", "closed", "off", "trend@binance@BTCUSDT", "notification sinks"):
+    # The last one is not a signal: it is what a strategy keeps while it has no position.
+    for owner in ("open", "rests", "closed", "off", "trend@binance@BTCUSDT"):
         await space.put(Write(STATE, (owner, "plan"), 95))
         for note in ("a", "b"):
             await space.put(Write(MEMORY, (owner, "notes", note), note))
@@ -173,9 +173,7 @@ async def test_state_and_memory_go_with_signals_that_are_over(store: Store, mode
     assert (states.contract, states.records) == ("state", 2)
     for row, most in ((STATE, 1), (MEMORY, 2)):
         left = [record.key[0] async for record in space.scan(row)]
-        assert left == [
-            owner for owner in ("open", "rests", "trend@binance@BTCUSDT", "notification sinks") for _ in range(most)
-        ]
+        assert left == [owner for owner in ("open", "rests", "trend@binance@BTCUSDT") for _ in range(most)]
     await space.put(Write(STORAGE, (False, "open"), {"action": "closed"}))
     assert len(await compact(store, kept, at_ms=now_ms() + 31 * DAY_MS)) == 2
 

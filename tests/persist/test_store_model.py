@@ -94,6 +94,11 @@ class StoreMachine(RuleBasedStateMachine):
         expect: Expect = {"any": ANY, "absent": ABSENT, "right": rev or ABSENT, "stale": rev + 7}[how]
         return Write(*name, value, when=when, expect=expect, removed=removed)
 
+    def may_write(self, name: tuple[Contract, Key]) -> bool:
+        """Ids of what is only appended are unique by construction: files look for no older one."""
+        row, key = name
+        return row.write_rule is not WriteRule.APPEND or (row.name, key) not in self.model.entries
+
     @rule(target=known, name=names())
     def learn(self, name: tuple[Contract, Key]) -> tuple[Contract, Key]:
         return name
@@ -106,6 +111,8 @@ class StoreMachine(RuleBasedStateMachine):
         when=st.none() | st.integers(0, 10),
     )
     def put(self, name: tuple[Contract, Key], value: Any, how: str, removed: bool, when: int | None) -> None:
+        if not self.may_write(name):
+            return
         write = self.write(name, value, how, removed, when)
         if self.model.judge(write):
             self.model.apply(write)
@@ -122,7 +129,11 @@ class StoreMachine(RuleBasedStateMachine):
     def batch(self, chosen: list[tuple[tuple[Contract, Key], Any, str]]) -> None:
         if Capability.ATOMIC_BATCH not in self.store.capabilities:
             return
-        unique = {(name[0].name, name[1]): self.write(name, value, how, False, None) for name, value, how in chosen}
+        unique = {
+            (name[0].name, name[1]): self.write(name, value, how, False, None)
+            for name, value, how in chosen
+            if self.may_write(name)
+        }
         writes = list(unique.values())
         if all(self.model.judge(write) for write in writes):
             self.run(self.store.batch(writes))

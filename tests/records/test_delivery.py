@@ -17,7 +17,7 @@ from tests.records.receiver import SECRET, Receiver, hook
 import backtest_kit as bk
 from backtest_kit.errors import UserError
 from backtest_kit.records import attempt, outbox, sinks
-from backtest_kit.records.attempt import in_thread
+from backtest_kit.records.attempt import Attempts
 from backtest_kit.records.notification import Notification, notification_of
 
 
@@ -93,7 +93,7 @@ async def test_a_refusal_for_good_does_not_stop_the_rest(
     await observe(kit, [opened(f"s-{number}", number) for number in range(3)])
     await kit.close()
     assert [each["signalId"] for each in receiver.got] == ["s-0", "s-2"]
-    assert "refused for good" in caplog.text
+    assert "refused permanently" in caplog.text
 
 
 @pytest.mark.usefixtures("short_drain")
@@ -223,7 +223,7 @@ async def test_a_sink_that_does_not_end_when_it_is_cancelled_is_not_begun_twice(
 
     kit.records.notification.sink(stubborn, name="stubborn")
     await observe(kit, [opened("s-1")])
-    await receiver.until(lambda: "goes on all the same" in caplog.text)
+    await receiver.until(lambda: "still runs" in caplog.text)
     await asyncio.sleep(0.05)
     assert begun == ["s-1"]
     async with asyncio.timeout(5):
@@ -293,15 +293,14 @@ async def test_what_a_thread_has_done_after_it_was_given_up_is_done(kit: bk.Kit,
 async def test_what_a_thread_does_in_the_moment_in_which_it_is_given_up_is_done() -> None:
     gate, calls = threading.Event(), list[str]()
 
-    def slow(notification: Notification) -> str:
+    def slow(notification: Notification) -> None:
         calls.append(notification.signal_id)
         assert gate.wait(20)
-        return "taken"
 
-    deliver: Any = in_thread(slow)
+    attempts = Attempts(slow, "slow")
     notification = notification_of(opened("s-1"))
     assert notification is not None
-    giving_up = asyncio.create_task(deliver(notification))
+    giving_up = asyncio.create_task(attempts.hand_over(notification, 20))
     while not calls:
         await asyncio.sleep(0.001)
     gate.set()
@@ -311,7 +310,7 @@ async def test_what_a_thread_does_in_the_moment_in_which_it_is_given_up_is_done(
     giving_up.cancel()
     with pytest.raises(asyncio.CancelledError):
         await giving_up
-    assert await deliver(notification) == "taken"
+    await attempts.hand_over(notification, 20)
     assert calls == ["s-1"]
 
 

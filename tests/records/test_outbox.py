@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ async def write(store: Store, *numbers: int) -> None:
 
 
 def outbox(store: Store, clock: Seams | None = None, sink: str = "phone") -> Outbox:
-    return Outbox(store, store, sink, now_ms() + 1, clock or Elapsed())
+    return Outbox(store, sink, now_ms() + 1, clock or Elapsed())
 
 
 async def added(store: Store, clock: Seams | None = None) -> Outbox:
@@ -292,9 +293,42 @@ async def test_what_another_process_writes_while_a_sink_is_added_is_for_it() -> 
 
     # The slower one has found no sink, and reads what is there when another process has added it and written more.
     store.before_scan = be_faster
-    slower = Outbox(store, store, "phone", now_ms() + 60_000, Elapsed())
+    slower = Outbox(store, "phone", now_ms() + 60_000, Elapsed())
     await slower.add()
     assert signals_of(await slower.pending()) == ["s-1"]
+
+
+async def test_of_processes_that_add_a_sink_at_the_same_time_the_first_decides_since_when_it_gets_notifications() -> (
+    None
+):
+    store = SharedMemory()
+    await write(store, 0)
+    added_ms = now_ms() + 1
+    first, second = Outbox(store, "phone", added_ms, Elapsed()), Outbox(store, "phone", added_ms + 60_000, Elapsed())
+    while now_ms() <= added_ms:
+        await asyncio.sleep(0.001)
+
+    async def overtake() -> None:
+        await write(store, 1)
+        await second.add()
+
+    store.before_scan = overtake
+    await first.add()
+    assert signals_of(await first.pending()) == signals_of(await second.pending()) == ["s-1"]
+
+
+@pytest.mark.usefixtures("short_drain")
+async def test_that_a_sink_was_added_is_kept_with_its_notifications(tmp_path: Path, receiver: Receiver) -> None:
+    """It was lost with a state in memory: what had waited for the sink was taken for older than the sink."""
+    answers = iter((500, 200))
+    for life in range(2):
+        receiver.status = partial(lambda status, _: status, next(answers))
+        kit = kit_on("sqlite:{place}/bot.db", tmp_path)
+        kit.persistence.bind("state", MemoryStore())
+        kit.records.notification.sink(hook(receiver))
+        await observe(kit, [opened(f"s-{life}-a", life), opened(f"s-{life}-b", life)])
+        await kit.close()
+    assert [each["signalId"] for each in receiver.got] == ["s-0-a", "s-0-b", "s-1-a", "s-1-b"]
 
 
 async def test_a_store_that_does_not_take_the_mark_does_not_make_the_process_deliver_twice(

@@ -333,7 +333,7 @@ async def test_runs_that_jobs_start_do_not_pile_up() -> None:
         ({"name": ""}, "name of a cron job is ''"),
         ({"name": "taken"}, "cron job 'taken' is already registered"),
         ({"interval": "7m"}, "interval of cron job 'job' is '7m'"),
-        ({"handler": 5}, r"handler 5 is no function: give a function of \(tick\) or \(tick, ctx\)"),
+        ({"handler": 5}, r"handler 5 is not a function: give a function of \(tick\) or \(tick, ctx\)"),
         ({"handler": lambda: None}, r"lambda> takes \(\)"),
         ({"symbols": "BTCUSDT"}, "symbols of cron job 'job' is the text 'BTCUSDT'"),
         ({"symbols": []}, "symbols of cron job 'job' is empty"),

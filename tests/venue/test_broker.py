@@ -150,7 +150,7 @@ async def test_what_somebody_else_closes_is_told(
     fill = await broker.check_position(position())
     assert fill is not None
     assert (fill.quantity, fill.reason) == (opened.quantity, "closed")
-    with pytest.raises(OrderDeleted, match="nothing of s2 is held here"):
+    with pytest.raises(OrderDeleted, match="s2 has no position here"):
         await broker.check_position(position("s2", opened_at_ms=fill.timestamp + 1))
 
 
@@ -212,7 +212,7 @@ async def test_a_lost_request_was_never_there(serve: Serve, broker_of: BrokerOf)
     assert lost.value.outcome is Outcome.UNKNOWN
     assert (await broker.find(order_of("open", attempt=1))).status == "absent"
     assert await broker.open_position(order_of("open", attempt=1)) is not None
-    assert [each["outcome"] for each in server.requests] == ["lost before it was done", 200, 200]
+    assert [each["outcome"] for each in server.requests] == ["lost before it was carried out", 200, 200]
 
 
 @pytest.mark.parametrize(("rule", "fills"), [("ever", 1), ("open", 2)])
@@ -233,7 +233,7 @@ async def test_rejections_and_parts(serve: Serve, broker_of: BrokerOf) -> None:
     server = await serve()
     broker = broker_of(server)
     server.faults.add(Fault(kind="reject"))
-    with pytest.raises(OrderRejected, match=f"{IDS.entry} is refused on purpose"):
+    with pytest.raises(OrderRejected, match=f"{IDS.entry} is rejected by an injected fault"):
         await broker.open_position(order_of("open"))
     assert (await broker.find(order_of("open"))).status == "absent"
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from backtest_kit.venue.account import FuturesAccount, SpotAccount
-from backtest_kit.venue.exchange import ClientIds, Exchange, Minute, Terms
+from backtest_kit.venue.exchange import ClientIds, ClosedMinute, Exchange, Terms
 from backtest_kit.venue.orders import Kind, Limits, Market, NewOrder, Refused
 
 MARKET = Market.of("BTCUSDT", 50_000)
@@ -48,7 +48,7 @@ def exchange_at(price: str = "50000", kind: Kind = "futures", **terms: Any) -> E
 
 def pass_minute(exchange: Exchange, open_: Any, high: Any, low: Any, close: Any) -> None:
     open_ms, exchange.now_ms = exchange.now_ms, exchange.now_ms + MINUTE_MS
-    exchange.close_minute("BTCUSDT", Minute(open_ms, *map(Decimal, (open_, high, low, close))))
+    exchange.close_minute("BTCUSDT", ClosedMinute(open_ms, *map(Decimal, (open_, high, low, close))))
 
 
 def run(exchange: Exchange, given_steps: list[Any]) -> None:
@@ -189,7 +189,7 @@ def test_an_order_placed_inside_a_minute_meets_all_of_it_but_not_its_open() -> N
     exchange.now_ms = 30_000
     exchange.place("bot", new("stop", "sell", trigger="49900"))
     exchange.now_ms = MINUTE_MS
-    exchange.close_minute("BTCUSDT", Minute(0, *map(Decimal, ("49800", "49960", "49700", "49800"))))
+    exchange.close_minute("BTCUSDT", ClosedMinute(0, *map(Decimal, ("49800", "49960", "49700", "49800"))))
     assert exchange.fills[0].price == Decimal("49895.01")  # its trigger less slippage, not the open before it
 
 

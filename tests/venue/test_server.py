@@ -313,13 +313,13 @@ async def test_a_restarted_venue_is_the_same(
     with pytest.raises(OrderTransient, match=f"{entry_of('s1')} is taken by order 1"):
         await broker_of(second).open_position(order_of("open"))
     await second.stop()
-    with pytest.raises(UserError, match="the kept state is that of BTCUSDT, ETHUSDT on synthetic-7"):
+    with pytest.raises(UserError, match="the stored state is for BTCUSDT, ETHUSDT on synthetic-7"):
         await serve(state=state, terms=terms, source=sources.synthetic(8))
-    with pytest.raises(UserError, match="or of other terms"):
+    with pytest.raises(UserError, match="or for other terms"):
         await serve(state=state, terms=Terms(taker_fee_pct=Decimal("0.2")))
     lines = state.read_bytes().splitlines()
     state.write_bytes(b"\n".join([*lines[:-1], b"{}", b""]))
-    with pytest.raises(Damaged, match="is no state of a venue"):
+    with pytest.raises(Damaged, match="is not the state of a venue"):
         await serve(state=state)
 
 

@@ -1,3 +1,3 @@
-"""Brokers: what carries an order to a venue. `base` has the protocol, the other modules implement it."""
+"""Brokers: what carries an order to an exchange. `base` has the protocol, the other modules implement it."""
 
 from __future__ import annotations

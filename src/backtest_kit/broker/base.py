@@ -1,9 +1,8 @@
-"""`Broker`: the hooks between the engine and a venue, the orders that pass there, and the errors they raise.
+"""`Broker`: the hooks between the engine and an exchange, their orders, and the errors they raise.
 
-The engine decides first and writes its intent down, with the number of the attempt, before it calls a
-hook; what the hook returns is written down before anything else happens. After a crash, or after an error
-that leaves the outcome open, the engine asks `find` what became of the order before it sends it again. So
-one client order id is never filled twice, whatever dies when.
+The engine decides, stores its intent with the number of the attempt, and then calls a hook; what the hook returns is
+stored before anything else happens. After a crash, or after an error that leaves the outcome open, the engine calls
+`find` before it sends the order again. So one client order id is never filled twice, whenever a process dies.
 """
 
 from __future__ import annotations
@@ -27,23 +26,23 @@ OrderKind = Literal[
 
 
 class OrderTransient(BacktestKitError):
-    """It failed now, or it is unknown whether it worked (`outcome`): the order is looked up and tried again.
+    """It failed now, or its outcome is unknown (`outcome`): the order is looked up and tried again.
 
-    Any error that is none of these three counts as one whose outcome is unknown.
+    Any other error counts as one with an unknown outcome.
     """
 
 
 class OrderRejected(BacktestKitError):
-    """The venue refuses the order for good: too small, no funds, market closed. It is never sent again; what has to be
-    closed goes on under another id, once `find` has said what was filled of this one."""
+    """The exchange rejects the order: too small, no funds, market closed. It is never sent again; an exit goes on under
+    another id, once `find` has returned what was filled of this one."""
 
 
 class OrderDeleted(BacktestKitError):
-    """What the engine believes to be on the venue is gone: closed or cancelled there by another party."""
+    """A position or an order is gone from the exchange: closed or cancelled there by another party."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """One operation on a venue."""
+    """One operation on an exchange."""
 
     kind: OrderKind
     client_order_id: str
@@ -51,19 +50,19 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     `activate` share one; everything later in the life of the position has its own. The same operation has the same id
     at every attempt."""
     signal_id: str
-    """Of the position or entry that the order is about."""
+    """Of the position or entry."""
     identity: Identity
     when_ms: int
     """The minute of the decision."""
     direction: Direction
     price: float
-    """What the engine books it at where the venue reports no price: the current price of the decision, the limit
+    """The price that the engine books if the exchange reports none: the current price of the decision, the limit
     price (`place`), the level that was touched (`close`)."""
     cost: float
     """Quote currency to put in (`open`, `place`, `activate`, `add`) or to take out at cost (`reduce`, `close`);
     0 for the others."""
     quantity: float | None = None
-    """Base currency to take out, where the fills of the position said how much is held."""
+    """Base currency to take out, if the fills of the position have reported how much there is."""
     take_profit: float
     """The level in force once the order is done."""
     stop_loss: float
@@ -71,49 +70,49 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     reason: str = ""
     """Why a position closes or an entry is cancelled."""
     attempt: int = 0
-    """0 at the first call. Above 0 the venue may know the order already."""
+    """0 at the first call. Above 0 the exchange may have the order already."""
 
 
 class Fill(Execution, frozen=True, kw_only=True):
-    """What a venue did for an order, added up over its partial fills."""
+    """What an exchange did for an order, added up over its partial fills."""
 
     price: float
     """Average price."""
     cost: float
     """In quote currency, without fees: price times quantity."""
     quantity: float
-    """In base currency, as it has come in: where the fee of a purchase was taken out of it, what was left."""
+    """In base currency, as received: without the fee of a purchase, if that was taken in base currency."""
     timestamp: int = 0
-    """Of the last partial fill, epoch ms; 0 where the venue did not report it."""
+    """Of the last partial fill, epoch ms; 0 if the exchange did not report it."""
     reason: Literal["", "take_profit", "stop_loss", "closed"] = ""
-    """Of what the venue closed by itself: which protective order did it."""
+    """The protective order that closed a position on the exchange."""
 
     @property
     def execution(self) -> Execution:
-        """What of it is kept with the position."""
+        """The part that is stored with the position."""
         return msgspec.convert(self, Execution, from_attributes=True)
 
 
 class OrderReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a venue knows of one client order id."""
+    """What an exchange reports about one client order id."""
 
     status: Literal["absent", "resting", "partly_filled", "filled", "cancelled", "rejected"]
-    """`absent`: the venue never received it, so that it may be sent."""
+    """`absent`: the exchange never received it, so it may be sent."""
     fill: Fill | None = None
-    """What was filled so far."""
+    """The part that was filled so far."""
 
 
 class VenueSignal(msgspec.Struct, frozen=True, kw_only=True):
-    """What the orders of one signal hold, or still want, on the exchange: by their client order ids
-    (`backtest_kit.broker.order_ids`), so that it is known which store sent them."""
+    """The holdings and open orders of one signal on the exchange. Its client ids (`backtest_kit.broker.order_ids`) name
+    the store that sent them."""
 
     store_id: str
     digest: str
     """Of the signal id, as in a client order id."""
     quantity: float = 0.0
-    """Base currency that they bought and did not sell again; 0 where the exchange keeps one position of all signals."""
+    """Base currency bought and not sold again; 0 if the exchange keeps one position for all signals."""
     price_open: float | None = None
-    """Average price of what they bought."""
+    """Average purchase price."""
     stop_loss: float | None = None
     """Trigger of the live protective stop."""
     client_order_ids: tuple[str, ...] = ()
@@ -121,33 +120,33 @@ class VenueSignal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VenuePosition(msgspec.Struct, frozen=True, kw_only=True):
-    """What the exchange holds of one symbol as far as it counts: of a future the whole position, on a spot market only
-    what orders of this program bought. The owner's savings and orders made by hand are not part of it."""
+    """The position of one symbol on the exchange: of a future the whole position, on a spot market only what orders of
+    this program bought, without the owner's savings and manual orders."""
 
     symbol: str
     direction: Direction
     quantity: float
-    """In base currency; 0 where only open orders are left."""
+    """In base currency; 0 if there are only open orders."""
     price_open: float | None = None
-    """Average entry price, where it is known."""
+    """Average entry price, if known."""
     stop_loss: float | None = None
-    """Trigger of the live protective stop of this account, None where there is none."""
+    """Trigger of the live protective stop of this account, None without one."""
     client_order_ids: tuple[str, ...] = ()
     """Open orders on the symbol."""
     signals: tuple[VenueSignal, ...] = ()
-    """Those that hold something there or have open orders, the one that holds most first."""
+    """Signals with holdings or open orders, the largest first."""
 
 
 class Broker:
-    """A venue. Every hook is optional: what is not overridden confirms the order as the engine decided it.
+    """An exchange. Every hook is optional: by default it confirms the order as the engine decided it.
 
-    A hook that returns has done what it was asked. A `Fill` says at what price and for how much; None leaves
-    both as the engine decided them. Hooks raise `OrderTransient`, `OrderRejected` or `OrderDeleted`; with
-    `outcome=Outcome.NOT_DONE` a transient error promises that the venue has nothing of the order.
+    A hook that returns has carried out the order. A `Fill` has price and amount; None leaves both as the engine decided
+    them. Hooks raise `OrderTransient`, `OrderRejected` or `OrderDeleted`; with `outcome=Outcome.NOT_DONE` a transient
+    error promises that the exchange has nothing of the order.
     """
 
     reports_fills: ClassVar[bool] = False
-    """Whether fills carry the venue's own prices: slippage is in them already, and is not charged again."""
+    """Whether fills have the exchange's own prices: they include slippage, which is not charged again."""
     notes: tuple[str, ...] = ()
     """Notes for people about this broker, shown with the status of the run."""
     store_id: str = NO_STORE
@@ -159,7 +158,7 @@ class Broker:
         a digest of the API key, but never the key.
 
         On one machine, processes of one store share a symbol of an account, and another store is refused at its start.
-        Empty: unknown, and nothing is refused.
+        Empty: unknown; nothing is refused.
         """
         return ""
 
@@ -168,14 +167,14 @@ class Broker:
 
         Raises:
             UserError: credentials, symbol or account settings make trading impossible.
-            RetryLater: the venue does not answer.
+            RetryLater: the exchange does not answer.
         """
 
     async def stop(self) -> None:
         """Close connections. Idempotent. Orders and positions stay as they are."""
 
     async def find(self, order: Order) -> OrderReport:
-        """What became of `order`: asked before it is sent again.
+        """Look up `order`. Called before it is sent again.
 
         A broker that sends orders must override it; one that only confirms has nothing to look up.
         """
@@ -184,7 +183,7 @@ class Broker:
     async def open_position(self, order: Order) -> Fill | None:
         """Enter now (`open`), with the protective orders; or confirm that a resting entry was filled (`activate`).
 
-        For `activate` where the venue has not filled the entry yet: `OrderTransient` with NOT_DONE.
+        For `activate`, if the exchange has not filled the entry yet: raise `OrderTransient` with NOT_DONE.
         """
         return None
 
@@ -192,12 +191,12 @@ class Broker:
         """Rest a limit order at `order.price`."""
 
     async def cancel_entry(self, order: Order) -> Fill | None:
-        """Cancel a resting entry. A fill says that it was too late: the position is open."""
+        """Cancel a resting entry. Return the fill if it was too late: the position is open."""
         return None
 
     async def close_position(self, order: Order) -> Fill | None:
-        """Close everything that is held and its protective orders. A position that is flat already is no error:
-        return the fill that closed it if the venue reports it."""
+        """Close the whole position and cancel its protective orders. A position that is closed already is not an
+        error: return the fill that closed it if the exchange reports it."""
         return None
 
     async def add_to_position(self, order: Order) -> Fill | None:
@@ -215,15 +214,15 @@ class Broker:
         """Move the take profit to `order.take_profit`."""
 
     async def check_position(self, position: Position) -> Fill | None:
-        """Once a minute: None while the venue holds the position, or the fill by which it was closed there.
+        """Called once a minute. None while the position is open, or the fill that closed it on the exchange.
 
         Raises:
-            OrderDeleted: the venue holds nothing and knows no fill either.
+            OrderDeleted: there is neither a position nor a fill.
         """
         return None
 
     async def check_entry(self, entry: RestingEntry) -> Fill | None:
-        """Once a minute: None while the limit order rests, or its fill.
+        """Called once a minute. None while the limit order rests, or its fill.
 
         Raises:
             OrderDeleted: it neither rests nor was filled.
@@ -231,10 +230,10 @@ class Broker:
         return None
 
     async def holdings(self, symbols: Sequence[str]) -> list[VenuePosition] | None:
-        """What the exchange holds of `symbols`, at most one position of each. Called once a minute, and before the
-        first entry after a start: while it holds something that the store does not know, nothing is opened.
+        """The positions of `symbols`, at most one of each. Called once a minute, and before the first entry after a
+        start: while the exchange holds something that the store does not know, nothing is opened.
 
-        None if the broker cannot list it: then nothing is compared. An error makes entries wait.
+        None if the broker cannot list them: then nothing is compared. After an error entries wait.
         """
         return None
 
@@ -246,11 +245,11 @@ SENDING: Final = (
     *("open_position", "place_entry", "cancel_entry", "close_position"),
     *("add_to_position", "reduce_position", "move_stop", "move_take"),
 )
-"""The hooks that change something at a venue."""
+"""The hooks that send orders."""
 
 
 def sends(broker: Broker) -> list[str]:
-    """Which of the hooks that change something at a venue are the broker's own: without any, nothing is traded."""
+    """The hooks of `SENDING` that the broker overrides: without any, nothing is traded."""
     return [name for name in SENDING if _is_own(broker, name)]
 
 
@@ -258,14 +257,14 @@ def check_broker(broker: Broker) -> None:
     """Refuse a broker that sends orders and cannot look one up.
 
     Raises:
-        UserError: it would send twice what was under way at a crash.
+        UserError: it could send an order twice after a crash.
     """
     own = sends(broker)
     if own and not _is_own(broker, "find"):
         raise UserError(
             f"{type(broker).__name__} sends orders ({', '.join(own)}) and has no find() of its own: after a crash "
             "it would be unknown whether an order arrived, and it could be sent twice. Give it an async find(order) "
-            "that looks order.client_order_id up at the venue and returns an OrderReport"
+            "that looks order.client_order_id up on the exchange and returns an OrderReport"
         )
 
 

@@ -1,8 +1,8 @@
 """`CcxtBroker`: spot markets and linear futures of an exchange, through the ccxt library.
 
-Nothing is remembered between two calls: what is held, what protects it and what became of an order are read
-from the exchange, by client order ids that follow from the signal id. A program that died between any two
-requests goes on by asking, and `check_position` sets right, once a minute, what such a death has left.
+There is no state between two calls: positions, stops and the outcome of orders are read from the exchange, by client
+order ids that follow from the signal id. A program that died between any two requests reads them again, and
+`check_position` repairs, once a minute, what such a death has left.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from backtest_kit.broker.ccxt_connection import Connection
 from backtest_kit.broker.ccxt_dealer import MOST_PARTS, Dealer
 from backtest_kit.broker.ccxt_errors import order_is_there
 from backtest_kit.broker.ccxt_holdings import Holdings
-from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder
+from backtest_kit.broker.ccxt_market import ExchangeOrder, Market, Stake
 from backtest_kit.broker.ccxt_rules import MarketKind
 from backtest_kit.broker.ccxt_stops import StopFilled
 from backtest_kit.broker.ccxt_venue import CcxtVenue
@@ -39,7 +39,7 @@ from backtest_kit.model.signal import Direction
 
 _log = logging.getLogger(__name__)
 _CHECKS: Final = 3
-"""How often one check looks again where a stop is filled while it looks."""
+"""How often one check is repeated if a stop is filled during it."""
 
 
 class CcxtBroker(Broker):
@@ -71,27 +71,27 @@ class CcxtBroker(Broker):
     ) -> None:
         """
         Args:
-            exchange_id: as ccxt names it: `binance`, `binanceusdm`, ...
+            exchange_id: the name in ccxt: `binance`, `binanceusdm`, ...
             market: `spot`, or `futures` for perpetuals that settle in quote currency.
             api_key: the key; None takes CC_CCXT_API_KEY from the environment when the broker starts.
             secret: likewise, CC_CCXT_SECRET.
             password: likewise, CC_CCXT_PASSWORD, for the few exchanges that have one.
             settle: the currency that futures settle in, where it is not their quote currency.
-            leverage: set for each future before an entry; None leaves that of the account.
+            leverage: set for each future before an entry; None keeps that of the account.
             max_slippage_pct: enters with a limit order this far beyond the price of the decision, in percent, and
                 leaves unfilled what would cost more. None enters at the market. Exits are always at the market.
             stop_beyond_pct: where a market has no stop that becomes a market order, how far beyond its trigger its
                 limit is, in percent. A gap wider than that is not protected.
             timeout_ms: of one request.
-            arrival_ms: how long a request may be under way: an order that is not found is not believed lost, and
-                never sent again, before this has passed. Binance refuses requests that take longer (recvWindow).
-            rate_limit: spaces requests as the exchange asks for. A simulated exchange does not mind.
+            arrival_ms: how long a request may take to arrive: until then an order that is not found is not believed
+                lost, and never sent again. Binance refuses requests that take longer (recvWindow).
+            rate_limit: spaces requests as the exchange requires. A simulated exchange has no limit.
             test_network: trades on the exchange's demo account or test network, with keys made there.
             urls: replaces addresses of ccxt's `urls["api"]`: a test network, a proxy, a simulated exchange.
             options: added to ccxt's own `options`.
 
         Raises:
-            UserError: an argument makes no sense.
+            UserError: an argument is invalid.
         """
         if market not in ("spot", "futures"):
             raise UserError(f"market is {market!r}: use 'spot' or 'futures'")
@@ -149,8 +149,8 @@ class CcxtBroker(Broker):
             await close()
 
     async def find(self, order: Order) -> OrderReport:
-        """What became of `order`, with what follows from it done: of an entry, an addition or a reduction that was
-        filled, what is held has its stop; of a close, nothing is left open."""
+        """Look up `order`, and complete it: after an entry, an addition or a reduction the position has its stop, and
+        after a close no order is left open."""
         venue, dealer, stake = self._stake_of(order)
         if order.kind == "move_take":
             return OrderReport(status="filled")
@@ -169,16 +169,16 @@ class CcxtBroker(Broker):
         if order.kind == "close":
             left = await dealer.account.held(stake, recent=parts)
             if not stake.market.unsellable(left, order.price):
-                # RiskGate to close again, `close_position` sells the rest and answers for all that was sold.
+                # Called again, `close_position` sells the rest and returns the fill of all parts.
                 return OrderReport(status="cancelled" if len(parts) == MOST_PARTS else "absent")
-            # The sale was cut off before it could: a stop that is left would sell the next position.
+            # A crash cut the close off: a stop that is left would sell the next position.
             await dealer.clear(stake)
             return OrderReport(status=status_of(parts), fill=await self._closed(stake, order, parts))
         await dealer.protect_what_is_held(stake, order, *parts)
         if order.kind == "reduce":
             held = await dealer.account.held(stake, recent=parts)
             if await dealer.left_to_reduce(stake, order, held, parts):
-                # RiskGate again, `reduce_position` sells the rest and answers for all that was sold.
+                # Called again, `reduce_position` sells the rest and returns the fill of all parts.
                 return OrderReport(status="absent")
         return OrderReport(status=status_of(parts), fill=await venue.executed(stake.market, parts))
 
@@ -225,7 +225,7 @@ class CcxtBroker(Broker):
         return await venue.executed(stake.market, [last])
 
     async def close_position(self, order: Order) -> Fill | None:
-        """Sell what is really held, and cancel all that is still open of the position."""
+        """Sell what is really held, and cancel all open orders of the position."""
         _, dealer, stake = self._stake_of(order)
         market, account = stake.market, dealer.account
         live = await dealer.stops.live(stake)
@@ -240,7 +240,7 @@ class CcxtBroker(Broker):
         try:
             left = await dealer.sell_out(stake, order, held, sold)
         except OrderRejected:
-            # A future whose stop was faster: there is nothing left that could be reduced.
+            # The stop of a future was faster: there is nothing left to reduce.
             if not market.contract or not market.unsellable(await account.held(stake), order.price):
                 raise
             left = Decimal(0)
@@ -249,16 +249,15 @@ class CcxtBroker(Broker):
             return await self._closed(stake, order, sold)
         if left:
             small = market.unsellable(left, order.price)
-            _log.warning("%s: what is left of %s is too little to sell: %s", market.symbol, stake.ids.signal_id, small)
+            _log.warning("%s: the rest of %s is too small to sell: %s", market.symbol, stake.ids.signal_id, small)
         try:
             return await account.closing_fill(stake)
         except OrderDeleted as error:
             _log.warning("%s", error)
             return None
 
-    async def _closed(self, stake: Stake, order: Order, parts: list[VenueOrder]) -> Fill:
-        """What has closed the position: `parts`, and where they are not all of it, what was sold next to them, by its
-        stop or under another id of the close."""
+    async def _closed(self, stake: Stake, order: Order, parts: list[ExchangeOrder]) -> Fill:
+        """The fill that closed the position: of `parts`, and of what its stop or another id of the close sold."""
         venue, dealer = self._connected()
         sold = sum((part.filled for part in parts), Decimal(0))
         if order.quantity is not None and not agrees(stake.market, sold, exact(order.quantity)):
@@ -273,7 +272,7 @@ class CcxtBroker(Broker):
         return await venue.executed(stake.market, parts)
 
     async def add_to_position(self, order: Order) -> Fill | None:
-        """Buy, then widen the stop: what was held before stays protected all the time."""
+        """Buy, then widen the stop: the position stays protected all the time."""
         venue, dealer, stake = self._stake_of(order)
         added = await dealer.enter(stake, stake.ids.of(order.client_order_id), order)
         with order_is_there():
@@ -281,7 +280,7 @@ class CcxtBroker(Broker):
             return await venue.executed(stake.market, [added])
 
     async def reduce_position(self, order: Order) -> Fill | None:
-        """Sell, then narrow the stop. On a spot market the stop has to make room first, while the sale takes place."""
+        """Sell, then narrow the stop. On a spot market the stop is cancelled first, because it locks the balance."""
         venue, dealer, stake = self._stake_of(order)
         sold = await dealer.parts(stake, order, certain=True) if order.attempt else []
         live = await dealer.stops.live(stake)
@@ -296,7 +295,7 @@ class CcxtBroker(Broker):
         except OrderRejected as error:
             if not any(part.filled for part in sold):
                 raise
-            _log.warning("%s: %s is taken out in part: %s", stake.market.symbol, order.client_order_id, error)
+            _log.warning("%s: %s was reduced only in part: %s", stake.market.symbol, order.client_order_id, error)
         dealer.filled(stake, sold[0])
         with order_is_there():
             await dealer.protect_what_is_held(stake, order, *sold)
@@ -306,13 +305,13 @@ class CcxtBroker(Broker):
         _, dealer, stake = self._stake_of(order)
         dealer.stops.check_level(stake, order.stop_loss, order.price)
         if not await dealer.protect_what_is_held(stake, order):
-            raise OrderRejected(f"{stake.market.symbol}: nothing of {stake.ids.signal_id} is held any more")
+            raise OrderRejected(f"{stake.market.symbol}: {stake.ids.signal_id} has no position any more")
 
     async def check_position(self, position: Position) -> Fill | None:
-        """None while the position is held, with its stop set right where it is not as it should be.
+        """None while the position is open; its stop is repaired if necessary.
 
         Raises:
-            OrderDeleted: nothing is held, and the exchange does not say why.
+            OrderDeleted: there is no position, and the exchange has no fill that explains it.
             OrderTransient: the exchange does not answer, or the position could not be protected.
         """
         stake = self._stake(position.symbol, self._ids(position.signal_id), position.side)
@@ -328,7 +327,7 @@ class CcxtBroker(Broker):
             if not protected and not agrees(stake.market, held, model):
                 message = (
                     "%s: %s of %s are held, %s by its fills: it was traded outside of this program; "
-                    "the stop follows the held quantity"
+                    "the stop follows the actual quantity"
                 )
                 _log.warning(message, stake.market.symbol, f"{held:f}", position.signal_id, f"{model:.8f}")
             try:
@@ -339,12 +338,12 @@ class CcxtBroker(Broker):
         raise OrderTransient(f"{stake.market.symbol}: the stop of {position.signal_id} is just being filled")
 
     async def check_entry(self, entry: RestingEntry) -> Fill | None:
-        """None while the limit order rests, or its fill. Whatever was filled gets its stop immediately."""
+        """None while the limit order rests, or its fill. A partial fill gets its stop immediately."""
         venue, dealer = self._connected()
         stake = self._stake(entry.symbol, self._ids(entry.signal_id), entry.side)
         order = await venue.order(stake.market, stake.ids.entry, certain=True)
         if order is None or (not order.open and not order.filled):
-            what = "is not known there" if order is None else f"was {status_of([order])} there"
+            what = "is unknown there" if order is None else f"was {status_of([order])} there"
             raise OrderDeleted(f"{stake.market.symbol}: the limit order {stake.ids.entry} {what}")
         if not order.filled:
             return None
@@ -359,9 +358,9 @@ class CcxtBroker(Broker):
     async def holdings(self, symbols: Sequence[str]) -> list[VenuePosition]:
         """Of a future the whole position; of a spot market what orders of this program bought and did not sell again.
 
-        On a spot market that is read from the latest orders, as many as the exchange lists in one answer (Binance:
-        500). Anything older that is still held has a live stop, which is listed as long as it rests. A balance by
-        itself may be the owner's savings.
+        On a spot market it is read from the latest orders, as many as the exchange lists in one answer (Binance: 500).
+        An older position has a live stop, which is listed as long as it rests. A balance alone may be the owner's
+        savings.
         """
         venue, _ = self._connected()
         held = [await Holdings(venue).of(symbol, self._market(symbol)) for symbol in symbols]

@@ -1,7 +1,7 @@
-"""What is really held of a position on an exchange, and what closed it: read there, from its own orders.
+"""The actual size of a position on an exchange, and the fill that closed it: read from its own orders.
 
-An order belongs to a position by its client id and by nothing else, so that coins and orders of other
-strategies, or of the owner of the account, are left alone.
+Only its client id assigns an order to a position: coins and orders of other strategies, or of the owner of the
+account, are left alone.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any, Final, Literal
 import msgspec
 
 from backtest_kit.broker.base import Fill, OrderDeleted
-from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder
+from backtest_kit.broker.ccxt_market import ExchangeOrder, Market, Stake
 from backtest_kit.broker.ccxt_venue import CcxtVenue
 from backtest_kit.broker.order_ids import ADD, CLOSE, ENTRY, EXIT, STOP, parse
 from backtest_kit.broker.rounding import exact
 from backtest_kit.model.position import Position
 
 _CLOSE_ENOUGH: Final = Decimal("0.02")
-"""Fees that are taken in base currency, and lots, keep what is held below what the model says by less than this."""
+"""Fees in base currency and lots keep the actual quantity below the model by less than this share."""
 _CLOSES: Final = (STOP, CLOSE, EXIT)
 _ENTERS: Final = (ENTRY, ADD)
 _LISTED_AFTER_MS: Final = 60_000
-"""Lists of orders come from a database that lags behind the book; trades older than this have theirs listed."""
+"""Lists of orders lag behind the book; the orders of trades older than this are listed."""
 
 
 def model_quantity(position: Position) -> Decimal:
-    """What the fills that the engine knows of leave in base currency."""
+    """The quantity in base currency after all fills that the engine knows."""
     quantity = Decimal(0)
     taken = 0
     for reduction in position.reductions:
@@ -43,7 +43,7 @@ def _bought(position: Position, first: int, stop: int) -> Decimal:
 
 
 def agrees(market: Market, held: Decimal, model: Decimal) -> bool:
-    """Whether `held` is what the model says, give or take fees and lots."""
+    """Whether `held` equals the model, but for fees and lots."""
     return abs(model - held) <= max(model * _CLOSE_ENOUGH, market.lot)
 
 
@@ -54,17 +54,17 @@ class Account:
     async def held(
         self,
         stake: Stake,
-        live: Sequence[VenueOrder] = (),
+        live: Sequence[ExchangeOrder] = (),
         *,
         model: Decimal | None = None,
-        recent: Sequence[VenueOrder] = (),
+        recent: Sequence[ExchangeOrder] = (),
     ) -> Decimal:
-        """What is held in base currency: of a future the position, on a spot market what the position's own
-        orders have bought and not sold, as far as the balance still has it.
+        """The size of the position in base currency: of a future as reported, on a spot market what its own orders
+        bought and did not sell, at most the balance.
 
         Args:
-            live: its live stops. What they agree with `model` on is the answer: the balance is locked for them.
-            recent: orders that were sent just now, which the exchange may not list yet.
+            live: its live stops. If they agree with `model`, their quantity is the answer: they lock the balance.
+            recent: new orders, which the exchange may not list yet.
         """
         market = stake.market
         if market.contract:
@@ -80,14 +80,13 @@ class Account:
         return min(left, (await self._venue.balance(market.base))[1]) if left > 0 else Decimal(0)
 
     async def closing_fill(
-        self, stake: Stake, *, recent: Sequence[VenueOrder] = (), position: Position | None = None
+        self, stake: Stake, *, recent: Sequence[ExchangeOrder] = (), position: Position | None = None
     ) -> Fill:
-        """The fill that closed a position which is no longer held.
+        """The fill that closed a position.
 
         Args:
-            recent: orders that were sent just now, which the exchange may not list yet.
-            position: the position. Says since when and for how much to look for fills; an adopted position has no
-                entry of its own.
+            recent: new orders, which the exchange may not list yet.
+            position: the position, for the time and quantity of the fills; an adopted position has no own entry.
 
         Raises:
             OrderDeleted: no order and no trade explains it.
@@ -102,15 +101,15 @@ class Account:
         by_hand = await self._closed_by_hand(stake, orders, listed, position)
         if by_hand is None:
             raise OrderDeleted(
-                f"{stake.market.symbol} is not held any more, and neither an order nor a trade after the entry of "
-                f"{stake.ids.signal_id} says why: it was closed or withdrawn outside of this program"
+                f"{stake.market.symbol}: the position is gone, and neither an order nor a trade after the entry of "
+                f"{stake.ids.signal_id} explains it: it was closed or withdrawn outside of this program"
             )
         return by_hand
 
     async def _listed(
-        self, stake: Stake, recent: Sequence[VenueOrder] = (), position: Position | None = None
-    ) -> list[VenueOrder]:
-        """All orders on the market since the position's entry; none where neither that nor `position` is known."""
+        self, stake: Stake, recent: Sequence[ExchangeOrder] = (), position: Position | None = None
+    ) -> list[ExchangeOrder]:
+        """All orders on the market since the position's entry; none if neither that nor `position` is known."""
         market = stake.market
         entry = await self._venue.order(market, stake.ids.entry)
         if entry is not None:
@@ -126,8 +125,8 @@ class Account:
             listed[order.id] = order
         return list(listed.values())
 
-    async def _unlisted(self, stake: Stake, listed: dict[str, VenueOrder], since_ms: int) -> set[str]:
-        """Orders that have just traded and are not in the list yet."""
+    async def _unlisted(self, stake: Stake, listed: dict[str, ExchangeOrder], since_ms: int) -> set[str]:
+        """Orders that have just traded and are not listed yet."""
         recent_ms = max(since_ms, self._venue.now_ms() - _LISTED_AFTER_MS)
         trades = await self._venue.trades_since(stake.market, recent_ms)
         return {str(trade["order"]) for trade in trades if trade.get("order")} - set(listed)
@@ -135,8 +134,8 @@ class Account:
     async def _closed_by_hand(
         self,
         stake: Stake,
-        orders: Sequence[tuple[VenueOrder, str]],
-        listed: Sequence[VenueOrder],
+        orders: Sequence[tuple[ExchangeOrder, str]],
+        listed: Sequence[ExchangeOrder],
         position: Position | None,
     ) -> Fill | None:
         ours = {order.id for order in listed if parse(order.client_id) is not None}
@@ -163,14 +162,16 @@ class Account:
         return Fill(price=price, cost=float(cost), quantity=float(quantity), timestamp=timestamp, reason="closed")
 
 
-def _of(stake: Stake, listed: Iterable[VenueOrder]) -> list[tuple[VenueOrder, str]]:
+def _of(stake: Stake, listed: Iterable[ExchangeOrder]) -> list[tuple[ExchangeOrder, str]]:
     """The orders of the position with their kinds, oldest first."""
     ours = [(order, kind) for order in listed if (kind := stake.ids.kind(order.client_id)) is not None]
     return sorted(ours, key=lambda each: each[0].timestamp)
 
 
-def status_of(orders: Iterable[VenueOrder]) -> Literal["resting", "partly_filled", "filled", "cancelled", "rejected"]:
-    """What became of the orders that carry out one order of the engine."""
+def status_of(
+    orders: Iterable[ExchangeOrder],
+) -> Literal["resting", "partly_filled", "filled", "cancelled", "rejected"]:
+    """The status of the orders that carry out one order of the engine."""
     orders = list(orders)
     filled = any(order.filled for order in orders)
     if any(order.open for order in orders):

@@ -40,7 +40,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         return f"Connection({self.exchange_id!r}, {self.kind!r})"
 
     async def open(self) -> tuple[CcxtVenue, Callable[[], Awaitable[None]], tuple[str, ...]]:
-        """The account, checked; what closes it; and what is not known of the exchange, for people.
+        """The account, checked; a function that closes it; and notes about the exchange.
 
         Raises:
             UserError: keys, permissions, account mode or market make trading impossible.
@@ -50,7 +50,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         client = open_client(self.exchange_id, self._config(secrets))
         if self.test_network:
             _enter_test_network(client, self.exchange_id)
-        # What ccxt logs at DEBUG has the key in its headers.
+        # The DEBUG log of ccxt contains the key in its headers.
         client.logger = logging.getLogger(f"{__name__}.requests")
         client.logger.setLevel(logging.WARNING)
         if self.urls:
@@ -102,7 +102,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
             "recvWindow": self.arrival_ms,
             "fetchCurrencies": False,
             **self.options,
-            # An order that ccxt sends again by itself is an order sent twice.
+            # An order that ccxt repeats by itself is sent twice.
             "maxRetriesOnFailure": 0,
         }
         if self.exchange_id.startswith("binance"):
@@ -111,7 +111,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         return {**given, "timeout": self.timeout_ms, "enableRateLimit": self.rate_limit, "options": options}
 
     async def _check(self, client: Any, venue: CcxtVenue, rules: VenueRules) -> list[str]:
-        """What is not known of the exchange, for people, where it can be traded."""
+        """Check that the exchange can be traded; returns notes about it."""
         needed = (*_NEEDED, "fetchPositions") if self.kind == "futures" else _NEEDED
         lacking = [name for name in needed if not client.has.get(name)]
         if lacking:
@@ -133,7 +133,7 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         skew_ms = int(client.options.get("timeDifference") or 0)
         if abs(skew_ms) > _SKEW_WARNED_MS:
             _log.warning(
-                "%s: this machine's clock is %+d ms off the exchange's: orders are sent in the exchange's time; "
+                "%s: the clock of this machine is %+d ms off: orders are sent in the exchange's time; "
                 "synchronise this clock (NTP)", self.exchange_id, skew_ms
             )  # fmt: skip
         return notes

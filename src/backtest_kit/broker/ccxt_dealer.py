@@ -1,4 +1,4 @@
-"""The steps that the hooks of `CcxtBroker` are made of: entering, leaving, and protecting what is held."""
+"""The steps of the hooks of `CcxtBroker`: entering, leaving, and protecting positions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 from backtest_kit.broker.base import Order, OrderRejected, OrderTransient
 from backtest_kit.broker.ccxt_account import Account, status_of
 from backtest_kit.broker.ccxt_errors import AlreadyThere, StopReached, order_is_there
-from backtest_kit.broker.ccxt_market import Market, Side, Stake, VenueOrder
+from backtest_kit.broker.ccxt_market import ExchangeOrder, Market, Side, Stake
 from backtest_kit.broker.ccxt_stops import StopFilled, Stops
 from backtest_kit.broker.ccxt_venue import CcxtVenue
 from backtest_kit.broker.rounding import exact
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 OPENS: Final = ("open", "place", "activate")
 EXITS: Final = ("reduce", "close")
 MOST_PARTS: Final = 20
-"""Orders that carry out one order of the engine, at most."""
+"""The most orders that carry out one order of the engine."""
 _NAKED: Final = "held WITHOUT A STOP"
 
 
@@ -34,24 +34,24 @@ class Dealer:
         self._max_slippage = None if max_slippage_pct is None else exact(max_slippage_pct) / 100
         self._leverage_set: set[str] = set()
 
-    async def known(self, stake: Stake, client_id: str, order: Order) -> VenueOrder | None:
-        """What an attempt before this one has left on the exchange."""
+    async def known(self, stake: Stake, client_id: str, order: Order) -> ExchangeOrder | None:
+        """The order that an earlier attempt left on the exchange."""
         return await self._venue.order(stake.market, client_id, certain=True) if order.attempt else None
 
-    async def parts(self, stake: Stake, order: Order, *, certain: bool) -> list[VenueOrder]:
-        """The orders on the exchange that carry out one order: several where an exit was too large for one."""
-        found: list[VenueOrder] = []
+    async def parts(self, stake: Stake, order: Order, *, certain: bool) -> list[ExchangeOrder]:
+        """The orders on the exchange that carry out one order: several if an exit was too large for one."""
+        found: list[ExchangeOrder] = []
         while len(found) < (MOST_PARTS if order.kind in EXITS else 1):
             client_id = stake.ids.of(order.client_order_id, len(found))
-            # The last one as well may still be under way.
+            # The last one may still arrive as well.
             part = await self._venue.order(stake.market, client_id, certain=certain)
             if part is None:
                 break
             found.append(part)
         return found
 
-    async def enter(self, stake: Stake, client_id: str, order: Order) -> VenueOrder:
-        """Buy for `order.cost`, or find that it was bought already."""
+    async def enter(self, stake: Stake, client_id: str, order: Order) -> ExchangeOrder:
+        """Buy for `order.cost`, unless it was bought already."""
         found = await self.known(stake, client_id, order)
         if found is None:
             quantity = await self.affordable(stake, order)
@@ -136,9 +136,8 @@ class Dealer:
                 "of one future would be one on the exchange; use one strategy for each future of an account"
             )
 
-    async def send(self, market: Market, client_id: str, side: Side, quantity: Decimal, **how: Any) -> VenueOrder:
-        """Send, or find what was sent: an order whose answer was lost is looked up immediately. An order that does
-        not rest is done afterwards."""
+    async def send(self, market: Market, client_id: str, side: Side, quantity: Decimal, **how: Any) -> ExchangeOrder:
+        """Send an order, or find it if its answer was lost. An order that does not rest is done afterwards."""
         rests = how.get("limit") is not None and not how.get("immediate")
         try:
             return await self._venue.send(market, client_id, side, quantity, **how)
@@ -159,8 +158,8 @@ class Dealer:
                 raise error from None
             raise
 
-    def filled(self, stake: Stake, order: VenueOrder) -> VenueOrder:
-        """`order`, of which something was filled.
+    def filled(self, stake: Stake, order: ExchangeOrder) -> ExchangeOrder:
+        """`order`, if something of it was filled.
 
         Raises:
             OrderRejected: nothing was.
@@ -171,7 +170,7 @@ class Dealer:
             raise OrderRejected(message)
         return order
 
-    async def activated(self, stake: Stake, order: Order) -> VenueOrder:
+    async def activated(self, stake: Stake, order: Order) -> ExchangeOrder:
         """The limit order that has become a position."""
         symbol, client_id = stake.market.symbol, stake.ids.entry
         entry = await self._venue.order(stake.market, client_id, certain=order.attempt > 0)
@@ -182,10 +181,10 @@ class Dealer:
             raise OrderRejected(f"{symbol}: the exchange does not know the limit order {client_id}")
         return self.filled(stake, entry)
 
-    async def left_to_reduce(self, stake: Stake, order: Order, held: Decimal, sold: list[VenueOrder]) -> Decimal:
-        """What a reduction still has to take out of `held`, in whole lots; 0 where it is done.
+    async def left_to_reduce(self, stake: Stake, order: Order, held: Decimal, sold: list[ExchangeOrder]) -> Decimal:
+        """What a reduction still has to take out of `held`, in whole lots; 0 if it is done.
 
-        What the market did not take of a part is not sold again: the reduction ends there.
+        A part that the market did not fill completely ends the reduction.
         """
         market = stake.market
         if any(part.remaining for part in sold) or len(sold) == MOST_PARTS:
@@ -207,14 +206,14 @@ class Dealer:
         market = stake.market
         small = market.unsellable(quantity, order.price)
         if small:
-            raise OrderRejected(f"{market.symbol}: too little to take out: {small}")
+            raise OrderRejected(f"{market.symbol}: too small a reduction: {small}")
         small = market.unsellable(held - quantity, min(order.price, order.stop_loss))
         if small:
-            message = f"{market.symbol}: too little would be left to protect: {small}; close the position instead"
+            message = f"{market.symbol}: the rest would be too small to protect: {small}; close the position instead"
             raise OrderRejected(message)
 
     async def reduce(
-        self, stake: Stake, order: Order, held: Decimal, quantity: Decimal, sold: list[VenueOrder]
+        self, stake: Stake, order: Order, held: Decimal, quantity: Decimal, sold: list[ExchangeOrder]
     ) -> None:
         """Sell `quantity` of `held`, in as many orders as the market needs, added to `sold`."""
         for amount in stake.market.parts(quantity, order.price, at_market=True):
@@ -224,8 +223,9 @@ class Dealer:
             if part.remaining:
                 return
 
-    async def sell_out(self, stake: Stake, order: Order, held: Decimal, sold: list[VenueOrder]) -> Decimal:
-        """Sell all of `held`, in as many orders as the market needs, added to `sold`; what cannot be sold is left.
+    async def sell_out(self, stake: Stake, order: Order, held: Decimal, sold: list[ExchangeOrder]) -> Decimal:
+        """Sell all of `held`, in as many orders as the market needs, added to `sold`; returns the rest that cannot be
+        sold.
 
         Raises:
             OrderRejected: it takes more orders than one may.
@@ -242,9 +242,10 @@ class Dealer:
             held -= part.filled
         return held
 
-    async def sell(self, stake: Stake, order: Order, quantity: Decimal, *, held: Decimal, part: int = 0) -> VenueOrder:
-        """Take `quantity` of `held` out at the market. Where that has failed, a stop that had to make room for it is
-        put back."""
+    async def sell(
+        self, stake: Stake, order: Order, quantity: Decimal, *, held: Decimal, part: int = 0
+    ) -> ExchangeOrder:
+        """Sell `quantity` of `held` at the market. If that fails, restore the stop that was cancelled for it."""
         market, client_id = stake.market, stake.ids.of(order.client_order_id, part)
         try:
             sold = await self._send_exit(stake, client_id, quantity)
@@ -257,22 +258,22 @@ class Dealer:
                 _log.error(message, market.symbol, f"{held:f}", _NAKED, client_id, error)
             raise
 
-    async def _send_exit(self, stake: Stake, client_id: str, quantity: Decimal) -> VenueOrder:
+    async def _send_exit(self, stake: Stake, client_id: str, quantity: Decimal) -> ExchangeOrder:
         market = stake.market
         try:
             return await self.send(market, client_id, stake.exit_side, quantity, reduce_only=True)
         except OrderTransient as error:
             if market.contract or error.outcome is Outcome.NOT_DONE:
                 raise
-            # What is held has no stop now, and gets none while the sale may still arrive.
+            # The position has no stop now, and gets none while the sale may still arrive.
             with order_is_there():
                 found = await self._venue.order(market, client_id, certain=True)
                 if found is not None:
                     return await self._venue.settled(market, found, client_id)
             raise OrderTransient(str(error), outcome=Outcome.NOT_DONE) from None
 
-    async def make_room(self, stake: Stake, order: Order, held: Decimal, live: list[VenueOrder]) -> None:
-        """Cancel the stops that lock what is to be sold.
+    async def make_room(self, stake: Stake, order: Order, held: Decimal, live: list[ExchangeOrder]) -> None:
+        """Cancel the stops that lock the balance to sell.
 
         Raises:
             StopFilled: one of them has sold something.
@@ -286,20 +287,20 @@ class Dealer:
             raise
 
     async def _put_back(self, stake: Stake, order: Order, held: Decimal) -> None:
-        """See to the stop of what could not be sold."""
+        """Restore the stop after a sale that failed."""
         try:
             await self.protect(stake, held, order.stop_loss)
         except BacktestKitError as failed:
             _log.error("%s", failed)
 
     async def protect(
-        self, stake: Stake, held: Decimal, stop_loss: float, live: list[VenueOrder] | None = None
+        self, stake: Stake, held: Decimal, stop_loss: float, live: list[ExchangeOrder] | None = None
     ) -> bool:
-        """Leave stops for all that is held. Where the market is beyond them already, do what they would have done,
-        and answer False: nothing is held any more.
+        """Place stops for the whole position. If the market is already beyond them, sell instead, and return False: the
+        position is closed.
 
         Raises:
-            StopFilled: the stop before it has sold what is held, or a part of it.
+            StopFilled: the previous stop has sold the position, or a part of it.
             OrderTransient: there may be no stop now.
         """
         try:
@@ -315,8 +316,8 @@ class Dealer:
             raise OrderTransient(message, outcome=Outcome.UNKNOWN) from None
         return True
 
-    async def protect_what_is_held(self, stake: Stake, order: Order, *recent: VenueOrder) -> bool:
-        """The same for what the exchange says is held; False where that is nothing, or no more than dust.
+    async def protect_what_is_held(self, stake: Stake, order: Order, *recent: ExchangeOrder) -> bool:
+        """The same for the position on the exchange; False if there is none, or only dust.
 
         Raises:
             OrderTransient: there is no stop now.
@@ -330,11 +331,11 @@ class Dealer:
         except StopFilled:
             return False
 
-    async def leave(self, stake: Stake, entry: VenueOrder, stop_loss: float, why: BacktestKitError) -> None:
-        """Close again what was entered and cannot be protected. The next check reports that it is closed.
+    async def leave(self, stake: Stake, entry: ExchangeOrder, stop_loss: float, why: BacktestKitError) -> None:
+        """Close an entry that cannot be protected. The next check reports the close.
 
         Raises:
-            OrderTransient: that cannot be done either.
+            OrderTransient: that failed as well.
         """
         symbol = stake.market.symbol
         message = "%s: no stop can be placed for %s, so the position is closed again: %s"
@@ -346,14 +347,14 @@ class Dealer:
             raise OrderTransient(message, outcome=Outcome.UNKNOWN) from None
 
     async def clear(self, stake: Stake) -> None:
-        """Cancel all that is still open of a position that is not held any more."""
+        """Cancel all open orders of a closed position."""
         for order in await self._venue.open_orders(stake.market):
             if stake.ids.kind(order.client_id) is not None:
                 await self._venue.cancel(stake.market, order)
 
-    async def _leave(self, stake: Stake, id_of: Callable[[int], str], price: float, *recent: VenueOrder) -> None:
-        """Sell at the market what is held now, in as many orders as that takes, and cancel all that is still open."""
-        market, sold = stake.market, list[VenueOrder]()
+    async def _leave(self, stake: Stake, id_of: Callable[[int], str], price: float, *recent: ExchangeOrder) -> None:
+        """Sell the whole position at the market, in as many orders as needed, and cancel all open orders."""
+        market, sold = stake.market, list[ExchangeOrder]()
         if not market.contract:
             try:
                 await self.stops.cancel(market, await self.stops.live(stake))
@@ -362,7 +363,7 @@ class Dealer:
         held = await self.account.held(stake, recent=recent)
         while not market.unsellable(held, price):
             if len(sold) == MOST_PARTS:
-                raise OrderRejected(f"{market.symbol}: {MOST_PARTS} orders have not sold all, {held:f} are left")
+                raise OrderRejected(f"{market.symbol}: {MOST_PARTS} orders did not sell everything, {held:f} are left")
             amount = market.parts(held, price, at_market=True)[0]
             part = await self._send_exit(stake, id_of(self._venue.fresh_number()), amount)
             sold.append(self.filled(stake, part))

@@ -1,4 +1,4 @@
-"""What an error of ccxt means to an order that was being sent."""
+"""The meaning of ccxt's errors for an order that was being sent."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from backtest_kit.broker.base import OrderRejected, OrderTransient
-from backtest_kit.ccxt_client import said
+from backtest_kit.ccxt_client import redacted
 from backtest_kit.errors import BacktestKitError, Outcome
 
 
 class OrderMissing(OrderRejected):
-    """The venue has no such order, or it is no longer open."""
+    """The exchange has no such order, or it is no longer open."""
 
 
 class AlreadyThere(OrderRejected):
-    """The venue has an order of this client id."""
+    """The exchange has an order of this client id."""
 
 
 class StopReached(OrderRejected):
-    """A stop would trigger at once: the market is beyond it already."""
+    """A stop would trigger immediately: the market is already beyond it."""
 
 
 class NoFunds(OrderRejected):
@@ -29,7 +29,7 @@ class NoFunds(OrderRejected):
 
 
 class TooManyStops(OrderRejected):
-    """As many conditional orders are open as the venue takes."""
+    """The exchange takes no more conditional orders."""
 
 
 class NotAllowed(OrderRejected):
@@ -58,7 +58,7 @@ _TABLE: Final[tuple[tuple[str, type[BacktestKitError], Outcome], ...]] = (
     ("NotSupported", OrderRejected, Outcome.NOT_DONE),
     ("OperationRejected", OrderRejected, Outcome.NOT_DONE),
 )
-# What ccxt has no class for, by the venue's text or code. Checked first.
+# Errors without a class in ccxt, by the exchange's text or code. Checked first.
 _BY_TEXT: Final[tuple[tuple[re.Pattern[str], type[BacktestKitError], Outcome], ...]] = (
     (re.compile(r"duplicate", re.IGNORECASE), AlreadyThere, Outcome.NOT_DONE),
     (re.compile(r'"code":\s*-1021\b'), OrderTransient, Outcome.NOT_DONE),
@@ -73,18 +73,18 @@ _BY_TEXT: Final[tuple[tuple[re.Pattern[str], type[BacktestKitError], Outcome], .
 
 
 def order_error(error: Exception, doing: str, secrets: Iterable[str] = ()) -> BacktestKitError:
-    """`error` of ccxt as one of the three that hooks raise, saying what it came of `doing`.
+    """`error` of ccxt as one of the three that hooks raise.
 
-    An error that the table does not know leaves the outcome open: the order is looked up before it is sent again.
+    An error outside of the table leaves the outcome open: the order is looked up before it is sent again.
     """
     kind, outcome = _meaning(error)
-    return kind(f"{doing}: {said(error, secrets)}", outcome=outcome)
+    return kind(f"{doing}: {redacted(error, secrets)}", outcome=outcome)
 
 
 @contextmanager
 def order_is_there() -> Iterator[None]:
-    """What is asked in this block follows an order that the exchange has: whatever it is refused with says nothing
-    about that order, which has to be looked up."""
+    """The exchange has the order of this block. An error of a later request is not about that order, which must be
+    looked up."""
     try:
         yield
     except (OrderRejected, OrderTransient) as error:
@@ -92,7 +92,7 @@ def order_is_there() -> Iterator[None]:
 
 
 def is_clock_skew(error: Exception) -> bool:
-    """Whether a request was refused because its timestamp is off the venue's clock."""
+    """Whether a request was refused because its timestamp differs from the exchange's clock."""
     return "-1021" in str(error) or type(error).__name__ == "InvalidNonce"
 
 

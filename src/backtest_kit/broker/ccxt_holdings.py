@@ -1,7 +1,7 @@
-"""What an account holds of a market as far as it counts, assigned to signals by the client ids of the orders.
+"""The holdings of an account on a market, assigned to signals by the client ids of the orders.
 
-A future has one position of all orders, and all of it counts. On a spot market a balance may be anybody's savings: what
-counts is what orders of this program bought and did not sell again, and their open orders.
+A future has one position for all orders, and all of it counts. On a spot market a balance may be the owner's savings:
+only what orders of this program bought and did not sell again counts, and their open orders.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Final
 import msgspec
 
 from backtest_kit.broker.base import VenuePosition, VenueSignal
-from backtest_kit.broker.ccxt_market import Market, VenueOrder, exit_side
+from backtest_kit.broker.ccxt_market import ExchangeOrder, Market, exit_side
 from backtest_kit.broker.ccxt_venue import CcxtVenue, Exposure
 from backtest_kit.broker.order_ids import ADD, ENTRY, STOP, OrderId, parse
 from backtest_kit.model.signal import Direction
 
 _LOST_TO_FEES: Final = Decimal("0.02")
-"""Of what was bought, at most: fees are taken in base currency, and lists of orders do not tell them."""
+"""The largest share that fees take: they are taken in base currency, and lists of orders do not show them."""
 _NOTHING: Final = Decimal(0)
 
 
@@ -30,32 +30,31 @@ class Bought(msgspec.Struct, kw_only=True):
     cost: Decimal = _NOTHING
     left: Decimal = _NOTHING
     last_ms: int = 0
-    """When they bought last."""
+    """The time of the last purchase."""
 
     @property
     def price(self) -> float | None:
-        """Average price of what was bought."""
+        """Average purchase price."""
         return float(self.cost / self.total) if self.total and self.cost else None
 
 
-Key = tuple[str, str]
+SignalKey = tuple[str, str]
 """Store id and digest of a signal."""
 
 
-def _key(order: VenueOrder) -> Key | None:
+def _key(order: ExchangeOrder) -> SignalKey | None:
     order_id = parse(order.client_id)
     return None if order_id is None else (order_id.store_id, order_id.digest)
 
 
-def bought(market: Market, orders: Iterable[VenueOrder]) -> dict[Key, Bought]:
-    """What is left of what each signal bought, by its store id and digest, without what could not be sold any more.
+def bought(market: Market, orders: Iterable[ExchangeOrder]) -> dict[SignalKey, Bought]:
+    """What is left of the purchases of each signal, by store id and digest, without dust.
 
-    A sale made by hand after a purchase takes away from what is left, the oldest purchase first: closing by hand is one
-    of the ways out.
+    A manual sale after a purchase reduces it, the oldest purchase first: closing by hand is one of the ways out.
     """
     orders = sorted(orders, key=lambda order: order.timestamp)
-    found: dict[Key, Bought] = {}
-    by_hand: list[VenueOrder] = []
+    found: dict[SignalKey, Bought] = {}
+    by_hand: list[ExchangeOrder] = []
     for order in orders:
         order_id = parse(order.client_id)
         if not order.filled:
@@ -81,22 +80,22 @@ def bought(market: Market, orders: Iterable[VenueOrder]) -> dict[Key, Bought]:
 
 
 def _counts(market: Market, signal: Bought) -> bool:
-    """Whether what is left could be sold, also if fees have taken the most that they take."""
+    """Whether the rest could be sold, even after the highest fees."""
     sure = signal.left - signal.total * _LOST_TO_FEES
     return not market.unsellable(sure, signal.price or float("inf"))
 
 
 class Holdings:
-    """Reads them from an account."""
+    """Reads the holdings of an account."""
 
     def __init__(self, venue: CcxtVenue) -> None:
         self._venue = venue
 
     async def of(self, symbol: str, market: Market) -> VenuePosition | None:
-        """What counts of one market; None where nothing does.
+        """The holdings on one market; None if there are none.
 
-        It takes two requests on a spot market, a third one while coins are held that no live stop locks, and three
-        on a future: the position and both books of open orders.
+        Takes two requests on a spot market, a third one for coins that no live stop locks, and three on a future: the
+        position and both books of open orders.
 
         Raises:
             OrderTransient: the exchange does not answer.
@@ -104,7 +103,7 @@ class Holdings:
         if market.contract:
             exposure = (await self._venue.exposures([market.symbol])).get(market.symbol)
             return _position(symbol, exposure, await self._venue.open_orders(market), {})
-        # Open orders first: what is filled between the two requests is then in the second list, or in both.
+        # Open orders first: an order that is filled between the two requests is then in the second list, or in both.
         orders = await self._venue.open_orders(market)
         latest = await self._venue.latest_orders(market)
         held = bought(market, {order.id: order for order in [*orders, *latest]}.values())
@@ -112,17 +111,19 @@ class Holdings:
         exposure = Exposure("long", sum((each.left for each in held.values()), _NOTHING), None)
         return _position(symbol, exposure, orders, held)
 
-    async def _really(self, market: Market, held: dict[Key, Bought], orders: Sequence[VenueOrder]) -> dict[Key, Bought]:
-        """`held` as the balance has it. What a stop locks is there, even if its purchase is not listed any more; what
-        none locks may have been withdrawn."""
-        locked: dict[Key, Decimal] = {}
+    async def _really(
+        self, market: Market, held: dict[SignalKey, Bought], orders: Sequence[ExchangeOrder]
+    ) -> dict[SignalKey, Bought]:
+        """`held`, limited by the balance. Coins that a stop locks are there, even if their purchase is not listed any
+        more; others may have been withdrawn."""
+        locked: dict[SignalKey, Decimal] = {}
         for order in orders:
             if order.side == "sell" and (key := _key(order)) is not None:
                 locked[key] = locked.get(key, _NOTHING) + order.remaining
         loose = []
         for key in {**held, **locked}:
             each, sure = held.setdefault(key, Bought()), locked.get(key, _NOTHING)
-            # A stop that differs by no more than fees is for all of it, and shows what the fees have left.
+            # A stop that differs by fees alone covers all of it, and shows what is left after fees.
             if each.left - sure > each.total * _LOST_TO_FEES:
                 loose.append(each)
             else:
@@ -136,7 +137,7 @@ class Holdings:
 
 
 def _position(
-    symbol: str, exposure: Exposure | None, orders: Sequence[VenueOrder], held: dict[Key, Bought]
+    symbol: str, exposure: Exposure | None, orders: Sequence[ExchangeOrder], held: dict[SignalKey, Bought]
 ) -> VenuePosition | None:
     ours = [(order, order_id) for order in orders if (order_id := parse(order.client_id)) is not None]
     stops = [(order, order_id) for order, order_id in ours if order_id.kind == STOP and order.trigger is not None]
@@ -166,10 +167,10 @@ def _position(
 
 
 def _signal(
-    key: Key,
+    key: SignalKey,
     held: Bought | None,
-    ours: Sequence[tuple[VenueOrder, OrderId]],
-    guards: Sequence[tuple[VenueOrder, OrderId]],
+    ours: Sequence[tuple[ExchangeOrder, OrderId]],
+    guards: Sequence[tuple[ExchangeOrder, OrderId]],
     direction: Direction,
 ) -> VenueSignal:
     mine = [order for order, order_id in ours if (order_id.store_id, order_id.digest) == key]
@@ -183,7 +184,7 @@ def _signal(
     )
 
 
-def _nearest(guards: Sequence[tuple[VenueOrder, OrderId]], direction: Direction) -> float | None:
+def _nearest(guards: Sequence[tuple[ExchangeOrder, OrderId]], direction: Direction) -> float | None:
     """The trigger that is reached first."""
     triggers = [float(order.trigger or 0) for order, _ in guards]
     return (max if direction == "long" else min)(triggers) if triggers else None

@@ -16,25 +16,25 @@ Side = Literal["buy", "sell"]
 
 
 class Market(msgspec.Struct, frozen=True, kw_only=True):
-    """What has to be known of a market before an order is sent there. Quantities are in base currency."""
+    """The limits of a market. Quantities are in base currency."""
 
     symbol: str
-    """As ccxt writes it."""
+    """As in ccxt."""
     base: str
     quote: str
-    """The currency that is paid with: of a future, the one it settles in."""
+    """The currency to pay with: of a future, its settlement currency."""
     contract: bool
     contract_size: Decimal
     lot: Decimal
     tick: Decimal | None
-    """None where prices have a number of significant digits instead."""
+    """None if prices have a number of significant digits instead."""
     price_digits: int = 0
     min_quantity: Decimal
     min_cost: Decimal
     market_stop: bool
-    """Whether a stop may become a market order; else it becomes a limit order a little beyond its trigger."""
+    """Whether a stop may become a market order; otherwise it becomes a limit order a little beyond its trigger."""
     largest: Decimal | None = None
-    """Quantity of one order; None is no limit, as everywhere below."""
+    """Quantity of one order. Here and below None means no limit."""
     largest_at_market: Decimal | None = None
     max_cost: Decimal | None = None
     """Quote currency of one order with a limit price."""
@@ -51,11 +51,11 @@ class Market(msgspec.Struct, frozen=True, kw_only=True):
     max_orders: int | None = None
 
     def lots(self, quantity: Decimal) -> Decimal:
-        """What may be sent of `quantity`: whole lots, rounded down."""
+        """`quantity` in whole lots, rounded down."""
         return lots(quantity, self.lot)
 
     def price_for(self, side: Side, price: Decimal, *, at_worst: bool = True) -> Decimal:
-        """`price` in whole ticks. At worst, it is what is paid or earned; else it is sure to be reached."""
+        """`price` in whole ticks. With `at_worst` never worse than `price`, otherwise sure to be reached."""
         down = (side == "buy") is at_worst
         tick = self.tick if self.tick is not None else significant_tick(price, self.price_digits)
         return price_below(price, tick) if down else price_above(price, tick)
@@ -65,7 +65,7 @@ class Market(msgspec.Struct, frozen=True, kw_only=True):
         return self.price_for("sell" if direction == "long" else "buy", exact(price))
 
     def too_small(self, quantity: Decimal, price: float) -> str:
-        """Why the venue would not take an order of `quantity`; "" where it would."""
+        """Why the exchange would reject an order of `quantity`; empty if it would not."""
         if quantity < self.min_quantity or quantity <= 0:
             least = max(self.min_quantity, self.lot)
             return f"{quantity:f} {self.base} is below the smallest quantity, {least:f}"
@@ -75,15 +75,15 @@ class Market(msgspec.Struct, frozen=True, kw_only=True):
         return ""
 
     def largest_order(self, price: float | Decimal, *, at_market: bool) -> Decimal | None:
-        """The largest quantity that one order may have at `price`; None where there is no limit."""
+        """The largest quantity of one order at `price`; None without a limit."""
         cost = self.max_cost_at_market if at_market else self.max_cost
         bounds = [self.largest, self.largest_at_market if at_market else None, cost and cost / exact(price)]
         known = [self.lots(bound) for bound in bounds if bound is not None]
         return min(known, default=None)
 
     def parts(self, quantity: Decimal, price: float | Decimal, *, at_market: bool) -> list[Decimal]:
-        """`quantity` in whole lots, split into orders that an exit at `price` may have: as many of the largest size as
-        there are, and the rest. The same quantity is always split the same way."""
+        """`quantity` in whole lots, split into orders of an exit at `price`: of the largest size, and the rest. The
+        same quantity is always split the same way."""
         whole, largest = self.lots(quantity), self.largest_order(price, at_market=at_market)
         if largest is None or largest <= 0 or whole <= largest:
             return [whole] if whole > 0 else []
@@ -95,14 +95,14 @@ class Market(msgspec.Struct, frozen=True, kw_only=True):
         return sizes
 
     def outside(self, price: Decimal) -> str:
-        """Which bounds `price` is outside of, as a limit or a trigger; "" where it is inside."""
+        """The bound that `price` violates as a limit or a trigger; empty if none."""
         low, high = self.min_price, self.max_price
         if low is not None and price < low:
             return f"the lowest price is {low:f}"
         return f"the highest price is {high:f}" if high is not None and price > high else ""
 
     def too_far(self, side: Side, limit: Decimal, price: float) -> str:
-        """Which bound `limit` is beyond while the market is at `price`; "" where it is not."""
+        """The bound that `limit` violates while the market is at `price`; empty if none."""
         if side == "sell" and self.sell_floor is not None and limit < self.sell_floor * exact(price):
             return f"the lowest limit of a sale is {self.sell_floor * exact(price):f} now"
         if side == "buy" and self.buy_cap is not None and limit > self.buy_cap * exact(price):
@@ -110,12 +110,12 @@ class Market(msgspec.Struct, frozen=True, kw_only=True):
         return ""
 
     def unsellable(self, quantity: Decimal, price: float) -> str:
-        """Why an exit of `quantity` would be refused; "" where it would not. Closing a future has no least value."""
+        """Why an exit of `quantity` would be rejected; empty if it would not. Closing a future has no minimum value."""
         return self.too_small(self.lots(quantity), float("inf") if self.contract else price)
 
 
-class VenueOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """An order as the exchange reports it. Quantities are in base currency."""
+class ExchangeOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """An order on the exchange. Quantities are in base currency."""
 
     id: str
     client_id: str | None
@@ -128,11 +128,11 @@ class VenueOrder(msgspec.Struct, frozen=True, kw_only=True):
     trigger: Decimal | None
     timestamp: int
     conditional: bool
-    """Whether it is kept in the book of conditional orders, which some exchanges have apart."""
+    """Whether it is in the book of conditional orders, which some exchanges keep apart."""
     spawned: str | None = None
     """The id of the order that a conditional one became when it was triggered."""
     fees: tuple[tuple[str, Decimal], ...] | None = None
-    """Currency and amount; None where the report does not say."""
+    """Currency and amount; None if not reported."""
 
     @property
     def remaining(self) -> Decimal:
@@ -140,7 +140,7 @@ class VenueOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stake(msgspec.Struct, frozen=True):
-    """A position as the exchange knows it: a market, a side, and the client ids of its orders."""
+    """A position on the exchange: a market, a side, and the client ids of its orders."""
 
     market: Market
     ids: SignalIds
@@ -148,7 +148,7 @@ class Stake(msgspec.Struct, frozen=True):
 
     @property
     def entry_side(self) -> Side:
-        """Of what enters."""
+        """The side of entries."""
         return "buy" if self.direction == "long" else "sell"
 
     @property
@@ -166,7 +166,7 @@ def read_market(
     """A market out of ccxt's description; `digits` are its modes (decimal places, significant digits, tick size).
 
     Raises:
-        UserError: what the engine cannot trade: inverse contracts and options.
+        UserError: the engine cannot trade it: an inverse contract or an option.
     """
     contract = bool(raw.get("contract"))
     if contract and (not raw.get("linear") or raw.get("option")):
@@ -184,7 +184,7 @@ def read_market(
         return Decimal(1).scaleb(-int(value)) if precision_mode in (places, significant) else exact(value)
 
     def limit(kind: str, side: str) -> Decimal | None:
-        # Binance writes 0 where there is no limit.
+        # Binance writes 0 for no limit.
         value = (limits.get(kind) or {}).get(side)
         return exact(value) if value else None
 
@@ -228,7 +228,7 @@ def _filters(info: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _number(filters: dict[str, dict[str, Any]], *paths: str) -> Decimal | None:
-    """The first of `FILTER.field` that there is; None where there is none, or it is switched off by a 0."""
+    """The first existing `FILTER.field`; None if there is none, or if it is switched off by a 0."""
     for path in paths:
         name, _, field = path.partition(".")
         value = filters.get(name, {}).get(field)
@@ -242,7 +242,7 @@ def _count(filters: dict[str, dict[str, Any]], *paths: str) -> int | None:
     return None if value is None else int(value)
 
 
-def read_order(raw: dict[str, Any], market: Market, *, conditional: bool = False) -> VenueOrder:
+def read_order(raw: dict[str, Any], market: Market, *, conditional: bool = False) -> ExchangeOrder:
     """An order out of ccxt's report."""
     info = raw.get("info") or {}
     filled = exact(raw.get("filled") or 0) * market.contract_size
@@ -251,9 +251,9 @@ def read_order(raw: dict[str, Any], market: Market, *, conditional: bool = False
     fees = [fee for fee in (raw.get("fees") or []) if fee and fee.get("currency") and fee.get("cost") is not None]
     spawned = info.get("actualOrderId")
     status = raw.get("status")
-    return VenueOrder(
+    return ExchangeOrder(
         id=str(raw["id"]),
-        # Binance answers a cancellation with an id of the cancellation, next to the order's own.
+        # Binance answers a cancellation with the id of the cancellation and the order's own.
         client_id=info.get("origClientOrderId") or raw.get("clientOrderId"),
         side=str(raw.get("side") or ""),
         open=status in ("open", None),

@@ -1,4 +1,4 @@
-"""How exchanges differ: ccxt's own description (`features`), and a table of what it lacks."""
+"""How exchanges differ: ccxt's own description (`features`), and a table for the rest."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from backtest_kit.errors import UserError
 
 MarketKind = Literal["spot", "futures"]
 LISTED_DAYS: Final = 30
-"""How far back lists of orders are searched for a client id that the exchange does not look up by itself."""
+"""How far back lists of orders are searched for a client id that the exchange cannot look up."""
 _NONE: Final[Mapping[Any, Any]] = MappingProxyType({})
 _SHORT: Final = "client order ids of at most 28 characters, and an id here has 32"
 _NUMBERS: Final = "numbers only as client order ids, and an id here is 32 hex digits"
 _METHOD_OF: Final = {"fetchCanceledOrders": "fetchClosedOrders"}
-"""Methods that ccxt does not describe, and the one that they resemble."""
+"""Methods that ccxt does not describe, and the method that they resemble."""
 
 
 class _Known(msgspec.Struct, frozen=True, kw_only=True):
     """One exchange whose rule of client order ids is known."""
 
     refuses: Mapping[MarketKind, str] = _NONE
-    """What it takes instead of our ids; markets that are not named take them."""
+    """The ids it takes instead of ours, by market; other markets take ours."""
     certain: bool = False
     """Its `fetch_order` looks up by client id, and "no such order" is true."""
     lists_only: bool = False
@@ -34,9 +34,9 @@ class _Known(msgspec.Struct, frozen=True, kw_only=True):
     trigger: Mapping[str, Any] = MappingProxyType({"trigger": True})
     """Parameters that ask for conditional orders."""
     stop_id: str = ""
-    """What the client id of a conditional order is called, where it is not that of other orders."""
+    """The name of the client id of conditional orders, if it differs from other orders."""
     window_days: Mapping[MarketKind, float] = _NONE
-    """How long a window of a list of orders may be, where ccxt says something else."""
+    """The longest window of a list of orders, if it differs from ccxt's."""
     market_stops: bool = True
     """Whether a stop may become a market order."""
 
@@ -74,16 +74,16 @@ class VenueRules:
 
     @property
     def certain(self) -> bool:
-        """Whether a look-up by client id that finds nothing is to be believed."""
+        """Whether a look-up by client id that finds nothing is reliable."""
         return self._row.certain
 
     @property
     def lookup(self) -> dict[str, Any] | None:
-        """Parameters of a look-up by client id; None where the exchange has none, and its lists have to do."""
+        """Parameters of a look-up by client id; None if the exchange has none: its lists are searched."""
         return None if self._row.lists_only else dict(self._row.lookup)
 
     def check(self) -> list[str]:
-        """What is not known of the exchange, for people.
+        """Notes about what is unknown of the exchange.
 
         Raises:
             UserError: it is known not to take our client order ids, or no protective stop can be placed there.
@@ -104,7 +104,7 @@ class VenueRules:
         return []
 
     def trigger(self, method: str) -> dict[str, Any] | None:
-        """Parameters with which `method` asks for conditional orders; None where they are among all others."""
+        """Parameters of `method` for conditional orders; None if it returns them with all others."""
         return None if self._feature(method, "trigger") is False else dict(self._row.trigger)
 
     def stop_id(self, client_id: str) -> dict[str, Any]:
@@ -117,13 +117,13 @@ class VenueRules:
         return [{}] if trigger is None else [{}, trigger]
 
     def days_back(self, method: str) -> float | None:
-        """How many days back `method` may ask; None where nothing limits it."""
+        """How many days back `method` may go; None without a limit."""
         name = "daysBackCanceled" if method == "fetchCanceledOrders" else "daysBack"
         days = self._feature(method, name)
         return None if days is None else float(days)
 
     def window_days(self, method: str) -> float | None:
-        """How many days one request of `method` may span; None where it takes no end."""
+        """How many days one request of `method` may span; None if it takes no end."""
         own = self._row.window_days.get(self._kind)
         if own is not None:
             return own

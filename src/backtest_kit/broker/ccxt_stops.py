@@ -1,8 +1,8 @@
-"""The protective stops of positions on an exchange: together they are for all of a position, each at its level.
+"""The protective stops of positions on an exchange: together they cover the whole position.
 
-One stop is enough where the exchange takes one order for the whole of it; a larger position has as few as it takes.
-`put` compares what is there with what should be, and does the difference. So it may be called again after any
-error and after a crash between any two of its requests, and it heals what a call before it has left behind.
+One stop is enough if the exchange takes one order for the whole; a larger position has as few as possible. `put`
+compares the live stops with the wanted ones and does the difference. So it may be called again after any error and
+after a crash between any two of its requests.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 
 from backtest_kit.broker.base import OrderRejected, OrderTransient
 from backtest_kit.broker.ccxt_errors import AlreadyThere, NoFunds, TooManyStops
-from backtest_kit.broker.ccxt_market import Market, Stake, VenueOrder
+from backtest_kit.broker.ccxt_market import ExchangeOrder, Market, Stake
 from backtest_kit.broker.ccxt_venue import CcxtVenue
 from backtest_kit.broker.rounding import exact
 from backtest_kit.errors import BacktestKitError
@@ -24,15 +24,15 @@ _MOST_LOST_TO_FEES: Final = Decimal("0.02")
 
 
 class StopFilled(OrderRejected):
-    """The stop was triggered while it was being replaced: there is nothing left to protect."""
+    """The stop was triggered while it was being replaced: nothing is left to protect."""
 
 
 class Stops:
     def __init__(self, venue: CcxtVenue, *, beyond_pct: float) -> None:
-        """`beyond_pct`: how far a stop that becomes a limit order lets the price run, in percent."""
+        """`beyond_pct`: how far the limit of a stop is beyond its trigger, in percent."""
         self._venue, self._beyond = venue, exact(beyond_pct) / 100
 
-    async def live(self, stake: Stake) -> list[VenueOrder]:
+    async def live(self, stake: Stake) -> list[ExchangeOrder]:
         orders = await self._venue.open_orders(stake.market)
         return [order for order in orders if stake.ids.stop_number(order.client_id) is not None]
 
@@ -41,17 +41,17 @@ class Stops:
         stake: Stake,
         quantity: Decimal,
         price: float,
-        live: list[VenueOrder] | None = None,
+        live: list[ExchangeOrder] | None = None,
     ) -> None:
-        """Leave live stops for `quantity` at `price`, and no others.
+        """Have live stops for `quantity` at `price`, and no others.
 
-        Of a future a new one is placed before the one it replaces is cancelled; on a spot market the old ones have to
-        go first, because they lock what the new ones would sell.
+        On a future a new stop is placed before the old one is cancelled. On a spot market the old ones are cancelled
+        first, because they lock the balance.
 
         Raises:
-            StopFilled: an old one has closed the position, in part or whole.
+            StopFilled: an old stop has closed the position, in part or whole.
             StopReached: the market is beyond `price`.
-            OrderTransient, OrderRejected: one cannot be placed; some of the position may have no stop now.
+            OrderTransient, OrderRejected: a stop cannot be placed; a part of the position may have none now.
         """
         market = stake.market
         live = await self.live(stake) if live is None else live
@@ -60,7 +60,7 @@ class Stops:
             await self.cancel(market, wrong)
             wrong = []
         trigger = market.stop_trigger(stake.direction, price)
-        # The clock of a program before this one may have been ahead of ours.
+        # The clock of an earlier program may have been ahead of ours.
         latest = max((stake.ids.stop_number(stop.client_id) or 0 for stop in live), default=0)
         for amount in lacking:
             try:
@@ -74,11 +74,11 @@ class Stops:
         await self.cancel(market, wrong)
 
     def difference(
-        self, stake: Stake, quantity: Decimal, price: float, live: list[VenueOrder]
-    ) -> tuple[list[Decimal], list[VenueOrder]]:
-        """The sizes of stops that lack, and the live ones that should not be there."""
+        self, stake: Stake, quantity: Decimal, price: float, live: list[ExchangeOrder]
+    ) -> tuple[list[Decimal], list[ExchangeOrder]]:
+        """The sizes of missing stops, and the live stops to cancel."""
         trigger = stake.market.stop_trigger(stake.direction, price)
-        lacking, wrong = self.sizes(stake, quantity, price), list[VenueOrder]()
+        lacking, wrong = self.sizes(stake, quantity, price), list[ExchangeOrder]()
         for stop in live:
             if stop.trigger == trigger and not stop.filled and stop.quantity in lacking:
                 lacking.remove(stop.quantity)
@@ -86,8 +86,8 @@ class Stops:
                 wrong.append(stop)
         return lacking, wrong
 
-    async def cancel(self, market: Market, stops: list[VenueOrder]) -> None:
-        """Raises `StopFilled` where one of them has sold something."""
+    async def cancel(self, market: Market, stops: list[ExchangeOrder]) -> None:
+        """Cancel stops. Raises `StopFilled` if one of them has sold something."""
         filled = []
         for stop in stops:
             last = await self._venue.cancel(market, stop)
@@ -97,13 +97,13 @@ class Stops:
             raise StopFilled(f"the stop of {market.symbol} was filled meanwhile: {', '.join(filled)}")
 
     def sizes(self, stake: Stake, quantity: Decimal, price: float) -> list[Decimal]:
-        """Of the stops that a position of `quantity` needs at `price`."""
+        """The sizes of the stops that a position of `quantity` needs at `price`."""
         trigger = stake.market.stop_trigger(stake.direction, price)
         level = self._limit_of(stake, trigger) or trigger
         return stake.market.parts(quantity, level, at_market=stake.market.market_stop)
 
     def check_level(self, stake: Stake, stop_loss: float, price: float) -> None:
-        """Refuse a stop that the exchange would not take while the market is at `price`.
+        """Refuse a stop that the exchange would reject while the market is at `price`.
 
         Raises:
             OrderRejected: its trigger or its limit is too far away.
@@ -146,13 +146,12 @@ class Stops:
                 number = self._venue.fresh_number() if isinstance(error, AlreadyThere) else number
 
     async def _covered(self, market: Market, amount: Decimal, whole: Decimal, error: OrderRejected) -> Decimal:
-        """What of `amount` the free balance covers: the fees of the `whole` that were taken in base currency may not be
-        reported yet."""
+        """`amount`, or the free balance if only fees in base currency, which may not be reported yet, are missing."""
         if market.contract:
             raise error
         free = market.lots((await self._venue.balance(market.base))[0])
         if free < amount - whole * _MOST_LOST_TO_FEES:
-            message = f"{error}; {free:f} {market.base} are free of {amount:f}: cancel what else locks them"
+            message = f"{error}; {free:f} {market.base} are free of {amount:f}: cancel the orders that lock them"
             raise OrderRejected(message) from None
         return min(free, amount)
 

@@ -6,17 +6,18 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from decimal import Decimal
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import msgspec
 
 from backtest_kit.broker.base import Fill, OrderTransient
 from backtest_kit.broker.ccxt_errors import OrderMissing, is_clock_skew, order_error, order_is_there
-from backtest_kit.broker.ccxt_market import Market, Side, VenueOrder, read_market, read_order
+from backtest_kit.broker.ccxt_market import ExchangeOrder, Market, Side, read_market, read_order
 from backtest_kit.broker.ccxt_rules import LISTED_DAYS, VenueRules
 from backtest_kit.broker.order_ids import parse
 from backtest_kit.broker.rounding import exact
-from backtest_kit.ccxt_client import find_market, library, said
+from backtest_kit.ccxt_client import find_market, library, redacted
 from backtest_kit.errors import BacktestKitError, Outcome
 from backtest_kit.model.signal import Direction
 
@@ -62,11 +63,11 @@ class CcxtVenue:
         self._markets: dict[str, Market] = {}
         now = asyncio.get_running_loop().time()
         self._others_arrived_at = now + arrival_s
-        self._under_way: dict[str, float] = {}
+        self._arriving: dict[str, float] = {}
         self._latest_number = 0
 
     def market(self, symbol: str) -> Market:
-        """Raises `UserError` where the exchange has none of that name."""
+        """The market of that name. Raises `UserError` if the exchange has none."""
         if symbol not in self._markets:
             raw, ccxt = find_market(self._client, self._id, symbol), library()
             modes = (ccxt.DECIMAL_PLACES, ccxt.SIGNIFICANT_DIGITS, ccxt.TICK_SIZE)
@@ -75,7 +76,7 @@ class CcxtVenue:
         return self._markets[symbol]
 
     async def call(self, doing: str, request: Callable[[], Awaitable[T]], *, again: bool = True) -> T:
-        """The answer to `request`; asked once more where the venue's clock has run away from ours."""
+        """The answer to `request`; sent again once if our clock differs from the exchange's."""
         message = f"{self._id}: {doing}"
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -85,10 +86,10 @@ class CcxtVenue:
             raise OrderTransient(message, outcome=Outcome.UNKNOWN) from None
         except library().BaseError as error:
             if not (again and is_clock_skew(error)):
-                # The error of ccxt has the signed request in it: only what it says is passed on.
+                # The error of ccxt contains the signed request: only its text is passed on.
                 raise order_error(error, message, self._secrets) from None
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            message += f": an answer that ccxt cannot read: {said(error, self._secrets)}"
+            message += f": an answer that ccxt cannot read: {redacted(error, self._secrets)}"
             raise OrderTransient(message, outcome=Outcome.UNKNOWN) from None
         await self.call("compare clocks", self._client.load_time_difference, again=False)
         return await self.call(doing, request, again=False)
@@ -104,7 +105,7 @@ class CcxtVenue:
         immediate: bool = False,
         trigger: Decimal | None = None,
         reduce_only: bool = False,
-    ) -> VenueOrder:
+    ) -> ExchangeOrder:
         """Send one order. Afterwards it rests, or, for a market order, it is done."""
         params: dict[str, Any] = {"clientOrderId": client_id}
         if trigger is not None:
@@ -117,27 +118,24 @@ class CcxtVenue:
         price = None if limit is None else float(limit)
         amount = float(quantity / market.contract_size)
         doing = f"send {client_id}, {kind} {side} of {quantity:f} {market.base}"
-
-        def request() -> Awaitable[dict[str, Any]]:
-            return self._client.create_order(market.symbol, kind, side, amount, price, params)  # type: ignore[no-any-return]
-
+        request = partial(self._client.create_order, market.symbol, kind, side, amount, price, params)
         # Set before the request: a task that is cancelled while it waits does not know what arrived.
-        self._under_way[client_id] = asyncio.get_running_loop().time() + self._arrival_s
+        self._arriving[client_id] = asyncio.get_running_loop().time() + self._arrival_s
         try:
             raw = await self.call(doing, request)
         except BacktestKitError as error:
             if error.outcome is Outcome.NOT_DONE:
-                self._under_way.pop(client_id, None)
+                self._arriving.pop(client_id, None)
             raise
-        self._under_way.pop(client_id, None)
+        self._arriving.pop(client_id, None)
         sent = read_order(raw, market)
         if trigger is not None or (price and not immediate):
             return sent
         with order_is_there():
             return await self.settled(market, sent, client_id)
 
-    async def settled(self, market: Market, order: VenueOrder, client_id: str) -> VenueOrder:
-        """A market order once it is done: some exchanges only say that they have received it."""
+    async def settled(self, market: Market, order: ExchangeOrder, client_id: str) -> ExchangeOrder:
+        """A market order once it is done: some exchanges only confirm its receipt."""
         loop = asyncio.get_running_loop()
         until, pause = loop.time() + _SETTLING_S, 0.05
         while order.open or (order.filled and order.average is None):
@@ -149,21 +147,21 @@ class CcxtVenue:
             order = await self.order(market, client_id) or order
         return order
 
-    async def order(self, market: Market, client_id: str, *, certain: bool = False) -> VenueOrder | None:
-        """The order of a client id, None where the venue has none.
+    async def order(self, market: Market, client_id: str, *, certain: bool = False) -> ExchangeOrder | None:
+        """The order of a client id, None if the exchange has none.
 
-        `certain` waits, where it has none, until nothing that was sent under that id can still arrive.
+        With `certain`, it then waits until no order that was sent under that id can still arrive, and looks again.
         """
         found = await self._look(market, client_id)
         if found is None and certain:
-            arrives_at = self._under_way.get(client_id, self._others_arrived_at)
+            arrives_at = self._arriving.get(client_id, self._others_arrived_at)
             await asyncio.sleep(max(0.0, arrives_at - asyncio.get_running_loop().time()))
             found = await self._look(market, client_id)
         if found is not None or certain:
-            self._under_way.pop(client_id, None)
+            self._arriving.pop(client_id, None)
         return found
 
-    async def _look(self, market: Market, client_id: str) -> VenueOrder | None:
+    async def _look(self, market: Market, client_id: str) -> ExchangeOrder | None:
         further = self._rules.lookup
         if further is not None:
             params = {"clientOrderId": client_id, **further}
@@ -174,27 +172,25 @@ class CcxtVenue:
             except OrderMissing:
                 if self._rules.certain:
                     return None
-        # Of any other exchange "no such order" is believed only when its lists of orders do not have it either.
+        # "No such order" of any other exchange is believed only if its lists of orders do not have it either.
         recent = self.now_ms() - LISTED_DAYS * _DAY_MS
         listed = [*await self.open_orders(market), *await self.orders_since(market, recent)]
         sought = parse(client_id)
         return next((order for order in listed if sought is not None and parse(order.client_id) == sought), None)
 
-    async def open_orders(self, market: Market) -> list[VenueOrder]:
-        found: dict[str, VenueOrder] = {}
+    async def open_orders(self, market: Market) -> list[ExchangeOrder]:
+        found: dict[str, ExchangeOrder] = {}
         for params in self._rules.books("fetchOpenOrders"):
-            raws = await self.call(
-                f"list the open orders of {market.symbol}",
-                lambda params=params: self._client.fetch_open_orders(market.symbol, None, None, params),  # type: ignore[misc]
-            )
+            request = partial(self._client.fetch_open_orders, market.symbol, None, None, params)
+            raws = await self.call(f"list the open orders of {market.symbol}", request)
             orders = (read_order(raw, market, conditional=bool(params)) for raw in raws)
-            # Where an exchange takes no notice of what is asked for, the same orders come twice.
+            # An exchange that ignores the parameters returns the same orders twice.
             found = {order.id: order for order in orders if order.open} | found
         return list(found.values())
 
-    async def orders_since(self, market: Market, since_ms: int) -> list[VenueOrder]:
-        """All orders of a market from `since_ms` on, oldest first; what triggered stops became is filled in."""
-        found: dict[str, VenueOrder] = {}
+    async def orders_since(self, market: Market, since_ms: int) -> list[ExchangeOrder]:
+        """All orders of a market from `since_ms` on, oldest first. Triggered stops have the fill of their order."""
+        found: dict[str, ExchangeOrder] = {}
         for method in self._lists():
             for params in self._rules.books(method):
                 doing = f"list the orders of {market.symbol}"
@@ -203,11 +199,11 @@ class CcxtVenue:
                     found.setdefault(order.id, await self._follow(market, order))
         return sorted(found.values(), key=lambda order: order.timestamp)
 
-    async def latest_orders(self, market: Market) -> list[VenueOrder]:
+    async def latest_orders(self, market: Market) -> list[ExchangeOrder]:
         """The latest orders of a market, open ones and others: as many as the exchange lists in one answer."""
-        doing, found = f"list the latest orders of {market.symbol}", list[VenueOrder]()
+        doing, found = f"list the latest orders of {market.symbol}", list[ExchangeOrder]()
         for listing in [getattr(self._client, _LISTINGS[method]) for method in self._lists()]:
-            raws = await self.call(doing, lambda listing=listing: listing(market.symbol))  # type: ignore[misc]
+            raws = await self.call(doing, partial(listing, market.symbol))
             found += [read_order(raw, market) for raw in raws]
         return found
 
@@ -225,7 +221,7 @@ class CcxtVenue:
     async def _pages(
         self, doing: str, method: str, market: Market, since_ms: int, params: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """All that a list has from `since_ms` on, in windows as long as the exchange takes them."""
+        """All entries of a list from `since_ms` on, in windows as long as the exchange allows."""
         listing = getattr(self._client, _LISTINGS[method])
         found: dict[str, dict[str, Any]] = {}
         now_ms = self.now_ms()
@@ -237,7 +233,7 @@ class CcxtVenue:
             window = params if until_ms > now_ms else {**params, "until": until_ms - 1}
             page_ms = since_ms
             while True:
-                raws = await self.call(doing, lambda: listing(market.symbol, page_ms, None, window))  # noqa: B023
+                raws = await self.call(doing, partial(listing, market.symbol, page_ms, None, window))
                 fresh = [raw for raw in raws if str(raw["id"]) not in found]
                 if not fresh:
                     break
@@ -247,34 +243,30 @@ class CcxtVenue:
                 return list(found.values())
             since_ms = until_ms
 
-    async def _follow(self, market: Market, order: VenueOrder) -> VenueOrder:
-        """A stop that has become another order when it was triggered, with what that one has filled."""
+    async def _follow(self, market: Market, order: ExchangeOrder) -> ExchangeOrder:
+        """A triggered stop with the fill of the order that it became."""
         if order.filled or order.spawned is None:
             return order
         done = await self.order_by_id(market, order.spawned)
         return msgspec.structs.replace(done, client_id=order.client_id, trigger=order.trigger)
 
-    async def cancel(self, market: Market, order: VenueOrder) -> VenueOrder:
-        """Cancel an order, and say what had become of it by then."""
+    async def cancel(self, market: Market, order: ExchangeOrder) -> ExchangeOrder:
+        """Cancel an order; returns its final state."""
         params = (self._rules.trigger("cancelOrder") or {}) if order.conditional else {}
         doing = f"cancel {order.client_id or order.id}"
         try:
             raw = await self.call(doing, lambda: self._client.cancel_order(order.id, market.symbol, params))
         except OrderMissing:
-            return await self.final(market, order)
-        # A conditional order that could be cancelled was never triggered; some exchanges tell no more than the id.
+            return await self.order_by_id(market, order.id, conditional=order.conditional)
+        # A conditional order that could be cancelled was never triggered; some exchanges return only its id.
         return (
             read_order(raw, market, conditional=order.conditional)
             if order.conditional or raw.get("filled") is not None
-            else await self.final(market, order)
+            else await self.order_by_id(market, order.id)
         )
 
-    async def final(self, market: Market, order: VenueOrder) -> VenueOrder:
-        """`order` as it is now."""
-        return await self.order_by_id(market, order.id, conditional=order.conditional)
-
-    async def order_by_id(self, market: Market, order_id: str, *, conditional: bool = False) -> VenueOrder:
-        """An order by the exchange's own id, with what it became if it was triggered.
+    async def order_by_id(self, market: Market, order_id: str, *, conditional: bool = False) -> ExchangeOrder:
+        """An order by the exchange's own id; a triggered stop has the fill of its order.
 
         Raises:
             OrderRejected: the exchange has none.
@@ -285,7 +277,7 @@ class CcxtVenue:
         return await self._follow(market, read_order(raw, market, conditional=conditional))
 
     async def balance(self, currency: str) -> tuple[Decimal, Decimal]:
-        """What is free, and all that there is, of a currency."""
+        """The free and the total balance of a currency."""
         raw = await self.call("read the balance", self._client.fetch_balance)
         account = raw.get(currency) or {}
         return exact(account.get("free") or 0), exact(account.get("total") or 0)
@@ -302,8 +294,8 @@ class CcxtVenue:
                 found[str(raw["symbol"])] = Exposure(direction, quantity, float(price) if price else None)
         return found
 
-    async def executed(self, market: Market, orders: Iterable[VenueOrder]) -> Fill:
-        """What `orders` have done, added up, with their fees."""
+    async def executed(self, market: Market, orders: Iterable[ExchangeOrder]) -> Fill:
+        """The fills of `orders`, added up, with their fees."""
         orders = [order for order in orders if order.filled]
         quantity = cost = Decimal(0)
         charged: list[Decimal | None] = []
@@ -330,15 +322,15 @@ class CcxtVenue:
             timestamp=timestamp,
         )
 
-    async def received(self, market: Market, order: VenueOrder) -> Decimal:
-        """The base currency that a purchase has brought in: without the fee, where that was taken in it."""
+    async def received(self, market: Market, order: ExchangeOrder) -> Decimal:
+        """The base currency that a purchase received: without a fee that was taken in base currency."""
         if market.contract or not order.filled:
             return order.filled
         fees, _ = await self._fees(market, order)
         return order.filled - _taken(market, fees)
 
-    async def _fees(self, market: Market, order: VenueOrder) -> tuple[list[tuple[str, Decimal]] | None, int]:
-        """The fees of an order, and the time of its last fill. No fees where the exchange does not report all yet."""
+    async def _fees(self, market: Market, order: ExchangeOrder) -> tuple[list[tuple[str, Decimal]] | None, int]:
+        """The fees of an order, and the time of its last fill. None if the exchange does not report all fees yet."""
         if order.fees is not None:
             return list(order.fees), order.timestamp
         doing = f"read the trades of {order.client_id or order.id}"
@@ -358,7 +350,7 @@ class CcxtVenue:
         return [(str(fee["currency"]), exact(fee["cost"])) for fee in fees], last_ms
 
     async def _in_quote(self, market: Market, currency: str, amount: Decimal, price: Decimal) -> Decimal | None:
-        """A fee in quote currency, at the price of now where it is in a third one; None where that has no price."""
+        """A fee in quote currency, converted at the current price; None if there is no price."""
         if currency == market.quote:
             return amount
         if currency == market.base:
@@ -375,7 +367,7 @@ class CcxtVenue:
                     return amount * exact(last)
                 unknown = f"no price of {pair}"
             except BacktestKitError as error:
-                # The order is done: what it has cost to the last cent must not keep a position out of the books.
+                # The order is done: an unknown fee must not keep the position out of the books.
                 unknown = str(error)
         _log.warning(
             "%s: %s to value a fee of %s %s: CC_PERCENT_FEE is booked instead", self._id, unknown, amount, currency
@@ -387,10 +379,10 @@ class CcxtVenue:
         await self.call(doing, lambda: self._client.set_leverage(leverage, market.symbol))
 
     def fresh_number(self, above: int = 0) -> int:
-        """A number `above` another one that no order before it has: the exchange's time in hundredths of a second.
+        """An unused number `above` another one: the exchange's time in hundredths of a second.
 
-        Counted from 0 at each start, a number could be that of an order which is done, and the fate of that one
-        would be taken for its own: Binance takes the id of such an order again.
+        Counted from 0 at each start, it could be the number of an order that is done and would be confused with it:
+        Binance accepts the id of such an order again.
         """
         self._latest_number = max(self._latest_number + 1, above + 1, self.now_ms() // 10 % 2**32) % 2**32
         return self._latest_number
@@ -401,6 +393,6 @@ class CcxtVenue:
 
 
 def _taken(market: Market, fees: Iterable[tuple[str, Decimal]] | None) -> Decimal:
-    """What fees have taken out of the base currency that was bought."""
+    """The fees that were taken out of the base currency that was bought."""
     in_base = (amount for currency, amount in fees or () if currency == market.base)
     return Decimal(0) if market.contract else sum(in_base, Decimal(0))

@@ -1,4 +1,4 @@
-"""Client order ids: what an order of ours is called on an exchange, and whose an order found there is.
+"""Client order ids: the names of our orders on an exchange, and the owner of an order found there.
 
 A client order id is 32 lower-case hex digits. Every exchange takes those whose rule is known: OKX wants letters and
 digits only and 32 at most, Kraken a UUID (with or without dashes) or 18 characters, Binance 36 characters.

@@ -1,4 +1,4 @@
-"""Ticks and lots: prices and quantities as a venue takes them, in `Decimal`."""
+"""Ticks and lots: prices and quantities as an exchange takes them, in `Decimal`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def price_above(price: Decimal, tick: Decimal) -> Decimal:
 
 
 def significant_tick(price: Decimal, digits: int) -> Decimal:
-    """The tick of a venue that takes so many significant digits of a price."""
+    """The tick of an exchange that takes prices with so many significant digits."""
     return Decimal(1).scaleb(price.adjusted() - digits + 1)
 
 

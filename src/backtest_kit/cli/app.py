@@ -21,7 +21,7 @@ EXIT_BY_ERROR: tuple[tuple[type[BacktestKitError], int], ...] = (
 
 app = typer.Typer(
     name="backtest-kit",
-    help="A trading engine whose state you can kill and trust.",
+    help="A trading engine that survives kill -9.",
     epilog="Start with: backtest-kit backtest --help",
     no_args_is_help=True,
     add_completion=False,
@@ -62,7 +62,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """A trading engine whose state you can kill and trust."""
+    """A trading engine that survives kill -9."""
 
 
 @app.command(
@@ -209,13 +209,9 @@ def paper(
             exchange_name=exchange,
             strategy_name=strategy,
             dump=dump,
-            fill=fill,
-            gaps=gaps,
-            dirty=dirty,
-            orphans="alarm",
             venue=venue,
-            allow_weak=True,
             as_json=as_json,
+            rules=options.live_rules(fill, gaps, dirty),
         )
     )
 
@@ -254,13 +250,9 @@ def live(
             exchange_name=exchange,
             strategy_name=strategy,
             dump=dump,
-            fill=fill,
-            gaps=gaps,
-            dirty=dirty,
-            orphans=orphans,
-            venue=None,
             allow_weak=allow_weak,
             as_json=as_json,
+            rules=options.live_rules(fill, gaps, dirty, orphans),
         )
     )
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from backtest_kit import default_kit
 from backtest_kit.cli.choice import choose, pick
 from backtest_kit.cli.interrupt import run_until_interrupted
+from backtest_kit.cli.printing import console
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.price import price_text
@@ -65,15 +66,15 @@ def run_backtest(
 
 async def _watch(handles: Sequence[BacktestHandle]) -> Results:
     """Wait for all, with a bar for each on a terminal. The first failure ends the run."""
-    console = Console(stderr=True)
+    terminal = Console(stderr=True)
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        console=console,
+        console=terminal,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not terminal.is_terminal,
     )
     tasks = [each.task for each in handles]
     bar_of = {bars.add_task(each.symbol, total=1.0): each for each in handles}
@@ -96,18 +97,22 @@ async def _watch(handles: Sequence[BacktestHandle]) -> Results:
     return Results(task.result() for task in tasks)
 
 
-def _show(results: Results, trades_shown: int) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH_IN_FILES)
+def print_results(results: Results, trades_shown: int) -> Console:
+    """Print the last trades, the statistics and the remarks; return the console, for what follows them."""
+    output = console(WIDTH_IN_FILES)
     if trades_shown and results.trades:
-        console.print(trades_table(results, trades_shown))
-    console.print(results.table())
+        output.print(_trades_table(results, trades_shown))
+    output.print(results.table())
     for remark in results.remarks():
-        console.print(f"{remark}.", highlight=False)
-    console.print(_origin(results), highlight=False)
+        output.print(f"{remark}.", highlight=False)
+    return output
+
+
+def _show(results: Results, trades_shown: int) -> None:
+    output = print_results(results, trades_shown)
+    output.print(_origin(results), highlight=False)
     markdown, page = results.save_markdown(), results.save_html()
-    console.print(f"Report: {markdown}\nCharts: {page}\nResults: {results.save()}", highlight=False, soft_wrap=True)
+    output.print(f"Report: {markdown}\nCharts: {page}\nResults: {results.save()}", highlight=False, soft_wrap=True)
 
 
 def _origin(results: Results) -> str:
@@ -118,7 +123,7 @@ def _origin(results: Results) -> str:
     return f"Candles: all {shares[0]}." if len(shares) == 1 else f"Candles: {used:,}, of them {', '.join(shares)}."
 
 
-def trades_table(results: Results, shown: int) -> Table:
+def _trades_table(results: Results, shown: int) -> Table:
     trades = results.trades
     title = f"{len(trades)} trades" if len(trades) <= shown else f"The last {shown} of {len(trades)} trades"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

@@ -1,4 +1,4 @@
-"""What a command runs: the user's file, and out of it a strategy, an exchange and a frame."""
+"""What a command runs: a strategy, an exchange and a frame of the user's file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def choose(
     dump: Path,
     exchange_name: str | None,
 ) -> Choice:
-    """Load the file and settle what it leaves open.
+    """Load the file and choose what to run.
 
     Raises:
         UserError: it registers too little, or too much to choose from; or `dump` cannot be written to.
@@ -82,7 +82,7 @@ def pick(kind: str, given: str | None, registered: Sequence[str], strategy_file:
 
 
 def _make_folder(folder: Path) -> None:
-    """Find out before the work, not after it, that what comes of it has no place."""
+    """Fail before the work, not after it, if its results cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -107,7 +107,7 @@ def _frame(given: str | None, source: CandleSource, symbol: str, strategy_file: 
         example = "2022-01-01..2022-02-01" if there is None else f"{iso(there[0] + lead_ms)}..{iso(there[1])}"
         known = f"choose with --frame {' or '.join(registered)}, or give" if registered else "give"
         raise UserError(
-            f"which frame? Strategy file {strategy_file} registers {len(registered)}: "
+            f"no frame given, and strategy file {strategy_file} registers {len(registered)}: "
             f"{known} two dates such as --frame {example}"
         )
     if ".." in given and given not in registered:

@@ -1,4 +1,4 @@
-"""`backtest-kit doctor`: whether the store is well, as a table or as JSON."""
+"""`backtest-kit doctor`: the health of the store, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 from rich.text import Text
 
-from backtest_kit.cli.store import add, console, say, table
+from backtest_kit.cli.printing import add, console, say, table
 from backtest_kit.persist.diagnosis import examine, fails
 from backtest_kit.persist.upkeep import Reading, Status
 from backtest_kit.persist.urls import shown, store_at
@@ -48,16 +48,16 @@ async def _examine(url: str, samples: int) -> list[Reading]:
 def _show(url: str, readings: list[Reading], *, live: bool, failed: bool) -> None:
     rows = table("What", "Status", "Found", "ms")
     for each in readings:
-        # Numbers of a server's making may be anything: as they are, never as markup.
+        # Literally: what a server reports may look like markup.
         found = Text(each.detail)
         if each.remedy:
             found.append(f"\n-> {each.remedy}", "bold")
         took = "" if each.median_ms is None else f"{each.median_ms:.2f}"
         add(rows, each.subject, Text(each.status.value, _STYLES[each.status]), found, took)
     console().print(rows)
-    use = "live trading" if live else "what it is used for"
+    use = "live trading" if live else "use"
     weak = any(each.status is Status.WEAK for each in readings)
     verdict = f"not fit for {use}" if failed else f"fit for {use}"
     if weak and not live:
-        verdict += "; --live would refuse what is weak"
+        verdict += "; --live would fail on weak points"
     say(f"{shown(url)}: {verdict}.")

@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 from rich.console import Console
 
@@ -15,19 +15,15 @@ from backtest_kit.cli.choice import load_strategies, pick
 from backtest_kit.cli.live_output import JsonOutput, Output, ViewOutput
 from backtest_kit.cli.live_words import SHOWN, awaited
 from backtest_kit.cli.strategy_file import strategy_failure
-from backtest_kit.engine.step import Fill
-from backtest_kit.market.fetch import GapRule
-from backtest_kit.market.repair import DirtyRule
 from backtest_kit.model.event import Event
 from backtest_kit.model.identity import Mode
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.upkeep import Status
-from backtest_kit.run.live.orphans import OrphanPolicy
-from backtest_kit.run.live.runner import LiveHandle, signals_stop
+from backtest_kit.run.live.runner import LiveHandle, LiveOptions, signals_stop
 from backtest_kit.venue.client import connect
 
 _LOOK_S: Final = 0.5
-"""How often it is looked how the runs stand."""
+"""How often the state of the runs is shown."""
 CANCELLED: Final = 130
 """Exit code after a second Ctrl-C."""
 
@@ -40,13 +36,10 @@ def run_live(
     exchange_name: str | None,
     strategy_name: str | None,
     dump: Path,
-    fill: str,
-    gaps: str,
-    dirty: str | None,
-    orphans: str,
-    venue: str | None,
-    allow_weak: bool,
+    venue: str | None = None,
+    allow_weak: bool = False,
     as_json: bool,
+    rules: LiveOptions,
 ) -> int:
     """Load the file, trade every symbol until stopped, and print what happens; returns the exit code.
 
@@ -57,6 +50,8 @@ def run_live(
     strategy = pick("strategy", strategy_name, load_strategies(strategy_file, dump / "emergency"), strategy_file)
     symbols = list(dict.fromkeys(symbols))
     exchange = _exchange(strategy_file, exchange_name, venue, f"{strategy} {' '.join(symbols)}", len(symbols))
+    # The stores are checked below, so that its weak points can be shown.
+    live: LiveOptions = {**rules, "paper": mode == "paper", "allow_weak": True}
     output = _output(f"{mode}  {strategy} on {exchange}", as_json=as_json)
 
     def start() -> list[LiveHandle]:
@@ -65,12 +60,7 @@ def run_live(
                 symbol,
                 strategy_name=strategy,
                 exchange_name=exchange,
-                paper=mode == "paper",
-                fill=cast(Fill, fill),
-                gaps=cast(GapRule, gaps),
-                dirty=cast(DirtyRule, dirty),
-                orphans=cast(OrphanPolicy, orphans),
-                allow_weak=True,  # looked at before, where what is found can be shown
+                **live,
             )
             for symbol in symbols
         ]
@@ -118,7 +108,7 @@ async def _check_stores(output: Output, *, allow_weak: bool) -> None:
 
 
 async def _trade(handles: Sequence[LiveHandle], output: Output) -> int:
-    """Wait for the end of all runs. One that fails ends the others, which leaves everything as it is."""
+    """Wait for all runs. One that fails cancels the others: positions and orders stay as they are."""
 
     def stopping(count: int) -> None:
         if count > 1:

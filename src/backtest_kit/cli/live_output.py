@@ -40,12 +40,12 @@ class Output(logging.Handler):
     """Events as lines of text on standard output. As a log handler it prints the warnings that are not events."""
 
     def __init__(self, head: str) -> None:
-        """`head` says what is run."""
+        """`head` names the run."""
         super().__init__(logging.WARNING)
         self.head = head
         self._waiting: deque[tuple[str, bool]] = deque(maxlen=_KEPT)
         self._statuses: Sequence[LiveStatus] = ()
-        self._told_ms: dict[str, int] = {}
+        self._reported_ms: dict[str, int] = {}
         self._wake = threading.Event()
         self._over = False
         self._thread = threading.Thread(target=self._write_all, name="output", daemon=True)
@@ -62,18 +62,18 @@ class Output(logging.Handler):
         self._thread.join(_PATIENCE_S)
 
     def say(self, text: str, *, alarm: bool = False) -> None:
-        """Tell something of the program itself."""
+        """Report something about the program itself."""
         self._put(text, alarm=alarm)
 
     def event(self, event: Event) -> None:
-        """Tell what happened in a run."""
+        """Report what happened in a run."""
         text = f"{to_datetime(event.when_ms):%Y-%m-%d %H:%M}  {event.symbol}  {words(event)}"
         if isinstance(event, StrategyFailed):
             text = f"{text}\n{explained(event.error)}"
         self._put(text, alarm=severity(event) == "alarm")
 
     def stand(self, statuses: Sequence[LiveStatus]) -> None:
-        """Tell how the runs stand now; called as often as it pleases."""
+        """Report the state of the runs; may be called at any rate."""
         self._statuses = statuses
         for each in statuses:
             if not each.ended and self._is_new(each, _HOUR_MS):
@@ -88,8 +88,8 @@ class Output(logging.Handler):
         if not status.when_ms:
             return False
         begun_ms, symbol = floor_ms(status.when_ms, step_ms), status.identity.symbol
-        before_ms = self._told_ms.get(symbol)
-        self._told_ms[symbol] = begun_ms
+        before_ms = self._reported_ms.get(symbol)
+        self._reported_ms[symbol] = begun_ms
         return None if before_ms is None else begun_ms > before_ms
 
     def _put(self, text: str, *, alarm: bool = False) -> None:

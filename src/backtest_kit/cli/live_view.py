@@ -1,4 +1,4 @@
-"""What a terminal shows of live runs: a row for each symbol."""
+"""Live runs on a terminal: a row for each symbol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from backtest_kit.run.live.exchange_time import DRIFT_MS
 from backtest_kit.run.live.status import LiveStatus
 
 _AROUND: Final = 8
-"""Lines of the view that are no row, and one above it for what happened last."""
+"""Lines of the view outside of the table, and one above it for the last event."""
 _NOTHING: Final = Text("-", "dim")
 
 
@@ -33,7 +33,7 @@ def view(head: str, statuses: Sequence[LiveStatus], width: int, height: int) -> 
         table.add_row(*(column.cell(status) for column in columns), _state(status))
     parts: list[RenderableType] = [Text(), _title(head, statuses), table]
     if len(shown) < len(statuses):
-        parts.append(Text(f"and {len(statuses) - len(shown)} more, of which there is less to say", "dim"))
+        parts.append(Text(f"and {len(statuses) - len(shown)} more, less important", "dim"))
     reasons = dict.fromkeys(each.degraded for each in statuses if each.degraded)
     parts += [_cut(Text(f"DEGRADED, nothing new is opened: {reason}", "bold red")) for reason in reasons]
     waiting = {each.no_entry: each.identity.symbol for each in statuses if each.no_entry}
@@ -75,15 +75,15 @@ def _lease(status: LiveStatus) -> Text:
     return Text("LOST", "bold red") if lost(status) else Text("held", "green") if status.held else _NOTHING
 
 
-def _asked(status: LiveStatus) -> Text:
+def _next_call(status: LiveStatus) -> Text:
     quiet = status.paused or status.stopping or status.ended or status.degraded or status.no_entry or not status.when_ms
     return _NOTHING if quiet or status.next_decision_ms is None else _minute(status.next_decision_ms)
 
 
 def _state(status: LiveStatus) -> Text:
-    said = troubles(status)
-    if said:
-        return Text(", ".join(said), "bold red" if status.degraded or status.no_entry or lost(status) else "yellow")
+    found = troubles(status)
+    if found:
+        return Text(", ".join(found), "bold red" if status.degraded or status.no_entry or lost(status) else "yellow")
     return Text("ok", "green") if status.when_ms else Text("starting", "yellow")
 
 
@@ -114,7 +114,7 @@ class _Column(NamedTuple):
     heading: str
     justify: Literal["left", "right"]
     from_width: int
-    """Characters that a terminal has where it is shown."""
+    """The column is shown from this width of the terminal on, in characters."""
     cell: Callable[[LiveStatus], Text]
 
 
@@ -126,7 +126,7 @@ _COLUMNS: Final = (
     _Column("PnL", "right", 110, lambda status: _signed(status.pnl_cost)),
     _Column("To TP %", "right", 76, lambda status: _distance(status.to_take_profit_pct)),
     _Column("To SL %", "right", 76, lambda status: _distance(status.to_stop_loss_pct)),
-    _Column("Next ask", "right", 94, _asked),
+    _Column("Next call", "right", 94, _next_call),
     _Column("Written", "right", 110, lambda status: _minute(status.written_ms)),
     _Column("Lease", "left", 110, _lease),
 )

@@ -1,4 +1,4 @@
-"""A live run in words: its state in one line, its events with the place in the strategy that raised."""
+"""A live run as text: its state in one line, its events with the line of the strategy that raised."""
 
 from __future__ import annotations
 
@@ -46,33 +46,33 @@ def side(status: LiveStatus) -> str:
         return f"{status.direction} from {price(status.price_open)}"
     if status.entry is not None:
         return f"{status.direction} waits for {price(status.price_open)}"
-    return "nothing held"
+    return "no position"
 
 
 def troubles(status: LiveStatus) -> list[str]:
-    """Everything unusual."""
-    said = []
+    """What is unusual about a run."""
+    found = []
     if status.degraded:
-        said.append("DEGRADED")
+        found.append("DEGRADED")
     if status.no_entry:
-        said.append("NO ENTRIES")
+        found.append("NO ENTRIES")
     if lost(status):
-        said.append("LEASE LOST")
-    if status.under_way:
-        said.append(f"order {status.under_way} under way")
+        found.append("LEASE LOST")
+    if status.pending_order:
+        found.append(f"order {status.pending_order} pending")
     if status.ended:
-        said.append("ended")
+        found.append("ended")
     elif status.stopping:
-        said.append("stopping")
+        found.append("stopping")
     if status.paused:
-        said.append("paused")
+        found.append("paused")
     if status.waiting and not status.ended:
-        said.append(f"waiting: {status.waiting}")
+        found.append(f"waiting: {status.waiting}")
     if status.missed:
-        said.append(f"{count(status.missed, 'minute')} missed")
+        found.append(f"{count(status.missed, 'minute')} missed")
     if status.written_ms > status.when_ms > 0:
-        said.append(f"the clock is behind the last write, of {iso(status.written_ms)}")
-    return [*said, *status.notes]
+        found.append(f"the clock is behind the last write, of {iso(status.written_ms)}")
+    return [*found, *status.notes]
 
 
 def lost(status: LiveStatus) -> bool:
@@ -82,16 +82,16 @@ def lost(status: LiveStatus) -> bool:
 
 def awaited(status: LiveStatus) -> str:
     """What a stopping run waits for."""
-    if status.under_way:
-        return f"for the outcome of order {status.under_way}"
+    if status.pending_order:
+        return f"for the outcome of order {status.pending_order}"
     if status.position is not None:
         ends = status.position.expires_at_ms
         until = "" if math.isinf(ends) else f", or {iso(int(ends))}"
         levels = f"{price(status.position.take_profit)} or {price(status.position.stop_loss)}"
-        return f"until its {status.direction} position ends by itself: at {levels}{until}"
+        return f"until its {status.direction} position closes: at {levels}{until}"
     if status.entry is not None:
         return "for the next minute, to cancel its resting entry"
-    return "for its start to be over" if not status.when_ms else "for nothing"
+    return "for its start to finish" if not status.when_ms else "for nothing"
 
 
 def price(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`backtest-kit log`: the lines that runs have logged, and those they log now."""
+"""`backtest-kit log`: shows the log of runs, and follows it."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ async def _show(
     """Show the last lines, and new ones while it follows. Returns how many of the last there were."""
     seen: list[str] = []
     last: list[LogLine] = []
-    told: set[str] = set()
-    async for record in _newest_first(store, told):
+    reported: set[str] = set()
+    async for record in _newest_first(store, reported):
         if len(seen) < _KNOWN:
             seen.append(str(record.key[0]))
         line = line_of(record)
@@ -98,26 +98,26 @@ async def _show(
     known = deque(reversed(seen), maxlen=_KNOWN)
     while follow:
         await asyncio.sleep(_POLL_S)
-        for record in await news_of(store, known, told):
+        for record in await news_of(store, known, reported):
             line = line_of(record)
             if wanted(line):
                 show(line)
     return len(last)
 
 
-async def news_of(store: Store, known: deque[str], told: set[str]) -> list[Record]:
+async def news_of(store: Store, known: deque[str], reported: set[str]) -> list[Record]:
     """What was written since any of `known`, the oldest first; known from then on.
 
     It reads the feed and not its file, which can begin anew or be shortened meanwhile. Lines are in order of writing.
-    Their ids begin with the time at which they were logged, and another process can write one late. `told` is what was
-    printed about damage.
+    Their ids begin with the time at which they were logged, and another process can write one late. `reported` is what
+    was printed about damage.
     """
     oldest, late = min(known, default=""), 0
     names, newest_ms, behind, settled = set(known), 0, 0, 0
     news: list[Record] = []
     maybe: list[Record] = []
-    """New lines if a known one comes behind them, otherwise what was there before."""
-    async for record in _newest_first(store, told):
+    """New lines if a known one follows, otherwise older lines."""
+    async for record in _newest_first(store, reported):
         key = str(record.key[0])
         if key in names:
             newest_ms = newest_ms or record.written_at
@@ -143,13 +143,13 @@ async def news_of(store: Store, known: deque[str], told: set[str]) -> list[Recor
     return news[::-1]
 
 
-async def _newest_first(store: Store, told: set[str]) -> AsyncIterator[Record]:
+async def _newest_first(store: Store, reported: set[str]) -> AsyncIterator[Record]:
     try:
         async for record in store.scan(LOG, newest_first=True):
             yield record
     except Damaged as error:
-        if str(error) not in told:
-            told.add(str(error))
+        if str(error) not in reported:
+            reported.add(str(error))
             sys.stderr.write(f"damaged: {error}\n")
 
 

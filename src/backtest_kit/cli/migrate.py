@@ -1,4 +1,4 @@
-"""`backtest-kit store migrate`: everything from one store to another, shown while it goes on."""
+"""`backtest-kit store migrate`: copies everything from one store to another, with progress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Final
 
 from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
 
-from backtest_kit.cli.store import add, console, require_existing, say, table
+from backtest_kit.cli.printing import add, console, say, table
+from backtest_kit.cli.store import require_existing
 from backtest_kit.errors import UserError
 from backtest_kit.persist.comparison import Comparison, Sum, compare_stores
 from backtest_kit.persist.migration import Migration, Progress, migrate_store
@@ -19,7 +20,7 @@ from backtest_kit.persist.urls import shown, store_at
 from backtest_kit.persist.walk import Part
 
 _SECONDS_PER_LINE: Final = 5.0
-"""How often a line is printed where there is no terminal to draw a bar on."""
+"""How often a line is printed without a terminal."""
 
 
 def run_migrate(source_url: str, target_url: str, *, verify: bool, resume: bool) -> int:
@@ -31,7 +32,7 @@ def run_migrate(source_url: str, target_url: str, *, verify: bool, resume: bool)
         return 0
     _show_compared(compared)
     different = sum(item.difference is not None for item in compared)
-    say(f"{different} of them differ." if different else "Both stores have the same, in the same order.")
+    say(f"{different} of them differ." if different else "Both stores have the same records, in the same order.")
     return 1 if different else 0
 
 
@@ -42,7 +43,7 @@ async def _migrate(
     # Not opened before the very end, when the source is known to be a store.
     writable = store_at(source_url, patient=True)
     if Capability.DURABLE not in target.capabilities:
-        raise UserError(f"nothing that is moved to {target_url} outlives this command: name a file or a server")
+        raise UserError(f"{target_url} does not outlive this command: name a file or a server")
     try:
         with _shown() as (on_progress, on_part):
             moved = await migrate_store(
@@ -63,7 +64,7 @@ async def _migrate(
 
 @contextmanager
 def _shown() -> Iterator[tuple[Callable[[Progress], None], Callable[[Part], None]]]:
-    """What shows how far it is: a bar on a terminal, a line now and then elsewhere."""
+    """Progress: a bar on a terminal, a line now and then elsewhere."""
     started = time.monotonic()
     output = console()
     bar = Bar(
@@ -76,17 +77,17 @@ def _shown() -> Iterator[tuple[Callable[[Progress], None], Callable[[Part], None
         disable=not output.is_terminal,
     )
     task = bar.add_task("looking at both stores", total=None, counts="")
-    told = started
+    reported = started
 
     def on_progress(now: Progress) -> None:
-        nonlocal told
+        nonlocal reported
         done = now.records + now.candles
         rate = done / max(time.monotonic() - started, 1e-9)
         counts = f"{now.records:,} records, {now.candles:,} candles, {rate:,.0f} a second"
         bar.update(task, description=str(now.part), total=now.parts, completed=now.number - 1, counts=counts)
-        if bar.disable and time.monotonic() - told >= _SECONDS_PER_LINE:
+        if bar.disable and time.monotonic() - reported >= _SECONDS_PER_LINE:
             say(f"{counts}; now {now.part}")
-            told = time.monotonic()
+            reported = time.monotonic()
 
     def on_part(part: Part) -> None:
         bar.update(task, description=f"comparing {part}", total=None, counts="")

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 if TYPE_CHECKING:
+    from backtest_kit.run.live.runner import LiveOptions
     from backtest_kit.run.replay.backtest import ReplayOptions
 
 StrategyFile = Annotated[
     Path, typer.Argument(metavar="STRATEGY.py", help="Your Python file; it calls backtest_kit.add_strategy_schema.")
 ]
 Symbols = Annotated[
-    list[str], typer.Option("--symbol", "-s", help="What to trade; several by commas, or give the option again.")
+    list[str],
+    typer.Option("--symbol", "-s", help="Symbols; separate several by commas, or repeat the option."),
 ]
 Frame = Annotated[
     str | None,
@@ -23,7 +25,7 @@ Frame = Annotated[
         "-f",
         metavar="NAME|START..END",
         help="A frame that the file registers, or two dates such as 2022-01-01..2022-02-01. "
-        "Default: the only frame of the file.",
+        "Default: the only frame in the file.",
     ),
 ]
 Candles = Annotated[
@@ -32,7 +34,7 @@ Candles = Annotated[
         "--candles",
         "-c",
         metavar="FILE",
-        help="Take 1-minute candles from a .csv, .csv.gz, .parquet, .feather or .arrow file instead of the exchange "
+        help="Read 1-minute candles from a .csv, .csv.gz, .parquet, .feather or .arrow file instead of the exchange "
         "of the strategy file; '{symbol}' in the name stands for the symbol.",
     ),
 ]
@@ -51,12 +53,10 @@ DirtyRule = Annotated[
 FillModel = Annotated[
     str,
     typer.Option(
-        "--fill", metavar="vwap|ohlc", help="Touch levels by the average price, or by the wicks (stop first)."
+        "--fill", metavar="vwap|ohlc", help="Trigger levels by the average price, or by the wicks (stop first)."
     ),
 ]
-Dump = Annotated[
-    Path, typer.Option("--dump", "-d", metavar="DIR", help="Where candles are cached and reports are written.")
-]
+Dump = Annotated[Path, typer.Option("--dump", "-d", metavar="DIR", help="Directory for cached candles and reports.")]
 Exchange = Annotated[
     str | None, typer.Option("--exchange", metavar="NAME", help="Which exchange, if the file registers several.")
 ]
@@ -73,28 +73,28 @@ Orphans = Annotated[
     ),
 ]
 LiveDump = Annotated[
-    Path, typer.Option("--dump", "-d", metavar="DIR", help="Where state and candles are kept, unless a store is bound.")
+    Path, typer.Option("--dump", "-d", metavar="DIR", help="Directory for state and candles, unless a store is bound.")
 ]
-Trades = Annotated[int, typer.Option("--trades", min=0, metavar="N", help="How many of the last trades to print.")]
+Trades = Annotated[int, typer.Option("--trades", min=0, metavar="N", help="Number of last trades to print.")]
 StoreUrl = Annotated[
     str,
     typer.Option(
-        "--store", envvar="CC_STORE", metavar="URL", help="Which store: file:DIR, sqlite:FILE or mongodb://HOST/NAME."
+        "--store", envvar="CC_STORE", metavar="URL", help="The store: file:DIR, sqlite:FILE or mongodb://HOST/NAME."
     ),
 ]
 DEFAULT_STORE = "file:./dump"
 Namespace = Annotated[
-    str, typer.Option("--namespace", metavar="NAME", help="Such as paper; without it, the records of live trading.")
+    str, typer.Option("--namespace", metavar="NAME", help="A namespace, such as paper. Default: live trading.")
 ]
-ContractName = Annotated[str, typer.Argument(help="Such as signal, risk or log; `store du` shows which there are.")]
+ContractName = Annotated[str, typer.Argument(help="A contract, such as signal, risk or log; `store du` lists them.")]
 OnlySymbol = Annotated[str | None, typer.Option("--symbol", "-s", help="Only of this symbol.")]
 OnlyStrategy = Annotated[str | None, typer.Option("--strategy", metavar="NAME", help="Only of this strategy.")]
 Since = Annotated[
-    str | None, typer.Option("--since", metavar="TIME", help="Only from this moment on, such as 2024-06-01T09:15.")
+    str | None, typer.Option("--since", metavar="TIME", help="Only from this time on, such as 2024-06-01T09:15.")
 ]
-RecordMode = Annotated[str, typer.Option("--mode", metavar="live|paper", help="Of live trading, or on paper.")]
-RunId = Annotated[str | None, typer.Option("--run", metavar="ID", help="Of this run of a backtest: `result.run_id`.")]
-AsJson = Annotated[bool, typer.Option("--json", help="A line of JSON for each, for programs.")]
+RecordMode = Annotated[str, typer.Option("--mode", metavar="live|paper", help="Records of live or of paper trading.")]
+RunId = Annotated[str | None, typer.Option("--run", metavar="ID", help="Records of this backtest: `result.run_id`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one document per line.")]
 QuarantinePath = Annotated[str, typer.Argument(help="The path that `store quarantine list` shows.")]
 
 
@@ -104,5 +104,10 @@ def separated(given: list[str]) -> list[str]:
 
 
 def replay_rules(fill: str, gaps: str, dirty: str | None) -> ReplayOptions:
-    """The options of a replay as they were given: the run checks them."""
+    """The options of a replay, unchecked: the run checks them."""
     return cast("ReplayOptions", {"fill": fill, "gaps": gaps, "dirty": dirty})
+
+
+def live_rules(fill: str, gaps: str, dirty: str | None, orphans: str = "alarm") -> LiveOptions:
+    """The same of a live run."""
+    return cast("LiveOptions", {"fill": fill, "gaps": gaps, "dirty": dirty, "orphans": orphans})

@@ -1,4 +1,4 @@
-"""`backtest-kit records`: what runs remember, as tables for people."""
+"""`backtest-kit records`: the records of runs as tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, Final
 import msgspec
 
 from backtest_kit.cli import options
-from backtest_kit.cli.store import add, console, require_existing, table, with_store
+from backtest_kit.cli.printing import add, console, table
+from backtest_kit.cli.store import require_existing, with_store
 from backtest_kit.errors import UserError
 from backtest_kit.model.interval import iso, to_ms
 from backtest_kit.model.price import price_text
@@ -31,14 +32,14 @@ _OPTIONS: Final = {"symbol": "--symbol", "strategyName": "--strategy"}
 
 
 class Filter(msgspec.Struct, frozen=True):
-    """Which records are asked for; None is any."""
+    """Which records are wanted; None matches any."""
 
     symbol: str | None = None
     strategy_name: str | None = None
     since_ms: int | None = None
 
     def lacks(self, row: Contract) -> list[str]:
-        """What is asked for by a name that records of this contract do not have."""
+        """The given options whose field records of this contract do not have."""
         names = {*row.key_fields, *(_OPTIONS if row.name in _OF_RUN else ())}
         asked = {"symbol": self.symbol, "strategyName": self.strategy_name}
         return [_OPTIONS[name] for name, value in asked.items() if value is not None and name not in names]
@@ -58,7 +59,7 @@ def run_ls(
     """List the records of a contract, newest first; without one, how many of each contract there are.
 
     Raises:
-        UserError: the contract is none that is shown here, or its records do not tell what they are to be found by;
+        UserError: the contract is none that is shown here, or its records cannot be filtered like that;
             or the run is unknown.
     """
     contracts, left_out = _chosen(contract_name, only)
@@ -91,7 +92,9 @@ def run_ls(
         console().print(rows)
     if left_out:
         names = ", ".join(row.name for row in left_out)
-        sys.stderr.write(f"not counted, as {' and '.join(only.lacks(left_out[0]))} cannot narrow them down: {names}\n")
+        sys.stderr.write(
+            f"not counted, because they cannot be filtered by {' and '.join(only.lacks(left_out[0]))}: {names}\n"
+        )
 
 
 def run_show(url: str, contract_name: str, key_text: str, mode: str, run_id: str | None, as_json: bool) -> None:
@@ -121,7 +124,7 @@ def run_show(url: str, contract_name: str, key_text: str, mode: str, run_id: str
 
 
 def _chosen(contract_name: str | None, only: Filter) -> tuple[list[Contract], list[Contract]]:
-    """The contracts that are asked for, and those of them whose records do not tell what they are to be found by."""
+    """The wanted contracts, and those whose records cannot be filtered as given."""
     asked = _SHOWN if contract_name is None else (record_contract(contract_name),)
     left_out = [row for row in asked if only.lacks(row)]
     if contract_name is not None and left_out:
@@ -132,13 +135,13 @@ def _chosen(contract_name: str | None, only: Filter) -> tuple[list[Contract], li
 def _cannot_be_found_by(only: Filter, row: Contract) -> str:
     return (
         f"{row.name} cannot be listed by {' and '.join(only.lacks(row))}: its records are known by "
-        f"{', '.join(row.key_fields)}. Use --since, --mode and --run, or list those whose key begins as you say: "
+        f"{', '.join(row.key_fields)}. Use --since, --mode and --run, or list by the beginning of the key: "
         f"backtest-kit store ls {row.name} {row.key_fields[0].upper()}"
     )
 
 
 def _addresses(url: str) -> list[str]:
-    """Where records may lie: also in files, as the log and what backtests keep do wherever the rest is bound.
+    """The stores to look in: also files, because the log and backtests keep records there.
 
     Raises:
         UserError: the store does not exist, and there are no files.
@@ -149,7 +152,7 @@ def _addresses(url: str) -> list[str]:
     try:
         require_existing(url)
     except UserError:
-        return [files]  # nothing was traded yet, and so nothing was kept in the store that is bound
+        return [files]  # nothing was traded yet: the bound store does not exist
     return [url, files]
 
 
@@ -162,7 +165,7 @@ def space_of(store: Store, mode: str, run_id: str | None) -> Store:
     if run_id is not None:
         return store.namespace(f"backtest-{run_id}")
     if mode == "backtest":
-        raise UserError("every backtest has records of its own: name its run with --run, as `result.run_id` says")
+        raise UserError("every backtest has its own records: name its run with --run (`result.run_id`)")
     if mode not in ("live", "paper"):
         raise UserError(f"mode is {mode!r}: use live or paper, or name a run of a backtest with --run")
     return store.namespace("paper") if mode == "paper" else store
@@ -184,21 +187,21 @@ async def _has_any(space: Store, contracts: Sequence[Contract]) -> bool:
 
 
 def point_to(mode: str, found_at: Sequence[str]) -> None:
-    """Say on standard error where there are records, if there are none where they were looked for."""
+    """Print on standard error where there are records instead."""
     if found_at:
         sys.stderr.write(f"Nothing in {mode} mode. There are records with {' and with '.join(found_at)}.\n")
 
 
 def require_run(run_id: str, runs: set[str], where: str) -> None:
-    """Raise `UserError` if a run is none of those that have kept something there."""
+    """Raise `UserError` if a run has no records there."""
     if run_id not in runs:
         # An id begins with the time of its start, unless the run was named.
-        last = f"the last runs there are {', '.join(sorted(runs)[-3:])}" if runs else "nor has any other"
-        raise UserError(f"no run {run_id!r} has kept anything in {where}: {last}")
+        last = f"the last runs are {', '.join(sorted(runs)[-3:])}" if runs else "no run has"
+        raise UserError(f"no run {run_id!r} has records in {where}: {last}")
 
 
 def _explain_nothing(url: str, mode: str, run_id: str | None, contracts: Sequence[Contract]) -> None:
-    """Raise `UserError` if the run is unknown; say where else there are records."""
+    """Raise `UserError` if the run is unknown; print where else there are records."""
     addresses = _addresses(url)
     if run_id is not None:
         places = {address: with_store(address, runs_in) for address in addresses}
@@ -209,15 +212,15 @@ def _explain_nothing(url: str, mode: str, run_id: str | None, contracts: Sequenc
 
 
 def record_contract(name: str) -> Contract:
-    """A contract whose records are for people to read.
+    """A contract whose records are shown here.
 
     Raises:
-        UserError: it is none; candles and positions are shown elsewhere.
+        UserError: they are not; candles and positions are shown elsewhere.
     """
     row = contract(name)
     if row not in _SHOWN:
         names = ", ".join(each.name for each in _SHOWN)
-        raise UserError(f"{name} is not shown here, but by `backtest-kit store ls {name}`; records are {names}")
+        raise UserError(f"{name} is shown by `backtest-kit store ls {name}`; records are {names}")
     return row
 
 
@@ -254,7 +257,7 @@ def since_ms(text: str | None) -> int | None:
 
 
 async def _read(store: Store, row: Contract, only: Filter, limit: int) -> tuple[list[Record], int]:
-    """The newest that are asked for, and how many there are of them where nothing narrows it down to few."""
+    """The newest matching records, and how many match."""
     records: list[Record] = []
     count = 0
     async for record in store.scan(row, newest_first=True):

@@ -1,4 +1,4 @@
-"""`backtest-kit store`: look at what is kept, check it, move it."""
+"""`backtest-kit store`: shows, checks and moves what is stored."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from backtest_kit.cli.printing import add, console, say, table
 from backtest_kit.errors import UserError
 from backtest_kit.model.interval import iso
 from backtest_kit.persist import operations
@@ -89,17 +87,17 @@ def run_du(url: str) -> None:
         )
     console().print(rows)
     if any(each.records for each in expired):
-        say(f"`backtest-kit store compact` would forget {_sum(expired)}, by CC_RETENTION_*.")
+        say(f"`backtest-kit store compact` would delete {_sum(expired)}, by CC_RETENTION_*.")
 
 
 def run_compact(url: str) -> None:
-    """Forget what is too old by the settings of the environment."""
+    """Delete what is too old by the settings of the environment."""
     retention = retention_of(from_environment(os.environ))
     expired = with_store(url, lambda store: compact(store, retention), existing=False)
     for each in expired:
         what = "/".join(filter(None, (*each.namespace, each.contract))) or "(live)"
         say(f"{what}: {each.fault}" if each.fault else f"{what}: {each.records:,} records, {each.size:,} bytes")
-    say(f"{shown(url)}: {_sum(expired)} forgotten." if expired else f"{shown(url)}: nothing is too old.")
+    say(f"{shown(url)}: {_sum(expired)} deleted." if expired else f"{shown(url)}: nothing is too old.")
 
 
 def _sum(expired: list[Expired]) -> str:
@@ -116,7 +114,7 @@ def run_check(url: str, deep: bool, accept_loss: bool = False) -> int:
         say(f"{finding.path}: {finding.problem}")
     many = "1 problem" if len(findings) == 1 else f"{len(findings):,} problems"
     where = shown(url)
-    say(f"{where}: {many} found." if findings else f"{where}: every record is sound.")
+    say(f"{where}: {many} found." if findings else f"{where}: every record is intact.")
     return 1 if findings else 0
 
 
@@ -130,12 +128,12 @@ def run_quarantine_list(url: str) -> None:
 
 def run_quarantine_restore(url: str, path: str) -> None:
     with_store(url, lambda store: store.restore(path), existing=False)
-    say(f"{path} is back in its place.")
+    say(f"{path} was put back.")
 
 
 def run_quarantine_drop(url: str, path: str) -> None:
     with_store(url, lambda store: store.drop(path), existing=False)
-    say(f"{path} is given up, and its key is free.")
+    say(f"{path} was discarded; its key is free.")
 
 
 def run_reclaim(url: str) -> None:
@@ -159,24 +157,3 @@ def require_existing(url: str) -> None:
     """Raise `UserError` if `url` is the address of a file or directory that is not there."""
     if url.startswith(("file:", "sqlite:")) and not Path(url.partition(":")[2]).exists():
         raise UserError(f"the store {url} does not exist: name one with --store file:DIR or --store sqlite:FILE")
-
-
-def table(*headings: str) -> Table:
-    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        rows.add_column(heading, overflow="fold")
-    return rows
-
-
-def add(rows: Table, *cells: str | Text) -> None:
-    """Add a row as it is: a key may look like the markup of the console, and is none."""
-    rows.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
-
-
-def say(line: str) -> None:
-    console().print(Text(line), soft_wrap=True)
-
-
-def console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=160)

@@ -9,19 +9,19 @@ import typer
 from backtest_kit.cli import options
 
 store_app = typer.Typer(
-    help="Look at what is kept, check it, move it.",
+    help="Show, check and move what is stored.",
     no_args_is_help=True,
-    epilog="Every verb but migrate takes --store file:DIR, sqlite:FILE or mongodb://HOST/NAME; without it, $CC_STORE, "
-    "or else file:./dump.",
+    epilog="Every command but migrate takes --store file:DIR, sqlite:FILE or mongodb://HOST/NAME; the default is "
+    "$CC_STORE or file:./dump.",
 )
-quarantine_app = typer.Typer(help="What could not be read, and is kept until you decide.", no_args_is_help=True)
+quarantine_app = typer.Typer(help="Records that could not be read, kept until you decide.", no_args_is_help=True)
 store_app.add_typer(quarantine_app, name="quarantine")
 
 
 @store_app.command(epilog="Example: backtest-kit store ls signal trend/binance")
 def ls(
     contract: options.ContractName,
-    prefix: Annotated[str, typer.Argument(help="Only keys that begin so: components with / between them.")] = "",
+    prefix: Annotated[str, typer.Argument(help="Only keys that begin with these parts, separated by /.")] = "",
     store: options.StoreUrl = options.DEFAULT_STORE,
     namespace: options.Namespace = "",
     limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="How many records at most.")] = 50,
@@ -48,7 +48,7 @@ def get(
 
 @store_app.command()
 def du(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
-    """Show what every contract takes."""
+    """Show the records and the size of every contract."""
     from backtest_kit.cli.store import run_du
 
     run_du(store)
@@ -56,7 +56,7 @@ def du(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
 
 @store_app.command(epilog="Example: CC_RETENTION_LOG_DAYS=7 backtest-kit store compact")
 def compact(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
-    """Forget what the CC_RETENTION_* settings say is too old; `store du` shows what that is. Trading may go on."""
+    """Delete records that are older than CC_RETENTION_* allows; `store du` shows them. Trading may go on."""
     from backtest_kit.cli.store import run_compact
 
     run_compact(store)
@@ -68,10 +68,10 @@ def check(
     deep: Annotated[bool, typer.Option("--deep", help="Read every candle too.")] = False,
     accept_loss: Annotated[
         bool,
-        typer.Option("--accept-loss", help="Go on with a database that has lost acknowledged writes, then check it."),
+        typer.Option("--accept-loss", help="Accept a database that has lost acknowledged writes, then check it."),
     ] = False,
 ) -> None:
-    """Verify every record and explain what is wrong; exits with code 1 if anything is. Changes nothing by itself."""
+    """Verify every record and explain what is wrong; exits with code 1 if anything is. Changes nothing."""
     from backtest_kit.cli.store import run_check
 
     raise typer.Exit(run_check(store, deep, accept_loss))
@@ -82,11 +82,9 @@ def migrate(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="The store to read, such as file:./dump.")],
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The empty store to fill, such as sqlite:bot.db.")],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Then read both and compare them; ends with code 1 if they differ.")
+        bool, typer.Option("--verify", help="Read and compare both afterwards; exits with code 1 if they differ.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a migration that was killed, or stopped by an error.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a migration that was killed or failed.")] = False,
 ) -> None:
     """Copy everything from one store to another of any kind: to move, or as a backup. Stop your program first.
     If it has traded live, SOURCE refuses live starts afterwards (see `store reclaim`); nothing else in it changes."""
@@ -105,7 +103,7 @@ def reclaim(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
 
 @quarantine_app.command("list")
 def quarantine_list(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
-    """Show what is in quarantine, and why."""
+    """Show what is in quarantine and why."""
     from backtest_kit.cli.store import run_quarantine_list
 
     run_quarantine_list(store)
@@ -113,7 +111,7 @@ def quarantine_list(store: options.StoreUrl = options.DEFAULT_STORE) -> None:
 
 @quarantine_app.command("restore")
 def quarantine_restore(path: options.QuarantinePath, store: options.StoreUrl = options.DEFAULT_STORE) -> None:
-    """Put it back as it is now, perhaps mended by hand, and free its key."""
+    """Put a record back, perhaps repaired by hand, and free its key."""
     from backtest_kit.cli.store import run_quarantine_restore
 
     run_quarantine_restore(store, path)
@@ -121,7 +119,7 @@ def quarantine_restore(path: options.QuarantinePath, store: options.StoreUrl = o
 
 @quarantine_app.command("drop")
 def quarantine_drop(path: options.QuarantinePath, store: options.StoreUrl = options.DEFAULT_STORE) -> None:
-    """Give it up, which frees its key."""
+    """Discard a record, which frees its key."""
     from backtest_kit.cli.store import run_quarantine_drop
 
     run_quarantine_drop(store, path)

@@ -13,6 +13,7 @@ from backtest_kit.cli.backtest import WIDTH_IN_FILES
 from backtest_kit.cli.choice import choose
 from backtest_kit.cli.interrupt import run_until_interrupted
 from backtest_kit.cli.options import separated
+from backtest_kit.cli.printing import console
 from backtest_kit.cli.strategy_file import strategy_failure
 from backtest_kit.errors import BacktestKitError, UserError
 from backtest_kit.report.comparison import Comparison
@@ -38,15 +39,15 @@ def run_walk(
     if strategies:
         # A name may have commas of its own, as one of a parameter set has.
         names = [name for given in strategies for name in ([given] if given in names else separated([given]))]
-    console = Console(stderr=True)
+    terminal = Console(stderr=True)
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=console,
+        console=terminal,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not terminal.is_terminal,
     )
     bar = bars.add_task("", total=len(names))
 
@@ -73,14 +74,12 @@ def run_walk(
 
 
 def _show(comparison: Comparison, strategy_file: Path) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH_IN_FILES)
-    console.print(comparison.table())
+    output = console(WIDTH_IN_FILES)
+    output.print(comparison.table())
     for remark in comparison.remarks():
-        console.print(f"{remark}.", highlight=False)
+        output.print(f"{remark}.", highlight=False)
     markdown, page = comparison.save_markdown(), comparison.save_html()
-    console.print(f"Report: {markdown}\nCharts: {page}", highlight=False, soft_wrap=True)
+    output.print(f"Report: {markdown}\nCharts: {page}", highlight=False, soft_wrap=True)
     if len(comparison.failures()) == len(comparison):
         raise UserError(
             f"every strategy failed; for where in your code: backtest-kit backtest {strategy_file} "

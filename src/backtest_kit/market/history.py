@@ -39,9 +39,9 @@ class History:
     """The minutes of one symbol inside one run, and what may be known of them at each of its steps.
 
     At step time t exactly the candles that closed by t are known. The last of them has index
-    `step_index(t)` = (t - 1 min - first_ms) / 1 min in `candles` and in `prices`: `prices[i]` is the
-    volume-weighted average over candles i - price_window + 1 .. i, the price at the step that follows
-    candle i. So the steps t, t + 1 min, ... read consecutive elements, and a run of steps is a slice.
+    (t - 1 min - first_ms) / 1 min in `candles` and in `prices`: `prices[i]` is the volume-weighted
+    average over candles i - price_window + 1 .. i, the price at the step that follows candle i. So the
+    steps t, t + 1 min, ... read consecutive elements, and a run of steps is a slice.
 
     A minute that no source had is a flat candle of volume 0, and False in `real`.
 
@@ -66,7 +66,7 @@ class History:
         self.fetched = loaded.fetched
         """Candles that were requested from the source; the others were cached."""
         self.repairs = loaded.repairs
-        """How many rows of the source were repaired, by what was done to them: see `REPAIRS`."""
+        """How many rows of the source were repaired, by the kind of repair: see `REPAIRS`."""
         self._feed = feed
         self._gaps: Final[GapRule] = gaps
         self._dirty: Final[DirtyRule] = dirty
@@ -74,7 +74,7 @@ class History:
         self._moving = asyncio.Lock()
         self._begins = False
         self._doubted: tuple[int, int, int] | None = None
-        """Older minutes of which some were filled: begin, end, and how often they are still asked for again."""
+        """Older minutes of which some were filled: begin, end, and how often they are still requested again."""
         self._depth_ms = DAY_MS
         """How far back a strategy is known to look."""
         self._set(_Minutes(loaded.candles, vwap(loaded.candles, price_window), loaded.real))
@@ -108,7 +108,7 @@ class History:
 
     @property
     def real(self) -> BoolColumn | None:
-        """Which candles are real, and not filled; None where all are."""
+        """Which candles are real, not filled; None if all are."""
         return self._minutes.real
 
     @property
@@ -126,38 +126,6 @@ class History:
         """End of the last candle: the last step that can be made."""
         return self._stop_ms
 
-    def step_index(self, when_ms: int) -> int:
-        """Index of the last candle that has closed at `when_ms`.
-
-        Raises:
-            LookAhead: `when_ms` is after `stop_ms`.
-            UserError: no candle has closed by then.
-        """
-        if when_ms > self._stop_ms:
-            raise LookAhead(
-                f"{self.symbol}: {iso(when_ms)} is past the last loaded candle, which closed at {iso(self._stop_ms)}"
-            )
-        index = (when_ms - MINUTE_MS - self._first_ms) // MINUTE_MS
-        if index < 0:
-            raise UserError(
-                f"{self.symbol}: no candle has closed by {iso(when_ms)}: the first opens at {iso(self._first_ms)}"
-            )
-        return index
-
-    def price_at(self, when_ms: int) -> float:
-        """The price known at `when_ms`: the average over the `price_window` minutes that closed by then.
-
-        Raises:
-            LookAhead, UserError: as `step_index`, and where fewer than `price_window` minutes have closed.
-        """
-        index = self.step_index(when_ms)
-        if index < self._price_window - 1:
-            raise UserError(
-                f"{self.symbol}: the price at {iso(when_ms)} takes {self._price_window} closed minutes, "
-                f"and candles begin at {iso(self._first_ms)}"
-            )
-        return float(self._minutes.prices[index])
-
     async def window(self, interval: str, limit: int, when_ms: int, *, until_ms: int | None = None) -> CandleSeries:
         """The last `limit` candles of `interval` that have closed by `when_ms`, or by an earlier `until_ms`.
 
@@ -166,7 +134,7 @@ class History:
 
         Raises:
             LookAhead: `until_ms` is later than `when_ms`.
-            UserError: `interval` or `limit` makes no sense, or the data do not reach back far enough.
+            UserError: `interval` or `limit` is invalid, or the data do not reach back far enough.
         """
         step_ms = _STEPS.get(interval) or interval_ms(interval, CANDLE_INTERVALS)
         if not _is_count(limit):
@@ -250,7 +218,7 @@ class History:
             self._set(self._joined(self._joined(known.cut(slice(0, first)), whole), known.cut(slice(last, None))))
 
     def _completed(self, part: _Minutes, loaded: Loaded) -> _Minutes:
-        """The same minutes with what was loaded in the place of those that were filled."""
+        """The same minutes, with loaded candles instead of filled ones."""
         kept, found = part.real_rows(), np.ones(len(part.candles), dtype=np.bool_)
         found = found if loaded.real is None else loaded.real
         columns = {
@@ -272,7 +240,7 @@ class History:
         )
 
     def _trim(self) -> None:
-        """Let go of what is twice as old as a strategy looks back: a run of months must not keep them all."""
+        """Drop candles twice as old as the strategy looks back: a run of months must not keep them all."""
         keep = (self._depth_ms + DAY_MS) // MINUTE_MS
         count = len(self._minutes.candles)
         if count > 2 * keep:

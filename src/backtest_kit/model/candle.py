@@ -26,8 +26,8 @@ class CandleSeries:
     """Candles of one market and interval, a numpy column per field, oldest first.
 
     `timestamp` is the open time in epoch milliseconds (int64); `open`, `high`, `low`, `close` and
-    `volume` are float64. The columns are read-only views: nobody who holds a series can change what
-    another one sees. A series says nothing of gaps or of order; `market.integrity` checks both.
+    `volume` are float64. The columns are read-only views: a series can be shared. It may have gaps and be
+    unordered; `market.integrity` checks both.
     """
 
     __slots__ = ("close", "high", "low", "open", "timestamp", "volume")
@@ -81,7 +81,7 @@ class CandleSeries:
     ) -> CandleSeries:
         """Take columns that are known to be of the right types and one length; they become read-only themselves.
 
-        For the way a strategy reads by, where the checks would cost more than the reading.
+        For reads of a strategy: the checks would cost more than the read.
         """
         series = object.__new__(cls)
         for column in (timestamp, open, high, low, close, volume):

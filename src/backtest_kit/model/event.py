@@ -16,7 +16,7 @@ Change = Literal["reduced", "added", "stop_moved", "take_moved", "breakeven"]
 
 
 class Event(OfRun, frozen=True, kw_only=True, tag_field="action"):
-    """Base of all events. The tag of each kind is written with it, so that a stored event says what it is."""
+    """Base of all events. The tag of its kind is stored with each."""
 
     identity: Identity
     when_ms: int
@@ -78,7 +78,7 @@ class PositionChanged(MarketEvent, frozen=True, kw_only=True, tag="changed"):
 
 
 Lasting = EntryScheduled | EntryCancelled | PositionOpened | PositionClosed | PositionChanged
-"""Events that a position keeps until they are in the records: those that begin, change or end something."""
+"""Events that are kept until they are in the records: those that begin, change or end something."""
 
 
 class PositionActive(MarketEvent, frozen=True, kw_only=True, tag="active"):
@@ -106,25 +106,25 @@ class LevelReached(MarketEvent, frozen=True, kw_only=True, tag="level"):
 
 
 class BreakevenReached(MarketEvent, frozen=True, kw_only=True, tag="breakeven"):
-    """For the first time, a stop at the entry price would not lose: the price has earned the costs."""
+    """For the first time, a stop at the entry price would not lose: the price covers the costs."""
 
     position: Position
 
 
 class PeakReached(MarketEvent, frozen=True, kw_only=True, tag="peak"):
-    """A position is better off than ever before; `position.peak` has the figures."""
+    """The best profit of a position so far (MFE); `position.peak` has the figures."""
 
     position: Position
 
 
 class FallReached(MarketEvent, frozen=True, kw_only=True, tag="fall"):
-    """A position is worse off than ever before; `position.fall` has the figures."""
+    """The worst loss of a position so far (MAE); `position.fall` has the figures."""
 
     position: Position
 
 
 class Progress(Event, frozen=True, kw_only=True, tag="progress"):
-    """How far a run has come: at most one for each percent."""
+    """The progress of a run: at most one event for each percent."""
 
     fraction: float
     """0 to 1."""
@@ -137,7 +137,7 @@ class RunFailed(Event, frozen=True, kw_only=True, tag="failed"):
 
 
 class RunDone(Event, frozen=True, kw_only=True, tag="done"):
-    """A run came to its end, or was stopped or cancelled."""
+    """A run ended, or was stopped or cancelled."""
 
     trades: tuple[Trade, ...]
     cancelled: bool = False
@@ -153,16 +153,16 @@ class RiskRejected(MarketEvent, frozen=True, kw_only=True, tag="rejected"):
 
 
 class Recovered(Event, frozen=True, kw_only=True, tag="recovered"):
-    """A live or paper run has begun: what it found of the run before it, and what it did about that."""
+    """A live or paper run has started: what the previous run left, and what was done about it."""
 
     position: Position | None = None
-    """The open position, as it goes on."""
+    """The open position that is resumed."""
     entry: RestingEntry | None = None
-    """The resting entry, as it goes on."""
+    """The resting entry that is resumed."""
     down_ms: int = 0
-    """How long no run watched: since the last minute that was written; 0 at the first start."""
+    """How long nothing ran: the time since the last minute that was written; 0 at the first start."""
     steps: tuple[str, ...] = ()
-    """What was done, in plain words; empty where nothing was left to do."""
+    """What was done, in words; empty if there was nothing to do."""
 
 
 class OrderFailed(Event, frozen=True, kw_only=True, tag="order_failed"):
@@ -170,19 +170,19 @@ class OrderFailed(Event, frozen=True, kw_only=True, tag="order_failed"):
 
     kind: str
     """What the order was for: open, place, activate, cancel, add, reduce, close, move_stop, move_take, breakeven;
-    or check, where the venue does not tell how a position or an entry stands there."""
+    or check, if the exchange did not report the state of a position or an entry."""
     client_order_id: str
     attempt: int
     """0 at the first call."""
     reason: str
     next_step: str
-    """What is done about it, in plain words."""
+    """What happens next, in words."""
     alarm: bool = False
-    """Whether somebody should look: it was refused for good, or has failed too often."""
+    """Look now: it was refused permanently, or failed too often."""
 
 
 class StrategyFailed(Event, frozen=True, kw_only=True, tag="strategy_failed"):
-    """Code of the user raised in a live or paper run, which goes on at the next minute."""
+    """The user's code raised in a live or paper run, which goes on at the next minute."""
 
     what: str
     """get_signal, manage, a cron handler, or the name of a handler."""
@@ -190,33 +190,33 @@ class StrategyFailed(Event, frozen=True, kw_only=True, tag="strategy_failed"):
 
 
 class StoreDegraded(Event, frozen=True, kw_only=True, tag="store_degraded"):
-    """The store does not take writes: nothing is opened, and what is open is watched on and may close."""
+    """The store rejects writes: nothing is opened; open positions are still watched and may close."""
 
     reason: str
     kept: bool
-    """Whether the emergency file has what the store lacks: if not, a crash now loses it."""
+    """Whether the missing writes are in the emergency file: if not, a crash now loses them."""
 
 
 class StoreRecovered(Event, frozen=True, kw_only=True, tag="store_recovered"):
-    """The store has everything again, and takes writes."""
+    """The store has all writes again, and accepts new ones."""
 
 
 class OrphanFound(Event, frozen=True, kw_only=True, tag="orphan"):
-    """The exchange and the store disagree: a position or an order that the store does not know, a stop that is left of
-    another position and would close the next one, a position that is missing there, or one without a stop."""
+    """The exchange and the store disagree: a position or an order that the store does not know, a stop that was left
+    by another position and would close the next one, a position that is missing there, or one without a stop."""
 
     what: Literal["foreign_position", "foreign_order", "left_stop", "missing_position", "unprotected_position"]
     quantity: float
-    """In base currency, as the exchange says."""
+    """In base currency, as the exchange reports it."""
     reason: str
     """What differs, in words; unknown orders are named with the store that sent them."""
     next_step: str
-    """What is done about it, in words."""
+    """What happens next, in words."""
 
 
 class MinutesMissed(Event, frozen=True, kw_only=True, tag="missed"):
-    """Consecutive minutes passed without a decision: reported once, at the minute that ends the hole. They are not made
-    up for."""
+    """Consecutive minutes passed without a decision: reported once, at the minute that ends the gap. They are not
+    replayed."""
 
     count: int
     first_ms: int
@@ -225,10 +225,10 @@ class MinutesMissed(Event, frozen=True, kw_only=True, tag="missed"):
 
 
 class ClockJumped(Event, frozen=True, kw_only=True, tag="clock"):
-    """Somebody set the wall clock, or the machine slept."""
+    """The wall clock was set, or the machine slept."""
 
     by_ms: int
-    """Below 0 it was set back."""
+    """Below 0: it was set back."""
 
 
 class Paused(Event, frozen=True, kw_only=True, tag="paused"):

@@ -1,4 +1,4 @@
-"""What can be done to rows of a source that are no candle of a minute, and how it is told."""
+"""How bad rows of a source are repaired, and how that is reported."""
 
 from __future__ import annotations
 

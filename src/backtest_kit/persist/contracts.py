@@ -152,6 +152,9 @@ DELIVERY: Final = Contract("delivery", _HANDED, _FEED, _R, _NEVER, _RECORD, keep
 """Which notification was handed to which sink, and which process is doing so, see `records.outbox`. It lies with the
 notifications and moves with them. Written after its notification, it is never forgotten before that."""
 
+SINK: Final = Contract("sink", ("sink",), _S, _R, _NEVER, _RECORD)
+"""When a sink was first added, see `records.outbox`. It lies with the marks and moves with them."""
+
 MIGRATION: Final = Contract("migration", ("name",), _S, _R, _NULL, _MONEY)
 """How far `persist.migration` has come with filling this store: what the target of a migration keeps of it until it
 is complete. Like a lease it says nothing of a strategy, and never moves."""
@@ -166,9 +169,9 @@ HISTORY: Final = Contract("history", _REVISION, _FEED, _R, _NEVER, _RECORD, keep
 """Revisions of records that were replaced, see `persist.history`. They count the revisions of one store, so they stay
 in it: a migration does not take them along."""
 
-_INTERNAL: Final = {row.name: row for row in (LEASE, CLAIM, DELIVERY, MIGRATION, STORE_ID, HISTORY)}
+_INTERNAL: Final = {row.name: row for row in (LEASE, CLAIM, DELIVERY, SINK, MIGRATION, STORE_ID, HISTORY)}
 
-MOVED: Final[Mapping[str, Contract]] = ChainMap({DELIVERY.name: DELIVERY}, CONTRACTS)
+MOVED: Final[Mapping[str, Contract]] = ChainMap({row.name: row for row in (DELIVERY, SINK)}, CONTRACTS)
 """What a migration moves, by name: the contracts of the user come first."""
 ALL_CONTRACTS: Final[Mapping[str, Contract]] = ChainMap(_INTERNAL, CONTRACTS)
 """Whatever may lie in a store, by name: first the contracts of the user, then what stores keep for themselves."""

@@ -213,10 +213,7 @@ class Disk:
     def write_all(self, fd: int, data: bytes) -> None:
         view = memoryview(data)
         while view:
-            try:
-                view = view[self._os.write(fd, view) :]
-            except InterruptedError:
-                continue
+            view = view[self._os.write(fd, view) :]
 
     def overwrite(self, fd: int, offset: int, data: bytes) -> None:
         self._os.lseek(fd, offset, os.SEEK_SET)
@@ -356,19 +353,12 @@ class Disk:
         return others
 
     def _open(self, path: str, flags: int) -> int:
-        while True:
-            try:
-                return int(self._os.open(path, flags, self._file_mode))
-            except InterruptedError:
-                continue
+        return int(self._os.open(path, flags, self._file_mode))
 
     def _read_exactly(self, fd: int, length: int) -> bytes:
         parts: list[bytes] = []
         while length > 0:
-            try:
-                part = self._os.read(fd, length)
-            except InterruptedError:
-                continue
+            part = self._os.read(fd, length)
             if not part:
                 break
             parts.append(part)

@@ -85,18 +85,14 @@ class Journal:
     def changed_by_others(self) -> dict[str, str]:
         """The records changed in the journals of other processes, each with its journal file."""
         changed: dict[str, str] = {}
-        for path in self._others():
+        for path in self.others():
             with contextlib.suppress(FileNotFoundError):
                 changed |= {change["path"]: path for change in _changes(self._disk.read(path))}
         return changed
 
-    def has_others(self) -> bool:
-        """Whether there are journal files that are not of this object."""
-        return bool(self._others())
-
     def has_orphan(self) -> bool:
         """Whether there is a journal file whose process is gone, or has let go of it."""
-        for path in self._others():
+        for path in self.others():
             with contextlib.suppress(FileNotFoundError):  # its owner has emptied it meanwhile
                 fd = self._disk.open_for_update(path)
                 try:
@@ -106,9 +102,9 @@ class Journal:
                     self._disk.close(fd)
         return False
 
-    def _others(self) -> list[str]:
-        with self._guard:
-            own = {file.path for file in self._files}
+    def others(self) -> list[str]:
+        """The journal files that are not of this object."""
+        own = {file.path for file in self._files}
         paths = (entry.path for entry in self._disk.entries(self._directory) if entry.name.endswith(SUFFIX))
         return [path for path in paths if path not in own]
 
@@ -153,12 +149,11 @@ class Journal:
                 self._disk.close(file.fd)
             self._retired, self._current = [], None
 
-    def replay(self, redo: Callable[[dict[str, Any]], bool]) -> int:
-        """Pass every change in the files of dead processes to `redo`, which makes it durable; return their number.
+    def replay(self, redo: Callable[[list[dict[str, Any]]], bool]) -> None:
+        """Pass the changes in each file of a dead process to `redo`, which makes them durable.
 
-        A file with a damaged line, or with a change for which `redo` returned False, is kept as evidence.
+        A file with a damaged line, or for which `redo` returned False, is kept as evidence.
         """
-        done = 0
         removed = False
         for entry in sorted(self._disk.entries(self._directory), key=lambda entry: entry.name):
             if not entry.name.endswith(SUFFIX):
@@ -172,9 +167,7 @@ class Journal:
                 if not try_lock(fd) or not self._disk.is_at(fd, entry.path):
                     continue
                 data = self._disk.read(entry.path)
-                outcomes = [redo(change) for change in _changes(data)]
-                done += len(outcomes)
-                if _is_damaged(data) or not all(outcomes):
+                if not redo([*_changes(data)]) or _is_damaged(data):
                     kept = f"{entry.path}.damaged"
                     self._disk.fsync(fd)
                     self._disk.move(entry.path, kept)
@@ -186,7 +179,6 @@ class Journal:
                 self._disk.close(fd)
         if removed:  # an entry that reappears after a power loss could undo later writes
             self._disk.sync_directory(self._directory)
-        return done
 
     def _write(self, entries: Sequence[bytes]) -> _File:
         data = b"".join(map(seal_line, entries))

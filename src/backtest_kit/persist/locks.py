@@ -23,16 +23,22 @@ _log = logging.getLogger(__name__)
 
 
 class Locked(RetryLater):
-    """One of the locks was kept by another process for longer than the caller would wait."""
+    """A lock was kept by another process for longer than the caller would wait."""
 
-    def __init__(self, message: str, shard: int, count: int) -> None:
-        super().__init__(message)
-        self.shard = shard
-        self._count = count
+    def __init__(self, what: str, seconds: float, is_of: Callable[[str], bool]) -> None:
+        """`what` was kept for `seconds`; `is_of` says whether it is the lock of a name."""
+        way_out = "see which one (lsof) and whether it is stopped, then try again"
+        super().__init__(f"another process has held {what} for {seconds:g} s: {way_out}")
+        self._what = what
+        self._is_of = is_of
 
     def concerns(self, names: Iterable[str]) -> bool:
         """True if holding `names` takes that lock."""
-        return any(_shard(name, self._count) == self.shard for name in names)
+        return any(map(self._is_of, names))
+
+    def after(self, seconds: float) -> Locked:
+        """The same, for a caller that has waited so long."""
+        return Locked(self._what, seconds, self._is_of)
 
 
 class LockSet:
@@ -66,12 +72,12 @@ class LockSet:
         try:
             for shard in sorted({_shard(name, self._count) for name in names}):
                 if not self._threads[shard].acquire(timeout=timeout):
-                    raise self.timed_out(shard, timeout)
+                    raise self._timed_out(shard, timeout)
                 held.append((shard, None))
                 fd = self._file(shard)
                 while not try_lock(fd):
                     if time.monotonic() > deadline:
-                        raise self.timed_out(shard, timeout)
+                        raise self._timed_out(shard, timeout)
                     time.sleep(random.uniform(0.0002, 0.002))  # noqa: S311
                 held[-1] = shard, fd
             yield
@@ -122,13 +128,9 @@ class LockSet:
                     fd = self._files[shard] = self._disk.open_for_append(path)
         return fd
 
-    def timed_out(self, shard: int, timeout: float) -> Locked:
-        """The error of a caller that has waited `timeout` seconds for a lock."""
-        message = (
-            f"another process has held {self._directory}/{shard:02d}.lock for {timeout:g} s: "
-            "see which one (lsof) and whether it is stopped, then try again"
-        )
-        return Locked(message, shard, self._count)
+    def _timed_out(self, shard: int, timeout: float) -> Locked:
+        path = f"{self._directory}/{shard:02d}.lock"
+        return Locked(path, timeout, lambda name: _shard(name, self._count) == shard)
 
 
 def in_children(method: Callable[[], None]) -> None:

@@ -11,7 +11,6 @@ tasks of one event loop at once; writes to one key take effect in the order in w
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
@@ -198,7 +197,13 @@ class Store(ABC):
         Raises:
             As `put`; it is not known then which of them took place.
         """
-        return await asyncio.gather(*map(self.put, writes), return_exceptions=True)
+        done: list[Record | BaseException] = []
+        for write in writes:
+            try:
+                done.append(await self.put(write))
+            except Exception as error:  # whatever it is, it is the outcome of this write alone
+                done.append(error)
+        return done
 
     async def batch(self, writes: Sequence[Write]) -> None:
         """Do all of the writes or none. Every key at most once.

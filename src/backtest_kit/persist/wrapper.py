@@ -20,6 +20,7 @@ async iterable in any order; without it the contract cannot be listed.
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -207,8 +208,7 @@ class AdapterStore(Store):
     def namespace(self, name: str) -> AdapterStore:
         if not name:
             return self
-        inner = AdapterStore.__new__(AdapterStore)
-        inner._contract, inner._shared = self._contract, self._shared
+        inner = copy.copy(self)
         inner._namespace = f"{self._namespace}{escape(name, 'namespace')}:"
         inner.candles = AdapterCandleStore(self._shared, inner._namespace)
         return inner

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from datetime import datetime
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Unpack
 from weakref import WeakValueDictionary
 
 from backtest_kit.errors import BacktestKitError, UserError
@@ -22,7 +21,7 @@ from backtest_kit.records.log import Log, Logs, LogWriter
 from backtest_kit.records.measure import Measure
 from backtest_kit.records.memory import Memory, Shelves
 from backtest_kit.records.record_writer import RecordWriter
-from backtest_kit.records.scope import Scope, Turns, Written, check_texts, strategy_owner
+from backtest_kit.records.scope import Scope, Turns, View, When, Written, check_texts, strategy_owner
 from backtest_kit.records.session import Session
 from backtest_kit.records.signals import Recent, Storage
 from backtest_kit.records.state import STATE, State
@@ -31,19 +30,14 @@ from backtest_kit.settings import Settings
 if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
 
-When = datetime | str | int
 
-
-class Whose(TypedDict, total=False):
-    """Names a record from outside of its run: `signal_id` alone, or symbol, strategy and exchange; and the run."""
+class Whose(View, total=False):
+    """Names a record from outside of its run: `signal_id` alone, or symbol, strategy and exchange."""
 
     signal_id: str | None
     symbol: str | None
     strategy_name: str | None
     exchange_name: str | None
-    mode: Mode
-    run_id: str | None
-    when: When | None
 
 
 class Records:
@@ -60,9 +54,9 @@ class Records:
         self._persistence = persistence
         self._turns = Turns()
         self._written: WeakValueDictionary[tuple[Identity, str], Written] = WeakValueDictionary()
-        """Of the backtests that go on, or whose contexts somebody has kept."""
+        """Of the backtests that are running, or whose contexts are still referenced."""
         self._deliveries = Deliveries(persistence, settings)
-        self._observer = RecordWriter(persistence, self._deliveries)
+        self._record_writer = RecordWriter(persistence, self._deliveries)
         self._writer = LogWriter(persistence)
         self._upkeep = Housekeeping(persistence, settings)
         self.measure = Measure(self.scope)
@@ -73,33 +67,37 @@ class Records:
         self.log = Logs(self.scope, self._writer)
 
     async def begin(self, mode: Mode) -> None:
-        """A run of this mode begins: sinks go on where they were, and what is too old is forgotten, now and daily."""
+        """A run of this mode begins: start the sinks where they were, and delete old records, now and daily."""
         if mode != "backtest":
             await self._deliveries.begin(mode)
             self._upkeep.start()
 
     async def close(self) -> None:
-        """Deliver and write down what can be, within some seconds, and end all that goes on in this event loop."""
+        """Deliver notifications and write records, within some seconds, and end the tasks of this event loop."""
         self.log.unbridge()
         await self.leave()
 
     async def leave_loop(self) -> None:
-        """Close what stores have open for the event loop of a blocking call, which ends."""
+        """Close the connections of the event loop of a blocking call."""
         await self._persistence().leave_loop()
 
     async def leave(self) -> None:
-        """As `close`, before the event loop of a blocking call ends and the program goes on."""
-        async with AsyncExitStack() as steps:  # from the last to the first; none is left out for the failure of another
+        """As `close`, at the end of a blocking call: the program goes on."""
+        async with AsyncExitStack() as steps:  # from the last to the first; one that fails does not skip the others
             steps.push_async_callback(self.leave_loop)
             steps.push_async_callback(self._writer.flush)
             steps.push_async_callback(self._deliveries.close)
-            steps.push_async_callback(self._observer.close)
+            steps.push_async_callback(self._record_writer.close)
             steps.push_async_callback(self._upkeep.close)
 
     def scope(
-        self, mode: Mode, run_id: str | None = None, when: When | None = None, identity: Identity | None = None
+        self,
+        mode: Mode = "live",
+        run_id: str | None = None,
+        when: When | None = None,
+        identity: Identity | None = None,
     ) -> Scope:
-        """The records of one mode, or of one run of a backtest; with `identity` as that run itself goes on with them.
+        """The records of one mode, or of one run of a backtest; with `identity`, as that run itself sees them.
 
         Raises:
             UserError: a backtest without a run id, or a run id in another mode.
@@ -116,10 +114,10 @@ class Records:
         if run_id is not None:
             self._written[identity, run_id] = written
         scope = self.scope(identity.mode, run_id, None, identity)
-        return RunRecords(scope, identity, self._observer, self._writer, self.begin, self._persistence)
+        return RunRecords(self, scope, identity)
 
     async def runs(self) -> list[str]:
-        """The ids of the backtests that have kept something. As `Persistence.runs`."""
+        """The ids of the backtests that have records. As `Persistence.runs`."""
         return await self._persistence().runs()
 
     def state(self, bucket: str, **whose: Unpack[Whose]) -> State:
@@ -144,12 +142,10 @@ class Records:
         symbol: str | None = None,
         strategy_name: str | None = None,
         exchange_name: str | None = None,
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: When | None = None,
+        **view: Unpack[View],
     ) -> tuple[Scope, str]:
         owner = _owner(bucket, signal_id, strategy_name, exchange_name, symbol)
-        return self.scope(mode, run_id, when), owner
+        return self.scope(**view), owner
 
     def session(
         self,
@@ -158,42 +154,27 @@ class Records:
         strategy_name: str,
         exchange_name: str,
         frame_name: str = "",
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: When | None = None,
+        **view: Unpack[View],
     ) -> Session:
         """The session of a strategy on a symbol.
 
         Raises:
             UserError: the run is not named.
         """
-        identity = Identity(symbol, strategy_name, exchange_name, frame_name, mode)
-        return Session(self.scope(mode, run_id, when), identity)
+        scope = self.scope(**view)
+        return Session(scope, Identity(symbol, strategy_name, exchange_name, frame_name, scope.mode))
 
 
 class RunRecords:
-    """The records of one run. Making it costs nothing: no store is asked before a record is used."""
+    """The records of one run. No store is opened before a record is used."""
 
-    __slots__ = (
-        "_begin", "_identity", "_keeper", "_observer", "_owner", "_persistence", "_scope", "_shelves", "_writer"
-    )  # fmt: skip
+    __slots__ = ("_identity", "_keeper", "_owner", "_records", "_scope", "_shelves")
 
-    def __init__(
-        self,
-        scope: Scope,
-        identity: Identity,
-        observer: RecordWriter,
-        writer: LogWriter,
-        begin: Callable[[Mode], Awaitable[None]],
-        persistence: Callable[[], Persistence],
-    ) -> None:
-        self._begin = begin
-        self._persistence = persistence
-        self._keeper: asyncio.Task[None] | None = None
+    def __init__(self, records: Records, scope: Scope, identity: Identity) -> None:
+        self._records = records
         self._scope = scope
         self._identity = identity
-        self._observer = observer
-        self._writer = writer
+        self._keeper: asyncio.Task[None] | None = None
         self._shelves = Shelves()
         self._owner = strategy_owner(identity.strategy_name, identity.exchange_name, identity.symbol)
 
@@ -203,55 +184,55 @@ class RunRecords:
 
     async def begin(self) -> None:
         """The run begins. As `Records.begin`."""
-        await self._begin(self._identity.mode)
+        await self._records.begin(self._identity.mode)
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
-        """Have the run to oneself, where it is a backtest that another process may have as well.
+        """Lock the run against other processes while the block runs.
 
         Raises:
-            Conflict: another process replays it; `take_breath` raises that once the run is lost to one.
+            Conflict: another process replays it; `take_breath` raises that once the lock is lost.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
-        persistence = self._persistence()
+        persistence = self._records._persistence()
         store = persistence.store_for(STATE, "backtest", history=False)
         async with exclusive_run(store, str(self.run_id), self._identity, persistence.seams) as self._keeper:
             yield
 
     def urge(self, events: Sequence[Event]) -> None:
-        """Have people hear of what could not be kept yet: the sinks get it without the store."""
-        self._observer.urge(events, self._identity.mode)
+        """Notify people of events that could not be written yet: the sinks get them without the store."""
+        self._records._record_writer.urge(events, self._identity.mode)
 
     async def observe(self, events: Sequence[Event]) -> None:
-        """Keep what has happened for good. The same events may come again. Raises as `Store.put`."""
-        await self._observer.observe(events, self._identity.mode, self._scope.run_id)
+        """Record what has happened. The same events may come again. Raises as `Store.put`."""
+        await self._records._record_writer.observe(events, self._identity.mode, self._scope.run_id)
 
     async def take_breath(self) -> None:
-        """Let other tasks have their turn, and the log, if it has fallen behind, all the time that it needs.
+        """Yield to other tasks, and wait for the log if it has fallen behind.
 
         Raises:
             Conflict: another process has taken the run.
         """
         if self._keeper is not None and self._keeper.done():
             self._keeper.result()
-        if self._writer.crowded:
-            # A store that does not take lines is asked again by the writer, which tells of it and drops the oldest.
+        if self._records._writer.crowded:
+            # The writer retries a store that rejects lines, logs that, and drops the oldest lines.
             with suppress(BacktestKitError):
-                await self._writer.flush()
+                await self._records._writer.flush()
         await asyncio.sleep(0)
 
     async def settle(self) -> None:
-        """Wait until all that a backtest has shown to `observe` is kept. Raises as `Store.put`."""
+        """Wait until everything that a backtest passed to `observe` is written. Raises as `Store.put`."""
         if self.run_id is not None:
-            await self._observer.settle(self.run_id)
+            await self._records._record_writer.settle(self.run_id)
 
     async def end(self) -> None:
-        """The run is over: write down what it has said. Raises as `Store.put`."""
+        """The run is over: write its records and its log. Raises as `Store.put`."""
         await self.settle()
-        await self._writer.flush()
+        await self._records._writer.flush()
 
     def log(self, when_ms: int) -> Log:
-        return Log(self._writer, self._identity, self._scope.run_id, when_ms)
+        return Log(self._records._writer, self._identity, self._scope.run_id, when_ms)
 
     def state(self, bucket: str, when_ms: int, held_id: str | None, signal_id: str | None, shared: bool) -> State:
         return State(self._scope.at(when_ms), bucket, self._owners(bucket, held_id, signal_id, shared))
@@ -264,11 +245,11 @@ class RunRecords:
         return Session(self._scope.at(when_ms), self._identity)
 
     def _owners(self, bucket: str, held_id: str | None, signal_id: str | None, shared: bool) -> tuple[str, ...]:
-        """Whose record it is, and after it whose it begins as."""
+        """The owner of the record, then the owner whose value it starts with."""
         check_texts((("bucket", bucket),))
         if signal_id is not None:
             if shared:
-                raise UserError(f"bucket {bucket!r} is asked for as shared and of signal {signal_id!r}: choose one")
+                raise UserError(f"bucket {bucket!r} is requested as shared and for signal {signal_id!r}: choose one")
             check_texts((("signal_id", signal_id),))
             return (signal_id,)
         return (self._owner,) if shared or held_id is None else (held_id, self._owner)
@@ -285,7 +266,7 @@ def _owner(
     check_texts((("signal_id", signal_id),))
     if any(value is not None for _, value in named):
         raise UserError(
-            f"bucket {bucket!r} is asked for by signal_id and by strategy: give signal_id alone, "
+            f"bucket {bucket!r} is requested by signal_id and by strategy: give signal_id alone, "
             "or strategy_name, exchange_name and symbol"
         )
     return signal_id

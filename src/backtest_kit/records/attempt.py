@@ -1,4 +1,4 @@
-"""`Attempts`: calls of a sink, each of which may take only so long, and none of which makes the trading wait."""
+"""`Attempts`: calls of a sink, one at a time, each with a time limit. None of them delays trading."""
 
 from __future__ import annotations
 
@@ -14,101 +14,81 @@ from backtest_kit.records.notification import Notification
 from backtest_kit.records.sinks import Deliver
 
 GRACE_S: Final = 1.0
-"""How long a call that was cancelled may take to end before it is left to itself."""
+"""How long a cancelled call may take to end before it is left alone."""
 
 
 class Attempts:
-    """Calls of one sink, one at a time."""
+    """Calls of one sink.
 
-    def __init__(self, deliver: Deliver, name: str) -> None:
-        self._deliver = in_thread(deliver)
-        self._name = name
-        self._stuck: asyncio.Task[None] | None = None
-        """A call that goes on although it was cancelled."""
-
-    async def hand_over(self, notification: Notification, bound_s: float) -> None:
-        """Call the sink, in a task of its own, which has ended or was cancelled when this returns.
-
-        Raises:
-            RetryLater: it took longer than `bound_s` seconds.
-            Exception: what the sink raises.
-        """
-        if self._stuck is not None and not (await asyncio.wait({self._stuck}, timeout=bound_s))[0]:
-            raise RetryLater("it was cancelled and goes on all the same: it is tried again once that has ended")
-        self._stuck = None
-        taking = asyncio.create_task(self._take(notification), name=f"notification to {self._name}")
-        try:
-            in_time, _ = await asyncio.wait({taking}, timeout=bound_s)
-        finally:
-            if not taking.done():
-                taking.cancel()
-                await asyncio.wait({taking}, timeout=GRACE_S)
-                self._stuck = None if taking.done() else taking
-        if not in_time:
-            if taking.done() and not taking.cancelled():
-                taking.exception()  # retrieved, and ignored: it came too late
-            raise RetryLater(f"it has not answered within {bound_s:g} s: it is tried again")
-        if taking.cancelled():
-            raise RetryLater("it has cancelled itself: it is tried again")
-        taking.result()
-
-    async def _take(self, notification: Notification) -> None:
-        answer: Any = self._deliver(notification)
-        while inspect.isawaitable(answer):  # a thread can return another one: a lambda around an async call
-            answer = await answer
-
-
-def in_thread(function: Deliver) -> Deliver:
-    """The function itself if it is async; otherwise one that calls it in a thread."""
-    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-    return function if is_async else _Threaded(function)
-
-
-class _Threaded:
-    """A blocking function, in a thread of its own.
-
-    A thread cannot be cancelled. One that is given up goes on, and no other is begun until it has ended: a function
-    that hangs takes one thread, and none of those that the stores work in.
+    A call that exceeds its time is cancelled if it is async; a thread cannot be cancelled. No other call begins until
+    it has ended. So a function that hangs takes one thread, and none of those that the stores work in.
     """
 
-    def __init__(self, function: Deliver) -> None:
-        self._function = function
-        self._given_up: tuple[str, Future[object]] | None = None
-        """The notification of a call that may still go on, and its outcome."""
+    def __init__(self, deliver: Deliver, name: str) -> None:
+        self._deliver = deliver
+        self._is_async = any(map(inspect.iscoroutinefunction, (deliver, type(deliver).__call__)))
+        self._name = name
+        self._unended: tuple[str, asyncio.Task[None]] | None = None
+        """A call that was given up, and the id of its notification."""
 
-    async def __call__(self, notification: Notification) -> object:
-        """What the function returns; for a call that was given up, its outcome since."""
-        name, (former, answer) = notification.notification_id, self._given_up or ("", None)
-        if answer is not None and former != name:
-            ended = asyncio.wrap_future(answer)
-            await asyncio.wait({ended})
-            ended.exception()  # retrieved: it was reported when the call was given up
-            answer = None
-        if answer is None:
-            answer = self._begin(notification)
-        self._given_up = name, answer
-        taken = asyncio.wrap_future(answer)
+    async def hand_over(self, notification: Notification, bound_s: float) -> None:
+        """Call the sink. A blocking function that took this notification after it was given up is not called again.
+
+        Raises:
+            RetryLater: it took longer than `bound_s` seconds, or the call before it still runs.
+            Exception: what the sink raises.
+        """
+        if self._unended is not None:
+            former, call = self._unended
+            if not (await asyncio.wait({call}, timeout=bound_s))[0]:
+                raise RetryLater("a call that was given up still runs: it is tried again once that has ended")
+            self._unended = None
+            if former == notification.notification_id and not self._is_async:
+                return _raise_error(call)
+        call = asyncio.create_task(self._take(notification), name=f"notification to {self._name}")
+        call.add_done_callback(_retrieve)
+        self._unended = notification.notification_id, call
         try:
-            await asyncio.wait({taken})
-        except asyncio.CancelledError:
-            # If it ended in the same moment, the next call of this notification gets the outcome.
-            if not taken.cancel():
-                taken.exception()
-            raise
-        self._given_up = None
-        return taken.result()
+            in_time, _ = await asyncio.wait({call}, timeout=bound_s)
+        finally:
+            if self._is_async and not call.done():
+                call.cancel()
+                await asyncio.wait({call}, timeout=GRACE_S)
+                if call.done():
+                    self._unended = None
+        if not in_time:
+            raise RetryLater(f"it has not answered within {bound_s:g} s: it is tried again")
+        self._unended = None
+        return _raise_error(call)
 
-    def _begin(self, notification: Notification) -> Future[object]:
+    async def _take(self, notification: Notification) -> None:
+        answer: Any = self._deliver(notification) if self._is_async else await self._in_thread(notification)
+        while inspect.isawaitable(answer):  # a thread can return an awaitable: a lambda around an async call
+            answer = await answer
+
+    def _in_thread(self, notification: Notification) -> asyncio.Future[object]:
         answer: Future[object] = Future()
-        answer.set_running_or_notify_cancel()  # what waits for it can be cancelled, the thread cannot
+        answer.set_running_or_notify_cancel()  # a waiting task can be cancelled, the thread cannot
         context = copy_context()
 
         def work() -> None:
             try:
-                answer.set_result(context.run(self._function, notification))
+                answer.set_result(context.run(self._deliver, notification))
             except BaseException as error:
                 answer.set_exception(error)
 
         # A daemon: the end of the program does not wait for it.
         Thread(target=work, name="notification", daemon=True).start()
-        return answer
+        return asyncio.wrap_future(answer)
+
+
+def _raise_error(call: asyncio.Task[None]) -> None:
+    if call.cancelled():
+        raise RetryLater("it has cancelled itself: it is tried again")
+    call.result()
+
+
+def _retrieve(call: asyncio.Task[None]) -> None:
+    """Mark the error of a call as retrieved: if it was given up, it came too late."""
+    if not call.cancelled():
+        call.exception()

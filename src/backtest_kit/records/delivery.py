@@ -1,4 +1,4 @@
-"""`Notifications`: what people hear of runs, and the sinks that get it, next to the trading and across restarts.
+"""`Notifications`: messages to people about runs, and the sinks that get them, next to trading and across restarts.
 
 Each sink has a task that hands over what waits in the store (`records.outbox`). A sink that fails is tried again with
 growing pauses; its notifications wait in the store, in order, and no other sink waits for it. The exception is what
@@ -13,9 +13,8 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Unpack
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -28,9 +27,9 @@ from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.attempt import GRACE_S, Attempts
 from backtest_kit.records.notification import NOTIFICATION, Notification
 from backtest_kit.records.outbox import Outbox, Pending
-from backtest_kit.records.signals import ScopeOf, newest
+from backtest_kit.records.scope import Scopes, View
+from backtest_kit.records.signals import newest
 from backtest_kit.records.sinks import Deliver, Refused, Sink
-from backtest_kit.records.state import STATE
 from backtest_kit.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ DRAIN_S: Final = 5.0
 RELEASE_S: Final = 5.0
 """How long a store may take to release a claim, and how much longer than the sink a claim lasts."""
 LOOK_S: Final = 1.0
-"""How often the store is asked for notifications of other processes."""
+"""How often the store is polled for notifications of other processes."""
 URGENT: Final = 1000
 """How many notifications that the store does not take wait for a sink. Beyond it the oldest are dropped."""
 
@@ -52,7 +51,7 @@ _log = logging.getLogger(__name__)
 class Notifications:
     """The notifications of a program and the sinks that get them: `kit.records.notification`."""
 
-    def __init__(self, scope: ScopeOf, deliveries: Deliveries) -> None:
+    def __init__(self, scope: Scopes, deliveries: Deliveries) -> None:
         self._scope = scope
         self._deliveries = deliveries
 
@@ -81,9 +80,7 @@ class Notifications:
         symbol: str | None = None,
         strategy_name: str | None = None,
         limit: int | None = None,
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: datetime | str | int | None = None,
+        **view: Unpack[View],
     ) -> list[Notification]:
         """The notifications that match all of this, newest first; no more than `limit`.
 
@@ -99,8 +96,10 @@ class Notifications:
                 and strategy_name in (None, each.strategy_name)
             )
 
-        scope = self._scope(mode, run_id, when)
-        return await newest(scope, NOTIFICATION, (mode == "backtest",), partial(decode_as, Notification), wanted, limit)
+        scope = self._scope(**view)
+        return await newest(
+            scope, NOTIFICATION, (scope.mode == "backtest",), partial(decode_as, Notification), wanted, limit
+        )
 
 
 class _Route(msgspec.Struct, frozen=True):
@@ -145,23 +144,16 @@ class Deliveries:
     async def begin(self, mode: Mode) -> None:
         """Start every sink in this event loop: it gets what it has missed.
 
-        A store that does not answer is asked again in the background.
+        A store that does not answer is retried in the background.
         """
         workers = self._workers.setdefault(asyncio.get_running_loop(), {})
         for route in self._routes.values():
             if (route.name, mode) not in workers:
                 persistence = self._persistence()
                 notifications = persistence.store_for(NOTIFICATION, mode, history=False)
-                # A user's object keeps the notifications and nothing else.
-                elsewhere = not notifications.keeps(DELIVERY)
-                outbox = Outbox(
-                    notifications,
-                    persistence.store_for(STATE, mode, history=False),
-                    route.key,
-                    route.added_ms,
-                    persistence.seams,
-                    marks=persistence.store_for(DELIVERY, mode, history=False) if elsewhere else None,
-                )
+                # A user's object that keeps the notifications keeps nothing else.
+                elsewhere = None if notifications.keeps(DELIVERY) else persistence.store_for(DELIVERY, mode)
+                outbox = Outbox(notifications, route.key, route.added_ms, persistence.seams, marks=elsewhere)
                 try:
                     await outbox.add()
                 except BacktestKitError as error:
@@ -251,7 +243,7 @@ class _Worker:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_S if self._outbox.is_shared else None):
                         await self.news.wait()
-            except Exception as error:  # whatever a sink or its store raises, it may work later
+            except Exception as error:  # a sink or its store may raise anything, and may work later
                 await self._release()  # what this process cannot reach, another one may
                 await self._pause(error)
 
@@ -272,7 +264,7 @@ class _Worker:
             self._urgent.pop(name, None)
 
     async def _deliver_pending(self) -> bool:
-        """Deliver the oldest that wait. False if none do, or another process is handing over the oldest."""
+        """Deliver the oldest that wait. False if none do, or another process is delivering the oldest."""
         pending = await self._outbox.pending()
         for each in pending:
             if not await self._deliver(each):
@@ -302,7 +294,7 @@ class _Worker:
                 await self._attempts.hand_over(notification, self._settings().CC_MAX_NOTIFICATION_DELIVERY_SECONDS)
             except Refused as error:
                 name = notification.notification_id
-                _log.error("sink %s: %s was refused for good: %s", self._route.name, name, error)
+                _log.error("sink %s: %s was refused permanently: %s", self._route.name, name, error)
         # Even if the store does not take the mark now, this process does not deliver it again.
         _remember(self._handed, notification.notification_id, None)
 
@@ -324,7 +316,7 @@ async def _close(route: _Route) -> None:
     try:
         async with asyncio.timeout(GRACE_S):
             await route.close()
-    except Exception as error:  # whatever a sink raises, it is over
+    except Exception as error:  # a sink may raise anything
         _log.warning("sink %s: it could not be closed: %s", route.name, _describe(error))
 
 

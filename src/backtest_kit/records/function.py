@@ -62,7 +62,7 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Function(Generic[R]):
-    """An async function under a name that stays the same across restarts, whatever else is defined."""
+    """An async function under a name that stays the same across restarts, regardless of what else is defined."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Function(Generic[R]):
         *,
         hashed: bool,
     ) -> None:
-        """`what` names the decorator in messages; if `hashed`, the source is the version where none is given.
+        """`what` names the decorator in messages; if `hashed`, the source is the version by default.
 
         Raises:
             UserError: it is not an async function, or its name or version is missing or wrong.
@@ -119,7 +119,7 @@ class Function(Generic[R]):
         return one.text is None or one.text != two.text
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """A call as it was written; `ctx=` and `when=` are taken out where the function has no such parameter.
+        """A call as it was written; `ctx=` and `when=` are removed if the function has no such parameter.
 
         Raises:
             UserError: the function takes other arguments, `ctx` or `when` has the wrong type, or two contexts differ.
@@ -160,9 +160,9 @@ class Function(Generic[R]):
         """The one context of a call: its time, run and symbol."""
         places = {_place(each): each for each in contexts}
         if len(places) > 1:
-            told = ", ".join(f"{place[-1]} at {iso(each.when_ms)}" for place, each in places.items())
+            listed = ", ".join(f"{place[-1]} at {iso(each.when_ms)}" for place, each in places.items())
             raise UserError(
-                f"{self.title} is called with {len(places)} contexts ({told}), and its result belongs to one: "
+                f"{self.title} is called with {len(places)} contexts ({listed}), and its result belongs to one: "
                 "pass one context, and only values of the others"
             )
         return next(iter(places.values()), None)

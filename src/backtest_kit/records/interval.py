@@ -39,7 +39,7 @@ class Windows:
         Args:
             interval: 1m to 1d; windows are aligned to UTC, in the time of the run.
             key: A function of the same arguments that returns what has its own windows. By default each strategy has
-                its own on each symbol of each exchange, whatever the other arguments are.
+                its own on each symbol of each exchange, regardless of the other arguments.
             name, version: The name that windows are stored under. By default the function's qualified name, so a
                 corrected function does not run again in a used window; a new version does, and so does a renamed
                 function. Functions that are given the same name share windows.

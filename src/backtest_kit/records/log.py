@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Unpack, get_args
 
 import msgspec
 
@@ -24,7 +24,8 @@ from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Plain, Record, Write
 from backtest_kit.persist.writing import now_ms
-from backtest_kit.records.signals import ScopeOf, newest
+from backtest_kit.records.scope import Scopes, View
+from backtest_kit.records.signals import newest
 
 if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
@@ -59,7 +60,7 @@ class LogLine(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     logger: str = ""
     """The logger of the standard library that it came from; empty for lines of a strategy."""
     when_ms: int | None = None
-    """Simulation time, None where there is none."""
+    """Simulation time, None without one."""
     said_at_ms: int
     """Wall clock."""
     fields: dict[str, Any] = {}
@@ -118,7 +119,7 @@ class LogWriter:
         """Write what waits.
 
         Raises:
-            As `Store.put`; what was not written waits on.
+            As `Store.put`; what was not written keeps waiting.
         """
         await self._write_all()
 
@@ -167,7 +168,7 @@ class LogWriter:
                         raise result
 
     async def _put(self, group: list[_Waiting]) -> list[object]:
-        """Write a group, what is of one store in one go; return the outcome of each."""
+        """Write a group, all lines of one store together; return the outcome of each."""
         places: dict[tuple[Mode, str | None], list[int]] = {}
         for place, each in enumerate(group):
             places.setdefault((each.mode, each.run_id), []).append(place)
@@ -222,7 +223,7 @@ class Log:
         self._when_ms = when_ms
 
     def debug(self, message: object, /, **fields: Any) -> None:
-        """What only helps to find errors."""
+        """For debugging."""
         self._say("debug", message, fields)
 
     def info(self, message: object, /, **fields: Any) -> None:
@@ -230,11 +231,11 @@ class Log:
         self._say("info", message, fields)
 
     def warning(self, message: object, /, **fields: Any) -> None:
-        """What should be looked at some day."""
+        """Something to look at eventually."""
         self._say("warning", message, fields)
 
     def error(self, message: object, /, **fields: Any) -> None:
-        """What went wrong."""
+        """An error."""
         self._say("error", message, fields)
 
     def _say(self, level: Level, message: object, fields: dict[str, Any]) -> None:
@@ -242,7 +243,7 @@ class Log:
         line = LogLine(
             entry_id=self._writer.new_id(),
             level=level,
-            message=message if isinstance(message, str) else _told(message),
+            message=message if isinstance(message, str) else _text(message),
             mode=identity.mode,
             symbol=identity.symbol,
             strategy_name=identity.strategy_name,
@@ -260,14 +261,14 @@ class Log:
 
 def _readable(line: LogLine) -> str:
     """`BTCUSDT trend: volume is thin volume=12.5`."""
-    told = (f"{name}={_told(value)}" for name, value in line.fields.items())
-    return _utf8(" ".join((f"{line.symbol} {line.strategy_name}: {line.message}", *told)))
+    fields = (f"{name}={_text(value)}" for name, value in line.fields.items())
+    return _utf8(" ".join((f"{line.symbol} {line.strategy_name}: {line.message}", *fields)))
 
 
 class Logs:
     """The logs of a program, from outside of its runs: `kit.records.log`."""
 
-    def __init__(self, scope: ScopeOf, writer: LogWriter) -> None:
+    def __init__(self, scope: Scopes, writer: LogWriter) -> None:
         self._scope = scope
         self._writer = writer
         self._bridge: tuple[logging.Logger, _Bridge] | None = None
@@ -279,11 +280,9 @@ class Logs:
         symbol: str | None = None,
         strategy_name: str | None = None,
         limit: int | None = 1000,
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: datetime | str | int | None = None,
+        **view: Unpack[View],
     ) -> list[LogLine]:
-        """The lines that are all of this and of that level or a higher one, the newest first; at most `limit`.
+        """The lines that match all of this, of that level or a higher one, newest first; at most `limit`.
 
         Raises:
             UserError: unknown `level`, `limit` below 0, or a backtest without its run id.
@@ -297,7 +296,7 @@ class Logs:
             )
 
         await self.flush()
-        return await newest(self._scope(mode, run_id, when), LOG, (), partial(decode_as, LogLine), wanted, limit)
+        return await newest(self._scope(**view), LOG, (), partial(decode_as, LogLine), wanted, limit)
 
     def bridge(self, logger: str = "", *, level: Level = "info", mode: Mode = "live") -> None:
         """Also keep what goes to a logger of the standard library and those below it; "" is all of them.
@@ -322,7 +321,7 @@ class Logs:
             self._bridge = None
 
     async def flush(self) -> None:
-        """Write what was logged so far. Raises as `Store.put`."""
+        """Write all lines that were logged so far. Raises as `Store.put`."""
         await self._writer.flush()
 
 
@@ -336,12 +335,12 @@ class _Bridge(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name in (__name__, SAID.name):
-            return  # the log need not contain that it cannot be written, and has its own lines already
+            return  # the log cannot contain that it cannot be written, and has its own lines already
         fields = {} if record.exc_info is None else {"traceback": "".join(traceback.format_exception(*record.exc_info))}
         try:
             message = record.getMessage()
-        except Exception:  # arguments that do not fit the message: logging must not fail
-            message = f"{_told(record.msg)} {_told(record.args)}"
+        except Exception:  # arguments that do not fit, or whose text raises: logging must not fail
+            message = f"{_text(record.msg)} {_text(record.args)}"
         line = LogLine(
             entry_id=self._writer.new_id(),
             level=_level_of(record.levelno),
@@ -378,16 +377,16 @@ def _plain(line: LogLine) -> Plain:
     try:
         return encode(line)
     except UserError:
-        fields = {_utf8(name): _utf8(_told(value)) for name, value in line.fields.items()}
+        fields = {_utf8(name): _utf8(_text(value)) for name, value in line.fields.items()}
         message = _utf8(line.message)
         return encode(msgspec.structs.replace(line, message=message, fields=fields))
 
 
-def _told(value: object) -> str:
+def _text(value: object) -> str:
     """A value as text, even if its `repr` fails."""
     try:
         return str(value) if isinstance(value, (str, BaseException)) else repr(value)
-    except Exception as error:
+    except Exception as error:  # a `repr` of the user's may raise anything
         return f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"
 
 

@@ -1,4 +1,4 @@
-"""`Notification`: one event of a run, as people hear of it."""
+"""`Notification`: an event of a run as a message to people."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from zlib import crc32
 
 import msgspec
 
-from backtest_kit.format import Severity, describe, severity
+from backtest_kit.format import DESCRIBED, Severity, describe, severity
 from backtest_kit.model.event import (
-    ClockJumped,
+    BreakevenReached,
     EntryCancelled,
     EntryScheduled,
     Event,
@@ -19,19 +19,16 @@ from backtest_kit.model.event import (
     MinutesMissed,
     OrderFailed,
     OrphanFound,
-    Paused,
     PositionChanged,
     PositionClosed,
     PositionOpened,
-    Recovered,
     RiskRejected,
-    RunDone,
     RunFailed,
     StoreDegraded,
-    StoreRecovered,
     StrategyFailed,
 )
-from backtest_kit.model.identity import Mode
+from backtest_kit.model.identity import Identity, Mode, OfRun
+from backtest_kit.model.inner import Inner
 from backtest_kit.model.interval import MINUTE_MS, floor_ms, iso, to_datetime
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
@@ -40,29 +37,27 @@ from backtest_kit.persist.store import ABSENT, Write
 NOTIFICATION: Final = CONTRACTS["notification"]
 
 
-class Notification(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """One thing that somebody should hear of. The same event always makes the same one, with the same id."""
+class Notification(OfRun, frozen=True, kw_only=True):
+    """A message about a run. The same event always makes the same notification, with the same id."""
 
     notification_id: str
     kind: str
-    """What happened, as `Event.action` says it: opened, closed, changed, scheduled, cancelled, rejected, failed, ..."""
+    """What happened, as in `Event.action`: opened, closed, changed, scheduled, cancelled, rejected, failed, ..."""
     severity: Severity
-    """An alarm wants somebody to look now; a warning says that something was refused."""
-    mode: Mode
-    symbol: str
-    strategy_name: str
-    exchange_name: str
-    frame_name: str
+    """"alarm": look now. "warning": something was refused or went wrong, and was dealt with."""
+    identity: Identity
     when_ms: int
     signal_id: str = ""
-    """Empty where it is about no signal."""
+    """Empty if it is not about a signal."""
     price: float | None = None
     pnl_pct: float | None = None
     """Of a closed position, in percent after costs."""
     pnl_cost: float | None = None
     reason: str = ""
     text: str
-    """One line for people, with the mode: on paper nothing was won or lost."""
+    """The message in one line, with the mode: on paper nothing was won or lost."""
+
+    mode = Inner[Mode]("identity.mode")
 
     @property
     def when(self) -> datetime:
@@ -70,14 +65,12 @@ class Notification(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 def notification_of(event: Event) -> Notification | None:
-    """The notification of `event`; None for one that is not worth one."""
+    """The notification of `event`; None for a kind that is not notified."""
     match event:
-        case EntryScheduled(entry=entry):
-            return _about(event, entry.signal_id)
+        case EntryScheduled() | PositionOpened():
+            return _about(event, event.entry.signal_id)
         case EntryCancelled(entry=entry, reason=reason):
             return _about(event, entry.signal_id, reason=reason)
-        case PositionOpened(position=position):
-            return _about(event, position.signal_id)
         case PositionChanged(position=position, change=change):
             state = f"{len(position.entries)} {len(position.reductions)} {position.take_profit} {position.stop_loss}"
             return _about(event, position.signal_id, reason=change, state=state)
@@ -94,29 +87,23 @@ def notification_of(event: Event) -> Notification | None:
             return _about(event, reason=f"{type(error).__name__}: {error}")
         case StoreDegraded(reason=reason) | MinutesMissed(reason=reason):
             return _about(event, reason=reason)
-        case Recovered() | StoreRecovered() | ClockJumped() | Paused() | RunDone():
-            return _about(event)
-        case _:
+        case BreakevenReached():
             return None
+        case _:
+            return _about(event) if isinstance(event, DESCRIBED) else None
 
 
 def notification_writes(events: Iterable[Event]) -> list[Write]:
-    """One write for each event that is told, which does nothing if it was told before."""
-    told = filter(None, map(notification_of, events))
+    """A write for each event that is notified. It is refused if the notification was written before."""
+    notifications = filter(None, map(notification_of, events))
     return [
         Write(NOTIFICATION, (each.mode == "backtest", each.notification_id), encode(each), each.when_ms, ABSENT)
-        for each in {each.notification_id: each for each in told}.values()
+        for each in {each.notification_id: each for each in notifications}.values()
     ]
 
 
-def _about(
-    event: Event,
-    signal_id: str = "",
-    *,
-    reason: str = "",
-    state: str = "",
-) -> Notification:
-    """`state` separates what can happen several times in one minute."""
+def _about(event: Event, signal_id: str = "", *, reason: str = "", state: str = "") -> Notification:
+    """`state` distinguishes what can happen several times in one minute."""
     identity, text = event.identity, describe(event)
     # What does not belong to a signal belongs to the run; the minute separates two of them.
     names = (identity.strategy_name, identity.exchange_name, identity.symbol)
@@ -128,11 +115,7 @@ def _about(
         notification_id=f"{whose}-{event.action}-{minute}{detail}",
         kind=event.action,
         severity=severity(event),
-        mode=identity.mode,
-        symbol=identity.symbol,
-        strategy_name=identity.strategy_name,
-        exchange_name=identity.exchange_name,
-        frame_name=identity.frame_name,
+        identity=identity,
         when_ms=event.when_ms,
         signal_id=signal_id,
         price=event.price if isinstance(event, MarketEvent) else None,

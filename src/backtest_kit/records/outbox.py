@@ -1,83 +1,89 @@
-"""`Outbox`: which notifications still have to be handed to one sink, and which process hands over the next one.
+"""`Outbox`: which notifications one sink still has to get, and which process delivers the next one.
 
 Each notification has a record for each sink (contract `delivery`): a claim, made by compare-and-set before the sink is
-called, and a mark when the sink took it.
+called, and a mark once the sink took it.
 
-- What has no mark is handed over, oldest first and one at a time. Of several processes with the store and the sink, one
-  claims the oldest; the others wait for its mark.
-- A process that dies between handing over and marking leaves its claim. Another process takes that over: immediately if
-  the first one was on the same machine, otherwise after watching the claim unchanged for its whole `ttl`, on its own
+- Notifications without a mark are delivered, oldest first and one at a time. Of several processes with the store and
+  the sink, one claims the oldest; the others wait for its mark.
+- A process that dies between delivery and mark leaves its claim. Another process takes it over: immediately if the
+  first one was on the same machine, otherwise after watching the claim unchanged for its whole `ttl`, on its own
   monotonic clock, as with leases. So a notification can be delivered twice and is never lost.
-- When a sink is first added, the newest notifications there are get a mark, and then a record says that it was added.
-- Nobody reads all notifications at a start. Sinks get them in order, so reading newest first ends when `LOOKBACK` in a
-  row have a mark: whatever is older has one too, or was never for this sink. The `LOOKBACK` are there for notifications
-  that a server shows late, when two processes write at the same time. One that was replaced by id has moved to the
-  newest end: its mark holds, so it is not delivered again, but it says nothing about its neighbours and does not count.
-- Marks move with the notifications and are forgotten with them.
+- The first process with a sink stores when that was (contract `sink`). Older notifications get a mark, by that time in
+  every process that helps; then the sink counts as added.
+- A start does not read all notifications. Sinks get them in order, so reading newest first ends when `LOOKBACK` in a
+  row have a mark: older ones have one too, or were never for this sink. The `LOOKBACK` are there for notifications that
+  a server shows late, when two processes write at the same time. One that was replaced by id has moved to the newest
+  end: its mark holds, so it is not delivered again, but it does not count.
+- Marks move with the notifications and are deleted with them.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from contextlib import suppress
 from typing import Final
 
 import msgspec
 
 from backtest_kit.errors import Conflict
 from backtest_kit.persist.codec import decode_as, encode
-from backtest_kit.persist.contracts import DELIVERY
+from backtest_kit.persist.contracts import DELIVERY, SINK
 from backtest_kit.persist.holder import Holder, is_gone, this_process
 from backtest_kit.persist.lease import keeps_claims
 from backtest_kit.persist.store import Key, Record, Store, Write
 from backtest_kit.records.notification import NOTIFICATION
 from backtest_kit.records.scope import expectation
-from backtest_kit.records.state import STATE
 from backtest_kit.seams import SYSTEM, Seams
 
 CHUNK: Final = 256
-"""How many notifications wait in memory at most; the others wait in the store."""
+"""The most notifications that wait in memory; the others wait in the store."""
 LOOKBACK: Final = 64
 SETTLE_S: Final = 15.0
-"""For how long a notification can still show up behind newer ones: longer than a store retries a write."""
-OWNER: Final = "notification sinks"
-"""The owner of the state that says which sinks were added. No signal has this id."""
+"""How long a notification can still show up behind newer ones: longer than a store retries a write."""
 
 
 class Mark(msgspec.Struct, frozen=True, rename="camel"):
-    """What is stored of a notification and a sink."""
+    """What is stored of a notification for a sink."""
 
     delivered_rev: int = 0
     """The revision of the notification that the sink took; 0 until then."""
     holder: Holder | None = None
-    """The process that is handing it over."""
+    """The process that is delivering it."""
+
+
+class Added(msgspec.Struct, frozen=True, rename="camel"):
+    """What is stored of a sink."""
+
+    added_ms: int
+    """When it was first added: it gets what was written since."""
+    is_complete: bool = False
+    """Whether everything older has a mark."""
 
 
 class Pending(msgspec.Struct):
-    """A notification that has to be handed over."""
+    """A notification that has to be delivered."""
 
     record: Record
     mark: Record | None
-    """What is stored of it and this sink."""
+    """What is stored of it for this sink."""
 
 
 class Outbox:
-    """What waits for one sink in one mode."""
+    """The notifications that wait for one sink in one mode."""
 
     def __init__(
         self,
         notifications: Store,
-        states: Store,
         sink: str,
         added_ms: int,
         seams: Seams = SYSTEM,
         *,
         marks: Store | None = None,
     ) -> None:
-        """`marks` is where the marks lie, if not with the notifications."""
+        """`marks` is the store of the marks, if it is not that of the notifications."""
         self._store = notifications
         self._marks = marks or notifications
-        self._states = states
         self._sink = sink
         self._added_ms = added_ms
         self._is_added = False
@@ -87,42 +93,50 @@ class Outbox:
         self._watched: tuple[Key, int, float] = ((), 0, 0.0)
         """A claim of another process, its revision, and since when this process has seen it so."""
         self._known: dict[Key, int] = {}
-        """What of the newest has a mark, and which revision of it was delivered."""
+        """The delivered revision of the newest notifications with a mark."""
         self._found: list[Pending] = []
-        """What was found to wait, and has no mark of this process."""
+        """The last result of a look for notifications without a mark."""
         self._settled_at = math.inf
-        """From when on everything that was found last shows in its place."""
+        """When everything that was found last surely shows in its place."""
         self._is_settled = False
-        """Whether a look since then has found nothing, so that the newest notification tells if there is any news."""
+        """Whether a look since then has found nothing: then looking at the newest notification is enough."""
         self.is_shared: Final = keeps_claims(notifications) and keeps_claims(self._marks)
-        """Whether other processes can write notifications for this sink, and hand them over."""
+        """Whether other processes can write notifications for this sink, and deliver them."""
 
     async def add(self) -> None:
         """Add the sink to the store, unless it was added before, here or in another process. Raises as `Store.put`."""
-        name = (OWNER, self._sink)
-        if self._is_added or await self._states.get(STATE, name) is not None:
-            self._is_added = True
-            return
-        older: list[Record] = []
-        async for record in self._store.scan(NOTIFICATION, newest_first=True):
-            # What was written since is for the sink, even if the store could not be reached until now.
-            if record.written_at < self._added_ms:
-                older.append(record)
-            if len(older) == LOOKBACK:
-                break
-        # Again, now that those are read: another process that has added the sink since may have written one of them.
-        if await self._states.get(STATE, name) is None:
+        while not self._is_added:
+            with suppress(Conflict):  # another process adds it as well: look again how far that is
+                await self._add()
+
+    async def _add(self) -> None:
+        found = await self._marks.get(SINK, (self._sink,))
+        added = Added(self._added_ms) if found is None else decode_as(Added, found.value)
+        if found is None:
+            found = await self._put_added(added, found)
+        if not added.is_complete:
+            older: list[Record] = []
+            async for record in self._store.scan(NOTIFICATION, newest_first=True):
+                if record.written_at < added.added_ms:
+                    older.append(record)
+                if len(older) == LOOKBACK:
+                    break
+            # Still incomplete: nothing was delivered yet, so none of these is for the sink, whatever clocks say.
+            await self._put_added(added, found)
             marks = [self._write(Pending(record, None), Mark(record.rev)) for record in older]
-            added = Write(STATE, name, {"addedMs": self._added_ms}, expect=expectation(self._states, None))
-            # The marks first: a sink counts as added once nothing older than it can be taken for undelivered.
-            for result in [*await self._marks.put_each(marks), *await self._states.put_each([added])]:
+            for result in await self._marks.put_each(marks):
                 if isinstance(result, BaseException) and not isinstance(result, Conflict):
                     raise result
+            await self._marks.put(Write(SINK, (self._sink,), encode(Added(added.added_ms, is_complete=True))))
         self._is_added = True
 
+    async def _put_added(self, added: Added, before: Record | None) -> Record:
+        expect = expectation(self._marks, before)
+        return await self._marks.put(Write(SINK, (self._sink,), encode(added), expect=expect))
+
     async def pending(self) -> list[Pending]:
-        """The oldest notifications that the sink has not got, oldest first. Raises as `Store.scan`."""
-        # A long backlog is expensive to list: once for each part of it, not while another process hands that over.
+        """The oldest undelivered notifications, oldest first. Raises as `Store.scan`."""
+        # A long backlog is expensive to list: once for each part, and not while another process delivers that.
         if still_pending := await self._without_mark():
             return still_pending
         if self._is_settled and await self._walk(1, limit=1) == []:
@@ -138,7 +152,7 @@ class Outbox:
         return list(found)
 
     async def _without_mark(self) -> list[Pending]:
-        """What was found before, from the first on that the sink has not got by now and that was not forgotten."""
+        """What was found before, from the first that is still undelivered and was not deleted."""
         for index, first in enumerate(self._found):
             first.mark = await self._marks.get(DELIVERY, self._key(first.record))
             if (
@@ -151,7 +165,7 @@ class Outbox:
         return []
 
     async def _walk(self, lookback: int, *, limit: int | None) -> list[Pending] | None:
-        """What has no mark among the newest `limit`, oldest first; None if there may be more behind them."""
+        """Those without a mark among the newest `limit`, oldest first; None if there may be more behind them."""
         oldest: deque[Pending] = deque(maxlen=CHUNK)
         delivered = seen = 0
         async for record in self._store.scan(NOTIFICATION, newest_first=True, limit=limit):
@@ -170,7 +184,7 @@ class Outbox:
         return list(reversed(oldest)) if seen != limit else None
 
     async def claim(self, pending: Pending, ttl_s: float) -> bool:
-        """Make this process the one that hands it over, within `ttl_s`. False if another one is doing so.
+        """Claim its delivery for this process, for `ttl_s`. False if another process is delivering it.
 
         Raises as `Store.put`.
         """
@@ -189,16 +203,16 @@ class Outbox:
         return True
 
     async def delivered(self, pending: Pending) -> None:
-        """The sink took it, or does not want it. Raises as `Store.put`."""
+        """Mark it: the sink took it, or does not want it. Raises as `Store.put`."""
         try:
             await self._marks.put(self._write(pending, Mark(pending.record.rev)))
         except Conflict:
-            return  # another process took the claim over meanwhile: the next look shows how far it is
+            return  # another process took the claim over: the next look shows its state
         self._claimed = None
         self._remember(self._key(pending.record), pending.record.rev)
 
     async def release(self) -> None:
-        """Let another process hand over what this one has claimed. Raises as `Store.put`."""
+        """Let another process deliver what this one has claimed. Raises as `Store.put`."""
         if self._claimed is None:
             return
         # Read anew: the outcome of the last write may be unknown.
@@ -210,7 +224,7 @@ class Outbox:
         self._claimed = None
 
     def _lives(self, mark: Record, holder: Holder) -> bool:
-        """Whether another process is handing it over, as far as this one can tell."""
+        """Whether another process is delivering it, as far as this one can tell."""
         if holder.owner == self._me.owner or is_gone(holder):
             return False
         key, rev, since = self._watched

@@ -1,4 +1,4 @@
-"""`RecordWriter`: the records that the events of a run make: signals, the last signal, and notifications."""
+"""`RecordWriter`: writes the records of a run's events: signals, the last signal, and notifications."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _log = logging.getLogger("backtest_kit")
 
 
 class RecordWriter:
-    """Gets events once they have happened for good, and can get the same ones again."""
+    """Gets events once they are final, and may get the same ones again."""
 
     def __init__(self, persistence: Callable[[], Persistence], deliveries: Deliveries) -> None:
         self._persistence = persistence
@@ -132,7 +132,7 @@ class RecordWriter:
         store = persistence.store_for(row, mode, run_id)
         if Capability.COMPARE_AND_SET not in store.capabilities:
             writes = [Write(row, write.key, write.value, write.when, ANY) for write in writes]
-        # A backtest that is repeated replaces what it wrote; live, whoever was paused and overtaken may not.
+        # A repeated backtest replaces its records. A live process that was paused and overtaken must not.
         compares = row is not NOTIFICATION and mode != "backtest" and Capability.COMPARE_AND_SET in store.capabilities
         while writes:
             checked = await asyncio.gather(*(_compared(store, write) for write in writes)) if compares else writes
@@ -231,7 +231,7 @@ def _writes(events: Sequence[Event]) -> list[Write]:
 
 
 async def _compared(store: Store, write: Write) -> Write | None:
-    """`write`, expecting what is there now; None where that is the same already, or what came later."""
+    """`write`, expecting the current record; None if that is equal or newer."""
     found = await store.get(write.contract, write.key)
     if found is not None and (found.value == write.value or not follows(write, found)):
         return None

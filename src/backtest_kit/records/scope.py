@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Final, Protocol
+from datetime import datetime
+from typing import TYPE_CHECKING, Final, Protocol, TypedDict
 from urllib.parse import quote
 from weakref import WeakValueDictionary
 
@@ -21,6 +22,8 @@ from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Key, Pla
 if TYPE_CHECKING:
     from backtest_kit.model.identity import Identity, Mode
     from backtest_kit.persist.binding import Persistence
+
+When = datetime | str | int
 
 _HELD: Final[ContextVar[tuple[object, ...]]] = ContextVar("backtest_kit_records_held", default=())
 
@@ -50,9 +53,9 @@ class Scope:
     """The records of one run at one moment: records written for a later moment are not visible.
 
     A write does not replace them either, with one exception: a backtest that is repeated under its run id replaces what
-    an earlier repetition left, that is, what is not in `written`.
+    an earlier repetition left: records that are not in `written`.
 
-    Where history is kept, the revision of the moment is read. If it is no longer kept, a run goes on as without
+    With history, the revision of the moment is read. If it is no longer kept, a run goes on as without
     history; a reader outside of a run (`is_outside`) gets an error, because None would look like an answer.
 
     `run_id` is that of a backtest, None live and on paper. Without `when_ms` there is no moment: everything is visible,
@@ -186,7 +189,7 @@ class Scope:
         Updates of one key take turns in this process. If another process was faster, `change` is called again.
 
         Raises:
-            LookAhead: what is there is later than this moment.
+            LookAhead: the record is later than this moment.
             UserError: `change` updates the same key.
             Others: as `Store.get` and `Store.put`, and what `change` raises.
         """
@@ -224,11 +227,26 @@ class Scope:
             )
 
 
+class View(TypedDict, total=False):
+    """What a reader outside of a run chooses: the records of a mode, those of which backtest, and as of when."""
+
+    mode: Mode
+    """"live" (default), "paper" or "backtest"."""
+    run_id: str | None
+    """Which backtest: `result.run_id`."""
+    when: When | None
+    """Records of later moments are not visible. Without it, everything is."""
+
+
 class Scopes(Protocol):
-    """Makes the scope of a mode, a run, and a moment of that run; `identity` is the strategy and market of the run."""
+    """Makes the scope of a view; `identity` is the strategy and market of the run that looks at itself."""
 
     def __call__(
-        self, mode: Mode, run_id: str | None = None, when: int | None = None, identity: Identity | None = None, /
+        self,
+        mode: Mode = "live",
+        run_id: str | None = None,
+        when: When | None = None,
+        identity: Identity | None = None,
     ) -> Scope: ...
 
 
@@ -269,7 +287,7 @@ class Turns:
 
 
 def expectation(store: Store, found: Record | None) -> Expect:
-    """The revision that a write replacing `found` expects, where the store can check it."""
+    """The revision that a write replacing `found` expects, if the store can check it."""
     if Capability.COMPARE_AND_SET not in store.capabilities:
         return ANY
     return ABSENT if found is None else found.rev

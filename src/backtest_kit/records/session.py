@@ -13,7 +13,7 @@ _SESSION: Final = CONTRACTS["session"]
 
 
 class Session(Slot):
-    """One value for each strategy, exchange, frame, symbol and mode, whatever is held."""
+    """One value for each strategy, exchange, frame, symbol and mode, with or without a position."""
 
     def __init__(self, scope: Scope, identity: Identity) -> None:
         key = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal, TypeVar, Unpack
 
 from backtest_kit.errors import Damaged
 from backtest_kit.model.event import (
@@ -16,33 +16,32 @@ from backtest_kit.model.event import (
     PositionClosed,
     PositionOpened,
 )
-from backtest_kit.model.identity import Identity, Mode
+from backtest_kit.model.identity import Identity
 from backtest_kit.model.inner import Inner
 from backtest_kit.model.interval import to_datetime
 from backtest_kit.model.position import OfSignal, Position, RestingEntry, Trade
 from backtest_kit.persist.codec import decode_as, encode
 from backtest_kit.persist.contracts import CONTRACTS, Contract
 from backtest_kit.persist.store import Key, Plain, Record, Write, check_limit
-from backtest_kit.records.scope import Scope
+from backtest_kit.records.scope import Scope, Scopes, View
 
 S = TypeVar("S")
 Status = Literal["scheduled", "opened", "closed", "cancelled"]
-ScopeOf = Callable[[Mode, str | None, datetime | str | int | None], Scope]
 
 _OVER: Final = ("closed", "cancelled")
 STORAGE: Final = CONTRACTS["storage"]
 RECENT: Final = CONTRACTS["recent"]
 _AHEAD: Final = 4
-"""How many records are looked through for each that is asked for, before all are."""
+"""How many records are read for each one that is wanted, before all are."""
 
 
 class StoredSignal(OfSignal, frozen=True):
-    """A signal as it is now: what happened to it last has all that became of it."""
+    """A signal as it is now: its last event contains everything that happened to it."""
 
     event: Lasting
 
     entry = Inner[RestingEntry]("event.entry")
-    """What was to be bought; once the position is open, at the price and for the cost of its first fill."""
+    """The entry; once the position is open, at the price and cost of its first fill."""
     updated_at_ms = Inner[int]("event.when_ms")
     """Simulation time of the event."""
     current_price = Inner[float]("event.price")
@@ -63,7 +62,7 @@ class StoredSignal(OfSignal, frozen=True):
 
     @property
     def price_open(self) -> float:
-        """Of the first entry, or what a resting entry waits for; of a closed position the effective price of all."""
+        """Of the first entry, or the limit price of a resting one; of a closed position the effective entry price."""
         return self.entry.price_open if self.trade is None else self.trade.price_open
 
     @property
@@ -98,16 +97,16 @@ _STATUS: Final[dict[type[Lasting], Status]] = {
 
 
 def stored_signal(value: Plain) -> StoredSignal:
-    """The signal that a record of storage or recent holds.
+    """The signal in a record of storage or recent.
 
     Raises:
-        Damaged: it is not one.
+        Damaged: it is not a signal.
     """
     return decode_as(StoredSignal, {"event": value})
 
 
 def signal_writes(events: Iterable[Event]) -> list[Write]:
-    """One write for each signal that `events` are about, and one for the last of each strategy on a symbol."""
+    """A write for each signal of `events`, and one for the last signal of each strategy on a symbol."""
     signals: dict[Key, Write] = {}
     last: dict[Key, Write] = {}
     for event in events:
@@ -122,24 +121,18 @@ def signal_writes(events: Iterable[Event]) -> list[Write]:
 class Storage:
     """Every signal with its latest state: `kit.records.storage`."""
 
-    def __init__(self, scope: ScopeOf) -> None:
+    def __init__(self, scope: Scopes) -> None:
         self._scope = scope
 
-    async def get(
-        self,
-        signal_id: str,
-        *,
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: datetime | str | int | None = None,
-    ) -> StoredSignal | None:
-        """The signal of that id, or None. With `when`, one that has changed since is not there.
+    async def get(self, signal_id: str, **view: Unpack[View]) -> StoredSignal | None:
+        """The signal with that id, or None. With `when`, one that has changed since is not visible.
 
         Raises:
             UserError: a backtest without its run id.
             Damaged, RetryLater: as `Store.get`.
         """
-        record = await self._scope(mode, run_id, when).read(STORAGE, (mode == "backtest", signal_id))
+        scope = self._scope(**view)
+        record = await scope.read(STORAGE, (scope.mode == "backtest", signal_id))
         return None if record is None else stored_signal(record.value)
 
     async def list(
@@ -149,11 +142,9 @@ class Storage:
         strategy_name: str | None = None,
         status: Status | None = None,
         limit: int | None = None,
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: datetime | str | int | None = None,
+        **view: Unpack[View],
     ) -> list[StoredSignal]:
-        """The signals that are all of this, the one that changed last first; no more than `limit`.
+        """The signals that match all of this, the last changed first; no more than `limit`.
 
         Raises:
             UserError: a backtest without its run id, or `limit` is below 0.
@@ -167,14 +158,14 @@ class Storage:
                 and status in (None, signal.status)
             )
 
-        scope = self._scope(mode, run_id, when)
-        return await newest(scope, STORAGE, (mode == "backtest",), stored_signal, wanted, limit)
+        scope = self._scope(**view)
+        return await newest(scope, STORAGE, (scope.mode == "backtest",), stored_signal, wanted, limit)
 
 
 class Recent:
     """The last signal of a strategy on a symbol: `kit.records.recent`."""
 
-    def __init__(self, scope: ScopeOf) -> None:
+    def __init__(self, scope: Scopes) -> None:
         self._scope = scope
 
     async def get(
@@ -184,26 +175,24 @@ class Recent:
         strategy_name: str,
         exchange_name: str,
         frame_name: str = "",
-        mode: Mode = "live",
-        run_id: str | None = None,
-        when: datetime | str | int | None = None,
+        **view: Unpack[View],
     ) -> StoredSignal | None:
-        """The last signal there, as it is now, or None. With `when`, one that came or changed later is not there.
+        """The last signal there, as it is now, or None. With `when`, later signals and changes are not visible.
 
         Raises:
             UserError: a backtest without its run id.
             Damaged, RetryLater: as `Store.get`.
         """
-        identity = Identity(symbol, strategy_name, exchange_name, frame_name, mode)
-        record = await self._scope(mode, run_id, when).read(RECENT, _recent_key(identity))
+        scope = self._scope(**view)
+        identity = Identity(symbol, strategy_name, exchange_name, frame_name, scope.mode)
+        record = await scope.read(RECENT, _recent_key(identity))
         return None if record is None else stored_signal(record.value)
 
 
 async def newest(
     scope: Scope, row: Contract, prefix: Key, read: Callable[[Plain], S], wanted: Callable[[S], bool], limit: int | None
 ) -> list[S]:
-    """What this moment sees of a feed, as `read` takes it, as far as it is `wanted`: the newest first, no more than
-    `limit`, of 0 none.
+    """The visible records of a feed, decoded by `read` and filtered by `wanted`: newest first, no more than `limit`.
 
     Raises:
         UserError: `limit` is below 0.
@@ -212,7 +201,7 @@ async def newest(
     check_limit(limit)
     if limit == 0:
         return []
-    # Where the end is not told, some stores look at the name of every record first: a second for a million.
+    # Without a limit, some stores list every key first: a second for a million.
     for most in (None,) if limit is None else (_AHEAD * limit, None):
         found: list[S] = []
         count = 0
@@ -228,9 +217,9 @@ async def newest(
 
 
 def follows(write: Write, found: Record) -> bool:
-    """Whether a write says what came after what is there: by its time.
+    """Whether a write is newer than the record it would replace: by its time.
 
-    But a signal that is over stays over, and is so from then on, although the clock was set back meanwhile.
+    But a signal that has ended stays ended, even if the clock was set back.
     """
     (signal_id, is_over), (found_id, was_over) = _outcome(write.value), _outcome(found.value)
     if signal_id == found_id and is_over != was_over:
@@ -239,7 +228,7 @@ def follows(write: Write, found: Record) -> bool:
 
 
 def _outcome(value: Plain) -> tuple[str, bool]:
-    """Of which signal a value is, and whether that is over. What cannot be read says neither."""
+    """The signal id of a value, and whether the signal has ended; ("", False) if it cannot be read."""
     try:
         signal = stored_signal(value)
     except Damaged:

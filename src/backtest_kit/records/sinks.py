@@ -23,7 +23,7 @@ Deliver = Callable[[Notification], object]
 
 _TIMEOUT_S: Final = 10.0
 _TRIED_AGAIN: Final = frozenset((401, 403, 404, 408, 425, 429))
-"""Statuses that say nothing about the notification: a token or an address gets corrected, a limit passes."""
+"""Statuses that are not about the notification: a token or an address gets corrected, a limit passes."""
 
 _MOST_LETTERS: Final = 2000
 """Of a Telegram message, which takes 4096 UTF-16 units: up to two for each letter."""
@@ -175,7 +175,7 @@ class AppriseSink:
             raise RetryLater(f"{self._service.service_name} did not take it: it is tried again")
 
     async def close(self) -> None:
-        """Nothing is open between two notifications."""
+        """Does nothing: there is no open connection."""
 
     def _quietly(self, work: Callable[[], Any]) -> Any:
         for name in _LOGGERS:
@@ -240,7 +240,7 @@ def _is_loud(record: logging.LogRecord) -> bool:
 
 
 def _digest(*parts: str) -> str:
-    """Tells destinations apart without revealing them."""
+    """A text that differs for each destination without revealing it."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -179,7 +179,7 @@ def equity_curve(*, pnl_pct: Any, opened_at_ms: Any, closed_at_ms: Any, fall_pct
 
     A trade multiplies the equity by 1 + r / 100. During the trade it reaches equity x (1 + fall / 100) where
     its worst profit `fall` is negative. An account that reaches 0 or less is blown and stays at 0.
-    Trades that overlapped are counted as if each had had the whole account, so their drawdown is
+    Overlapping trades count as if each invested the whole account, so their drawdown is
     overstated. Columns are those of `compute_statistics`.
 
     Raises:
@@ -191,7 +191,7 @@ def equity_curve(*, pnl_pct: Any, opened_at_ms: Any, closed_at_ms: Any, fall_pct
 
 
 def statistics_of(trades: Sequence[Trade]) -> Statistics:
-    """`compute_statistics` of trades, oldest first; closing prices count only where all are of one market."""
+    """`compute_statistics` of trades, oldest first; closing prices count only if all are of one market."""
     one_market = len({(trade.exchange_name, trade.symbol) for trade in trades}) == 1
     return compute_statistics(
         pnl_pct=[trade.pnl_pct for trade in trades],

@@ -46,7 +46,7 @@ class Lockstep:
                 raise UserError(
                     "a run would wait for itself: it was started inside of another run of the same frame (in a "
                     "handler, or in the loop over its events), which cannot go on meanwhile. Give it a frame of its "
-                    "own, or start both beside each other with Backtest.background"
+                    "own, or start both with Backtest.background"
                 )
             waiting = self._waiting[member] = asyncio.get_running_loop().create_future()
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar, get_args
 
 import msgspec
 
@@ -107,6 +107,14 @@ class Registry:
         self.strategies: Schemas[StrategySchema] = Schemas("strategy")
         self.risks: Schemas[RiskSchema] = Schemas("risk")
 
+    def strategy(self, strategy: str | StrategySchema) -> StrategySchema:
+        """The registered strategy of a name, or the given one, which need not be registered."""
+        return self.strategies.get(strategy) if isinstance(strategy, str) else strategy
+
+    def risks_of(self, strategy: StrategySchema) -> tuple[RiskSchema, ...]:
+        """The risk profiles of a strategy."""
+        return tuple(self.risks.get(name) for name in strategy.risk_names)
+
 
 def exchange_schema(
     exchange_name: str, source: CandleSource, broker: Broker | None, clock: Clock | None, note: str
@@ -189,6 +197,12 @@ def _check_takes_context(what: str, function: object) -> None:
         raise UserError(f"{what} cannot be called with one argument, the context: {error}") from None
     except ValueError:
         return  # a builtin without a signature: only a call can show it
+
+
+def check_choice(name: str, value: object, kind: object) -> None:
+    """Raise `UserError` if an option is not one of the values of a `Literal`."""
+    if value not in get_args(kind):
+        raise UserError(f"{name} is {value!r}: use one of {', '.join(get_args(kind))}")
 
 
 def check_name(what: str, value: object) -> str:

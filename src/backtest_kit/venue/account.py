@@ -1,4 +1,4 @@
-"""What an account of the simulated exchange has: currencies on spot, margin and one-way positions on futures."""
+"""Accounts of the simulated exchange: currencies on spot, margin and one-way positions on futures."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from backtest_kit.venue.orders import Market, Refused, Side, VenueOrder
 ZERO = Decimal(0)
 
 
-class Position:
+class FuturesPosition:
     """A one-way futures position."""
 
     __slots__ = ("leverage", "price_open", "quantity")
 
     def __init__(self) -> None:
         self.quantity = ZERO
-        """Below 0 for a short one."""
+        """Below 0 for a short position."""
         self.price_open = ZERO
         self.leverage = 20
 
     def take(self, signed: Decimal, price: Decimal) -> Decimal:
-        """Add `signed` at `price`; the profit of what that closes."""
+        """Add `signed` at `price`; returns the realized profit."""
         before, after = self.quantity, self.quantity + signed
         realized = ZERO
         if before * signed >= 0:
@@ -37,7 +37,7 @@ class Position:
 
 
 class SpotAccount:
-    """Currencies, some of them locked for orders. A sale locks what it sells, a purchase what it costs at most."""
+    """Currencies, partly locked for orders. A sale locks its quantity, a purchase its highest cost."""
 
     def __init__(self, balances: Mapping[str, Decimal], *, fees_in_received: bool) -> None:
         self.free: dict[str, Decimal] = dict(balances)
@@ -45,14 +45,14 @@ class SpotAccount:
         self._fees_in_received = fees_in_received
 
     def held(self, market: Market) -> Decimal:
-        """What there is of the base currency, locked or not."""
+        """The base currency, locked or not."""
         return self.free.get(market.base, ZERO) + self.locked.get(market.base, ZERO)
 
     def reserve(self, order: VenueOrder, market: Market, price: Decimal, prices: Mapping[str, Decimal]) -> None:
         """Lock what `order` still needs at `price`.
 
         Raises:
-            Refused: there is not so much.
+            Refused: the balance is too small.
         """
         asset = market.quote if order.side == "buy" else market.base
         needed = order.remaining * price if order.side == "buy" else order.remaining
@@ -68,7 +68,7 @@ class SpotAccount:
     def affordable(
         self, order: VenueOrder, market: Market, price: Decimal, quantity: Decimal, prices: Mapping[str, Decimal]
     ) -> bool:
-        """Whether what is free pays for `quantity`; ask with nothing reserved for the order."""
+        """Whether the free balance pays for `quantity`. Call it with nothing reserved for the order."""
         if order.side == "buy":
             return quantity * price <= self.free.get(market.quote, ZERO)
         return quantity <= self.free.get(market.base, ZERO)
@@ -76,7 +76,7 @@ class SpotAccount:
     def settle(
         self, side: Side, market: Market, price: Decimal, quantity: Decimal, fee_rate: Decimal
     ) -> tuple[Decimal, str, Decimal]:
-        """Exchange; the fee, its currency, and the profit (none on spot)."""
+        """Exchange; returns the fee, its currency, and the profit (none on spot)."""
         paid, received = (market.quote, market.base) if side == "buy" else (market.base, market.quote)
         cost = price * quantity
         self._add(paid, -(cost if side == "buy" else quantity))
@@ -99,12 +99,12 @@ class FuturesAccount:
 
     def __init__(self, margin: Decimal) -> None:
         self.wallet = margin
-        """Deposits, profits and losses that were realized, less fees."""
+        """Deposits and realized profits, less fees."""
         self.reserved = ZERO
-        self.positions: dict[str, Position] = {}
+        self.positions: dict[str, FuturesPosition] = {}
 
-    def position(self, symbol: str) -> Position:
-        return self.positions.setdefault(symbol, Position())
+    def position(self, symbol: str) -> FuturesPosition:
+        return self.positions.setdefault(symbol, FuturesPosition())
 
     def held(self, market: Market) -> Decimal:
         """Signed quantity of the position."""
@@ -126,10 +126,10 @@ class FuturesAccount:
         return self.wallet + on_positions - self.reserved
 
     def reserve(self, order: VenueOrder, market: Market, price: Decimal, prices: Mapping[str, Decimal]) -> None:
-        """Keep the margin of what `order` would open at `price`.
+        """Reserve the margin of what `order` would open at `price`.
 
         Raises:
-            Refused: there is not so much.
+            Refused: the margin is too small.
         """
         needed = self._margin(order, market, price, order.remaining)
         if needed > self.available(prices):
@@ -146,14 +146,14 @@ class FuturesAccount:
     def affordable(
         self, order: VenueOrder, market: Market, price: Decimal, quantity: Decimal, prices: Mapping[str, Decimal]
     ) -> bool:
-        """Whether the margin suffices for what `quantity` opens; ask with nothing reserved for the order."""
+        """Whether the margin suffices for what `quantity` opens. Call it with nothing reserved for the order."""
         needed = self._margin(order, market, price, quantity)
         return not needed or needed <= self.available(prices)
 
     def settle(
         self, side: Side, market: Market, price: Decimal, quantity: Decimal, fee_rate: Decimal
     ) -> tuple[Decimal, str, Decimal]:
-        """Trade; the fee, its currency, and the profit of what was closed."""
+        """Trade; returns the fee, its currency, and the realized profit."""
         realized = self.position(market.symbol).take(quantity if side == "buy" else -quantity, price)
         fee = price * quantity * fee_rate
         self.wallet += realized - fee

@@ -1,4 +1,4 @@
-"""What a bot plugs in to trade on a simulated exchange: its candles, its clock, its broker.
+"""Candles, clock and broker of a simulated exchange, for a bot that trades on it.
 
 venue = connect("http://127.0.0.1:8899")
 venue.source(), venue.clock(), venue.broker()
@@ -37,23 +37,23 @@ from backtest_kit.venue.orders import Kind
 T = TypeVar("T")
 
 _AWAY_S: Final = 30.0
-"""How long a wait for the time tolerates a venue that does not answer."""
+"""How long a wait tolerates a venue that does not answer."""
 _ASK_AGAIN_S: Final = 0.1
 
 
 def connect(url: str) -> VenueClient:
-    """A client of the venue at `url`. Nothing is dialled yet.
+    """A client of the venue at `url`. It does not connect yet.
 
     Raises:
         UserError: `url` is not an http address.
     """
     if not url.startswith("http://"):
-        raise UserError(f"url is {url!r}: give the address that the venue shows, like 'http://127.0.0.1:8899'")
+        raise UserError(f"url is {url!r}: give the address that the venue prints, such as 'http://127.0.0.1:8899'")
     return VenueClient(url)
 
 
 class VenueClient:
-    """What a bot takes from one venue."""
+    """Candles, clock and brokers of one venue."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -63,16 +63,16 @@ class VenueClient:
         return VenueSource(self.url)
 
     def clock(self, name: str = "bot", *, sleepers: int = 1) -> Clock:
-        """The venue's time. A stepped venue waits for the bot `name` from its start on, until that many of its tasks
-        sleep; if the bot has died, until it starts again."""
+        """The venue's time. Once the bot `name` has started, a stepped venue moves only while that many of its tasks
+        sleep; if the bot dies, the venue waits for it to start again."""
         return VenueClock(self.url, name, sleepers)
 
     def broker(self, account: str = API_KEY, *, kind: Kind = "futures", fill_at: FillAt = "venue") -> Broker:
-        """A broker that trades on an account, which need not exist before.
+        """A broker that trades on an account; a new name makes a new account.
 
         `fill_at="venue"` fills at the venue's prices, with its fees, slippage and steps, and keeps protective orders
         there. `fill_at="reference"` fills at the prices that the engine decided, free of charge, and leaves the
-        levels to the engine: the trades are then those of a backtest on the same candles.
+        levels to the engine: the trades equal those of a backtest on the same candles.
         """
         made = VenueBroker if fill_at == "venue" else ReferenceBroker
         return made(self.url, account, kind)
@@ -104,7 +104,7 @@ class VenueSource(CandleSource):
 
 
 class VenueClock:
-    """The time of a venue, kept between answers by the elapsed time at its speed."""
+    """The time of a venue, extrapolated between answers by elapsed time and speed."""
 
     def __init__(self, url: str, name: str, sleepers: int) -> None:
         self._http = HttpClient(url)
@@ -129,7 +129,7 @@ class VenueClock:
             if self._heard_ms:
                 await self._ask("POST", "/sim/clock/leave", {"name": self._me["name"]})
         except RetryLater:
-            pass  # a venue that has gone waits for no bot
+            pass  # the venue is gone, and waits for no bot
         finally:
             self._heard_ms = 0
 
@@ -245,7 +245,7 @@ class VenueBroker(Broker):
         try:
             problem = msgspec.json.decode(body, type=Problem)
         except msgspec.ValidationError:
-            # Only a server that is in trouble itself leaves open what it did.
+            # Only an internal error of the server leaves the outcome open.
             outcome = Outcome.UNKNOWN if status == 500 else Outcome.NOT_DONE
             raise OrderTransient(_said(self._http.url, status, body), outcome=outcome) from None
         if problem.error == "transient":

@@ -28,26 +28,26 @@ FillAt = Literal["venue", "reference"]
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """What a broker sends."""
+    """The request of a broker."""
 
     account: str
     kind: Kind
     fill_at: FillAt
     order: Order | None = None
     store_id: str = NO_STORE
-    """Whose orders they are."""
+    """The store that sends the orders."""
     signal_id: str = ""
-    """Of what is checked."""
+    """Of the position or entry to check."""
     direction: Direction = "long"
-    """Of the position that is checked."""
+    """Of the position to check."""
     since_ms: int = 0
-    """When it was opened, or adopted."""
+    """When it was opened or adopted."""
     symbol: str = ""
     symbols: tuple[str, ...] = ()
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """Why something was not done."""
+    """Why an operation failed."""
 
     error: Literal["rejected", "transient", "deleted"]
     message: str
@@ -73,7 +73,7 @@ class BrokerDesk:
         try:
             wish = msgspec.json.decode(request.body, type=Wish)
         except msgspec.MsgspecError as error:
-            return Answer(Problem("rejected", f"{request.path} was sent what it cannot read: {error}"), 400)
+            return Answer(Problem("rejected", f"{request.path} got a body that it cannot read: {error}"), 400)
         async with self._venue.at_now():
             try:
                 return Answer(operation(_Job(self._venue, wish, strike)))
@@ -81,7 +81,7 @@ class BrokerDesk:
                 return Answer(failed.problem, 409)
             except Refused as refused:
                 if refused.reason == "duplicate_id":
-                    # Perhaps this very order, sent twice on the way: a look-up finds out.
+                    # Perhaps the same order, duplicated on the way: a look-up finds out.
                     return Answer(Problem("transient", str(refused), "UNKNOWN"), 409)
                 return Answer(Problem("rejected", str(refused)), 409)
 
@@ -105,7 +105,7 @@ class _Job:
             return OrderReport(status="absent")
         fill = self._fill(order) if order.filled else None
         if order.status == "expired" and fill is not None:
-            # All that there will ever be; of a close that is not enough while something is held.
+            # This is final; but a close is not done while a position is left.
             left = self._order.kind == "close" and self._held(self._group())
             return OrderReport(status="cancelled" if left else "filled", fill=fill)
         status: Literal["resting", "partly_filled", "filled", "cancelled"] = (
@@ -140,7 +140,7 @@ class _Job:
         self._protect(entry.client_order_id)
 
     def activate(self) -> Fill:
-        """The fill of a resting entry; at reference it is filled now, as the engine decided."""
+        """The fill of a resting entry; with fill_at="reference" it is filled now, as the engine decided."""
         wanted = self._order
         entry = self._known(wanted.client_order_id)
         if self._at_reference:
@@ -175,17 +175,17 @@ class _Job:
         group = self._group()
         if not self._held(group) and self._known(self._order.client_order_id) is None:
             self._drop_protection(group)
-            # At reference it closes as decided, also where reductions have left nothing to close.
+            # With fill_at="reference" it closes as decided, even if reductions left nothing to close.
             return None if self._at_reference else self._closing_fill(group)
         return self._leave(whole=True)
 
     def move(self) -> None:
-        """Put the protection where the order says; doing it twice changes nothing."""
+        """Move the protection to the level of the order. Idempotent."""
         wanted, group = self._order, self._group()
         if self._at_reference or self._known(wanted.client_order_id) is not None:
             return
         if not self._held(group):
-            raise _Failed(Problem("rejected", f"{group} holds nothing here: there is nothing to protect"))
+            raise _Failed(Problem("rejected", f"{group} has no position here: there is nothing to protect"))
         self._refuse_on_purpose()
         kind: OrderType = "take" if wanted.kind == "move_take" else "stop"
         price = wanted.take_profit if kind == "take" else wanted.stop_loss
@@ -200,7 +200,9 @@ class _Job:
             return None
         fill = self._closing_fill(group)
         if fill is None:
-            raise _Failed(Problem("deleted", f"nothing of {self._wish.signal_id} is held here or was filled"))
+            raise _Failed(
+                Problem("deleted", f"{self._wish.signal_id} has no position here, and nothing of it was filled")
+            )
         return fill
 
     def check_entry(self) -> Fill | None:
@@ -246,7 +248,7 @@ class _Job:
         wanted, group = self._order, self._group()
         held = abs(self._held(group))
         if not held:
-            raise _Failed(Problem("rejected", f"{group} holds nothing here"))
+            raise _Failed(Problem("rejected", f"{group} has no position here"))
         self._refuse_on_purpose()
         quantity = held
         if not whole and wanted.quantity is not None:
@@ -258,7 +260,7 @@ class _Job:
             order = self._do(self._new(side, "reference", quantity=quantity, price=_number(wanted.price), reduce=True))
             self._fill_reference(order, quantity)
         else:
-            # What is left over when everything is closed would be below a lot: it goes along.
+            # A full close includes the rest that is less than a lot.
             rounded = None if whole else self._exchange.market(self._symbol).round_quantity(quantity)
             order = self._do(self._new(side, "market", quantity=rounded, reduce=True))
         fill = self._filled(order)
@@ -289,7 +291,7 @@ class _Job:
         )
 
     def _protect(self, group: str) -> None:
-        """Both levels in force, as orders that take whatever the group holds then."""
+        """Place both levels as orders that close whatever the group holds when they trigger."""
         self._do(self._protective(self._ids.stop(0), "stop", self._order.stop_loss, group))
         self._do(self._protective(self._ids.take(0), "take", self._order.take_profit, group))
 
@@ -313,7 +315,7 @@ class _Job:
         return order
 
     def _fill_reference(self, order: VenueOrder, quantity: Decimal) -> None:
-        """Fill it all; a part on purpose is the whole fill, since no market is there to fill the rest."""
+        """Fill it completely; an injected partial fill is final, because no market fills the rest."""
         if (partial := self._strike.of("partial")) is not None:
             quantity = _exact(quantity * partial.fraction)
         action = FillReference(order.client_order_id, _number(self._order.price), quantity)
@@ -325,7 +327,7 @@ class _Job:
 
     def _refuse_on_purpose(self) -> None:
         if self._strike.of("reject"):
-            raise Refused("rejected", f"{self._order.client_order_id} is refused on purpose")
+            raise Refused("rejected", f"{self._order.client_order_id} is rejected by an injected fault")
 
     # What is known
 
@@ -362,8 +364,8 @@ class _Job:
         return sum((order.filled_cost for order in entries), ZERO) / sum((order.filled for order in entries), ZERO)
 
     def _closing_fill(self, group: str) -> Fill | None:
-        """The fill of the last order that took something out of the group, its own or a foreign one. A group without an
-        entry was adopted: foreign orders count since then."""
+        """The fill of the last order that reduced the group, its own or a foreign one. A group without an entry was
+        adopted: foreign orders count since then."""
         mine = [order for order in self._of_account() if order.group == group and order.filled]
         opened = [order for order in mine if not order.reduce_only]
         if not opened and not self._wish.since_ms:
@@ -383,10 +385,10 @@ class _Job:
         return self._fill(max(closing, key=lambda order: (order.updated_ms, order.id))) if closing else None
 
     def _filled(self, order: VenueOrder) -> Fill:
-        """The fill of an order that is done; a problem while it goes on, or if nothing came of it."""
+        """The fill of an order that is done; a problem if it is still open, or nothing was filled."""
         if order.is_open:
             outcome: Literal["NOT_DONE", "UNKNOWN"] = "UNKNOWN" if order.filled else "NOT_DONE"
-            raise _Failed(Problem("transient", f"{order.client_order_id} is {order.status} and goes on", outcome))
+            raise _Failed(Problem("transient", f"{order.client_order_id} is {order.status} and still open", outcome))
         if not order.filled:
             raise _Failed(Problem("rejected", f"{order.client_order_id} is {order.status}, and nothing was filled"))
         return self._fill(order)
@@ -418,7 +420,7 @@ def _number(number: float) -> Decimal:
 
 
 def _exact(quantity: Decimal) -> Decimal:
-    """So many digits that all sums of such quantities are exact: what was added up is closed to nothing."""
+    """Rounded so that sums of such quantities are exact: closing what was added up leaves nothing."""
     return quantity.quantize(Decimal("1e-12"))
 
 

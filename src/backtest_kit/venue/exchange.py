@@ -1,14 +1,14 @@
-"""`Exchange`: matches orders against minutes. No I/O, no clock, no chance: the same calls have the same results.
+"""`Exchange`: matches orders against minutes. No I/O, no clock, no randomness: the same calls give the same results.
 
-The price of a symbol inside a minute is the close of the minute before.
+The price of a symbol inside a minute is the previous close.
 
-- A market order is filled at once, at the price worsened by the slippage; so is a limit order that the price has
-  reached already, at no worse than its limit.
-- What rests meets each minute when it closes, and the whole range of it, the minute in which it was placed included:
-  a limit order touched is filled at its limit; a stop or take that is hit becomes a market order at its trigger, or at
-  the open where the minute opened beyond it. Stops come first, then takes, then the others, each by age.
-- Where only a fraction is filled, the rest goes on in the minutes that follow.
-- An order that protects sleeps until its group holds something, and is given up when that is closed.
+- A market order is filled immediately, at the price after slippage; so is a limit order that the price has already
+  reached, at no worse than its limit.
+- Resting orders meet the whole range of each minute when it closes, including the minute in which they were placed:
+  a touched limit order is filled at its limit; a stop or take that is hit becomes a market order at its trigger, or at
+  the open if the minute opened beyond it. Stops come first, then takes, then the others, each by age.
+- After a partial fill, the rest stays open for the following minutes.
+- A protective order is inactive until its group has a position, and expires when that is closed.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ _RANK: Final = {"stop": 0, "stop_limit": 0, "take": 1, "take_limit": 1}
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """What trading costs, and how deep the market is."""
+    """Fees, slippage and depth of the market."""
 
     taker_fee_pct: Decimal = Decimal("0.1")
     maker_fee_pct: Decimal = Decimal("0.1")
     slippage_pct: Decimal = Decimal("0.01")
     fill_fraction: Decimal = Decimal(1)
-    """Part of an order that is filled each time it meets the market."""
+    """The part of an order that is filled each time it meets the market."""
     fees_in: Literal["received", "quote"] = "received"
-    """Currency of fees on spot; `received` leaves less of a purchase than was ordered."""
+    """Currency of fees on spot; with `received`, a purchase yields less than was ordered."""
     client_ids: ClientIds = "open"
-    """How long a client order id is taken: while its order is open, which is Binance's rule and lets an order that is
-    sent twice be filled twice, or `ever`."""
+    """How long a client order id stays in use: while its order is `open`, as on Binance, where an order that is sent
+    twice can be filled twice; or for `ever`."""
     balance: Decimal = Decimal(100_000)
     """Quote currency that an account begins with."""
     limits: Limits | None = None
-    """The largest and furthest orders of each market; None takes those that are usual at its price."""
+    """The limits of each market; None takes usual ones for its price."""
 
 
-class Minute(msgspec.Struct, frozen=True):
+class ClosedMinute(msgspec.Struct, frozen=True):
     """A minute that has closed."""
 
     open_ms: int
@@ -71,7 +71,7 @@ class Minute(msgspec.Struct, frozen=True):
 class Exchange:
     """The orders and accounts of one kind of market.
 
-    An account comes into being with its first order. `now_ms` is set by who feeds it.
+    An account is created by its first order. `now_ms` is set by the venue.
     """
 
     def __init__(self, kind: Kind, markets: Iterable[Market], terms: Terms) -> None:
@@ -90,7 +90,7 @@ class Exchange:
         """Groups that were opened by an order of their own, whose id is their name."""
         self._parts: dict[int, tuple[Decimal, bool]] = {}
 
-    # What is asked
+    # Queries
 
     def account(self, name: str) -> SpotAccount | FuturesAccount:
         if name not in self.accounts:
@@ -103,7 +103,7 @@ class Exchange:
         return sorted(found, key=lambda order: order.id)
 
     def find(self, account: str, *, order_id: int | None = None, client_order_id: str | None = None) -> VenueOrder:
-        """The order of this account by either id; the latest, where a client id was used again.
+        """The order of this account by either id; the latest, if a client id was used again.
 
         Raises:
             Refused: `unknown_order`.
@@ -121,29 +121,29 @@ class Exchange:
         return self.markets[symbol]
 
     def held(self, account: str, symbol: str, group: str = "") -> Decimal:
-        """Signed quantity of a position, or of the part of it that a group of orders has built."""
+        """Signed quantity of a position, or of the part that a group of orders has built."""
         total = self.account(account).held(self.market(symbol))
         if not group:
             return total
         part = self._groups.get((account, symbol, group), ZERO)
         if self.kind == "futures" and (account, symbol, group) not in self._founded:
-            # It was not opened by an order of its own, but adopted: it is what no other group has built.
+            # It was adopted, not opened by an order: it is what no other group has built.
             part = total - sum(self.groups(account, symbol).values(), ZERO)
         if part * total <= 0:
             return ZERO
         return min(part, total, key=abs)
 
     def groups(self, account: str, symbol: str) -> dict[str, Decimal]:
-        """What the groups that were opened by an order of their own hold of a position."""
+        """The parts of a position by group, of groups that were opened by an order."""
         names = [key[2] for key in self._groups if key[:2] == (account, symbol) and key in self._founded]
         return {group: held for group in names if (held := self.held(account, symbol, group))}
 
-    # What is done
+    # Actions
 
     def place(
         self, account: str, new: NewOrder, *, part: Decimal | None = None, rest_expires: bool = False
     ) -> VenueOrder:
-        """Take an order. `part` of it is filled where it meets the market, and `rest_expires` ends it then.
+        """Take an order. `part` of it is filled each time it meets the market, or once, if `rest_expires`.
 
         Raises:
             Refused: and nothing has changed.
@@ -153,7 +153,7 @@ class Exchange:
         order = self._checked(account, new, market)
         expected = self._expected_price(order, market)
         if new.post_only and self._reached(order):
-            raise Refused("would_match", f"{new.client_order_id} would be filled at once, and may only rest")
+            raise Refused("would_match", f"{new.client_order_id} would be filled immediately, and may only rest")
         purse = self.account(account)
         if order.type != "reference" and not order.reduce_only:
             purse.reserve(order, market, expected, self.prices)
@@ -186,10 +186,10 @@ class Exchange:
     def cancel(
         self, account: str, symbol: str, *, order_id: int | None = None, client_order_id: str | None = None
     ) -> VenueOrder:
-        """Cancel what is open.
+        """Cancel an open order.
 
         Raises:
-            Refused: `unknown_order`, or `not_open` where it was too late.
+            Refused: `unknown_order`, or `not_open` if it is too late.
         """
         self.market(symbol)
         order = self.find(account, order_id=order_id, client_order_id=client_order_id)
@@ -211,8 +211,8 @@ class Exchange:
             raise Refused("invalid", f"leverage of {symbol} on {self.kind} is {leverage}: futures take 1 to 125")
         purse.position(self.market(symbol).symbol).leverage = leverage
 
-    def close_minute(self, symbol: str, minute: Minute) -> None:
-        """Let all orders of a symbol meet a minute, and make its close the price."""
+    def close_minute(self, symbol: str, minute: ClosedMinute) -> None:
+        """Match all orders of a symbol against a minute, and set the price to its close."""
         self.prices[symbol] = self.markets[symbol].round_price(minute.close)
         waiting = sorted(self._open[symbol].values(), key=lambda order: (_RANK.get(order.type, 2), order.id))
         for order in waiting:
@@ -222,7 +222,7 @@ class Exchange:
     def has_open_orders(self, symbol: str) -> bool:
         return bool(self._open[symbol])
 
-    # How it is done
+    # Matching
 
     def _new_account(self) -> SpotAccount | FuturesAccount:
         if self.kind == "futures":
@@ -300,7 +300,7 @@ class Exchange:
         return self._worsened(self.prices[order.symbol], order.side, market)
 
     def _reached(self, order: VenueOrder) -> bool:
-        """Whether a limit order would be filled at the price of now."""
+        """Whether a limit order would be filled at the current price."""
         if order.type != "limit" or order.price is None:
             return False
         price = self.prices[order.symbol]
@@ -312,7 +312,7 @@ class Exchange:
         return price >= order.trigger if above else price <= order.trigger
 
     def _meet_price(self, order: VenueOrder, market: Market) -> None:
-        """What happens to an order at once."""
+        """Match a new order against the current price."""
         price = self.prices[order.symbol]
         if order.type == "market":
             self._fill_part(order, market, self._worsened(price, order.side, market), maker=False)
@@ -323,7 +323,7 @@ class Exchange:
         elif order.type in TRIGGERED and self._hit(order, price) and self._reducible(order):
             self._trigger(order, market, price)
 
-    def _meet_minute(self, order: VenueOrder, market: Market, minute: Minute) -> None:
+    def _meet_minute(self, order: VenueOrder, market: Market, minute: ClosedMinute) -> None:
         if order.type in TRIGGERED and not order.triggered:
             if order.protects and not self._reducible(order):
                 return
@@ -354,7 +354,7 @@ class Exchange:
         return market.round_price(price + slip if side == "buy" else price - slip, side)
 
     def _fill_part(self, order: VenueOrder, market: Market, price: Decimal, *, maker: bool) -> None:
-        """Fill what the market gives of an order."""
+        """Fill the part of an order that the market gives."""
         if order.reduce_only:
             reducible = self._reducible(order)
             if not reducible:
@@ -417,7 +417,7 @@ class Exchange:
         self._count(order, received if order.side == "buy" else -quantity)
 
     def _count(self, order: VenueOrder, signed: Decimal) -> None:
-        """Keep what each group holds, and drop the protection of what holds nothing any more."""
+        """Count the fill for its group, and drop the protection of closed groups."""
         account, symbol = order.account, order.symbol
         if order.group:
             key = (account, symbol, order.group)

@@ -1,4 +1,4 @@
-"""What goes wrong between a bot and an exchange, done on purpose and the same way each time."""
+"""Faults between a bot and an exchange, injected and repeatable."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ FaultKind = Literal[
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One thing that goes wrong.
+    """One fault.
 
     - `latency`: the request is handled `latency_ms` later.
-    - `lose_request`: the connection breaks before anything is done.
-    - `lose_response`: it is done, and the connection breaks before the answer.
-    - `duplicate`: it is done twice, and the second answer is given.
+    - `lose_request`: the connection breaks before the request is carried out.
+    - `lose_response`: it is carried out, and the connection breaks before the answer.
+    - `duplicate`: it is carried out twice, and the second answer is sent.
     - `outage`: for `seconds` from the first request it hits, or for `count` requests, nothing is done and the
       connection breaks.
     - `error`: nothing is done; the answer is `status` with `code` and `message`.
     - `rate_limit`: nothing is done; the answer is 429, or 418 with `status`.
     - `reject`: a new order is refused.
-    - `partial`: a new order is filled by no more than `fraction` of its quantity where it meets the market;
-      with `rest_expires` the rest is given up, otherwise it goes on in the minutes that follow.
+    - `partial`: a new order is filled by no more than `fraction` of its quantity each time it meets the market;
+      with `rest_expires` the rest expires, otherwise it stays open for the following minutes.
     """
 
     kind: FaultKind
     endpoint: str = "*"
-    """Which requests, by a pattern for method and path, such as `POST */order`."""
+    """A pattern for method and path, such as `POST */order`."""
     skip: int = 0
-    """How many of them go well first."""
+    """How many matching requests succeed first."""
     count: int = 1
-    """How many of them it hits then; 0 for all."""
+    """How many it hits then; 0 for all."""
     chance: float = 1.0
-    """Part of them that it hits."""
+    """The part of them that it hits."""
     latency_ms: int = 0
-    """How much later it happens, in real time; for every kind."""
+    """The delay, in real time; for every kind."""
     seconds: float = 0.0
     """How long an outage lasts, in real time."""
     status: int = 0
@@ -84,7 +84,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Strike(msgspec.Struct, frozen=True):
-    """All that goes wrong with one request."""
+    """The faults of one request."""
 
     faults: tuple[Fault, ...] = ()
 
@@ -97,7 +97,7 @@ class Strike(msgspec.Struct, frozen=True):
 
 
 class Faults:
-    """The faults that are set, and how often each has struck. Chance is that of `seed`."""
+    """The faults that are set, and how often each has struck. Randomness comes from `seed`."""
 
     def __init__(self, seed: int = 7, *, monotonic_s: Callable[[], float] = time.monotonic) -> None:
         self._chance: Final = random.Random(seed)  # noqa: S311  # repeatable, not secret
@@ -115,7 +115,7 @@ class Faults:
         return [{**msgspec.to_builtins(each.fault), "met": each.met, "hit": each.hit} for each in self._set]
 
     def strike(self, method: str, path: str) -> Strike:
-        """What goes wrong with this request."""
+        """The faults of this request."""
         return Strike(tuple(each.fault for each in self._set if self._hits(each, f"{method} {path}")))
 
     def _hits(self, each: _Counted, request: str) -> bool:

@@ -1,4 +1,4 @@
-"""What an account holds of a symbol, as a broker lists it, assigned to signals by the groups of its orders."""
+"""The holdings of an account, as a broker lists them, assigned to signals by the groups of orders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from backtest_kit.venue.orders import VenueOrder
 
 
 def holding_of(exchange: Exchange, account_name: str, symbol: str) -> VenuePosition | None:
-    """Of a future the whole position, of a spot market what orders of brokers bought; None where that is nothing."""
+    """Of a future the whole position, of a spot market what orders of brokers bought; None if that is nothing."""
     orders = exchange.open_orders(account_name, symbol)
     groups = exchange.groups(account_name, symbol)
     account = exchange.account(account_name)

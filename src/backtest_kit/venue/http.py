@@ -1,4 +1,4 @@
-"""HTTP for the simulated exchange, both ends. The only file that knows aiohttp."""
+"""HTTP for the simulated exchange, server and client. The only file that imports aiohttp."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _TIMEOUT_S: Final = 30.0
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A request as it came in."""
+    """A request as received."""
 
     method: str
     path: str
     query: str
-    """As it was sent, still encoded: signatures are made of that."""
+    """Still encoded, as sent: signatures are made of it."""
     body: bytes
     api_key: str
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What is sent back: `value` as JSON."""
+    """The response: `value` as JSON."""
 
     value: Any
     status: int = 200
@@ -32,7 +32,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 Handler = Callable[[Request], Awaitable[Answer | None]]
-"""None breaks the connection without an answer. Cancelled when the client has gone."""
+"""None breaks the connection without an answer. Cancelled when the client is gone."""
 
 
 class HttpServer:
@@ -64,12 +64,12 @@ class HttpServer:
             await site.start()
         except OSError as error:
             await runner.cleanup()
-            raise UserError(f"port {self._port} cannot be served: {error.strerror}: give another port") from None
+            raise UserError(f"port {self._port} cannot be used ({error.strerror}): give another port") from None
         self._runner = runner
         self._port = runner.addresses[0][1]
 
     async def stop(self) -> None:
-        """Stop listening and break what is still connected. Idempotent."""
+        """Stop listening and close all connections. Idempotent."""
         runner, self._runner = self._runner, None
         if runner is not None:
             await runner.cleanup()
@@ -98,7 +98,7 @@ class HttpServer:
 
 
 class HttpClient:
-    """Asks a server for JSON. It keeps nothing open between two questions."""
+    """Requests JSON from a server. It keeps no connection open between two requests."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -106,16 +106,16 @@ class HttpClient:
     async def ask(
         self, method: str, path: str, value: Any = None, *, timeout_s: float | None = _TIMEOUT_S
     ) -> tuple[int, bytes]:
-        """Status and body of the answer.
+        """Status and body of the response.
 
         Raises:
-            RetryLater: no answer; `outcome` says whether the request may have been received.
+            RetryLater: no response; `outcome` says whether the request may have been received.
         """
         aiohttp = _aiohttp()
         limits = aiohttp.ClientTimeout(total=timeout_s, sock_connect=_TIMEOUT_S)
         body = None if value is None else msgspec.json.encode(value)
         try:
-            # On a connection that is used again, aiohttp asks again by itself when it breaks.
+            # On a reused connection that breaks, aiohttp repeats the request by itself.
             async with (
                 aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), timeout=limits) as session,
                 session.request(method, self.url + path, data=body) as response,
@@ -125,7 +125,8 @@ class HttpClient:
             raise RetryLater(f"no venue answers at {self.url}: {error.os_error.strerror or error}") from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise RetryLater(
-                f"the venue at {self.url} broke off {method} {path}: {type(error).__name__}", outcome=Outcome.UNKNOWN
+                f"the venue at {self.url} broke the connection of {method} {path}: {type(error).__name__}",
+                outcome=Outcome.UNKNOWN,
             ) from None
 
 

@@ -1,4 +1,4 @@
-"""What was done at the simulated exchange, kept in a file: the exchange is the same again when it is done again."""
+"""The actions at the simulated exchange in a file: replayed, they restore the same exchange."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from backtest_kit.venue.orders import Kind, Market, NewOrder
 
 
 class Place(msgspec.Struct, frozen=True, tag="place"):
-    """Take an order; `part` and `rest_expires` as `Exchange.place` has them."""
+    """Take an order; `part` and `rest_expires` as in `Exchange.place`."""
 
     new: NewOrder
     part: Decimal | None = None
@@ -53,22 +53,22 @@ Action = Place | Cancel | FillReference | SetLeverage
 
 
 class Done(msgspec.Struct, frozen=True):
-    """One thing that was done."""
+    """One action."""
 
     kind: Kind
     account: str
     action: Action
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """What was done at one moment, all or nothing."""
+class JournalEntry(msgspec.Struct, frozen=True):
+    """The actions of one moment, all or nothing."""
 
     at_ms: int
     done: tuple[Done, ...] = ()
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """What the exchange must be the same in."""
+    """What must be equal for a replay."""
 
     version: int = 1
     candles: str
@@ -78,21 +78,21 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Journal:
-    """A file of lines: a head, then one entry for everything done, on the disk before it is answered."""
+    """A file of lines: a head, then an entry for each moment with actions, on the disk before it is answered."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: IO[bytes] | None = None
         self._size = 0
         self._waiting: list[bytes] = []
-        # Of threads: who asked for a write may have gone while it is being done, and the next one must come after it.
+        # Between threads: a write may outlive the task that requested it, and the next one must come after it.
         self._writing = threading.Lock()
 
-    def read(self) -> tuple[Head, list[Entry]] | None:
-        """What is in the file, None where there is none. A last line that was not finished was not answered.
+    def read(self) -> tuple[Head, list[JournalEntry]] | None:
+        """The content of the file, None without a file. An unfinished last line was never answered.
 
         Raises:
-            Damaged: a line in it is none that this program wrote.
+            Damaged: a line was not written by this program.
         """
         if not self._path.exists():
             return None
@@ -102,15 +102,17 @@ class Journal:
             return None
         try:
             head = msgspec.json.decode(lines[0], type=Head)
-            entries = [msgspec.json.decode(line, type=Entry) for line in lines[1:]]
+            entries = [msgspec.json.decode(line, type=JournalEntry) for line in lines[1:]]
         except msgspec.MsgspecError as error:
-            raise Damaged(f"{self._path} is no state of a venue: {error}: move it away, or give another file") from None
+            raise Damaged(
+                f"{self._path} is not the state of a venue ({error}): move it away, or give another file"
+            ) from None
         if torn:
             os.truncate(self._path, self._path.stat().st_size - len(torn))
         return head, entries
 
     def latest_ms(self) -> int | None:
-        """When the last thing was done; None where there is no file. Raises as `read`."""
+        """The time of the last action; None without a file. Raises as `read`."""
         kept = self.read()
         return kept and (kept[1][-1].at_ms if kept[1] else kept[0].start_ms)
 
@@ -131,12 +133,11 @@ class Journal:
             self._waiting.append(msgspec.json.encode(head))
             self._flush(durable=True)
 
-    async def write(self, entries: Sequence[Entry], *, durable: bool) -> None:
-        """Append; with `durable` they are on the disk when this returns.
+    async def write(self, entries: Sequence[JournalEntry], *, durable: bool) -> None:
+        """Append entries; with `durable` they are on the disk when this returns.
 
         Raises:
-            RetryLater: the file cannot be written now (a full disk). What was done stays done, and is written with
-                the next entries.
+            RetryLater: the file cannot be written now (a full disk). The actions are written with the next entries.
         """
         self._waiting += [msgspec.json.encode(entry) for entry in entries]
         await asyncio.to_thread(self._flush, durable)
@@ -160,7 +161,7 @@ class Journal:
             except OSError as error:
                 os.truncate(self._path, self._size)
                 raise RetryLater(
-                    f"{self._path} cannot be written ({error.strerror}): make room, what was done is kept until then",
+                    f"{self._path} cannot be written ({error.strerror}): make room; the actions are written then",
                     outcome=Outcome.UNKNOWN,
                 ) from None
             self._size += len(data)

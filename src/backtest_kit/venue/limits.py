@@ -1,4 +1,4 @@
-"""Which orders are too large, too far or too many for a market of the simulated exchange."""
+"""The limits of orders on a market of the simulated exchange."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What passes between an account and the simulated exchange: markets, orders, fills, refusals."""
+"""Markets, orders, fills and refusals of the simulated exchange."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _QUOTES: Final = ("USDT", "USDC", "FDUSD", "BUSD", "USD", "EUR", "BTC", "ETH")
 
 
 class Refused(BacktestKitError):
-    """The exchange does not do what it was asked, and nothing has changed."""
+    """The exchange refuses the request, and nothing has changed."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
@@ -54,7 +54,7 @@ class Refused(BacktestKitError):
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What is too large or too far for a market; None is no limit."""
+    """The limits of a market; None means no limit."""
 
     max_quantity: Decimal | None = None
     """Of any order, in base currency."""
@@ -133,33 +133,33 @@ class Market(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NewOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An order as it is sent."""
+    """An order as sent."""
 
     symbol: str
     side: Side
     type: OrderType
     client_order_id: str
     quantity: Decimal | None = None
-    """In base currency. None takes `cost`, or for a closing order all that there is to close."""
+    """In base currency. None takes `cost`, or for a closing order the whole position."""
     cost: Decimal | None = None
     """In quote currency, for market orders: as many lots as it buys."""
     price: Decimal | None = None
     """Limit, or the price of a reference order."""
     trigger: Decimal | None = None
     reduce_only: bool = False
-    """Never opens a position nor turns it round: what is more than it holds is left out."""
+    """Never opens or reverses a position: the excess is ignored."""
     post_only: bool = False
     """Refused if it would not rest."""
     immediate: bool = False
-    """What cannot be filled at once expires."""
+    """The part that cannot be filled immediately expires."""
     group: str = ""
-    """Which orders belong together: those of one position. What reduces takes no more than its group holds."""
+    """The orders of one position. A reducing order takes no more than its group holds."""
     protects: bool = False
-    """Given up as soon as its group holds nothing."""
+    """Expires as soon as its group holds nothing."""
 
 
 class VenueOrder(msgspec.Struct, kw_only=True):
-    """An order as the exchange keeps it."""
+    """An order on the exchange."""
 
     id: int
     account: str
@@ -168,7 +168,7 @@ class VenueOrder(msgspec.Struct, kw_only=True):
     type: OrderType
     client_order_id: str
     quantity: Decimal | None
-    """None until what it closes is known."""
+    """None until the quantity to close is known."""
     price: Decimal | None
     trigger: Decimal | None
     reduce_only: bool
@@ -182,7 +182,7 @@ class VenueOrder(msgspec.Struct, kw_only=True):
     fee: Decimal = Decimal(0)
     """In quote currency."""
     fee_in_base: Decimal = Decimal(0)
-    """What of the fee was taken out of the base currency that was bought."""
+    """The part of the fee that was taken in the purchased base currency."""
     reserved: Decimal = Decimal(0)
     """Of the account: quote currency for what buys, base currency for what sells; margin on futures."""
     created_ms: int
@@ -215,6 +215,6 @@ class VenueFill(msgspec.Struct, frozen=True, kw_only=True):
     fee: Decimal
     fee_asset: str
     realized: Decimal
-    """Profit of what it closed, in quote currency; 0 on spot."""
+    """Realized profit, in quote currency; 0 on spot."""
     maker: bool
     time_ms: int

@@ -1,4 +1,4 @@
-"""What goes wrong with candles between a simulated exchange and those who read them, the same way for each seed."""
+"""Faults of the candles that a simulated exchange publishes, repeatable by seed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Row = list[float | None]
 Fate = Literal["", "missing", "late", "revised", "garbled"]
 
 _WATCH_MS: Final = INTERVAL_MS["6h"]
-"""The stretch of time that has one outage or none."""
+"""A period with one outage or none."""
 _REVISED: Final = 1.002
-"""By how much the first version of a revised candle is off."""
+"""The error of the first version of a revised candle."""
 
 
 class Publishing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How badly an exchange publishes its 1m candles. Orders meet the market as it is; only readers see less of it.
+    """How an exchange publishes its 1m candles. Orders are matched against the true market; only readers see faults.
 
     `missing`, `late`, `revised` and `garbled` are parts of all minutes, from 0 to 1 in sum.
     """
@@ -35,11 +35,11 @@ class Publishing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The candle is published 1 to `late_minutes` late."""
     late_minutes: int = 3
     revised: float = 0.0
-    """The candle is published with other prices first, and put right after two minutes."""
+    """The candle is published with other prices first, and corrected after two minutes."""
     garbled: float = 0.0
-    """The row is served as one of `GARBLES` says."""
+    """The row is served wrong, in one of the ways of `GARBLES`."""
     garbled_minutes: int = 0
-    """Minutes after which a garbled row is put right; 0 for never."""
+    """Minutes after which a garbled row is corrected; 0 for never."""
     outages: float = 0.0
     """Chance, for each six hours of the market's time, that no candle is served for a while."""
     outage_minutes: int = 120
@@ -79,7 +79,7 @@ class Publishing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return first_ms, first_ms + length_ms
 
     def fate(self, open_ms: int) -> tuple[Fate, str]:
-        """What happens to the candle of a minute, and which of `GARBLES` if it is garbled."""
+        """The fate of the candle of a minute, and which of `GARBLES` if it is garbled."""
         dice = self._dice(open_ms, "fate")
         drawn, garble = dice.random(), dice.choice(list(GARBLES))
         parts: dict[Fate, float] = {
@@ -92,7 +92,7 @@ class Publishing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return "", garble
 
     def known(self, candle: Row, now_ms: int) -> Row | None:
-        """The candle as the best of readers knows it at a moment, or None while it is missing."""
+        """The candle as the best reader knows it at a moment, or None while it is missing."""
         fate, garble = self.fate(open_ms := int(candle[0] or 0))
         late_ms = now_ms - open_ms - MINUTE_MS
         if fate == "missing" or (fate == "late" and late_ms < self._delay_ms(open_ms)):
@@ -133,7 +133,7 @@ class Publishing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def plain_rows(candles: CandleSeries) -> list[Row]:
-    """Candles as rows, with nothing wrong."""
+    """Candles as rows, without faults."""
     columns = [candles.columns()[name].tolist() for name in COLUMNS]
     return [list(row) for row in zip(*columns, strict=True)]
 

@@ -1,13 +1,13 @@
-"""`VenueServer`: a venue on loopback, with Binance's interface, that of `client`, and one to control it.
+"""`VenueServer`: a venue on loopback with Binance's API, the API of `client`, and one to control it.
 
-Under `/sim/` is control, where nothing goes wrong on purpose:
+Control is under `/sim/`, without injected faults:
 
-- `GET /sim/state`: time, orders, fills, accounts and how many requests came in; `GET /sim/requests`: the last of them
+- `GET /sim/state`: time, orders, fills, accounts and the number of requests; `GET /sim/requests`: the last of them
 - `GET /sim/clock`, `POST /sim/clock/advance` {byMs | toMs}, `POST /sim/clock/join` and `/leave` {name, sleepers},
-  `GET /sim/clock/wait?until=MS&name=NAME`: answers when the time is there
+  `GET /sim/clock/wait?until=MS&name=NAME`: answers at that time
 - `GET`, `POST` and `DELETE /sim/faults`
-- `POST /sim/trade` {kind, account, symbol, side, quantity}: a trade by hand on the account;
-  `POST /sim/cancel` {kind, account, clientOrderId}: or cancels an order
+- `POST /sim/trade` {kind, account, symbol, side, quantity}: a manual trade on the account;
+  `POST /sim/cancel` {kind, account, clientOrderId}: a manual cancellation
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _KEPT_REQUESTS: Final = 10_000
 _SECRET_PARAMS: Final = frozenset({"signature", "timestamp", "recvWindow"})
 
 
-class Trade(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
-    """A trade by hand, outside of any bot."""
+class ManualTrade(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """A manual trade, outside of any bot."""
 
     symbol: str
     side: Side
@@ -49,8 +49,8 @@ class Trade(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=T
     account: str = API_KEY
 
 
-class Cancellation(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
-    """A cancellation by hand, outside of any bot."""
+class ManualCancellation(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
+    """A manual cancellation, outside of any bot."""
 
     client_order_id: str
     kind: Kind = "futures"
@@ -58,7 +58,7 @@ class Cancellation(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_f
 
 
 class Join(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fields=True):
-    """Who joins or leaves a stepped clock."""
+    """A participant that joins or leaves a stepped clock."""
 
     name: str
     sleepers: int = 1
@@ -110,7 +110,7 @@ class VenueServer:
             self._ticking = asyncio.create_task(self._tick())
 
     async def stop(self) -> None:
-        """Finish what is being done, stop listening, stop the venue. Idempotent."""
+        """Finish running requests, stop listening, stop the venue. Idempotent."""
         ticking, self._ticking = self._ticking, None
         if ticking is not None:
             ticking.cancel()
@@ -120,7 +120,7 @@ class VenueServer:
         await self.venue.stop()
 
     async def _tick(self) -> None:
-        """Match each minute as it closes, also while no request comes."""
+        """Match each minute as it closes, even without requests."""
         clock = self.venue.clock
         while True:
             await clock.sleep_until(floor_ms(clock.now_ms(), MINUTE_MS) + MINUTE_MS)
@@ -133,7 +133,7 @@ class VenueServer:
     async def _answer(self, request: Request) -> Answer | None:
         if request.path.startswith("/sim/"):
             return await self._control(request)
-        # What has reached an exchange is done, whether or not who sent it still listens.
+        # A request that has reached an exchange is carried out, even if its sender is gone.
         task: asyncio.Task[Answer | None] = asyncio.create_task(self._trade(request))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -145,7 +145,7 @@ class VenueServer:
         if strike.latency_s:
             await asyncio.sleep(strike.latency_s)
         if strike.of("lose_request", "outage"):
-            noted["outcome"] = "lost before it was done"
+            noted["outcome"] = "lost before it was carried out"
             return None
         broken = strike.of("rate_limit", "error")
         if broken is not None:
@@ -155,7 +155,7 @@ class VenueServer:
             if strike.of("duplicate"):
                 answer = await self._do(request, strike)
         if strike.of("lose_response"):
-            noted["outcome"] = "done, and the answer lost"
+            noted["outcome"] = "carried out, and the answer lost"
             return None
         noted["outcome"] = answer.status
         return answer
@@ -271,7 +271,7 @@ class VenueServer:
 
     def _stepped(self) -> SteppedClock:
         if not isinstance(self.venue.clock, SteppedClock):
-            raise UserError("this clock runs by itself: start the venue with a stepped one to set it forward")
+            raise UserError("this clock runs by itself: start the venue with a stepped clock to set it forward")
         return self.venue.clock
 
     async def _list_faults(self, request: Request) -> Any:
@@ -285,8 +285,8 @@ class VenueServer:
         self.faults.clear()
         return self.faults.listed()
 
-    async def _somebody_trades(self, request: Request) -> Any:
-        trade = msgspec.json.decode(request.body, type=Trade)
+    async def _trade_by_hand(self, request: Request) -> Any:
+        trade = msgspec.json.decode(request.body, type=ManualTrade)
         async with self.venue.at_now():
             exchange = self.venue.exchanges[trade.kind]
             new = NewOrder(
@@ -298,15 +298,15 @@ class VenueServer:
             )
             return self.venue.do(trade.kind, trade.account, Place(new))
 
-    async def _somebody_cancels(self, request: Request) -> Any:
-        wanted = msgspec.json.decode(request.body, type=Cancellation)
+    async def _cancel_by_hand(self, request: Request) -> Any:
+        wanted = msgspec.json.decode(request.body, type=ManualCancellation)
         async with self.venue.at_now():
             order = self.venue.exchanges[wanted.kind].find(wanted.account, client_order_id=wanted.client_order_id)
             return self.venue.do(wanted.kind, wanted.account, Cancel(order.symbol, order_id=order.id))
 
 
 def _shown(body: bytes) -> dict[str, Any]:
-    """What a broker sent, order and all on one level, without what is the same every time."""
+    """The request of a broker, with its order, on one level and without defaults."""
     try:
         wish = msgspec.json.decode(body, type=dict[str, Any])
     except msgspec.MsgspecError:
@@ -356,6 +356,6 @@ _CONTROLS: Final[dict[tuple[str, str], Callable[[VenueServer, Request], Coroutin
     ("GET", "faults"): VenueServer._list_faults,
     ("POST", "faults"): VenueServer._add_fault,
     ("DELETE", "faults"): VenueServer._clear_faults,
-    ("POST", "trade"): VenueServer._somebody_trades,
-    ("POST", "cancel"): VenueServer._somebody_cancels,
+    ("POST", "trade"): VenueServer._trade_by_hand,
+    ("POST", "cancel"): VenueServer._cancel_by_hand,
 }

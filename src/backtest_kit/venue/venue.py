@@ -1,4 +1,4 @@
-"""`Venue`: an exchange that runs. It brings the candles of a source, a clock and the orders together."""
+"""`Venue`: a running exchange: the candles of a source, a clock and the orders."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from backtest_kit.market.clock import Clock
 from backtest_kit.market.sources import ANY_RANGE, CandleSource
 from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import DAY_MS, MINUTE_MS, floor_ms, interval_ms, iso
-from backtest_kit.venue.exchange import Exchange, Minute, Terms
-from backtest_kit.venue.journal import Action, Cancel, Done, Entry, FillReference, Head, Journal, Place
+from backtest_kit.venue.exchange import ClosedMinute, Exchange, Terms
+from backtest_kit.venue.journal import Action, Cancel, Done, FillReference, Head, Journal, JournalEntry, Place
 from backtest_kit.venue.orders import Kind, Market, VenueFill, VenueOrder
 from backtest_kit.venue.publishing import Publishing, Row, plain_rows
 
 _PAGE: Final = 500
-"""Minutes that are asked of an exchange at once."""
+"""Minutes that are requested from an exchange at a time."""
 _PAUSE_S: Final = 1.0
-"""How long to wait before asking again for a minute that an exchange does not show yet."""
+"""The pause before a minute that an exchange does not show yet is requested again."""
 KINDS: Final[tuple[Kind, ...]] = ("spot", "futures")
 
 
 class Venue:
     """A spot and a futures market on the same candles.
 
-    Nothing is known of a minute before it has closed on the clock. Whatever is done, is done `at_now`: all minutes
-    that have closed are dealt with first, one after the other in the order of time.
+    A minute is unknown until it has closed on the clock. Every action happens `at_now`: first all minutes that have
+    closed are matched, in the order of time.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Venue:
         self.exchanges: dict[Kind, Exchange] = {}
         self._source = source
         self._knows_all = source.page_limit == ANY_RANGE
-        self._ask_again_s = 0.0
+        self._request_again_s = 0.0
         self._terms = terms or Terms()
         self._journal = journal
         self._on_fill = on_fill
@@ -61,16 +61,16 @@ class Venue:
         self._turn = asyncio.Lock()
         self._settled_ms = 0
         self._ahead = {symbol: CandleSeries.empty() for symbol in symbols}
-        self._asked_until_ms = dict.fromkeys(symbols, 0)
+        self._requested_until_ms = dict.fromkeys(symbols, 0)
         self._done: list[Done] = []
         self._noted_ms = 0
-        self._told = dict.fromkeys(KINDS, 0)
+        self._reported = dict.fromkeys(KINDS, 0)
 
     async def start(self) -> None:
-        """Find the price of each symbol, and do again what the journal says was done.
+        """Find the price of each symbol, and replay the journal.
 
         Raises:
-            UserError: the source has no candle just before now, or the journal is that of another exchange.
+            UserError: the source has no candle just before now, or the journal belongs to another exchange.
             Damaged: the journal cannot be read.
         """
         await self.clock.start()
@@ -85,8 +85,8 @@ class Venue:
         )
         if kept and kept[0] != head:
             raise UserError(
-                f"the kept state is that of {', '.join(each.symbol for each in kept[0].markets)} on "
-                f"{kept[0].candles} from {iso(kept[0].start_ms)}, or of other terms: start with those, or without it"
+                f"the stored state is for {', '.join(each.symbol for each in kept[0].markets)} on "
+                f"{kept[0].candles} from {iso(kept[0].start_ms)}, or for other terms: start with those, or without it"
             )
         for kind in KINDS:
             exchange = self.exchanges[kind] = Exchange(kind, head.markets, self._terms)
@@ -99,12 +99,12 @@ class Venue:
             await self._settle(entry.at_ms)
             for each in entry.done:
                 self._apply(each.kind, each.account, each.action)
-        self._told = {kind: len(exchange.fills) for kind, exchange in self.exchanges.items()}
+        self._reported = {kind: len(exchange.fills) for kind, exchange in self.exchanges.items()}
         if self._journal:
             await asyncio.to_thread(self._journal.open, head)
 
     async def stop(self) -> None:
-        """Let go of the source, the clock and the journal."""
+        """Close the source, the clock and the journal."""
         async with self._turn:
             if self._journal:
                 self._journal.close()
@@ -113,7 +113,7 @@ class Venue:
 
     @asynccontextmanager
     async def at_now(self) -> AsyncIterator[int]:
-        """One moment: nothing else happens during the block, and what it did is journalled at its end."""
+        """One moment: nothing else happens during the block, and its actions are journalled at its end."""
         async with self._turn:
             now_ms = self.clock.now_ms()
             await self._settle(now_ms)
@@ -121,10 +121,10 @@ class Venue:
                 yield now_ms
             finally:
                 await self._keep(now_ms)
-                self._tell()
+                self._report_fills()
 
     def do(self, kind: Kind, account: str, action: Action) -> VenueOrder | None:
-        """Do one thing, inside `at_now`. It is kept unless it is refused.
+        """Do one action, inside `at_now`. It is journalled unless it is refused.
 
         Raises:
             Refused: and nothing has changed.
@@ -144,7 +144,7 @@ class Venue:
         return minutes if step_ms == MINUTE_MS or not len(minutes) else _grouped(minutes, step_ms)
 
     async def rows(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> list[Row]:
-        """The same candles as they are published, with what goes wrong with those of a minute.
+        """The same candles as they are published, with the faults of 1m candles.
 
         Raises:
             RetryLater: none are served now.
@@ -155,7 +155,7 @@ class Venue:
         return self._publishing.rows(candles, self.clock.now_ms())
 
     async def range(self, symbol: str) -> tuple[int, int] | None:
-        """The first open time there is, and the end of what has closed; None where the source cannot tell."""
+        """The first open time, and the end of the last closed candle; None if the source does not know."""
         known = await self._source.range(symbol)
         return known and (known[0], min(known[1], floor_ms(self.clock.now_ms(), MINUTE_MS)))
 
@@ -173,13 +173,13 @@ class Venue:
         return None
 
     async def _settle(self, now_ms: int) -> None:
-        """Let all minutes that have closed by `now_ms` happen."""
+        """Match all minutes that have closed by `now_ms`."""
         stop_ms = floor_ms(now_ms, MINUTE_MS)
         if stop_ms > self._settled_ms:
-            rows: list[tuple[int, str, Minute]] = []
+            rows: list[tuple[int, str, ClosedMinute]] = []
             upcoming = {symbol: await self._next_candles(symbol, stop_ms) for symbol in self.symbols}
             if not self._knows_all:
-                # An exchange shows a minute some time after it has closed: until then it has not.
+                # An exchange shows a minute some time after its close: until then it counts as open.
                 ends = [int(each.timestamp[-1]) + MINUTE_MS if len(each) else 0 for each in upcoming.values()]
                 stop_ms = max(self._settled_ms, min(stop_ms, *ends))
             for symbol, fetched in upcoming.items():
@@ -197,14 +197,14 @@ class Venue:
     async def _next_candles(self, symbol: str, stop_ms: int) -> CandleSeries:
         """The candles of `[settled, stop_ms)`; from a source that knows them all, a day is fetched at once."""
         start_ms = self._settled_ms
-        if self._knows_all and stop_ms > self._asked_until_ms[symbol]:
-            self._asked_until_ms[symbol] = until_ms = max(stop_ms, start_ms + DAY_MS)
+        if self._knows_all and stop_ms > self._requested_until_ms[symbol]:
+            self._requested_until_ms[symbol] = until_ms = max(stop_ms, start_ms + DAY_MS)
             self._ahead[symbol] = await self._source.fetch(symbol, "1m", start_ms, until_ms)
-        elif not self._knows_all and time.monotonic() > self._ask_again_s:
+        elif not self._knows_all and time.monotonic() > self._request_again_s:
             stop_ms = min(stop_ms, start_ms + _PAGE * MINUTE_MS)
             self._ahead[symbol] = await self._source.fetch(symbol, "1m", start_ms, stop_ms)
             if symbol == self.symbols[-1]:
-                self._ask_again_s = time.monotonic() + _PAUSE_S
+                self._request_again_s = time.monotonic() + _PAUSE_S
         return self._ahead[symbol].between(start_ms, stop_ms)
 
     async def _price_before(self, symbol: str, when_ms: int) -> float:
@@ -213,7 +213,7 @@ class Venue:
             candles = await self._source.fetch(symbol, "1m", when_ms - DAY_MS, when_ms)
         if not len(candles):
             known = await self._source.range(symbol)
-            there = f"its candles are those of {iso(known[0])} .. {iso(known[1])}" if known else "ask for another time"
+            there = f"its candles are those of {iso(known[0])} .. {iso(known[1])}" if known else "choose another time"
             raise UserError(f"{symbol} has no candle in the day before {iso(when_ms)}: {there}")
         return float(candles.close[-1])
 
@@ -221,27 +221,27 @@ class Venue:
         done, self._done = tuple(self._done), []
         if self._journal and (done or now_ms >= self._noted_ms + MINUTE_MS):
             self._noted_ms = floor_ms(now_ms, MINUTE_MS)
-            await self._journal.write([Entry(now_ms, done)], durable=bool(done))
+            await self._journal.write([JournalEntry(now_ms, done)], durable=bool(done))
 
-    def _tell(self) -> None:
+    def _report_fills(self) -> None:
         for kind, exchange in self.exchanges.items():
-            fills = exchange.fills[self._told[kind] :]
-            self._told[kind] += len(fills)
+            fills = exchange.fills[self._reported[kind] :]
+            self._reported[kind] += len(fills)
             for fill in fills if self._on_fill else ():
                 assert self._on_fill is not None  # noqa: S101  # nothing to loop over otherwise
                 self._on_fill(kind, fill)
 
 
-def _minutes(candles: CandleSeries) -> list[Minute]:
+def _minutes(candles: CandleSeries) -> list[ClosedMinute]:
     columns = (candles.timestamp, candles.open, candles.high, candles.low, candles.close)
     return [
-        Minute(open_ms, *map(_decimal, prices))
+        ClosedMinute(open_ms, *map(_decimal, prices))
         for open_ms, *prices in zip(*(column.tolist() for column in columns), strict=True)
     ]
 
 
 def _grouped(minutes: CandleSeries, step_ms: int) -> CandleSeries:
-    """Candles of `step_ms`, each from the minutes that there are of it."""
+    """Candles of `step_ms`, each from its existing minutes."""
     times, first = np.unique(minutes.timestamp - minutes.timestamp % step_ms, return_index=True)
     last = np.append(first[1:], len(minutes)) - 1
     return CandleSeries(

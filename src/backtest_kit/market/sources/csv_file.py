@@ -48,7 +48,7 @@ def csv(path: str | Path) -> CandleSource:
 
     Columns are found by their header, in any case and order: timestamp (or time, date, open_time ...),
     open, high, low, close, volume, or o, h, l, c, v. Timestamps are open times: ISO 8601, or epochs in
-    s, ms, us or ns, each told by its magnitude. Downloads of Binance need no header. With a `symbol`
+    s, ms, us or ns, recognized by its magnitude. Downloads of Binance need no header. With a `symbol`
     column the rows of the requested symbol are served; with `{symbol}` in the path (`data/{symbol}.csv.gz`)
     every symbol has a file of its own; otherwise the file serves any symbol.
 
@@ -104,7 +104,7 @@ class _Parser:
         return Table.of(self._path, self._parts, self._complaint)
 
     def _together(self, first: str, lines: list[str]) -> Columns | None:
-        """Sound lines; None where one has a cell that cannot be read, or another number of cells than the header."""
+        """Valid lines; None if one has an unreadable cell, or another number of cells than the header."""
         try:
             rows = np.loadtxt(lines, self._types(first), comments=None, delimiter=",", quotechar='"', ndmin=1)
         except ValueError:

@@ -21,8 +21,8 @@ def function(get_candles: GetCandles) -> CandleSource:
 
     It returns the `limit` closed candles from `since_ms` on, or as many of them as there are: a
     `CandleSeries`, or rows that are dicts with timestamp, open, high, low, close and volume, or
-    sequences in that order. Timestamps are open times in epoch ms. Whatever it returns outside of
-    the asked range is dropped. Where bad rows are repaired, it is asked for the minute before as well.
+    sequences in that order. Timestamps are open times in epoch ms. Rows outside of the
+    requested range are dropped. If bad rows are repaired, the previous minute is requested as well.
 
     Raises:
         UserError: `get_candles` is not callable.
@@ -55,7 +55,7 @@ class FunctionSource(CandleSource):
         try:
             return series_of([self._row(row) for row in rows])
         except UserError as error:
-            raise BadCandles(f"{self._name}() returned rows that are no candles: {error}") from None
+            raise BadCandles(f"{self._name}() returned rows that are not candles: {error}") from None
 
     def _row(self, row: Any) -> Sequence[Any]:
         if isinstance(row, Mapping):

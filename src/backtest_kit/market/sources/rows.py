@@ -1,4 +1,4 @@
-"""Raw rows as columns, whatever stands in their cells."""
+"""Raw rows as columns, with any content of the cells."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def series_of(rows: Sequence[Sequence[Any]]) -> CandleSeries:
     """Columns of rows of (timestamp, open, high, low, close, volume).
 
     What is not a number becomes NaN, a timestamp that cannot be one NO_TIME; a row that is too short lacks its end.
-    Whoever takes candles from a source decides what becomes of such rows.
+    The reader of a source decides what becomes of such rows.
     """
     if not rows:
         return CandleSeries.empty()

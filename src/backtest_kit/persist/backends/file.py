@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Final, TypeVar
 from backtest_kit.errors import BacktestKitError
 from backtest_kit.persist.backends import file_diagnosis, file_operations
 from backtest_kit.persist.backends.file_candles import FileCandleStore
-from backtest_kit.persist.backends.file_commit import Change, Committer, Request, Waiter
+from backtest_kit.persist.backends.file_commit import Change, Committer, Request
 from backtest_kit.persist.backends.file_listing import Found, list_records
 from backtest_kit.persist.backends.file_paths import is_feed, is_log, record_path
 from backtest_kit.persist.backends.file_root import Root
@@ -57,15 +58,13 @@ class FileStore(Store):
         self.root = Root(root, disk or Disk(), existing=existing, inline=inline)
         self._committer = Committer(self.root, inline=inline)
         self._inline = inline
-        self._parent: FileStore | None = None
         self._prefix = ""
         self.candles = self._make_candles()
 
     def namespace(self, name: str) -> FileStore:
         if not name:
             return self
-        store = FileStore.__new__(FileStore)
-        store.root, store._committer, store._inline, store._parent = self.root, self._committer, self._inline, self
+        store = copy.copy(self)
         # No contract begins with @, so no record of a namespace lies where one of its parent would.
         store._prefix = f"{self._prefix}@{escape(name, 'namespace')}/"
         store.candles = store._make_candles()
@@ -78,13 +77,14 @@ class FileStore(Store):
         )
 
     async def _call(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        self.root.check_process()
         return work(*arguments) if self._inline else await asyncio.to_thread(work, *arguments)
 
     async def open(self) -> None:
         await self._call(self.root.open)
 
     async def close(self) -> None:
-        if self._parent is None:
+        if not self._prefix and not self.root.is_inherited:
             await self._call(self._committer.close)
 
     # -- records -------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class FileStore(Store):
         return await self._call(self._get, contract, key, path)
 
     def _get(self, contract: Contract, key: Key, path: str) -> Record | None:
-        self.root.open()
+        self.root.open_to_read(path)
         return self.root.load(contract, key, path)
 
     async def put(self, write: Write) -> Record:
@@ -113,11 +113,12 @@ class FileStore(Store):
 
     async def _submit(self, requests: Sequence[Sequence[Write]]) -> list[Request]:
         """Carry out each of `requests`, which stand and fall alone."""
-        waiter = Waiter(len(requests))
-        waiting = [Request([self._change(write) for write in writes], waiter) for writes in requests]
+        self.root.check_process()
+        waiting = [Request([self._change(write) for write in writes]) for writes in requests]
         if waiting:
             self._committer.submit(waiting)
-            await waiter.future
+        for request in waiting:
+            await request.answered
         return waiting
 
     def _change(self, write: Write) -> Change:
@@ -141,7 +142,7 @@ class FileStore(Store):
     # -- upkeep --------------------------------------------------------------------------------------
 
     async def identity(self) -> str:
-        return f"file:{await self._call(os.path.realpath, self.root.path)}/{self._prefix}"
+        return f"file:{await asyncio.to_thread(os.path.realpath, self.root.path)}/{self._prefix}"
 
     async def namespaces(self) -> list[tuple[str, ...]]:
         return await self._call(file_operations.namespaces, self.root, self._prefix)
@@ -185,7 +186,11 @@ class FileStore(Store):
             raise disk_error(error, "change", self.root.quarantine.place(path)) from error
 
     async def accept_loss(self) -> str | None:
-        return await self._call(self.root.feeds.accept_loss)
+        return await self._call(self._accept_loss)
+
+    def _accept_loss(self) -> str | None:
+        self.root.require_store()
+        return self.root.feeds.accept_loss()
 
 
 def _next(found: Found, size: int) -> list[Record | BacktestKitError]:

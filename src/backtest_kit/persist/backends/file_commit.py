@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Final, NamedTuple
 
-from backtest_kit.errors import BacktestKitError, Outcome, RetryLater
+from backtest_kit.errors import BacktestKitError, Outcome
 from backtest_kit.persist.backends.file_feeds import FILE as FEEDS, FeedTransaction
 from backtest_kit.persist.backends.file_paths import is_feed, is_log, namespace_of
-from backtest_kit.persist.backends.file_root import Root
+from backtest_kit.persist.backends.file_root import GROUP_PATIENCE, Root
 from backtest_kit.persist.codec import dump_record, dump_value, seal_text
 from backtest_kit.persist.contracts import Durability
 from backtest_kit.persist.crashpoints import crashpoint
@@ -55,28 +55,13 @@ class Change:
         self.target: Target = (path, write.key)
 
 
-class Waiter:
-    """A caller that waits for some requests. `future` is done when each of them has its outcome."""
-
-    def __init__(self, count: int) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[None] = self.loop.create_future()
-        self._count = count
-
-    def answer(self) -> None:
-        """One more of them has its outcome."""
-        self._count -= 1
-        # A caller that was cancelled meanwhile does not wait any more: the write took place all the same.
-        if not self._count and not self.future.done():
-            self.future.set_result(None)
-
-
 class Request:
-    """What stands and falls together: all of `changes` or none."""
+    """What stands and falls together: all of `changes` or none. `answered` is done when it has its outcome."""
 
-    def __init__(self, changes: Sequence[Change], waiter: Waiter) -> None:
+    def __init__(self, changes: Sequence[Change]) -> None:
         self.changes = changes
-        self.waiter = waiter
+        self.loop = asyncio.get_running_loop()
+        self.answered: asyncio.Future[None] = self.loop.create_future()
         self.records: list[Record] = []
         self.error: BaseException | None = None
         self.locks = {change.lock for change in changes}
@@ -117,19 +102,14 @@ class Committer:
         self._last_size = 1
         self._parked: list[Request] = []
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        self._root.check_process()
-        self._enqueue(requests)
-
     def close(self) -> None:
         """Carry out what was submitted, close the root and end the thread; what is submitted later opens it again."""
-        if self._root.is_inherited:
-            return  # the thread, the files and what they owe the disk are those of the parent
         closing: Future[None] = Future()
-        self._enqueue(closing)
+        self.submit(closing)
         closing.result()
 
-    def _enqueue(self, item: Sequence[Request] | Future[None]) -> None:
+    def submit(self, item: Sequence[Request] | Future[None]) -> None:
+        """Take requests of one caller, or a future that is done once the root is closed."""
         with self._arrival:
             self._queue.append(item)
             if self._thread is None and not self._inline:
@@ -187,7 +167,7 @@ class Committer:
             if isinstance(item, Future):
                 closing = item
                 break
-            if not item[0].waiter.future.cancelled():
+            if not item[0].answered.cancelled():
                 group += item
                 size += 1
         self._last_size = size
@@ -235,7 +215,7 @@ class Committer:
             now = time.monotonic()
             request.give_up_at = request.give_up_at or now + PATIENCE_SECONDS
             if stuck and now >= request.give_up_at:
-                request.error = self._root.locks.timed_out(stuck.shard, PATIENCE_SECONDS)
+                request.error = stuck.after(PATIENCE_SECONDS)
             else:
                 self._parked.append(request)
         return free
@@ -251,24 +231,21 @@ class Committer:
                 unfinished = self._root.is_left_unfinished()
                 if not unfinished:
                     self._commit_locked(group, ticks)
-        except Locked as error:
-            self._commit(self._free_to_go(group, error))
         except (BacktestKitError, OSError) as error:
             outcome = error.outcome if isinstance(error, BacktestKitError) else Outcome.NOT_DONE
-            if len(group) == 1 or outcome is Outcome.UNKNOWN:
+            if outcome is Outcome.UNKNOWN:
                 raise
-            busy: BaseException | None = None
+            if isinstance(error, Locked):
+                self._commit(self._free_to_go(group, error))
+                return
+            if len(group) == 1:
+                raise
             for request in group:  # it fails only those whom it concerns
                 request.error, request.records = None, []
-                if busy is not None and FEEDS in request.locks:
-                    request.error = busy
-                    continue
                 try:
                     self._commit([request])
                 except (BacktestKitError, OSError) as single:
                     request.error = _error_of(request, single)
-                    if FEEDS in request.locks and isinstance(request.error, RetryLater):
-                        busy = request.error  # the others would wait for the database as long, one after the other
         else:
             if unfinished:
                 # Not under the locks, which it needs. What it brings is older than this group.
@@ -318,7 +295,9 @@ class Committer:
             if not staged:
                 continue
             try:
-                self._append(self._root.log.file_of_today(path), staged)
+                file = self._root.log.file_of_today(path)
+                self._append(file, staged)
+                self._root.syncer.note([f"{self._root.path}/{file}"])
             except OSError as error:
                 for request in requests:
                     request.error = request.error or disk_error(error, "append to", path)
@@ -326,30 +305,30 @@ class Committer:
     def _append(self, file: str, lines: Sequence[_Staged]) -> None:
         row = lines[0].change.write.contract
         self._root.log.append(row, file, [(item.record, item.dumped) for item in lines])
-        self._root.syncer.note([f"{self._root.path}/{file}", *self._root.slots.unsynced(file)])
+        self._root.syncer.note(self._root.slots.unsynced(file))
 
     def _commit_feeds(self, group: list[Request], ticks: Iterator[int]) -> None:
         """Carry out requests that touch nothing but feeds, in one transaction."""
         if not group:
             return
         try:
-            with self._root.feeds.transaction() as feeds:
+            with self._root.feeds.transaction(GROUP_PATIENCE) as feeds:
                 _, staged = self._decide_all(group, feeds, ticks)
                 _write_rows(feeds, staged)
+        except Locked as error:
+            self._free_to_go(group, error)
         except BacktestKitError as error:
             # Not raised: what else was in the group is stored, and is not to be done again.
             for request in group:
                 request.error, request.records = error, []
-                # Where another process keeps the database, each would wait for it as long as all of them have.
-                alone = len(group) > 1 and error.outcome is Outcome.NOT_DONE and not isinstance(error, RetryLater)
-                if alone:
+                if len(group) > 1 and error.outcome is Outcome.NOT_DONE:
                     request.error = None
                     self._commit_feeds([request], ticks)
 
     def _commit_through_journal(self, group: list[Request], ticks: Iterator[int]) -> None:
         with contextlib.ExitStack() as transaction:
             some = any(change.in_feed for request in group for change in request.changes)
-            feeds = transaction.enter_context(self._root.feeds.transaction()) if some else None
+            feeds = transaction.enter_context(self._root.feeds.transaction(GROUP_PATIENCE)) if some else None
             entries, staged = self._decide_all(group, feeds, ticks)
             if not staged:
                 return
@@ -448,7 +427,7 @@ def _answer(group: list[Request]) -> None:
     """Wake the callers: one call for all that wait in one loop."""
     waiting: dict[Any, list[Request]] = {}
     for request in group:
-        waiting.setdefault(request.waiter.loop, []).append(request)
+        waiting.setdefault(request.loop, []).append(request)
     for loop, requests in waiting.items():
         with contextlib.suppress(RuntimeError):  # the loop is closed, no caller waits
             loop.call_soon_threadsafe(_wake, requests)
@@ -456,4 +435,6 @@ def _answer(group: list[Request]) -> None:
 
 def _wake(requests: list[Request]) -> None:
     for request in requests:
-        request.waiter.answer()
+        # A caller that was cancelled meanwhile does not wait any more: the write took place all the same.
+        if not request.answered.done():
+            request.answered.set_result(None)

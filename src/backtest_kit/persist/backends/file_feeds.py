@@ -21,12 +21,14 @@ from backtest_kit.persist.backends.sqlite_diagnosis import examine_contents
 from backtest_kit.persist.backends.sqlite_file import SqliteFile
 from backtest_kit.persist.contracts import Contract
 from backtest_kit.persist.files import Disk
+from backtest_kit.persist.locks import Locked
 from backtest_kit.persist.store import Key, Record, Selection
 from backtest_kit.persist.upkeep import Finding, Quarantined, Reading
 
 T = TypeVar("T")
 
 FILE: Final = "feeds.db"
+BUSY_SECONDS: Final = 10.0
 NAMES: Final = frozenset((FILE, f"{FILE}-wal", f"{FILE}-shm", f"{FILE}-mark"))
 """What may lie in the root of it."""
 
@@ -68,8 +70,8 @@ class FeedTransaction:
 class Feeds:
     """Methods block, and may be called from any thread. The file is made by the first transaction."""
 
-    def __init__(self, root: str, disk: Disk, *, busy_timeout: float = 10.0, existing: bool = False) -> None:
-        self._file = SqliteFile(Path(root, FILE), busy_timeout, existing=existing, disk=disk)
+    def __init__(self, root: str, disk: Disk, *, existing: bool = False) -> None:
+        self._file = SqliteFile(Path(root, FILE), BUSY_SECONDS, existing=existing, disk=disk)
         self._rows = self._file.rows
         self._writing = threading.Lock()
         self._reading = threading.Lock()
@@ -82,15 +84,26 @@ class Feeds:
             self._is_made = False
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[FeedTransaction]:
+    def transaction(self, patience: float = BUSY_SECONDS) -> Iterator[FeedTransaction]:
         """Commit what the body does: it is on the disk afterwards. Nothing of it stays if the body raises.
 
         Raises:
-            RetryLater: another process kept the file locked; or, with `outcome` UNKNOWN, the disk failed at the end.
+            Locked: another process, or another thread of this one, kept the file for `patience` seconds.
+            RetryLater: with `outcome` UNKNOWN, the disk failed at the end.
             OutOfSpace, Damaged: nothing was changed.
         """
-        with self._writing, self._file.transaction() as connection:
+        with self._alone(patience) as connection:
             yield FeedTransaction(self._rows, connection)
+
+    @contextlib.contextmanager
+    def _alone(self, patience: float = BUSY_SECONDS) -> Iterator[Any]:
+        if not self._writing.acquire(timeout=patience):
+            raise Locked(str(self._file.path), patience, FILE.__eq__)
+        try:
+            with self._file.transaction(patience=patience) as connection:
+                yield connection
+        finally:
+            self._writing.release()
 
     # -- reading -------------------------------------------------------------------------------------
 
@@ -173,7 +186,7 @@ class Feeds:
             return self._file.read(work) if self._is_made else None
 
     def _change(self, work: Callable[[Any], T]) -> T:
-        with self._writing, self._file.transaction() as connection:
+        with self._alone() as connection:
             return work(connection)
 
     def _quarantine(self, suspect: Suspect) -> Damaged:

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from typing import Final
 
 from backtest_kit.errors import BacktestKitError
-from backtest_kit.persist.backends.file_paths import NEXT, SUFFIX, is_feed, is_log
+from backtest_kit.persist.backends.file_paths import NEXT, SUFFIX, is_feed, is_log, place_of
 from backtest_kit.persist.backends.file_root import Root
 from backtest_kit.persist.contracts import Contract, Durability
 from backtest_kit.persist.files import disk_error
-from backtest_kit.persist.keys import path_of
 from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE
 from backtest_kit.persist.store import Record, Selection
 
@@ -24,26 +23,26 @@ Found = Iterator[Record | BacktestKitError]
 
 def list_records(root: Root, namespace: str, wanted: Selection) -> Found:
     """The records that are wanted, or what is to be raised in their place. Removed ones may be among them."""
-    root.open()
     contract, prefix, newest_first = wanted.contract, wanted.prefix, wanted.newest_first
+    place = place_of(namespace, contract, prefix)
+    root.open_to_read(place)
     if is_feed(contract):
         numbers = root.feeds.numbers(wanted, namespace)
         for low in range(0, len(numbers), _ROWS):
             yield from root.feeds.read(contract, namespace, numbers[low : low + _ROWS])
         return
-    directory = namespace + "/".join((contract.name, *path_of(contract, prefix)))
     try:
         if is_log(contract):
-            for record in root.log.records(contract, f"{namespace}{contract.name}", newest_first=newest_first):
+            for record in root.log.records(contract, place, newest_first=newest_first):
                 if record.key[: len(prefix)] == prefix:
                     yield record
             return
         levels = len(contract.key_fields) - len(prefix) - 1
-        yield from _slots(root, contract, directory, levels, newest_first)
+        yield from _slots(root, contract, place, levels, newest_first)
     except BacktestKitError as error:
         yield error
     except OSError as error:
-        raise disk_error(error, "list", f"{root.path}/{directory}") from error
+        raise disk_error(error, "list", f"{root.path}/{place}") from error
 
 
 def _slots(root: Root, contract: Contract, directory: str, levels: int, newest_first: bool) -> Found:

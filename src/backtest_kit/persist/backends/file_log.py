@@ -8,6 +8,7 @@ replaced only to forget lines. The order of lines is that in which they lie ther
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -96,20 +97,15 @@ class Log:
         Raises:
             Damaged: there is none, and a line is in quarantine, which may be the one.
         """
-        found = self._find(row, path, key, locked=locked)
-        if found is None and not locked:
-            self._refuse_damage(path)
-        return found and found[1]
-
-    def _find(self, row: Contract, path: str, key: Key, *, locked: bool) -> tuple[str, Record] | None:
-        """The last line of that key, with its file."""
         mark = b'"key":' + msgspec.json.encode(dict(zip(row.key_fields, key, strict=True)))
         for line in self._lines(path, newest_first=True):
             # Every line is verified: among those that are damaged there may be the one of this key.
             if mark in line.data or not _is_whole(line):
                 record = self._read(row, line, locked=locked)
                 if record is not None and record.key == key:
-                    return line.path, record
+                    return record
+        if not locked:
+            self._refuse_damage(path)
         return None
 
     def count(self, path: str) -> int:
@@ -228,7 +224,10 @@ class Log:
         finally:
             self._disk.close(fd)
         crashpoint("log.after_append")
-        self._remembered.update({(path, record.key): record for record, _ in lines})
+        self._remember(path, [record for record, _ in lines])
+
+    def _remember(self, path: str, records: Iterable[Record]) -> None:
+        self._remembered.update({(path, record.key): record for record in records})
         while len(self._remembered) > _REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
 
@@ -236,15 +235,22 @@ class Log:
         """Remember no line of a namespace that is being forgotten."""
         self._remembered = {place: each for place, each in self._remembered.items() if not place[0].startswith(prefix)}
 
-    def redo(self, row: Contract, path: str, record: Record, dumped: bytes) -> None:
-        """Carry out a change of the journal, durably, unless the line is there. The caller holds the lock."""
-        found = self._find(row, path, record.key, locked=True)
-        file = found[0] if found else self.file_of_today(path)
-        if not found:
-            self.append(row, file, [(record, dumped)])
-        # Also if it was there: the process that was killed may not have come to syncing it.
-        self._disk.sync_file(f"{self._root}/{file}")
-        self._disk.sync_directory(f"{self._root}/{path}")
+    def redo(self, row: Contract, path: str, lines: Sequence[tuple[Record, bytes]]) -> None:
+        """Carry out changes of the journal, durably; lines that are there stay. The caller holds the lock."""
+        missing = {record.key: (record, dumped) for record, dumped in lines}
+        files = set()
+        for line in self._lines(path, newest_first=True):
+            if not missing:
+                break
+            found = self._read(row, line, locked=True)
+            if found is not None and missing.pop(found.key, None) is not None:
+                files.add(line.path)
+        today = self.file_of_today(path)
+        for file in sorted({*files, today} if missing else files):
+            added = [seal_line(dumped) for _, dumped in missing.values() if file == today]
+            # To a new file, also what is there: a sync of the old one may have failed, and is never tried again.
+            self._replace(row, file, itertools.chain(self._without(file, ()), added))
+        self._remember(path, [record for record, _ in missing.values()])
 
     def prune(self, row: Contract, path: str, revisions: Mapping[Key, int]) -> int:
         """Forget the lines of these keys; return how many those were. A file that has no others is removed."""
@@ -269,28 +275,31 @@ class Log:
                     gone[key] = line
                     if len(gone) == len(revisions):
                         break
-        if not gone:
-            return set()
+        if gone:
+            self._replace(row, file, self._without(file, gone.values()))
+            crashpoint("log.after_prune")
+        return {*gone}
+
+    def _replace(self, row: Contract, file: str, content: Iterator[bytes]) -> None:
+        """Durably put `content` in the place of a file, which it may read; nothing is left of one without content."""
         fd = self._open(file)
         try:
             self._cut_torn_end(row, fd, file)
         finally:
             self._disk.close(fd)
         directory = f"{self._root}/{file.rpartition('/')[0]}"
-        temp = self._disk.write_temp(directory, self._without(file, gone.values()), sync=True)
+        temp = self._disk.write_temp(directory, content, sync=True)
         if self._disk.stat(temp).st_size:
             self._disk.rename(temp, f"{self._root}/{file}")
         else:
             self._disk.discard(temp)
             self._disk.remove(f"{self._root}/{file}")
         self._disk.sync_directory(directory)
-        crashpoint("log.after_prune")
-        return {*gone}
 
     def _without(self, file: str, gone: Iterable[Line]) -> Iterator[bytes]:
         """The content of a file without some of its lines. What follows the last of them is not looked at."""
         offsets = {line.offset for line in gone}
-        last = max(offsets)
+        last = max(offsets, default=-1)
         for lines in self._blocks(file):
             kept = [line for line in lines if line.offset not in offsets]
             yield b"".join(line.data for line in kept if line.offset > last or not line.is_blank)

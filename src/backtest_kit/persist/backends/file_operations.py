@@ -148,10 +148,10 @@ def quarantined(root: Root) -> list[Quarantined]:
 
 def count(root: Root, namespace: str, contract: Contract) -> int:
     """How many records there are in a feed or a log, removed ones left out."""
-    root.open()
+    path = record_path(namespace, contract, ())
+    root.open_to_read(path)
     if is_feed(contract):
         return root.feeds.count(contract, namespace)
-    path = record_path(namespace, contract, ())
     try:
         return root.log.count(path)
     except OSError as error:
@@ -160,7 +160,7 @@ def count(root: Root, namespace: str, contract: Contract) -> int:
 
 def namespaces(root: Root, prefix: str) -> list[tuple[str, ...]]:
     """Every namespace below one, as the names that lead there."""
-    root.open()
+    root.open_to_read(prefix)
     found = {*_directories(root, prefix), *root.feeds.namespaces(prefix)}
     paths = {"/".join(names[:size]) for names in (path.split("/")[:-1] for path in found) for size in _lengths(names)}
     below = sorted(path.removeprefix(prefix).split("/") for path in paths if f"{path}/" != prefix)
@@ -220,7 +220,7 @@ def restore(root: Root, path: str) -> Record | None:
                 raise _occupied(path, f"revision {current.rev}, written since")
             current = msgspec.structs.replace(record, rev=record.rev + 1)
             if is_log(row):
-                root.log.redo(row, _lock_of(path, row), current, dump_record(row, current))
+                root.log.redo(row, _lock_of(path, row), [(current, dump_record(row, current))])
             else:
                 root.slots.write_durably(path, seal(row, current), next(ticks))
         root.quarantine.release(path)

@@ -31,7 +31,13 @@ def is_feed(row: Contract) -> bool:
 
 def record_path(prefix: str, row: Contract, key: Key) -> str:
     """Where a record lies: its file, or of a feed or log the name of the contract."""
-    return f"{prefix}{row.name}" if row.kind is Kind.FEED else _path(prefix, row, key) + SUFFIX
+    place = place_of(prefix, row, key)
+    return place if row.kind is Kind.FEED else place + SUFFIX
+
+
+def place_of(prefix: str, row: Contract, key: Key) -> str:
+    """Where records whose key begins with `key` lie: their directory, or of a feed or log the name of the contract."""
+    return f"{prefix}{row.name}" if row.kind is Kind.FEED else _path(prefix, row, key)
 
 
 @functools.lru_cache(maxsize=4096)

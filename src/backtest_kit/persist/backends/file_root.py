@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-from backtest_kit.errors import BacktestKitError, Damaged, Outcome, RetryLater, UserError
+from backtest_kit.errors import BacktestKitError, Damaged, Outcome, OutOfSpace, RetryLater, UserError
 from backtest_kit.persist.backends.file_feeds import NAMES as FEED_FILES, Feeds
 from backtest_kit.persist.backends.file_log import Log
 from backtest_kit.persist.backends.file_paths import (
@@ -36,9 +36,11 @@ from backtest_kit.persist.quarantine import DIRECTORY as QUARANTINE, Quarantine
 from backtest_kit.persist.store import Key, Record
 
 _CLOCK_STEP_NS: Final = 100_000_000
-_GROUP_PATIENCE: Final = 0.05
+GROUP_PATIENCE: Final = 0.05
 _RECOVERY_PATIENCE: Final = 60.0
 _LOOK_PATIENCE: Final = 0.02
+_LOOK_SECONDS: Final = 1.0
+"""How long readers may see half of a batch after its process was killed."""
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +78,8 @@ class Root:
         self._inline = inline
         self._opened = False
         self._recovered = False
+        self._look_at = 0.0
+        """When a reader looks again for what a killed process left, on the monotonic clock."""
         self._pid = os.getpid()
         self._last_tick = 0
         self._sweeper: threading.Thread | None = None
@@ -97,11 +101,9 @@ class Root:
         """Make ready and recover what a killed process, or a failing disk, left. Idempotent.
 
         Raises:
-            UserError: the root cannot be used, is not a store where one has to exist, or was opened by the process
-                that this one was forked from.
+            UserError: the root cannot be used, or is not a store where one has to exist.
             NewerSchema: a newer version of this program wrote it.
         """
-        self.check_process()
         with self._guard:
             if not self._recovered:
                 if not self._existing or self._must_recover():
@@ -111,6 +113,25 @@ class Root:
                 self._opened = True
                 if not self._existing:
                     self._start_sweep()
+
+    def open_to_read(self, path: str) -> None:
+        """Make ready to read what is at `path` or below it: open, and finish what a killed process left since.
+
+        Where the disk does not take that, because it is full, all can be read but what would be half of a batch.
+
+        Raises:
+            As `open`.
+        """
+        try:
+            with self._guard:
+                if self._recovered and time.monotonic() >= self._look_at:
+                    self._look_at = time.monotonic() + _LOOK_SECONDS
+                    self._recovered = self.slots.read_only or not self.is_left_unfinished()
+                self.open()
+        except (OutOfSpace, RetryLater):
+            unfinished = [f"{changed}/" for changed in self.changed_by_others()]
+            if not self.check_marker() or any(changed.startswith(f"{path}/") for changed in unfinished):
+                raise
 
     def close(self) -> None:
         """Make everything durable and let go. The next call opens again."""
@@ -177,23 +198,35 @@ class Root:
                 raise UserError(message) from error
             raise disk_error(error, "open the store", self.path) from error
 
-    def _redo(self, change: dict[str, Any]) -> bool:
-        """Carry out a change of the journal; False where its key is blocked."""
-        name, path = change["record"]["contract"], change["path"]
-        row = ALL_CONTRACTS.get(name)
-        if row is None:
-            _log.error("not recovered from the journal: %s is of %s, no contract of this program", path, name)
-            return False
-        record, dumped = open_envelope(row, None, change["record"]), dump_value(change["record"])
+    def _redo(self, changes: Sequence[dict[str, Any]]) -> bool:
+        """Carry out the changes of a journal; False if one could not be, because its key is blocked."""
+        known = True
+        together: dict[object, tuple[Contract, str, list[dict[str, Any]]]] = {}
+        for number, change in enumerate(changes):
+            name, path = change["record"]["contract"], change["path"]
+            row = ALL_CONTRACTS.get(name)
+            if row is None:
+                _log.error("not recovered from the journal: %s is of %s, no contract of this program", path, name)
+                known = False
+                continue
+            # The lines of a log in one go, because its file is read and written as a whole.
+            together.setdefault(path if is_log(row) else number, (row, path, []))[2].append(change)
+        done = [self._redo_at(*each) for each in together.values()]
+        return known and all(done)
+
+    def _redo_at(self, row: Contract, path: str, changes: Sequence[dict[str, Any]]) -> bool:
+        """Carry out one change, or all lines of a log."""
+        records = [(open_envelope(row, None, each["record"]), dump_value(each["record"])) for each in changes]
+        ((record, dumped), *_) = records
         try:
             if is_feed(row):
                 with self.feeds.transaction() as feeds:
                     return feeds.replay(row, namespace_of(path), record, dumped)
             with self.locks.hold((path,)):
                 if is_log(row):
-                    self.log.redo(row, path, record, dumped)
+                    self.log.redo(row, path, records)
                 else:
-                    self.slots.redo(row, path, record, dumped, change["tick"])
+                    self.slots.redo(row, path, record, dumped, changes[0]["tick"])
         except Damaged as error:
             _log.error("not recovered from the journal, the operator decides: %s", error)
             return False
@@ -260,7 +293,7 @@ class Root:
         What is written before `recover` is called would come in between. The caller may hold locks of records, and
         lets go of them before it calls that.
         """
-        if not self._journal.has_others():
+        if not self._journal.others():
             return False
         try:
             # Under this lock, because a file that is looked at here seems to have an owner to who replays it.
@@ -281,7 +314,7 @@ class Root:
         The tick of a record file is its time of modification: listings are in their order.
         """
         self._journal.drop_refused()
-        with self.locks.hold(names, PATIENCE if patient else _GROUP_PATIENCE):
+        with self.locks.hold(names, PATIENCE if patient else GROUP_PATIENCE):
             noted = self.disk.stat(self._clock).st_mtime_ns
             self._last_tick = max(self._last_tick, noted)
             try:
@@ -306,18 +339,22 @@ class Root:
         files = [f"{self.path}/{path}" for path in changed]
         # Directories after the files, so that a name never comes before what it stands for.
         directories = {file.rpartition("/")[0]: None for file in files}
-        with self._journal.request(entries, [*files, *directories]):
-            try:
+        is_written = False
+        try:
+            with self._journal.request(entries, [*files, *directories]):
+                is_written = True
                 yield
-            except BaseException as error:
+        except BaseException as error:
+            if is_written:
+                # Not before the journal has let go of its files: an opening in between would pass over them.
                 self._recovered = False
-                if isinstance(error, OSError):
-                    doing = "carry out what is in the journal of"
-                    raise disk_error(error, doing, self.path, Outcome.UNKNOWN) from error
-                if isinstance(error, BacktestKitError):
-                    error.outcome = Outcome.UNKNOWN
-                raise
-            self.syncer.note_journal()
+            if is_written and isinstance(error, OSError):
+                doing = "carry out what is in the journal of"
+                raise disk_error(error, doing, self.path, Outcome.UNKNOWN) from error
+            if is_written and isinstance(error, BacktestKitError):
+                error.outcome = Outcome.UNKNOWN
+            raise
+        self.syncer.note_journal()
 
     def checkpoint(self) -> None:
         """Empty the journal of this process, for a caller after whom revisions may begin anew."""

@@ -205,23 +205,23 @@ class Threads:
             self._opened = True
 
     async def close(self) -> None:
-        self._check_process()
+        self.check_process()
         await self._reader.close()
         await self._writer.close()
         self._opened = False
 
     async def write(self, work: Work[T], *, durable: bool = True) -> T:
         """Do `work` in a transaction, perhaps with that of others. Work that raises has changed nothing."""
-        self._check_process()
+        self.check_process()
         return await self._writer.run(work, durable=durable)
 
     async def read(self, work: Work[T]) -> T:
-        self._check_process()
+        self.check_process()
         if not self._opened and not self._existing:
             await self.open()
         return await self._reader.run(work)
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
         self._writer.check_process()
         self._reader.check_process()
 
@@ -282,7 +282,7 @@ class SqlStore(Store):
             return await self._threads.write(work, durable=_must_be_durable(changes))
         except BacktestKitError:
             # One value too large, say, must not fail the others; what was written all the same is written again.
-            return await asyncio.gather(*map(self.put, writes), return_exceptions=True)
+            return await super().put_each(writes)
 
     async def batch(self, writes: Sequence[Write]) -> None:
         check_batch(writes)

@@ -68,6 +68,7 @@ class SqliteStore(SqlStore):
             await self._files.forget()
 
     async def check(self, *, deep: bool = False) -> list[Finding]:
+        self._threads.check_process()
         lost = await asyncio.to_thread(self._file.loss)
         if lost is not None:
             # Nothing can be read until that is decided.
@@ -79,6 +80,8 @@ class SqliteStore(SqlStore):
         return sorted(found, key=lambda finding: finding.path)
 
     async def accept_loss(self) -> str | None:
+        self._threads.check_process()
+        await asyncio.to_thread(self._file.require_made)
         return await asyncio.to_thread(self._file.accept_loss)
 
     async def examine(self, *, samples: int = SAMPLES) -> list[Reading]:

@@ -19,6 +19,7 @@ from backtest_kit.persist.backends.sql_dialect import Dialect
 from backtest_kit.persist.backends.sqlite_mark import Head, Mark, lost_commits, new_head, unknown_commits, unpack
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.files import Disk, disk_error
+from backtest_kit.persist.locks import Locked
 from backtest_kit.persist.upkeep import Finding
 
 T = TypeVar("T")
@@ -72,10 +73,11 @@ class SqliteFile:
     # -- reading and writing -------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+    def transaction(self, *, durable: bool = True, patience: float | None = None) -> Iterator[sqlite3.Connection]:
         """Commit what the body does; nothing of it stays if it raises. With `durable`, it is on the disk afterwards.
 
         Raises:
+            Locked: another process has kept the file for `patience` seconds, or else as long as this object waits.
             RetryLater, OutOfSpace: with `outcome` UNKNOWN, if it may have been committed all the same.
             Damaged, UserError: nothing was changed.
         """
@@ -85,6 +87,8 @@ class SqliteFile:
             if durable != self._synced:
                 connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 self._synced = durable
+            wait = self._busy_timeout if patience is None else patience
+            connection.execute(f"PRAGMA busy_timeout = {wait * 1000:.0f}")
             connection.execute("BEGIN IMMEDIATE")
             crashpoint("sqlite.after_begin")
             before = connection.total_changes
@@ -143,6 +147,11 @@ class SqliteFile:
         with self._brief(self._connect_to_look()) as connection:
             return not self._check_owner(connection)
 
+    def require_made(self) -> None:
+        """Raise `UserError` if nothing has been made here."""
+        if not self.is_made():
+            raise self._empty()
+
     # -- the high-water mark -------------------------------------------------------------------------
 
     def loss(self) -> str | None:
@@ -152,16 +161,14 @@ class SqliteFile:
             Damaged, RetryLater, UserError: it cannot be opened.
         """
         known = self._mark.read()
-        if not self.path.is_file():
+        if not self.is_made():
             return None
         if not self.path.stat().st_size:
             return lost_commits(str(self.path), known, None)
         # Not a connection that writes: when it is closed, it throws away what it could not read of the log.
         with self._brief(self._connect_to_look()) as connection:
-            if self._check_owner(connection):
-                return None
             head = _head(connection)
-            return unknown_commits(str(self.path)) if head is None else lost_commits(str(self.path), known, head)
+        return unknown_commits(str(self.path)) if head is None else lost_commits(str(self.path), known, head)
 
     def accept_loss(self) -> str | None:
         """As `Store.accept_loss`: the database gets a new identity, of which no mark knows anything."""
@@ -287,7 +294,7 @@ class SqliteFile:
         try:
             connection.execute("PRAGMA query_only = ON")
             if self._check_owner(connection):
-                raise UserError(f"{self.path} is not a store of this program, it is empty: name another one")
+                raise self._empty()
         except BaseException as error:
             connection.close()
             if isinstance(error, FAILURES):
@@ -326,6 +333,9 @@ class SqliteFile:
         finally:
             connection.close()
 
+    def _empty(self) -> UserError:
+        return UserError(f"{self.path} is not a store of this program, it is empty: name another one")
+
     def _explain(self, error: Exception, outcome: Outcome | None = None) -> Exception:
         code = _code(error)
         if code in _DAMAGE or isinstance(error, UnicodeDecodeError):
@@ -333,10 +343,7 @@ class SqliteFile:
         if code == sqlite3.SQLITE_FULL:
             return OutOfSpace(f"no space left for {self.path}: free some; what is stored is intact", outcome=outcome)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return RetryLater(
-                f"{self.path} was locked by another process for more than {self._busy_timeout:g} s: try again",
-                outcome=outcome,
-            )
+            return Locked(str(self.path), self._busy_timeout, lambda name: name == self.path.name)
         if code == sqlite3.SQLITE_TOOBIG or isinstance(error, sqlite3.DataError):
             return UserError(f"a value is too large for {self.path}: {error}")
         if isinstance(error, sqlite3.OperationalError):

@@ -22,6 +22,7 @@ from backtest_kit.persist.testing.harness import (
     memory_write,
     names,
     sample_key,
+    unless,
 )
 
 SIGNAL, LOG = CONTRACTS["signal"], CONTRACTS["log"]
@@ -58,9 +59,8 @@ class ChangeCases(Harness):
             assert written.rev == (1 if self.forgets else number)
 
     @each_contract
+    @unless(refuses_expectations)
     async def test_expected_absence(self, store: Store, contract: Contract) -> None:
-        if await self.refuses_expectations(store):
-            return
         key = sample_key(contract)
         written = await store.put(Write(contract, key, "first", expect=ABSENT))
         assert written.rev == 1
@@ -68,24 +68,21 @@ class ChangeCases(Harness):
             await store.put(Write(contract, key, "second", expect=ABSENT))
         assert await store.get(contract, key) == written
 
+    @unless(refuses_expectations)
     async def test_removed_record_is_not_absent(self, store: Store) -> None:
-        if await self.refuses_expectations(store):
-            return
         await store.put(Write(SIGNAL, KEY, None, removed=True))
         with pytest.raises(Conflict):
             await store.put(Write(SIGNAL, KEY, "new", expect=ABSENT))
 
+    @unless(refuses_expectations)
     async def test_expected_revision_moves_on(self, store: Store) -> None:
-        if await self.refuses_expectations(store):
-            return
         rev = (await store.put(Write(SIGNAL, KEY, 0))).rev
         for number in range(1, 5):
             rev = (await store.put(Write(SIGNAL, KEY, number, expect=rev))).rev
             assert rev == number + 1
 
+    @unless(refuses_expectations)
     async def test_wrong_revision_changes_nothing(self, store: Store) -> None:
-        if await self.refuses_expectations(store):
-            return
         await store.put(Write(SIGNAL, KEY, "first"))
         await store.put(Write(SIGNAL, KEY, "second"))
         before = await store.get(SIGNAL, KEY)
@@ -94,23 +91,20 @@ class ChangeCases(Harness):
                 await store.put(Write(SIGNAL, KEY, "third", expect=expect))
             assert await store.get(SIGNAL, KEY) == before, expect
 
+    @unless(refuses_expectations)
     async def test_revision_of_an_absent_record_is_a_conflict(self, store: Store) -> None:
-        if await self.refuses_expectations(store):
-            return
         with pytest.raises(Conflict):
             await store.put(Write(SIGNAL, KEY, "value", expect=1))
         assert await store.get(SIGNAL, KEY) is None
 
+    @unless(refuses_expectations)
     async def test_conflict_names_the_record_and_both_revisions(self, store: Store) -> None:
-        if await self.refuses_expectations(store):
-            return
         await store.put(Write(SIGNAL, KEY, "value"))
         with pytest.raises(Conflict, match=r"signal.*1.*7"):
             await store.put(Write(SIGNAL, KEY, "value", expect=7))
 
+    @unless(refuses_expectations)
     async def test_one_of_many_racers_wins(self, store: Store) -> None:
-        if await self.refuses_expectations(store):
-            return
         writes = [store.put(Write(SIGNAL, KEY, number, expect=ABSENT)) for number in range(20)]
         results = await asyncio.gather(*writes, return_exceptions=True)
         winners = [result for result in results if not isinstance(result, BaseException)]
@@ -118,9 +112,8 @@ class ChangeCases(Harness):
         assert all(isinstance(result, Conflict) for result in results if isinstance(result, BaseException))
         assert await store.get(SIGNAL, KEY) == winners[0]
 
+    @unless(refuses_expectations)
     async def test_no_increment_is_lost(self, place: Path, store: Store) -> None:
-        if await self.refuses_expectations(store):
-            return
         other = self.make_store(place) if has(store, Capability.SHARED) else store
 
         async def increment(through: Store) -> None:
@@ -136,34 +129,23 @@ class ChangeCases(Harness):
 
         await store.put(Write(SIGNAL, KEY, 0))
         await asyncio.gather(*(increment(through) for through in (store, other) for _ in range(8)))
-        found = await store.get(SIGNAL, KEY)
-        assert found is not None
-        assert (found.value, found.rev) == (16, 17)
+        await self.expect(store, SIGNAL, KEY, value=16, rev=17)
         if other is not store:
             await other.close()
 
     async def test_writes_to_one_key_land_in_the_order_of_their_issue(self, store: Store) -> None:
         await asyncio.gather(*(store.put(Write(SIGNAL, KEY, number)) for number in range(100)))
-        found = await store.get(SIGNAL, KEY)
-        if self.expect_kept(found):
-            assert found is not None
-            assert (found.value, found.rev) == (99, 100)
+        await self.expect(store, SIGNAL, KEY, value=99, rev=100)
 
     async def test_first_of_many_writers_wins_for_ever(self, store: Store) -> None:
         key = ("entry-1",)
         await asyncio.gather(*(store.put(Write(LOG, key, number)) for number in range(16)))
-        found = await store.get(LOG, key)
-        if self.expect_kept(found):
-            assert found is not None
-            assert (found.value, found.rev) == (0, 1)
+        await self.expect(store, LOG, key, value=0, rev=1)
 
     async def test_writers_of_many_keys_do_not_disturb_each_other(self, store: Store) -> None:
         await asyncio.gather(*(store.put(memory_write(f"name-{number}", number)) for number in range(64)))
         for number in range(64):
-            found = await store.get(MEMORY, ("signal-1", "notes", f"name-{number}"))
-            if self.expect_kept(found):
-                assert found is not None
-                assert (found.value, found.rev) == (number, 1)
+            await self.expect(store, MEMORY, ("signal-1", "notes", f"name-{number}"), value=number, rev=1)
 
     async def test_cancelled_write_is_old_or_new(self, store: Store) -> None:
         await store.put(Write(SIGNAL, KEY, "old"))
@@ -206,24 +188,17 @@ class ChangeCases(Harness):
     async def test_batch_of_none_or_one_is_always_allowed(self, store: Store) -> None:
         await store.batch([])
         await store.batch([Write(SIGNAL, KEY, "alone")])
-        found = await store.get(SIGNAL, KEY)
-        if self.expect_kept(found):
-            assert found is not None
-            assert found.value == "alone"
+        await self.expect(store, SIGNAL, KEY, value="alone")
 
+    @unless(refuses_batches)
     async def test_batch_writes_over_contracts(self, store: Store) -> None:
-        if await self.refuses_batches(store):
-            return
         rows = [row for row in CONTRACTS.values() if row.name != "candle"]
         await store.batch([Write(row, sample_key(row), row.name, when=5) for row in rows])
         for row in rows:
-            found = await store.get(row, sample_key(row))
-            assert found is not None
-            assert (found.value, found.rev, found.when) == (row.name, 1, 5)
+            await self.expect(store, row, sample_key(row), value=row.name, rev=1, when=5)
 
+    @unless(refuses_batches)
     async def test_batch_can_remove(self, store: Store) -> None:
-        if await self.refuses_batches(store):
-            return
         await store.batch([memory_write("a", 1), memory_write("b", 2)])
         await store.batch([memory_write("a", removed=True), memory_write("b", 3)])
         a = await store.get(MEMORY, ("signal-1", "notes", "a"))
@@ -233,9 +208,9 @@ class ChangeCases(Harness):
         assert (a.removed, a.rev, b.value, b.rev) == (True, 2, 3, 2)
 
     @each("bad", {"first": 0, "middle": 1, "last": 2})
+    @unless(refuses_batches)
+    @unless(refuses_expectations)
     async def test_batch_with_one_conflict_changes_nothing(self, store: Store, bad: int) -> None:
-        if await self.refuses_batches(store) or await self.refuses_expectations(store):
-            return
         keys = [(f"signal-{bad}", "notes", str(number)) for number in range(3)]
         await store.put(Write(MEMORY, keys[0], "before"))
         writes = [Write(MEMORY, key, "after", expect=99 if number == bad else ANY) for number, key in enumerate(keys)]
@@ -248,22 +223,19 @@ class ChangeCases(Harness):
             None,
         ]
 
+    @unless(refuses_batches)
+    @unless(refuses_expectations)
     async def test_batch_honours_expectations(self, store: Store) -> None:
-        if await self.refuses_batches(store) or await self.refuses_expectations(store):
-            return
         a = Write(MEMORY, ("signal-1", "notes", "a"), 1, expect=ABSENT)
         b = Write(MEMORY, ("signal-1", "notes", "b"), 1, expect=ABSENT)
         await store.batch([a, b])
         with pytest.raises(Conflict):
             await store.batch([a, b])
         await store.batch([Write(MEMORY, a.key, 2, expect=1), Write(MEMORY, b.key, 2, expect=1)])
-        found = await store.get(MEMORY, a.key)
-        assert found is not None
-        assert (found.value, found.rev) == (2, 2)
+        await self.expect(store, MEMORY, a.key, value=2, rev=2)
 
+    @unless(refuses_batches)
     async def test_batch_passes_over_what_was_first_elsewhere(self, store: Store) -> None:
-        if await self.refuses_batches(store):
-            return
         await store.put(Write(LOG, ("entry-1",), "first"))
         await store.batch([Write(LOG, ("entry-1",), "second"), Write(LOG, ("entry-2",), "other")])
         one, two = await store.get(LOG, ("entry-1",)), await store.get(LOG, ("entry-2",))
@@ -271,16 +243,14 @@ class ChangeCases(Harness):
         assert two is not None
         assert (one.value, one.rev, two.value) == ("first", 1, "other")
 
+    @unless(refuses_batches)
     async def test_batch_with_a_key_twice_is_refused(self, store: Store) -> None:
-        if await self.refuses_batches(store):
-            return
         with pytest.raises(UserError, match="twice"):
             await store.batch([memory_write("a", 1), memory_write("b", 1), memory_write("a", 2)])
         assert await store.get(MEMORY, ("signal-1", "notes", "b")) is None
 
+    @unless(refuses_batches)
     async def test_batches_do_not_interleave(self, store: Store) -> None:
-        if await self.refuses_batches(store):
-            return
         await asyncio.gather(*(store.batch([memory_write("a", n), memory_write("b", n)]) for n in range(24)))
         a = await store.get(MEMORY, ("signal-1", "notes", "a"))
         b = await store.get(MEMORY, ("signal-1", "notes", "b"))

@@ -60,8 +60,6 @@ class FaultFS:
         self.retried: list[str] = []
         self.write_limit: int | None = None
         """At most so many bytes per write."""
-        self.interrupt_every: int = 0
-        """Every so many-th open, read or write is interrupted first."""
         self._faults: list[Fault] = []
         self._spoiled: set[int] = set()
 
@@ -74,7 +72,7 @@ class FaultFS:
 
     def heal(self) -> None:
         self._faults.clear()
-        self.write_limit, self.interrupt_every = None, 0
+        self.write_limit = None
 
     def __getattr__(self, call: str) -> Any:
         if call not in CALLS:
@@ -104,8 +102,6 @@ class FaultFS:
     def _fail(self, call: str, path: str, first: Any) -> None:
         if call == "fsync" and first in self._spoiled:
             self.retried.append(path)
-        if self.interrupt_every and call in ("open", "read", "write") and self.calls[call] % self.interrupt_every == 0:
-            raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
         for fault in self._faults:
             if fault.call == call and fault.path in path:
                 fault.nth -= 1

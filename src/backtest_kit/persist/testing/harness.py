@@ -52,6 +52,20 @@ each_contract = each("contract", {row.name: row for row in RECORDS})
 either_order = each("newest_first", {"oldest first": False, "newest first": True})
 
 
+def unless(refused: Callable[[Any, Store], Coroutine[Any, Any, bool]]) -> Callable[[Case], Case]:
+    """Run a case only over stores that can do what it needs; over the others, `refused` tests that they refuse it."""
+
+    def where_it_can(case: Case) -> Case:
+        @functools.wraps(case)
+        async def whole(self: Harness, store: Store, **fixtures: Any) -> None:
+            if not await refused(self, store):
+                await case(self, store=store, **fixtures)
+
+        return whole
+
+    return where_it_can
+
+
 class Harness:
     """The fixture and the words in which cases are written. See `StoreConformance`."""
 
@@ -85,6 +99,13 @@ class Harness:
         await store.open()
         yield store
         await store.close()
+
+    async def expect(self, store: Store, contract: Contract, key: Key, /, **fields: Any) -> None:
+        """A record with these fields is under a key, unless the store forgets."""
+        found = await store.get(contract, key)
+        if self.expect_kept(found):
+            assert found is not None, key
+            assert {name: getattr(found, name) for name in fields} == fields, key
 
     def expect_kept(self, found: object) -> bool:
         """True if the store keeps what it is given; else `found` must be nothing, and the case is over."""

@@ -35,8 +35,7 @@ class LifeCases(Harness):
         await store.put(Write(SIGNAL, KEY, "kept"))
         await store.open()
         await asyncio.gather(*(store.open() for _ in range(5)))
-        if self.expect_kept(await value_of(store)):
-            assert await value_of(store) == "kept"
+        await self.expect(store, SIGNAL, KEY, value="kept")
 
     async def test_first_access_from_many_tasks(self, place: Path) -> None:
         store = self.make_store(place)
@@ -77,9 +76,7 @@ class LifeCases(Harness):
     async def test_closed_store_opens_at_the_next_call(self, store: Store) -> None:
         await store.put(Write(SIGNAL, KEY, "kept"))
         await store.close()
-        found = await value_of(store)
-        if self.expect_kept(found):
-            assert found == "kept"
+        await self.expect(store, SIGNAL, KEY, value="kept")
 
     @each_contract
     async def test_closing_flushes_writes_under_way(self, place: Path, contract: Contract) -> None:
@@ -100,11 +97,9 @@ class LifeCases(Harness):
         await store.put(Write(SIGNAL, KEY, "one"))
         assert await value_of(other) == ("one" if shared else None)
         await other.put(Write(SIGNAL, KEY, "two"))
-        if self.expect_kept(await value_of(store)):
-            assert await value_of(store) == ("two" if shared else "one")
+        await self.expect(store, SIGNAL, KEY, value=("two" if shared else "one"))
         await other.close()
-        if self.expect_kept(await value_of(store)):
-            assert await value_of(store) == ("two" if shared else "one")
+        await self.expect(store, SIGNAL, KEY, value=("two" if shared else "one"))
 
     async def test_race_between_two_stores_has_one_winner(self, place: Path, store: Store) -> None:
         if not has(store, Capability.SHARED) or not has(store, Capability.COMPARE_AND_SET):
@@ -154,8 +149,7 @@ class LifeCases(Harness):
             spaces.append(space)
             await space.put(Write(SIGNAL, KEY, list(path)))
         for path, space in zip(paths, spaces, strict=True):
-            if self.expect_kept(await value_of(space)):
-                assert await value_of(space) == list(path)
+            await self.expect(space, SIGNAL, KEY, value=list(path))
 
     async def test_closing_a_namespace_leaves_its_parent_open(self, store: Store) -> None:
         space = store.namespace("paper")

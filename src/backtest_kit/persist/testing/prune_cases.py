@@ -61,9 +61,7 @@ class PruneCases(Harness):
         key = sample_key(contract)
         await put_all(store, [Write(contract, key, 1), Write(contract, key, 2)])
         assert await store.prune(contract, {key: 1}) == 0
-        found = await store.get(contract, key)
-        assert found is not None
-        assert (found.rev, found.value) == (2, 2)
+        await self.expect(store, contract, key, rev=2, value=2)
         assert await store.prune(contract, {key: 2}) == 1
         assert await store.get(contract, key) is None
 

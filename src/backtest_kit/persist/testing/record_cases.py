@@ -160,10 +160,7 @@ class RecordCases(Harness):
         for row in same_fields:
             await store.put(Write(row, key, row.name))
         for row in same_fields:
-            found = await store.get(row, key)
-            if self.expect_kept(found):
-                assert found is not None
-                assert found.value == row.name
+            await self.expect(store, row, key, value=row.name)
 
     @each("place_in_key", {"first": 0, "middle": 1, "last": 2})
     @each("part", HOSTILE)
@@ -171,20 +168,14 @@ class RecordCases(Harness):
         key = ["signal-1", "notes", "name"]
         key[place_in_key] = part
         await store.put(Write(MEMORY, tuple(key), part))
-        found = await store.get(MEMORY, tuple(key))
-        if self.expect_kept(found):
-            assert found is not None
-            assert (found.key, found.value) == (tuple(key), part)
+        await self.expect(store, MEMORY, tuple(key), key=tuple(key), value=part)
 
     async def test_no_two_hostile_keys_meet(self, store: Store) -> None:
         keys = [(a, b, "name") for a in HOSTILE.values() for b in ("", "..", "Name", "name", "a/b")]
         for number, key in enumerate(keys):
             await store.put(Write(MEMORY, key, number))
         for number, key in enumerate(keys):
-            found = await store.get(MEMORY, key)
-            if self.expect_kept(found):
-                assert found is not None
-                assert (found.value, found.rev) == (number, 1), key
+            await self.expect(store, MEMORY, key, value=number, rev=1)
 
     async def test_components_are_not_joined_ambiguously(self, store: Store) -> None:
         pairs = [("a", "b/c", "d"), ("a/b", "c", "d"), ("a", "b", "c/d"), ("a_b", "c", "d"), ("a", "b_c", "d")]
@@ -192,10 +183,7 @@ class RecordCases(Harness):
         for number, key in enumerate(pairs):
             await store.put(Write(MEMORY, key, number))
         for number, key in enumerate(pairs):
-            found = await store.get(MEMORY, key)
-            if self.expect_kept(found):
-                assert found is not None
-                assert found.value == number
+            await self.expect(store, MEMORY, key, value=number)
 
     @each("key", MISSHAPEN)
     async def test_key_of_another_shape_is_refused(self, store: Store, key: Key) -> None:

@@ -21,6 +21,7 @@ from backtest_kit.persist.testing.harness import (
     names,
     put_all,
     sample_key,
+    unless,
 )
 
 STORAGE = CONTRACTS["storage"]
@@ -40,9 +41,8 @@ class ScanCases(Harness):
         return True
 
     @each_contract
+    @unless(refuses_scans)
     async def test_listing_has_every_record_of_its_contract(self, store: Store, contract: Contract) -> None:
-        if await self.refuses_scans(store):
-            return
         keys = [sample_key(contract, tail) for tail in ("-c", "-a", "-b")]
         await put_all(store, (Write(contract, key, number, when=number) for number, key in enumerate(keys)))
         found = await collect(store.scan(contract))
@@ -50,49 +50,43 @@ class ScanCases(Harness):
         assert [(record.value, record.when, record.rev) for record in found] == [(0, 0, 1), (1, 1, 1), (2, 2, 1)]
         assert [record.key for record in await collect(store.scan(contract, newest_first=True))] == keys[::-1]
 
+    @unless(refuses_scans)
     async def test_empty_listing(self, store: Store) -> None:
-        if await self.refuses_scans(store):
-            return
         assert await collect(store.scan(MEMORY)) == []
         assert await collect(store.scan(MEMORY, ("nobody",), newest_first=True)) == []
 
+    @unless(refuses_scans)
     async def test_rewritten_record_moves_to_the_end(self, store: Store) -> None:
-        if await self.refuses_scans(store):
-            return
         await put_all(store, (memory_write(name) for name in "abcab"))
         assert await names(store.scan(MEMORY)) == ["c", "a", "b"]
         assert await names(store.scan(MEMORY, newest_first=True)) == ["b", "a", "c"]
 
     @either_order
+    @unless(refuses_scans)
     async def test_limit(self, store: Store, newest_first: bool) -> None:
-        if await self.refuses_scans(store):
-            return
         await put_all(store, (memory_write(str(number)) for number in range(10)))
         order = [str(number) for number in range(10)][:: -1 if newest_first else 1]
         for limit in (0, 1, 3, 9, 10, 11, 1_000):
             found = await names(store.scan(MEMORY, limit=limit, newest_first=newest_first))
             assert found == order[:limit], limit
 
+    @unless(refuses_scans)
     async def test_a_limit_below_0_is_refused(self, store: Store) -> None:
-        if await self.refuses_scans(store):
-            return
         await store.put(memory_write("a"))
         for prefix in ((), memory_write("a").key):
             with pytest.raises(UserError, match="limit is -1"):
                 await names(store.scan(MEMORY, prefix, limit=-1))
 
+    @unless(refuses_scans)
     async def test_limit_counts_what_is_listed(self, store: Store) -> None:
-        if await self.refuses_scans(store):
-            return
         await put_all(store, (memory_write(name) for name in "abcdef"))
         await put_all(store, (memory_write(name, removed=True) for name in "abc"))
         assert await names(store.scan(MEMORY, limit=3)) == ["d", "e", "f"]
         assert await names(store.scan(MEMORY, limit=3, newest_first=True)) == ["f", "e", "d"]
         assert await names(store.scan(MEMORY, limit=4, include_removed=True)) == ["d", "e", "f", "a"]
 
+    @unless(refuses_scans)
     async def test_prefix_is_of_whole_components(self, store: Store) -> None:
-        if await self.refuses_scans(store):
-            return
         keys: list[Key] = [("a", "a", "1"), ("ab", "a", "2"), ("a", "ab", "3"), ("", "a", "4"), ("A", "a", "5")]
         keys += [("a/a", "a", "6"), ("a", "", "7"), ("a%", "a", "8"), ("a_", "a", "9")]
         await put_all(store, (Write(MEMORY, key, None) for key in keys))
@@ -114,17 +108,15 @@ class ScanCases(Harness):
             found = await collect(store.scan(MEMORY, prefix, newest_first=True, limit=2))
             assert [record.key for record in found] == expected[::-1][:2]
 
+    @unless(refuses_scans)
     async def test_prefix_of_long_components(self, store: Store) -> None:
-        if await self.refuses_scans(store):
-            return
         keys = [("x" * 300, "notes", "1"), ("x" * 299 + "y", "notes", "2"), ("x" * 300, "notes" * 100, "3")]
         await put_all(store, (Write(MEMORY, key, None) for key in keys))
         assert await names(store.scan(MEMORY, ("x" * 300,))) == ["1", "3"]
         assert await names(store.scan(MEMORY, ("x" * 300, "notes"))) == ["1"]
 
+    @unless(refuses_scans)
     async def test_prefix_of_a_mode(self, store: Store) -> None:
-        if await self.refuses_scans(store):
-            return
         await put_all(store, (Write(STORAGE, (mode, name), None) for name in "ab" for mode in (True, False)))
         assert [record.key for record in await collect(store.scan(STORAGE, (True,)))] == [(True, "a"), (True, "b")]
         assert [record.key for record in await collect(store.scan(STORAGE, (False,)))] == [(False, "a"), (False, "b")]
@@ -135,17 +127,15 @@ class ScanCases(Harness):
             with pytest.raises(UserError):
                 await collect(store.scan(MEMORY, prefix))
 
+    @unless(refuses_scans)
     async def test_removed_records_are_listed_on_request(self, store: Store) -> None:
-        if await self.refuses_scans(store):
-            return
         await put_all(store, (memory_write("a"), memory_write("b"), memory_write("a", removed=True)))
         assert await names(store.scan(MEMORY)) == ["b"]
         listed = await collect(store.scan(MEMORY, include_removed=True))
         assert [(record.key[-1], record.removed) for record in listed] == [("b", False), ("a", True)]
 
+    @unless(refuses_scans)
     async def test_long_listing_is_the_exact_reverse_of_its_reverse(self, store: Store) -> None:
-        if await self.refuses_scans(store):
-            return
         for start in range(0, 600, 100):
             writes = [memory_write(str(number * 7_919 % 600), number) for number in range(start, start + 100)]
             if has(store, Capability.ATOMIC_BATCH):
@@ -157,9 +147,8 @@ class ScanCases(Harness):
         assert await collect(store.scan(MEMORY, newest_first=True)) == forward[::-1]
 
     @either_order
+    @unless(refuses_scans)
     async def test_writing_while_listing(self, store: Store, newest_first: bool) -> None:
-        if await self.refuses_scans(store):
-            return
         await put_all(store, (memory_write(str(number)) for number in range(40)))
         seen: list[object] = []
         async for record in store.scan(MEMORY, newest_first=newest_first):
@@ -169,9 +158,8 @@ class ScanCases(Harness):
         stable = {str(number) for number in range(10, 40)}
         assert stable <= set(seen)
 
+    @unless(refuses_scans)
     async def test_abandoned_listing_holds_nobody_up(self, store: Store) -> None:
-        if await self.refuses_scans(store):
-            return
         await put_all(store, (memory_write(str(number)) for number in range(40)))
         listing = store.scan(MEMORY)
         await anext(listing)

@@ -63,10 +63,7 @@ class ValueCases(Harness):
         returned_value = returned.value
         if isinstance(returned_value, dict):
             returned_value["added"] = True
-        found = await store.get(MEMORY, key)
-        if self.expect_kept(found):
-            assert found is not None
-            assert found.value == {"levels": [1, 2]}
+        await self.expect(store, MEMORY, key, value={"levels": [1, 2]})
 
     async def test_read_value_is_the_readers_own(self, store: Store) -> None:
         await store.put(memory_write("name", {"levels": [1, 2]}))

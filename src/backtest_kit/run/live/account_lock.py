@@ -1,8 +1,8 @@
 """One store at a time trades a symbol of an account on this machine.
 
-A lease decides between processes of one store. Two stores know nothing of each other, and both would trade. So a live
-run holds a file, locked by the kernel, in a directory of the user that is outside of any store: processes of one store
-share the symbol, another store is refused. The lock ends with its process, however that ends.
+A lease decides between processes of one store. Two stores do not know each other, and both would trade. So a live run
+holds a file, locked by the kernel, in a directory of the user outside of any store: processes of one store share the
+symbol, another store is refused. The lock ends with its process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from backtest_kit.persist.store_id import place_of
 
 _log = logging.getLogger("backtest_kit")
 _PATIENCE_S: Final = 10.0
-"""How long to wait for the directory of a symbol, which no process keeps for longer than a few writes."""
+"""How long to wait for the guard of a symbol, which a process holds for a few writes only."""
 _GUARD: Final = "guard"
 _UNREADABLE: Final = b"\n"
 """The byte that is locked: Windows lets no other process read it."""
@@ -38,7 +38,7 @@ _LARGEST_NOTE: Final = 65_536
 
 
 class _Note(msgspec.Struct, frozen=True, rename="camel"):
-    """What a lock file says of who holds it."""
+    """The content of a lock file: its holder."""
 
     store_id: str
     place: str
@@ -55,7 +55,7 @@ class AccountLock:
     ) -> None:
         """
         Args:
-            account: what tells the account and its market from others; only a digest of it is kept.
+            account: identifies the account and its market; only a digest of it is stored.
             symbol: in any spelling; BTCUSDT, BTC/USDT and BTC/USDT:USDT are one.
             store_id: of the store that wants to trade.
             place: where that store lies, for people.
@@ -73,11 +73,11 @@ class AccountLock:
         in_children(self._let_go)
 
     def acquire(self) -> None:
-        """Take it. May block for some seconds; nothing is taken after `release`.
+        """Take it. May block for some seconds; does nothing after `release`.
 
         Raises:
             Conflict: another store has it; the message names its process and the ways out.
-            RetryLater: a process that is stopped keeps the directory.
+            RetryLater: a suspended process holds the guard.
             OSError: the directory cannot be written.
         """
         with self._mutex:
@@ -126,8 +126,8 @@ class AccountLock:
             note = msgspec.json.decode(os.read(fd, _LARGEST_NOTE), type=_Note)
         except msgspec.DecodeError:
             raise Conflict(
-                f"{self._symbol} of this account is traded by a process that does not say which store it trades from: "
-                f"see which one has {file} open (lsof), and stop it"
+                f"{self._symbol} of this account is traded by another process, from an unknown store: find the one "
+                f"that has {file} open (lsof), and stop it"
             ) from None
         finally:
             os.close(fd)
@@ -163,10 +163,10 @@ async def account_locked(
         try:
             await asyncio.to_thread(lock.acquire)
         except OSError as error:
-            _log.warning("another store on this machine could trade %s of this account as well: %s", symbol, error)
+            _log.warning("another store on this machine could also trade %s of this account: %s", symbol, error)
         yield
     finally:
-        # In a thread, because an attempt that was cancelled may still be under way in another one.
+        # In a thread, because a cancelled attempt may still run in another one.
         await asyncio.to_thread(lock.release)
 
 
@@ -188,22 +188,22 @@ def _existing(path: Path) -> Path:
 
 @contextmanager
 def _alone(guard: Path) -> Iterator[None]:
-    """Between all processes and threads, while a symbol's files are looked at and changed."""
+    """Lock a symbol's files against all other processes and threads."""
     fd = os.open(guard, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         deadline = time.monotonic() + _PATIENCE_S
         while not try_lock(fd):
             if time.monotonic() > deadline:
                 raise RetryLater(
-                    f"another process has held {guard} for {_PATIENCE_S:g} s: see which one (lsof) and whether it is "
-                    "stopped, then try again"
+                    f"another process has held {guard} for {_PATIENCE_S:g} s: find it (lsof) and see whether it is "
+                    "suspended, then try again"
                 )
-            time.sleep(0.01)
+            time.sleep(0.01)  # the kernel's locks have no time limit to wait with
         yield
     finally:
         os.close(fd)
 
 
 def plain_symbol(symbol: str) -> str:
-    """The same for all spellings of a market."""
+    """The symbol without separators: the same for all spellings of a market."""
     return "".join(letter for letter in symbol.partition(":")[0] if letter.isalnum()).upper()

@@ -1,4 +1,4 @@
-"""What goes wrong in a live run, as events for its listeners and as lines of the log."""
+"""Failures of a live run as events and as log lines."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _log = logging.getLogger("backtest_kit")
 
 
 class Alarms:
-    """Reports what went wrong at the minute of a run, with the next events of that run."""
+    """Reports failures of this minute with the next events of the run."""
 
     def __init__(self, run_state: RunState) -> None:
         self._run_state = run_state
         self._identity = run_state.rules.identity
         self._settings = run_state.rules.settings
         self._silent = 0
-        """How often in a row the exchange did not say how an order stands."""
+        """How often in a row the exchange did not answer."""
 
     def order_failed(self, order: Order, reason: str, next_step: str, *, alarm: bool = False) -> None:
         """An order did not go through, or its outcome is unknown."""
@@ -38,7 +38,7 @@ class Alarms:
         )
 
     def venue_silent(self, order_id: str, error: Exception) -> None:
-        """The exchange did not say how an order, a position or an entry stands; too often is an alarm."""
+        """The exchange did not report the state of an order, a position or an entry; too often is an alarm."""
         self._silent += 1
         self._publish(
             OrderFailed(
@@ -48,7 +48,7 @@ class Alarms:
                 client_order_id=order_id,
                 attempt=self._silent - 1,
                 reason=error_text(error),
-                next_step="the exchange is asked again at the next minute",
+                next_step="it is checked again at the next minute",
                 alarm=self._silent > self._settings.CC_ORDER_CHECK_RETRY_ATTEMPTS,
             )
         )
@@ -58,7 +58,7 @@ class Alarms:
         self._silent = 0
 
     def user_failed(self, what: str, error: Exception, *, publish: bool) -> None:
-        """Code of the user raised; without `publish` only the log has it."""
+        """The user's code raised; without `publish` it is only logged."""
         identity = self._identity
         event = StrategyFailed(identity=identity, when_ms=self._run_state.tick.when_ms, what=what, error=error)
         _log.error(
@@ -69,7 +69,7 @@ class Alarms:
             self._run_state.events.append(event)
 
     def store_changed(self, degraded: str, *, kept: bool) -> None:
-        """The store does not take writes, for the reason given, or does again where that is empty."""
+        """The store rejects writes, for the given reason; or accepts them again, if that is empty."""
         identity, when_ms = self._identity, self._run_state.tick.when_ms
         event: Event = StoreRecovered(identity=identity, when_ms=when_ms)
         if degraded:

@@ -1,4 +1,4 @@
-"""The candles of a live run: asked for until they are there, and never taken for granted."""
+"""The candles of a live run: polled until they are there."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from backtest_kit.run.feeds import columns_of
 from backtest_kit.run.live.job import LiveJob
 
 POLL_MS: Final = 1000
-"""How often a candle that is not published yet is asked for."""
+"""How often a candle that is not published yet is polled."""
 _OTHERS_LATE_MS: Final = 10_000
 """How long a decision waits for a candle of another symbol than its own before that counts as missing."""
 _SILENCE_S: Final = 60.0
-"""How long a source may take to answer. Beyond it the answer would come after the minute that it is for."""
+"""How long a source may take to answer. A later answer would come after its minute."""
 _log = logging.getLogger("backtest_kit")
 
 
 class LiveCandles:
-    """The minutes of every symbol that a run reads, up to the one at which it acts."""
+    """The candles of every symbol that a run reads, up to the current minute."""
 
     def __init__(self, job: LiveJob) -> None:
         self.feed: CandleFeed | None = None
@@ -48,21 +48,21 @@ class LiveCandles:
         return sum((history.repairs for history in self._histories.values()), Counter[str]())
 
     def tick(self, when_ms: int) -> Tick:
-        """A minute of the run's own symbol, as a step sees it."""
+        """A minute of the run's own symbol for `step`."""
         return columns_of(self._histories[self._symbol]).tick(when_ms)
 
     async def missing(self, when_ms: int, *, patient: bool = True) -> str:
-        """Ask for the candles up to a minute: why they are not there yet, or nothing.
+        """Load the candles up to a minute: why they are missing, or nothing.
 
         Raises:
-            UserError: not `patient`, and no waiting mends it.
+            UserError: not `patient`, and waiting does not help.
         """
         try:
             async with asyncio.timeout(_SILENCE_S):
                 await self._bring(self._symbol, when_ms, "wait")
         except TimeoutError:
             return f"{self._job.identity.exchange_name} took longer than {_SILENCE_S:g} s to answer"
-        except Exception as error:  # the source may be anybody's code
+        except Exception as error:  # the source may be the user's code
             if isinstance(error, UserError) and not isinstance(error, BadCandles) and not patient:
                 raise
             reason = error_text(error)

@@ -1,4 +1,4 @@
-"""What of a live run goes into the records, and to the people who want to hear of it."""
+"""Hands the events of a live run to the records and to the notification sinks."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from backtest_kit.model.event import Event, Lasting
 from backtest_kit.records import RunRecords
 
 PATIENCE_S: Final = 5.0
-"""How long a minute waits for the store to take notes."""
+"""How long a minute waits for the store to write records."""
 _MOST: Final = 1000
-"""Notes that wait for the store; beyond it the oldest are let go of."""
+"""Events that wait for the store at most; beyond it the oldest are dropped."""
 
-RecordWriter = Callable[[Sequence[Event]], Awaitable[None]]
-"""Takes events that are written down into records of its own. Gets again what it may have had already."""
+EventObserver = Callable[[Sequence[Event]], Awaitable[None]]
+"""Writes events into records of its own. May get the same events again."""
 
 _log = logging.getLogger("backtest_kit")
 
 
 class EventRecorder:
-    """Writes events into the records. What the store does not take stops no trading, and people hear of
-    it all the same: the sinks get it at once, and the records with the next minute that they can be written."""
+    """Writes events into the records. A store that rejects them does not stop trading: the sinks get them immediately,
+    the records at the next minute at which the store works."""
 
-    def __init__(self, records: RunRecords, observers: Sequence[RecordWriter]) -> None:
+    def __init__(self, records: RunRecords, observers: Sequence[EventObserver]) -> None:
         self._records = records
         self._observers = observers
         self._waiting: list[Event] = []
         self._noting = asyncio.Lock()
 
     async def take_in(self, events: Sequence[Event]) -> bool:
-        """Hand over the outbox. False where a writer could not take it, and must get it
-        again, before or after a restart."""
+        """Write the events of the outbox. False if a writer failed: it must get them again, before or after a
+        restart."""
         if not await self._observed(events):
             return False
         for observer in self._observers:
             try:
                 await observer(events)
             except Exception:
-                _log.exception("%d events could not be taken into the records yet", len(events))
+                _log.exception("%d events could not be written into the records yet", len(events))
                 return False
         return True
 
     async def note(self, *events: Event) -> None:
-        """Hand over what no position state keeps: refusals, failures, begin and end of a run; and what waits."""
+        """Write the events that no position state keeps: refusals, failures, start and end of a run; and what waits."""
         self._waiting += (event for event in events if not isinstance(event, Lasting))
         del self._waiting[:-_MOST]
         async with self._noting:
@@ -55,11 +55,11 @@ class EventRecorder:
                 self._waiting = [event for event in self._waiting if id(event) not in noted]
 
     async def begin(self) -> None:
-        """The run begins: sinks go on where they were, retention starts."""
+        """The run begins: start sinks and retention."""
         await self._records.begin()
 
     async def end(self) -> None:
-        """The run is over: write down what it has said."""
+        """The run is over: write its records and its log."""
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await self._records.end()
@@ -71,7 +71,7 @@ class EventRecorder:
             async with asyncio.timeout(PATIENCE_S):
                 await self._records.observe(events)
         except (BacktestKitError, TimeoutError) as error:
-            _log.warning("%d events could not be taken into the records yet: %s", len(events), error)
+            _log.warning("%d events could not be written into the records yet: %s", len(events), error)
             self._records.urge(events)
             return False
         return True

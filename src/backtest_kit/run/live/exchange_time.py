@@ -1,4 +1,4 @@
-"""What time it is at an exchange, and how wrong the clock of this machine is."""
+"""The time at an exchange, and how far the clock of this machine is off."""
 
 from __future__ import annotations
 
@@ -13,71 +13,71 @@ from backtest_kit.market.clock import Clock, SystemClock
 from backtest_kit.market.sources import CandleSource
 
 _EVERY_S: Final = 600.0
-"""How often the exchange is asked."""
-_AT_ONCE_S: Final = 5.0
-"""And how often at most, because the clock was set."""
+"""How often the time of the exchange is read."""
+_AFTER_JUMP_S: Final = 5.0
+"""How often at most after the clock was set."""
 _PATIENCE_S: Final = 5.0
 _TRIES: Final = 3
-"""How often it is asked, where it answers too slowly."""
+"""How often it is read again if the answer is too slow."""
 _SLOW_S: Final = 1.0
-"""A round trip beyond which the answer is no measurement: it is unknown which half of it took the time."""
+"""A longer round trip measures nothing: either half of it may have taken the time."""
 DRIFT_MS: Final = 1000
-"""From where on a clock is wrong enough to be reported."""
+"""A clock that is off by more is reported."""
 _log = logging.getLogger("backtest_kit")
 
 
 class VenueTime:
-    """The time by which the runs of one exchange act, and how far this machine is from it. Shared by those runs."""
+    """The clock of the runs of one exchange, and how far this machine is off. Shared by those runs."""
 
     def __init__(self, exchange_name: str, source: CandleSource, clock: Clock) -> None:
         self.source = source
         self.clock = clock
         self.drift_ms: int | None = None
-        """How far the exchange's clock is ahead of this machine's; None where it does not say."""
+        """How far the exchange's clock is ahead of this machine's; None if it is unknown."""
         self._exchange_name = exchange_name
         self._asked_s = -_EVERY_S
-        self._told_ms = 0
-        """The drift that was complained of."""
+        self._reported_ms = 0
+        """The drift that was logged last."""
 
-    async def measure(self, *, at_once: bool = False) -> None:
-        """Ask the exchange for its time, unless another run has lately. Its silence changes nothing, and
-        neither does an answer that was under way for more than a second."""
+    async def measure(self, *, after_jump: bool = False) -> None:
+        """Read the time of the exchange, unless another run has lately. No answer changes nothing, and neither does one
+        that took more than a second."""
         now_s = time.monotonic()
-        if now_s - self._asked_s < (_AT_ONCE_S if at_once else _EVERY_S):
+        if now_s - self._asked_s < (_AFTER_JUMP_S if after_jump else _EVERY_S):
             return
         self._asked_s = now_s
         try:
             async with asyncio.timeout(_PATIENCE_S):
                 for _ in range(_TRIES):  # the first request may have to connect
                     before_s, before_ms = time.monotonic(), self.clock.now_ms()
-                    told_ms = await self.source.server_time_ms()
-                    if told_ms is None:
+                    server_ms = await self.source.server_time_ms()
+                    if server_ms is None:
                         return
                     if time.monotonic() - before_s <= _SLOW_S:
                         break
                 else:
                     raise RetryLater(f"it took more than {_SLOW_S:g} s to answer, {_TRIES} times")
-        except Exception as error:  # the source may be anybody's code
+        except Exception as error:  # the source may be the user's code
             reason = f"no answer in {_PATIENCE_S:g} s" if isinstance(error, TimeoutError) else error_text(error)
-            _log.warning("%s does not tell its time: %s", self._exchange_name, reason)
+            _log.warning("the time of %s is unknown: %s", self._exchange_name, reason)
             return
-        # The answer was under way for half of the time, as far as anybody knows.
+        # The best guess: the answer took half of the round trip.
         if isinstance(self.clock, SystemClock):
-            self.drift_ms = self.clock.follow(told_ms + (time.monotonic() - before_s) * 500)
+            self.drift_ms = self.clock.follow(server_ms + (time.monotonic() - before_s) * 500)
             self._complain(self.drift_ms)
         else:
-            self.drift_ms = round(told_ms - (before_ms + self.clock.now_ms()) / 2)
+            self.drift_ms = round(server_ms - (before_ms + self.clock.now_ms()) / 2)
 
     def witness(self, when_ms: int) -> None:
-        """The candle that ends at `when_ms` is there: it is never earlier again, whatever the wall clock says."""
+        """The candle that ends at `when_ms` is there, so the clock never goes back before it."""
         if isinstance(self.clock, SystemClock):
             self.clock.witness(when_ms)
 
     def _complain(self, drift_ms: int) -> None:
         wrong = abs(drift_ms) > DRIFT_MS
-        if wrong and abs(drift_ms - self._told_ms) > DRIFT_MS:
+        if wrong and abs(drift_ms - self._reported_ms) > DRIFT_MS:
             _log.warning(
-                "the clock of this machine is %d ms %s that of %s, whose time is gone by: set it by NTP",
+                "the clock of this machine is %d ms %s that of %s, whose time is used: set it by NTP",
                 abs(drift_ms), "behind" if drift_ms > 0 else "ahead of", self._exchange_name,
             )  # fmt: skip
-        self._told_ms = drift_ms if wrong else 0
+        self._reported_ms = drift_ms if wrong else 0

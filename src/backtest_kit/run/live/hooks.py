@@ -15,22 +15,22 @@ from backtest_kit.run.minute import RunHooks
 from backtest_kit.run.run_state import RunState
 
 _ONE_OUTAGE_MS: Final = 5 * MINUTE_MS
-"""What a strategy misses again within this time is still away, and was reported."""
+"""An error within this time of the last one is the same outage, which was reported."""
 
 
 class LiveHooks(RunHooks):
-    """Counts trades, passes crash points, and keeps a run going whatever the user's code raises."""
+    """Counts trades, passes crash points, and keeps a run going when the user's code raises."""
 
     def __init__(self, run_state: RunState, alarms: Alarms) -> None:
         self._run_state = run_state
         self._alarms = alarms
         self._unpublished: list[OrderKind] = []
-        """Kinds of the orders whose events were not published yet."""
+        """Kinds of the orders whose events are not published yet."""
         self._publishing: Event | None = None
         self._undecided = -_ONE_OUTAGE_MS - 1, ""
-        """When something that the strategy needs was away, and what."""
+        """The last minute at which something that the strategy needs was away, and what."""
         self.lost: Conflict | None = None
-        """Why nothing may be done any more: another process has the position."""
+        """Set once another process has the position: this run must stop."""
         self.trades: list[Trade] = []
 
     def stop_if_lost(self) -> None:
@@ -42,7 +42,7 @@ class LiveHooks(RunHooks):
             raise self.lost
 
     def order_done(self, kind: OrderKind) -> None:
-        """The outcome of an order was written down; its events are published next."""
+        """The outcome of an order was stored; its events are published next."""
         self._unpublished.append(kind)
 
     def on_event(self, event: Event) -> None:
@@ -57,7 +57,7 @@ class LiveHooks(RunHooks):
 
     @property
     def undecided(self) -> str:
-        """Why the strategy could not decide at this minute, and is called again at the next; empty where it could."""
+        """Why the strategy could not decide at this minute; it is called again at the next one. Empty if it could."""
         when_ms, reason = self._undecided
         return reason if when_ms == self._run_state.tick.when_ms else ""
 
@@ -68,5 +68,5 @@ class LiveHooks(RunHooks):
             self._undecided = now_ms, str(error)
             if now_ms - before_ms <= _ONE_OUTAGE_MS:
                 return
-        # A handler that fails over the news of a failure would fail again over the news of that.
+        # A handler that fails on a StrategyFailed event would fail again on the event of that.
         self._alarms.user_failed(what, error, publish=not isinstance(self._publishing, StrategyFailed))

@@ -1,4 +1,4 @@
-"""What a live run is to do, resolved."""
+"""One live run, resolved."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
     dirty: DirtyRule
     orphans: OrphanPolicy
     fitness: StoreCheck | None = None
-    """Looks at the stores before the start; None where they are trusted."""
+    """Checks the stores before the start; None if they are trusted."""
     lease_ttl_s: float = DEFAULT_TTL
     """Seconds after which another machine may take the position of a process that is silent."""
 
     @property
     def clock(self) -> Clock:
-        """The time by which it acts."""
+        """The clock of the run."""
         return self.time.clock
 
     @property
@@ -48,5 +48,5 @@ class LiveJob(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def place(self) -> tuple[str, str, str]:
-        """Whose positions on the exchange are one: mode, exchange and symbol."""
+        """Runs of the same mode, exchange and symbol share one position on the exchange."""
         return self.identity.mode, self.identity.exchange_name, self.identity.symbol

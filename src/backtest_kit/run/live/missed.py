@@ -1,4 +1,4 @@
-"""Minutes in which a live run could not decide: counted one by one, reported once per hole."""
+"""Minutes in which a live run could not decide: counted one by one, reported once per gap."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _log = logging.getLogger("backtest_kit")
 
 
 class MissedMinutes:
-    """Consecutive missed minutes are one hole. Its first is logged immediately; the event comes when it is over."""
+    """Consecutive missed minutes are one gap. Its first is logged immediately; the event comes when it is over."""
 
     def __init__(self, identity: Identity) -> None:
         self.total = 0
         """All minutes missed in this run."""
         self.reason = ""
-        """Why nothing is decided at the moment; empty while minutes are acted at."""
+        """Why nothing is decided at the moment; empty while the run acts."""
         self._identity = identity
         self._first_ms = 0
         self._count = 0
@@ -34,7 +34,7 @@ class MissedMinutes:
         self._count += count
 
     def over(self, when_ms: int) -> MinutesMissed | None:
-        """The hole before this minute, or None if there was none."""
+        """The gap before this minute, or None."""
         self.reason = ""
         if not self._count:
             return None

@@ -1,4 +1,4 @@
-"""Waits for the minutes of a live run: until each has come, and its candles with it."""
+"""Waits for the minutes of a live run, and for their candles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backtest_kit.run.live.job import LiveJob
 from backtest_kit.run.live.missed import MissedMinutes
 
 _LOOK_UP_S: Final = 5.0
-"""How often a wait looks whether the clock was set."""
+"""How often a wait checks whether the clock was set."""
 _log = logging.getLogger("backtest_kit")
 
 
@@ -31,7 +31,7 @@ class NextMinute:
         watch: Callable[[int], Awaitable[None]],
         emit: Callable[[Event], Awaitable[None]],
     ) -> None:
-        """`finished` says whether there is nothing left to wait for; `watch` is called at a minute without candles."""
+        """`finished` returns whether nothing is left to wait for; `watch` is called at a minute without candles."""
         self._job = job
         self._candles = candles
         self._missed = missed
@@ -41,7 +41,7 @@ class NextMinute:
         self._woken = asyncio.Event()
         self._jumps = 0
         self.when_ms = 0
-        """The minute that is acted at; 0 until the clock is started."""
+        """The current minute; 0 until the clock is started."""
 
     def begin(self) -> None:
         """The clock was started."""
@@ -49,11 +49,11 @@ class NextMinute:
         self.when_ms = self._now_ms()
 
     def wake(self) -> None:
-        """Have a wait look whether the run is finished."""
+        """Have a wait check whether the run is finished."""
         self._woken.set()
 
     async def first(self, *, patient: bool) -> str:
-        """Go to the minute of now, with its candles: why they are not there, or nothing.
+        """Go to the current minute and load its candles: why they are missing, or nothing.
 
         Raises:
             UserError: waiting does not help, and `patient` is false: there is no position that needs watching.
@@ -73,7 +73,7 @@ class NextMinute:
                 return False
             now_ms = self._now_ms()
             if now_ms < when_ms:
-                # The clock was ahead of the market. What was acted at was not, so that no minute comes twice.
+                # The clock was ahead of the market. No minute comes twice.
                 when_ms = max(self.when_ms + MINUTE_MS, now_ms)
                 continue
             if now_ms > when_ms:
@@ -92,7 +92,7 @@ class NextMinute:
         return True
 
     async def sleep_until(self, when_ms: int) -> None:
-        """Sleep, but wake up when the run is told to stop, and when the clock was set back."""
+        """Sleep, but wake up when the run is stopped, and when the clock was set back."""
         clock = self._job.clock
         sleep = asyncio.ensure_future(clock.sleep_until(when_ms))
         woken = asyncio.ensure_future(self._woken.wait())
@@ -110,7 +110,7 @@ class NextMinute:
         sleep.result()
 
     async def _published(self, when_ms: int) -> str:
-        """Wait for the candles up to a minute, but not into the next one: why they are not there, or nothing."""
+        """Wait for the candles up to a minute, but not into the next one: why they are missing, or nothing."""
         clock = self._job.clock
         while True:
             reason = await self._candles.missing(when_ms)
@@ -129,7 +129,7 @@ class NextMinute:
             await self._emit(event)
         if len(jumps) > self._jumps:
             self._jumps = len(jumps)
-            await self._job.time.measure(at_once=True)
+            await self._job.time.measure(after_jump=True)
         await self._job.time.measure()
 
     def _now_ms(self) -> int:

@@ -1,4 +1,4 @@
-"""What the engine decides, as orders: carried out, checked on the exchange, and taken in when the exchange acts."""
+"""Turns decisions of the engine into orders, and takes in what happens on the exchange."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ class OrderManager:
 
     @property
     def paused(self) -> bool:
-        """Whether the strategy is not called: it was paused, the store could not keep its answer, or entries wait."""
+        """Whether the strategy is not called: it is paused, the store rejects writes, or entries wait."""
         return self.position_state.paused or bool(self._position_store.degraded or self._flags.no_entry)
 
     @property
     def unsent(self) -> PositionState:
-        """The position state as it would be if a pending order to open was never sent."""
+        """The position state as if a pending order to open was never sent."""
         intent = self.position_state.intent
         opens = intent is not None and intent.order.kind in OPENING
         return msgspec.structs.replace(self.position_state, intent=None) if opens else self.position_state
 
     async def take_over(self) -> None:
-        """Write down that this process has the position now, as it was found.
+        """Store that this process has the position now.
 
         Raises:
             UserError: its orders were sent from a store of another id, and cannot be found from this one.
@@ -83,10 +83,10 @@ class OrderManager:
         if found.store_id != store_id and not found.is_idle:
             identity = self._rules.identity
             raise UserError(
-                f"the orders of {identity.symbol} on {identity.exchange_name} by {identity.strategy_name} are those of "
-                f"store {found.store_id or 'without a name'}, and this is store {store_id}: it would take the position "
-                "for closed. Keep all contracts in one store (kit.persistence.bind('*', store)) and start from the "
-                "directory in which the position was opened; or close it by hand and begin with an empty store"
+                f"the orders of {identity.symbol} on {identity.exchange_name} by {identity.strategy_name} belong to "
+                f"store {found.store_id or 'without a name'}, and this is store {store_id}: it would believe that the "
+                "position is closed. Keep all contracts in one store (kit.persistence.bind('*', store)) and start from "
+                "the directory in which the position was opened; or close it by hand and begin with an empty store"
             )
         await self._sender.save(msgspec.structs.replace(found, store_id=store_id), "try")
         crashpoint("live.start.after_commit")
@@ -97,7 +97,7 @@ class OrderManager:
         return self._rehearsal.begin(self.position_state, self._run_state.tick.when_ms)
 
     async def end(self) -> None:
-        """Wait for the command that is being carried out, and refuse all others from now on."""
+        """Wait for the current command, and refuse all others from now on."""
         async with self._lock:
             self._ended = True
 
@@ -121,7 +121,7 @@ class OrderManager:
             return await self._execute(act)
         except Refused as refused:
             if self.position_state.commands is before.commands:
-                # It is on the disk with the next one that comes to something: counted, they can be told apart.
+                # Not stored by itself: it is written with the next command that changes something.
                 declined = Commanded(kind, str(refused))
                 self._position_store.position_state = self.position_state.with_commands(when_ms, declined)
             raise
@@ -147,17 +147,17 @@ class OrderManager:
         return events
 
     def _entry_waits(self, intent: Intent) -> tuple[Event, ...]:
-        """An entry that rests goes on resting: `check_entry` finds out if the exchange fills it.
+        """A resting entry goes on resting: `check_entry` finds out if the exchange fills it.
 
         Raises:
-            Refused: a command is not carried out.
+            Refused: it is another order that opens.
         """
         if intent.order.kind == "activate":
             return ()
         raise Refused(f"nothing is opened now: {self._flags.no_entry}")
 
     async def manage_pending_order(self) -> tuple[Event, ...]:
-        """Find out about an order whose outcome is unknown, and finish it. Returns what happened."""
+        """Look up an order whose outcome is unknown, and finish it. Returns what happened."""
         async with self._lock:
             self._hooks.stop_if_lost()
             await self._sender.guarded(self._position_store.flush())
@@ -183,7 +183,7 @@ class OrderManager:
             return ()
 
     async def check_exchange(self) -> tuple[Event, ...]:
-        """Take in what the exchange did by itself: closed the position, filled or cancelled the entry. Returns what
+        """Take in what happened on the exchange: the position was closed, the entry filled or cancelled. Returns what
         happened."""
         async with self._lock:
             self._hooks.stop_if_lost()
@@ -199,7 +199,7 @@ class OrderManager:
             except OrderDeleted:
                 if isinstance(state, Holding):
                     if self._flags.unpriced:
-                        return ()  # neither the exchange nor the market says yet what it was closed at
+                        return ()  # no price is known yet at which it was closed
                     after, events = closed(state, "closed", tick.price, tick, self._rules)
                 else:
                     after, events = cancelled(state, tick, self._rules)
@@ -233,20 +233,20 @@ class OrderManager:
         )
 
     async def pause(self, paused: bool) -> None:
-        """Call the strategy no more, or again; it holds after a restart as well.
+        """Stop calling the strategy, or call it again; also after a restart.
 
         Raises:
-            RetryLater: it could not be written down, and is as before.
+            BacktestKitError: it could not be stored, and is as before.
         """
         async with self._lock:
             self._hooks.stop_if_lost()
             try:
                 await self._sender.save(msgspec.structs.replace(self.position_state, paused=paused), "store")
             except Unsaved as error:
-                raise BacktestKitError(f"whether to pause could not be written down: {error}") from error
+                raise BacktestKitError(f"the pause could not be stored: {error}") from error
 
     async def adopt(self, state: Holding, event: PositionOpened) -> tuple[Event, ...]:
-        """Take over a position that the exchange holds and no run manages; nothing where one is open by now."""
+        """Take over a position on the exchange that no run manages; nothing if this run has one by now."""
         async with self._lock:
             self._hooks.stop_if_lost()
             if not self.position_state.is_idle:
@@ -254,10 +254,11 @@ class OrderManager:
             return await self._sender.record_outcome(None, state, (event,))
 
     async def protect(self, order: Order) -> None:
-        """Place a stop on the exchange for a position that has none there, ours or not.
+        """Place a stop on the exchange for a position without one, ours or not.
 
         Raises:
-            Whatever the broker raises; Conflict, RetryLater: as `confirm`.
+            Conflict, RetryLater: as `confirm`.
+            Exception: what the broker raises.
         """
         async with self._lock:
             self._hooks.stop_if_lost()

@@ -1,9 +1,9 @@
-"""Sends the orders of a live run: written down first, found again before they are sent again.
+"""Sends the orders of a live run: stores each before it is sent, and looks it up before it is sent again.
 
-A change of state that the exchange must take part in goes through three states on the disk: the intent, with the
-order as it is about to be sent; then, once the exchange has answered, the outcome, with the intent gone. Where the
-answer does not come, because the exchange is silent or this process has died, the intent is still there at the next
-minute, and the exchange is asked what became of the order before anything is sent again. A restart is such a minute.
+A change that needs the exchange is stored twice: first the intent, with the order that is about to be sent; then, once
+the exchange has answered, the outcome without the intent. If no answer comes, because the exchange is silent or this
+process died, the intent is still there at the next minute, and the order is looked up on the exchange before anything
+is sent again. A restart is such a minute.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from backtest_kit.run.run_state import RunState
 
 
 class OrderSender:
-    """Takes one order at a time from its intent to its outcome. Handed its `minute` after it is made."""
+    """Takes one order at a time from its intent to its outcome. `minute` is set after construction."""
 
     minute: Minute
 
@@ -81,7 +81,7 @@ class OrderSender:
         return self.position_store.position_state
 
     async def place(self, intent: Intent) -> tuple[Event, ...]:
-        """Write the intent down, then send its order."""
+        """Store the intent, then send its order."""
         kind = intent.order.kind
         need: Need = "store" if kind in (*ENTRIES, "add") else "disk"
         orders = self.position_state.orders + 1
@@ -92,11 +92,11 @@ class OrderSender:
                 self.run_state.state = self._used_up(intent)
                 return ()
             self.alarms.order_failed(
-                intent.order, str(error), "it was not sent, because it could not be written down anywhere", alarm=True
+                intent.order, str(error), "it was not sent, because it could not be stored anywhere", alarm=True
             )
             if kind not in COMMANDS:
                 return ()
-            raise Refused(f"it could not be written down: {error}") from error
+            raise Refused(f"it could not be stored: {error}") from error
         except RiskRefused as refused:
             await self.save(msgspec.structs.replace(self.position_state, state=self._used_up(intent)), "try")
             return self._risk_rejected(intent, *refused.args)
@@ -138,14 +138,14 @@ class OrderSender:
         return None
 
     async def filled(self, intent: Intent, fill: Fill | None) -> tuple[Event, ...]:
-        """The exchange has carried an order out; without a fill, as it was decided."""
+        """The exchange has carried out an order; without a fill, as the engine decided it."""
         state, events = fitted(intent, fill, self.position_state.state, self.rules)
         return await self.record_outcome(intent.order, state, events)
 
     async def record_outcome(
         self, order: Order | None, state: State, events: tuple[Event, ...], refused: str = ""
     ) -> tuple[Event, ...]:
-        """Write down what has happened; whether that succeeds changes nothing about it."""
+        """Store what has happened. The run goes on with it even if that fails."""
         now, when_ms = self.position_state, self.run_state.tick.when_ms if order is None else order.when_ms
         command = isinstance(now.state, Holding) and isinstance(state, Holding)
         lasting = tuple(event for event in events if isinstance(event, Lasting))
@@ -166,10 +166,10 @@ class OrderSender:
         await self.deliver_outbox()
         return events
 
-    # What did not go through
+    # Failed orders
 
     async def _order_failed(self, intent: Intent, error: Exception) -> tuple[Event, ...]:
-        """What to do about an order whose hook has raised."""
+        """Handle an order whose hook raised."""
         order, state = intent.order, self.position_state.state
         if isinstance(error, OrderRejected):
             return await self._rejected(intent, str(error))
@@ -179,22 +179,22 @@ class OrderSender:
         nothing_there = isinstance(error, OrderTransient) and error.outcome is Outcome.NOT_DONE
         if order.kind in ENTRIES or order.kind in EXITS:
             too_often = order.kind in EXITS and order.attempt >= self.rules.settings.CC_ORDER_CLOSE_RETRY_ATTEMPTS
-            self.alarms.order_failed(order, text, "the exchange is asked about it at the next minute", alarm=too_often)
+            self.alarms.order_failed(order, text, "it is looked up at the next minute", alarm=too_often)
             return ()
         if order.kind == "activate" and nothing_there:
-            # The market was there and the exchange's own book was not: the entry goes on resting.
+            # The price was reached in the candles but not on the exchange: the entry goes on resting.
             await self.record_outcome(order, _still_resting(state), ())
             if order.reason:
-                self.alarms.order_failed(order, text, "the entry goes on waiting for its price")
+                self.alarms.order_failed(order, text, "the entry still waits for its price")
             return ()
         if order.kind in COMMANDS and (nothing_there or isinstance(error, OrderDeleted)):
             await self.record_outcome(order, state, (), text)
             self.alarms.order_failed(order, text, "it was dropped")
             raise Refused(text)
-        self.alarms.order_failed(order, text, "the exchange is asked about it at the next minute")
+        self.alarms.order_failed(order, text, "it is looked up at the next minute")
         if order.kind not in COMMANDS:
             return ()
-        raise Refused(f"it is unknown whether the exchange did it: {text}")
+        raise Refused(f"its outcome is unknown: {text}")
 
     async def _rejected(self, intent: Intent, text: str) -> tuple[Event, ...]:
         order, state = intent.order, self.position_state.state
@@ -202,7 +202,7 @@ class OrderSender:
             refused = msgspec.structs.replace(intent, refused=True)
             await self.save(msgspec.structs.replace(self.position_state, intent=refused), "try")
             self.alarms.order_failed(
-                order, text, "it is sent again at the next minute, and until the exchange confirms", alarm=True
+                order, text, "it is sent again every minute until the exchange confirms", alarm=True
             )
             return ()
         if order.kind in ENTRIES:
@@ -220,7 +220,7 @@ class OrderSender:
         return ()
 
     async def send_again(self, intent: Intent, report: OrderReport) -> tuple[Event, ...]:
-        """Go on with an order that the exchange has not carried out."""
+        """Handle an order that the exchange has not carried out: send it again, or drop it."""
         order, state, tick, status = intent.order, self.position_state.state, self.run_state.tick, report.status
         fresh = order.when_ms == tick.when_ms
         refused = intent.refused or status in ("cancelled", "rejected")
@@ -238,7 +238,7 @@ class OrderSender:
         elif fresh and not refused and not (self.flags.no_entry and order.kind in OPENING):
             intent = retried(intent)
         else:
-            text = f"the exchange knows it as {status}"
+            text = f"its status on the exchange is {status}"
             await self.record_outcome(order, _still_resting(state), (), text)
             if order.kind != "activate" or order.reason:
                 self.alarms.order_failed(order, text, "it was dropped")
@@ -246,12 +246,12 @@ class OrderSender:
         return await self.place(intent)
 
     async def _entry_again(self, intent: Intent, status: str, *, fresh: bool) -> Intent | None:
-        """An order to open at its next attempt, or None where it is not to be sent now."""
+        """An order to open at its next attempt, or None if it must not be sent now."""
         order, settings, tick = intent.order, self.rules.settings, self.run_state.tick
         if self.position_store.degraded or self.flags.blind:
             return None
         if status in ("cancelled", "rejected"):
-            await self._give_up(intent, f"the exchange knows it as {status}")
+            await self._give_up(intent, f"its status on the exchange is {status}")
             return None
         if order.attempt >= settings.CC_ORDER_OPEN_RETRY_ATTEMPTS:
             await self._give_up(intent, f"it did not go through in {order.attempt + 1} attempts")
@@ -269,7 +269,7 @@ class OrderSender:
             try:
                 check_signal(signal, self.rules.identity, tick.price, tick.when_ms, settings)
             except UserError as error:
-                await self._give_up(intent, f"the market has moved on: {error}", alarm=False)
+                await self._give_up(intent, f"the market has moved: {error}", alarm=False)
                 return None
             if rejected := await self.minute.refusal(signal):
                 await self._give_up(intent, "a risk profile refuses it now", alarm=False)
@@ -278,7 +278,7 @@ class OrderSender:
         return retried(intent)
 
     def _used_up(self, intent: Intent) -> Flat:
-        """The decision slot is used, the signal is not."""
+        """The decision slot is used up, the signal is not."""
         before = self.position_state.state
         return Flat(intent.target.last_slot_ms, before.last_signal_id if isinstance(before, Flat) else "")
 
@@ -296,13 +296,13 @@ class OrderSender:
         )
         return (rejected,)
 
-    # On the disk
+    # Storing
 
     async def confirm(self) -> None:
-        """Make sure that no other process has the position, before the exchange hears of this one.
+        """Make sure that no other process has the position, before an order is sent.
 
         Raises:
-            Conflict: another process has it, and this one has lost it for good.
+            Conflict: another process has it; stop.
             RetryLater: unknown, because the store has been away for longer than the lease.
         """
         await self.guarded(self.position_store.confirm())
@@ -316,7 +316,7 @@ class OrderSender:
             self.run_state.state = self.position_state.state
 
     async def guarded(self, work: Awaitable[None]) -> None:
-        """Do `work`, and remember if another process has the position."""
+        """Await `work`, and remember if another process has the position."""
         try:
             await work
         except Conflict as error:
@@ -324,7 +324,7 @@ class OrderSender:
             raise
 
     async def deliver_outbox(self) -> None:
-        """Hand the events of the outbox to the records; what fails is handed over again at the next minute."""
+        """Write the events of the outbox into the records; what fails is tried again at the next minute."""
         outbox = self.position_state.outbox
         if outbox and await self._recorder.take_in(outbox):
             self.position_store.position_state = msgspec.structs.replace(self.position_state, outbox=())

@@ -1,4 +1,4 @@
-"""What the exchange holds and the store does not know, and the other way round: found, reported, acted on."""
+"""Orphans: positions and orders that only the exchange or only the store knows. Found, reported, acted on."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ PositionStatesOf = Callable[[], Mapping[Key, PositionState]]
 
 
 class GuardedRun(Protocol):
-    """What a run does for its guard."""
+    """What a run does for its `OrphanGuard`."""
 
     @property
     def stopping(self) -> bool:
-        """Whether nothing new is begun any more."""
+        """Whether the run opens nothing more."""
         ...
 
     async def adopt(self, state: Holding, event: PositionOpened) -> tuple[Event, ...]:
@@ -51,7 +51,7 @@ class GuardedRun(Protocol):
 
 _FARTHEST_STOP_PCT: Final = 20.0
 _LONGEST_WAIT: Final = 60
-"""Minutes after which at the latest a stop is placed again that the exchange does not show."""
+"""The longest pause, in minutes, before a stop that the exchange does not show is placed again."""
 _NUMBERS: Final = 1_000_000
 """Orders that a client order id can count."""
 _LISTED_AFTER_MS: Final = 2 * MINUTE_MS
@@ -59,20 +59,20 @@ _LISTED_AFTER_MS: Final = 2 * MINUTE_MS
 _log = logging.getLogger("backtest_kit")
 
 
-class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found in one minute."""
+class Findings(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of one minute."""
 
     when_ms: int
     held: VenuePosition | None = None
     difference: Difference | None = None
     settled: bool = True
-    """Whether the exchange has had the time to list the last orders."""
+    """Whether the exchange has had time to list the last orders."""
     claim: str = ""
-    """Which other strategy of the store has something on the symbol, or trades it now."""
+    """The other strategy of the store that has a position or an order on the symbol, or trades it now."""
 
     @property
     def no_entry(self) -> str:
-        """Why nothing may be opened; empty where entries are let through."""
+        """Why nothing may be opened; empty if entries are allowed."""
         found = self.difference
         return f"{found.reason}: {found.way_out}" if found is not None and found.no_entry else ""
 
@@ -86,15 +86,15 @@ class Orphan(msgspec.Struct, frozen=True, kw_only=True):
     price_open: float | None
     stop_loss: float | None
     signal_id: str
-    """Taken over under this id, its orders are found again; empty where it has none."""
+    """Its orders are found under this id once it is taken over; empty if it has none."""
 
 
 class OrphanGuard:
-    """Compares what the store has with what the exchange holds of one symbol.
+    """Compares the position of one symbol in the store with the one on the exchange.
 
-    While the exchange holds what the store does not know, nothing is opened there, whatever the policy. Each finding is
-    reported once, until it is gone, and each stop that is placed. One that vanishes again is placed again, after 1,
-    2, 4, ... and at most 60 minutes in which none was seen. The policy says what else is done:
+    While the exchange holds something unknown, nothing is opened there. Each finding is reported once, and so is each
+    stop that is placed. A stop that vanishes is placed again, after 1, 2, 4, ... and at most 60 minutes without one.
+    The policy decides what else is done:
 
     - "alarm": nothing.
     - "adopt": an unknown position becomes the strategy's own. Its stop is the one on the exchange, else
@@ -104,8 +104,8 @@ class OrphanGuard:
     - "protect": a position without a live stop gets one on the exchange: ours at its own level, an unknown one
       at that distance. It is not managed.
 
-    Where another strategy of the store has something on the symbol, or trades it now, nothing is done about what is
-    unknown, and the alarm names that strategy: whose position a stop would be for cannot be known.
+    If another strategy of the store has something on the symbol, or trades it now, nothing is done about what is
+    unknown, and the alarm names that strategy: the position may be its own.
     """
 
     def __init__(
@@ -118,45 +118,44 @@ class OrphanGuard:
         self._run = run
         self._others = others
         self._lock = asyncio.Lock()
-        self._last: Comparison | None = None
+        self._last: Findings | None = None
         self._seen: What | None = None
-        """What the minute before has found."""
+        """The finding of the previous minute."""
         self._reported: tuple[object, str] | None = None
-        """What was reported last, and what was done about it."""
+        """The last report, and what was done."""
         self._tries = 0
         """How many stops were placed since one was last seen on the exchange."""
         self._again_ms = 0
         """When the next one may be."""
 
-    async def compare_once(self, when_ms: int, position_states: PositionStatesOf) -> Comparison:
+    async def compare_once(self, when_ms: int, position_states: PositionStatesOf) -> Findings:
         """The comparison of a minute: one for all runs that trade the symbol side by side. As `compare`."""
         async with self._lock:
-            # It serves the runs that act later in the minute as well: their own orders since are in the store, and what
-            # anybody else orders after a comparison is found by the next one, whichever run has made this one. A run
-            # that began since was not in memory then, so that its position was read from the store.
+            # It also serves the runs that act later in this minute: their orders since then are in the store, and other
+            # orders are found by the next comparison. The position of a run that began since was read from the store.
             if self._last is None or self._last.when_ms != when_ms:
                 self._last = await self.compare(when_ms, position_states)
             return self._last
 
-    async def compare(self, when_ms: int, position_states: PositionStatesOf) -> Comparison:
-        """Ask the exchange what it holds.
+    async def compare(self, when_ms: int, position_states: PositionStatesOf) -> Findings:
+        """Read the position on the exchange and compare.
 
         Args:
             when_ms: the minute.
-            position_states: returns those that this process has in memory; all others are read from the store.
+            position_states: returns those that this process has in memory; the others are read from the store.
 
         Raises:
-            Whatever the broker raises.
             Damaged, RetryLater: the position state of another strategy cannot be read.
+            Exception: what the broker raises.
         """
         store_id = self._broker.store_id
         before = position_states()
         holdings = await self._broker.holdings([self._symbol])
         if holdings is None:
-            return Comparison(when_ms=when_ms)
+            return Findings(when_ms=when_ms)
         after = position_states()
         held = next((each for each in holdings if each.symbol == self._symbol), None)
-        # Orders may have been sent and filled while the exchange answered: what holds at either moment is known.
+        # Orders may have been sent and filled during the request: what holds before or after it is known.
         known = Known()
         for key in {**before, **after}:
             known += known_of(before.get(key, after.get(key, PositionState())), store_id) | known_of(
@@ -164,34 +163,34 @@ class OrphanGuard:
             )
         difference, claim = compare(self._symbol, held, known, store_id), ""
         if difference is not None and difference.what != "unprotected_position":
-            # Read only now: in an ordinary minute this process knows all that there is.
+            # Read only now: in an ordinary minute this process knows everything.
             others = await self._others.read({**before, **after})
             known, claim = self._with(others, known, held)
             difference = compare(self._symbol, held, known, store_id)
             if difference is not None and not claim and self._policy != "alarm":
                 claim = await self._others.trader({**before, **after})
         settled = known.changed_ms < 0 or when_ms - known.changed_ms >= _LISTED_AFTER_MS
-        return Comparison(when_ms=when_ms, held=held, difference=difference, settled=settled, claim=claim)
+        return Findings(when_ms=when_ms, held=held, difference=difference, settled=settled, claim=claim)
 
     def _with(self, others: Mapping[Key, PositionState], known: Known, held: VenuePosition | None) -> tuple[Known, str]:
-        """What is known together with other strategies, and what one of them has there, in words."""
+        """What is known including other strategies, and what one of them has there, in words."""
         claim, identity, symbol = "", self._run_state.rules.identity, plain_symbol(self._symbol)
         signals = {(each.store_id, each.digest) for each in held.signals} if held is not None else set()
         for key, other in others.items():
             known_there = known_of(other, self._broker.store_id)
             same_name = key[1] == identity.exchange_name and plain_symbol(str(key[2])) == symbol
-            # Of an account that is traded under two exchange names, the orders tell.
+            # An account may be traded under two exchange names: its orders show that.
             if same_name or known_there.signals & signals:
                 known += known_there
                 claim = claim or claim_of(key, other)
         return known, claim
 
-    async def report(self, found: Comparison, beside: Sequence[RunState]) -> OrphanFound | None:
-        """Do what the policy says about what was found; returns it if it is news.
+    async def report(self, found: Findings, others: Sequence[RunState]) -> OrphanFound | None:
+        """Act on a finding by the policy; returns the event if it is new.
 
         Args:
-            found: what `compare` has returned.
-            beside: the run_states of other strategies that trade the symbol in this process.
+            found: the result of `compare`.
+            others: the run states of other strategies that trade the symbol in this process.
 
         Raises:
             Conflict: another process has the position.
@@ -204,8 +203,8 @@ class OrphanGuard:
         if difference is None:
             self._reported = None
             return None
-        claim = side_by_side([self._run_state, *beside]) if beside else found.claim
-        if self._waits(found, difference, seen, bool(beside)):
+        claim = side_by_side([self._run_state, *others]) if others else found.claim
+        if self._waits(found, difference, seen, bool(others)):
             return None
         if difference.what == "foreign_position" and not claim and not self._run_state.tick.price:
             claim = "there are no candles yet"
@@ -218,25 +217,25 @@ class OrphanGuard:
         except Conflict:
             raise
         except Exception as error:
-            done = f"no stop could be placed, which is tried again: {error_text(error)}"
+            done = f"no stop could be placed, it is tried again: {error_text(error)}"
         if self._reported == (finding, done) and orphan is not None and orphan.stop_loss is not None:
             return None
         self._reported = finding, done
         return self._news(found, difference, done)
 
-    def _waits(self, found: Comparison, difference: Difference, seen: What | None, crowded: bool) -> bool:
-        """Whether the next minute has to confirm it: exchanges list late what was ordered just now, and the position
-        may have been closed there, or another run at work, between two requests of this minute."""
+    def _waits(self, found: Findings, difference: Difference, seen: What | None, crowded: bool) -> bool:
+        """Whether the next minute has to confirm it: exchanges list new orders late, and between two requests of this
+        minute the position may have been closed, or another run may have acted."""
         if difference.what == "unprotected_position" and not crowded:
             return False
         if not found.settled:
             return True
         return (crowded or difference.what == "missing_position") and seen != difference.what
 
-    def _news(self, found: Comparison, difference: Difference, done: str) -> OrphanFound:
+    def _news(self, found: Findings, difference: Difference, done: str) -> OrphanFound:
         identity = self._run_state.rules.identity
         if isinstance(self._run_state.state, Flat) and difference.no_entry:
-            done = f"{done}; nothing is opened on {self._symbol} until it is settled: {difference.way_out}"
+            done = f"{done}; nothing is opened on {self._symbol} until then: {difference.way_out}"
         event = OrphanFound(
             identity=identity,
             when_ms=self._run_state.tick.when_ms,
@@ -252,7 +251,7 @@ class OrphanGuard:
         return event
 
     def _orphan(self, difference: Difference) -> Orphan | None:
-        """What can be given a stop or adopted: of an exchange that tells the signals apart, one of them."""
+        """The position that can get a stop or be adopted: of one signal, if the exchange distinguishes signals."""
         held = difference.held
         if held is None or not held.quantity or difference.what not in ("foreign_position", "unprotected_position"):
             return None
@@ -274,7 +273,7 @@ class OrphanGuard:
         )
 
     def _is_due(self, difference: Difference, orphan: Orphan | None) -> bool:
-        """Whether something is to be done again: there is still no stop, or it may be adopted now."""
+        """Whether to act again: there is still no stop, or it may be adopted now."""
         if orphan is None or self._policy == "alarm":
             return False
         if orphan.stop_loss is None:
@@ -286,13 +285,13 @@ class OrphanGuard:
         return isinstance(self._run_state.state, Flat) and not self._run.stopping
 
     async def _act(self, difference: Difference, orphan: Orphan | None) -> str:
-        """What was done, in words."""
+        """Act by the policy; returns what was done, in words."""
         state, settings = self._run_state.state, self._run_state.rules.settings
         if orphan is None or self._policy == "alarm":
             return "nothing is done"
         if isinstance(state, Holding):
             if difference.what != "unprotected_position":
-                return "nothing is done: the strategy holds a position of its own there"
+                return "nothing is done: the strategy has its own position there"
             position = state.position
             await self._protect(self._order(position.signal_id, orphan, position.stop_loss, position.take_profit))
             return f"a stop was placed at {price_text(position.stop_loss)}"
@@ -336,13 +335,13 @@ class OrphanGuard:
 
 
 def side_by_side(run_states: Sequence[RunState]) -> str:
-    """That several strategies share one position on the exchange, in words."""
+    """The strategies that share one position on the exchange, in words."""
     names = " and ".join(each.rules.identity.strategy_name for each in run_states)
     return f"strategies {names} trade {run_states[0].rules.identity.symbol} side by side"
 
 
 def _signals(difference: Difference) -> set[tuple[str, str]]:
-    """Which unknown signals it is about: a stop that was placed for an unknown position makes it no other one."""
+    """The unknown signals of a difference. A stop that was placed for an unknown position does not change them."""
     whole = difference.what == "foreign_position"
     return {(each.store_id, each.digest) for each in difference.foreign if each.quantity or not whole}
 

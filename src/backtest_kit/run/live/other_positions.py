@@ -1,9 +1,8 @@
-"""What the other strategies of the store have on the exchange, whether their processes run or not."""
+"""The positions of the other strategies in the store, whether their processes run or not."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
 
 from backtest_kit.engine.step import Flat, Holding
 from backtest_kit.model.identity import Mode
@@ -16,27 +15,16 @@ from backtest_kit.run.live.position_state import PositionState
 from backtest_kit.run.live.position_store import read_position_state
 
 
-class OtherPositions(Protocol):
+class OtherPositions:
     """The position states of other strategies, and which of them are traded now."""
-
-    async def read(self, but: Collection[Key]) -> dict[Key, PositionState]:
-        """All of them by their keys, without those of `but`."""
-        ...
-
-    async def trader(self, but: Collection[Key]) -> str:
-        """Which strategy a process trades on the same exchange and symbol now, in words; empty where none does."""
-        ...
-
-
-class StoredPositions:
-    """Reads them from the store."""
 
     def __init__(self, persistence: Persistence, mode: Mode, scope: Key) -> None:
         self._persistence, self._mode, self._scope = persistence, mode, scope
         self._sightings = Sightings(persistence.seams)
 
     async def read(self, but: Collection[Key]) -> dict[Key, PositionState]:
-        """
+        """All by their keys, without those in `but`.
+
         Raises:
             Damaged: one of them cannot be trusted.
             RetryLater: the store does not answer.
@@ -47,7 +35,8 @@ class StoredPositions:
         return {key: await read_position_state(KnownRecords(self._persistence, self._mode), key) for key in keys}
 
     async def trader(self, but: Collection[Key]) -> str:
-        """
+        """The strategy that a process trades on the same exchange and symbol now, in words; empty if none.
+
         Raises:
             Damaged, RetryLater: as `read`.
         """
@@ -61,7 +50,7 @@ class StoredPositions:
 
 
 def claim_of(key: Key, found: PositionState) -> str:
-    """What a strategy has on the exchange, in words; empty where it has nothing."""
+    """What a strategy has on the exchange, in words; empty if nothing."""
     if found.intent is not None:
         has = "has a pending order"
     elif isinstance(found.state, Flat):

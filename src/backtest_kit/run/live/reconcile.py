@@ -1,7 +1,7 @@
-"""Compares what the exchange holds of a symbol with what the store says. Everything here is pure.
+"""Compares the position on the exchange with the one in the store. Everything here is pure.
 
-An order whose outcome is not known yet is known all the same: it counts both as sent and as not sent. So the store
-does not say one quantity but a range, and only what lies outside of it is unknown.
+An order with an unknown outcome counts both as sent and as not sent. So the store expects a range of quantities, and
+only what lies outside of it is unknown.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from backtest_kit.run.live.position_state import PositionState, held_by
 What = Literal["foreign_position", "foreign_order", "left_stop", "missing_position", "unprotected_position"]
 
 _SLACK: Final = 0.02
-"""Of what the store knows: fees that are taken in base currency, lots and slippage change it by less."""
+"""Share of the expected quantity: fees in base currency, lots and slippage change it by less."""
 _WAYS_OUT: Final[dict[What, str]] = {
     "foreign_position": "adopt it (--orphans adopt), close it by hand, or start with the store that opened it",
     "foreign_order": "cancel it by hand, or start with the store that sent it",
@@ -31,12 +31,12 @@ _WAYS_OUT: Final[dict[What, str]] = {
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
-    """What position states say of one symbol: the range of its signed quantity in base currency, below 0 of a short."""
+    """What position states expect of one symbol: a range of its signed quantity in base currency, short below 0."""
 
     low: float = 0.0
     high: float = 0.0
     gross: float = 0.0
-    """What is held at most, both sides added up."""
+    """The largest quantity, both sides added up."""
     signals: frozenset[tuple[str, str]] = frozenset()
     """Store id and digest of the signals whose orders may be on the exchange."""
     changed_ms: int = -1
@@ -44,11 +44,11 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def slack(self) -> float:
-        """What the quantity may be off without being wrong."""
+        """The tolerance of the quantity."""
         return self.gross * _SLACK
 
     def __add__(self, other: Known) -> Known:
-        """What both hold, side by side."""
+        """Two positions next to each other."""
         return Known(
             low=self.low + other.low,
             high=self.high + other.high,
@@ -58,7 +58,7 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def __or__(self, other: Known) -> Known:
-        """What one or the other holds: the same position at two moments."""
+        """One or the other: the same position at two moments."""
         return Known(
             low=min(self.low, other.low),
             high=max(self.high, other.high),
@@ -69,7 +69,7 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """What the exchange holds and the store does not, or the other way round."""
+    """A difference between exchange and store."""
 
     what: What
     held: VenuePosition | None
@@ -87,7 +87,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def known_of(position_state: PositionState, store_id: str) -> Known:
-    """What a position state says; before and after the order under way, if there is one."""
+    """What a position state expects, before and after a pending order."""
     state, intent = position_state.state, position_state.intent
     states = [state] if intent is None else [state, intent.target]
     quantities = [quantity for state in states for quantity in _quantities(state)]
@@ -102,7 +102,7 @@ def known_of(position_state: PositionState, store_id: str) -> Known:
 
 
 def _quantities(state: State) -> tuple[float, ...]:
-    """The signed quantities between which a state holds: of a resting entry any part may be filled by now."""
+    """The signed quantities of a state: of a resting entry any part may be filled by now."""
     held = held_by(state)
     if held is None:
         return (0.0,)
@@ -113,13 +113,13 @@ def _quantities(state: State) -> tuple[float, ...]:
 
 
 def compare(symbol: str, held: VenuePosition | None, known: Known, store_id: str) -> Difference | None:
-    """What is wrong, the worst of it first; None where exchange and store agree.
+    """The worst difference; None if exchange and store agree.
 
     Args:
-        symbol: for the words.
-        held: what the exchange holds of it.
-        known: what all position states of the store say of it together.
-        store_id: that of the store, for the words.
+        symbol: for the message.
+        held: the position on the exchange.
+        known: what all position states of the store expect together.
+        store_id: of the store, for the message.
     """
     net = 0.0 if held is None else held.quantity if held.direction == "long" else -held.quantity
     foreign = tuple(each for each in held.signals if not _is_known(each, known)) if held is not None else ()
@@ -176,7 +176,7 @@ def _reason(
     text = f"the exchange holds {there} of {symbol}"
     match what:
         case "missing_position":
-            text += ", which is not the position that the store has"
+            text += ", which is not the position in the store"
         case "unprotected_position":
             text += " without a stop"
         case "foreign_position":
@@ -185,14 +185,14 @@ def _reason(
         case "foreign_order":
             text += " and an open order that this store does not know"
         case "left_stop":
-            text += " and a stop that is left of another position"
+            text += " and a stop that was left by another position"
     return text + "".join(f"; {_order(each, store_id)}" for each in foreign)
 
 
 def _order(signal: VenueSignal, store_id: str) -> str:
-    """Whose an unknown order is."""
+    """The store of an unknown order."""
     ids = signal.client_order_ids
     order_id = ids[0] if ids else str(OrderId(signal.store_id, signal.digest, ENTRY, 0))
     if signal.store_id == store_id:
-        return f"order {order_id} is of this store, {store_id}, which has no note of it"
-    return f"order {order_id} is of store {signal.store_id}, not of this store, {store_id}"
+        return f"order {order_id} is from this store, {store_id}, which has no record of it"
+    return f"order {order_id} is from store {signal.store_id}, not from this store, {store_id}"

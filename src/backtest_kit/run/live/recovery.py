@@ -1,4 +1,4 @@
-"""What a start has found of the run before, as an event and in words."""
+"""What a start found of the previous run, as an event and in words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("backtest_kit")
 
 
 def recovered(identity: Identity, state: State, when_ms: int, seen_ms: int, steps: Sequence[str]) -> Recovered:
-    """A run begins with `state`; `seen_ms` is the last minute that the run before has written down."""
+    """A run begins with `state`; `seen_ms` is the last minute that the previous run stored."""
     held = held_by(state)
     event = Recovered(
         identity=identity,
@@ -34,11 +34,11 @@ def recovered(identity: Identity, state: State, when_ms: int, seen_ms: int, step
 def what_became_of(intent: Intent, left: Intent | None, *, done: bool) -> str:
     """A sentence about an order that was pending when the run before ended."""
     order, became = intent.order, "carried out" if done else "given up" if left is None else "still open"
-    return f"asked the exchange about the order {order.client_order_id} to {order.kind}: {became}"
+    return f"looked up order {order.client_order_id} to {order.kind}: {became}"
 
 
 def last_price(position_state: PositionState) -> float:
-    """The last price of the market that a position state knows of; 0 where it knows of none."""
+    """The last market price in a position state; 0 if it has none."""
     if position_state.intent is not None:
         return position_state.intent.order.price
     held = held_by(position_state.state)

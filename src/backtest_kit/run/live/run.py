@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
 
 from backtest_kit.engine.step import Resting, State, Tick
-from backtest_kit.errors import Conflict, RetryLater
-from backtest_kit.events import EventBus
-from backtest_kit.format import error_text
+from backtest_kit.errors import RetryLater
 from backtest_kit.market.history import History
 from backtest_kit.model.event import (
     Event,
@@ -24,21 +22,16 @@ from backtest_kit.model.event import (
 )
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.persist.binding import Persistence
-from backtest_kit.persist.contracts import CONTRACTS, LEASE
+from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.keys import path_of
-from backtest_kit.persist.lease import Lease, acquire
-from backtest_kit.persist.possession import beside, release_quietly, renew_through_lapses
-from backtest_kit.persist.store import Key
-from backtest_kit.persist.store_id import claim_store_id
-from backtest_kit.records import RunRecords
-from backtest_kit.run.cron import Cron
-from backtest_kit.run.feeds import Feeds
-from backtest_kit.run.live.account_lock import account_locked
+from backtest_kit.persist.lease import Lease
+from backtest_kit.persist.possession import beside, renew_through_lapses
 from backtest_kit.run.live.alarms import Alarms
 from backtest_kit.run.live.candles import POLL_MS, LiveCandles
 from backtest_kit.run.live.emergency import EmergencyFile
-from backtest_kit.run.live.event_recorder import EventRecorder, RecordWriter
+from backtest_kit.run.live.entry_guard import EntryGuard
+from backtest_kit.run.live.event_recorder import EventObserver, EventRecorder
 from backtest_kit.run.live.flags import RunFlags
 from backtest_kit.run.live.hooks import LiveHooks
 from backtest_kit.run.live.job import LiveJob
@@ -46,12 +39,13 @@ from backtest_kit.run.live.missed import MissedMinutes
 from backtest_kit.run.live.next_minute import NextMinute
 from backtest_kit.run.live.order_manager import OrderManager
 from backtest_kit.run.live.order_sender import OrderSender
-from backtest_kit.run.live.orphans import Comparison, OrphanGuard, side_by_side
-from backtest_kit.run.live.other_positions import StoredPositions
-from backtest_kit.run.live.position_state import PositionState
+from backtest_kit.run.live.orphans import OrphanGuard, side_by_side
+from backtest_kit.run.live.other_positions import OtherPositions
 from backtest_kit.run.live.position_store import PositionStore
+from backtest_kit.run.live.possession import Patience, possessed
 from backtest_kit.run.live.recovery import last_price, recovered, what_became_of
 from backtest_kit.run.minute import Minute
+from backtest_kit.run.program import Program
 from backtest_kit.run.run_state import RunState
 from backtest_kit.run.services import Services
 
@@ -67,23 +61,20 @@ class LiveRun:
     def __init__(
         self,
         job: LiveJob,
-        feeds: Feeds,
+        program: Program,
         services: Services,
-        bus: EventBus,
-        cron: Cron,
-        records: RunRecords,
         persistence: Persistence,
         dump: Path,
-        observers: Sequence[RecordWriter],
-        beside: Callable[[], Sequence[LiveRun]],
+        observers: Sequence[EventObserver],
+        neighbours: Callable[[], Sequence[LiveRun]],
         yielded: Callable[[Event], None],
     ) -> None:
-        """`beside` tells which runs of the program trade the symbol there, this one included, in the order of their
+        """`neighbours` returns the runs of the program that trade the symbol, this one included, in the order of their
         start; `yielded` takes each event."""
         self.job = job
         self.run_state = RunState(job.rules)
         identity, scope = job.identity, job.scope
-        mode = identity.mode
+        mode, records = identity.mode, program.records.of_run(identity, None)
         strategy, exchange, symbol = path_of(CONTRACTS["signal"], scope)
         emergency = EmergencyFile(dump / "emergency" / mode / strategy / exchange / f"{symbol}.reserve")
         alarms = Alarms(self.run_state)
@@ -98,39 +89,37 @@ class LiveRun:
         self._sender.minute = self._minute = Minute(
             self.run_state,
             job.strategy,
-            bus,
-            cron,
+            program,
             self.position_store if job.risks else None,
             self.order_manager,
             self._history_of,
             records,
             self.hooks,
         )
-        others = StoredPositions(persistence, mode, scope)
+        others = OtherPositions(persistence, mode, scope)
         self.guard = OrphanGuard(self.run_state, job.broker, job.orphans, self.order_manager, others)
-        self._feeds = feeds
+        self._entry_guard = EntryGuard(self.guard, self.order_manager, self.flags, job, neighbours)
+        self._patience = Patience(identity.symbol)
+        self._program = program
         self._services = services
-        self._bus = bus
-        self._cron = cron
         self._persistence = persistence
-        self._beside = beside
+        self._neighbours = neighbours
         self._yielded = yielded
         self.candles = LiveCandles(job)
         self.missed = MissedMinutes(identity)
         self.next_minute = NextMinute(
             job, self.candles, self.missed, finished=self._finished, watch=self._watch, emit=self._emit
         )
-        self._away = ""
         self._resolved_ms = -1
-        """The minute in which the start has asked about a pending order."""
+        """The minute in which the start looked up a pending order."""
         self._commanded = False
-        """Whether the run before has come as far as the commands of the minute in which this one begins: they are given
+        """Whether the previous run had reached the commands of the minute in which this one begins: they are given
         again, and those that were carried out are known."""
         self.began = asyncio.Event()
-        """Set once what the run before has left is taken in."""
+        """Set once the state of the previous run has been loaded."""
         self.lease: Lease | None = None
         self._acted_ms = 0
-        """The minute at which the strategy was asked last."""
+        """The minute at which the strategy was called last."""
 
     async def live(self) -> None:
         """Trade until stopped, and publish how it ended.
@@ -138,11 +127,14 @@ class LiveRun:
         Raises:
             Conflict: another process has the position, from the start or since.
             UserError: bad settings, candles or credentials.
-            Damaged, RetryLater: what was left by the run before cannot be read, or a service is away, at the start.
+            Damaged, RetryLater: the state of the previous run cannot be read, or a service is away, at the start.
         """
         identity = self.job.identity
         try:
-            async with self._possession() as lease:
+            async with AsyncExitStack() as stack:
+                await self._open_stores(stack)
+                lease = await stack.enter_async_context(possessed(self.job, self._persistence, self._patience))
+                self.lease = self.position_store.lease = lease
                 await beside(renew_through_lapses(lease), self._work())
             await self._end(RunDone(identity=identity, when_ms=self.when_ms, trades=tuple(self.hooks.trades)))
         except asyncio.CancelledError:
@@ -158,15 +150,15 @@ class LiveRun:
             raise
 
     def stop(self) -> None:
-        """Open nothing more, and end once no position is open."""
+        """Stop opening positions, and end once none is open."""
         self.flags.stopping = True
         self.next_minute.wake()
 
     async def pause(self, paused: bool) -> None:
-        """Ask the strategy no more, or again, once the run has begun. Returns when that is written down.
+        """Stop calling the strategy, or call it again. Returns when that is stored.
 
         Raises:
-            BacktestKitError: it could not be written down.
+            BacktestKitError: it could not be stored.
         """
         if self.position_store.position_state.paused != paused:
             await self.order_manager.pause(paused)
@@ -174,77 +166,27 @@ class LiveRun:
 
     # The start and the end
 
-    @asynccontextmanager
-    async def _possession(self) -> AsyncIterator[Lease]:
-        """The position itself, given back in the end."""
-        job, mode = self.job, self.job.identity.mode
-        async with AsyncExitStack() as stack:
-            await self._patiently(lambda: self._persistence.open(mode))
-            if (fitness := job.fitness) is not None:
-                await self._patiently(lambda: stack.enter_async_context(self._services.use(fitness)))
-            await self._patiently(self._recorder.begin)
-            lease = await self._patiently(
-                lambda: acquire(
-                    lambda row: self._persistence.store_for(row, mode),
-                    job.scope,
-                    ttl=job.lease_ttl_s,
-                    seams=self._persistence.seams,
-                )
-            )
-            self.lease = lease
-            self.position_store.lease = lease
-            stack.push_async_callback(release_quietly, lease)
-            crashpoint("live.start.after_lease")
-            if mode == "live":
-                await self._patiently(lambda: stack.enter_async_context(self._account()))
-            yield lease
-
-    @asynccontextmanager
-    async def _account(self) -> AsyncIterator[None]:
-        """The right to send orders from this store: they carry its id, and no other store of this machine trades the
-        symbol of the account."""
-        broker, identity = self.job.broker, self.job.identity
-        store = self._persistence.store_for(LEASE, "live")
-        # After the lease, which is refused in a store that a migration has not completed: that one gets its id from it.
-        broker.store_id = await claim_store_id(store, self._persistence.seams)
-        async with account_locked(
-            broker.account(),
-            identity.symbol,
-            store=store,
-            store_id=broker.store_id,
-            strategy_name=identity.strategy_name,
-        ):
-            yield
+    async def _open_stores(self, stack: AsyncExitStack) -> None:
+        await self._patience(lambda: self._persistence.open(self.job.identity.mode))
+        if (fitness := self.job.fitness) is not None:
+            await self._patience(lambda: stack.enter_async_context(self._services.use(fitness)))
+        await self._patience(self._recorder.begin)
 
     async def _work(self) -> None:
-        """Connect to everything that the run needs, and trade; let go of it in the reverse order."""
+        """Connect to everything that the run needs, and trade; disconnect in the reverse order."""
         job = self.job
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._services.use(job.clock))
             self.next_minute.begin()
-            await self._patiently(lambda: stack.enter_async_context(self._services.use(job.broker)))
+            await self._patience(lambda: stack.enter_async_context(self._services.use(job.broker)))
             self.candles.feed = await stack.enter_async_context(
-                self._feeds.use(job.identity.exchange_name, job.settings, job.clock.now_ms)
+                self._program.feeds.use(job.identity.exchange_name, job.settings, job.clock.now_ms)
             )
-            self._cron.begin(job.identity)
-            stack.callback(self._cron.end, job.identity)
+            self._program.cron.begin(job.identity)
+            stack.callback(self._program.cron.end, job.identity)
             stack.callback(self.position_store.close)
             stack.push_async_callback(self.order_manager.end)
             await self._trade()
-
-    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """What a step of the start returns, tried again for as long as a store or the exchange is away or too slow."""
-        while True:
-            try:
-                result = await call()
-            except RetryLater as error:
-                if not self._away:
-                    _log.warning("the start of %s waits: %s", self.job.identity.symbol, error)
-                self._away = str(error)
-            else:
-                self._away = ""
-                return result
-            await asyncio.sleep(_AGAIN_S)
 
     async def _trade(self) -> None:
         if not await self._recover():
@@ -256,10 +198,10 @@ class LiveRun:
             self.run_state.tick = self.candles.tick(self.when_ms)
 
     async def _recover(self) -> bool:
-        """Take in what the run before has left, and finish what it had begun; False if there is nothing to do and
-        the run is stopped before it could begin."""
+        """Load what the previous run left, and finish what it had begun; False if the run was stopped before it could
+        begin, and there is nothing to do."""
         owner = "" if self.lease is None else self.lease.holder.owner
-        steps = list(await self._patiently(lambda: self.position_store.load(owner)))
+        steps = list(await self._patience(lambda: self.position_store.load(owner)))
         crashpoint("live.start.after_load")
         found = self.position_store.position_state
         self.run_state.state = found.state
@@ -273,9 +215,9 @@ class LiveRun:
             self.run_state.tick = Tick.flat(self.when_ms, last_price(found))
             self.flags.unpriced = self.flags.blind = True
         await self.order_manager.take_over()
-        await self._patiently(self._sender.confirm)
+        await self._patience(self._sender.confirm)
         self.began.set()
-        await self._reconcile(resending=True)
+        await self._entry_guard.compare(self.run_state.tick.when_ms, resending=True)
         events = await self.order_manager.manage_pending_order()
         self.flags.blind = False
         self._resolved_ms = began_ms = self.when_ms
@@ -284,12 +226,10 @@ class LiveRun:
         if found.intent is not None:
             left = self.position_store.position_state.intent
             steps.append(what_became_of(found.intent, left, done=bool(events)))
-        if len(runs := self._beside()) > 1 and self.job.orphans != "alarm":
-            steps.append(
-                f"{side_by_side([each.run_state for each in runs])}: orphans are reported, and nothing else is done"
-            )
+        if len(runs := self._neighbours()) > 1 and self.job.orphans != "alarm":
+            steps.append(f"{side_by_side([each.run_state for each in runs])}: orphans are only reported")
         if found.intent is not None:
-            await self._reconcile(resending=True)
+            await self._entry_guard.compare(self.run_state.tick.when_ms, resending=True)
         if self.flags.no_entry:
             steps.append(f"nothing is opened: {self.flags.no_entry}")
         event = recovered(self.job.identity, self.run_state.state, self.when_ms, found.seen_ms, steps)
@@ -304,16 +244,16 @@ class LiveRun:
         return not self.flags.unpriced
 
     async def _watch_until_candles(self, reason: str) -> None:
-        """Watch the exchange alone, once a minute, until there are candles or nothing is left to wait for."""
+        """Watch the exchange once a minute, until there are candles or nothing is left to wait for."""
         clock, watched_ms = self.job.clock, self.when_ms
-        self._away = reason
+        self._patience.reason = reason
         await self._watch(watched_ms)
         while not self._finished():
             await self.next_minute.sleep_until(clock.now_ms() + POLL_MS)
             away, missed = await self._first_candles(), (self.when_ms - watched_ms) // MINUTE_MS
             if missed > 0:
-                self.missed.add(watched_ms, missed, self._away)
-            self._away = away
+                self.missed.add(watched_ms, missed, self._patience.reason)
+            self._patience.reason = away
             if not away:
                 self.flags.unpriced = False
                 return
@@ -327,7 +267,7 @@ class LiveRun:
     # A minute
 
     async def _act(self) -> None:
-        """Act at the minute that has come; nothing that goes wrong in it but the loss of the position ends the run."""
+        """Run this minute. Only the loss of the position ends the run; other errors are reported."""
         happened: list[Event] = []
         cut_off = await self._cut_off()
         if cut_off:
@@ -345,15 +285,16 @@ class LiveRun:
         self.hooks.stop_if_lost()
 
     async def _manage_open_orders(self, happened: list[Event]) -> None:
-        """Take in what has happened on the exchange: to a pending order, to the position, and beside it."""
+        """Take in what happened on the exchange: to a pending order, to the position, and by other orders."""
         if self.order_manager.unsent is not self.position_store.position_state:
-            await self._reconcile(resending=True)
+            await self._entry_guard.compare(self.run_state.tick.when_ms, resending=True)
         if self._resolved_ms != self.run_state.tick.when_ms:
             for event in await self.order_manager.manage_pending_order():
                 await self._minute.publish(event, happened)
         for event in await self.order_manager.check_exchange():
             await self._minute.publish(event, happened)
-        await self._look_for_orphans(happened)
+        if (found := await self._entry_guard.find_orphans(self.run_state.tick.when_ms)) is not None:
+            await self._minute.publish(found, happened)
 
     async def _exit_and_enter(self, happened: list[Event]) -> None:
         """Let time, prices and the strategy act on the position, unless an order is still pending."""
@@ -366,7 +307,7 @@ class LiveRun:
             await self._minute.act(self._minute.wanted(), happened, since_ms=since_ms, settled=settled)
 
     async def _commit(self, happened: list[Event]) -> None:
-        """Publish what commands have caused, and hand everything to the broker, the stream and the records."""
+        """Publish the events of commands, and hand all events to the broker, the stream and the records."""
         await self._minute.publish_commands(happened)
         for event in happened:
             self._yielded(event)
@@ -374,8 +315,8 @@ class LiveRun:
         await self._recorder.note(*happened)
 
     async def _cut_off(self) -> str:
-        """Why nothing may be done, because the store has been away for longer than the lease and another process may
-        trade the position; empty where this one has it.
+        """Why this minute must be skipped: the store has been away for longer than the lease, so another process may
+        trade the position. Empty while this process has it.
 
         Raises:
             Conflict: another process has it.
@@ -387,7 +328,7 @@ class LiveRun:
         return ""
 
     async def _watch(self, when_ms: int) -> None:
-        """A minute without a price: nothing is decided, but the exchange is still asked how things stand."""
+        """A minute without a price: nothing is decided, but orders and position are still checked on the exchange."""
         happened: list[Event] = []
         self.run_state.tick = msgspec.structs.replace(self.run_state.tick, when_ms=when_ms)
         self.flags.blind = True
@@ -401,52 +342,15 @@ class LiveRun:
         await self._commit(happened)
         self.hooks.stop_if_lost()
 
-    async def _reconcile(self, *, resending: bool = False) -> Comparison | None:
-        """Compare the store with the exchange. Entries wait until that has succeeded and nothing unknown is found.
-
-        `resending`: because a pending entry may be sent again. That happens only where the exchange has nothing of
-        it, so that it explains nothing of what the exchange holds.
-        """
-        when_ms = self.run_state.tick.when_ms
-        try:
-            if resending:
-                found = await self.guard.compare(
-                    when_ms, lambda: {**self._position_states(), self.job.scope: self.order_manager.unsent}
-                )
-            else:
-                found = await self._beside()[0].guard.compare_once(when_ms, self._position_states)
-        except Conflict:
-            raise
-        except Exception as error:
-            reason = f"the exchange and the store could not be compared: {error_text(error)}"
-            if reason != self.flags.no_entry:
-                _log.warning("nothing is opened for %s: %s", self.job.identity.symbol, reason)
-            self.flags.no_entry = reason
-            return None
-        self.flags.no_entry = found.no_entry
-        return found
-
-    def _position_states(self) -> dict[Key, PositionState]:
-        """Of the runs that trade the symbol side by side, as far as they have been read."""
-        return {each.job.scope: each.position_store.position_state for each in self._beside() if each.began.is_set()}
-
-    async def _look_for_orphans(self, happened: list[Event]) -> None:
-        found, runs = await self._reconcile(), list(self._beside())
-        if found is None or runs[0] is not self:
-            return
-        event = await self.guard.report(found, [each.run_state for each in runs[1:]])
-        if event is not None:
-            await self._minute.publish(event, happened)
-
     async def _notify(self, event: Event) -> None:
         try:
             await self.job.broker.notify(event)
         except Exception as error:
-            _log.warning("the broker took no notice of %s: %s", event.action, error)
+            _log.warning("Broker.notify failed for %s: %s", event.action, error)
 
     async def _emit(self, event: Event) -> None:
-        """Publish an event that is no part of a minute."""
-        await self._bus.emit(event, self._minute.context(), failed=self._handler_failed)
+        """Publish an event outside of a minute."""
+        await self._program.bus.emit(event, self._minute.context(), failed=self._handler_failed)
         self._yielded(event)
         await self._recorder.note(event)
 
@@ -462,10 +366,10 @@ class LiveRun:
     # Candles
 
     async def _first_candles(self) -> str:
-        """Take in the candles that the minute of now takes, as the first one: why they are not there, or nothing.
+        """Load the candles of the first minute: why they are missing, or nothing.
 
         Raises:
-            UserError: nothing is held, and no waiting mends it.
+            UserError: no position is open, and waiting does not help.
         """
         away = await self.next_minute.first(patient=not self.position_store.position_state.is_idle)
         if not away:
@@ -478,18 +382,18 @@ class LiveRun:
 
     @property
     def when_ms(self) -> int:
-        """The minute that is acted at; 0 until the clock is started."""
+        """The current minute; 0 until the clock is started."""
         return self.next_minute.when_ms
 
     @property
     def next_ms(self) -> int:
-        """The minute at which it acts next."""
+        """The next minute."""
         return self.when_ms + MINUTE_MS
 
     @property
     def waiting(self) -> str:
-        """Why nothing is decided at the moment; empty while minutes are acted at."""
-        return self._away or self.missed.reason or self.hooks.undecided
+        """Why nothing is decided at the moment; empty while the run acts."""
+        return self._patience.reason or self.missed.reason or self.hooks.undecided
 
 
 def _cancelled(state: State) -> tuple[State, tuple[Event, ...]]:

@@ -1,20 +1,19 @@
-"""Live: trade a strategy on a market as it goes on, with real orders or on paper.
+"""Live: trade a strategy on a market in real time, with real orders or on paper.
 
-**A start.** The stores are opened. The position is taken: one process trades one (strategy, exchange, symbol), and a
-second one is refused. The clock is started and the broker connects. What the run before has left is read,
-from the store and, if that lacked something, from the emergency file. The exchange is asked what became of an order
-that was pending, and the order is completed, sent again or dropped. Only then comes the first minute, with the
-`Recovered` event. Where there are no candles yet it waits for them, and the exchange is watched without. A first start
-does all of this too, and finds nothing: there is no other way to recover.
+**Start.** Open the stores. Take the position: one process trades one (strategy, exchange, symbol), a second one is
+refused. Start the clock and connect the broker. Load the state of the previous run from the store and, if the store
+lacks something, from the emergency file. Look up a pending order on the exchange, and complete it, send it again or
+drop it. Then the first minute begins, with the `Recovered` event. While there are no candles yet, the run waits for
+them and watches the exchange. A first start does the same and finds nothing: there is no other way to recover.
 
-**A minute.** It begins when the minute before has closed and its candle is there; a minute whose candle does not
-come in time is counted and passed over. First a pending order is completed, and the exchange is
-asked whether it has closed or filled something by itself. Then the same `Minute` as in a backtest acts: time and
-prices, cron, the strategy. The `OrderManager` carries out what it changes: the intent is written down, the order is
-sent, the outcome is written down, and only then is anything published.
+**Minute.** It begins when the previous minute has closed and its candle is there. A minute whose candle comes too late
+is counted as missed. First a pending order is completed, and the exchange is checked for positions and orders that it
+closed or filled by itself. Then the same `Minute` as in a backtest runs: time and prices, cron, the strategy. The
+`OrderManager` carries out what it changes: it stores the intent, sends the order, stores the outcome, and only then
+are events published.
 
-**An end.** `stop()` opens nothing more, cancels a resting entry and waits for the open position to close. `cancel()`
-ends immediately and leaves everything as it is; so does a kill. Both leave a state from which the next start goes on.
+**End.** `stop()` opens nothing more, cancels a resting entry and waits for the open position to close. `cancel()` ends
+immediately and changes nothing; so does a kill. The next start resumes from either.
 """
 
 from __future__ import annotations
@@ -24,15 +23,14 @@ import signal
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, TypedDict, Unpack, get_args
+from typing import Any, Final, TypedDict, Unpack
 
 import msgspec
 
 from backtest_kit.broker.base import check_broker, sends
 from backtest_kit.broker.paper import PaperBroker
-from backtest_kit.engine.step import Fill, Rules
+from backtest_kit.engine.step import FillModel, Rules
 from backtest_kit.errors import BacktestKitError, UserError
-from backtest_kit.events import EventBus
 from backtest_kit.market.clock import SystemClock
 from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.repair import DirtyRule
@@ -42,53 +40,44 @@ from backtest_kit.model.interval import interval_ms
 from backtest_kit.model.position import Trade
 from backtest_kit.persist.binding import Persistence
 from backtest_kit.persist.lease import DEFAULT_TTL
-from backtest_kit.records import Records
 from backtest_kit.run.blocking import run_blocking
-from backtest_kit.run.cron import Cron
-from backtest_kit.run.feeds import Feeds
-from backtest_kit.run.live.event_recorder import RecordWriter
+from backtest_kit.run.live.event_recorder import EventObserver
 from backtest_kit.run.live.exchange_time import VenueTime
 from backtest_kit.run.live.job import LiveJob
 from backtest_kit.run.live.orphans import OrphanPolicy
 from backtest_kit.run.live.run import LiveRun
 from backtest_kit.run.live.status import LiveStatus, status_of
-from backtest_kit.run.schema import ExchangeSchema, Registry, StrategySchema, check_name
+from backtest_kit.run.program import Program
+from backtest_kit.run.schema import ExchangeSchema, StrategySchema, check_choice, check_name
 from backtest_kit.run.services import Services, StoreCheck
-from backtest_kit.settings import Settings
 
 _TTL_S: Final = (1, 3600)
 """The shortest and the longest lease, in seconds: renewed every third of it, and waited for by another machine."""
-_OPTIONS: Final[dict[str, tuple[str, ...]]] = {
-    "fill": get_args(Fill),
-    "gaps": get_args(GapRule),
-    "dirty": get_args(DirtyRule),
-    "orphans": get_args(OrphanPolicy),
-}
 
 
 class LiveOptions(TypedDict, total=False):
-    """What may be said of a live run beside its names."""
+    """Options of a live run, besides its names."""
 
     paper: bool
-    """Every order is confirmed at the engine's price, and the state is kept apart from live. Default False."""
-    fill: Fill
+    """Orders fill at the engine's price, and the state is separate from live. Default False."""
+    fill: FillModel
     """"vwap" (default) touches levels by the current price; "ohlc" by the wicks, stop before take."""
     gaps: GapRule
-    """"fill" (default) takes minutes that the exchange has no candle of as flat, and counts them; with "error" the
-    minutes after one are missed."""
+    """"fill" (default) takes minutes without a candle as flat, and counts them; with "error" the minutes after one are
+    missed."""
     dirty: DirtyRule
-    """"repair" (default) makes the best of rows that are no candle of a minute, counts and logs them, and takes the
-    minute of any other bad row as missing; with "refuse" the minute of one is missed."""
+    """"repair" (default) fixes what is certain, counts and logs it, and takes the minute of any other bad row as
+    missing; with "refuse" every minute with a bad row is missed."""
     orphans: OrphanPolicy
-    """What is done about a position that the store does not know, or that has no stop on the exchange: "alarm"
-    (default) reports it, "adopt" makes it the strategy's own, "protect" places a stop. Nothing is opened while it is
-    unknown, whatever the policy. See `OrphanGuard`."""
+    """What to do about a position that the store does not know, or that has no stop on the exchange: "alarm"
+    (default) reports it, "adopt" makes it the strategy's own, "protect" places a stop. With each of them nothing is
+    opened while it is unknown. See `OrphanGuard`."""
     lease_ttl_s: float
-    """Seconds (1 to 3600, default 15) of silence after which another machine may take the position over. As long does
-    the run go on trading while its store does not answer at all; then it sends nothing until the store does."""
+    """Seconds (1 to 3600, default 15) of silence after which another machine may take the position over. For as long,
+    the run goes on trading while its store does not answer; then it sends nothing until the store answers."""
     allow_weak: bool
-    """Default False: with a broker that sends orders, a store that `Persistence.require_live_grade` calls weak or at
-    fault is refused. True: nothing is checked, because the program has done so."""
+    """Default False: with a broker that sends orders, a store that `Persistence.require_live_grade` calls weak or
+    faulty is refused. True: nothing is checked, because the program has done so."""
 
 
 class LiveHandle:
@@ -115,33 +104,33 @@ class LiveHandle:
         return self.task.done()
 
     def stop(self) -> None:
-        """Open nothing more: a resting entry is cancelled, an open position is carried to its end."""
+        """Stop opening positions: cancel a resting entry, and wait for an open position to close."""
         self._run.stop()
 
     def cancel(self) -> None:
-        """End it at once and leave everything as it is, on the exchange and on the disk; the next start goes on from
-        there. Awaiting it raises `asyncio.CancelledError`."""
+        """End it immediately. Positions and orders stay as they are and are resumed at the next start. Awaiting it
+        raises `asyncio.CancelledError`."""
         self.task.cancel()
 
     async def pause(self) -> None:
-        """Ask the strategy for nothing until `resume`, also after a restart; what is open or resting goes on.
+        """Do not call `get_signal` until `resume`, also after a restart; open positions and resting entries go on.
 
         Raises:
             UserError: the run has ended.
-            BacktestKitError: it could not be written down, and goes on as before.
+            BacktestKitError: it could not be stored; the run goes on as before.
         """
         await self._pause(True)
 
     async def resume(self) -> None:
-        """Ask the strategy again. Raises as `pause`."""
+        """Call `get_signal` again. Raises as `pause`."""
         await self._pause(False)
 
     async def wait_for_init(self) -> None:
-        """Wait until the start is over: position and orders are read back from the store, the exchange was asked about
-        them, and the first minute is next.
+        """Wait until the start is over: position and orders are loaded and compared with the exchange, and the first
+        minute is next.
 
         Raises:
-            Exception: what ended the run before that; `asyncio.CancelledError` where it was cancelled.
+            Exception: what ended the run before that; `asyncio.CancelledError` if it was cancelled.
         """
         await self._begun()
         if self.task.done() and not self._run.began.is_set():
@@ -164,7 +153,7 @@ class LiveHandle:
 
     @property
     def status(self) -> LiveStatus:
-        """How it stands now."""
+        """The state of the run now."""
         return status_of(self._run, ended=self.done())
 
     def __repr__(self) -> str:
@@ -175,38 +164,23 @@ class LiveHandle:
 class LiveRunner:
     """Runs strategies live and on paper. `backtest_kit.Live` is the one of the default kit."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        feeds: Feeds,
-        bus: EventBus,
-        cron: Cron,
-        records: Records,
-        persistence: Callable[[], Persistence],
-        settings: Callable[[], Settings],
-        dump: Callable[[], Path],
-    ) -> None:
-        self._registry = registry
-        self._feeds = feeds
-        self._bus = bus
-        self._cron = cron
-        self._records = records
+    def __init__(self, program: Program, persistence: Callable[[], Persistence], dump: Callable[[], Path]) -> None:
+        self._program = program
         self._persistence = persistence
-        self._settings = settings
         self._dump = dump
         self._services = Services()
         self._fitness = StoreCheck(lambda: self._persistence().require_live_grade())
         self._running: dict[LiveRun, None] = {}
-        """Those that go on, in the order in which they were started."""
+        """The runs that have not ended, in the order of their start."""
         self._times: dict[str, VenueTime] = {}
-        self.observers: list[RecordWriter] = []
-        """Who keeps records of what happened, beside those of the kit: each is given the events of a change once that
-        is written down, and again at a start, or at the next minute, those that it may not have taken in."""
+        self.observers: list[EventObserver] = []
+        """Further writers of records. Each gets the events of a change once it is stored, and again, at a start or at
+        the next minute, those that it may have missed."""
 
     def background(
         self, symbol: str, *, strategy_name: str, exchange_name: str, **options: Unpack[LiveOptions]
     ) -> LiveHandle:
-        """Start a run on the running event loop, or go on where one was left, and return its handle.
+        """Start a run on the running event loop, or resume the previous one, and return its handle.
 
         The options are those of `LiveOptions`.
 
@@ -220,10 +194,10 @@ class LiveRunner:
     ) -> AsyncIterator[Event]:
         """Trade, yielding each event as it happens. Leaving the loop cancels the run. Arguments as for `background`.
 
-        The run never waits for the loop: what is not read yet is kept.
+        The run never waits for the loop: unread events are queued.
 
         Raises:
-            Conflict: another process trades this position, from the start or since; the message names it.
+            Conflict: another process trades this position, or took it over; the message names it.
             UserError, Damaged, RetryLater: it could not start.
         """
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -244,8 +218,8 @@ class LiveRunner:
     ) -> tuple[Trade, ...]:
         """Trade until SIGINT or SIGTERM, and return the trades of the run. Arguments and errors as for `background`.
 
-        The first signal stops it: what is open is carried to its end. The second ends it at once and leaves
-        everything as it is, which is just as safe.
+        The first signal stops opening positions and waits for open ones to close. The second ends the run immediately,
+        which is just as safe: positions and orders are resumed at the next start.
         """
         job = self.job(symbol, strategy_name, exchange_name, **options)
 
@@ -261,7 +235,7 @@ class LiveRunner:
 
         async def leave() -> None:
             with suppress(BacktestKitError):  # the end of the run has reported it
-                await self._records.leave()
+                await self._program.records.leave()
 
         return run_blocking(main, leave)
 
@@ -271,29 +245,29 @@ class LiveRunner:
         strategy: str | StrategySchema,
         exchange_name: str,
         paper: bool = False,
-        fill: Fill = "vwap",
+        fill: FillModel = "vwap",
         gaps: GapRule = "fill",
         dirty: DirtyRule = "repair",
         orphans: OrphanPolicy = "alarm",
         lease_ttl_s: float = DEFAULT_TTL,
         allow_weak: bool = False,
     ) -> LiveJob:
-        """One run, resolved.
+        """Resolve one run: look up every name, check every option.
 
         Raises:
             UserError: bad names or options, or a live run has no broker.
         """
         check_name("symbol", symbol)
-        for name, value in (("fill", fill), ("gaps", gaps), ("dirty", dirty), ("orphans", orphans)):
-            if value not in _OPTIONS[name]:
-                raise UserError(f"{name} is {value!r}: use one of {', '.join(_OPTIONS[name])}")
+        check_choice("fill", fill, FillModel)
+        check_choice("gaps", gaps, GapRule)
+        check_choice("dirty", dirty, DirtyRule)
+        check_choice("orphans", orphans, OrphanPolicy)
         ttl: object = lease_ttl_s
         shortest, longest = _TTL_S
         if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not shortest <= ttl <= longest:
             raise UserError(f"lease_ttl_s is {lease_ttl_s!r}: give {shortest} to {longest} seconds")
-        exchange = self._registry.exchanges.get(exchange_name)
-        if isinstance(strategy, str):
-            strategy = self._registry.strategies.get(strategy)
+        registry = self._program.registry
+        exchange, strategy = registry.exchanges.get(exchange_name), registry.strategy(strategy)
         broker = PaperBroker() if paper else exchange.broker
         if broker is None:
             raise UserError(
@@ -301,16 +275,16 @@ class LiveRunner:
                 "give add_exchange_schema a broker=, or trade with paper=True"
             )
         check_broker(broker)
-        settings = self._settings()
+        settings = self._program.settings()
         if broker.reports_fills:
-            # Its prices are what was paid: slippage would be charged twice.
+            # Its fills include slippage, which must not be charged twice.
             settings = msgspec.structs.replace(settings, CC_PERCENT_SLIPPAGE=0.0)
         mode: Mode = "paper" if paper else "live"
         identity = Identity(symbol, strategy.name, exchange_name, "", mode)
         return LiveJob(
             identity=identity,
             strategy=strategy,
-            risks=tuple(self._registry.risks.get(name) for name in strategy.risk_names),
+            risks=registry.risks_of(strategy),
             settings=settings,
             rules=Rules(identity=identity, settings=settings, fill=fill, interval_ms=interval_ms(strategy.interval)),
             broker=broker,
@@ -338,20 +312,17 @@ class LiveRunner:
             ) from None
         identity, running = job.identity, self._running
 
-        def beside() -> list[LiveRun]:
+        def neighbours() -> list[LiveRun]:
             return [each for each in running if each.job.place == job.place]
 
         run = LiveRun(
             job,
-            self._feeds,
+            self._program,
             self._services,
-            self._bus,
-            self._cron,
-            self._records.of_run(identity, None),
             self._persistence(),
             self._dump(),
             self.observers,
-            beside,
+            neighbours,
             yielded,
         )
 

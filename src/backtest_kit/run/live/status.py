@@ -1,4 +1,4 @@
-"""How a live run stands, as a value: what the terminal and a handle show."""
+"""The state of a live run as a value, for the terminal and the handle."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     identity: Identity
     when_ms: int
-    """The minute that was acted at last."""
+    """The current minute."""
     next_ms: int
-    """The minute at which it acts next."""
+    """The next minute."""
     next_decision_ms: int | None = None
-    """The minute at which the strategy is asked next, if nothing is held until then; None while something is."""
+    """The minute at which `get_signal` is called next; None while a position is open or an entry rests."""
     price: float
     position: Position | None = None
     entry: RestingEntry | None = None
@@ -35,31 +35,31 @@ class LiveStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """After fees and slippage, if all were closed now."""
     pnl_cost: float | None = None
     to_take_profit_pct: float | None = None
-    """How far the price is from the take profit in force; below 0 it is beyond."""
+    """Distance of the price from the take profit in force; below 0 it is beyond."""
     to_stop_loss_pct: float | None = None
-    under_way: str = ""
+    pending_order: str = ""
     """Client order id of an order whose outcome is not known yet."""
     paused: bool = False
     stopping: bool = False
     degraded: str = ""
-    """Why the store does not take writes; empty where it does."""
+    """Why the store rejects writes; empty if it works."""
     no_entry: str = ""
-    """Why nothing is opened although the store works; empty where entries are let through."""
+    """Why nothing is opened although the store works; empty if entries are allowed."""
     written_ms: int = -1
-    """The last minute that was written down."""
+    """The last minute that was stored."""
     holder: str = ""
-    """Who has the position, and since when."""
+    """The process that has the position, and since when."""
     held: bool = False
-    """Whether this process may still think that it has."""
+    """Whether this process still has it."""
     ended: bool = False
     """Whether the run is over."""
     clock_drift_ms: int | None = None
-    """How far the exchange's clock is ahead of this machine's, where it says so. Beyond a second the run goes by the
-    exchange's, and says so in the log."""
+    """How far the exchange's clock is ahead of this machine's, if known. Beyond a second the run uses the exchange's
+    time, and logs that."""
     waiting: str = ""
-    """Why nothing is decided at the moment, such as a missing candle; empty while minutes are acted at."""
+    """Why nothing is decided at the moment, such as a missing candle; empty while the run acts."""
     notes: tuple[str, ...] = ()
-    """What people should know of the broker."""
+    """Notes about the broker."""
     missed: int = 0
     """Minutes that passed without a decision."""
     gaps_filled: int = 0
@@ -101,7 +101,7 @@ def status_of(run: LiveRun, *, ended: bool) -> LiveStatus:
         when_ms=run.when_ms,
         next_ms=run.next_ms,
         price=tick.price,
-        under_way="" if now.intent is None else now.intent.order.client_order_id,
+        pending_order="" if now.intent is None else now.intent.order.client_order_id,
         paused=now.paused,
         stopping=run.flags.stopping,
         degraded=run.position_store.degraded,

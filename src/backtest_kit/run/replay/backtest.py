@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, Unpack
 
 import msgspec
 
-from backtest_kit.engine.step import Fill, Rules
+from backtest_kit.engine.step import FillModel, Rules
 from backtest_kit.errors import BacktestKitError, UserError
-from backtest_kit.events import EventBus
 from backtest_kit.market.fetch import GapRule
 from backtest_kit.market.price import resample
 from backtest_kit.market.repair import DirtyRule, dirty_rule
@@ -31,23 +30,20 @@ from backtest_kit.model.interval import (
     iso,
     to_datetime,
 )
-from backtest_kit.records import Records, RunRecords
+from backtest_kit.records import RunRecords
 from backtest_kit.records.exclusive import owned_by
 from backtest_kit.run.blocking import run_blocking
 from backtest_kit.run.cron import Cron
-from backtest_kit.run.feeds import Feeds
+from backtest_kit.run.program import Program
 from backtest_kit.run.replay.replay import Control, Job, Replay
 from backtest_kit.run.risk import RiskBook, RiskSeat
-from backtest_kit.run.schema import Registry, StrategySchema, check_name
-from backtest_kit.settings import Settings
+from backtest_kit.run.schema import StrategySchema, check_choice, check_name
 
 if TYPE_CHECKING:
     from backtest_kit.report.result import BacktestResult
 
 _log = logging.getLogger(__name__)
 
-_FILLS: Final = ("vwap", "ohlc")
-_GAPS: Final = ("error", "fill")
 _CHART_BARS: Final = 1500
 
 
@@ -79,7 +75,7 @@ class _Announced:
 class ReplayOptions(TypedDict, total=False):
     """How candles are replayed: the options shared by `Backtest` and `Walker`."""
 
-    fill: Fill
+    fill: FillModel
     """"vwap" (default) touches levels by the current price; "ohlc" by the wicks, stop before take."""
     gaps: GapRule
     """"error" (default) refuses candles with missing minutes; "fill" puts flat candles there."""
@@ -158,25 +154,10 @@ class BacktestHandle:
 class BacktestRunner:
     """Runs backtests. `backtest_kit.Backtest` is the one of the default kit."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        feeds: Feeds,
-        bus: EventBus,
-        cron: Cron,
-        records: Records,
-        settings: Callable[[], Settings],
-        now_ms: Callable[[], int],
-        report_path: Callable[[], Path],
-    ) -> None:
-        self._registry = registry
-        self.feeds = feeds
-        self._bus = bus
-        self._cron = cron
-        self._records = records
+    def __init__(self, program: Program, now_ms: Callable[[], int], report_path: Callable[[], Path]) -> None:
+        self.program = program
         self._under_way: set[tuple[str, ...]] = set()
         self._risks = RiskBook()
-        self._settings = settings
         self._now_ms = now_ms
         self._report_path = report_path
 
@@ -253,32 +234,32 @@ class BacktestRunner:
 
     async def leave_loop(self) -> None:
         """Close what belongs to the event loop of a blocking call, which ends."""
-        await self._records.leave_loop()
+        await self.program.records.leave_loop()
 
     async def _replay(self, job: Job, control: Control, announced: _Announced) -> AsyncGenerator[Event, None]:
         """Yield the events of a run, and publish how it ended."""
-        records = self._records.of_run(job.identity, job.run_id)
+        records = self.program.records.of_run(job.identity, job.run_id)
         if announced.seat is not None:
             announced.seat.enter()
         try:
             async with (
                 records.alone() if job.is_named else nullcontext(),
-                self.feeds.use(job.identity.exchange_name, job.settings) as feed,
+                self.program.feeds.use(job.identity.exchange_name, job.settings) as feed,
             ):
-                replay = Replay(job, control, feed, self._bus, self._cron, announced.seat, records)
+                replay = Replay(job, control, feed, self.program, announced.seat, records)
                 async with aclosing(replay.events()) as events:
                     async for event in events:
                         yield event
                 await records.settle()
                 await _end(records)
-                await self._bus.emit(_done(job, control))
+                await self.program.bus.emit(_done(job, control))
         except asyncio.CancelledError:
-            await self._bus.emit(_done(job, control, cancelled=True))
+            await self.program.bus.emit(_done(job, control, cancelled=True))
             raise
         except Exception as error:
             failed = RunFailed(identity=job.identity, when_ms=control.when_ms, error=error)
             await _end(records, failed)
-            await self._bus.emit(failed)
+            await self.program.bus.emit(failed)
             raise
         finally:
             announced.take_back()
@@ -291,9 +272,9 @@ class BacktestRunner:
                 "and a second run would overwrite its records: wait for it, or choose another run_id"
             )
         # A cron job runs once for all runs of a frame, so no run may be past the boundary at which it runs.
-        shares = bool(job.risks) or bool(self._cron)
+        shares = bool(job.risks) or bool(self.program.cron)
         seat = self._risks.join(identity, job.risks, job.frame.start_ms) if shares else None
-        return _Announced(job, self._cron, seat, self._under_way)
+        return _Announced(job, self.program.cron, seat, self._under_way)
 
     async def _collect(self, job: Job, control: Control, announced: _Announced) -> BacktestResult:
         async for _ in self._replay(job, control, announced):
@@ -330,7 +311,7 @@ class BacktestRunner:
         strategy: str | StrategySchema,
         exchange_name: str,
         frame_name: str,
-        fill: Fill = "vwap",
+        fill: FillModel = "vwap",
         gaps: GapRule = "error",
         dirty: DirtyRule | None = None,
         run_id: str | None = None,
@@ -341,15 +322,12 @@ class BacktestRunner:
             UserError: bad names or options.
         """
         check_name("symbol", symbol)
-        if fill not in _FILLS:
-            raise UserError(f"fill is {fill!r}: use one of {', '.join(_FILLS)}")
-        if gaps not in _GAPS:
-            raise UserError(f"gaps is {gaps!r}: use one of {', '.join(_GAPS)}")
-        settings = self._settings()
-        self._registry.exchanges.get(exchange_name)
-        if isinstance(strategy, str):
-            strategy = self._registry.strategies.get(strategy)
-        frame = self._registry.frames.get(frame_name)
+        check_choice("fill", fill, FillModel)
+        check_choice("gaps", gaps, GapRule)
+        registry, settings = self.program.registry, self.program.settings()
+        registry.exchanges.get(exchange_name)
+        strategy = registry.strategy(strategy)
+        frame = registry.frames.get(frame_name)
         newest = floor_ms(self._now_ms(), MINUTE_MS)
         if frame.start_ms >= newest:
             raise UserError(f"frame {frame.name!r} starts at {iso(frame.start_ms)}, which is in the future")
@@ -358,7 +336,7 @@ class BacktestRunner:
         return Job(
             identity=identity,
             strategy=strategy,
-            risks=tuple(self._registry.risks.get(name) for name in strategy.risk_names),
+            risks=registry.risks_of(strategy),
             frame=frame,
             settings=settings,
             rules=Rules(

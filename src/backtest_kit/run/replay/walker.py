@@ -48,6 +48,13 @@ class WalkProgress(msgspec.Struct, frozen=True, kw_only=True):
     """Its outcome, once it has ended; its `value` is set only by the ranking."""
 
 
+class WalkOptions(ReplayOptions, total=False):
+    """The options of `Walker.run`."""
+
+    metric: str
+    on_progress: Callable[[WalkProgress], None] | None
+
+
 class Walker:
     """Compares strategies. `backtest_kit.Walker` is the one of the default kit."""
 
@@ -138,7 +145,7 @@ class Walker:
         ]
         contenders: list[Contender] = []
         # The feed stays open to the end, so no strategy has to connect again.
-        async with backtest.feeds.use(exchange_name, rounds[0][0].settings) as feed:
+        async with backtest.program.feeds.use(exchange_name, rounds[0][0].settings) as feed:
             await _load(feed, rounds[0])
             for number, jobs in enumerate(rounds, 1):
                 schema = jobs[0].strategy
@@ -161,20 +168,12 @@ class Walker:
         strategies: Sequence[str | StrategySchema],
         exchange_name: str,
         frame_name: str,
-        metric: str = "sharpe_ratio",
-        on_progress: Callable[[WalkProgress], None] | None = None,
-        **options: Unpack[ReplayOptions],
+        **options: Unpack[WalkOptions],
     ) -> Comparison:
         """Compare strategies and return when all have ended. Takes the arguments and raises the errors of `run`."""
         return run_blocking(
             lambda: self.run(
-                symbols,
-                strategies=strategies,
-                exchange_name=exchange_name,
-                frame_name=frame_name,
-                metric=metric,
-                on_progress=on_progress,
-                **options,
+                symbols, strategies=strategies, exchange_name=exchange_name, frame_name=frame_name, **options
             ),
             self._backtest.leave_loop,
         )

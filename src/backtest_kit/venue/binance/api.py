@@ -40,7 +40,7 @@ class BinanceApi:
         return _PATHS.fullmatch(path) is not None
 
     async def answer(self, request: Request, strike: Strike) -> Answer:
-        """Do what is asked. What is wrong with a request is an answer, too."""
+        """Carry out a request. A bad request gets an error as its answer."""
         found = _PATHS.fullmatch(request.path)
         routes = _ROUTES.get((found[1], request.method), {}) if found else {}
         route = routes.get(found[3]) if found else None

@@ -1,4 +1,4 @@
-"""`Call`: one request to Binance's interface that is understood and allowed."""
+"""`Call`: one valid and authorized request to Binance's API."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backtest_kit.venue.venue import Venue
 
 
 class ApiError(Exception):
-    """An answer in Binance's words for what cannot be done."""
+    """An error answer with Binance's code and text."""
 
     def __init__(self, code: int, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -21,7 +21,7 @@ class ApiError(Exception):
 
 
 class Call:
-    """One request that is understood and allowed."""
+    """One valid and authorized request."""
 
     def __init__(self, venue: Venue, kind: Kind, params: dict[str, str], strike: Strike) -> None:
         self.venue = venue
@@ -65,7 +65,7 @@ class Call:
 
     def place(self, new: NewOrder) -> VenueOrder:
         if self.strike.of("reject"):
-            raise Refused("rejected", f"{new.client_order_id} is refused on purpose")
+            raise Refused("rejected", f"{new.client_order_id} is rejected by an injected fault")
         partial = self.strike.of("partial")
         action = Place(new, partial.fraction, partial.rest_expires) if partial else Place(new)
         order = self.venue.do(self.kind, self.account, action)

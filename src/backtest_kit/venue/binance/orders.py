@@ -72,13 +72,8 @@ def _new_order(call: Call, types: Mapping[str, OrderType], client_id_name: str, 
 
 
 async def order(call: Call) -> Any:
-    order_id, client_order_id = call.order_of("orderId", "origClientOrderId")
-    symbol = call.symbol()
     async with call.venue.at_now():
-        order = call.exchange.find(call.account, order_id=order_id, client_order_id=client_order_id)
-        if order.symbol != symbol or (call.kind == "futures" and _is_waiting(order)):
-            raise Refused("unknown_order", f"{call.account} has no order {order_id or client_order_id} of {symbol}")
-        return _word(call.kind, order)
+        return _word(call.kind, _found(call))
 
 
 async def algo_order(call: Call) -> Any:
@@ -88,15 +83,11 @@ async def algo_order(call: Call) -> Any:
 
 
 async def cancel(call: Call) -> Any:
-    order_id, client_order_id = call.order_of("orderId", "origClientOrderId")
-    symbol = call.symbol()
     async with call.venue.at_now():
-        order = call.exchange.find(call.account, order_id=order_id, client_order_id=client_order_id)
-        if order.symbol != symbol or (call.kind == "futures" and _is_waiting(order)):
-            raise Refused("unknown_order", f"{call.account} has no order {order_id or client_order_id} of {symbol}")
+        order = _found(call)
         cancelled = _word(call.kind, call.cancel(order))
     if call.kind == "spot":
-        # The cancellation has an id of its own on spot, and that of the order has another name.
+        # On spot the cancellation has its own id, and the id of the order has another name.
         own_id = call.params.get("newClientOrderId", f"cancel-{order.id}")
         return cancelled | {"origClientOrderId": order.client_order_id, "clientOrderId": own_id}
     return cancelled
@@ -168,7 +159,7 @@ def _word(kind: Kind, order: VenueOrder) -> dict[str, Any]:
 
 
 def _is_waiting(order: VenueOrder) -> bool:
-    """Whether it is a conditional order that has not come to the market."""
+    """Whether it is a conditional order that was not triggered yet."""
     return order.trigger is not None and not order.triggered
 
 
@@ -176,10 +167,20 @@ def _waits_apart(call: Call, order: VenueOrder) -> bool:
     return call.kind == "futures" and _is_waiting(order)
 
 
+def _found(call: Call) -> VenueOrder:
+    """The order that a request names; conditional orders of futures are apart."""
+    order_id, client_order_id = call.order_of("orderId", "origClientOrderId")
+    symbol = call.symbol()
+    order = call.exchange.find(call.account, order_id=order_id, client_order_id=client_order_id)
+    if order.symbol != symbol or _waits_apart(call, order):
+        raise Refused("unknown_order", f"{call.account} has no order {order_id or client_order_id} of {symbol}")
+    return order
+
+
 def _conditional(call: Call, order_id: int | None, client_order_id: str | None) -> VenueOrder:
     order = call.exchange.find(call.account, order_id=order_id, client_order_id=client_order_id)
     if order.trigger is None:
-        raise Refused("unknown_order", f"{order.client_order_id} is no conditional order")
+        raise Refused("unknown_order", f"{order.client_order_id} is not a conditional order")
     return order
 
 

@@ -8,6 +8,7 @@ of a key, and the document read by it must have that key.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import os
 import time
@@ -184,8 +185,7 @@ class MongoStore(Store):
     def namespace(self, name: str) -> MongoStore:
         if not name:
             return self
-        inner = MongoStore.__new__(MongoStore)
-        inner._connections, inner._existing, inner._cached = self._connections, self._existing, self._cached
+        inner = copy.copy(self)
         inner._namespace = "/".join(filter(None, (self._namespace, escape(name, "namespace"))))
         inner.candles = MongoCandleStore(inner._opened, inner._namespace, inner._cached)
         return inner
