@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from backtest_kit.errors import Conflict
 from backtest_kit.persist.backends.file import FileStore
@@ -22,9 +23,9 @@ async def _increment(root: str, count: int) -> None:
     done = 0
     while done < count:
         found = await store.get(STATE, KEY)
-        value, expect = (found.value, found.rev) if found else (0, ABSENT)
+        value: Any = found.value if found else 0
         try:
-            await store.put(Write(STATE, KEY, value + 1, expect=expect))
+            await store.put(Write(STATE, KEY, value + 1, expect=found.rev if found else ABSENT))
         except Conflict:
             continue
         done += 1

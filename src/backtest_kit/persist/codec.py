@@ -340,10 +340,12 @@ _ENCODERS: Final[dict[type, Callable[[Any, str, int], Plain]]] = {
 _BASES: Final = tuple(_ENCODERS)
 
 
-@lru_cache(maxsize=1024)
-def _encoder_of(kind: type) -> Callable[[Any, str, int], Plain] | None:
-    """Its own, or that of the first base: asked once for each type, because a state has hundreds of structs."""
+def _find_encoder(kind: type) -> Callable[[Any, str, int], Plain] | None:
     return _ENCODERS.get(kind) or next((_ENCODERS[base] for base in _BASES if issubclass(kind, base)), None)
+
+
+_encoder_of: Final[Callable[[type], Callable[[Any, str, int], Plain] | None]] = lru_cache(maxsize=1024)(_find_encoder)
+"""Its own, or that of the first base: found once for each type, because a state has hundreds of structs."""
 
 
 def _decode_tag(tag: str, content: Plain) -> Any:
