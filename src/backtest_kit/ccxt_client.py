@@ -59,7 +59,7 @@ def find_market(client: Any, exchange_id: str, symbol: str) -> dict[str, Any]:
     raise UserError(f"{exchange_id} has no market {symbol!r}: {hint}")
 
 
-def said(error: Exception, secrets: Iterable[str] = ()) -> str:
+def redacted(error: Exception, secrets: Iterable[str] = ()) -> str:
     """The kind and text of an error, without `secrets`, and without query strings: those of signed requests are
     private."""
     text = re.sub(r"\?\S+", "?...", str(error))

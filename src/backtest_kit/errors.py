@@ -56,4 +56,4 @@ class OutOfSpace(BacktestKitError):
 
 
 class LookAhead(BacktestKitError):
-    """A read asked for something later than the moment it is made at, or a write would have replaced it."""
+    """A read requested something later than its own moment, or a write would have replaced it."""

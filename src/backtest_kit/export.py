@@ -22,7 +22,7 @@ def export(path: str | Path, columns: Mapping[str, Any]) -> Path:
 
     Raises:
         UserError: the suffix names no known format, or pyarrow, which all formats but CSV need, is not installed.
-        OutOfSpace, RetryLater: the file could not be written; what was there before is untouched.
+        OutOfSpace, RetryLater: the file could not be written; an existing file is unchanged.
     """
     path = Path(path)
     if path.suffix == CSV:

@@ -18,7 +18,7 @@ class Seams:
         return time.time_ns() // 1_000_000
 
     def elapsed(self) -> float:
-        """Seconds of this machine's own clock, also while it sleeps where the system counts that."""
+        """Seconds of this machine's own clock, including sleep if the system counts it."""
         return time.clock_gettime(_ELAPSED) if _ELAPSED is not None else time.monotonic()
 
     async def sleep(self, seconds: float) -> None:

@@ -63,7 +63,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How often an order to close or to cancel is sent again before each further failure is an alarm; it is
     never given up. At least 0."""
     CC_ORDER_CHECK_RETRY_ATTEMPTS: int = 5
-    """How often in a row the venue may fail to tell how an order stands before that is an alarm. At least 0."""
+    """How many checks of an order in a row may fail before that is an alarm. At least 0."""
     CC_MAX_NOTIFICATION_DELIVERY_SECONDS: float = 15.0
     """How long a sink may take for one notification before that has failed and is tried again. Above 0."""
     CC_RETENTION_LOG_DAYS: float = 30.0

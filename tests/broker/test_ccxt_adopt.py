@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import pytest
 from tests.broker.conftest import PRICE, SIGNAL, START, Kind, MakeBench, order
 
+import backtest_kit as bk
 from backtest_kit.broker.ccxt import CcxtBroker
 from backtest_kit.engine.step import Holding, Rules, Tick
 from backtest_kit.model.event import PositionOpened
 from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import MINUTE_MS
-from backtest_kit.persist.store import Key
+from backtest_kit.persist.backends.memory import MemoryStore
 from backtest_kit.run.live.orphans import OrphanGuard
+from backtest_kit.run.live.other_positions import OtherPositions
 from backtest_kit.run.live.position_state import PositionState
 from backtest_kit.run.run_state import RunState
 from backtest_kit.settings import Settings
@@ -33,23 +33,16 @@ class Books:
         return (event,)
 
 
-class NoOthers:
-    """A store without other strategies."""
-
-    async def read(self, but: Collection[Key]) -> dict[Key, PositionState]:
-        return {}
-
-    async def trader(self, but: Collection[Key]) -> str:
-        return ""
-
-
 async def adopted(broker: CcxtBroker, price: float) -> Holding:
     identity = Identity("BTCUSDT", "trend", "binance", "", "live")
     run_state = RunState(Rules(identity=identity, settings=Settings(), interval_ms=MINUTE_MS))
     run_state.tick = Tick.flat(START, price)
     books = Books(broker)
-    guard = OrphanGuard(run_state, broker, "adopt", books, NoOthers())
-    found = await guard.compare(START, lambda: {("trend", "binance", "BTCUSDT"): PositionState()})
+    scope = ("trend", "binance", "BTCUSDT")
+    persistence = bk.Kit().persistence
+    persistence.bind("*", MemoryStore())
+    guard = OrphanGuard(run_state, broker, "adopt", books, OtherPositions(persistence, "live", scope))
+    found = await guard.compare(START, lambda: {scope: PositionState()})
     assert found.no_entry
     assert await guard.report(found, []) is not None
     (state,) = books.states

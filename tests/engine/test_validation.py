@@ -136,8 +136,8 @@ def test_an_immediate_entry_must_not_close_at_once() -> None:
     # The market is at or below the wanted entry, so it is taken now, but it is already past the stop.
     signal = change(LONG, price_open=100.0)
     accept(signal, price=99.5)
-    assert "would close at once" in refusal(signal, price=99.0)
-    assert "would close at once" in refusal(change(SHORT, price_open=100.0), price=101.0)
+    assert "would close immediately" in refusal(signal, price=99.0)
+    assert "would close immediately" in refusal(change(SHORT, price_open=100.0), price=101.0)
 
 
 def test_a_resting_entry_needs_its_levels_around_it_only() -> None:

@@ -93,7 +93,7 @@ async def test_a_refusal_for_good_does_not_stop_the_rest(
     await observe(kit, [opened(f"s-{number}", number) for number in range(3)])
     await kit.close()
     assert [each["signalId"] for each in receiver.got] == ["s-0", "s-2"]
-    assert "refused for good" in caplog.text
+    assert "refused permanently" in caplog.text
 
 
 @pytest.mark.usefixtures("short_drain")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from backtest_kit.broker.base import OrderRejected, OrderTransient
-from backtest_kit.ccxt_client import said
+from backtest_kit.ccxt_client import redacted
 from backtest_kit.errors import BacktestKitError, Outcome
 
 
@@ -78,7 +78,7 @@ def order_error(error: Exception, doing: str, secrets: Iterable[str] = ()) -> Ba
     An error outside of the table leaves the outcome open: the order is looked up before it is sent again.
     """
     kind, outcome = _meaning(error)
-    return kind(f"{doing}: {said(error, secrets)}", outcome=outcome)
+    return kind(f"{doing}: {redacted(error, secrets)}", outcome=outcome)
 
 
 @contextmanager

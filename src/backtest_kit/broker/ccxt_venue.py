@@ -17,7 +17,7 @@ from backtest_kit.broker.ccxt_market import ExchangeOrder, Market, Side, read_ma
 from backtest_kit.broker.ccxt_rules import LISTED_DAYS, VenueRules
 from backtest_kit.broker.order_ids import parse
 from backtest_kit.broker.rounding import exact
-from backtest_kit.ccxt_client import find_market, library, said
+from backtest_kit.ccxt_client import find_market, library, redacted
 from backtest_kit.errors import BacktestKitError, Outcome
 from backtest_kit.model.signal import Direction
 
@@ -89,7 +89,7 @@ class CcxtVenue:
                 # The error of ccxt contains the signed request: only its text is passed on.
                 raise order_error(error, message, self._secrets) from None
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            message += f": an answer that ccxt cannot read: {said(error, self._secrets)}"
+            message += f": an answer that ccxt cannot read: {redacted(error, self._secrets)}"
             raise OrderTransient(message, outcome=Outcome.UNKNOWN) from None
         await self.call("compare clocks", self._client.load_time_difference, again=False)
         return await self.call(doing, request, again=False)

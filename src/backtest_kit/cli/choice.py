@@ -32,7 +32,7 @@ def choose(
     dump: Path,
     exchange_name: str | None,
 ) -> Choice:
-    """Load the file and settle what it leaves open.
+    """Load the file and choose what to run.
 
     Raises:
         UserError: it registers too little, or too much to choose from; or `dump` cannot be written to.

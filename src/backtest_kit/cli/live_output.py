@@ -40,7 +40,7 @@ class Output(logging.Handler):
     """Events as lines of text on standard output. As a log handler it prints the warnings that are not events."""
 
     def __init__(self, head: str) -> None:
-        """`head` says what is run."""
+        """`head` names the run."""
         super().__init__(logging.WARNING)
         self.head = head
         self._waiting: deque[tuple[str, bool]] = deque(maxlen=_KEPT)

@@ -81,9 +81,9 @@ def _next_call(status: LiveStatus) -> Text:
 
 
 def _state(status: LiveStatus) -> Text:
-    said = troubles(status)
-    if said:
-        return Text(", ".join(said), "bold red" if status.degraded or status.no_entry or lost(status) else "yellow")
+    found = troubles(status)
+    if found:
+        return Text(", ".join(found), "bold red" if status.degraded or status.no_entry or lost(status) else "yellow")
     return Text("ok", "green") if status.when_ms else Text("starting", "yellow")
 
 

@@ -51,28 +51,28 @@ def side(status: LiveStatus) -> str:
 
 def troubles(status: LiveStatus) -> list[str]:
     """What is unusual about a run."""
-    said = []
+    found = []
     if status.degraded:
-        said.append("DEGRADED")
+        found.append("DEGRADED")
     if status.no_entry:
-        said.append("NO ENTRIES")
+        found.append("NO ENTRIES")
     if lost(status):
-        said.append("LEASE LOST")
+        found.append("LEASE LOST")
     if status.pending_order:
-        said.append(f"order {status.pending_order} pending")
+        found.append(f"order {status.pending_order} pending")
     if status.ended:
-        said.append("ended")
+        found.append("ended")
     elif status.stopping:
-        said.append("stopping")
+        found.append("stopping")
     if status.paused:
-        said.append("paused")
+        found.append("paused")
     if status.waiting and not status.ended:
-        said.append(f"waiting: {status.waiting}")
+        found.append(f"waiting: {status.waiting}")
     if status.missed:
-        said.append(f"{count(status.missed, 'minute')} missed")
+        found.append(f"{count(status.missed, 'minute')} missed")
     if status.written_ms > status.when_ms > 0:
-        said.append(f"the clock is behind the last write, of {iso(status.written_ms)}")
-    return [*said, *status.notes]
+        found.append(f"the clock is behind the last write, of {iso(status.written_ms)}")
+    return [*found, *status.notes]
 
 
 def lost(status: LiveStatus) -> bool:

@@ -1,4 +1,4 @@
-"""`backtest-kit log`: the lines that runs have logged, and those they log now."""
+"""`backtest-kit log`: shows the log of runs, and follows it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ async def news_of(store: Store, known: deque[str], reported: set[str]) -> list[R
     names, newest_ms, behind, settled = set(known), 0, 0, 0
     news: list[Record] = []
     maybe: list[Record] = []
-    """New lines if a known one comes behind them, otherwise what was there before."""
+    """New lines if a known one follows, otherwise older lines."""
     async for record in _newest_first(store, reported):
         key = str(record.key[0])
         if key in names:

@@ -75,7 +75,7 @@ def _explain(error: BaseException, headline: str) -> str:
 
 
 def explained(error: BaseException) -> str:
-    """The error with the user's frames, and before it what it was raised from or while handling."""
+    """The error with the user's frames, after its cause or context."""
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     parts = [f"{explained(before)}\n\nand then:\n"] if before is not None else []
     frames = "".join(traceback.format_list(_own_frames(error)))

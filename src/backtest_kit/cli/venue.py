@@ -101,7 +101,7 @@ async def _clock(
 ) -> Clock:
     """The real time, if the candles reach it and no other is given.
 
-    A made-up one goes on where the kept state ends, or begins at `start`, or a day after the first candle.
+    A simulated time continues at the end of the stored state, or begins at `start`, or a day after the first candle.
     """
     known, now_ms = await source.range(symbols[0]), SystemClock().now_ms()
     if speed == 1 and start is None and (known is None or known[0] < now_ms < known[1]):

@@ -22,7 +22,7 @@ from backtest_kit.settings import Settings
 
 _ROUNDING: Final = 1e-12
 _CLOSED: Final = 1e-9
-"""The part of all cost below which what is left counts as nothing."""
+"""A smaller part of the total cost counts as nothing."""
 
 
 class Refused(Exception):
@@ -37,10 +37,10 @@ def reduce(
     percent: float | None = None,
     cost: float | None = None,
 ) -> Position:
-    """Close a part at the current price: `percent` of what is still held, or `cost` of it in quote currency.
+    """Close a part at the current price: `percent` of what is still open, or `cost` of it in quote currency.
 
     Raises:
-        UserError: not exactly one of the two is given, or it is no number in range.
+        UserError: not exactly one of the two is given, or it is not a number in range.
         Refused: the price is already at or beyond the take profit or the stop loss, or `cost` is more
             than is held.
     """
@@ -76,7 +76,7 @@ def add(position: Position, price: float, when_ms: int, cost: float, settings: S
     """Buy more at the current price.
 
     Raises:
-        UserError: `cost` is no amount above 0.
+        UserError: `cost` is not a number above 0.
         Refused: the price is not better than every entry so far, unless CC_ENABLE_DCA_EVERYWHERE; or it
             is already at or beyond a level.
     """
@@ -101,7 +101,7 @@ def move_stop(position: Position, price: float, to: float, settings: Settings) -
     """Move the stop loss to an absolute price.
 
     Raises:
-        UserError: `to` is no price.
+        UserError: `to` is not a price.
         Refused: the current price is already at or beyond it, it is beyond the take profit, or it is
             not nearer to profit than the stop in force, unless CC_ENABLE_TRAILING_EVERYWHERE.
     """
@@ -123,7 +123,7 @@ def move_take(position: Position, price: float, to: float, settings: Settings) -
     """Move the take profit to an absolute price.
 
     Raises:
-        UserError: `to` is no price.
+        UserError: `to` is not a price.
         Refused: the current price is already at or beyond it, it is beyond the stop loss, or it is not
             nearer to the entry than the one in force, unless CC_ENABLE_TRAILING_EVERYWHERE.
     """

@@ -21,7 +21,7 @@ _OVERSOLD_RELATIVE: Final = 1e-8
 
 
 def effective_price(entries: Sequence[Entry], reductions: Sequence[Reduction] = ()) -> float:
-    """The cost-weighted harmonic mean price of what is held, without slippage.
+    """The cost-weighted harmonic mean entry price of the open part, without slippage.
 
     Without reductions: sum(cost) / sum(cost / price). A reduction takes its share of cost and quantity
     alike, so it moves nothing by itself, but it lowers the weight of what came before it.
@@ -91,7 +91,7 @@ def result(
     settings: Settings,
     close_fee: float | None = None,
 ) -> tuple[float, float, float]:
-    """As `profit`, and the fees in quote currency; `close_fee` is that of the close, where the exchange reported it.
+    """As `profit`, and the fees in quote currency; `close_fee` is that of the close, if the exchange reported it.
 
     Raises:
         BacktestKitError: as `profit`.

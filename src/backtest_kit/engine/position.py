@@ -82,7 +82,7 @@ def is_simple(position: Position) -> bool:
 def _with_extremes(position: Position, entry: float, price: float, when_ms: int, settings: Settings) -> Position:
     """With a new peak or a new fall, if the position has never been so well, or so badly, off.
 
-    Of a simple position the prices tell that. What was added or taken moves the profit at a price, so
+    For a simple position the prices show that. What was added or taken moves the profit at a price, so
     then profits are compared. The first step to the side of profit takes the place of the opening.
     """
     sign = 1.0 if position.side == "long" else -1.0
@@ -108,7 +108,7 @@ def breakeven_pct(settings: Settings) -> float:
 
 
 def _level(gone: float, way: float) -> int:
-    """Full tenths of the way, in percent; a level that lies behind the entry price is reached at once."""
+    """Full tenths of the way, in percent; a level behind the entry price is reached immediately."""
     return 100 if way <= gone else int(gone / way * 10) * LEVEL_STEP
 
 

@@ -44,7 +44,7 @@ class Columns(NamedTuple):
     low: FloatColumn
     close: FloatColumn
     real: BoolColumn | None = None
-    """Which minutes have a candle of the market's; None where all have. In the others nothing happens."""
+    """Which minutes have a real candle; None if all have. In the others nothing happens."""
 
     def index_at(self, when_ms: int) -> int:
         """The element that the step at `when_ms` sees last."""
@@ -63,7 +63,7 @@ class Columns(NamedTuple):
         )
 
     def real_from(self, when_ms: int, stop_ms: int) -> int:
-        """The first minute from `when_ms` on that has a real candle; `stop_ms` where none has before that."""
+        """The first minute from `when_ms` on with a real candle; `stop_ms` if none has."""
         if self.real is None:
             return when_ms
         ahead = self.real[self.index_at(when_ms) : self.index_at(stop_ms)]

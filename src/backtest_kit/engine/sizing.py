@@ -8,7 +8,7 @@ backtest-kit, and so is the order of its bounds, each of which may undo the one 
 3. at most `max_quantity`.
 
 Quantities are in units of what is traded, prices and balances in quote currency, percentages in percent. A cost of
-0.0 says: no position. An argument that makes no sense is a `UserError` that names it.
+0.0 means no position. An invalid argument raises a `UserError` that names it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def kelly(
 ) -> float:
     """The share of `balance` that Kelly's criterion bets, times `multiplier` (a full Kelly bet is 1).
 
-    share = win_rate - (1 - win_rate) / win_loss_ratio, and 0 where that is negative
+    share = win_rate - (1 - win_rate) / win_loss_ratio, and 0 if that is negative
     (J. L. Kelly, "A New Interpretation of Information Rate", Bell System Technical Journal 35, 1956).
 
     Args:

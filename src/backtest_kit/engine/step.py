@@ -59,7 +59,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     grid_ms: int = MINUTE_MS
     """Decisions are taken only every so often from `start_ms`."""
     stop_ms: float = math.inf
-    """Last minute of the frame: what is still open there closes with `frame_end`. `inf` when live."""
+    """Last minute of the frame: a position that is still open closes with `frame_end`. `inf` when live."""
 
 
 class Tick(msgspec.Struct, frozen=True):
@@ -72,7 +72,7 @@ class Tick(msgspec.Struct, frozen=True):
     low: float
     close: float
     real: bool = True
-    """False where the market has published no candle, and the one that closed was made up for it: nothing is decided,
+    """False if the market published no candle, and the closed one was filled: nothing is decided,
     touched or filled then. Only the end of a frame does not wait."""
 
     @classmethod
@@ -105,20 +105,20 @@ class Holding(msgspec.Struct, frozen=True, tag="holding", rename="camel"):
     position: Position
     last_slot_ms: int
     closing: str | None = None
-    """The note of a command to close, which the next step carries out; None where there is none."""
+    """The note of a command to close, which the next step carries out; None without one."""
 
     entry = Inner[RestingEntry]("position.entry")
 
 
 State = Flat | Resting | Holding
 Wanted = frozenset[type[Event]]
-"""The events that are listened to, of those that are only made when asked for."""
+"""The events on demand that have a listener."""
 
 _NOTHING: Final[Wanted] = frozenset()
 
 
 def decision_due(state: Flat, when_ms: int, rules: Rules) -> bool:
-    """Whether the strategy is asked at this minute: a new slot, on the frame's grid, before its last minute."""
+    """Whether the strategy is called at this minute: a new slot, on the frame's grid, before its last minute."""
     return (
         floor_ms(when_ms, rules.interval_ms) != state.last_slot_ms
         and (when_ms - rules.start_ms) % rules.grid_ms == 0
@@ -257,7 +257,7 @@ def _fill(state: Holding, tick: Tick, rules: Rules) -> tuple[CloseReason, float]
 
 
 def _progress(before: Position, position: Position, tick: Tick, identity: Identity, wanted: Wanted) -> Iterator[Event]:
-    """What one more open minute has brought, of what is wanted."""
+    """The wanted events of one more open minute."""
     if PeakReached in wanted and position.peak is not before.peak:
         yield PeakReached(identity=identity, when_ms=tick.when_ms, price=tick.price, position=position)
     if FallReached in wanted and position.fall is not before.fall:

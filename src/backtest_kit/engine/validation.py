@@ -16,7 +16,7 @@ from backtest_kit.model.price import price_text
 from backtest_kit.model.signal import Signal
 from backtest_kit.settings import Settings
 
-# A level computed as "0.5 % from the price" must pass a limit of 0.5 %, whatever the last digit says.
+# A level computed as "0.5 % from the price" must pass a limit of 0.5 %, regardless of the last digit.
 _ROUNDING: Final = 1e-9
 
 
@@ -110,7 +110,7 @@ def _level_problems(signal: Signal, price: float, settings: Settings) -> Iterato
     if now and signal.price_open is not None and not sign * stop < sign * price < sign * take:
         yield (
             f"the current price {price_text(price)} is already beyond price_take_profit {price_text(take)} "
-            f"or price_stop_loss {price_text(stop)}: the position would close at once"
+            f"or price_stop_loss {price_text(stop)}: the position would close immediately"
         )
 
 

@@ -1,6 +1,6 @@
-"""Clocks: what time it is on a market, and how to wait for it.
+"""Clocks: the time of a market, and waiting for it.
 
-`SystemClock` is the real one. `AcceleratedClock` runs a made-up time some times faster. `SteppedClock` stands
+`SystemClock` is the real one. `AcceleratedClock` runs a simulated time faster. `SteppedClock` stands
 still until all its users wait, and then jumps: an hour takes no time, and a slow user misses nothing.
 """
 
@@ -23,7 +23,7 @@ _LONGEST_NAP_S: Final = 1.0
 
 
 class Clock(Protocol):
-    """The time of a market, in epoch milliseconds. It goes backwards only where it was ahead of that market."""
+    """The time of a market, in epoch milliseconds. It goes backwards only if it was ahead of that market."""
 
     def now_ms(self) -> int:
         """The time now."""
@@ -46,6 +46,16 @@ class Clock(Protocol):
         ...
 
 
+class _Local:
+    """A clock of this process: nothing to connect to."""
+
+    async def start(self) -> None:
+        """Does nothing."""
+
+    async def stop(self) -> None:
+        """Does nothing."""
+
+
 class Jump(msgspec.Struct, frozen=True):
     """The wall clock was set, or the machine slept."""
 
@@ -55,12 +65,12 @@ class Jump(msgspec.Struct, frozen=True):
     """How far the wall clock moved against the elapsed time; below 0 it was set back."""
 
 
-class SystemClock:
-    """The wall clock of this machine, held to the elapsed time and to what is known of the market's.
+class SystemClock(_Local):
+    """The wall clock of this machine, corrected by the elapsed time and by the known time of the market.
 
-    A wall clock that is set forward by more than a second is followed immediately. After one that is set back the time
-    goes on by the elapsed time from what the market is known to have reached; while nothing is known of the market
-    it stands still until the wall clock is there again. All of it is kept in `jumps`.
+    A wall clock that is set forward by more than a second is followed immediately. After one that is set back, the time
+    continues by the elapsed time from the known time of the market; if that is unknown, it stands still until the wall
+    clock has caught up. All jumps are in `jumps`.
     """
 
     def __init__(
@@ -80,7 +90,7 @@ class SystemClock:
     def now_ms(self) -> int:
         wall_ms, elapsed_s = self._hands()
         now_ms, reached_ms = wall_ms + self._ahead_ms, self._reached_ms(elapsed_s)
-        # What the market has reached may be a little behind; what is ahead of the market is what was wrong.
+        # The known time of the market may be a little behind; a clock ahead of the market was wrong.
         self._latest_ms = int(max(now_ms, self._latest_ms if reached_ms is None else reached_ms))
         return self._latest_ms
 
@@ -92,8 +102,8 @@ class SystemClock:
             self._market = when_ms, elapsed_s
 
     def follow(self, there_ms: float) -> int:
-        """It is `there_ms` at the market now: the time is that of the market from now on, wherever the wall clock is
-        off by more than a second. Returns how far the market is ahead of the wall clock, in ms."""
+        """It is `there_ms` at the market now. If the wall clock is off by more than a second, the market's time is used
+        from now on. Returns how far the market is ahead of the wall clock, in ms."""
         wall_ms, elapsed_s = self._hands()
         ahead_ms = there_ms - wall_ms
         self._ahead_ms = ahead_ms if abs(ahead_ms) > _JUMP_MS else 0.0
@@ -116,20 +126,14 @@ class SystemClock:
         return wall_ms, elapsed_s
 
     def _reached_ms(self, elapsed_s: float) -> float | None:
-        """What the market has reached by now; None where nothing is known of it."""
+        """The time that the market has reached by now; None if unknown."""
         return None if self._market is None else self._market[0] + (elapsed_s - self._market[1]) * 1000
 
     async def sleep_until(self, when_ms: int) -> None:
         await _nap_until(self.now_ms, when_ms, speed=1.0)
 
-    async def start(self) -> None:
-        """Nothing to connect to."""
 
-    async def stop(self) -> None:
-        """Nothing to disconnect."""
-
-
-class AcceleratedClock:
+class AcceleratedClock(_Local):
     """A time that begins at `start_ms` and runs `speed` times as fast as the real one.
 
     Raises:
@@ -150,14 +154,8 @@ class AcceleratedClock:
     async def sleep_until(self, when_ms: int) -> None:
         await _nap_until(self.now_ms, when_ms, self.speed)
 
-    async def start(self) -> None:
-        """Nothing to connect to."""
 
-    async def stop(self) -> None:
-        """Nothing to disconnect."""
-
-
-class SteppedClock:
+class SteppedClock(_Local):
     """A time that stands still until every participant waits, and then jumps to the earliest moment waited for.
 
     A participant joins by name, with the number of its tasks that sleep at the same time. None is left behind: one
@@ -176,7 +174,7 @@ class SteppedClock:
         return self._now_ms
 
     def join(self, name: str, sleepers: int = 1) -> None:
-        """From now on the time waits for `name`. Joining again ends what still sleeps under it, with Conflict.
+        """From now on the time waits for `name`. Joining again ends its earlier sleeps with Conflict.
 
         Raises:
             UserError: `sleepers` is below 1.
@@ -215,16 +213,10 @@ class SteppedClock:
         self._jump()
         try:
             if not await sleeper.woken:
-                raise Conflict(f"{name!r} has joined the clock again: what slept under this name before is over")
+                raise Conflict(f"{name!r} has joined the clock again: its earlier sleeps are over")
         finally:
             if sleeper in self._asleep:
                 self._asleep.remove(sleeper)
-
-    async def start(self) -> None:
-        """Nothing to connect to."""
-
-    async def stop(self) -> None:
-        """Nothing to disconnect."""
 
     def _jump(self) -> None:
         waiting = self.waiting()

@@ -29,8 +29,8 @@ from backtest_kit.settings import Settings
 
 GapRule = Literal["error", "fill"]
 EdgeRule = Literal["refuse", "wait", "fill"]
-"""What to do about minutes that are missing at an edge of a range with no candle beyond them. "refuse": the range lies
-outside of the data. "wait": they are yet to come. "fill": those at its end become flat candles all the same."""
+"""What to do about missing minutes at an edge of a range without a candle beyond them. "refuse": the range lies outside
+of the data. "wait": they will come. "fill": those at its end become flat candles."""
 
 _STORE_BATCH: Final = 20_000
 """Fetched candles that are stored together: a long download that is killed loses no more than these."""
@@ -43,7 +43,7 @@ _PUBLISHING_MS: Final = 5 * MINUTE_MS
 _LOG_AGAIN_MS: Final = 60 * MINUTE_MS
 """How long a lasting problem of a symbol is not logged again."""
 _LOOK_BACK_MS: Final = 30 * DAY_MS
-"""How far an earlier candle is looked for, where the source does not say where its candles begin."""
+"""How far back an earlier candle is searched if the source does not know where its candles begin."""
 
 _log = logging.getLogger("backtest_kit")
 
@@ -57,9 +57,9 @@ class Loaded(NamedTuple):
     fetched: int
     """Candles that were requested from the source."""
     repairs: Counter[str] = Counter()  # noqa: RUF012  # never changed
-    """How many rows of the source were repaired, by what was done to them: see `REPAIRS`."""
+    """How many rows of the source were repaired, by the kind of repair: see `REPAIRS`."""
     real: BoolColumn | None = None
-    """Which of them are real, and not filled; None where all are."""
+    """Which of them are real, not filled; None if all are."""
 
 
 class _Page(NamedTuple):
@@ -67,7 +67,7 @@ class _Page(NamedTuple):
 
     content: Repaired
     next_ms: int | None
-    """The minute after its last row; None where no row is of the range."""
+    """The minute after its last row; None if no row is in the range."""
 
 
 class _Collected(NamedTuple):
@@ -121,7 +121,7 @@ class CandleFeed:
         `lead_ms` is what a frame needs before its start; messages speak of the frame. With gaps="fill", missing
         minutes become flat candles of volume 0 and are counted, at the edges as well wherever there is a candle
         beyond them. With dirty="repair" bad rows of the source are repaired, counted and logged (see `REPAIRS`).
-        `before` is the last candle before the range, where the caller has it.
+        `before` is the last candle before the range, if the caller has it.
 
         Raises:
             UserError: the range is not whole minutes or reaches into the future, or lies outside of the source's
@@ -162,7 +162,7 @@ class CandleFeed:
     ) -> Loaded:
         """The longest unbroken run of candles in `[start_ms, stop_ms)` that ends at `stop_ms`; may be empty.
 
-        With gaps="fill" missing minutes break nothing, and the run begins at `start_ms`, or where the data do.
+        With gaps="fill" missing minutes do not break it, and it begins at `start_ms`, or where the data begin.
         Raises as `load`, but never for candles that are absent.
         """
         start_ms = max(start_ms, 0)
@@ -221,7 +221,7 @@ class CandleFeed:
         return _Collected(candles, sum(len(page.candles) for page in pages[1:]), repairs)
 
     async def _last_before(self, symbol: str, when_ms: int, dirty: DirtyRule) -> CandleSeries:
-        """The last candle that opens before a moment; empty where there is none."""
+        """The last candle that opens before a moment; empty if there is none."""
         bounds = await self._bounds(symbol)
         begin_ms = max(bounds[0] if bounds else when_ms - _LOOK_BACK_MS, 0)
         reach_ms = self._page_ms
@@ -234,7 +234,7 @@ class CandleFeed:
         return CandleSeries.empty()
 
     async def _first_after(self, symbol: str, when_ms: int, dirty: DirtyRule) -> CandleSeries:
-        """A candle that opens at a moment or later, the first one where it is near; empty where there is none."""
+        """A candle that opens at a moment or later, the first one if it is near; empty if there is none."""
         bounds = await self._bounds(symbol)
         closed_ms = floor_ms(self._now_ms(), MINUTE_MS)
         end_ms = min(bounds[1], closed_ms) if bounds else closed_ms
@@ -252,7 +252,7 @@ class CandleFeed:
         try:
             return await self._store.read(series, start_ms, stop_ms)
         except (RetryLater, Damaged) as error:
-            # A server that is away comes back; what is damaged waits for a person, and a live run cannot.
+            # A server that is away comes back. Damage waits for a person, and a live run cannot wait.
             wanted = self._live if isinstance(error, Damaged) else stop_ms - start_ms <= self._page_ms
             if not wanted:
                 raise
@@ -441,9 +441,9 @@ def _merge(parts: list[CandleSeries]) -> CandleSeries:
 def _reach(
     bounds: tuple[int, int] | None, found: tuple[int, int] | None, no_head: int | None, no_tail: int | None
 ) -> tuple[int, int] | None:
-    """The data's true ends: what the source says, corrected by what it did not deliver."""
+    """The true range of the data: the source's, corrected by what it did not deliver."""
     if found is None:
-        # Nothing came from inside the bounds, so they help only where they lie elsewhere.
+        # Nothing came from inside the bounds, so they help only if they lie elsewhere.
         if bounds is None or (
             no_head is not None and no_tail is not None and bounds[0] < no_tail and no_head < bounds[1]
         ):

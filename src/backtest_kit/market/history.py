@@ -66,7 +66,7 @@ class History:
         self.fetched = loaded.fetched
         """Candles that were requested from the source; the others were cached."""
         self.repairs = loaded.repairs
-        """How many rows of the source were repaired, by what was done to them: see `REPAIRS`."""
+        """How many rows of the source were repaired, by the kind of repair: see `REPAIRS`."""
         self._feed = feed
         self._gaps: Final[GapRule] = gaps
         self._dirty: Final[DirtyRule] = dirty
@@ -74,7 +74,7 @@ class History:
         self._moving = asyncio.Lock()
         self._begins = False
         self._doubted: tuple[int, int, int] | None = None
-        """Older minutes of which some were filled: begin, end, and how often they are still asked for again."""
+        """Older minutes of which some were filled: begin, end, and how often they are still requested again."""
         self._depth_ms = DAY_MS
         """How far back a strategy is known to look."""
         self._set(_Minutes(loaded.candles, vwap(loaded.candles, price_window), loaded.real))
@@ -108,7 +108,7 @@ class History:
 
     @property
     def real(self) -> BoolColumn | None:
-        """Which candles are real, and not filled; None where all are."""
+        """Which candles are real, not filled; None if all are."""
         return self._minutes.real
 
     @property
@@ -134,7 +134,7 @@ class History:
 
         Raises:
             LookAhead: `until_ms` is later than `when_ms`.
-            UserError: `interval` or `limit` makes no sense, or the data do not reach back far enough.
+            UserError: `interval` or `limit` is invalid, or the data do not reach back far enough.
         """
         step_ms = _STEPS.get(interval) or interval_ms(interval, CANDLE_INTERVALS)
         if not _is_count(limit):
@@ -218,7 +218,7 @@ class History:
             self._set(self._joined(self._joined(known.cut(slice(0, first)), whole), known.cut(slice(last, None))))
 
     def _completed(self, part: _Minutes, loaded: Loaded) -> _Minutes:
-        """The same minutes with what was loaded in the place of those that were filled."""
+        """The same minutes, with loaded candles instead of filled ones."""
         kept, found = part.real_rows(), np.ones(len(part.candles), dtype=np.bool_)
         found = found if loaded.real is None else loaded.real
         columns = {
@@ -240,7 +240,7 @@ class History:
         )
 
     def _trim(self) -> None:
-        """Let go of what is twice as old as a strategy looks back: a run of months must not keep them all."""
+        """Drop candles twice as old as the strategy looks back: a run of months must not keep them all."""
         keep = (self._depth_ms + DAY_MS) // MINUTE_MS
         count = len(self._minutes.candles)
         if count > 2 * keep:

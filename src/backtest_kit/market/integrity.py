@@ -1,4 +1,4 @@
-"""Whether candles can be traded on: their values, their order, and the minutes that are missing."""
+"""Checks candles: their values, their order, and missing minutes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ODDS: Final = 1000
 _OFF_GRID: Final = 0.1
 """Which part of the rows may lie off that grid."""
 _STRETCH_MS: Final = DAY_MS
-"""How long rows must go on like candles of another length among those of minutes: a quiet night is shorter."""
+"""How long rows must look like longer candles to count as such: a quiet night is shorter."""
 _MINUTES_ONLY: Final = "give 1m candles, longer ones are made from them"
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Gaps(NamedTuple):
 
 
 def check_candles(candles: CandleSeries, *, symbol: str, settings: Settings, step_ms: int = MINUTE_MS) -> None:
-    """Refuse candles that no market can have made. Gaps are not looked at: see `find_gaps`.
+    """Refuse impossible candles. Gaps are not checked: see `find_gaps`.
 
     An open or close outside of `[low, high]` is tolerated on purpose: several exchanges publish such
     candles, and the price of a step is made of high, low and close.
@@ -223,7 +223,7 @@ def whole_minutes(times: TimeColumn) -> TimeColumn:
 
 
 def is_plausible(candles: CandleSeries, settings: Settings) -> bool:
-    """One cheap pass that good candles clear; whatever fails it must be looked at rule by rule. Not for no candles."""
+    """One cheap pass that good candles clear; others must be checked rule by rule. Needs at least one candle."""
     prices = [getattr(candles, name) for name in PRICE_COLUMNS]
     lowest = np.min([column.min() for column in prices])
     highest = np.max([column.max() for column in prices])
@@ -253,7 +253,7 @@ FAULTS: Final = (
     Fault("volume", "volume", "volumes must not be negative", lambda candles: candles.volume < 0),
     Fault("range", "high", "high must not be below low", lambda candles: candles.high < candles.low),
 )
-"""What no market can have made."""
+"""The rules that every candle must obey."""
 
 
 def _check_level(candles: CandleSeries, symbol: str, settings: Settings) -> None:

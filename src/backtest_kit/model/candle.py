@@ -81,7 +81,7 @@ class CandleSeries:
     ) -> CandleSeries:
         """Take columns that are known to be of the right types and one length; they become read-only themselves.
 
-        For the way a strategy reads by, where the checks would cost more than the reading.
+        For reads of a strategy: the checks would cost more than the read.
         """
         series = object.__new__(cls)
         for column in (timestamp, open, high, low, close, volume):

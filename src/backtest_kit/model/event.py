@@ -16,7 +16,7 @@ Change = Literal["reduced", "added", "stop_moved", "take_moved", "breakeven"]
 
 
 class Event(OfRun, frozen=True, kw_only=True, tag_field="action"):
-    """Base of all events. The tag of each kind is written with it, so that a stored event says what it is."""
+    """Base of all events. The tag of its kind is stored with each."""
 
     identity: Identity
     when_ms: int
@@ -156,9 +156,9 @@ class Recovered(Event, frozen=True, kw_only=True, tag="recovered"):
     """A live or paper run has started: what the previous run left, and what was done about it."""
 
     position: Position | None = None
-    """The open position, as it goes on."""
+    """The open position that is resumed."""
     entry: RestingEntry | None = None
-    """The resting entry, as it goes on."""
+    """The resting entry that is resumed."""
     down_ms: int = 0
     """How long nothing ran: the time since the last minute that was written; 0 at the first start."""
     steps: tuple[str, ...] = ()
@@ -170,7 +170,7 @@ class OrderFailed(Event, frozen=True, kw_only=True, tag="order_failed"):
 
     kind: str
     """What the order was for: open, place, activate, cancel, add, reduce, close, move_stop, move_take, breakeven;
-    or check, where the exchange did not report the state of a position or an entry."""
+    or check, if the exchange did not report the state of a position or an entry."""
     client_order_id: str
     attempt: int
     """0 at the first call."""

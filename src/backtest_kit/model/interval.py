@@ -77,6 +77,6 @@ def to_ms(value: datetime | str | int, *, what: str = "date") -> int:
 
 
 def iso(when_ms: int) -> str:
-    """`2022-01-31T10:00Z`: how messages and reports write a time (seconds only where there are any)."""
+    """`2022-01-31T10:00Z`: a time in messages and reports (with seconds only if there are any)."""
     moment = to_datetime(when_ms)
     return moment.strftime("%Y-%m-%dT%H:%MZ" if when_ms % MINUTE_MS == 0 else "%Y-%m-%dT%H:%M:%SZ")

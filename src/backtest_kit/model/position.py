@@ -19,29 +19,29 @@ costs."""
 
 
 class Execution(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """How an order went on the exchange."""
+    """How an order was executed on the exchange."""
 
     fee: float | None = None
-    """In quote currency, as the exchange charged it; None where it did not say, and CC_PERCENT_FEE is taken."""
+    """In quote currency, as the exchange charged it; None if unknown, then CC_PERCENT_FEE is used."""
     fee_currency: str = ""
-    """What it was charged in, such as BNB; empty where the exchange did not say, joined by + where it was several."""
+    """The currency of the fee, such as BNB; several are joined by +, empty if unknown."""
     client_order_ids: tuple[str, ...] = ()
-    """More than one where the order was sent in parts, or again under another id."""
+    """More than one if the order was sent in parts, or again under another id."""
     order_ids: tuple[str, ...] = ()
-    """The exchange's own; empty where it did not say."""
+    """The exchange's own ids; empty if unknown."""
 
 
 class Entry(msgspec.Struct, frozen=True, rename="camel"):
     """A purchase: `cost` in quote currency at `price`.
 
-    Where the exchange took its fee out of what was bought, `cost` is what the rest has cost, and the fee comes on top.
+    If the exchange took its fee out of the purchase, `cost` is that of the rest, and the fee comes on top.
     """
 
     price: float
     cost: float
     timestamp: int
     execution: Execution | None = None
-    """None in a backtest, where nothing is sent."""
+    """None in a backtest."""
 
 
 class Reduction(msgspec.Struct, frozen=True, rename="camel"):
@@ -54,7 +54,7 @@ class Reduction(msgspec.Struct, frozen=True, rename="camel"):
     """How many entries had been made before it."""
     timestamp: int
     execution: Execution | None = None
-    """None in a backtest, where nothing is sent."""
+    """None in a backtest."""
 
 
 class Extreme(msgspec.Struct, frozen=True, rename="camel"):
@@ -71,7 +71,7 @@ class RestingEntry(OfRun, frozen=True, kw_only=True):
 
     identity: Identity
     signal: Signal
-    """What it carries out, with every default filled in."""
+    """The signal that it carries out, with every default filled in."""
     scheduled_at_ms: int
 
     signal_id = Inner[str]("signal.id")
@@ -90,7 +90,7 @@ class RestingEntry(OfRun, frozen=True, kw_only=True):
             raise ValueError(f"the signal of an entry has no {', '.join(missing)}")
 
     def at(self, price: float, cost: float = 0.0) -> RestingEntry:
-        """The same entry at another price, and for another cost where one is given."""
+        """The same entry at another price, and for another cost if given."""
         signal = msgspec.structs.replace(self.signal, price_open=price, cost=cost or self.cost)
         return msgspec.structs.replace(self, signal=signal)
 
@@ -110,7 +110,7 @@ class Position(OfSignal, frozen=True, kw_only=True):
     """An open position. A change makes a new value, so a copy never changes."""
 
     entry: RestingEntry
-    """What it was opened from, at the price and for the cost of the first fill."""
+    """The entry that it was opened from, at the price and cost of the first fill."""
     opened_at_ms: int
     entries: tuple[Entry, ...]
     reductions: tuple[Reduction, ...] = ()
@@ -147,12 +147,12 @@ class Position(OfSignal, frozen=True, kw_only=True):
 
     @property
     def cost(self) -> float:
-        """All that was ever put in, in quote currency."""
+        """The total invested, in quote currency."""
         return math.fsum(entry.cost for entry in self.entries)
 
     @property
     def expires_at_ms(self) -> float:
-        """The first minute at which it is too old; `math.inf` where it never is."""
+        """The minute at which it expires; `math.inf` if never."""
         return self.opened_at_ms + self.minutes * 60_000
 
 
@@ -171,14 +171,14 @@ class Trade(OfSignal, frozen=True, kw_only=True):
     pnl_cost: float
     """Profit in quote currency."""
     fees: float
-    """All fees in quote currency: those that the exchange reported, and CC_PERCENT_FEE where it did not."""
+    """All fees in quote currency: those reported by the exchange, otherwise CC_PERCENT_FEE."""
     execution: Execution | None = None
-    """Of the close; None in a backtest, where nothing is sent."""
+    """Of the close; None in a backtest."""
     close_note: str = ""
-    """What was said with the command that closed it."""
+    """The note of the command that closed it."""
 
     entry = Inner[RestingEntry]("position.entry")
-    """What the position was opened from, at the price and for the cost of the first fill."""
+    """The entry that the position was opened from, at the price and cost of the first fill."""
     opened_at_ms = Inner[int]("position.opened_at_ms")
     price_take_profit = Inner[float]("position.take_profit")
     """The level in force at the close."""
@@ -188,7 +188,7 @@ class Trade(OfSignal, frozen=True, kw_only=True):
     original_price_take_profit = Inner[float]("position.entry.signal.price_take_profit")
     original_price_stop_loss = Inner[float]("position.entry.signal.price_stop_loss")
     cost = Inner[float]("position.cost")
-    """All that was ever put in, in quote currency."""
+    """The total invested, in quote currency."""
     peak_pct = Inner[float]("position.peak.pnl_pct")
     """Profit in percent at the best price seen on the way."""
     fall_pct = Inner[float]("position.fall.pnl_pct")
@@ -198,7 +198,7 @@ class Trade(OfSignal, frozen=True, kw_only=True):
 
     @property
     def executions(self) -> tuple[Execution, ...]:
-        """How its orders went: entries, partial closes, the close. Empty in a backtest."""
+        """How its orders were executed: entries, partial closes, the close. Empty in a backtest."""
         entries, reductions = (part.execution for part in self.entries), (part.execution for part in self.reductions)
         return tuple(each for each in (*entries, *reductions, self.execution) if each is not None)
 

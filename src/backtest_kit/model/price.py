@@ -12,7 +12,7 @@ _DIGITS: Final = 8
 def price_text(value: float) -> str:
     """A price with up to eight significant digits, its whole part always entire, and never with an exponent.
 
-    `68006.85`, `1.08345`, `0.000012345`; `N/A` where there is no finite number.
+    `68006.85`, `1.08345`, `0.000012345`; `N/A` if there is no finite number.
     """
     if not math.isfinite(value):
         return "N/A"

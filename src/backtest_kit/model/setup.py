@@ -1,4 +1,4 @@
-"""What a result was computed with and from: enough to tell whether two results can be compared."""
+"""What a result was computed from: shows whether two results can be compared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     versions: Mapping[str, str] = {}
     """Of backtest-kit, Python and numpy."""
     strategy_digest: str = ""
-    """Of the source of `get_signal` and `manage`; of their code where there is no source. What they call or close
+    """Of the source of `get_signal` and `manage`, or of their code without a source. What they call or close
     over is not in it."""
     candles_digest: str = ""
     """Of all 1-minute candles of the symbol that were read, history before the frame included."""

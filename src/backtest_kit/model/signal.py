@@ -1,4 +1,4 @@
-"""`Signal`: what a strategy answers when it wants a position."""
+"""`Signal`: what a strategy returns to open a position."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Direction = Literal["long", "short"]
 
 
 class Signal(msgspec.Struct, frozen=True, rename="camel"):
-    """A wish for a position. The engine checks it as a whole when the strategy returns it."""
+    """A position to open. The engine checks it as a whole when the strategy returns it."""
 
     position: Direction
     price_take_profit: float
@@ -26,8 +26,8 @@ class Signal(msgspec.Struct, frozen=True, rename="camel"):
     """In quote currency; None takes CC_POSITION_ENTRY_COST."""
     note: str = ""
     id: str | None = None
-    """Name of the position to be; None makes one from strategy, symbol and time. A signal with the id of the
-    position before it is ignored: one idea is not acted on twice."""
+    """The id of the position; None makes one from strategy, symbol and time. A signal with the id of the previous
+    position is ignored: no idea is traded twice."""
 
     @classmethod
     def bracket(

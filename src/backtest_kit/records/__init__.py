@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Unpack
 from weakref import WeakValueDictionary
@@ -56,7 +56,7 @@ class Records:
         self._written: WeakValueDictionary[tuple[Identity, str], Written] = WeakValueDictionary()
         """Of the backtests that are running, or whose contexts are still referenced."""
         self._deliveries = Deliveries(persistence, settings)
-        self._observer = RecordWriter(persistence, self._deliveries)
+        self._record_writer = RecordWriter(persistence, self._deliveries)
         self._writer = LogWriter(persistence)
         self._upkeep = Housekeeping(persistence, settings)
         self.measure = Measure(self.scope)
@@ -87,7 +87,7 @@ class Records:
             steps.push_async_callback(self.leave_loop)
             steps.push_async_callback(self._writer.flush)
             steps.push_async_callback(self._deliveries.close)
-            steps.push_async_callback(self._observer.close)
+            steps.push_async_callback(self._record_writer.close)
             steps.push_async_callback(self._upkeep.close)
 
     def scope(
@@ -114,7 +114,7 @@ class Records:
         if run_id is not None:
             self._written[identity, run_id] = written
         scope = self.scope(identity.mode, run_id, None, identity)
-        return RunRecords(scope, identity, self._observer, self._writer, self.begin, self._persistence)
+        return RunRecords(self, scope, identity)
 
     async def runs(self) -> list[str]:
         """The ids of the backtests that have records. As `Persistence.runs`."""
@@ -168,26 +168,13 @@ class Records:
 class RunRecords:
     """The records of one run. No store is opened before a record is used."""
 
-    __slots__ = (
-        "_begin", "_identity", "_keeper", "_observer", "_owner", "_persistence", "_scope", "_shelves", "_writer"
-    )  # fmt: skip
+    __slots__ = ("_identity", "_keeper", "_owner", "_records", "_scope", "_shelves")
 
-    def __init__(
-        self,
-        scope: Scope,
-        identity: Identity,
-        observer: RecordWriter,
-        writer: LogWriter,
-        begin: Callable[[Mode], Awaitable[None]],
-        persistence: Callable[[], Persistence],
-    ) -> None:
-        self._begin = begin
-        self._persistence = persistence
-        self._keeper: asyncio.Task[None] | None = None
+    def __init__(self, records: Records, scope: Scope, identity: Identity) -> None:
+        self._records = records
         self._scope = scope
         self._identity = identity
-        self._observer = observer
-        self._writer = writer
+        self._keeper: asyncio.Task[None] | None = None
         self._shelves = Shelves()
         self._owner = strategy_owner(identity.strategy_name, identity.exchange_name, identity.symbol)
 
@@ -197,7 +184,7 @@ class RunRecords:
 
     async def begin(self) -> None:
         """The run begins. As `Records.begin`."""
-        await self._begin(self._identity.mode)
+        await self._records.begin(self._identity.mode)
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
@@ -207,18 +194,18 @@ class RunRecords:
             Conflict: another process replays it; `take_breath` raises that once the lock is lost.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
-        persistence = self._persistence()
+        persistence = self._records._persistence()
         store = persistence.store_for(STATE, "backtest", history=False)
         async with exclusive_run(store, str(self.run_id), self._identity, persistence.seams) as self._keeper:
             yield
 
     def urge(self, events: Sequence[Event]) -> None:
         """Notify people of events that could not be written yet: the sinks get them without the store."""
-        self._observer.urge(events, self._identity.mode)
+        self._records._record_writer.urge(events, self._identity.mode)
 
     async def observe(self, events: Sequence[Event]) -> None:
         """Record what has happened. The same events may come again. Raises as `Store.put`."""
-        await self._observer.observe(events, self._identity.mode, self._scope.run_id)
+        await self._records._record_writer.observe(events, self._identity.mode, self._scope.run_id)
 
     async def take_breath(self) -> None:
         """Yield to other tasks, and wait for the log if it has fallen behind.
@@ -228,24 +215,24 @@ class RunRecords:
         """
         if self._keeper is not None and self._keeper.done():
             self._keeper.result()
-        if self._writer.crowded:
+        if self._records._writer.crowded:
             # The writer retries a store that rejects lines, logs that, and drops the oldest lines.
             with suppress(BacktestKitError):
-                await self._writer.flush()
+                await self._records._writer.flush()
         await asyncio.sleep(0)
 
     async def settle(self) -> None:
         """Wait until everything that a backtest passed to `observe` is written. Raises as `Store.put`."""
         if self.run_id is not None:
-            await self._observer.settle(self.run_id)
+            await self._records._record_writer.settle(self.run_id)
 
     async def end(self) -> None:
         """The run is over: write its records and its log. Raises as `Store.put`."""
         await self.settle()
-        await self._writer.flush()
+        await self._records._writer.flush()
 
     def log(self, when_ms: int) -> Log:
-        return Log(self._writer, self._identity, self._scope.run_id, when_ms)
+        return Log(self._records._writer, self._identity, self._scope.run_id, when_ms)
 
     def state(self, bucket: str, when_ms: int, held_id: str | None, signal_id: str | None, shared: bool) -> State:
         return State(self._scope.at(when_ms), bucket, self._owners(bucket, held_id, signal_id, shared))

@@ -294,7 +294,7 @@ class _Worker:
                 await self._attempts.hand_over(notification, self._settings().CC_MAX_NOTIFICATION_DELIVERY_SECONDS)
             except Refused as error:
                 name = notification.notification_id
-                _log.error("sink %s: %s was refused for good: %s", self._route.name, name, error)
+                _log.error("sink %s: %s was refused permanently: %s", self._route.name, name, error)
         # Even if the store does not take the mark now, this process does not deliver it again.
         _remember(self._handed, notification.notification_id, None)
 

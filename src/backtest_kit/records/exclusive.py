@@ -24,7 +24,7 @@ async def exclusive_run(
 ) -> AsyncIterator[asyncio.Task[None] | None]:
     """Own the run of a strategy on a symbol: two processes would overwrite each other's records.
 
-    The task that it yields raises `Conflict` when the run is lost. It is None where no other process can have the run,
+    The task that it yields raises `Conflict` when the run is lost. It is None if no other process can have the run,
     because the store ends with this one.
 
     Raises:

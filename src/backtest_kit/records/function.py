@@ -73,7 +73,7 @@ class Function(Generic[R]):
         *,
         hashed: bool,
     ) -> None:
-        """`what` names the decorator in messages; if `hashed`, the source is the version where none is given.
+        """`what` names the decorator in messages; if `hashed`, the source is the version by default.
 
         Raises:
             UserError: it is not an async function, or its name or version is missing or wrong.
@@ -119,7 +119,7 @@ class Function(Generic[R]):
         return one.text is None or one.text != two.text
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """A call as it was written; `ctx=` and `when=` are taken out where the function has no such parameter.
+        """A call as it was written; `ctx=` and `when=` are removed if the function has no such parameter.
 
         Raises:
             UserError: the function takes other arguments, `ctx` or `when` has the wrong type, or two contexts differ.

@@ -60,7 +60,7 @@ class LogLine(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     logger: str = ""
     """The logger of the standard library that it came from; empty for lines of a strategy."""
     when_ms: int | None = None
-    """Simulation time, None where there is none."""
+    """Simulation time, None without one."""
     said_at_ms: int
     """Wall clock."""
     fields: dict[str, Any] = {}
@@ -119,7 +119,7 @@ class LogWriter:
         """Write what waits.
 
         Raises:
-            As `Store.put`; what was not written waits on.
+            As `Store.put`; what was not written keeps waiting.
         """
         await self._write_all()
 
@@ -168,7 +168,7 @@ class LogWriter:
                         raise result
 
     async def _put(self, group: list[_Waiting]) -> list[object]:
-        """Write a group, what is of one store in one go; return the outcome of each."""
+        """Write a group, all lines of one store together; return the outcome of each."""
         places: dict[tuple[Mode, str | None], list[int]] = {}
         for place, each in enumerate(group):
             places.setdefault((each.mode, each.run_id), []).append(place)
@@ -223,7 +223,7 @@ class Log:
         self._when_ms = when_ms
 
     def debug(self, message: object, /, **fields: Any) -> None:
-        """What only helps to find errors."""
+        """For debugging."""
         self._say("debug", message, fields)
 
     def info(self, message: object, /, **fields: Any) -> None:
@@ -231,11 +231,11 @@ class Log:
         self._say("info", message, fields)
 
     def warning(self, message: object, /, **fields: Any) -> None:
-        """What should be looked at eventually."""
+        """Something to look at eventually."""
         self._say("warning", message, fields)
 
     def error(self, message: object, /, **fields: Any) -> None:
-        """What went wrong."""
+        """An error."""
         self._say("error", message, fields)
 
     def _say(self, level: Level, message: object, fields: dict[str, Any]) -> None:
@@ -321,7 +321,7 @@ class Logs:
             self._bridge = None
 
     async def flush(self) -> None:
-        """Write what was logged so far. Raises as `Store.put`."""
+        """Write all lines that were logged so far. Raises as `Store.put`."""
         await self._writer.flush()
 
 

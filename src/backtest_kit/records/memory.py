@@ -78,7 +78,7 @@ class Memory:
 
         Raises:
             UserError: an argument is wrong, or part of `value` cannot be stored; the message names it.
-            LookAhead: what is there is of a later moment than this context, as one that was kept.
+            LookAhead: the existing record is later than this context, which was kept from an earlier minute.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
         if role not in _ROLES:
@@ -106,7 +106,7 @@ class Memory:
         The store keeps it, marked as removed. During a position a note of the strategy is hidden for the position only.
 
         Raises:
-            LookAhead: what is there is of a later moment than this context, as one that was kept.
+            LookAhead: the existing record is later than this context, which was kept from an earlier minute.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
         beneath = await self._find(self._owners[1:], memory_id)

@@ -231,7 +231,7 @@ def _writes(events: Sequence[Event]) -> list[Write]:
 
 
 async def _compared(store: Store, write: Write) -> Write | None:
-    """`write`, expecting what is there now; None where that is the same already, or what came later."""
+    """`write`, expecting the current record; None if that is equal or newer."""
     found = await store.get(write.contract, write.key)
     if found is not None and (found.value == write.value or not follows(write, found)):
         return None

@@ -53,9 +53,9 @@ class Scope:
     """The records of one run at one moment: records written for a later moment are not visible.
 
     A write does not replace them either, with one exception: a backtest that is repeated under its run id replaces what
-    an earlier repetition left, that is, what is not in `written`.
+    an earlier repetition left: records that are not in `written`.
 
-    Where history is kept, the revision of the moment is read. If it is no longer kept, a run goes on as without
+    With history, the revision of the moment is read. If it is no longer kept, a run goes on as without
     history; a reader outside of a run (`is_outside`) gets an error, because None would look like an answer.
 
     `run_id` is that of a backtest, None live and on paper. Without `when_ms` there is no moment: everything is visible,
@@ -189,7 +189,7 @@ class Scope:
         Updates of one key take turns in this process. If another process was faster, `change` is called again.
 
         Raises:
-            LookAhead: what is there is later than this moment.
+            LookAhead: the record is later than this moment.
             UserError: `change` updates the same key.
             Others: as `Store.get` and `Store.put`, and what `change` raises.
         """
@@ -287,7 +287,7 @@ class Turns:
 
 
 def expectation(store: Store, found: Record | None) -> Expect:
-    """The revision that a write replacing `found` expects, where the store can check it."""
+    """The revision that a write replacing `found` expects, if the store can check it."""
     if Capability.COMPARE_AND_SET not in store.capabilities:
         return ANY
     return ABSENT if found is None else found.rev

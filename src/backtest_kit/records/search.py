@@ -23,7 +23,7 @@ _UNSPACED: Final = re.compile("([\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\
 
 
 class TextIndex:
-    """The texts of records, in memory. Each search takes in what has changed since the last one."""
+    """The texts of records, in memory. Each search first indexes the changes since the last one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

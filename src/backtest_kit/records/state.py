@@ -1,4 +1,4 @@
-"""`State`: values of any kind that a strategy keeps, one under each bucket name."""
+"""`State`: values of any kind that a strategy stores, one under each bucket name."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ STATE: Final = CONTRACTS["state"]
 
 
 class Slot:
-    """One value that is kept, and how it is read, replaced and changed.
+    """One stored value, which can be read, replaced and changed.
 
-    The first of `keys` is the value's own; where it has none yet, that of the next key is its beginning.
+    The first of `keys` is the value's own; until it is set, it starts with the value of the next key.
     """
 
     def __init__(self, scope: Scope, row: Contract, keys: tuple[Key, ...]) -> None:
@@ -31,7 +31,7 @@ class Slot:
         """The value, or `default` if there is none at this moment. What is returned is the caller's to change.
 
         Raises:
-            Damaged: what is stored cannot be trusted.
+            Damaged: the stored record is damaged.
             RetryLater: the store does not answer.
         """
         return await self._begin(self._keys, default)
@@ -42,14 +42,14 @@ class Slot:
 
         Raises:
             UserError: something in `value` cannot be stored; the message names it.
-            LookAhead: what is there is of a later moment than this context, as one that was kept.
+            LookAhead: the existing record is later than this context, which was kept from an earlier minute.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
         await self._scope.write(self._row, self._keys[0], encode(value))
 
     @must_await
     async def update(self, change: Callable[[Any], Any], default: Any = None) -> Any:
-        """Replace the value by what `change` makes of it, and return that: `update(lambda count: count + 1, 0)`.
+        """Replace the value by the result of `change`, and return it: `update(lambda count: count + 1, 0)`.
 
         Updates do not overtake each other, in this process or in another one. `change` may be async; it is given
         `default` if there is no value, and is called again if another process was faster, so it should do
@@ -58,7 +58,7 @@ class Slot:
         Raises:
             UserError: what `change` returns cannot be stored, or it updates the same value.
             Exception: what `change` raises; the value stays as it is.
-            LookAhead: what is there is of a later moment than this context, as one that was kept.
+            LookAhead: the existing record is later than this context, which was kept from an earlier minute.
             Damaged, OutOfSpace, RetryLater: as `Store.put`.
         """
 

@@ -78,7 +78,7 @@ def not_begun(calls: Calls) -> str:
 def used_unawaited(error: BaseException) -> str:
     """Which call made the coroutine that an error in the user's code is about, as text; empty if it is about none.
 
-    `ctx.candles` is called too often to be noted. `.close` of what it returns is a column, and of a coroutine a method.
+    `ctx.candles` is called too often to be noted. `.close` of its result is a column, of a coroutine a method.
     """
     for frame, line in traceback.walk_tb(error.__traceback__):
         place = f"({Path(frame.f_code.co_filename).name}, line {line})"

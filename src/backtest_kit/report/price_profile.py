@@ -12,9 +12,9 @@ from backtest_kit.model.interval import DAY_MS
 
 MIN_PRICES: Final = 10
 MIN_TREND_FIT: Final = 0.30
-"""A line that explains less than this share of the variance is no trend."""
+"""A line that explains less than this share of the variance is not a trend."""
 MIN_TREND_STEPS: Final = 0.25
-"""A slope per day below this share of a typical step is no trend either."""
+"""A slope per day below this share of a typical step is not a trend either."""
 
 Trend = Literal["bullish", "bearish", "sideways", "neutral"]
 

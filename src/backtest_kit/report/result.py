@@ -92,7 +92,7 @@ class Results(ResultSet[BacktestResult]):
 
         Raises:
             UserError: another suffix, or pyarrow is not installed.
-            OutOfSpace, RetryLater: it could not be written; what was there before is untouched.
+            OutOfSpace, RetryLater: it could not be written; an existing file is unchanged.
         """
         return frames.trades_frame(self.trades).save(path)
 
@@ -107,7 +107,7 @@ class Results(ResultSet[BacktestResult]):
 
         Raises:
             UserError: the path is a directory, or is needed because the results are of several strategies.
-            OutOfSpace, RetryLater: it could not be written; what was there before is untouched.
+            OutOfSpace, RetryLater: it could not be written; an existing file is unchanged.
         """
         return self._save(self.to_markdown(), path, ".md")
 
@@ -140,7 +140,7 @@ class Results(ResultSet[BacktestResult]):
         """The results that `save` wrote. Blocks on the disk.
 
         Raises:
-            UserError: there is no such file, or it does not hold results.
+            UserError: the file does not exist, or has no results.
             Damaged: the file was cut, changed, or is of a newer version. It stays as it is.
             RetryLater: it could not be read.
         """
@@ -192,7 +192,7 @@ def write_report(path: Path, content: str | bytes, suffix: str) -> Path:
 
     Raises:
         UserError: the path is a directory.
-        OutOfSpace, RetryLater: it could not be written; what was there before is untouched.
+        OutOfSpace, RetryLater: it could not be written; an existing file is unchanged.
     """
     if path.is_dir():
         raise UserError(f"{path} is a directory: give the name of a file, such as {path / f'report{suffix}'}")

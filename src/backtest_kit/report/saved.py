@@ -48,7 +48,7 @@ def load_results(path: Path, kind: type[R]) -> list[R]:
     """Read what `dump_results` wrote to `path`; reports of it are saved next to the file. Blocks on the disk.
 
     Raises:
-        UserError: there is no such file, or it does not hold results.
+        UserError: the file does not exist, or has no results.
         Damaged: the file was cut, changed, or is of a newer version. It stays as it is.
         RetryLater: it could not be read.
     """

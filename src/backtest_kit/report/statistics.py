@@ -191,7 +191,7 @@ def equity_curve(*, pnl_pct: Any, opened_at_ms: Any, closed_at_ms: Any, fall_pct
 
 
 def statistics_of(trades: Sequence[Trade]) -> Statistics:
-    """`compute_statistics` of trades, oldest first; closing prices count only where all are of one market."""
+    """`compute_statistics` of trades, oldest first; closing prices count only if all are of one market."""
     one_market = len({(trade.exchange_name, trade.symbol) for trade in trades}) == 1
     return compute_statistics(
         pnl_pct=[trade.pnl_pct for trade in trades],

@@ -104,7 +104,7 @@ class Context:
         strategy's value, `signal_id` that of another signal.
 
         Raises:
-            UserError: `bucket` or `signal_id` is no text, or both `signal_id` and `shared` are given.
+            UserError: `bucket` or `signal_id` is not a text, or both `signal_id` and `shared` are given.
         """
         return self._records.state(bucket, self.when_ms, self._held_id(), signal_id, shared)
 
@@ -116,7 +116,7 @@ class Context:
         notes alone, `signal_id` those of another signal.
 
         Raises:
-            UserError: `bucket` or `signal_id` is no text, or both `signal_id` and `shared` are given.
+            UserError: `bucket` or `signal_id` is not a text, or both `signal_id` and `shared` are given.
         """
         return self._records.memory(bucket, self.when_ms, self._held_id(), signal_id, shared)
 

@@ -14,7 +14,6 @@ import msgspec
 from backtest_kit.engine.step import Flat, Resting, State, Wanted, activates, admit, decision_due, step
 from backtest_kit.engine.validation import check_signal
 from backtest_kit.errors import RetryLater, UserError
-from backtest_kit.events import EventBus
 from backtest_kit.model.decisions import Decisions
 from backtest_kit.model.event import (
     BreakevenReached,
@@ -33,8 +32,8 @@ from backtest_kit.model.signal import Signal
 from backtest_kit.records import RunRecords
 from backtest_kit.records.unawaited import Calls, forgotten, not_begun, used_unawaited, watch
 from backtest_kit.run.context import Context, HistoryOf
-from backtest_kit.run.cron import Cron
 from backtest_kit.run.deadline import within
+from backtest_kit.run.program import Program
 from backtest_kit.run.run_state import RunState
 from backtest_kit.run.schema import StrategySchema
 
@@ -89,8 +88,7 @@ class Minute:
         self,
         run_state: RunState,
         strategy: StrategySchema,
-        bus: EventBus,
-        cron: Cron,
+        program: Program,
         risk_gate: RiskGate | None,
         flags: Flags,
         history_of: HistoryOf,
@@ -101,8 +99,8 @@ class Minute:
         self._identity = run_state.rules.identity
         self._settings = run_state.rules.settings
         self._strategy = strategy
-        self._bus = bus
-        self._cron = cron
+        self._bus = program.bus
+        self._cron = program.cron
         self._risk_gate = risk_gate
         self._flags = flags
         self._history_of = history_of

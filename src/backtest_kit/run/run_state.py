@@ -40,7 +40,7 @@ _ACCEPTED = CommandOutcome(True)
 Act = Callable[[State], tuple[State, tuple[Event, ...]]]
 """A change of state: computes the new state and the events, and changes nothing itself.
 
-Raises `commands.Refused` where the state or the market does not allow it."""
+Raises `commands.Refused` if the state or the market does not allow it."""
 
 
 class Executor(Protocol):
@@ -227,7 +227,7 @@ class PositionView:
         """Move the stop loss to an absolute price, towards profit.
 
         Raises:
-            UserError: `price` is no price.
+            UserError: `price` is not a price.
         """
         settings = self._run_state.rules.settings
         return await self._change("stop_moved", lambda held, now: commands.move_stop(held, now, price, settings))
@@ -237,7 +237,7 @@ class PositionView:
         """Move the take profit to an absolute price, towards the entry.
 
         Raises:
-            UserError: `price` is no price.
+            UserError: `price` is not a price.
         """
         settings = self._run_state.rules.settings
         return await self._change("take_moved", lambda held, now: commands.move_take(held, now, price, settings))

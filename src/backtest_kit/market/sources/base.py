@@ -20,10 +20,10 @@ class CandleSource(ABC):
     """
 
     cached: ClassVar[bool] = True
-    """Whether fetched candles are kept in the candle store; False where they are at hand anyway."""
+    """Whether fetched candles are kept in the candle store; False if they are at hand anyway."""
 
     page_limit: ClassVar[int | None] = None
-    """Candles that one `fetch` is asked for at most. None leaves it to CC_MAX_CANDLES_PER_REQUEST."""
+    """The most candles of one `fetch`. None means CC_MAX_CANDLES_PER_REQUEST."""
 
     series_name: str | None = None
     """The name under which candles are cached, instead of the exchange's. For sources whose candles
@@ -33,9 +33,9 @@ class CandleSource(ABC):
     async def fetch(self, symbol: str, interval: str, start_ms: int, stop_ms: int) -> CandleSeries:
         """The closed candles that open in `[start_ms, stop_ms)`, as they are published.
 
-        May be fewer than fit: the caller asks on from the last one, and takes an empty answer as "nothing there". Bad
-        rows are kept, with NaN and NO_TIME for what cannot be read: the caller refuses or repairs them. It ignores
-        what lies outside of the range.
+        May be fewer than fit: the caller continues after the last one, and takes an empty answer as "nothing there".
+        Bad rows are kept, with NaN and NO_TIME for unreadable cells: the caller refuses or repairs them. It ignores
+        rows outside of the range.
 
         Raises:
             UserError: the request can never be answered (unknown symbol, no such file).
@@ -43,9 +43,9 @@ class CandleSource(ABC):
         """
 
     async def verify(self, symbol: str) -> None:
-        """Refuse rows that cannot be read, naming where they stand. Called before a fetch where bad rows are refused.
+        """Refuse unreadable rows, naming their place. Called before a fetch if bad rows are refused.
 
-        For sources that can say it better than the caller, who knows of rows no more than their time.
+        For sources that know more about a row than its time.
 
         Raises:
             UserError: the first such row.
@@ -53,19 +53,19 @@ class CandleSource(ABC):
         return
 
     async def range(self, symbol: str) -> tuple[int, int] | None:
-        """The first open time and the end (last open + 1 minute) of what there is, in epoch ms.
+        """The first open time and the end (last open + 1 minute) of the data, in epoch ms.
 
-        None where that is unknown. Raises as `fetch`.
+        None if unknown. Raises as `fetch`.
         """
         return None
 
     async def server_time_ms(self) -> int | None:
-        """What time it is at the exchange, to notice a clock of ours that is wrong. None where it does not tell.
+        """The time at the exchange, to notice that our clock is wrong. None if unknown.
 
         Raises as `fetch`.
         """
         return None
 
     async def close(self) -> None:
-        """Let go of connections. Idempotent; a closed source may be used again."""
+        """Close connections. Idempotent; a closed source may be used again."""
         return

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from backtest_kit.ccxt_client import find_market, library, open_client, said
+from backtest_kit.ccxt_client import find_market, library, open_client, redacted
 from backtest_kit.errors import RetryLater, UserError
 from backtest_kit.market.sources.base import CandleSource
 from backtest_kit.market.sources.rows import series_of
@@ -115,8 +115,8 @@ class CcxtSource(CandleSource):
         try:
             return await request()
         except errors.OperationFailed as error:  # what passes, by ccxt's own division: the network, or their servers
-            raise RetryLater(f"{self._id} did not answer: {said(error)}") from error
+            raise RetryLater(f"{self._id} did not answer: {redacted(error)}") from error
         except errors.BaseError as error:
-            raise UserError(f"{self._id} refused the request: {said(error)}") from error
+            raise UserError(f"{self._id} refused the request: {redacted(error)}") from error
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise RetryLater(f"{self._id} gave an answer that ccxt cannot read: {said(error)}") from error
+            raise RetryLater(f"{self._id} gave an answer that ccxt cannot read: {redacted(error)}") from error

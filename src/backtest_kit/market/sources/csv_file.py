@@ -104,7 +104,7 @@ class _Parser:
         return Table.of(self._path, self._parts, self._complaint)
 
     def _together(self, first: str, lines: list[str]) -> Columns | None:
-        """Sound lines; None where one has a cell that cannot be read, or another number of cells than the header."""
+        """Valid lines; None if one has an unreadable cell, or another number of cells than the header."""
         try:
             rows = np.loadtxt(lines, self._types(first), comments=None, delimiter=",", quotechar='"', ndmin=1)
         except ValueError:

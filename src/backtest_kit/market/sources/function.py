@@ -21,8 +21,8 @@ def function(get_candles: GetCandles) -> CandleSource:
 
     It returns the `limit` closed candles from `since_ms` on, or as many of them as there are: a
     `CandleSeries`, or rows that are dicts with timestamp, open, high, low, close and volume, or
-    sequences in that order. Timestamps are open times in epoch ms. Whatever it returns outside of
-    the asked range is dropped. Where bad rows are repaired, it is asked for the minute before as well.
+    sequences in that order. Timestamps are open times in epoch ms. Rows outside of the
+    requested range are dropped. If bad rows are repaired, the previous minute is requested as well.
 
     Raises:
         UserError: `get_candles` is not callable.

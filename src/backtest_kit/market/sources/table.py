@@ -29,7 +29,7 @@ _ALIASES: Final = {
 """Names of each column, the first one present is taken; compared in lower case with `_` for spaces."""
 
 Columns: TypeAlias = Mapping[str, Any]
-"""Numpy columns of a part of a file: those of candles, and `SYMBOL` where there is one."""
+"""Numpy columns of a part of a file: those of candles, and `SYMBOL` if there is one."""
 
 
 class Table(NamedTuple):
@@ -37,7 +37,7 @@ class Table(NamedTuple):
 
     candles: CandleSeries
     symbols: Any
-    """The symbol of each row; None where the file has no such column."""
+    """The symbol of each row; None if the file has no such column."""
     complaint: str
     """The first cell that cannot be read, in words."""
 
@@ -46,7 +46,7 @@ class Table(NamedTuple):
         """Put the parts of a file together.
 
         Raises:
-            UserError: there is no row, or none whose time can be read.
+            UserError: there is no row, or no time can be read.
         """
         if not parts:
             raise UserError(f"{path} has a header but no candle: give a file with rows")
@@ -88,7 +88,7 @@ def bad_cell(path: Path, row: str, name: str, cell: Any, *, number: bool) -> str
 
 
 class TableSource(CandleSource):
-    """Serves what `read` makes of a file. It raises UserError, or OSError and ValueError for what is no such file."""
+    """Serves the table that `read` returns. `read` raises UserError, or OSError and ValueError for a wrong file."""
 
     cached = False
     page_limit = ANY_RANGE
@@ -132,7 +132,7 @@ class _Rows:
 
     def __init__(self, candles: CandleSeries) -> None:
         self.candles = candles
-        # A row without a time belongs to where it stands.
+        # A row without a time keeps its place.
         times = candles.timestamp
         self._times = np.where(times == NO_TIME, np.maximum.accumulate(times), times)
         self._ascending = bool((self._times[1:] >= self._times[:-1]).all())

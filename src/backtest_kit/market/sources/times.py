@@ -12,7 +12,7 @@ from backtest_kit.market.sources.rows import epoch_ms, number
 from backtest_kit.model.candle import NO_TIME, TimeColumn
 
 _EPOCH_UNITS: Final = (("s", 1e8, 1e11), ("ms", 1e11, 1e14), ("us", 1e14, 1e17), ("ns", 1e17, 1e19))
-"""Magnitudes that tell the unit of an epoch: each begins in 1973, where the one below it reaches year 5138."""
+"""The unit of an epoch by its magnitude: each begins in 1973, where the smaller unit reaches year 5138."""
 _PER_SECOND: Final = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _ISO_SECONDS: Final = 19
 """Characters of `2022-01-01T00:00:00`."""

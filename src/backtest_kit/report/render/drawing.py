@@ -18,7 +18,7 @@ LARGEST_DRAWN: Final = 9e13
 
 
 class Grid(NamedTuple):
-    """Evenly spaced times from `start_ms`: the chart spaces its points evenly whatever their times are."""
+    """Evenly spaced times from `start_ms`: the chart spaces its points evenly."""
 
     start_ms: int
     step_ms: int
@@ -26,7 +26,7 @@ class Grid(NamedTuple):
 
 
 class EquityPoints(NamedTuple):
-    """Equity and drawdown in percent of the account at the start; None where it cannot be drawn."""
+    """Equity and drawdown in percent of the account at the start; None if it cannot be drawn."""
 
     equity: list[float | None]
     drawdown: list[float | None]

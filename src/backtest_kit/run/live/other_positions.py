@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
 
 from backtest_kit.engine.step import Flat, Holding
 from backtest_kit.model.identity import Mode
@@ -16,27 +15,16 @@ from backtest_kit.run.live.position_state import PositionState
 from backtest_kit.run.live.position_store import read_position_state
 
 
-class OtherPositions(Protocol):
+class OtherPositions:
     """The position states of other strategies, and which of them are traded now."""
-
-    async def read(self, but: Collection[Key]) -> dict[Key, PositionState]:
-        """All by their keys, without those in `but`."""
-        ...
-
-    async def trader(self, but: Collection[Key]) -> str:
-        """Which strategy a process trades on the same exchange and symbol now, in words; empty if none."""
-        ...
-
-
-class StoredPositions:
-    """Reads them from the store."""
 
     def __init__(self, persistence: Persistence, mode: Mode, scope: Key) -> None:
         self._persistence, self._mode, self._scope = persistence, mode, scope
         self._sightings = Sightings(persistence.seams)
 
     async def read(self, but: Collection[Key]) -> dict[Key, PositionState]:
-        """
+        """All by their keys, without those in `but`.
+
         Raises:
             Damaged: one of them cannot be trusted.
             RetryLater: the store does not answer.
@@ -47,7 +35,8 @@ class StoredPositions:
         return {key: await read_position_state(KnownRecords(self._persistence, self._mode), key) for key in keys}
 
     async def trader(self, but: Collection[Key]) -> str:
-        """
+        """The strategy that a process trades on the same exchange and symbol now, in words; empty if none.
+
         Raises:
             Damaged, RetryLater: as `read`.
         """

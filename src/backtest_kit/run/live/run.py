@@ -40,7 +40,7 @@ from backtest_kit.run.live.next_minute import NextMinute
 from backtest_kit.run.live.order_manager import OrderManager
 from backtest_kit.run.live.order_sender import OrderSender
 from backtest_kit.run.live.orphans import OrphanGuard, side_by_side
-from backtest_kit.run.live.other_positions import StoredPositions
+from backtest_kit.run.live.other_positions import OtherPositions
 from backtest_kit.run.live.position_store import PositionStore
 from backtest_kit.run.live.possession import Patience, possessed
 from backtest_kit.run.live.recovery import last_price, recovered, what_became_of
@@ -89,15 +89,14 @@ class LiveRun:
         self._sender.minute = self._minute = Minute(
             self.run_state,
             job.strategy,
-            program.bus,
-            program.cron,
+            program,
             self.position_store if job.risks else None,
             self.order_manager,
             self._history_of,
             records,
             self.hooks,
         )
-        others = StoredPositions(persistence, mode, scope)
+        others = OtherPositions(persistence, mode, scope)
         self.guard = OrphanGuard(self.run_state, job.broker, job.orphans, self.order_manager, others)
         self._entry_guard = EntryGuard(self.guard, self.order_manager, self.flags, job, neighbours)
         self._patience = Patience(identity.symbol)

@@ -246,7 +246,7 @@ class BacktestRunner:
                 records.alone() if job.is_named else nullcontext(),
                 self.program.feeds.use(job.identity.exchange_name, job.settings) as feed,
             ):
-                replay = Replay(job, control, feed, self.program.bus, self.program.cron, announced.seat, records)
+                replay = Replay(job, control, feed, self.program, announced.seat, records)
                 async with aclosing(replay.events()) as events:
                     async for event in events:
                         yield event

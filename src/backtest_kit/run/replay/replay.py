@@ -11,7 +11,6 @@ import msgspec
 
 from backtest_kit.engine.replay import coast, next_minute
 from backtest_kit.engine.step import Flat, Resting, Rules
-from backtest_kit.events import EventBus
 from backtest_kit.market.fetch import CandleFeed, GapRule
 from backtest_kit.market.history import History
 from backtest_kit.market.repair import DirtyRule
@@ -28,9 +27,9 @@ from backtest_kit.model.identity import Identity
 from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import Trade
 from backtest_kit.records import RunRecords
-from backtest_kit.run.cron import Cron
 from backtest_kit.run.feeds import columns_of
 from backtest_kit.run.minute import Minute, RunHooks
+from backtest_kit.run.program import Program
 from backtest_kit.run.risk import RiskSeat
 from backtest_kit.run.run_state import RunState
 from backtest_kit.run.schema import FrameSchema, RiskSchema, StrategySchema
@@ -80,20 +79,19 @@ class Replay(RunHooks):
         job: Job,
         control: Control,
         feed: CandleFeed,
-        bus: EventBus,
-        cron: Cron,
+        program: Program,
         seat: RiskSeat | None,
         records: RunRecords,
     ) -> None:
         self._job = job
         self._control = control
         self._feed = feed
-        self._bus = bus
-        self._cron = cron
+        self._bus = program.bus
+        self._cron = program.cron
         self._seat = seat
         self._records = records
         self._run_state = RunState(job.rules)
-        self._minute = Minute(self._run_state, job.strategy, bus, cron, seat, control, self._history_of, records, self)
+        self._minute = Minute(self._run_state, job.strategy, program, seat, control, self._history_of, records, self)
         control.decisions = self._minute.decisions
         self._percent = -1
         self._loading = asyncio.Lock()
