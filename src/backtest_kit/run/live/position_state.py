@@ -113,8 +113,8 @@ def write_order(before: Plain, records: dict[str, Plain]) -> list[str]:
     """The order in which to write `records`, where `before` is the `strategy` record that they follow.
 
     A position is written before `strategy`, which removes the intent: after a kill in between, the intent is still
-    there and its outcome is known. A position is cleared after `strategy`, which has its trade. A record that `strategy`
-    does not name was left by a torn batch; it is cleared first.
+    there and its outcome is known. A position is cleared after `strategy`, which has its trade. A record that
+    `strategy` does not name was left by a torn batch; it is cleared first.
     """
     state: Any = before["state"] if isinstance(before, dict) else {}
     over = [name for name, (_, field) in _HELD_IN.items() if records[name] is None and field in state]
