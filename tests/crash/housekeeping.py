@@ -21,5 +21,8 @@ async def forget_lines(child: Child) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--store", required=True)
-    outcome = kill_at_points(parser.parse_args().store + "-log", forget_lines)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--most", type=int)
+    given = parser.parse_args()
+    outcome = kill_at_points(given.store + "-log", forget_lines, given.seed, given.most)
     sys.stdout.write(msgspec.json.encode(outcome).decode() + "\n")

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tests.samples import dice, size
+from tests.samples import PROVING, dice, size
 
 from backtest_kit.persist.crashpoints import CRASHPOINTS
 from backtest_kit.persist.testing.driver import Outcome
 
 pytestmark = pytest.mark.crash
 
+PASSAGES = 3
+"""At how many passages of each crash point `make test` kills."""
 HOUSEKEEPING = Path(__file__).with_name("housekeeping.py")
 STORES = {"file": "file:{place}/dump", "sqlite": "sqlite:{place}/bot.db"}
 """Address of each store that promises to survive a kill."""
@@ -57,22 +59,33 @@ def test_kills_at_random_moments_on_the_disk(disk: Path, store: str) -> None:
     require_sound(outcome)
 
 
+def passages(name: str) -> list[str]:
+    """The option that kills at a few passages of each point, or at all of them."""
+    seed = dice(f"passages {name}").randrange(1 << 30)
+    return ["--seed", str(seed)] if PROVING else ["--seed", str(seed), "--most", str(PASSAGES)]
+
+
+@pytest.mark.sampled
 def test_kills_at_every_crash_point_of_files(tmp_path: Path) -> None:
     reached: set[str] = set()
     for command in (("-m", "backtest_kit.persist.testing.driver", "--points"), (str(HOUSEKEEPING),)):
-        outcome = run(*command, "--store", f"file:{tmp_path}/dump")
+        outcome = run(*command, *passages(command[-1]), "--store", f"file:{tmp_path}/dump")
         require_sound(outcome)
-        assert outcome.kills > 50
+        assert outcome.kills > size(len(outcome.points), 50)
         reached |= set(outcome.points)
     # The others have tests of their own; those of SQLite are passed by the feeds.
     own = {point for point in CRASHPOINTS if point.startswith(("file.", "journal.", "log.", "sqlite."))}
     assert reached == own
 
 
+@pytest.mark.sampled
 def test_kills_at_every_crash_point_of_sqlite(tmp_path: Path) -> None:
-    outcome = run("-m", "backtest_kit.persist.testing.driver", "--points", "--store", f"sqlite:{tmp_path}/bot.db")
+    outcome = run(
+        "-m", "backtest_kit.persist.testing.driver", "--points", *passages("sqlite"),
+        "--store", f"sqlite:{tmp_path}/bot.db",
+    )  # fmt: skip
     require_sound(outcome)
-    assert outcome.kills > 50
+    assert outcome.kills > size(len(outcome.points), 50)
     own = {point for point in CRASHPOINTS if point.startswith("sqlite.")}
     candles = {f"file.after_{step}" for step in ("mkdir", "create", "write", "fsync", "rename")}
     assert own | candles <= set(outcome.points)

@@ -286,7 +286,7 @@ async def compare(
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("fill", ["vwap", "ohlc"])
-@pytest.mark.parametrize("market", sample(range(RANDOM_MARKETS), 3, "random markets"))
+@pytest.mark.parametrize("market", sample(range(RANDOM_MARKETS), 2, "random markets"))
 async def test_random_strategies_on_random_candles(tmp_path: Path, market: int, fill: str) -> None:
     seeds = range(market * STRATEGIES, (market + 1) * STRATEGIES)
     seen = await compare(tmp_path, random_market(market), fill, seeds)
@@ -303,7 +303,7 @@ async def test_random_strategies_on_random_candles(tmp_path: Path, market: int, 
 @pytest.mark.sampled
 @pytest.mark.parametrize("fill", ["vwap", "ohlc"])
 @pytest.mark.parametrize("stretch", sample(range(REAL_STRETCHES), 1, "real stretches"))
-@pytest.mark.parametrize("name", sample(REAL, 2, "real markets"))
+@pytest.mark.parametrize("name", sample(REAL, 1, "real markets"))
 async def test_random_strategies_on_real_candles(tmp_path: Path, name: str, stretch: int, fill: str) -> None:
     first = 100_000 + (REAL.index(name) * REAL_STRETCHES + stretch) * STRATEGIES
     seen = await compare(tmp_path, real_market(name, stretch), fill, range(first, first + STRATEGIES))
@@ -312,7 +312,7 @@ async def test_random_strategies_on_real_candles(tmp_path: Path, name: str, stre
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("fill", ["vwap", "ohlc"])
-@pytest.mark.parametrize("market", sample(range(MANAGED_MARKETS), 3, "managed markets"))
+@pytest.mark.parametrize("market", sample(range(MANAGED_MARKETS), 2, "managed markets"))
 async def test_random_commands_on_random_candles(tmp_path: Path, market: int, fill: str) -> None:
     seeds = range(200_000 + market * MANAGED, 200_000 + (market + 1) * MANAGED)
     seen = await compare(tmp_path, random_market(100 + market), fill, seeds, managed=True, anywhere=market % 4 == 3)
@@ -324,7 +324,7 @@ async def test_random_commands_on_random_candles(tmp_path: Path, market: int, fi
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("fill", ["vwap", "ohlc"])
-@pytest.mark.parametrize("name", sample(REAL, 2, "managed real markets"))
+@pytest.mark.parametrize("name", sample(REAL, 1, "managed real markets"))
 async def test_random_commands_on_real_candles(tmp_path: Path, name: str, fill: str) -> None:
     first = 300_000 + REAL.index(name) * MANAGED
     seen = await compare(tmp_path, real_market(name, 3), fill, range(first, first + MANAGED), managed=True)

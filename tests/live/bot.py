@@ -180,7 +180,7 @@ class Diary:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def write(self, event: bk.Event) -> None:
-        fields = msgspec.to_builtins(event)
+        fields = msgspec.to_builtins(event, enc_hook=repr)  # some have an error in them
         held: bk.Position | bk.RestingEntry | None = getattr(event, "entry", None) or getattr(event, "position", None)
         heard = Heard(event.action, event.when_ms, held.signal_id if held else "", fields)
         os.write(self._fd, msgspec.json.encode(heard) + b"\n")
@@ -228,11 +228,12 @@ async def trade(job: Job) -> End:
     kit.add_strategy_schema(
         "story", get_signal=script.get_signal, manage=script.manage, interval=script.interval, **risks
     )
-    heard, trouble, records = (Diary(place / name) for name in ("heard", "trouble", "records"))
+    heard, trouble, records, failed = (Diary(place / name) for name in ("heard", "trouble", "records", "failed"))
     for kind in LASTING:
         kit.on(kind, heard.write)
     for problem in TROUBLE:
         kit.on(problem, trouble.write)
+    kit.on(bk.RunFailed, failed.write)
 
     async def keep_records(events: Sequence[bk.Event]) -> None:
         for event in events:

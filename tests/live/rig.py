@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -196,6 +197,17 @@ class Rig:
 
     def of(self, *kinds: type[bk.Event]) -> list[Any]:
         return [event for event in self.events if isinstance(event, kinds)]
+
+
+@asynccontextmanager
+async def running(rig: Rig, minutes: int, **options: Any) -> AsyncIterator[tuple[bk.LiveHandle, UntilClock]]:
+    clock = UntilClock(rig.now_ms, rig.now_ms + minutes * MINUTE_MS)
+    handle = rig.kit(clock).live.background("BTCUSDT", **{**WHERE, **options})
+    try:
+        yield handle, clock
+    finally:
+        handle.cancel()
+        await asyncio.wait({handle.task})
 
 
 class LiveEnd:

@@ -161,6 +161,10 @@ class Stage:
     def end(self, name: str = "bot") -> End:
         return msgspec.json.decode((self.place / f"end-{name}").read_bytes(), type=End)
 
+    def opened(self) -> list[dict[str, Any]]:
+        """The requests that open a position."""
+        return [request for request in self.server.requests if request["path"] == "/broker/open"]
+
     def heard(self, which: str) -> list[Heard]:
         lines = (self.place / which).read_bytes().splitlines()
         return [msgspec.json.decode(line, type=Heard) for line in lines]

@@ -11,11 +11,14 @@ import msgspec
 import pytest
 from tests.live.rig import WHERE, Rig, UntilClock, Venue
 from tests.live.scenario import KINDS, MINUTES, facts, prepared, without_orders
+from tests.samples import sample
 
 import backtest_kit as bk
 from backtest_kit.persist.store import Store
 
 MINUTE_MS = 60_000
+SAMPLE = 15
+"""Turns of the loop at which `make test` cancels a run, of some hundred."""
 
 
 class SlowVenue(Venue):
@@ -86,10 +89,8 @@ async def many(ctx: bk.Context) -> None:
         await position.close("enough")
 
 
-@pytest.mark.parametrize("offset", [0, 3])
-async def test_of_several_commands_in_one_minute_none_is_lost_and_none_is_given_twice(
-    tmp_path: Path, offset: int
-) -> None:
+@pytest.mark.sampled
+async def test_of_several_commands_in_one_minute_none_is_lost_and_none_is_given_twice(tmp_path: Path) -> None:
     async def played(steps: int | None) -> tuple[list[bk.Trade], list[Any], Venue, int]:
         rig, records = slow_rig(tmp_path / "part", bk.MemoryStore())
         rig.strategy["manage"] = many
@@ -107,17 +108,17 @@ async def test_of_several_commands_in_one_minute_none_is_lost_and_none_is_given_
     assert ([each.percent for each in trade.reductions], len(trade.entries)) == ([50, 10], 2)
     assert trade.close_note == "enough"
     assert trade.price_stop_loss == pytest.approx(trade.price_close * 0.995, rel=0.002)
-    for steps in range(offset, turns, 5):
+    for steps in sample(range(turns), SAMPLE, "cancelled among commands"):
         _, told, venue, _ = await played(steps)
         assert told == expected, steps
         assert set(venue.times_done.values()) == {1}, steps
 
 
-@pytest.mark.parametrize("offset", [0, 3])
-async def test_cancelled_at_any_turn_of_the_loop(tmp_path: Path, offset: int) -> None:
+@pytest.mark.sampled
+async def test_cancelled_at_any_turn_of_the_loop(tmp_path: Path) -> None:
     expected, turns = await whole(tmp_path)
     assert turns > 250
-    for steps in range(offset, turns, 8):
+    for steps in sample(range(turns), SAMPLE, "cancelled at any turn"):
         rig, records = slow_rig(tmp_path / "part", bk.MemoryStore())
         over = await part(rig, records, steps)
         while not over:

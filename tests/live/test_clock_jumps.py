@@ -18,6 +18,8 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import MINUTE_MS, floor_ms
 
 SPEED = 600.0
+AHEAD_S = 1200
+"""Longer than an exchange takes to publish a candle, and two seconds at this speed: a time that is waited for."""
 
 
 class FastWall(SystemClock):
@@ -149,11 +151,11 @@ async def test_a_clock_that_was_ahead_for_a_while_is_caught_up_with(tmp_path: Pa
     source.server_time_ms = lambda: none()  # type: ignore[assignment,method-assign,return-value]
     bot.handle = bot.rig.kit(bot.clock).live.background("BTCUSDT", **WHERE)
     await bot.asked(3)
-    bot.clock.set_by_s += 3600
+    bot.clock.set_by_s += AHEAD_S
     async with asyncio.timeout(60):
         while not bot.handle.status.missed:
             await asyncio.sleep(0.005)
-    bot.clock.set_by_s -= 3600
+    bot.clock.set_by_s -= AHEAD_S
     await bot.asked(3)
     assert bot.minutes[-1] == pytest.approx((source.there_ms() - START) / MINUTE_MS, abs=2)
     bot.handle.cancel()
@@ -165,7 +167,7 @@ async def test_a_start_with_a_clock_that_is_far_ahead_waits_until_it_is_set_righ
 ) -> None:
     """A program that gave up over it would not be started again, and NTP sets a clock within minutes."""
     bot = Bot(tmp_path)
-    bot.clock = FastWall(set_by_s=7200)
+    bot.clock = FastWall(set_by_s=AHEAD_S)
     source = bot.rig.source = Told(bot.clock)
     source.server_time_ms = lambda: none()  # type: ignore[assignment,method-assign,return-value]
     bot.handle = bot.rig.kit(bot.clock).live.background("BTCUSDT", **WHERE)

@@ -15,7 +15,7 @@ from backtest_kit.model.interval import MINUTE_MS, to_ms
 
 SYMBOLS = [f"C{number:02}USDT" for number in range(50)]
 BEGIN_MS = to_ms("2024-06-01T10:00")
-MINUTES = 8
+MINUTES = 5
 SPEEDS = (30.0, 10.0, 3.0)
 """A minute takes two seconds; where the machine is too busy for that, the whole is played again more slowly."""
 

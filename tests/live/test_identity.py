@@ -12,6 +12,7 @@ import pytest
 from tests.engine import test_against_reference as engine
 from tests.live.rig import Rig
 from tests.live.scenario import without
+from tests.samples import sample, size
 
 import backtest_kit as bk
 
@@ -19,6 +20,8 @@ ENGINE: Any = engine
 MINUTE = ENGINE.MINUTE
 LASTING = (bk.EntryScheduled, bk.EntryCancelled, bk.PositionOpened, bk.PositionClosed, bk.PositionChanged)
 MINUTES = 360
+SEEDS = (903, 902, 901)[: size(1, 3)]
+"""The first one meets every kind of event."""
 SETTINGS = {"CC_MAX_SIGNAL_LIFETIME_MINUTES": math.inf}
 
 
@@ -68,9 +71,10 @@ def backtested(tmp_path: Path, rows: list[Any], seed: int, *, managed: bool, fil
 @pytest.mark.parametrize("fill", ["vwap", "ohlc"])
 @pytest.mark.parametrize("managed", [False, True], ids=["signals", "commands"])
 @pytest.mark.parametrize("paper", [False, True], ids=["live", "paper"])
+@pytest.mark.sampled
 async def test_live_and_paper_trade_as_the_backtest(tmp_path: Path, paper: bool, managed: bool, fill: str) -> None:
     seen, sent = set(), 0
-    for seed in range(901, 904):
+    for seed in SEEDS:
         rows = ENGINE.random_market(seed)
         expected = backtested_in_thread(tmp_path / f"{seed}", rows, seed, managed=managed, fill=fill)
         rig = prepared(tmp_path / f"{seed}-live", rows, seed, managed=managed)
@@ -85,10 +89,11 @@ async def test_live_and_paper_trade_as_the_backtest(tmp_path: Path, paper: bool,
     assert bool(sent) is not paper
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["nautilus_BTC-PERP_1m_20211231-20220201", "backtestkit_BTCUSDT_1m_202402"])
 async def test_live_trades_real_candles_as_the_backtest(tmp_path: Path, name: str) -> None:
     rows = ENGINE.real_market(name, 0)
-    for seed in (100_001, 100_007):
+    for seed in sample((100_001, 100_007), 1, f"identity {name}"):
         expected = backtested_in_thread(tmp_path / f"{seed}", rows, seed, managed=True, fill="vwap")
         rig = prepared(tmp_path / f"{seed}-live", rows, seed, managed=True)
         start = rig.now_ms
@@ -97,7 +102,8 @@ async def test_live_trades_real_candles_as_the_backtest(tmp_path: Path, name: st
         assert expected
 
 
-@pytest.mark.parametrize("seed", range(910, 920))
+@pytest.mark.sampled
+@pytest.mark.parametrize("seed", sample(range(910, 920), 2, "cancelled again and again"))
 async def test_a_run_that_is_cancelled_again_and_again_trades_as_one_that_is_not(tmp_path: Path, seed: int) -> None:
     managed = seed % 2 == 0
     rows = ENGINE.random_market(seed)

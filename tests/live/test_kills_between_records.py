@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.crash, pytest.mark.slow, pytest.mark.sampled]
 POINT: Final = "batch.between_writes"
 SEATS: Final = 4
 """Bots that trade at the same time."""
-SAMPLE: Final = 8
+SAMPLE: Final = 3
 LEAST: Final = 60
 """Places of the whole story, at least."""
 

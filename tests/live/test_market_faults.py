@@ -191,7 +191,7 @@ async def traded(rig: Rig, place: Place, *, live: bool) -> bk.LiveStatus:
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("seed", sample(SEEDS, 12, "market faults"))
+@pytest.mark.parametrize("seed", sample(SEEDS, 5, "market faults"))
 async def test_a_run_trades_as_if_it_had_known_which_minutes_are_missing(tmp_path: Path, seed: int) -> None:
     place = Place(seed)
     trades, missed = expected(place)
@@ -213,7 +213,7 @@ def minutes_of(event: bk.MinutesMissed) -> list[int]:
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("seed", sample(SEEDS[::6], 3, "market faults of a backtest"))
+@pytest.mark.parametrize("seed", sample(SEEDS[::6], 2, "market faults of a backtest"))
 async def test_a_backtest_of_what_was_published_makes_the_same_trades(tmp_path: Path, seed: int) -> None:
     place = Place(seed)
     trades, _ = expected(place)

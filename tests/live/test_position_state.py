@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, Union, cast, get_args, get_origin, get_type_hints
@@ -33,8 +34,12 @@ PLAIN: Final[dict[Any, st.SearchStrategy[Any]]] = {
 TENTHS: Final = dict.fromkeys(("profit_level", "loss_level"), st.integers(0, 10).map(lambda tenths: tenths * 10))
 
 
+@functools.cache
 def any_of(kind: Any) -> st.SearchStrategy[Any]:
-    """Values of a type, made from what it is declared as: a field that is added is tried from then on."""
+    """Values of a type, made from what it is declared as: a field that is added is tried from then on.
+
+    Each type once: a strategy costs more to make than a value of it.
+    """
     if kind in PLAIN:
         return PLAIN[kind]
     origin, parts = get_origin(kind), get_args(kind)

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from tests.live.rig import START, Rig
 from tests.live.scenario import MINUTES, facts, prepared, without_orders
+from tests.samples import sample
 from tests.values import make_entry, make_position
 
 import backtest_kit as bk
@@ -70,7 +71,8 @@ class OwnRig(Rig):
         return kit
 
 
-@pytest.mark.parametrize("writes", range(4, 60, 3))
+@pytest.mark.sampled
+@pytest.mark.parametrize("writes", sample(range(4, 60), 6, "half-way into stores of one's own"))
 async def test_a_change_that_got_half_way_into_stores_of_ones_own_heals(tmp_path: Path, writes: int) -> None:
     Slots.left = 10**9
     whole = prepared(OwnRig(tmp_path / "whole"))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.live.failing_store import FailingStore
 from tests.live.rig import START, Rig
 from tests.live.scenario import LASTING, MINUTES, facts, prepared
-from tests.live.test_life import FailingStore
 
 import backtest_kit as bk
 from backtest_kit.format import describe

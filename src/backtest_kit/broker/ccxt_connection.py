@@ -55,6 +55,8 @@ class Connection(msgspec.Struct, frozen=True, kw_only=True):
         client.logger.setLevel(logging.WARNING)
         if self.urls:
             client.urls["api"] = {**client.urls["api"], **self.urls}
+            if all(str(url).startswith("http:") for url in self.urls.values()):
+                client.timeout_on_exit = 0  # ccxt gives TLS this time to end, and here is none
         rules = VenueRules(client, self.kind)
         try:
             venue = CcxtVenue(

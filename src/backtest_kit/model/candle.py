@@ -110,7 +110,7 @@ class CandleSeries:
             return parts[0]
         if not parts:
             return cls.empty()
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS))
+        return cls.trusted(*(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS))
 
     def columns(self) -> dict[str, TimeColumn | FloatColumn]:
         """The columns by name, in their fixed order."""
@@ -118,7 +118,7 @@ class CandleSeries:
 
     def take(self, index: Any) -> CandleSeries:
         """The rows that a numpy index or mask selects."""
-        return CandleSeries(*(getattr(self, name)[index] for name in COLUMNS))
+        return CandleSeries.trusted(*(getattr(self, name)[index] for name in COLUMNS))
 
     def between(self, start_ms: int, stop_ms: int) -> CandleSeries:
         """The rows that open in `[start_ms, stop_ms)`; the series must be sorted. No copy."""
@@ -151,7 +151,10 @@ def merge(stored: CandleSeries, offered: CandleSeries) -> tuple[CandleSeries, in
 
     The result shares no memory with `offered`: its caller may go on using the arrays.
     """
-    new = offered.take(~np.isin(offered.timestamp, stored.timestamp))
+    if len(stored) and len(offered) and offered.timestamp.min() > stored.timestamp[-1]:
+        new = offered  # the minute after, as a live run brings it
+    else:
+        new = offered.take(~np.isin(offered.timestamp, stored.timestamp))
     if not len(new):
         return stored, 0
     merged = CandleSeries.concat((stored, new))

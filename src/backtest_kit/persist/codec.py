@@ -18,6 +18,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import Enum
+from functools import lru_cache
 from numbers import Integral
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -227,13 +228,10 @@ def parse(data: bytes) -> Any:
 def _encode(value: object, path: str, depth: int) -> Plain:
     if value is None or value is True or value is False:
         return value
-    kind = type(value)
-    encoder = _ENCODERS.get(kind)
-    if encoder is None:
-        encoder = next((_ENCODERS[base] for base in _BASES if isinstance(value, base)), None)
+    encoder = _encoder_of(type(value))
     if encoder is None:
         raise UserError(
-            f"{path} is a {kind.__name__}, which cannot be stored: "
+            f"{path} is a {type(value).__name__}, which cannot be stored: "
             "use dicts, lists, text, numbers, datetimes, bytes or structs"
         )
     if depth > MAX_DEPTH:
@@ -340,6 +338,14 @@ _ENCODERS: Final[dict[type, Callable[[Any, str, int], Plain]]] = {
     int: _encode_int,
 }
 _BASES: Final = tuple(_ENCODERS)
+
+
+def _find_encoder(kind: type) -> Callable[[Any, str, int], Plain] | None:
+    return _ENCODERS.get(kind) or next((_ENCODERS[base] for base in _BASES if issubclass(kind, base)), None)
+
+
+_encoder_of: Final[Callable[[type], Callable[[Any, str, int], Plain] | None]] = lru_cache(maxsize=1024)(_find_encoder)
+"""Its own, or that of the first base: found once for each type, because a state has hundreds of structs."""
 
 
 def _decode_tag(tag: str, content: Plain) -> Any:

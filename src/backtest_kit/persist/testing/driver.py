@@ -311,12 +311,16 @@ def _settle(found: dict[str, Any], ledger: Ledger, outcome: Outcome) -> None:
         outcome.torn.append(f"one batch stands at versions {sorted(together)} after kill {outcome.kills}")
 
 
-def kill_at_points(url: str, script: Callable[[Child], Any]) -> Outcome:
-    """Kill a child at every passage of every crash point of `script`, each over a root of its own."""
-    outcome = Outcome(0)
+def kill_at_points(url: str, script: Callable[[Child], Any], seed: int = 0, most: int | None = None) -> Outcome:
+    """Kill a child at every crash point of `script`, each time over a root of its own: at every passage of it, or
+    at `most` of them, which `seed` draws."""
+    chance = random.Random(seed)  # noqa: S311
+    outcome = Outcome(seed)
     passages = _passages(f"{url}-count", script)
     for point, count in sorted(passages.items()):
-        for number in range(1, count + 1):
+        for number in chance.sample(range(1, count + 1), count):
+            if outcome.points.get(point, 0) == most:
+                break
             root = f"{url}-{point}-{number}"
             ledger = Ledger()
 
@@ -374,10 +378,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--patience", type=float, default=1.0, help="how many times as long a life is, for a slow disk")
     parser.add_argument("--points", action="store_true", help="kill at every crash point instead of at random")
+    parser.add_argument("--most", type=int, help="at how many passages of each point; without it, at all of them")
     given = parser.parse_args(arguments)
     store_at(given.store)  # imports the backend, so that no child has to
     if given.points:
-        outcome = kill_at_points(given.store, fifty_operations)
+        outcome = kill_at_points(given.store, fifty_operations, given.seed, given.most)
     else:
         outcome = kill_at_random(given.store, given.kills, given.seed, given.patience)
     sys.stdout.write(msgspec.json.encode(outcome).decode() + "\n")
