@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,7 @@ from tests.broker.conftest import Bench, Kind
 from tests.live.bot import Rows, UntilClock
 from tests.live.scripts import START, STORY_MINUTES, Story
 from tests.live.stage import plain_id, story_candles, unnumbered
+from tests.samples import sample
 
 import backtest_kit as bk
 from backtest_kit.market.clock import SteppedClock
@@ -99,7 +101,7 @@ async def played(
     return lives, outcome, events
 
 
-@pytest.mark.parametrize("rule", get_args(ClientIds))
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("kind", "reasons"),
     [
@@ -108,17 +110,18 @@ async def played(
     ],
 )
 async def test_a_story_that_is_cut_off_at_its_orders_ends_as_the_one_that_is_not(
-    tmp_path: Path, kind: Kind, reasons: list[str], rule: ClientIds
+    tmp_path: Path, kind: Kind, reasons: list[str]
 ) -> None:
-    lives, expected, told = await played(tmp_path / "uncut", kind, "never", 0, rule)
-    assert lives == 1
-    assert [trade["closeReason"] for trade in expected["trades"]] == reasons
-    assert expected["open"] == []
-    assert expected["held"] == (pytest.approx(0, abs=0.03) if kind == "spot" else 0)
-    assert not [event for event in told if isinstance(event, TROUBLE)]
     ways: tuple[How, ...] = ("arrived", "lost")
-    for how in ways:
-        lives, outcome, told = await played(tmp_path / how, kind, how, 1, rule)
+    for rule, how in sample(product(get_args(ClientIds), ways), 1, f"cut off on {kind}"):
+        place = tmp_path / f"{rule}-{how}"
+        lives, expected, told = await played(place / "uncut", kind, "never", 0, rule)
+        assert lives == 1
+        assert [trade["closeReason"] for trade in expected["trades"]] == reasons
+        assert expected["open"] == []
+        assert expected["held"] == (pytest.approx(0, abs=0.03) if kind == "spot" else 0)
+        assert not [event for event in told if isinstance(event, TROUBLE)]
+        lives, outcome, told = await played(place / "cut", kind, how, 1, rule)
         assert 5 < lives < MOST_LIVES
-        assert outcome == expected, how
+        assert outcome == expected, (rule, how)
         assert not [event for event in told if isinstance(event, TROUBLE)]

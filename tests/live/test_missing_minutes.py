@@ -270,7 +270,7 @@ async def test_a_start_waits_for_what_is_away_and_says_so_once(
 ) -> None:
     """A second of real time for each attempt."""
     memory_rig.strategy = {"get_signal": lambda ctx: None, "interval": "1m"}
-    monkeypatch.setattr("backtest_kit.run.live.run._AGAIN_S", 0.0)
+    monkeypatch.setattr("backtest_kit.run.live.possession._AGAIN_S", 0.0)
     market.clock = clock = UntilClock(START, START + 2 * MINUTE_MS)
     where: dict[str, Any] = {"store": memory_rig.store, "broker": memory_rig.venue}
     name = "get" if step == "store" else "start"

@@ -16,6 +16,7 @@ from typing import Any
 import ccxt.async_support as ccxt_library
 import msgspec
 import pytest
+from tests.commands import run_command
 from tests.venue.conftest import START, advance, order_of
 
 from backtest_kit.broker.base import Broker, OrderTransient
@@ -437,6 +438,5 @@ def test_the_command_chooses_the_rule_for_client_ids(tmp_path: Path, arguments: 
     ],
 )
 def test_bad_arguments_end_with_a_sentence(tmp_path: Path, arguments: list[str], said: str) -> None:
-    command = [*COMMAND, *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    ended = run_command("venue", "--port", "0", *arguments, cwd=tmp_path)
     assert (ended.returncode, said in ended.stderr) == (2, True), ended.stderr

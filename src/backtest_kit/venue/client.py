@@ -302,4 +302,5 @@ def ccxt_options(url: str, exchange_class: Any) -> dict[str, Any]:
         "secret": API_SECRET,
         "urls": {"api": {section: url.rstrip("/") + path for section, path in _SECTIONS.items()}},
         "exceptions": {"exact": codes},
+        "timeout_on_exit": 0,  # ccxt gives TLS time to end, and here is none
     }

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -50,8 +50,6 @@ from backtest_kit.run.run_state import RunState
 from backtest_kit.run.services import Services
 
 T = TypeVar("T")
-_AGAIN_S: Final = 1.0
-"""How long a start waits before it asks a store or an exchange again that was away."""
 _log = logging.getLogger("backtest_kit")
 
 
