@@ -81,7 +81,7 @@ async def test_without_a_store_a_position_is_closed_all_the_same(
     if restart == "after":
         store.error = None
     end = await rig.trade(3)
-    assert "took what the store lacked from the emergency file" in rig.of(bk.Recovered)[-1].steps
+    assert "recovered the latest state from the emergency file" in rig.of(bk.Recovered)[-1].steps
     assert end.status.position is None
     assert rig.venue.sent("close") == [close]
     assert len(rig.trades()) == 1

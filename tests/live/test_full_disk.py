@@ -75,7 +75,7 @@ async def test_a_position_closes_on_a_full_disk(disk: Path, restart: bool) -> No
     if restart:
         rig.store, rig.now_ms = bk.FileStore(disk / "store"), clock.now_ms()
         end = await rig.trade(3)
-        assert "took what the store lacked from the emergency file" in rig.of(bk.Recovered)[-1].steps
+        assert "recovered the latest state from the emergency file" in rig.of(bk.Recovered)[-1].steps
         assert not end.status.degraded
         await rig.store.close()
     assert len(rig.venue.sent("open")) == 2

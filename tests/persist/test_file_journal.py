@@ -377,6 +377,23 @@ async def test_a_line_whose_sync_failed_is_written_to_a_new_file(tmp_path: Path)
     await store.close()
 
 
+async def test_a_sync_that_failed_in_the_background_is_not_tried_again_by_the_journal(tmp_path: Path) -> None:
+    faults = FaultFS()
+    store = FileStore(tmp_path, disk=Disk(faults))
+    log = CONTRACTS["log"]
+    await store.batch([*BATCH, Write(log, ("x",), "x")])
+    (file,) = (tmp_path / "log").iterdir()
+    dropped = file.stat().st_ino
+    faults.inject("fsync", path=str(file))
+    await store.put(Write(log, ("y",), "y"))
+    async with asyncio.timeout(30):
+        while file.stat().st_ino == dropped:
+            await store.put(Write(CONTRACTS["risk"], ("e", "r"), "next"))
+    assert [record.value async for record in store.scan(log)] == ["x", "y"]
+    with pytest.raises(RetryLater, match="may not outlive this host"):
+        await store.close()
+
+
 async def test_a_reader_does_not_take_a_batch_for_whole_whose_journal_is_not_closed_yet(tmp_path: Path) -> None:
     faults = FaultFS()
     store = FileStore(tmp_path, disk=Disk(faults))

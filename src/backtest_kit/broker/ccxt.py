@@ -76,11 +76,11 @@ class CcxtBroker(Broker):
             api_key: the key; None takes CC_CCXT_API_KEY from the environment when the broker starts.
             secret: likewise, CC_CCXT_SECRET.
             password: likewise, CC_CCXT_PASSWORD, for the few exchanges that have one.
-            settle: the currency that futures settle in, where it is not their quote currency.
+            settle: the currency that futures settle in, if it is not their quote currency.
             leverage: set for each future before an entry; None keeps that of the account.
             max_slippage_pct: enters with a limit order this far beyond the price of the decision, in percent, and
                 leaves unfilled what would cost more. None enters at the market. Exits are always at the market.
-            stop_beyond_pct: where a market has no stop that becomes a market order, how far beyond its trigger its
+            stop_beyond_pct: if a market has no stop that becomes a market order, how far beyond its trigger its
                 limit is, in percent. A gap wider than that is not protected.
             timeout_ms: of one request.
             arrival_ms: how long a request may take to arrive: until then an order that is not found is not believed

@@ -33,7 +33,7 @@ _LISTINGS: Final = {
     "fetchMyTrades": "fetch_my_trades",
 }
 _ENDED: Final = ("fetchClosedOrders", "fetchCanceledOrders")
-"""What lists the orders that are over, where one list does not have all orders."""
+"""The lists of orders that are over, if no list has all orders."""
 
 
 class Exposure(msgspec.Struct, frozen=True):

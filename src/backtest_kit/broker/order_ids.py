@@ -1,6 +1,6 @@
 """Client order ids: the names of our orders on an exchange, and the owner of an order found there.
 
-A client order id is 32 lower-case hex digits. Every exchange takes those whose rule is known: OKX wants letters and
+A client order id is 32 lower-case hex digits. They fit every known rule: OKX wants letters and
 digits only and 32 at most, Kraken a UUID (with or without dashes) or 18 characters, Binance 36 characters.
 
     digits   0-1    mark of this scheme
@@ -82,7 +82,7 @@ class OrderId(NamedTuple):
 
 
 def parse(client_order_id: str | None) -> OrderId | None:
-    """A client order id taken apart; None where it is not of this scheme.
+    """A client order id taken apart; None if it is not of this scheme.
 
     Dashes and upper-case letters are accepted: exchanges that treat an id as a UUID write it that way.
     """
@@ -154,7 +154,7 @@ class SignalIds:
         Args:
             client_order_id: the order's id, or as people write it: the signal id with `-`, a letter of `KINDS` and
                 a number after it.
-            part: counts from 0 where one order of the engine takes several on the exchange.
+            part: counts from 0 if one order of the engine takes several on the exchange.
 
         Raises:
             UserError: it is not an id of this signal.
@@ -165,12 +165,12 @@ class SignalIds:
         return str(order_id.part(part))
 
     def kind(self, venue_id: str | None) -> str | None:
-        """The kind of an order by its client id; None where it belongs to something else."""
+        """The kind of an order by its client id; None if it belongs to something else."""
         order_id = parse(venue_id)
         return order_id.kind if order_id and self._is_ours(order_id) else None
 
     def stop_number(self, venue_id: str | None) -> int | None:
-        """The number of a protective stop by its client id; None where it is another order."""
+        """The number of a protective stop by its client id; None for another order."""
         order_id = parse(venue_id)
         return order_id.number if order_id and order_id.kind == STOP and self._is_ours(order_id) else None
 
@@ -191,6 +191,6 @@ class SignalIds:
 
 
 def store_of(client_order_id: str) -> str:
-    """The store that sent an order; `NO_STORE` where the id does not say."""
+    """The store that sent an order; `NO_STORE` if unknown."""
     order_id = parse(client_order_id)
     return order_id.store_id if order_id else NO_STORE

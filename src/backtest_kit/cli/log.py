@@ -21,6 +21,7 @@ from backtest_kit.persist.binding import runs_in
 from backtest_kit.persist.store import Record, Store
 from backtest_kit.persist.urls import store_at
 from backtest_kit.records.log import LOG, LogLine, at_least, line_of
+from backtest_kit.records.signals import matching
 
 _POLL_S: Final = 0.25
 _KNOWN: Final = 4096
@@ -50,12 +51,12 @@ def run_log(
 ) -> None:
     """Show the last lines and, to follow, new ones: with colors on a terminal, otherwise as JSON."""
     wanted_levels, from_ms = at_least(level), since_ms(since)
+    matches = matching(symbol=symbol, strategy_name=strategy_name)
 
     def wanted(line: LogLine) -> bool:
         return (
             line.level in wanted_levels
-            and symbol in (None, line.symbol)
-            and strategy_name in (None, line.strategy_name)
+            and matches(line)
             and (from_ms is None or (line.said_at_ms if line.when_ms is None else line.when_ms) >= from_ms)
         )
 

@@ -13,14 +13,13 @@ from backtest_kit.persist.adapters import CandleAdapter, ContractAdapter, adapte
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, Home, contract
 from backtest_kit.persist.crashpoints import crashpoint
 from backtest_kit.persist.history import RevisionStore, check_history
+from backtest_kit.persist.operations import RUN_PREFIX
 from backtest_kit.persist.store import Capability, Store, Write
 from backtest_kit.persist.upkeep import Reading
 from backtest_kit.persist.urls import store_at
 from backtest_kit.seams import SYSTEM, Seams
 
 MODES: Final[tuple[Mode, ...]] = ("live", "paper", "backtest")
-_RUN: Final = "backtest-"
-"""What the namespace of a backtest's run begins with."""
 EVERY: Final = "*"
 """Stands for all contracts in `bind`."""
 
@@ -34,7 +33,7 @@ async def runs_in(store: Store) -> set[str]:
     """The ids of the backtests that have kept something in a store. Raises `RetryLater` if it cannot be asked."""
     if Capability.LISTING not in store.capabilities:
         return set()
-    return {path[0].removeprefix(_RUN) for path in await store.namespaces() if path[0].startswith(_RUN)}
+    return {path[0].removeprefix(RUN_PREFIX) for path in await store.namespaces() if path[0].startswith(RUN_PREFIX)}
 
 
 class Persistence:
@@ -182,9 +181,8 @@ class Persistence:
         Raises:
             RetryLater: a store cannot be asked.
         """
-        stores = {id(store): store for store in (self._bound(row, "backtest") for row in CONTRACTS.values())}
-        self._used |= stores
-        return sorted(set().union(*[await runs_in(store) for store in stores.values()]))
+        stores = self._stores_of("backtest")
+        return sorted(set().union(*[await runs_in(store) for store in stores]))
 
     def file_store(self) -> Store:
         """The file store of this program, whatever is bound."""
@@ -192,10 +190,14 @@ class Persistence:
 
     def stores(self) -> list[Store]:
         """Every store that was used or bound so far, each once, without a namespace."""
-        return list(self._all_stores().values())
+        bound = {id(store): store for store in (*self._homes.values(), *self._bindings.values())}
+        return list((bound | self._used).values())
 
-    def _all_stores(self) -> dict[int, Store]:
-        return {id(store): store for store in (*self._homes.values(), *self._bindings.values())} | self._used
+    def _stores_of(self, mode: Mode, *rows: Contract) -> list[Store]:
+        """The stores that keep `rows` in a mode, or every contract if none are named, each once."""
+        stores = {id(store): store for store in (self._bound(row, mode) for row in rows or CONTRACTS.values())}
+        self._used |= stores
+        return list(stores.values())
 
     async def open(self, mode: Mode = "live") -> None:
         """Open every store that `mode` uses, so that what is wrong with one shows before the first trade.
@@ -203,9 +205,7 @@ class Persistence:
         Raises:
             What `Store.open` of any of them raises.
         """
-        stores = {id(store): store for store in (self._bound(row, mode) for row in CONTRACTS.values())}
-        self._used |= stores
-        await asyncio.gather(*(store.open() for store in stores.values()))
+        await asyncio.gather(*(store.open() for store in self._stores_of(mode)))
 
     async def require_live_grade(self, *, allow_weak: bool = False) -> list[Reading]:
         """Open the stores that keep money in live trading, and return what there is to say of them if it can be
@@ -215,27 +215,25 @@ class Persistence:
             UserError: one is weak, which `allow_weak` lets pass, or at fault; see `diagnosis.require_live_grade`.
             What `Store.open` of any of them raises.
         """
-        rows = (row for row in CONTRACTS.values() if row.durability is Durability.MONEY)
-        stores = {id(store): store for store in (self._bound(row, "live") for row in rows)}
-        self._used |= stores
         readings = []
-        for store in stores.values():
+        money = [row for row in CONTRACTS.values() if row.durability is Durability.MONEY]
+        for store in self._stores_of("live", *money):
             await store.open()
             readings += await diagnosis.require_live_grade(store, allow_weak=allow_weak)
         return readings
 
     async def leave_loop(self) -> None:
         """Close the connections that stores have made for the running event loop, which is about to end."""
-        for store in self._all_stores().values():
+        for store in self.stores():
             await store.leave_loop()
 
     async def close(self) -> None:
         """Flush and close every store that was used or bound, each once, also if one of them fails."""
-        stores = self._all_stores()
+        stores = self.stores()
         self._used.clear()
         self._namespaces.clear()
         self._histories.clear()
-        results = await asyncio.gather(*(store.close() for store in stores.values()), return_exceptions=True)
+        results = await asyncio.gather(*(store.close() for store in stores), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -285,4 +283,4 @@ def _namespace(row: Contract, mode: Mode, run: str | None) -> str:
         return ""
     if mode == "paper":
         return "paper"
-    return f"{_RUN}{run}" if run else "backtest"
+    return f"{RUN_PREFIX}{run}" if run else "backtest"

@@ -142,6 +142,17 @@ class Journal:
             self._disk.close(file.fd)
             crashpoint("journal.after_checkpoint")
 
+    def distrust(self, path: str) -> None:
+        """Let go of the entries that changed `path`, whose sync has failed: a replay writes them to new files."""
+        with self._guard:
+            for file in [each for each in self._files if path in each.changed]:
+                if file is self._current:
+                    self._current = None
+                else:
+                    self._retired.remove(file)
+                with contextlib.suppress(OSError):
+                    self._disk.close(file.fd)
+
     def close(self) -> None:
         """Close the files; the next process to open the root replays those that a failed checkpoint left."""
         with self._guard:

@@ -26,7 +26,7 @@ from backtest_kit.persist import walk
 from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import MIGRATION, MIGRATION_KEY, MOVED
 from backtest_kit.persist.lease import require_idle
-from backtest_kit.persist.operations import EVER, spaces, text_of
+from backtest_kit.persist.operations import EVER, space_of, spaces, text_of
 from backtest_kit.persist.store import ABSENT, ANY, Capability, Expect, Store, Write
 from backtest_kit.persist.store_id import move_store_id, place_of, require_movable_id
 from backtest_kit.persist.upkeep import Finding
@@ -326,7 +326,7 @@ class _Work:
 
     async def _copy_records(self, number: int, part: Part, present: int) -> int:
         """Copy the records behind the first ones; returns how many."""
-        row, space = MOVED[part.contract], walk.space_of(self._target, part.namespace)
+        row, space = MOVED[part.contract], space_of(self._target, part.namespace)
         expect: Expect = ABSENT if Capability.COMPARE_AND_SET in space.capabilities else ANY
         waiting: list[Write] = []
         position = copied = size = 0

@@ -5,6 +5,7 @@ Functions over any open store.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -17,6 +18,8 @@ from backtest_kit.persist.store import Capability, Key, KeyPart, Store
 
 EVER: Final = (-(2**62), 2**62)
 """A range of time that every candle is in."""
+RUN_PREFIX: Final = "backtest-"
+"""What the namespace of a backtest's run begins with."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -61,23 +64,26 @@ async def du(store: Store) -> list[Usage]:
     """What every contract takes, by namespace; each candle counts as a record. What takes nothing is left out."""
     found = []
     for namespace, space in await spaces(store):
-        found += [await _usage(namespace, space, contract) for contract in record_contracts()]
+        found += [await usage(namespace, space, contract) for contract in record_contracts()]
         found.append(await _candle_usage(namespace, space))
     return [usage for usage in found if usage.records or usage.fault]
 
 
 async def spaces(store: Store) -> list[tuple[tuple[str, ...], Store]]:
     """The store itself and, where it knows them, every namespace in it that is not empty."""
-    found: list[tuple[tuple[str, ...], Store]] = [((), store)]
-    for path in sorted(await store.namespaces()) if Capability.LISTING in store.capabilities else ():
-        space = store
-        for name in path:
-            space = space.namespace(name)
-        found.append((path, space))
-    return found
+    inner = sorted(await store.namespaces()) if Capability.LISTING in store.capabilities else ()
+    return [(path, space_of(store, path)) for path in ((), *inner)]
 
 
-async def _usage(namespace: tuple[str, ...], store: Store, contract: Contract) -> Usage:
+def space_of(store: Store, namespace: Iterable[str]) -> Store:
+    """The store of a namespace, given as the names that lead there."""
+    for name in namespace:
+        store = store.namespace(name)
+    return store
+
+
+async def usage(namespace: tuple[str, ...], store: Store, contract: Contract) -> Usage:
+    """What one contract takes in the store of a namespace."""
     records = removed = size = 0
     fault = None
     try:

@@ -17,14 +17,13 @@ import msgspec
 from backtest_kit.errors import Damaged
 from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import CONTRACTS, Contract, Durability, record_contracts
-from backtest_kit.persist.operations import spaces
+from backtest_kit.persist.operations import RUN_PREFIX, spaces, usage
 from backtest_kit.persist.store import Capability, Key, Record, Store
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.settings import Settings
 
 DAY_MS: Final = 86_400_000
 _NEEDED: Final = frozenset((Capability.PRUNING, Capability.ORDERED_SCAN))
-RUN_PREFIX: Final = "backtest-"
 _PART: Final = 50_000
 """Keys that are forgotten in one go."""
 _TURN: Final = 64
@@ -229,10 +228,9 @@ async def _measure_run(namespace: tuple[str, ...], store: Store) -> Expired:
     """What forgetting a run takes away: nothing, where something of it is damaged and waits to be decided about."""
     records = size = 0
     for row in record_contracts():
-        try:
-            async for record in store.scan(row, include_removed=True):
-                records += 1
-                size += len(dump_value(record.value))
-        except Damaged as error:
-            return Expired(namespace, "", 0, 0, str(error))
+        found = await usage(namespace, store, row)
+        if found.fault is not None:
+            return Expired(namespace, "", 0, 0, found.fault)
+        records += found.records
+        size += found.size
     return Expired(namespace, "", records, size)

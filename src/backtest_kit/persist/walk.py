@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -18,7 +18,7 @@ from backtest_kit.model.candle import CandleSeries
 from backtest_kit.model.interval import INTERVAL_MS, MINUTE_MS
 from backtest_kit.persist.codec import dump_value
 from backtest_kit.persist.contracts import MOVED, Kind
-from backtest_kit.persist.operations import EVER, spaces
+from backtest_kit.persist.operations import EVER, space_of, spaces
 from backtest_kit.persist.store import Capability, Record, SeriesKey, Store, Write
 from backtest_kit.persist.writing import now_ms
 
@@ -63,13 +63,6 @@ async def parts(store: Store, *, candles: bool = True) -> list[Part]:
             elif candles:
                 found += [Part(namespace, row.name, series) for series in await space.candles.series()]
     return sorted(found, key=lambda part: part.place)
-
-
-def space_of(store: Store, namespace: Iterable[str]) -> Store:
-    """The store of a namespace, given as the names that lead there."""
-    for name in namespace:
-        store = store.namespace(name)
-    return store
 
 
 async def records(store: Store, part: Part, *, last: bool = False) -> AsyncGenerator[Record]:

@@ -28,7 +28,7 @@ from backtest_kit.records.attempt import GRACE_S, Attempts
 from backtest_kit.records.notification import NOTIFICATION, Notification
 from backtest_kit.records.outbox import Outbox, Pending
 from backtest_kit.records.scope import Scopes, View
-from backtest_kit.records.signals import newest
+from backtest_kit.records.signals import matching, newest
 from backtest_kit.records.sinks import Deliver, Refused, Sink
 from backtest_kit.settings import Settings
 
@@ -88,14 +88,7 @@ class Notifications:
             UserError: a backtest without its run id, or `limit` is below 0.
             Damaged, RetryLater: as `Store.scan`.
         """
-
-        def wanted(each: Notification) -> bool:
-            return (
-                kind in (None, each.kind)
-                and symbol in (None, each.symbol)
-                and strategy_name in (None, each.strategy_name)
-            )
-
+        wanted = matching(kind=kind, symbol=symbol, strategy_name=strategy_name)
         scope = self._scope(**view)
         return await newest(
             scope, NOTIFICATION, (scope.mode == "backtest",), partial(decode_as, Notification), wanted, limit

@@ -6,9 +6,10 @@ import hashlib
 import inspect
 import json
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
-from types import CodeType
+from types import CodeType, MethodType
 from typing import Any, Final, Generic, Protocol, TypeVar, runtime_checkable
 from urllib.parse import quote
 
@@ -198,6 +199,28 @@ def _without_contexts(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any]
 def _place(moment: RunContext) -> tuple[object, ...]:
     run = (moment.mode, moment.run_id, moment.when_ms)
     return (*run, moment.exchange_name, moment.strategy_name, moment.symbol)
+
+
+class Decorated(ABC, Generic[R]):
+    """A function behind a decorator. Called like the function, also as a method."""
+
+    def __init__(self, scopes: Scopes, function: Function[R], key: Callable[..., Any] | None) -> None:
+        self._scopes = scopes
+        self._function = function
+        self._key = key
+        self.__wrapped__ = function.function
+        self.__doc__ = function.function.__doc__
+
+    @property
+    def bucket(self) -> str:
+        """The key that its records are stored under: name and version."""
+        return self._function.bucket
+
+    @abstractmethod
+    async def __call__(self, *args: Any, **kwargs: Any) -> R | None: ...
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
 
 
 class Names:

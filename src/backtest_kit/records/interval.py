@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from types import MethodType
-from typing import Any, Final, Generic
+from typing import Any, Final
 
 from backtest_kit.errors import BacktestKitError, Conflict, UserError
 from backtest_kit.model.interval import floor_ms, interval_ms
 from backtest_kit.persist.codec import encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Key, Plain, Record, Write
-from backtest_kit.records.function import Call, Function, Names, R, RunContext, key_text, scope_of
+from backtest_kit.records.function import Call, Decorated, Function, Names, R, RunContext, key_text, scope_of
 from backtest_kit.records.scope import Scope, Scopes, expectation
 
 _INTERVAL: Final = CONTRACTS["interval"]
@@ -62,22 +61,13 @@ class Windows:
         return decorate
 
 
-class Once(Generic[R]):
+class Once(Decorated[R]):
     """A function that runs once in each window. Called like the function."""
 
     def __init__(self, scopes: Scopes, function: Function[R], step_ms: int, key: Callable[..., Any] | None) -> None:
-        self._scopes = scopes
-        self._function = function
+        super().__init__(scopes, function, key)
         self._step_ms = step_ms
-        self._key = key
         self._ending: set[asyncio.Task[None]] = set()
-        self.__wrapped__ = function.function
-        self.__doc__ = function.function.__doc__
-
-    @property
-    def bucket(self) -> str:
-        """The key that windows are stored under: name and version."""
-        return self._function.bucket
 
     async def __call__(self, *args: Any, **kwargs: Any) -> R | None:
         """What the function returns, or None if its window is used up.
@@ -110,9 +100,6 @@ class Once(Generic[R]):
             free.add_done_callback(self._ending.discard)
             await asyncio.shield(free)
             raise
-
-    def __get__(self, instance: object, owner: type | None = None) -> Callable[..., Awaitable[R | None]]:
-        return self if instance is None else MethodType(self, instance)
 
     async def _give_back(self, take: asyncio.Future[_Taking | None], error: BaseException) -> None:
         """Free the window, if it was taken. A failure is added to `error` as a note."""

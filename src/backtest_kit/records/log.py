@@ -25,7 +25,7 @@ from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Plain, Record, Write
 from backtest_kit.persist.writing import now_ms
 from backtest_kit.records.scope import Scopes, View
-from backtest_kit.records.signals import newest
+from backtest_kit.records.signals import matching, newest
 
 if TYPE_CHECKING:
     from backtest_kit.persist.binding import Persistence
@@ -288,15 +288,16 @@ class Logs:
             UserError: unknown `level`, `limit` below 0, or a backtest without its run id.
             Damaged, RetryLater: as `Store.scan`.
         """
-        levels = at_least(level)
-
-        def wanted(line: LogLine) -> bool:
-            return (
-                line.level in levels and symbol in (None, line.symbol) and strategy_name in (None, line.strategy_name)
-            )
-
+        levels, matches = at_least(level), matching(symbol=symbol, strategy_name=strategy_name)
         await self.flush()
-        return await newest(self._scope(**view), LOG, (), partial(decode_as, LogLine), wanted, limit)
+        return await newest(
+            self._scope(**view),
+            LOG,
+            (),
+            partial(decode_as, LogLine),
+            lambda line: line.level in levels and matches(line),
+            limit,
+        )
 
     def bridge(self, logger: str = "", *, level: Level = "info", mode: Mode = "live") -> None:
         """Also keep what goes to a logger of the standard library and those below it; "" is all of them.

@@ -6,8 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from types import MethodType
-from typing import Any, Final, Generic
+from typing import Any, Final
 
 from backtest_kit.errors import UserError
 from backtest_kit.model.identity import Mode
@@ -15,7 +14,7 @@ from backtest_kit.model.interval import floor_ms, interval_ms, to_datetime
 from backtest_kit.persist.codec import decode, encode
 from backtest_kit.persist.contracts import CONTRACTS
 from backtest_kit.persist.store import Key, Plain
-from backtest_kit.records.function import Call, Function, Names, R, key_text, scope_of
+from backtest_kit.records.function import Call, Decorated, Function, Names, R, key_text, scope_of
 from backtest_kit.records.scope import Scope, Scopes
 
 _MEASURE: Final = CONTRACTS["measure"]
@@ -85,7 +84,7 @@ class _Flight:
         return call.now_ms is None or self.call.now_ms is None or self.call.now_ms <= call.now_ms
 
 
-class Cached(Generic[R]):
+class Cached(Decorated[R]):
     """A function whose answers are cached. Call it like the function; each caller gets its own copy of the answer."""
 
     def __init__(
@@ -96,19 +95,10 @@ class Cached(Generic[R]):
         step_ms: int | None,
         key: Callable[..., Any] | None,
     ) -> None:
-        self._scopes = scopes
-        self._function = function
+        super().__init__(scopes, function, key)
         self._interval = interval
         self._step_ms = step_ms
-        self._key = key
         self._flights: dict[tuple[object, ...], list[_Flight]] = {}
-        self.__wrapped__ = function.function
-        self.__doc__ = function.function.__doc__
-
-    @property
-    def bucket(self) -> str:
-        """The key that answers are stored under: name and version."""
-        return self._function.bucket
 
     async def __call__(self, *args: Any, **kwargs: Any) -> R:
         """The cached answer, or that of the function. Answers have passed through the store's codec: tuples become
@@ -139,9 +129,6 @@ class Cached(Generic[R]):
                 self._land(name, flight)
                 flight.task.cancel()
         return answer
-
-    def __get__(self, instance: object, owner: type | None = None) -> Callable[..., Awaitable[R]]:
-        return self if instance is None else MethodType(self, instance)
 
     async def list(self, *, mode: Mode = "live") -> dict[str, Any]:
         """The cached answers by key, newest first.

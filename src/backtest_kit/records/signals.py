@@ -150,14 +150,7 @@ class Storage:
             UserError: a backtest without its run id, or `limit` is below 0.
             Damaged, RetryLater: as `Store.scan`.
         """
-
-        def wanted(signal: StoredSignal) -> bool:
-            return (
-                symbol in (None, signal.symbol)
-                and strategy_name in (None, signal.strategy_name)
-                and status in (None, signal.status)
-            )
-
+        wanted = matching(symbol=symbol, strategy_name=strategy_name, status=status)
         scope = self._scope(**view)
         return await newest(scope, STORAGE, (scope.mode == "backtest",), stored_signal, wanted, limit)
 
@@ -187,6 +180,12 @@ class Recent:
         identity = Identity(symbol, strategy_name, exchange_name, frame_name, scope.mode)
         record = await scope.read(RECENT, _recent_key(identity))
         return None if record is None else stored_signal(record.value)
+
+
+def matching(**fields: object) -> Callable[[object], bool]:
+    """Whether a value has these fields; None matches any."""
+    wanted = {name: value for name, value in fields.items() if value is not None}
+    return lambda each: all(getattr(each, name) == value for name, value in wanted.items())
 
 
 async def newest(

@@ -131,9 +131,11 @@ class Syncer:
         for record in records:
             self._attempt(self._slots.promote, record)
         for file in files:
-            self._attempt(self._disk.sync_file, file)
+            if not self._attempt(self._disk.sync_file, file):
+                # The journal would try it again at its checkpoint, and be told that all is well.
+                self._journal.distrust(file)
 
-    def _attempt(self, work: Callable[..., object], *paths: str) -> None:
+    def _attempt(self, work: Callable[..., object], *paths: str) -> bool:
         try:
             work(*paths)
         except OSError as error:
@@ -144,6 +146,9 @@ class Syncer:
         except BacktestKitError as error:
             error.outcome = Outcome.UNKNOWN  # of what was acknowledged, whatever it was that failed now
             self._failed(error)
+        else:
+            return True
+        return False
 
     def _failed(self, error: BacktestKitError) -> None:
         _log.error("%s (%s)", error, error.outcome.value)

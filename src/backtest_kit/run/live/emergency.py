@@ -1,7 +1,7 @@
-"""A file that is ready before the disk is full: what a store cannot take any more is written there.
+"""A file that is allocated before the disk is full: it takes the state that the store rejects.
 
-Its blocks are allocated when it is made, and it is only ever overwritten in place. Two halves take turns, each
-with a number and a checksum, so that a crash in the middle of a write leaves the one before.
+Its blocks are allocated when it is created, and it is only overwritten in place. Two halves take turns, each with a
+number and a checksum, so a crash in the middle of a write leaves the previous one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _HALF: Final = SIZE // 2
 _HEAD: Final = Struct("<8sQII")
 _MAGIC: Final = b"bkemerg1"
 ROOM: Final = _HALF - _HEAD.size
-"""Bytes that one write may keep."""
+"""The most bytes of one write."""
 
 
 class EmergencyFile:
-    """One position's reserve. Every method blocks: call it in a thread."""
+    """The emergency file of one position. Every method blocks: call it in a thread."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -33,7 +33,7 @@ class EmergencyFile:
         self._number = 0
 
     def open(self) -> None:
-        """Make it, or open the one that is there; its blocks are its own afterwards.
+        """Create or open it, with all blocks allocated.
 
         Raises:
             OutOfSpace, RetryLater: the system refuses.
@@ -57,20 +57,20 @@ class EmergencyFile:
         self._number = max(number for number, _ in (self._half(0), self._half(1)))
 
     def close(self) -> None:
-        """Let go of it. Idempotent."""
+        """Close it. Idempotent."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
     def write(self, data: bytes) -> None:
-        """Keep `data`, which is on the disk when this returns.
+        """Write `data`; it is on the disk when this returns.
 
         Raises:
             OutOfSpace: `data` is larger than a half.
             RetryLater: the system refuses, or it is not open.
         """
         if len(data) > ROOM:
-            raise OutOfSpace(f"{self._path} takes {ROOM:,} bytes, and {len(data):,} were to be kept")
+            raise OutOfSpace(f"{self._path} takes {ROOM:,} bytes, not {len(data):,}")
         number = self._number + 1
         head = _HEAD.pack(_MAGIC, number, len(data), zlib.crc32(data, number & 0xFFFFFFFF))
         try:
@@ -81,14 +81,14 @@ class EmergencyFile:
                 view, offset = view[written:], offset + written
             os.fdatasync(self._fd)
         except OSError as error:
-            # Never synced again through this descriptor: it may claim what never reached the disk.
+            # Never sync this descriptor again: it may report data that never reached the disk.
             self.close()
             raise disk_error(error, "write", self._path, Outcome.UNKNOWN) from error
         self._number = number
         crashpoint("live.emergency.after_write")
 
     def read(self) -> bytes | None:
-        """What was kept last, or None where nothing was."""
+        """The last data, or None."""
         number, data = max((self._half(0), self._half(1)), key=lambda half: half[0])
         return data if number else None
 

@@ -1,4 +1,4 @@
-"""`KnownRecords`: records of a store with the revision at which they were seen last, which every write expects."""
+"""`KnownRecords`: records of a store with their last known revision, which every write expects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Name = tuple[str, Key]
 
 
 class KnownRecords:
-    """The records of one position. Not for two tasks at once."""
+    """The records of one position. Not for concurrent use."""
 
     def __init__(self, persistence: Persistence, mode: Mode) -> None:
         self._persistence = persistence
@@ -23,17 +23,17 @@ class KnownRecords:
         self._known: dict[_Name, tuple[int, Plain]] = {}
         """Revision (0 for none) and value of each record, as read or written last."""
         self._unsure: dict[_Name, Plain] = {}
-        """What a write has tried to make of records, where its outcome is unknown."""
+        """The intended values of a write whose outcome is unknown."""
 
     def __contains__(self, name: _Name) -> bool:
         return name in self._known
 
     def value(self, row: Contract, key: Key) -> Plain:
-        """What a record held when it was seen last; None where there was none."""
+        """The last known value of a record; None if there was none."""
         return self._known[row.name, key][1]
 
     async def read(self, row: Contract, key: Key) -> Plain:
-        """What a record holds now; None where there is none.
+        """Read the current value of a record; None if there is none.
 
         Raises:
             Damaged, RetryLater: as `Store.get`.
@@ -49,20 +49,20 @@ class KnownRecords:
             self._known.pop(name, None)
 
     def change(self, row: Contract, key: Key, value: Plain, when_ms: int) -> list[Write]:
-        """The write that makes a record hold `value`; none where it does already."""
+        """The write that sets a record to `value`; none if it has that value."""
         rev, known = self._known[row.name, key]
         same = known == value if rev else value in (None, {})
         return [] if same else [Write(row, key, value, when=when_ms, expect=rev or ABSENT)]
 
     async def commit(self, own: Sequence[Write], shared: Sequence[Write] = ()) -> bool:
-        """Write all of it in one batch, first the `shared` records, which others write as well. Not to be cancelled
-        half-way. After `find_out`, on which `change` relies.
+        """Write everything in one batch, first the `shared` records, which other processes write as well. Must not be
+        cancelled half-way. Call `find_out` first: `change` relies on it.
 
-        False where another process has changed a shared record since it was read: nothing was written.
+        False if another process has changed a shared record since it was read: nothing was written.
 
         Raises:
             Conflict: another process has changed one of our own; it has taken the position over.
-            OutOfSpace, RetryLater: as `Store.put`. The next `find_out` learns what became of it.
+            OutOfSpace, RetryLater: as `Store.put`. The next `find_out` learns the outcome.
         """
         wanted = {(write.contract.name, write.key): write.value for write in own}
         self._unsure = dict(wanted)
@@ -90,7 +90,7 @@ class KnownRecords:
             self._known[name] = self._known[name][0] + 1, write.value
 
     async def find_out(self) -> None:
-        """Learn what became of writes whose outcome is unknown: before `change`, which expects the revisions they left.
+        """Learn the outcome of uncertain writes. Call it before `change`, which expects the revisions they left.
 
         Raises:
             Conflict: another process wrote.

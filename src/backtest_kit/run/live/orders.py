@@ -1,6 +1,6 @@
-"""Orders of a live run, as values: which one a change of state needs, and what became of it.
+"""Orders of a live run, as values: which order a change of state needs, and its outcome.
 
-Everything here is pure. An `Intent` is written down before its order is sent, and the outcome after it.
+Everything here is pure. An `Intent` is stored before its order is sent, and the outcome afterwards.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from backtest_kit.model.interval import MINUTE_MS
 from backtest_kit.model.position import CloseReason, Entry, Execution, Position, RestingEntry, Trade
 
 ENTRIES: Final = ("open", "place")
-"""Orders that put money at risk and that can be let be."""
+"""Orders that open a position and may be dropped."""
 OPENING: Final = ("open", "place", "activate", "add")
-"""Orders that put more at risk than there was before."""
+"""Orders that increase the risk."""
 COMMANDS: Final = ("add", "reduce", "move_stop", "move_take", "breakeven")
-"""Orders that a strategy waits for, which gets their outcome."""
+"""Orders of commands: the strategy waits for their outcome."""
 EXITS: Final = ("close", "cancel")
-"""Orders that are carried out, however long it takes, once they were decided."""
+"""Orders that are repeated until they are carried out."""
 KIND_OF: Final[dict[Change, OrderKind]] = {
     "reduced": "reduce",
     "added": "add",
@@ -41,16 +41,16 @@ KIND_OF: Final[dict[Change, OrderKind]] = {
     "take_moved": "move_take",
     "breakeven": "breakeven",
 }
-"""The order that a command is carried out by."""
+"""The order that carries out a command."""
 _PART_OF: Final[dict[OrderKind, str]] = {
     "open": "entries",
     "activate": "entries",
     "add": "entries",
     "reduce": "reductions",
 }
-"""What of a position an order makes."""
+"""The field of a position that an order adds to."""
 _NUMBERS: Final = 2**23
-"""Minutes, and with them orders, that are told apart by a number: a client order id has room for twice as many."""
+"""Minutes, and so orders, that numbers distinguish: a client order id has room for twice as many."""
 _SAME_QUANTITY: Final = 1e-9
 _SAME_PRICE: Final = 1e-9
 
@@ -60,14 +60,14 @@ class Intent(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     order: Order
     target: State
-    """The state once it is done as decided."""
+    """The state once the order is carried out as decided."""
     events: tuple[Lasting, ...]
-    """What has happened then."""
+    """The events of that."""
     earlier: Fill | None = None
-    """Of a close: what orders under other ids have filled of it already, before they ended."""
+    """Of a close: the fills of earlier orders under other ids."""
     refused: bool = False
-    """Whether the exchange has refused an exit under this id: it goes on under another, once the exchange has said what
-    was filled of it."""
+    """Whether the exchange has rejected an exit under this id: it is sent under another one, once its fills are
+    known."""
 
 
 def intended(
@@ -81,10 +81,10 @@ def intended(
     store_id: str,
     quantities: bool,
 ) -> Intent | None:
-    """The order that an exchange needs for a change of state, or None where the change is ours alone.
+    """The order for a change of state, or None if the exchange need not know of it.
 
-    `number` counts the orders in the life of the position; `store_id` is part of the order's client id. With
-    `quantities` the fills of the position have said how much of the base currency is held.
+    `number` counts the orders in the life of the position; `store_id` is part of the client order id. With
+    `quantities`, the fills of the position have reported its size in base currency.
     """
     kind = _kind(before, after, events)
     if kind is None:
@@ -112,15 +112,15 @@ def intended(
 
 
 def numbered_from(state: State) -> int:
-    """What the numbers of a position's orders begin at: those of one that was taken over lie beyond all that the store
-    before may have sent under the same ids, which are unknown by now."""
+    """The first number of a position's orders. For a position that was taken over it is beyond all numbers that the
+    previous store may have used for the same ids."""
     if not isinstance(state, Holding) or not is_taken_over(state.position.signal_id):
         return 0
     return state.position.opened_at_ms // MINUTE_MS % _NUMBERS
 
 
 def _booked(kind: OrderKind, held: Position | RestingEntry, events: tuple[Event, ...], tick: Tick) -> float:
-    """What the engine books the order at where the exchange says nothing else."""
+    """The price that the engine books if the exchange reports none."""
     if kind == "place":
         return held.price_open
     if kind in ("open", "activate", "add") and isinstance(held, Position):
@@ -139,14 +139,14 @@ def _kind(before: State, after: State, events: tuple[Event, ...]) -> OrderKind |
 
 
 def _terms(kind: OrderKind, before: State, after: State) -> tuple[Position | RestingEntry, float, float, float]:
-    """Whom the order is about, how much it moves at cost, and the levels in force once it is done."""
+    """The position or entry of the order, its cost, and the levels in force once it is done."""
     resting = after if isinstance(after, Resting) else before
     if isinstance(resting, Resting) and not isinstance(after, Holding):
         entry = resting.entry
         return entry, entry.cost if kind == "place" else 0.0, entry.price_take_profit, entry.price_stop_loss
     holding = after if isinstance(after, Holding) else before
     if not isinstance(holding, Holding):
-        raise TypeError(f"{kind} is no change of {before!r} to {after!r}")
+        raise TypeError(f"{kind} is not a change of {before!r} to {after!r}")
     position = holding.position
     cost = 0.0
     if kind in ("open", "activate", "add"):
@@ -174,7 +174,7 @@ def retried(intent: Intent) -> Intent:
 
 
 def renamed(intent: Intent, number: int, fill: Fill | None = None) -> Intent:
-    """The same order under an id of its own: the one before is over at the exchange, which has filled `fill` of it."""
+    """The same order under a new id: the previous one is over on the exchange, which has filled `fill` of it."""
     order = intent.order
     client_order_id = SignalIds(order.signal_id, store_of(order.client_order_id)).order(order.kind, number)
     order = msgspec.structs.replace(order, client_order_id=client_order_id, attempt=0)
@@ -182,13 +182,13 @@ def renamed(intent: Intent, number: int, fill: Fill | None = None) -> Intent:
 
 
 def _together(one: Fill | None, other: Fill | None) -> Fill | None:
-    """Two fills as one, at their average price; a fill of nothing is none."""
+    """Two fills as one, at their average price; empty fills are ignored."""
     fills = [each for each in (one, other) if each is not None and each.quantity > 0 and each.price > 0]
     if len(fills) < 2:
         return fills[0] if fills else None
     first, last = fills
     if first.client_order_ids and set(first.client_order_ids) <= set(last.client_order_ids):
-        return last  # asked for the close, some exchanges report all orders that took part in it
+        return last  # for a close, some exchanges report all orders that took part in it
     quantity = first.quantity + last.quantity
     return msgspec.structs.replace(
         last,
@@ -203,7 +203,7 @@ def _together(one: Fill | None, other: Fill | None) -> Fill | None:
 
 
 def _whole_close(intent: Intent, fill: Fill | None, position: Position) -> Fill | None:
-    """The fill of a close with what earlier orders have filled of it; without a price, as the engine decided."""
+    """The fill of a close, with the fills of earlier orders; without a price, as the engine decided."""
     if intent.earlier is None:
         return fill
     if fill is None or fill.price <= 0:
@@ -216,7 +216,7 @@ def _whole_close(intent: Intent, fill: Fill | None, position: Position) -> Fill 
 
 
 def renewed(intent: Intent, before: State, tick: Tick, rules: Rules) -> Intent:
-    """The same order at a later minute, at the price of now; a limit order keeps its price."""
+    """The same order at a later minute, at the current price; a limit order keeps its price."""
     order = msgspec.structs.replace(intent.order, when_ms=tick.when_ms)
     if order.kind != "place":
         order = msgspec.structs.replace(order, price=tick.price)
@@ -234,25 +234,25 @@ def _at(event: Lasting, tick: Tick) -> Lasting:
 
 
 def judged(order: Order, report: OrderReport) -> Literal["done", "undone", "open"]:
-    """Whether an order was carried out, was not and never will be, or is still being carried out."""
+    """Whether an order is done, will never be done, or is still open."""
     status, bought = report.status, report.fill is not None and report.fill.quantity > 0
     if order.kind == "cancel":
         return "done" if status in ("cancelled", "filled") else "undone"
     if status == "filled":
         return "done"
     if status in ("resting", "partly_filled") and order.kind in ("place", "activate"):
-        # What rests goes on resting until all of it is filled, or it is cancelled.
+        # A resting order stays open until all of it is filled, or it is cancelled.
         return "done" if order.kind == "place" else "undone"
     if status == "resting":
         return "done" if order.kind in ("move_stop", "move_take", "breakeven") else "open"
     if status == "partly_filled":
         return "open"
-    # Of what opens or changes a position counts what was really bought or sold.
+    # An order that opens or changes a position counts for what it really bought or sold.
     return "done" if bought and order.kind != "close" else "undone"
 
 
 def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tuple[State, tuple[Event, ...]]:
-    """The state and the events of an order that was carried out, as the exchange filled it."""
+    """The state and the events of an order that was carried out, with the fill of the exchange."""
     order, target, events = intent.order, intent.target, intent.events
     closing = before.position if order.kind == "close" and isinstance(before, Holding) else None
     if closing is not None:
@@ -274,7 +274,7 @@ def fitted(intent: Intent, fill: Fill | None, before: State, rules: Rules) -> tu
 
 
 def _execution(order: Order, fill: Fill | None, known: Execution | None = None) -> Execution:
-    """How an order went; without a fill as it was `known`, and at least under which id."""
+    """How an order was executed; without a fill as `known`, and at least its id."""
     if fill is not None:
         known = fill.execution
     known = known or Execution()
@@ -283,7 +283,7 @@ def _execution(order: Order, fill: Fill | None, known: Execution | None = None) 
 
 
 def _as_decided(order: Order, fill: Fill) -> Fill:
-    """The fill, with what differs from the order in the last digits alone taken as ordered."""
+    """The fill; a price or cost that differs in the last digits alone is taken as ordered."""
     if abs(fill.price - order.price) <= order.price * _SAME_PRICE:
         fill = msgspec.structs.replace(fill, price=order.price)
     if abs(fill.cost - order.cost) <= order.cost * _SAME_PRICE:
@@ -292,7 +292,7 @@ def _as_decided(order: Order, fill: Fill) -> Fill:
 
 
 def _too_late(order: Order, before: Resting, fill: Fill, rules: Rules) -> tuple[State, tuple[Event, ...]]:
-    """An entry that was to be cancelled and was filled instead: the position is open."""
+    """An entry that was filled before it could be cancelled: the position is open."""
     entry = before.entry.at(fill.price, fill.cost)
     position = open_position(entry, order.when_ms, rules.settings, _execution(order, fill))
     opened = PositionOpened(identity=order.identity, when_ms=order.when_ms, price=order.price, position=position)
@@ -300,7 +300,7 @@ def _too_late(order: Order, before: Resting, fill: Fill, rules: Rules) -> tuple[
 
 
 def _filled(order: Order, position: Position, fill: Fill | None, rules: Rules) -> Position:
-    """The position with the exchange's price and amount in the place of those decided."""
+    """The position with the exchange's price and amount instead of the decided ones."""
     name = _PART_OF.get(order.kind)
     if name is None:
         return position
@@ -348,7 +348,7 @@ def _closed_by(
 
 
 def _as_sent(event: Lasting, order: Order) -> Lasting:
-    """A close of which nothing is known but the order."""
+    """A close without a fill: only the order is known."""
     if not isinstance(event, PositionClosed):
         return event
     return msgspec.structs.replace(event, trade=msgspec.structs.replace(event.trade, execution=_execution(order, None)))
@@ -357,7 +357,7 @@ def _as_sent(event: Lasting, order: Order) -> Lasting:
 def closed(
     state: Holding, reason: CloseReason, price: float, tick: Tick, rules: Rules, fill: Fill | None = None
 ) -> tuple[Flat, tuple[Event, ...]]:
-    """A position that the exchange has closed by itself."""
+    """A position that was closed on the exchange."""
     execution = None if fill is None else fill.execution
     note = state.closing or ""
     trade: Trade = close_trade(state.position, reason, price, tick.when_ms, rules.settings, note, execution)
@@ -374,33 +374,33 @@ def cancelled(state: Resting, tick: Tick, rules: Rules) -> tuple[Flat, tuple[Eve
 
 
 def activated(state: Resting, fill: Fill, tick: Tick, rules: Rules) -> tuple[Holding, tuple[Event, ...]]:
-    """An entry that the exchange has filled."""
+    """An entry that was filled on the exchange."""
     position = open_position(state.entry.at(fill.price, fill.cost), tick.when_ms, rules.settings, fill.execution)
     event = PositionOpened(identity=rules.identity, when_ms=tick.when_ms, price=tick.price, position=position)
     return Holding(position, state.last_slot_ms), (event,)
 
 
 def dropped(intent: Intent) -> Flat:
-    """The state once an order to open was given up: its id is used up."""
+    """The state after an order to open was given up: its signal id is used up."""
     return Flat(intent.target.last_slot_ms, signal_id_of(intent.target))
 
 
 def signal_id_of(state: State) -> str:
-    """The signal that a state belongs to, or that was acted on last."""
+    """The signal of a state, or the last one."""
     if isinstance(state, Holding):
         return state.position.signal_id
     return state.entry.signal_id if isinstance(state, Resting) else state.last_signal_id
 
 
 def events_of(intent: Intent, state: State) -> tuple[Lasting, ...]:
-    """What has happened, where the outcome of an intent was written down already."""
+    """The events of an intent whose outcome was already stored."""
     if isinstance(state, Holding):
         return _with_position(state, state.position, intent.events)[1]
     return tuple(_as_sent(event, intent.order) for event in intent.events)
 
 
 def done_already(intent: Intent, state: State) -> bool:
-    """Whether the outcome of an intent was written down, and only the intent is left: a torn batch."""
+    """Whether the outcome of an intent was already stored, and only the intent is left: a torn batch."""
     target = intent.target
     if type(state) is not type(target) or signal_id_of(state) != signal_id_of(target):
         return False

@@ -1,7 +1,7 @@
-"""`PositionState`: everything that must be remembered of one position, and the records that hold it.
+"""`PositionState`: everything that is stored of one position, and its records.
 
-The position lies in `signal`, the resting entry in `schedule`, everything else in `strategy`; `partial` and `breakeven`
-repeat what the position says of its levels, for other readers.
+The position is in `signal`, the resting entry in `schedule`, everything else in `strategy`; `partial` and `breakeven`
+repeat the reached levels of the position for other readers.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from backtest_kit.persist.store import Plain
 from backtest_kit.run.live.orders import Intent, signal_id_of
 
 _HELD_IN: Final = {"signal": ("holding", "position"), "schedule": ("resting", "entry")}
-"""By contract: the state whose part it holds, and the name of that part. Where a torn batch has left both, the entry
-has become the position."""
+"""By contract: the state whose part it holds, and the name of that part. If a torn batch left both, the entry has
+become the position."""
 
 
 class Commanded(msgspec.Struct, frozen=True, rename="camel"):
-    """A command that was carried out, or that the exchange has refused."""
+    """A command that was carried out, or rejected by the exchange."""
 
     kind: OrderKind
     refused: str = ""
-    """Why; empty where it was carried out."""
+    """Why it was rejected; empty if it was carried out."""
 
 
 class PositionState(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """Everything that must be remembered of one position."""
+    """Everything that is stored of one position."""
 
     state: State = Flat()
     paused: bool = False
@@ -42,24 +42,24 @@ class PositionState(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     command_ms: int = -1
     """The minute of the last command."""
     commands: tuple[Commanded, ...] = ()
-    """What became of the orders that were commanded in that minute, in their order."""
+    """The outcomes of the commands in that minute, in their order."""
     seen_ms: int = -1
-    """The last minute that was written down."""
+    """The last minute that was stored."""
     orders: int = 0
     """How many orders were sent in the life of the position."""
     intent: Intent | None = None
     outbox: tuple[Lasting, ...] = ()
     """Events that are not in the records yet."""
     owner: str = ""
-    """Who wrote it: the lease's random name."""
+    """The process that wrote it: the random name of its lease."""
     store_id: str = ""
-    """Part of the client ids of its orders, by which they are found on the exchange."""
+    """Part of the client ids of its orders, which are found by it on the exchange."""
     seq: int = 0
     """Grows by one with every change."""
 
     @property
     def exposure(self) -> Position | RestingEntry | None:
-        """The position or the resting entry, or the one that an order is about to open: what a risk profile counts."""
+        """The position or the resting entry, or the one that an order is about to open: it counts in risk profiles."""
         return held_by(self.state) or (None if self.intent is None else held_by(self.intent.target))
 
     @property
@@ -81,7 +81,7 @@ def held_by(state: State) -> Position | RestingEntry | None:
 
 
 def marks_of(state: State) -> dict[str, Plain]:
-    """What `partial` and `breakeven` say of a position; nothing where none is open."""
+    """The records `partial` and `breakeven` of a position; nothing without one."""
     if not isinstance(state, Holding):
         return {}
     position = state.position
@@ -96,9 +96,9 @@ def marks_of(state: State) -> dict[str, Plain]:
 
 
 def records_of(position_state: PositionState) -> dict[str, Plain]:
-    """The three records that hold a position state, by the names of their contracts.
+    """The three records of a position state, by contract.
 
-    A position or a resting entry has a record of its own; in its place, the state in `strategy` names its signal.
+    A position or a resting entry has its own record; in its place, the state in `strategy` has its signal id.
     """
     strategy: Any = encode(position_state)
     records: dict[str, Plain] = dict.fromkeys(_HELD_IN)
@@ -112,9 +112,9 @@ def records_of(position_state: PositionState) -> dict[str, Plain]:
 def write_order(before: Plain, records: dict[str, Plain]) -> list[str]:
     """The order in which to write `records`, where `before` is the `strategy` record that they follow.
 
-    A position is written before `strategy`, which takes the intent away: killed in between, the intent is still there
-    and its outcome is known. It is cleared after `strategy`, which alone has the trade that came of it. What `strategy`
-    does not name, a torn batch has left behind; that is cleared first.
+    A position is written before `strategy`, which removes the intent: after a kill in between, the intent is still
+    there and its outcome is known. A position is cleared after `strategy`, which has its trade. A record that
+    `strategy` does not name was left by a torn batch; it is cleared first.
     """
     state: Any = before["state"] if isinstance(before, dict) else {}
     over = [name for name, (_, field) in _HELD_IN.items() if records[name] is None and field in state]
@@ -122,10 +122,10 @@ def write_order(before: Plain, records: dict[str, Plain]) -> list[str]:
 
 
 def position_state_of(records: dict[str, Plain]) -> PositionState:
-    """The position state that `records_of` made `records` of, or as much of it as a torn batch has left.
+    """The position state of `records`, the inverse of `records_of`; also after a torn batch.
 
     Raises:
-        msgspec.ValidationError, AttributeError, KeyError, TypeError: the records are something else.
+        msgspec.ValidationError, AttributeError, KeyError, TypeError: the records are not a position state.
     """
     found: dict[str, Any] = {name: decode(value) for name, value in records.items()}
     strategy = found["strategy"] or {}
@@ -134,8 +134,8 @@ def position_state_of(records: dict[str, Plain]) -> PositionState:
 
 
 def _joined(state: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
-    """The state that `strategy` describes, with its position or entry. Where both disagree, a batch was torn: the
-    position is newer, unless `strategy` says that it is over, see `write_order`."""
+    """The state that `strategy` describes, with its position or entry. If they disagree, a batch was torn: the
+    position is newer, unless `strategy` has closed it, see `write_order`."""
     for name, (tag, field) in _HELD_IN.items():
         held = records[name]
         if held is None:

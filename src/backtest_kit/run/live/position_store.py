@@ -1,15 +1,15 @@
-"""`PositionStore`: keeps the state of one position: in the store, in its risk profiles, and in the emergency file.
+"""`PositionStore`: keeps the state of one position in the store, in its risk profiles, and in the emergency file.
 
-The store comes first. What it does not take, because the disk is full or a server is away, goes to the
-emergency file, and to the store once that takes it. Until then the run is degraded: nothing new is opened.
+The store comes first. A change that it rejects, because the disk is full or a server is away, goes to the emergency
+file, and to the store once that works again. Until then the run is degraded: nothing new is opened.
 
-One change is one batch, in an order from which a start recovers where a store without atomic batches was killed
-half-way: see `write_order`. Every write expects the revision that was read or written last. A process that takes the
-position over moves all of them on, so the store rejects what the old owner still writes.
+One change is one batch, in an order from which a start recovers if a store without atomic batches was killed half-way:
+see `write_order`. Every write expects the revision that was read or written last. A process that takes the position
+over raises all revisions, so the store rejects what the old owner still writes.
 
 A risk profile is one record of the `risk` contract, shared by every process on the store: its positions by name. A
-check and the reservation that follows it are one step: the reservation expects the revision that the check has seen,
-and is written in the same batch as the intent of the order, in all profiles or in none.
+check and its reservation are one step: the reservation expects the revision that the check has seen, and is written
+in the same batch as the intent of the order, in all profiles or in none.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from backtest_kit.run.schema import RiskSchema
 
 T = TypeVar("T")
 Need = Literal["store", "disk", "try"]
-"""What must have a position state before the run goes on: the store; the store or the emergency file; or neither,
-because what it says has happened already."""
+"""What must have taken a position state before the run continues: the store; the store or the emergency file; or
+neither, because it has already happened."""
 
 _ROWS: Final = (CONTRACTS["signal"], CONTRACTS["schedule"], CONTRACTS["strategy"])
 _MARKS: Final = (CONTRACTS["partial"], CONTRACTS["breakeven"])
@@ -62,26 +62,26 @@ _log = logging.getLogger("backtest_kit")
 
 
 class _Aside(msgspec.Struct, frozen=True):
-    """What the emergency file has."""
+    """The content of the emergency file."""
 
     after: tuple[str, int]
-    """Owner and number of the position state that the store had then."""
+    """Owner and number of the position state that the store had at that time."""
     position_state: PositionState
 
 
 class Unsaved(Exception):
-    """Nothing that was needed has taken the position state; the run goes on with the one before."""
+    """The position state could not be stored where it must be; the run continues with the previous one."""
 
 
 class RiskRefused(Exception):
-    """A risk profile has changed since it allowed a position, and refuses it now: (profile, reason)."""
+    """A risk profile has changed since it allowed a position, and rejects it now: (profile, reason)."""
 
 
 async def read_position_state(records: KnownRecords, scope: Key) -> PositionState:
-    """The position state as it was written last; an empty one where there is none.
+    """The position state that was written last; an empty one if there is none.
 
     Raises:
-        Damaged: a record is not one of a position, or cannot be trusted; nothing was changed.
+        Damaged: a record is damaged, or is not a position; nothing was changed.
         RetryLater: a store does not answer.
     """
     found = {row.name: await records.read(row, scope) for row in _ROWS}
@@ -90,13 +90,13 @@ async def read_position_state(records: KnownRecords, scope: Key) -> PositionStat
     except (msgspec.ValidationError, AttributeError, KeyError, TypeError) as error:
         name = "/".join(map(str, scope))
         raise Damaged(
-            f"what is stored of {name} is no position of this program ({error}): look at it with "
-            f"backtest-kit store get signal {name}, and put it right before trading goes on"
+            f"the records of {name} are not a position of this program ({error}): look at them with "
+            f"backtest-kit store get signal {name}, and repair them before trading continues"
         ) from error
 
 
 class PositionStore:
-    """The position state as it is, and how it is kept. Not for two tasks at once."""
+    """The current position state and its storage. Not for concurrent use."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class PositionStore:
         emergency: EmergencyFile,
         alarms: Alarms,
     ) -> None:
-        """`patience_minutes` is how long a reservation outlives its position: an entry may rest before."""
+        """`patience_minutes` is added to the lifetime of a reservation: an entry may rest before its position opens."""
         self._records = KnownRecords(persistence, identity.mode)
         self._identity = identity
         self._scope = scope
@@ -117,23 +117,23 @@ class PositionStore:
         self._emergency = emergency
         self._alarms = alarms
         self._judged: tuple[Signal, float, int] | None = None
-        """What the risk profiles were asked last."""
+        """The last question to the risk profiles."""
         self._stale = True
         """Whether the risk profiles must be read before the next write."""
         self._stored = ("", 0)
-        """Owner and number of the position state that the store has."""
+        """Owner and number of the position state in the store."""
         self.position_state = PositionState()
         self.degraded = ""
-        """Why the store does not take the position state; empty while it does."""
+        """Why the store rejects the position state; empty while it works."""
         self.written_ms = -1
-        """The last minute that the store has."""
+        """The last minute in the store."""
         self.aside = False
-        """Whether the emergency file has what the store lacks."""
+        """Whether the emergency file has the writes that the store lacks."""
         self.lease: Lease | None = None
-        """What this process has the position by, once it has."""
+        """The lease of this process, once it has the position."""
 
     async def load(self, owner: str) -> tuple[str, ...]:
-        """Take in what the run before has left, and return what was put right.
+        """Load the state of the previous run; returns what was recovered, in words.
 
         Raises:
             Damaged, RetryLater: it cannot be read; nothing was changed.
@@ -144,34 +144,34 @@ class PositionStore:
         try:
             kept = await asyncio.to_thread(self._open_emergency)
         except (OutOfSpace, RetryLater) as error:
-            _log.warning("no emergency file: %s; exits will need the store", error)
+            _log.warning("no emergency file: %s; exits need the store", error)
             kept = None
         if kept is not None and (newer := self._newer(kept)) is not None:
             found = newer
-            steps.append("took what the store lacked from the emergency file")
+            steps.append("recovered the latest state from the emergency file")
         if found.intent is not None:
-            # Attempts that a crash cut off say nothing about the exchange: of all of them one counts.
+            # Attempts that crashes cut off say nothing about the exchange: together they count as one.
             order = msgspec.structs.replace(found.intent.order, attempt=min(found.intent.order.attempt, 1))
             found = msgspec.structs.replace(found, intent=msgspec.structs.replace(found.intent, order=order))
         self.position_state = msgspec.structs.replace(found, owner=owner)
         return tuple(steps)
 
     def close(self) -> None:
-        """Let go of the emergency file."""
+        """Close the emergency file."""
         self._emergency.close()
 
     async def keep(self, position_state: PositionState, need: Need) -> None:
-        """Go on with `position_state`, once what is needed has it. A cancellation waits until that is decided.
+        """Store `position_state` as needed, and continue with it. A cancellation waits for the outcome.
 
         Raises:
-            Unsaved: what is needed did not take it.
-            RiskRefused: a profile refuses what it is about to open.
+            Unsaved: it could not be stored.
+            RiskRefused: a profile rejects the position that it is about to open.
             Conflict: another process has the position; stop.
         """
         await uninterrupted(self._keep(position_state, need))
 
     async def confirm(self) -> None:
-        """Make sure that no other process has the position: the last thing before an order is sent.
+        """Make sure that no other process has the position, right before an order is sent.
 
         Raises:
             Conflict: another process has it; stop.
@@ -188,7 +188,7 @@ class PositionStore:
             raise RetryLater(str(error)) from error
 
     async def flush(self) -> None:
-        """Try again to bring into the store what it lacks.
+        """Try again to write what the store lacks.
 
         Raises:
             Conflict: another process has the position; stop.
@@ -203,7 +203,7 @@ class PositionStore:
             await self._write(position_state)
         except (Damaged, OutOfSpace, RetryLater) as error:
             self._stale = True
-            # Whatever became of the write, no later position state has its number.
+            # The write may have happened: no later position state has its number.
             self.position_state = msgspec.structs.replace(self.position_state, seq=position_state.seq)
             await self._put_aside(position_state, error, need)
         else:
@@ -218,17 +218,17 @@ class PositionStore:
         if self._stale:
             await self._read_profiles(position_state)
             self._stale = False
-        # What a write before has done although it failed decides which revisions this one expects.
+        # An earlier write that failed may have happened: that decides which revisions this one expects.
         await self._records.find_out()
         changes = await self._changes(position_state)
         while not await self._records.commit(changes, self._reservations(position_state)):
             await self._read_profiles(position_state)
         if not isinstance(position_state.state, Holding):
-            # What is written of the levels of a position that is over is never written again.
+            # The level records of a closed position are never written again.
             self._records.forget([(row.name, self._mark_key(position_state)) for row in _MARKS])
 
     async def _changes(self, position_state: PositionState) -> list[Write]:
-        """What makes the records hold the position state, in the order from which a torn batch recovers."""
+        """The writes of a position state, in an order from which a torn batch recovers."""
         when_ms, writes = position_state.seen_ms, list[Write]()
         marks, key = marks_of(position_state.state), self._mark_key(position_state)
         for row in _MARKS:
@@ -255,7 +255,7 @@ class PositionStore:
                 self.aside = True
             except (OutOfSpace, RetryLater) as failure:
                 self.aside = False
-                _log.error("the emergency file does not help: %s", failure)
+                _log.error("the emergency file failed as well: %s", failure)
         if (bool(before[0]), before[1]) != (True, self.aside):
             self._alarms.store_changed(self.degraded, kept=self.aside)
         if need == "store" or (need == "disk" and not self.aside):
@@ -266,9 +266,9 @@ class PositionStore:
         return self._emergency.read()
 
     def _sealed(self, position_state: PositionState) -> bytes:
-        """As the emergency file takes it: small, because the events of hours may wait in the outbox.
+        """The content for the emergency file, compressed: the outbox may have the events of hours.
 
-        Where they are too many even so, the older ones stay in memory alone: the position comes first.
+        If they are too many, the older ones stay in memory only: the position comes first.
         """
         while True:
             sealed = zlib.compress(dump_value(encode(_Aside(self._stored, position_state))))
@@ -278,11 +278,11 @@ class PositionStore:
             position_state = msgspec.structs.replace(position_state, outbox=newer_half)
 
     def _newer(self, kept: bytes) -> PositionState | None:
-        """What was put aside, if no process has written to the store since."""
+        """The state in the emergency file, if no process has written to the store since."""
         try:
             aside = decode_as(_Aside, parse(zlib.decompress(kept)))
         except Damaged as error:
-            _log.error("what is in the emergency file is left there: %s", error)
+            _log.error("the emergency file is damaged and left as it is: %s", error)
             return None
         owner, seq = self._stored
         same_writer = owner == aside.position_state.owner and seq < aside.position_state.seq
@@ -291,7 +291,7 @@ class PositionStore:
     # Risk profiles
 
     async def refusal(self, signal: Signal, price: float, when_ms: int) -> tuple[str, str] | None:
-        """(profile, reason) of the first validation that refuses, or None if all profiles allow.
+        """(profile, reason) of the first validation that rejects, or None if all profiles allow.
 
         Raises:
             UserError: a validation returned something else than a text or None.
@@ -307,13 +307,13 @@ class PositionStore:
         return None
 
     async def _read_profiles(self, position_state: PositionState) -> None:
-        """Read the profiles anew; what is about to be opened must be allowed by exactly what was read.
+        """Read the profiles again, and check the position that is about to be opened against them.
 
         Raises:
-            RiskRefused: it is not.
+            RiskRefused: a profile rejects it.
         """
         intent = position_state.intent
-        # One that was written down before has its reservation, and may have been filled: it is past being refused.
+        # An intent that was stored before has its reservation, and may have been filled: it is not checked again.
         opens = intent is not None and intent.order.kind in ENTRIES and intent != self.position_state.intent
         if opens and self._judged is not None:
             if refusal := await self.refusal(*self._judged):
@@ -323,8 +323,8 @@ class PositionStore:
             await self._records.read(_RISK, self._profile(risk))
 
     def _reservations(self, position_state: PositionState) -> list[Write]:
-        """What makes the profiles count this position as it is now. Slots whose time is over are taken out with it;
-        nothing is written where nothing changes for this position."""
+        """The writes that make the profiles count this position as it is now. They also remove expired slots; if
+        nothing changes for this position, nothing is written."""
         writes, exposure, when_ms = list[Write](), position_state.exposure, position_state.seen_ms
         own = None if exposure is None else active(exposure)
         for risk in self._risks:
@@ -343,20 +343,20 @@ class PositionStore:
         return (self._identity.exchange_name, risk.name)
 
     def _slots(self, risk: RiskSchema) -> _Slots:
-        """What a profile counted when it was read last.
+        """The positions of a profile when it was read last.
 
         Raises:
-            Damaged: it is something else.
+            Damaged: it is not a profile.
         """
         key = self._profile(risk)
         value: Plain = self._records.value(_RISK, key)
         try:
             return decode_as(_Slots, value or {})
         except Damaged as error:
-            raise Damaged(f"risk {'/'.join(map(str, key))} is not one of this program: {error}") from error
+            raise Damaged(f"risk {'/'.join(map(str, key))} is not a profile of this program: {error}") from error
 
     def _others(self, slots: _Slots, when_ms: int) -> _Slots:
-        """All slots but our own, and but those whose time is over: their owner is gone."""
+        """All slots except our own and expired ones, whose owner is gone."""
         since_ms = when_ms - self._patience_ms
         return {
             name: slot
@@ -366,7 +366,7 @@ class PositionStore:
 
 
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Do `work` to its end: a cancellation that comes meanwhile is raised after it."""
+    """Finish `work`: a cancellation meanwhile is raised afterwards."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
@@ -376,5 +376,5 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
                 await asyncio.wait({task})
         if not task.cancelled() and (error := task.exception()) is not None:
             level = logging.WARNING if isinstance(error, Conflict | Unsaved | RiskRefused) else logging.ERROR
-            _log.log(level, "a write that was waited for at a cancellation failed: %s", error)
+            _log.log(level, "a write that a cancellation waited for failed: %s", error)
         raise
