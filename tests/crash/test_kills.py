@@ -65,6 +65,14 @@ def passages(name: str) -> list[str]:
     return ["--seed", str(seed)] if PROVING else ["--seed", str(seed), "--most", str(PASSAGES)]
 
 
+def test_lives_get_longer_until_one_has_written_something(tmp_path: Path) -> None:
+    outcome = run(
+        "-m", "backtest_kit.persist.testing.driver", "--kills", "30", "--seed", "1", "--patience", "0.0001",
+        "--store", STORES["file"].format(place=tmp_path),
+    )  # fmt: skip
+    require_sound(outcome)
+
+
 @pytest.mark.sampled
 def test_kills_at_every_crash_point_of_files(tmp_path: Path) -> None:
     reached: set[str] = set()

@@ -257,13 +257,18 @@ def read_back(url: str) -> dict[str, Any]:
 
 
 def kill_at_random(url: str, kills: int, seed: int, patience: float = 1.0) -> Outcome:
-    """Kill a child that writes with four writers, `kills` times; `patience` stretches the lives in between."""
+    """Kill a child that writes with four writers, `kills` times; `patience` stretches the lives in between.
+
+    They get longer until one has written something: nobody knows beforehand how slow a disk is.
+    """
     chance = random.Random(seed)  # noqa: S311
     outcome = Outcome(seed)
     while outcome.kills < kills:
         root, ledger = f"{url}-{outcome.kills}", Ledger()
         for _ in range(min(KILLS_PER_ROOT, kills - outcome.kills)):
             _kill_once(root, ledger, outcome, chance, patience)
+            if not outcome.acknowledged:
+                patience *= 2
         _settle(read_back(root), ledger, outcome)
     return outcome
 
