@@ -27,7 +27,9 @@ def _of_commit() -> int:
 
 
 PROVING: Final = os.environ.get("PROVE", "0") != "0"
-SEED: Final = int(os.environ.setdefault("SEED", str(_of_commit())))
+if not os.environ.get("SEED"):
+    os.environ["SEED"] = str(_of_commit())
+SEED: Final = int(os.environ["SEED"])
 
 
 def size(sampled: int, whole: int) -> int:
