@@ -34,6 +34,11 @@ if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usa
     os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: a third of a run is waiting for servers, clocks and killed processes."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_report_header() -> str:
     return f"everything, seed {SEED}" if PROVING else f"samples of seed {SEED}: SEED={SEED} draws them again"
 

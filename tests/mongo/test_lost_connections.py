@@ -371,7 +371,7 @@ async def test_server_that_stalls_ends_no_call_late(mortal: Server) -> None:
                 ]
                 for seconds, error in await asyncio.gather(*map(timed, calls)):
                     assert isinstance(error, RetryLater)
-                    assert seconds < deadline + 0.35
+                    assert seconds < deadline + 1, "it waited for another call's end as well"
         # Beats are counted, not timed: others may keep the machine from us for long.
         assert len(gaps) > 50
         assert max(gaps) < 0.25

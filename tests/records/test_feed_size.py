@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -42,8 +43,10 @@ async def say(store: Store, start: int, stop: int) -> None:
 
 async def growth(work: Callable[[], Awaitable[None]]) -> int:
     """Bytes that are in use after `work` more than before it."""
+    gc.collect()
     before = tracemalloc.get_traced_memory()[0]
     await work()
+    gc.collect()
     return tracemalloc.get_traced_memory()[0] - before
 
 
