@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
-from tests.samples import PROVING, SEED
+from tests.samples import PROVING, SEED, size
+
+import backtest_kit.engine
+import backtest_kit.persist
 
 # A law does not break because the machine is busy or coverage slows it: time is for benchmarks.
-hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.register_profile("untimed", deadline=None, max_examples=size(50, 200))
 hypothesis.settings.load_profile("untimed")
 
 # A shell has its jobs in the background ignore it, and what tests start and interrupt would inherit that.
@@ -48,6 +54,23 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before Hypothesis reads its own option."""
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = SEED
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """Measure the imports of what is measured, and not those of the tests: they would take twice their time."""
+    plugin: Any = session.config.pluginmanager.getplugin("_cov")
+    if plugin is None or plugin.cov_controller is None:
+        return (yield)
+    pytest.register_assert_rewrite("backtest_kit.persist.testing")
+    for package in (backtest_kit.engine, backtest_kit.persist):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    plugin.cov_controller.pause()
+    try:
+        return (yield)
+    finally:
+        plugin.cov_controller.resume()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

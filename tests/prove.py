@@ -27,8 +27,8 @@ def main() -> int:
     from tests.samples import SEED
 
     suites = {
-        "every fault, kill and state of which `make test` draws a sample": [
-            "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-m", "sampled", *sys.argv[1:],
+        "every fault, kill, state and law of which `make test` draws a sample": [
+            "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-m", "sampled or hypothesis", *sys.argv[1:],
         ],
     }  # fmt: skip
     missing = "" if shutil.which("go") else "FerretDB was left out: Go, which builds it, is not installed."

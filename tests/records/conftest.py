@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from tests.records.receiver import Receiver, receiving
 from tests.records.stores import MONGO, SHARED, STORES, address_on
+from tests.samples import sample
 
 import backtest_kit as bk
 from backtest_kit.model.identity import Mode
@@ -49,13 +50,24 @@ def run_of(kit: bk.Kit, mode: Mode = "live", run_id: str | None = None, **identi
     return kit.records.of_run(bk.Identity(**names, mode=mode), run_id)
 
 
-@pytest.fixture(params=[*STORES, MONGO])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test on files, on memory if no process shares it, and on one of the others: all keep the same promises."""
+    given = {str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize")}
+    for fixture, stores in (("address", STORES), ("shared_address", SHARED)):
+        if fixture in metafunc.fixturenames and fixture not in given:
+            drawn = sample(["sqlite", MONGO], 1, f"store of {metafunc.definition.nodeid}")
+            names = [name for name in (*stores, MONGO) if name in ("memory", "file", *drawn)]
+            marked = [pytest.param(name, marks=pytest.mark.sampled) for name in names]
+            metafunc.parametrize(fixture, marked, indirect=True)
+
+
+@pytest.fixture
 def address(request: pytest.FixtureRequest) -> Iterator[str]:
     with address_on(request.param, request) as address:
         yield address
 
 
-@pytest.fixture(params=[*SHARED, MONGO])
+@pytest.fixture
 def shared_address(request: pytest.FixtureRequest) -> Iterator[str]:
     with address_on(request.param, request) as address:
         yield address
