@@ -19,6 +19,8 @@ from tests.samples import PROVING, SEED, size
 import backtest_kit.engine
 import backtest_kit.persist
 
+pytest.register_assert_rewrite("backtest_kit.persist.testing")
+
 # A law does not break because the machine is busy or coverage slows it: time is for benchmarks.
 hypothesis.settings.register_profile("untimed", deadline=None, max_examples=size(50, 200))
 hypothesis.settings.load_profile("untimed")
@@ -62,7 +64,6 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
     plugin: Any = session.config.pluginmanager.getplugin("_cov")
     if plugin is None or plugin.cov_controller is None:
         return (yield)
-    pytest.register_assert_rewrite("backtest_kit.persist.testing")
     for package in (backtest_kit.engine, backtest_kit.persist):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
@@ -74,9 +75,13 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measure the coverage of `persist` and `engine` by their own tests: measuring takes a test twice its time."""
+    """Measure the coverage of `persist` and `engine` by their own tests: measuring takes a test twice its time.
+
+    What repeats one law many times passes the same lines, so that it is left out as well.
+    """
     for item in items:
-        if item.path.relative_to(TESTS).parts[0] not in MEASURED:
+        repeats = any(item.get_closest_marker(name) for name in ("hypothesis", "slow"))
+        if repeats or item.path.relative_to(TESTS).parts[0] not in MEASURED:
             item.add_marker("no_cover")
 
 

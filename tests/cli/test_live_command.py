@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from tests.cli.terminal import Terminal
+from tests.commands import run_command
 
 from backtest_kit.market import sources
 from backtest_kit.market.clock import SteppedClock
@@ -322,20 +323,12 @@ async def test_bad_input_ends_with_a_sentence(stage: Stage, arguments: list[str]
     demo = STRATEGY + '\nbk.add_exchange_schema("demo", source=bk.sources.synthetic(seed=7))\n'
     (stage.folder / "demo.py").write_text(demo)
     (stage.folder / "weak.py").write_text(STRATEGY + LIVE.format(url=stage.server.url) + WEAK)
-    process = await asyncio.create_subprocess_exec(
-        COMMAND,
-        *(each.format(url=stage.server.url) for each in arguments),
-        cwd=stage.folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    stage.bots.append(Bot(process))
-    got, errors = await stage.bots[-1].end()
-    assert said in errors
-    assert got == code
-    assert "Traceback" not in errors
-    assert errors.startswith("error: ")
+    words = [each.format(url=stage.server.url) for each in arguments]
+    done = await asyncio.to_thread(run_command, *words, cwd=stage.folder)
+    assert said in done.stderr
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
 
 
 async def test_a_weak_store_is_trusted_where_that_is_said(stage: Stage) -> None:

@@ -39,7 +39,7 @@ def require_sound(outcome: Outcome) -> None:
 @pytest.mark.sampled
 @pytest.mark.parametrize("store", STORES)
 def test_kills_at_random_moments(tmp_path: Path, store: str) -> None:
-    seed, kills = dice(f"kills {store}").randrange(1 << 30), size(60, 500)
+    seed, kills = dice(f"kills {store}").randrange(1 << 30), size(40, 500)
     outcome = run(
         "-m", "backtest_kit.persist.testing.driver", "--kills", str(kills), "--seed", str(seed),
         "--store", STORES[store].format(place=tmp_path),

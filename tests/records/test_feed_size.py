@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.records.stores import SHARED
+from tests.samples import sample
 
 import backtest_kit as bk
 from backtest_kit.persist.backends.file import FileStore
@@ -50,7 +51,8 @@ async def growth(work: Callable[[], Awaitable[None]]) -> int:
     return tracemalloc.get_traced_memory()[0] - before
 
 
-@pytest.mark.parametrize("address", SHARED.values(), ids=SHARED)
+@pytest.mark.sampled
+@pytest.mark.parametrize("address", sample(SHARED.values(), 1, "memory of feeds"))
 async def test_memory_does_not_grow_with_the_lines(tmp_path: Path, address: str) -> None:
     store = store_at(address.format(place=tmp_path))
     tracemalloc.start()
