@@ -23,6 +23,8 @@ from tests.samples import sample
 import backtest_kit as bk
 from backtest_kit.engine.pnl import effective_price
 
+pytestmark = pytest.mark.slow
+
 MINUTE = 60_000
 START = 1_704_067_200_000 + 7 * MINUTE
 LEAD = 8 * 60
